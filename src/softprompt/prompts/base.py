@@ -1,0 +1,248 @@
+"""The one interface of a prompt method: what a host, an optimiser, a saver and a flag need to know of it."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+METHODS: dict[str, type["PromptConfig"]] = {}
+"""Every method by name: `METHODS["dpt"] is DPT`. Filled by subclassing `PromptConfig`."""
+
+
+@final
+@dataclass(frozen=True)
+class Host:
+    """All that a method may know of the frozen model: no transformers type crosses this line."""
+
+    embedding: Float[Tensor, "vocab dim"]
+    """The input embedding table, detached, float32."""
+    encode: Callable[[str], list[int]]
+    """Text to token ids, without special tokens."""
+    words: tuple[str, ...] = ()
+    """What the task answers with, as the model would write it; empty where there is no such list."""
+    special: frozenset[int] = frozenset()
+    """Ids that stand for no text (padding, beginning of sequence); never drawn as initial values."""
+
+    @property
+    def dim(self) -> int:
+        """Width of one input vector."""
+        return self.embedding.shape[1]
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the embedding table: the unit in which a prompt is measured."""
+        return float(self.embedding.square().mean().sqrt())
+
+    def sample(self, count: int, generator: torch.Generator) -> Float[Tensor, "count dim"]:
+        """`count` input vectors of ordinary tokens, drawn without replacement while they last."""
+        ordinary = torch.tensor([i for i in range(self.embedding.shape[0]) if i not in self.special])
+        draws = torch.cat(
+            [torch.randperm(len(ordinary), generator=generator) for _ in range(-(-count // len(ordinary)))]
+        )
+        return self.embedding[ordinary[draws[:count]]]
+
+    def embed(self, text: str, count: int) -> Float[Tensor, "count dim"]:
+        """The vectors of `text`'s tokens, repeated or cut to `count` of them.
+
+        Raises:
+            ValueError: `text` has no tokens.
+        """
+        ids = self.encode(text)
+        if not ids:
+            raise ValueError(f"initial text {text!r} has no tokens; give at least one word")
+        return self.embedding[torch.tensor((ids * -(-count // len(ids)))[:count])]
+
+
+class SoftPrompt(nn.Module, ABC):
+    """A soft prompt: vectors in front of the input, and what it does to the input's own vectors."""
+
+    @abstractmethod
+    def prompt(self) -> Float[Tensor, "prompt dim"]:
+        """The virtual tokens, unbatched, float32, in the host's units."""
+
+    @abstractmethod
+    def shift(
+        self,
+        embeds: Float[Tensor, "batch seq dim"],
+        ids: Int[Tensor, "batch seq"],
+        positions: Int[Tensor, "batch seq"],
+    ) -> Float[Tensor, "batch seq dim"]:
+        """The input's own embeddings as this prompt wants them; most return `embeds` itself.
+
+        `positions` count a row's real tokens from 0, so padding never moves a token; they are
+        meaningless (but in range) where a row is padding.
+        """
+
+    @abstractmethod
+    def fold(self) -> "Folded":
+        """Plain tensors that behave the same and know no method."""
+
+    @abstractmethod
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Named learning-rate groups; together they hold every trainable parameter once."""
+
+
+class PromptOnly(SoftPrompt):
+    """A method that only puts vectors in front: `prompt()` is all that it writes."""
+
+    @final
+    def shift(
+        self,
+        embeds: Float[Tensor, "batch seq dim"],
+        ids: Int[Tensor, "batch seq"],
+        positions: Int[Tensor, "batch seq"],
+    ) -> Float[Tensor, "batch seq dim"]:
+        """The embeddings as they are."""
+        return embeds
+
+    @final
+    def fold(self) -> "Folded":
+        """The product, and nothing that made it."""
+        return Folded(self.prompt().detach().clone())
+
+    @final
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """One group for all."""
+        return {"prompt": list(self.parameters())}
+
+
+@final
+class Folded(SoftPrompt):
+    """A finished prompt as plain tensors: `[matrix; E + position_table[position] + input_table[id]]`.
+
+    Args:
+        matrix: the virtual tokens.
+        position_table: added to the input's embeddings by a token's position; later positions get nothing.
+        input_table: added to the input's embeddings by a token's id.
+
+    Costs `length * dim` floats, and the tables where there are any. It has no parameters: folding ends training.
+    """
+
+    matrix: Tensor
+    position_table: Tensor | None
+    input_table: Tensor | None
+
+    def __init__(
+        self,
+        matrix: Float[Tensor, "prompt dim"],
+        position_table: Float[Tensor, "place dim"] | None = None,
+        input_table: Float[Tensor, "vocab dim"] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+        self.register_buffer("position_table", position_table)
+        self.register_buffer("input_table", input_table)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the prompt alone says everything, as PEFT's format needs."""
+        return self.position_table is None and self.input_table is None
+
+    def prompt(self) -> Float[Tensor, "prompt dim"]:
+        """The virtual tokens."""
+        return self.matrix
+
+    def shift(
+        self,
+        embeds: Float[Tensor, "batch seq dim"],
+        ids: Int[Tensor, "batch seq"],
+        positions: Int[Tensor, "batch seq"],
+    ) -> Float[Tensor, "batch seq dim"]:
+        """The embeddings plus the tables' rows."""
+        if self.position_table is not None:
+            last = self.position_table.shape[0] - 1
+            rows = self.position_table[positions.clamp(max=last)]
+            embeds = embeds + torch.where((positions <= last)[..., None], rows, 0).to(embeds.dtype)
+        if self.input_table is not None:
+            embeds = embeds + self.input_table[ids].to(embeds.dtype)
+        return embeds
+
+    def fold(self) -> "Folded":
+        """Itself."""
+        return self
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Nothing is left to train."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig(ABC):
+    """A method's settings. Subclassing registers it under its class name in lower case.
+
+    A subclass must not say `@dataclass(slots=True)`: that makes the class anew, behind the registry's back.
+    """
+
+    name: ClassVar[str]
+    """The method's name in `METHODS`, on the command line and on disk."""
+    folds: ClassVar[str] = "prompt"
+    """What a finished prompt is on disk: `prompt`, or `prompt + position table`, `prompt + input table`."""
+
+    length: int = 100
+    """Virtual tokens in front of the input."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        cls.name = cls.__name__.lower()
+        known = METHODS.get(cls.name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"the method name {cls.name!r} is taken by {known.__module__}.{known.__qualname__}; rename the new class"
+            )
+        METHODS[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Refuse settings that cannot work; a subclass extends it.
+
+        Raises:
+            ValueError: naming the setting, its value and what it may be.
+        """
+        at_least(1, length=self.length)
+
+    @abstractmethod
+    def build(self, host: Host, generator: torch.Generator) -> SoftPrompt:
+        """A fresh prompt for `host`; equal generators give equal prompts."""
+
+    @abstractmethod
+    def count(self, dim: int) -> int:
+        """Trainable numbers for a host of width `dim`, in closed form."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` is its inverse."""
+        return {"method": self.name, **dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "PromptConfig":
+        """The config that wrote `values`.
+
+        Raises:
+            ValueError: an unknown method or setting, by name.
+        """
+        settings = dict(values)
+        method = settings.pop("method", None)
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}; known are {', '.join(sorted(METHODS))}")
+        config = METHODS[method]
+        fields = {field.name for field in dataclasses.fields(config)}
+        if unknown := sorted(set(settings) - fields):
+            raise ValueError(f"{method} has no setting {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
+        return config(**settings)
+
+    def replace(self, **changes: Any) -> Self:
+        """The same settings but for `changes`."""
+        return dataclasses.replace(self, **changes)
+
+
+def at_least(least: float, **settings: float) -> None:
+    """Refuse any setting below `least`, by name."""
+    for name, value in settings.items():
+        if not value >= least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")

@@ -1,0 +1,67 @@
+"""Where a prompt's first values come from, named by their source. All in units of the host's embedding RMS."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softprompt.prompts.base import Host
+
+Init = Literal["vocab", "uniform", "text", "words"]
+"""`vocab`: embeddings of random tokens; `uniform`: U(-0.5, 0.5); `text`: of a given text; `words`: of the task's answers."""
+
+
+def initial_rows(
+    init: Init, text: str, length: int, host: Host, generator: torch.Generator
+) -> Float[Tensor, "length dim"]:
+    """`length` starting vectors in units of the host's RMS.
+
+    Raises:
+        ValueError: `text` without a text, a text with `init` other than `text`, or `words` for a task without words.
+    """
+    check_init(init, text)
+    if init == "uniform":
+        return torch.rand(length, host.dim, generator=generator) - 0.5
+    if init == "vocab":
+        rows = host.sample(length, generator)
+    elif init == "text":
+        rows = host.embed(text, length)
+    else:
+        if not host.words:
+            raise ValueError("init is 'words', but the task has no label words; use 'vocab' or 'text'")
+        rows = host.embed("".join(host.words), length)
+    return rows / host.rms
+
+
+def check_init(init: Init, text: str) -> None:
+    """Refuse a text without `init='text'`, and the other way round."""
+    if (init == "text") != bool(text):
+        raise ValueError(f"init is {init!r} and init_text is {text!r}; a text goes with init 'text', and only with it")
+
+
+def factorise(
+    rows: Float[Tensor, "length dim"], rank: int, generator: torch.Generator
+) -> tuple[Float[Tensor, "length rank"], Float[Tensor, "rank dim"]]:
+    """The best rank-`rank` product for `rows` (truncated SVD), its singular values shared evenly by both factors.
+
+    Directions that `rows` do not have (repeated text, say) start as small noise on both sides, so that they can learn.
+
+    Reference: Eckart and Young, 1936.
+    """
+    left, values, right = torch.linalg.svd(rows.double(), full_matrices=False)
+    root = values[:rank].sqrt()
+    left, right = left[:, :rank] * root, root[:, None] * right[:rank]
+    missing = values[:rank] <= values[0] * 1e-6
+    if missing.any():
+        noise = 0.1 * float(values[0].sqrt())
+        count = int(missing.sum())
+        left[:, missing] = noise * torch.randn(len(rows), count, generator=generator).double() / len(rows) ** 0.5
+        right[missing] = noise * torch.randn(count, rows.shape[1], generator=generator).double() / rows.shape[1] ** 0.5
+    return left.float(), right.float()
+
+
+def check_scale(scale: float | None) -> None:
+    """Refuse a scale that would put nothing, or nonsense, in front of the input."""
+    if scale is not None and not (0 < scale < float("inf")):
+        raise ValueError(f"scale is {scale}; it must be a positive number, or none for the host's embedding RMS")

@@ -1,0 +1,65 @@
+"""Plain prompt tuning: every number of the prompt is trained."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from softprompt.prompts.base import Host, PromptConfig, PromptOnly
+from softprompt.prompts.init import Init, check_init, check_scale, initial_rows
+
+
+@final
+class PlainPrompt(PromptOnly):
+    """`P = scale * matrix`."""
+
+    scale: Tensor
+
+    def __init__(self, matrix: Float[Tensor, "prompt dim"], scale: float) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(matrix)
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def prompt(self) -> Float[Tensor, "prompt dim"]:
+        """The matrix in the host's units."""
+        return self.scale * self.matrix
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Plain(PromptConfig):
+    """`P` itself, `length * dim` numbers.
+
+    Reference: Lester, Al-Rfou and Constant 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning".
+    Differs: the matrix is kept in units of the host's embedding RMS, so that one learning rate fits every backbone;
+    `scale=1` is the published parameterisation.
+
+    >>> Plain(length=100).count(768)
+    76800
+    """
+
+    init: Init = "vocab"
+    """Where the first values come from."""
+    init_text: str = ""
+    """The text, with `init=text`."""
+    scale: float | None = None
+    """Size of one unit of the matrix; none: the host's embedding RMS."""
+
+    def check(self) -> None:
+        """Lengths, scales and initial values that make sense."""
+        super().check()
+        check_init(self.init, self.init_text)
+        check_scale(self.scale)
+
+    def build(self, host: Host, generator: torch.Generator) -> PlainPrompt:
+        """Start from `init`, whatever the scale: `uniform` is U(-0.5, 0.5) in units of the scale."""
+        scale = host.rms if self.scale is None else self.scale
+        rows = initial_rows(self.init, self.init_text, self.length, host, generator)
+        unit = 1.0 if self.init == "uniform" else host.rms / scale
+        return PlainPrompt(rows * unit, scale)
+
+    def count(self, dim: int) -> int:
+        """`length * dim`."""
+        return self.length * dim
