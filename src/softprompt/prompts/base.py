@@ -4,7 +4,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, final
+from typing import Any, ClassVar, Literal, Self, final
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 METHODS: dict[str, type["PromptConfig"]] = {}
 """Every method by name: `METHODS["dpt"] is DPT`. Filled by subclassing `PromptConfig`."""
+
+Beyond = Literal["refuse", "none"]
+"""A token past the end of a position table: `refuse` it with an error, or give it nothing."""
 
 
 @final
@@ -75,7 +78,7 @@ class SoftPrompt(nn.Module, ABC):
         """The input's own embeddings as this prompt wants them; most return `embeds` itself.
 
         `positions` count a row's real tokens from 0, so padding never moves a token; they are
-        meaningless (but in range) where a row is padding.
+        meaningless where a row is padding, but never past the row's last real token.
         """
 
     @abstractmethod
@@ -117,8 +120,9 @@ class Folded(SoftPrompt):
 
     Args:
         matrix: the virtual tokens.
-        position_table: added to the input's embeddings by a token's position; later positions get nothing.
+        position_table: added to the input's embeddings by a token's position.
         input_table: added to the input's embeddings by a token's id.
+        beyond: what a token past the position table gets.
 
     Costs `length * dim` floats, and the tables where there are any. It has no parameters: folding ends training.
     """
@@ -132,8 +136,10 @@ class Folded(SoftPrompt):
         matrix: Float[Tensor, "prompt dim"],
         position_table: Float[Tensor, "place dim"] | None = None,
         input_table: Float[Tensor, "vocab dim"] | None = None,
+        beyond: Beyond = "none",
     ) -> None:
         super().__init__()
+        self.beyond = beyond
         self.register_buffer("matrix", matrix)
         self.register_buffer("position_table", position_table)
         self.register_buffer("input_table", input_table)
@@ -153,11 +159,13 @@ class Folded(SoftPrompt):
         ids: Int[Tensor, "batch seq"],
         positions: Int[Tensor, "batch seq"],
     ) -> Float[Tensor, "batch seq dim"]:
-        """The embeddings plus the tables' rows."""
+        """The embeddings plus the tables' rows.
+
+        Raises:
+            ValueError: a position past the table, with `beyond=refuse`.
+        """
         if self.position_table is not None:
-            last = self.position_table.shape[0] - 1
-            rows = self.position_table[positions.clamp(max=last)]
-            embeds = embeds + torch.where((positions <= last)[..., None], rows, 0).to(embeds.dtype)
+            embeds = add_by_position(embeds, positions, self.position_table, self.beyond)
         if self.input_table is not None:
             embeds = embeds + self.input_table[ids].to(embeds.dtype)
         return embeds
@@ -206,6 +214,20 @@ class PromptConfig(ABC):
             ValueError: naming the setting, its value and what it may be.
         """
         at_least(1, length=self.length)
+        for group, rate in self.rates().items():
+            if not 0 < rate < float("inf"):
+                raise ValueError(f"{group}_rate is {rate}; a relative learning rate must be a positive number")
+
+    @final
+    def rates(self) -> dict[str, float]:
+        """Each group's learning rate relative to the run's: 1 for `prompt`, a field `x_rate` for the group `x`."""
+        named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.endswith("_rate")}
+        return {"prompt": 1.0} | {name.removesuffix("_rate"): rate for name, rate in named.items()}
+
+    @classmethod
+    @abstractmethod
+    def published(cls) -> Self:
+        """The settings of the paper or its code, in its units; only what the paper trains differs by task."""
 
     @abstractmethod
     def build(self, host: Host, generator: torch.Generator) -> SoftPrompt:
@@ -246,3 +268,24 @@ def at_least(least: float, **settings: float) -> None:
     for name, value in settings.items():
         if not value >= least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
+def add_by_position(
+    embeds: Float[Tensor, "batch seq dim"],
+    positions: Int[Tensor, "batch seq"],
+    table: Float[Tensor, "place dim"],
+    beyond: Beyond,
+) -> Float[Tensor, "batch seq dim"]:
+    """`embeds + table[positions]`, in the type of `embeds`.
+
+    Raises:
+        ValueError: a position past the table, with `beyond="refuse"`.
+    """
+    last = table.shape[0] - 1
+    if beyond == "refuse" and bool((positions > last).any()):
+        raise ValueError(
+            f"the input has {int(positions.max()) + 1} tokens, but the prompt has offsets for {last + 1}; "
+            "shorten the input, train with more positions, or set beyond to 'none'"
+        )
+    rows = table[positions.clamp(max=last)]
+    return embeds + torch.where((positions <= last)[..., None], rows, 0).to(embeds.dtype)

@@ -1,7 +1,7 @@
 """Decomposed prompt tuning: the prompt is a product of two thin matrices."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Self, final
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,19 @@ class DecomposedPrompt(PromptOnly):
     def prompt(self) -> Float[Tensor, "prompt dim"]:
         """The product in the host's units; its rank is at most that of the factors."""
         return self.scale * (self.left @ self.right)
+
+
+def decomposed(
+    left: Float[Tensor, "prompt rank"],
+    right: Float[Tensor, "rank dim"],
+    unit: float,
+    scale: float | None = None,
+) -> DecomposedPrompt:
+    """The prompt `unit * left @ right`, its factors at unit size or, given a `scale`, sharing what that leaves."""
+    if scale is None:
+        return DecomposedPrompt(left / _rms(left), right / _rms(right), unit * _rms(left) * _rms(right))
+    share = (unit / scale) ** 0.5
+    return DecomposedPrompt(left * share, right * share, scale)
 
 
 @final
@@ -67,6 +80,11 @@ class DPT(PromptConfig):
         check_init(self.init, self.init_text)
         check_scale(self.scale)
 
+    @classmethod
+    def published(cls) -> Self:
+        """Length 100 and rank 10, both factors U(-0.5, 0.5): entries of the prompt spread by sqrt(rank) / 12."""
+        return cls(length=100, rank=10, init="uniform", scale=1.0)
+
     def build(self, host: Host, generator: torch.Generator) -> DecomposedPrompt:
         """Uniform factors as published, or the truncated SVD of initial rows.
 
@@ -81,11 +99,7 @@ class DPT(PromptConfig):
             return DecomposedPrompt(left, right, host.rms if self.scale is None else self.scale)
         rows = initial_rows(self.init, self.init_text, self.length, host, generator)
         left, right = factorise(rows, self.rank, generator)
-        gain = _rms(left) * _rms(right)
-        if self.scale is None:
-            return DecomposedPrompt(left / _rms(left), right / _rms(right), host.rms * gain)
-        share = (host.rms / self.scale) ** 0.5
-        return DecomposedPrompt(left * share, right * share, self.scale)
+        return decomposed(left, right, host.rms, self.scale)
 
     def count(self, dim: int) -> int:
         """`rank * (length + dim)`."""

@@ -34,6 +34,18 @@ def initial_rows(
     return rows / host.rms
 
 
+def initial_matrix(
+    init: Init, text: str, length: int, host: Host, generator: torch.Generator, scale: float
+) -> Float[Tensor, "length dim"]:
+    """`length` starting vectors in units of `scale`; `uniform` is U(-0.5, 0.5) of them, whatever the scale.
+
+    Raises:
+        ValueError: as `initial_rows`.
+    """
+    rows = initial_rows(init, text, length, host, generator)
+    return rows if init == "uniform" else rows * (host.rms / scale)
+
+
 def check_init(init: Init, text: str) -> None:
     """Refuse a text without `init='text'`, and the other way round."""
     if (init == "text") != bool(text):
@@ -58,7 +70,7 @@ def factorise(
         count = int(missing.sum())
         left[:, missing] = noise * torch.randn(len(rows), count, generator=generator).double() / len(rows) ** 0.5
         right[missing] = noise * torch.randn(count, rows.shape[1], generator=generator).double() / rows.shape[1] ** 0.5
-    return left.float(), right.float()
+    return left.float().contiguous(), right.float().contiguous()
 
 
 def check_scale(scale: float | None) -> None:

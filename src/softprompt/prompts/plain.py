@@ -1,14 +1,14 @@
 """Plain prompt tuning: every number of the prompt is trained."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Self, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from softprompt.prompts.base import Host, PromptConfig, PromptOnly
-from softprompt.prompts.init import Init, check_init, check_scale, initial_rows
+from softprompt.prompts.init import Init, check_init, check_scale, initial_matrix
 
 
 @final
@@ -53,12 +53,17 @@ class Plain(PromptConfig):
         check_init(self.init, self.init_text)
         check_scale(self.scale)
 
+    @classmethod
+    def published(cls) -> Self:
+        """100 vectors of the vocabulary, trained as they are."""
+        return cls(length=100, init="vocab", scale=1.0)
+
     def build(self, host: Host, generator: torch.Generator) -> PlainPrompt:
         """Start from `init`, whatever the scale: `uniform` is U(-0.5, 0.5) in units of the scale."""
         scale = host.rms if self.scale is None else self.scale
-        rows = initial_rows(self.init, self.init_text, self.length, host, generator)
-        unit = 1.0 if self.init == "uniform" else host.rms / scale
-        return PlainPrompt(rows * unit, scale)
+        return PlainPrompt(
+            initial_matrix(self.init, self.init_text, self.length, host, generator, scale), scale
+        )
 
     def count(self, dim: int) -> int:
         """`length * dim`."""

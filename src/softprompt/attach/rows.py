@@ -1,0 +1,66 @@
+"""How a batch of rows is laid out: masks checked, padding moved to the front, a prompt for each row."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Rows laid out with all padding in front, and where they came from."""
+
+    ids: Int[Tensor, "batch seq"]
+    mask: Int[Tensor, "batch seq"]
+    order: Int[Tensor, "batch seq"]
+
+    def positions(self) -> Int[Tensor, "batch seq"]:
+        """Each token's place in its own text, from 0."""
+        return (self.mask.cumsum(1) - 1).clamp(min=0)
+
+    def first(self) -> Bool[Tensor, "batch seq"]:
+        """Where each row's first token is."""
+        return (self.mask.cumsum(1) == 1) & (self.mask == 1)
+
+
+def aligned(ids: Int[Tensor, "batch seq"], mask: Int[Tensor, "batch seq"]) -> Rows:
+    """The rows with their padding in front, and columns of padding alone cut off."""
+    order = mask.argsort(dim=1, stable=True)
+    order = order[:, int((mask.shape[1] - mask.sum(1)).min()) :]
+    return Rows(ids.gather(1, order), mask.gather(1, order), order)
+
+
+def row_index(index: Int[Tensor, " batch"] | None, count: int, ids: Int[Tensor, "batch seq"]) -> Int[Tensor, " batch"]:
+    """Which of `count` prompts each row takes.
+
+    Raises:
+        ValueError: several prompts and no index, or an index that is out of range or of another length.
+    """
+    batch = ids.shape[0]
+    if index is None:
+        if count > 1:
+            raise ValueError(f"{count} prompts are given and no index; say which prompt each of the {batch} rows takes")
+        return torch.zeros(batch, dtype=torch.long, device=ids.device)
+    if index.shape != (batch,) or int(index.min()) < 0 or int(index.max()) >= max(count, 1):
+        raise ValueError(f"index is {index.tolist()}; it needs {batch} numbers from 0 to {count - 1}, one a row")
+    return index.to(ids.device)
+
+
+def checked_mask(
+    ids: Int[Tensor, "batch seq"], mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None
+) -> Int[Tensor, "batch seq"]:
+    """The attention mask as integers, all ones where there is none.
+
+    Raises:
+        ValueError: another shape than the ids', values other than 0 and 1, or a row without a token.
+    """
+    if mask is None:
+        return torch.ones_like(ids)
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask is {tuple(mask.shape)} and input_ids {tuple(ids.shape)}; they must be equal")
+    mask = mask.long()
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("attention_mask holds other values than 0 and 1; give 1 for tokens and 0 for padding")
+    if empty := (mask.sum(1) == 0).nonzero()[:, 0].tolist():
+        raise ValueError(f"rows {empty} have no token; leave empty rows out")
+    return mask

@@ -1,0 +1,275 @@
+"""The frozen model: loads it from a hub id, a folder, a .gguf file or an asset, and tells its facts."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer
+
+from softprompt import assets, files
+from softprompt.prompts import Host
+
+Architecture = Literal["causal", "encoder_decoder", "encoder", "vision"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+_LOADERS: dict[Architecture, type[Any]] = {
+    "causal": transformers.AutoModelForCausalLM,
+    "encoder_decoder": transformers.AutoModelForSeq2SeqLM,
+    "encoder": transformers.AutoModel,
+    "vision": transformers.AutoModel,
+}
+
+
+@final
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen transformers model with its tokenizer: no parameter wants a gradient, dropout is off."""
+
+    model: Any
+    """The transformers model."""
+    tokenizer: Any
+    """Its fast tokenizer (an image processor for vision)."""
+    source: str
+    """What the user asked for: hub id, folder, file or asset."""
+    base: str
+    """What a run folder names as its base model: a hub id, or a folder's path."""
+    architecture: Architecture
+    """Which attachment fits."""
+    note: str = ""
+    """What a reader of a result should know of these weights; empty for most."""
+    _facts: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.model.requires_grad_(False)
+        self.model.eval()
+
+    @property
+    def dim(self) -> int:
+        """Width of the input embeddings (not `hidden_size`: OPT-350m, for one, projects in between)."""
+        return int(self._table.shape[1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that a row may have, prompt included; none where the model sets no limit."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        return int(limit) if isinstance(limit, int) and limit > 0 else None
+
+    @cached_property
+    def _table(self) -> torch.Tensor:
+        # Through the module, not its weight: Gemma and BART scale inside the embedding.
+        embeddings = self.model.get_input_embeddings()
+        with torch.no_grad():
+            ids = torch.arange(embeddings.weight.shape[0], device=embeddings.weight.device)
+            return embeddings(ids).detach().float().cpu()
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 over every weight's name, shape and bits at the time of the first look."""
+        return self.checksum()
+
+    def checksum(self) -> str:
+        """sha256 over every weight's name, shape and bits now: equal before and after training."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+            digest.update(memoryview(flat.numpy()))
+        return digest.hexdigest()
+
+    def host(self, words: tuple[str, ...] = ()) -> Host:
+        """The facts that a prompt method may know; `words` are the task's answers, where it has any."""
+        return Host(
+            embedding=self._table,
+            encode=lambda text: list(self.tokenizer(text, add_special_tokens=False)["input_ids"]),
+            words=words,
+            special=frozenset(int(i) for i in self.tokenizer.all_special_ids),
+        )
+
+
+def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbone:
+    """A frozen backbone from a hub id, a local folder, a `.gguf` file or an asset's name.
+
+    A `.gguf` file is dequantised once (about twenty seconds for 135M weights) and kept in the cache folder.
+
+    Args:
+        source: where the weights are.
+        dtype: `auto` takes bfloat16 where the device multiplies it faster than float32, measured once.
+        device: `auto` takes the first GPU, else the CPU.
+
+    Raises:
+        FileNotFoundError: nothing is at `source`.
+        ValueError: the model cannot take embeddings instead of ids, or dtype and model do not fit.
+    """
+    place = _device(device)
+    folder, base, note = _locate(source)
+    config = _config(folder, source)
+    architecture = _architecture(config)
+    kind = measured_dtype(place) if dtype == "auto" else getattr(torch, dtype)
+    if kind is torch.float16 and config.model_type in ("t5", "mt5", "umt5", "longt5"):
+        raise ValueError(f"{source} is a T5, which overflows in float16; use bfloat16 or float32")
+    model = _LOADERS[architecture].from_pretrained(folder, dtype=kind).to(place)
+    backbone = Backbone(model, _tokenizer(folder, source), source, base, architecture, note)
+    _check_embeddings(backbone)
+    return backbone
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not here; use auto, cpu or a device that torch lists") from error
+    return device
+
+
+def _locate(source: str) -> tuple[str, str, str]:
+    """Folder or hub id to load from, the base name for run folders, and a note on the weights."""
+    if source in assets.ASSETS:
+        asset = assets.ASSETS[source]
+        if asset.kind != "model":
+            raise ValueError(f"asset {source!r} is data, not a model; models are {', '.join(_models())}")
+        path = assets.fetch(source)
+        folder = converted(path, asset.sha256) if path.suffix == ".gguf" else path
+        return str(folder), asset.base, asset.note
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"backbone {source!r} is not there; give the path of a .gguf file")
+        return str(converted(path, _sha256(path))), str(path.resolve()), "dequantised from a GGUF file"
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"folder {source!r} has no config.json; give a folder that transformers can load")
+        return str(path.resolve()), str(path.resolve()), ""
+    return source, source, ""
+
+
+def _models() -> list[str]:
+    return [name for name, asset in assets.ASSETS.items() if asset.kind == "model"]
+
+
+def _config(folder: str, source: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"backbone {source!r} is neither a folder, a .gguf file, an asset ({', '.join(_models())}) nor a hub id "
+            "that can be reached or is in the hub's cache; check the name, or fetch the model first"
+        ) from error
+
+
+def _tokenizer(folder: str, source: str) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{source} has no fast tokenizer, which truncation needs; convert it to tokenizer.json first")
+    return tokenizer
+
+
+def _architecture(config: Any) -> Architecture:
+    if config.is_encoder_decoder:
+        return "encoder_decoder"
+    names = config.architectures or []
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        return "causal"
+    return "encoder" if hasattr(config, "vocab_size") else "vision"
+
+
+@torch.no_grad()
+def _check_embeddings(backbone: Backbone) -> None:
+    """Ids and their embeddings must give the same output, else no prompt means what it says."""
+    model = backbone.model
+    ids = torch.arange(5, 11, device=backbone.device)[None] % backbone.model.get_input_embeddings().weight.shape[0]
+    extra = {"decoder_input_ids": ids} if backbone.architecture == "encoder_decoder" else {}
+    try:
+        by_ids = model(input_ids=ids, **extra)[0]
+        by_embeds = model(inputs_embeds=model.get_input_embeddings()(ids), **extra)[0]
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"{backbone.source} ({model.config.model_type}) does not take inputs_embeds ({error}), so no prompt can be "
+            "put in front of its input; choose another backbone"
+        ) from error
+    gap = float((by_ids.float() - by_embeds.float()).abs().max())
+    if not gap <= 1e-3 * max(1.0, float(by_ids.float().abs().max())):
+        raise ValueError(
+            f"{backbone.source} ({model.config.model_type}) gives other outputs for embeddings than for their ids "
+            f"(largest difference {gap:.2g}): it treats the two differently, so a prompt would not mean what it says; "
+            "choose another backbone"
+        )
+
+
+def measured_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where `device` multiplies it faster than float32, else float32.
+
+    Measured once on this machine (a tenth of a second) and remembered in the cache folder.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    key = f"{device.type}/{name}/torch {torch.__version__}/{torch.get_num_threads()} threads"
+    file = assets.cache_folder() / "dtype.json"
+    try:
+        known: Mapping[str, str] = json.loads(file.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if known.get(key) not in ("float32", "bfloat16"):
+        times = {kind: _matmul_seconds(device, getattr(torch, kind)) for kind in ("float32", "bfloat16")}
+        known = {**known, key: min(times, key=lambda kind: times[kind])}
+        files.write_text(file, json.dumps(known, indent=1))
+    return torch.bfloat16 if known[key] == "bfloat16" else torch.float32
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    wanted = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:12]
+
+
+def _matmul_seconds(device: torch.device, dtype: torch.dtype) -> float:
+    left, right = (torch.randn(512, 512, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        (left @ right).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def converted(file: Path, digest: str) -> Path:
+    """The transformers folder of a `.gguf` file, made once and kept in the cache folder (float32)."""
+    folder = assets.cache_folder() / "backbones" / f"{file.stem}-{digest[:12]}"
+    if not folder.is_dir():
+        place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        try:
+            with files.replacing(folder) as draft:
+                model.save_pretrained(draft)
+                tokenizer.save_pretrained(draft)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was first, with the same bits
+                raise
+    return folder
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
