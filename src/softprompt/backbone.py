@@ -258,7 +258,10 @@ def converted(file: Path, digest: str) -> Path:
     folder = assets.cache_folder() / "backbones" / f"{file.stem}-{digest[:12]}"
     if not folder.is_dir():
         place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        unpacked = transformers.GgufConfig(dequantize=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            **place, dtype=torch.float32, quantization_config=unpacked
+        )
         tokenizer = AutoTokenizer.from_pretrained(**place)
         try:
             with files.replacing(folder) as draft:

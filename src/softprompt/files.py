@@ -1,10 +1,16 @@
-"""Writes that are whole or not at all: a temporary name beside the place, fsync, rename."""
+"""Files that are written whole or not at all (a temporary name, fsync, rename), and read without running any code."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 
 @contextmanager
@@ -44,3 +50,39 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A safetensors file, at once."""
+    with replacing(path) as draft:
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, draft, metadata={"format": "pt"})
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; nothing it holds can run.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, or it is damaged.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is not there; the run is damaged, train again")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is no whole safetensors file ({error}); it is damaged, train again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it is not there, no JSON or no object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not readable as JSON ({error}); it is damaged, train again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, not an object; it is damaged, train again")
+    return values

@@ -51,21 +51,13 @@ def fetch(name: str) -> Path:
     asset = _asset(name)
     if found := locate(name):
         return found
-    folder = _assets_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder, asset.key) as lock:
-            if found := _cached(asset):
-                return found
-            _sweep(folder, asset.key)
-            with tempfile.TemporaryDirectory(
-                dir=folder, prefix=f".{asset.key}.", suffix=".partial", ignore_cleanup_errors=True
-            ) as partial:
-                return _install(asset, Path(partial), lock)
+        with _partial(asset.key) as (partial, lock):
+            return _cached(asset) or _store(asset, partial, lock)
     except OSError as error:
         raise OSError(
-            f"asset {name!r} could not be stored in {folder} ({error.strerror or error}); make room or make it "
-            "writable, or set SOFTPROMPT_CACHE to another folder"
+            f"asset {name!r} could not be stored in {_assets_folder()} ({error.strerror or error}); make "
+            "room or make it writable, or set SOFTPROMPT_CACHE to another folder"
         ) from error
 
 
@@ -103,7 +95,8 @@ def _cached(asset: Asset) -> Path | None:
 
 
 def _installed(asset: Asset) -> Path | None:
-    with suppress(ValueError):  # a module in sys.modules that was made by hand and has no spec
+    # ValueError: a module in sys.modules made by hand, without a spec. OSError: not ours to read, or just gone.
+    with suppress(ValueError, OSError):
         spec = importlib.util.find_spec(asset.member.split("/")[0])
         for place in (spec and spec.submodule_search_locations) or ():
             checked = Path(place).parent / asset.checked
@@ -125,15 +118,31 @@ def _remembered_sha256(path: Path) -> str:
     digest = sha256(path)
     with suppress(OSError):  # a cache that cannot be written costs time, not the answer
         stamp.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=stamp.parent, prefix=".") as partial:
-            _write(Path(partial) / stamp.name, f"{digest} {state}".encode("ascii"))
-            os.replace(Path(partial) / stamp.name, stamp)
+        with _partial("stamps") as (partial, _), (partial / stamp.name).open("x", encoding="ascii") as file:
+            file.write(f"{digest} {state}")
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, stamp)
     return digest
 
 
 @contextmanager
+def _partial(key: str) -> Iterator[tuple[Path, int]]:
+    """An empty folder beside the finished ones, and the lock under which it is ours; gone when the block ends."""
+    folder = _assets_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder, key) as lock:
+        _sweep(folder, key)
+        # What cannot be cleaned up now must not hide the error that ended the block; the next sweep tries again.
+        with tempfile.TemporaryDirectory(
+            dir=folder, prefix=f".{key}.", suffix=".partial", ignore_cleanup_errors=True
+        ) as partial:
+            yield Path(partial), lock
+
+
+@contextmanager
 def _lock(folder: Path, key: str, *, wait: bool = True) -> Iterator[int]:
-    """Hold an asset's lock file; without `wait`, BlockingIOError if somebody else does. The file itself stays."""
+    """Hold a lock file; without `wait`, BlockingIOError if somebody else does. The file itself stays."""
     descriptor = os.open(folder / f"{key}.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,7 +152,7 @@ def _lock(folder: Path, key: str, *, wait: bool = True) -> Iterator[int]:
 
 
 def _sweep(folder: Path, held: str) -> None:
-    """Remove what killed processes left: a partial folder is made under its asset's lock, so a free lock says so."""
+    """Remove what killed processes left; a living one holds the lock of its partial folder, and `held` is ours."""
     for partial in folder.glob(".*.partial"):
         key = partial.name[1:].rsplit(".", 2)[0]
         if key == held:
@@ -153,7 +162,7 @@ def _sweep(folder: Path, held: str) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _install(asset: Asset, partial: Path, lock: int) -> Path:
+def _store(asset: Asset, partial: Path, lock: int) -> Path:
     """Download, unpack and check below `partial`, then move the asset to its place in one rename."""
     ready, place = partial / "ready", _assets_folder() / asset.key
     ready.mkdir()

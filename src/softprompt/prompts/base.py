@@ -4,11 +4,14 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, final
+from typing import Any, ClassVar, Literal, TypeVar, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+# Not `Self`: the tests' shape checker decorates methods, where it cannot be resolved.
+ConfigT = TypeVar("ConfigT", bound="PromptConfig")
 
 METHODS: dict[str, type["PromptConfig"]] = {}
 """Every method by name: `METHODS["dpt"] is DPT`. Filled by subclassing `PromptConfig`."""
@@ -200,7 +203,7 @@ class PromptConfig(ABC):
         known = METHODS.get(cls.name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(
-                f"the method name {cls.name!r} is taken by {known.__module__}.{known.__qualname__}; rename the new class"
+                f"the method name {cls.name!r} is taken by {known.__module__}.{known.__qualname__}; rename the new one"
             )
         METHODS[cls.name] = cls
 
@@ -226,8 +229,8 @@ class PromptConfig(ABC):
 
     @classmethod
     @abstractmethod
-    def published(cls) -> Self:
-        """The settings of the paper or its code, in its units; only what the paper trains differs by task."""
+    def published(cls) -> "PromptConfig":
+        """The settings that the paper or its code used, in its own units."""
 
     @abstractmethod
     def build(self, host: Host, generator: torch.Generator) -> SoftPrompt:
@@ -258,12 +261,12 @@ class PromptConfig(ABC):
             raise ValueError(f"{method} has no setting {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
         return config(**settings)
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self: ConfigT, **changes: Any) -> ConfigT:
         """The same settings but for `changes`."""
         return dataclasses.replace(self, **changes)
 
 
-def at_least(least: float, **settings: float) -> None:
+def at_least(least: int, **settings: int) -> None:
     """Refuse any setting below `least`, by name."""
     for name, value in settings.items():
         if not value >= least:

@@ -1,7 +1,7 @@
 """Decomposed prompt tuning: the prompt is a product of two thin matrices."""
 
 from dataclasses import dataclass
-from typing import Self, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -17,13 +17,11 @@ class DecomposedPrompt(PromptOnly):
 
     scale: Tensor
 
-    def __init__(
-        self, left: Float[Tensor, "prompt rank"], right: Float[Tensor, "rank dim"], scale: float
-    ) -> None:
+    def __init__(self, left: Float[Tensor, "prompt rank"], right: Float[Tensor, "rank dim"], scale: float) -> None:
         super().__init__()
         self.left = nn.Parameter(left)
         self.right = nn.Parameter(right)
-        self.register_buffer("scale", torch.tensor(scale))
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
 
     def prompt(self) -> Float[Tensor, "prompt dim"]:
         """The product in the host's units; its rank is at most that of the factors."""
@@ -81,7 +79,7 @@ class DPT(PromptConfig):
         check_scale(self.scale)
 
     @classmethod
-    def published(cls) -> Self:
+    def published(cls) -> "DPT":
         """Length 100 and rank 10, both factors U(-0.5, 0.5): entries of the prompt spread by sqrt(rank) / 12."""
         return cls(length=100, rank=10, init="uniform", scale=1.0)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from softprompt.prompts.base import Host
 
 Init = Literal["vocab", "uniform", "text", "words"]
-"""`vocab`: embeddings of random tokens; `uniform`: U(-0.5, 0.5); `text`: of a given text; `words`: of the task's answers."""
+"""`vocab`: rows of random tokens; `uniform`: U(-0.5, 0.5); `text`: of a given text; `words`: of the task's answers."""
 
 
 def initial_rows(

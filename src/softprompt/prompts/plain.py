@@ -1,7 +1,7 @@
 """Plain prompt tuning: every number of the prompt is trained."""
 
 from dataclasses import dataclass
-from typing import Self, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ class PlainPrompt(PromptOnly):
     def __init__(self, matrix: Float[Tensor, "prompt dim"], scale: float) -> None:
         super().__init__()
         self.matrix = nn.Parameter(matrix)
-        self.register_buffer("scale", torch.tensor(scale))
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
 
     def prompt(self) -> Float[Tensor, "prompt dim"]:
         """The matrix in the host's units."""
@@ -54,16 +54,14 @@ class Plain(PromptConfig):
         check_scale(self.scale)
 
     @classmethod
-    def published(cls) -> Self:
+    def published(cls) -> "Plain":
         """100 vectors of the vocabulary, trained as they are."""
         return cls(length=100, init="vocab", scale=1.0)
 
     def build(self, host: Host, generator: torch.Generator) -> PlainPrompt:
         """Start from `init`, whatever the scale: `uniform` is U(-0.5, 0.5) in units of the scale."""
         scale = host.rms if self.scale is None else self.scale
-        return PlainPrompt(
-            initial_matrix(self.init, self.init_text, self.length, host, generator, scale), scale
-        )
+        return PlainPrompt(initial_matrix(self.init, self.init_text, self.length, host, generator, scale), scale)
 
     def count(self, dim: int) -> int:
         """`length * dim`."""

@@ -1,0 +1,73 @@
+"""A run's README and its learning curve, for whoever opens the folder."""
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+from softprompt import files
+from softprompt.runs import Run
+
+
+def write(run: Run, results: Mapping[str, Any], refusal: str) -> None:
+    """Write `README.md`, and `curve.png` where the extra `report` is installed.
+
+    Args:
+        refusal: why there is no PEFT pair; empty where there is one.
+    """
+    files.write_text(run.folder / "README.md", _text(run, results, refusal))
+    if importlib.util.find_spec("matplotlib") is not None:
+        _curve(run)
+
+
+def _text(run: Run, results: Mapping[str, Any], refusal: str) -> str:
+    experiment, backbone = run.experiment, run.record["backbone"]
+    untouched = f"| untouched model, same template | {results['untouched']:.3f} |\n" if "untouched" in results else ""
+    note = f"\nThe backbone's weights: {backbone['note']}.\n" if backbone["note"] else ""
+    use = (
+        f"Stock PEFT cannot load it: {refusal}."
+        if refusal
+        else f"""Stock PEFT loads this folder as it is:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{backbone["base"]}"), "{run.name}")
+```"""
+    )
+    return f"""# {run.name}
+
+A soft prompt ({experiment.prompt.name}, {results["trainable"]:,} trained numbers, {experiment.prompt.length} virtual
+tokens) for the task `{run.task.name}` on the frozen `{backbone["base"]}`.
+{note}
+| | {results["metric"]} |
+|---|---|
+| test ({results["n_test"]} rows, 95 % interval {results["low"]:.3f} to {results["high"]:.3f}) | {results["test"]:.3f} |
+{untouched}| always the majority answer | {results["majority"]:.3f} |
+| development ({results["n_dev"]} rows, chose the checkpoint of step {results["best_step"]}) | {results["dev"]:.3f} |
+
+{use}
+
+```
+softprompt predict {run.name} --input rows.csv
+softprompt evaluate {run.name}
+```
+
+`softprompt.json` says how it was made; `softprompt.safetensors` holds the method's own tensors.
+"""
+
+
+def _curve(run: Run) -> None:
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+
+    lines = list(run.metrics())
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    losses = figure.subplots()
+    losses.plot([line["step"] for line in lines], [line["loss"] for line in lines], color="0.6", linewidth=0.8)
+    losses.set(xlabel="step", ylabel="training loss", title=run.name)
+    scores = losses.twinx()
+    points = [(line["step"], line["dev"]) for line in lines if "dev" in line]
+    scores.plot([step for step, _ in points], [value for _, value in points], marker="o", color="C0")
+    scores.set_ylabel(f"development {run.task.metrics[0]}", color="C0")
+    with files.replacing(run.folder / "curve.png") as draft:
+        figure.savefig(draft, format="png", dpi=120)

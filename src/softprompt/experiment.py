@@ -1,0 +1,136 @@
+"""What is to be done, as one frozen value: backbone, task, prompt, training, seed."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Self, final
+
+import tyro
+
+from softprompt.backbone import Dtype
+from softprompt.prompts import PromptConfig
+from softprompt.prompts.dpt import DPT
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a prompt is trained."""
+
+    steps: int = 300
+    """Optimiser steps."""
+    batch: int = 16
+    """Rows a step, over all processes."""
+    lr: float = 0.03
+    """Peak learning rate, in units of the prompt's scale; the same number fits every backbone."""
+    objective: Literal["vocabulary", "candidates"] = "candidates"
+    """Cross-entropy of the answer's tokens over the vocabulary (as the papers), or among the task's label words.
+    A task without label words always takes the vocabulary."""
+    warmup: float = 0.1
+    """Share of the steps over which the learning rate rises from 0."""
+    decay: Literal["linear", "cosine", "none"] = "linear"
+    """How the learning rate falls to 0 after the warm-up."""
+    weight_decay: float = 1e-5
+    """Of AdamW."""
+    clip: float = 1.0
+    """Largest gradient norm; 0: no clipping."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after another; saves memory and changes nothing else."""
+    evaluate_every: int = 50
+    """Steps between two evaluations on the development split, each with a checkpoint."""
+    patience: int = 0
+    """Stop after so many evaluations without a better one; 0: never."""
+    dev_rows: int = 500
+    """Development rows looked at in training, drawn by the seed; 0: all."""
+    test_rows: int = 0
+    """Test rows scored at the end, drawn by the task's own fixed seed; 0: all."""
+    max_tokens: int = 0
+    """Longest input; longer rows lose the end of their longest field. 0: what the task says."""
+    shots: int = 0
+    """Training rows a class (few-shot); 0: all."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("patience", "dev_rows", "test_rows", "max_tokens", "shots", "weight_decay", "clip"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if not (0 < self.lr < math.inf):
+            raise ValueError(f"lr is {self.lr}; it must be a positive number (0.03 is the default)")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, from 0 to 1")
+        if self.accumulate > self.batch:
+            raise ValueError(f"accumulate is {self.accumulate} and batch {self.batch}; a part needs at least one row")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step `step`, counted from 0."""
+        rising = round(self.warmup * self.steps)
+        if step < rising:
+            return self.lr * (step + 1) / rising
+        share = (step - rising) / max(self.steps - rising, 1)
+        fall = {"linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2, "none": 1.0}
+        return self.lr * fall[self.decay]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One training run, fully said: equal experiments give equal results on one machine.
+
+    >>> Experiment(task="boolq", prompt=DPT(rank=5)).hash == Experiment(task="boolq", prompt=DPT(rank=5)).hash
+    True
+    """
+
+    backbone: str = "smollm2-135m"
+    """Hub id, folder, .gguf file or asset."""
+    task: str = "sentiment"
+    """Name of a built-in task, or path of the TOML file of your own."""
+    data: str | None = None
+    """Where the task's rows are, if not where the task says."""
+    prompt: Annotated[PromptConfig, tyro.conf.Suppress] = field(
+        default_factory=DPT
+    )  # a subcommand, see cli/commands.py
+    """The method and its settings."""
+    training: Training = field(default_factory=Training)
+    """How it is trained."""
+    seed: int = 0
+    """Of the prompt's first values, the order of rows and all draws."""
+    dtype: Dtype = "auto"
+    """What the frozen backbone computes in; the prompt and the optimiser are always float32."""
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical JSON."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` is its inverse."""
+        return {**dataclasses.asdict(self), "prompt": self.prompt.to_json()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The experiment that wrote `values`.
+
+        Raises:
+            ValueError: an unknown setting, by name.
+        """
+        settings = dict(values)
+        _refuse_unknown(cls, settings)
+        training = dict(settings.pop("training", {}))
+        _refuse_unknown(Training, training)
+        prompt = PromptConfig.from_json(settings.pop("prompt"))
+        return cls(**settings, prompt=prompt, training=Training(**training))
+
+    def replace(self, **changes: Any) -> Self:
+        """The same experiment but for `changes`."""
+        return dataclasses.replace(self, **changes)
+
+
+def _refuse_unknown(kind: type[Any], values: Mapping[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{kind.__name__} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")

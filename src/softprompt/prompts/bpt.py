@@ -1,0 +1,127 @@
+"""Bilinear prompt tuning: a prompt times a matrix that whitens the input, or times a learned one in its place."""
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from softprompt.prompts.base import Host, PromptConfig, PromptOnly, at_least
+from softprompt.prompts.init import check_scale
+
+Mode = Literal["bilinear", "frozen", "tuned"]
+"""The second factor: `bilinear` a thin learned one; a whitening matrix, `frozen` or `tuned` with the first."""
+
+
+@final
+class BilinearPrompt(PromptOnly):
+    """`P = scale * left @ right`; `right` is trained, or a whitening matrix that stays as it is."""
+
+    scale: Tensor
+    right: Tensor
+
+    def __init__(
+        self,
+        left: Float[Tensor, "prompt inner"],
+        right: Float[Tensor, "inner dim"],
+        scale: float,
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        self.left = nn.Parameter(left)
+        if frozen:
+            # Saved all the same: a sample of another day would whiten otherwise.
+            self.register_buffer("right", right)
+        else:
+            self.right = nn.Parameter(right)
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
+
+    def prompt(self) -> Float[Tensor, "prompt dim"]:
+        """The product in the host's units."""
+        return self.scale * (self.left @ self.right)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class BPT(PromptConfig):
+    """`P = A B^T`, `(length + dim) * rank` numbers; or `P = P0 W^T` with `W` whitening the input vectors.
+
+    Whitening costs one eigendecomposition of a `dim * dim` matrix when the prompt is built, and `dim * dim` numbers
+    on disk; folded it costs nothing. Any `scale` starts as published, times that scale; none puts both factors at
+    unit size and the first prompt at the host's embedding RMS, so that one learning rate fits every backbone.
+    Reference: Wang, Duan and Kong 2025, "Attention to the Burstiness in Visual Prompt Tuning!"; `left` is their A or
+    P0, `right` their B^T or W^T, `rank` their p. `W = (Sigma + eps I)^(-1/2)` is symmetric (ZCA), and Sigma is not
+    centred, as theirs is not.
+    Differs: the published Sigma sees patches through the first layer's query and key weights, this one the input
+    vectors alone; it has no eps, so that a rank-deficient sample divides by zero; its prompts must fill a square
+    grid; it divides Sigma by `dim` too. `scale=1` is the published form of what is left.
+
+    >>> BPT(length=100, rank=75).count(768)
+    65100
+    """
+
+    rank: int = 75
+    """Width of the two factors, with `mode=bilinear`; may exceed the length."""
+    mode: Mode = "bilinear"
+    """What the second factor is."""
+    samples: int = 4096
+    """Input vectors that the whitening matrix is made from."""
+    eps: float = 1e-3
+    """Added to the variances that are whitened, in units of their mean."""
+    scale: float | None = None
+    """Size of one unit of the product; none: chosen from the host's embedding RMS."""
+
+    def check(self) -> None:
+        """Sizes and scales that make sense."""
+        super().check()
+        at_least(1, rank=self.rank, samples=self.samples)
+        if self.mode not in ("bilinear", "frozen", "tuned"):
+            raise ValueError(f"mode is {self.mode!r}; it must be 'bilinear', 'frozen' or 'tuned'")
+        if not 0 < self.eps < float("inf"):
+            raise ValueError(
+                f"eps is {self.eps}; it must be a positive number, or a rank-deficient sample has no whitening"
+            )
+        check_scale(self.scale)
+
+    @classmethod
+    def published(cls) -> "BPT":
+        """Length 100 and rank 75, A ~ N(0, 0.02) and B Xavier uniform."""
+        return cls(length=100, rank=75, scale=1.0)
+
+    def build(self, host: Host, generator: torch.Generator) -> BilinearPrompt:
+        """A normal first factor; a uniform or a whitening second one."""
+        inner = self.rank if self.mode == "bilinear" else host.dim
+        left = torch.randn(self.length, inner, generator=generator)
+        if self.mode == "bilinear":
+            bound = (6 / (inner + host.dim)) ** 0.5
+            right = torch.empty(inner, host.dim).uniform_(-bound, bound, generator=generator)
+        else:
+            right = whitening(host.sample(self.samples, generator), self.eps).T.contiguous()
+        frozen = self.mode == "frozen"
+        if self.scale is not None:
+            return BilinearPrompt(0.02 * left, right, self.scale, frozen)
+        # Unit entries on both sides sum over `inner` products to a prompt of size sqrt(inner).
+        unit = right / right.square().mean().sqrt()
+        return BilinearPrompt(left, unit, host.rms / inner**0.5, frozen)
+
+    def count(self, dim: int) -> int:
+        """`(length + dim) * rank`; whitened `length * dim`, and `dim * dim` more if that is tuned."""
+        if self.mode == "bilinear":
+            return (self.length + dim) * self.rank
+        return self.length * dim + (dim * dim if self.mode == "tuned" else 0)
+
+
+def whitening(rows: Float[Tensor, "sample dim"], eps: float) -> Float[Tensor, "dim dim"]:
+    """`(Sigma + eps * mean eigenvalue * I)^(-1/2)` of the second moment `Sigma = X^T X / n`; symmetric.
+
+    Raises:
+        ValueError: every row is zero.
+    """
+    moment = rows.double().T @ rows.double() / rows.shape[0]
+    floor = eps * moment.diagonal().mean()
+    if not floor > 0:
+        raise ValueError("every sampled input vector is zero, which cannot be whitened; use mode 'bilinear'")
+    values, vectors = torch.linalg.eigh(moment)
+    # Rounding leaves the empty directions slightly negative.
+    return ((vectors * (values.clamp(min=0) + floor).rsqrt()) @ vectors.T).float()

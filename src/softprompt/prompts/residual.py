@@ -1,0 +1,106 @@
+"""Residual prompt tuning: a small network re-parameterises the prompt, beside a skip connection."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from softprompt.prompts.base import Host, PromptConfig, PromptOnly, at_least
+from softprompt.prompts.init import Init, check_init, check_scale, initial_matrix
+
+
+@final
+class ResidualPrompt(PromptOnly):
+    """`P' = scale * (matrix + LayerNorm(ReLU(matrix @ down + down_bias) @ up + up_bias))`.
+
+    All but `matrix` carry a leading axis of networks: one for all positions, or one for each.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self,
+        matrix: Float[Tensor, "prompt dim"],
+        networks: int,
+        width: int,
+        scale: float,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        dim = matrix.shape[1]
+        self.matrix = nn.Parameter(matrix)
+        # torch's own start of a linear layer, which the published code leaves in place: U(+-1/sqrt(inputs)).
+        self.down = nn.Parameter(_uniform(dim, generator, networks, dim, width))
+        self.down_bias = nn.Parameter(_uniform(dim, generator, networks, 1, width))
+        self.up = nn.Parameter(_uniform(width, generator, networks, width, dim))
+        self.up_bias = nn.Parameter(_uniform(width, generator, networks, 1, dim))
+        self.gain = nn.Parameter(torch.ones(networks, 1, dim))
+        self.bias = nn.Parameter(torch.zeros(networks, 1, dim))
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
+
+    def prompt(self) -> Float[Tensor, "prompt dim"]:
+        """The matrix plus its normalised branch, in the host's units."""
+        networks, _, dim = self.up.shape
+        # [1, length, dim] for a shared network, [length, 1, dim] for one each: no network is ever copied.
+        rows = self.matrix.view(networks, -1, dim)
+        hidden = torch.relu(rows @ self.down + self.down_bias)
+        branch = nn.functional.layer_norm(hidden @ self.up + self.up_bias, (dim,))
+        return self.scale * (rows + branch * self.gain + self.bias).view(-1, dim)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Residual(PromptConfig):
+    """`P' = P + LayerNorm(W_up ReLU(W_down P + b1) + b2)`, `2*dim*width + width + 3*dim + dim*length` numbers.
+
+    Costs a two-layer network a step, nothing after folding; a finished prompt keeps `length * dim` numbers.
+    Reference: Razdaibiedina et al. 2023, "Residual Prompt Tuning: Improving Prompt Tuning with Residual
+    Reparameterization".
+    Differs: P and the branch are both kept at unit size and a constant carries their sum to the host's embedding
+    RMS, so that one learning rate fits every backbone (`scale=1` is the published form); the network is saved
+    with the prompt, which the published code forgets; the count includes the biases, which the paper's leaves out.
+
+    >>> Residual(length=100, width=400).count(1024)
+    925072
+    """
+
+    width: int = 400
+    """Hidden size of the network."""
+    shared: bool = True
+    """One network for all positions; no: one for each, `length` times the network's numbers."""
+    init: Init = "vocab"
+    """Where the matrix's first values come from."""
+    init_text: str = ""
+    """The text, with `init=text`."""
+    scale: float | None = None
+    """Size of one unit of the matrix and of the branch; none: the host's embedding RMS."""
+
+    def check(self) -> None:
+        """Widths, scales and initial values that make sense."""
+        super().check()
+        at_least(1, width=self.width)
+        check_init(self.init, self.init_text)
+        check_scale(self.scale)
+
+    @classmethod
+    def published(cls) -> "Residual":
+        """Length 100 and width 400, as in the papers' comparisons (the code's own defaults are 10 and 800)."""
+        return cls(length=100, width=400, init="vocab", scale=1.0)
+
+    def build(self, host: Host, generator: torch.Generator) -> ResidualPrompt:
+        """Initial rows and a random network: the branch starts at unit size, so P' starts apart from P."""
+        scale = host.rms if self.scale is None else self.scale
+        matrix = initial_matrix(self.init, self.init_text, self.length, host, generator, scale)
+        return ResidualPrompt(matrix, 1 if self.shared else self.length, self.width, scale, generator)
+
+    def count(self, dim: int) -> int:
+        """The matrix, and each network with its biases and layer norm."""
+        network = 2 * dim * self.width + self.width + 3 * dim
+        return dim * self.length + network * (1 if self.shared else self.length)
+
+
+def _uniform(inputs: int, generator: torch.Generator, *shape: int) -> Tensor:
+    bound = inputs**-0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

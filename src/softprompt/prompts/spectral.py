@@ -1,0 +1,124 @@
+"""A prompt as its singular value decomposition, whose values training can switch off: how much rank is needed."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from softprompt.prompts.base import Host, PromptConfig, PromptOnly
+from softprompt.prompts.dpt import DecomposedPrompt, decomposed
+from softprompt.prompts.init import Init, check_init, check_scale, initial_matrix
+
+
+@final
+class SpectralPrompt(PromptOnly):
+    """`P = scale * left @ diag(ReLU(values - threshold)) @ right`."""
+
+    scale: Tensor
+    threshold: Tensor
+
+    def __init__(
+        self,
+        left: Float[Tensor, "prompt rank"],
+        values: Float[Tensor, " rank"],
+        right: Float[Tensor, "rank dim"],
+        scale: float,
+        threshold: float,
+    ) -> None:
+        super().__init__()
+        self.left = nn.Parameter(left)
+        self.values = nn.Parameter(values)
+        self.right = nn.Parameter(right)
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
+        self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float32))
+
+    def prompt(self) -> Float[Tensor, "prompt dim"]:
+        """The product of what is left above the threshold, in the host's units."""
+        return self.scale * ((self.left * self._positive()) @ self.right)
+
+    def rank(self) -> int:
+        """How many values are left: a bound on the rank of the prompt."""
+        return int((self._positive() > 0).sum())
+
+    def to_dpt(self) -> DecomposedPrompt:
+        """The same prompt as the two factors of a DPT of the rank found; train on with it as it is.
+
+        To keep it in a run, build a prompt of the settings `DPT(length=..., rank=...)` and load this one's state.
+
+        Raises:
+            ValueError: no value is left.
+        """
+        positive = self._positive().detach()
+        alive = positive > 0
+        if not alive.any():
+            raise ValueError("every singular value is off, so there is no rank to keep; train at a lower learning rate")
+        root = positive[alive].sqrt()
+        return decomposed(
+            self.left.detach()[:, alive] * root, root[:, None] * self.right.detach()[alive], float(self.scale)
+        )
+
+    def _positive(self) -> Float[Tensor, " rank"]:
+        return torch.relu(self.values - self.threshold)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Spectral(PromptConfig):
+    """`P = U diag(ReLU(s)) V`, `k * (length + dim + 1)` numbers with `k = min(length, dim)`.
+
+    A pilot for DPT: train it, read `rank()`, and go on with `to_dpt()`. ReLU alone switches values off: one that a
+    step carries to zero has no gradient and never revives, so the rank never grows and part of its fall is the
+    optimiser's noise, not the task; compare the spectrum of `plain` trained alike. For pressure beyond that, give
+    a `threshold`: values start that far above it, and an optimiser's weight decay, which pulls towards zero,
+    carries what the task does not hold up below it.
+    Reference: the pilot study of Xiao et al. 2023, "Decomposed Prompt Tuning via Low-Rank Reparameterization".
+    Differs: the study's code was never published, so the start (the SVD of initial rows, at full rank) is ours; the
+    three factors are kept at unit size and a constant carries the product to the host's embedding RMS (`scale=1`
+    keeps U and V orthonormal and s in the host's units); the threshold is ours, and 0 is the published form.
+
+    >>> Spectral(length=100).count(768)
+    86900
+    """
+
+    threshold: float = 0.0
+    """What a singular value must exceed to count, in units of the values' first root mean square."""
+    init: Init = "vocab"
+    """Where the rows come from whose decomposition is the start."""
+    init_text: str = ""
+    """The text, with `init=text`."""
+    scale: float | None = None
+    """Size of one unit of the product; none: chosen from the host's embedding RMS."""
+
+    def check(self) -> None:
+        """A threshold, a scale and initial values that make sense."""
+        super().check()
+        if not 0 <= self.threshold < float("inf"):
+            raise ValueError(f"threshold is {self.threshold}; it must be at least 0 and finite")
+        check_init(self.init, self.init_text)
+        check_scale(self.scale)
+
+    @classmethod
+    def published(cls) -> "Spectral":
+        """Length 100, no threshold, and plain orthonormal factors."""
+        return cls(length=100, scale=1.0)
+
+    def build(self, host: Host, generator: torch.Generator) -> SpectralPrompt:
+        """The singular value decomposition of initial rows; directions that they do not have are off from the start."""
+        scale = host.rms if self.scale is None else self.scale
+        rows = initial_matrix(self.init, self.init_text, self.length, host, generator, scale)
+        left, values, right = torch.linalg.svd(rows.double(), full_matrices=False)
+        values = torch.where(values > values[0] * 1e-6, values, 0)
+        size = float(values.square().mean().sqrt())
+        threshold = self.threshold * size
+        if self.scale is None:
+            tall, wide = left.shape[0] ** 0.5, right.shape[1] ** 0.5
+            left, values, right, threshold = left * tall, values / size, right * wide, self.threshold
+            scale = host.rms * size / (tall * wide)
+        values = values + threshold
+        return SpectralPrompt(left.float().contiguous(), values.float(), right.float().contiguous(), scale, threshold)
+
+    def count(self, dim: int) -> int:
+        """`min(length, dim) * (length + dim + 1)`."""
+        return min(self.length, dim) * (self.length + dim + 1)

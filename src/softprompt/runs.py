@@ -1,0 +1,220 @@
+"""A run's folder: written whole or not at all, never overwritten, read without running any code."""
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from softprompt import __version__, files
+from softprompt.backbone import Backbone
+from softprompt.experiment import Experiment
+from softprompt.prompts import Folded, SoftPrompt
+from softprompt.tasks import Task
+
+RECORD = "softprompt.json"
+TENSORS = "softprompt.safetensors"
+METRICS = "metrics.jsonl"
+PREDICTIONS = "predictions.jsonl"
+_FORMAT = 1
+
+
+@final
+@dataclass(frozen=True)
+class Run:
+    """A folder with one experiment in it."""
+
+    folder: Path
+    experiment: Experiment
+    task: Task
+    record: Mapping[str, Any]
+    """Versions, backbone hash and, once finished, results."""
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @property
+    def results(self) -> Mapping[str, Any] | None:
+        """What came out; none while it is not finished."""
+        return self.record.get("results")
+
+    def finish(self, prompt: SoftPrompt, results: Mapping[str, Any]) -> "Run":
+        """Keep the prompt and its results; the record is written last, so a run with results is whole."""
+        files.write_tensors(self.folder / TENSORS, prompt.state_dict())
+        record = {**self.record, "results": dict(results)}
+        files.write_text(self.folder / RECORD, json.dumps(record, indent=1))
+        return Run(self.folder, self.experiment, self.task, record)
+
+    def prompt(self, backbone: Backbone) -> SoftPrompt:
+        """The trained prompt, for `backbone`.
+
+        Raises:
+            ValueError: the run is not finished, its file is damaged, or it was trained on another backbone.
+        """
+        if self.results is None:
+            raise ValueError(f"run {self.folder} is not finished; go on with: softprompt train --resume {self.folder}")
+        if (width := self.record["backbone"]["dim"]) != backbone.dim:
+            raise ValueError(
+                f"run {self.folder} was trained on {self.experiment.backbone} ({width} wide), and {backbone.source} is "
+                f"{backbone.dim} wide; use the backbone it was trained on"
+            )
+        prompt = self.fresh_prompt(backbone)
+        load_tensors(prompt, files.read_tensors(self.folder / TENSORS), str(self.folder / TENSORS))
+        return prompt
+
+    def fresh_prompt(self, backbone: Backbone) -> SoftPrompt:
+        """The prompt as it was before the first step."""
+        generator = torch.Generator().manual_seed(self.experiment.seed)
+        return self.experiment.prompt.build(backbone.host(self.task.answers), generator)
+
+    def predictions(self) -> list[dict[str, Any]]:
+        """The answers on the test split: `row`, `answer` and `gold`, in the split's order."""
+        return [json.loads(line) for line in (self.folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line cut by a killed process is left out."""
+        path = self.folder / METRICS
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+    def rewind_metrics(self, step: int) -> None:
+        """Forget the lines after `step`; they will be written again."""
+        kept = [json_line(line) for line in self.metrics() if line["step"] <= step]
+        files.write_text(self.folder / METRICS, "".join(kept))
+
+
+def create(experiment: Experiment, task: Task, backbone: Backbone, out: Path, name: str | None, data: str) -> Run:
+    """A new folder `out/name` with the experiment's record.
+
+    Args:
+        name: none: made from task, method and seed, with a number where it is taken.
+        data: fingerprint of the rows.
+
+    Raises:
+        FileExistsError: `name` is given and taken.
+        ValueError: `name` is no plain folder name.
+    """
+    if name is not None and (not name or name != Path(name).name or name.startswith(".")):
+        raise ValueError(f"run name {name!r} is no plain folder name; leave out slashes and leading dots")
+    out.mkdir(parents=True, exist_ok=True)
+    folder = _claim(out, name, f"{task.name}-{experiment.prompt.name}-{experiment.seed}")
+    record = {
+        "format": _FORMAT,
+        "hash": experiment.hash,
+        "experiment": experiment.to_json(),
+        "task": task.to_json(),
+        "data": data,
+        "backbone": {
+            "base": backbone.base,
+            "dim": backbone.dim,
+            "hash": backbone.hash,
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+            "architecture": backbone.architecture,
+            "note": backbone.note,
+        },
+        "versions": versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "results": None,
+    }
+    files.write_text(folder / RECORD, json.dumps(record, indent=1))
+    return Run(folder, experiment, task, record)
+
+
+def open_run(folder: str | Path) -> Run:
+    """The run in `folder`.
+
+    Raises:
+        FileNotFoundError: there is no run there.
+        ValueError: its record is damaged or from a later version.
+    """
+    path = Path(folder).expanduser()
+    if not (path / RECORD).is_file():
+        raise FileNotFoundError(f"{str(folder)!r} is no run: it has no {RECORD}; see softprompt list runs")
+    record = files.read_json(path / RECORD)
+    if record.get("format") != _FORMAT:
+        raise ValueError(f"{path / RECORD} has format {record.get('format')!r}, this version reads {_FORMAT}; upgrade")
+    try:
+        return Run(path, Experiment.from_json(record["experiment"]), Task.from_json(record["task"]), record)
+    except KeyError as error:
+        raise ValueError(f"{path / RECORD} lacks {error}; it is damaged, train again") from error
+
+
+def list_runs(out: Path) -> list[Run]:
+    """Every run below `out`, by name."""
+    return [open_run(record.parent) for record in sorted(out.glob(f"*/{RECORD}"))]
+
+
+def read_prompt(folder: Path, backbone: Backbone) -> SoftPrompt:
+    """The prompt of a run, or of a plain PEFT prompt-tuning folder, for `backbone`."""
+    if (folder / RECORD).is_file():
+        return open_run(folder).prompt(backbone)
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} holds neither a run ({RECORD}) nor a PEFT prompt ({file.name})")
+    tensors = files.read_tensors(file)
+    if "prompt_embeddings" not in tensors or len(tensors) > 1:
+        raise ValueError(
+            f"{file} holds {', '.join(sorted(tensors))}; a plain PEFT prompt holds prompt_embeddings alone"
+        )
+    matrix = tensors["prompt_embeddings"].float()
+    if matrix.ndim != 2 or matrix.shape[1] != backbone.dim or not bool(matrix.isfinite().all()):
+        raise ValueError(
+            f"{file} holds a prompt of shape {tuple(matrix.shape)}; {backbone.source} takes finite [length, {backbone.dim}]"
+        )
+    return Folded(matrix)
+
+
+def load_tensors(prompt: SoftPrompt, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Put `tensors` into `prompt`.
+
+    Raises:
+        ValueError: other names or shapes than the prompt's, or values that are not finite.
+    """
+    own = prompt.state_dict()
+    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        raise ValueError(f"{source} holds {shapes}, not the tensors of its own experiment; it was swapped or damaged")
+    if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+        raise ValueError(f"{source} holds NaN or infinity in {', '.join(bad)}; it is damaged, train again")
+    prompt.load_state_dict(dict(tensors))
+
+
+def json_line(values: Mapping[str, Any]) -> str:
+    """One line of a JSONL file."""
+    return json.dumps(values) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """What computed it."""
+    packages = ("torch", "transformers", "accelerate", "datasets", "safetensors")
+    return {
+        "softprompt": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def _claim(out: Path, name: str | None, stem: str) -> Path:
+    """A folder nobody has; `mkdir` decides between two processes."""
+    for count in range(1, 10_000):
+        folder = out / (name or (stem if count == 1 else f"{stem}-{count}"))
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            if name is not None:
+                raise FileExistsError(
+                    f"run {folder} exists and is never overwritten; choose another --name, or go on with --resume {folder}"
+                ) from None
+        else:
+            return folder
+    raise FileExistsError(f"{out} has 9,999 runs named {stem}; give a --name")

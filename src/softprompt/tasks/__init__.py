@@ -1,0 +1,40 @@
+"""Tasks: what is learned, its rows, its tokens and its scores; `TASKS` has the built-in ones by name."""
+
+from softprompt.tasks import boolq, sentiment  # noqa: F401  (each registers itself)
+from softprompt.tasks.base import READERS, TASKS, Task, Template, register
+from softprompt.tasks.batch import IGNORED, Batch, batches, collate, schedule
+from softprompt.tasks.data import Splits, check, cut, shots, splits
+from softprompt.tasks.encode import Example, answer_ids, encode
+from softprompt.tasks.metrics import METRICS, Answers, Metric
+from softprompt.tasks.rows import read_rows
+from softprompt.tasks.score import Prediction, Score, score
+from softprompt.tasks.table import load_task
+
+__all__ = [
+    "IGNORED",
+    "METRICS",
+    "READERS",
+    "TASKS",
+    "Answers",
+    "Batch",
+    "Example",
+    "Metric",
+    "Prediction",
+    "Score",
+    "Splits",
+    "Task",
+    "Template",
+    "answer_ids",
+    "batches",
+    "check",
+    "collate",
+    "cut",
+    "encode",
+    "load_task",
+    "read_rows",
+    "register",
+    "schedule",
+    "score",
+    "shots",
+    "splits",
+]

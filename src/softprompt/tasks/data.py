@@ -1,0 +1,208 @@
+"""A task's rows in three splits, and few-shot draws of them."""
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar, final
+
+from datasets import Dataset
+
+from softprompt.tasks.base import READERS, Task, suggest
+from softprompt.tasks.rows import read_rows
+from softprompt.tasks.template import value_text
+
+_Key = TypeVar("_Key", int, str)
+
+DEV, TEST = 0.1, 0.2
+"""The shares that are cut for a split that a source has not."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Checked rows: every one renders, and has an answer."""
+
+    train: Dataset
+    dev: Dataset
+    """Selects the checkpoint."""
+    test: Dataset
+    """Held out."""
+    fingerprint: str
+    """sha256 over what the task reads of every row, split by split."""
+    majority: int | str
+    """The training split's most frequent answer."""
+    warnings: tuple[str, ...] = ()
+    """What works but looks wrong, a sentence each."""
+
+
+def splits(task: Task, data: str | None = None, seed: int = 0) -> Splits:
+    """The task's three splits; what the source has not is cut from what it has.
+
+    A source of `rows` is cut into 70, 10 and 20 %, a `validation` split is halved into dev and test, and a missing dev
+    or test is cut from train: by group where the task has one, else class by class.
+
+    Args:
+        task: says the source, and may fix the seed by its `split_seed`.
+        data: a file whose rows take the place of the training split.
+        seed: of the cut, where the task does not fix it.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        ValueError: a file or a row that cannot be used, naming the file, the row and the column.
+    """
+    if task.source not in READERS:
+        raise ValueError(f"unknown source {task.source!r} of task {task.name!r}; {suggest(task.source, READERS)}")
+    if data is not None and task.files:
+        task, data = dataclasses.replace(task, files={**task.files, "train": data}), None
+    found = dict(READERS[task.source](task))
+    for name, rows in found.items():
+        check(task, rows, task.files.get(name, f"{name} of {task.name}"))
+    seed = seed if task.split_seed is None else task.split_seed
+    if "rows" in found:
+        found.update(cut(task, found.pop("rows"), {"dev": DEV, "test": TEST}, "train", seed))
+    if data is not None:
+        found["train"] = read_rows(Path(data))
+        check(task, found["train"], data)
+    if "validation" in found:
+        found.update(cut(task, found.pop("validation"), {"dev": 0.5}, "test", seed))
+    wanted = {name: share for name, share in (("dev", DEV), ("test", TEST)) if name not in found}
+    if wanted:
+        found.update(cut(task, found["train"], wanted, "train", seed))
+    return _splits(task, found["train"], found["dev"], found["test"])
+
+
+def check(task: Task, rows: Dataset, origin: str) -> None:
+    """Refuse rows that do not render or have no answer.
+
+    Raises:
+        ValueError: naming `origin`, the row (counted from 1) and the column.
+    """
+    if missing := [column for column in task.columns if column not in rows.column_names]:
+        raise ValueError(
+            f"{origin} has no column {missing[0]!r}, which task {task.name!r} reads; "
+            f"it has {', '.join(map(repr, rows.column_names))}"
+        )
+    for number, row in enumerate(rows, start=1):
+        where = f"row {number} of {origin}"
+        if not any(text.strip() for is_field, text in task.pieces(row, where) if is_field):
+            raise ValueError(f"{where} has nothing in any column of the template; take it out")
+        task.answer(row, where)
+        for column in (task.group, task.question):
+            if column and not value_text(row[column], column, where).strip():
+                raise ValueError(f"{where} has no value in column {column!r}; give it one")
+
+
+def cut(task: Task, rows: Dataset, shares: Mapping[str, float], rest: str, seed: int) -> dict[str, Dataset]:
+    """Disjoint parts of about these shares, and the rest; rows keep their order.
+
+    With a group column whole groups are dealt out; else every class is cut by the same shares. The deal follows
+    sha256 of the seed and the group's name or the row's place, so it is the same on every machine and version.
+
+    Raises:
+        ValueError: so few rows or groups that a part would be empty.
+    """
+    dealt = _by_group(task, rows, shares, seed) if task.group else _by_class(task, rows, shares, seed)
+    taken = {index for indices in dealt.values() for index in indices}
+    dealt[rest] = [index for index in range(len(rows)) if index not in taken]
+    if empty := [name for name, indices in dealt.items() if not indices]:
+        what = f"{len(set(rows[task.group]))} groups" if task.group else f"{len(rows)} rows"
+        raise ValueError(
+            f"{what} of task {task.name!r} are too few to cut {', '.join(dealt)} from: {empty[0]} would be empty; "
+            "give more rows, or a file for each split"
+        )
+    return {name: rows.select(sorted(indices)) for name, indices in dealt.items()}
+
+
+def shots(task: Task, whole: Splits, k: int, seed: int, balanced: bool = True) -> Splits:
+    """Few-shot: `k` training rows and as many other ones for development; the test split stays.
+
+    Both are drawn from the training split, `k` of each class or, not balanced, `k` in all as they come. Where the task
+    has groups, none is in both.
+
+    Raises:
+        ValueError: `k` below 1, or fewer rows than the two draws need.
+    """
+    if k < 1:
+        raise ValueError(f"the number of shots is {k}; it must be at least 1")
+    answers = [task.answer(row) for row in whole.train]
+    groups = [str(row[task.group]) if task.group else str(i) for i, row in enumerate(whole.train)]
+    classes: Sequence[Hashable] = answers if balanced and task.is_classification else [""] * len(answers)
+
+    def draw(candidates: Iterable[int], what: str) -> list[int]:
+        drawn: dict[Hashable, list[int]] = {one: [] for one in classes}
+        for index in candidates:
+            if len(drawn[classes[index]]) < k:
+                drawn[classes[index]].append(index)
+        for one, indices in drawn.items():
+            if len(indices) < k:
+                which = f" of class {list(task.words)[one]!r}" if isinstance(one, int) else ""
+                raise ValueError(
+                    f"{k} shots of task {task.name!r} need more rows{which}: {len(indices)} are left for {what}; "
+                    "lower the number of shots"
+                )
+        return sorted(index for indices in drawn.values() for index in indices)
+
+    order = _order(range(len(answers)), seed)
+    train = draw(order, "train")
+    used = {groups[index] for index in train}
+    dev = draw([index for index in order if groups[index] not in used], "dev")
+    return _splits(task, whole.train.select(train), whole.train.select(dev), whole.test)
+
+
+def _splits(task: Task, train: Dataset, dev: Dataset, test: Dataset) -> Splits:
+    counts = Counter(task.answer(row) for row in train)
+    digest = hashlib.sha256()
+    for name, rows in (("train", train), ("dev", dev), ("test", test)):
+        digest.update(f"{name} {len(rows)}\n".encode())
+        for row in rows.select_columns(list(task.columns)):
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    if task.is_classification and len(counts) < 2:
+        only = list(task.words)[int(next(iter(counts)))]
+        raise ValueError(
+            f"all {len(train)} training rows of task {task.name!r} have the label {only!r}; "
+            "there is nothing to tell apart, give rows of a second one"
+        )
+    unused = [label for index, label in enumerate(task.words) if index not in counts]
+    return Splits(
+        train=train,
+        dev=dev,
+        test=test,
+        fingerprint=digest.hexdigest(),
+        majority=min(counts, key=lambda answer: (-counts[answer], answer)),
+        warnings=tuple(f"no training row of task {task.name!r} has the label {label!r}" for label in unused),
+    )
+
+
+def _by_group(task: Task, rows: Dataset, shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
+    members: dict[str, list[int]] = defaultdict(list)
+    for index, value in enumerate(rows[task.group]):
+        members[str(value)].append(index)
+    order = iter(_order(members, seed))
+    dealt: dict[str, list[int]] = {}
+    for name, share in shares.items():
+        dealt[name] = []
+        while len(dealt[name]) < share * len(rows) and (group := next(order, None)) is not None:
+            dealt[name] += members[group]
+    return dealt
+
+
+def _by_class(task: Task, rows: Dataset, shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for index in _order(range(len(rows)), seed):
+        members[task.answer(rows[index]) if task.is_classification else ""].append(index)
+    dealt: dict[str, list[int]] = {name: [] for name in shares}
+    for indices in members.values():
+        start, end = 0, 0.0
+        for name, share in shares.items():
+            end += share * len(indices)
+            dealt[name] += indices[start : round(end)]
+            start = round(end)
+    return dealt
+
+
+def _order(keys: Iterable[_Key], seed: int) -> list[_Key]:
+    return sorted(keys, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())

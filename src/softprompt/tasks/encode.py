@@ -1,0 +1,191 @@
+"""Rows as token ids: the rendered template, shortened inside a field where it is too long, and the answer."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from softprompt.tasks.base import Task
+
+Tokenizer = Any
+"""A fast `transformers` tokenizer: one that knows each token's place in the text."""
+
+
+@final
+@dataclass(frozen=True)
+class Example:
+    """One row in token ids."""
+
+    input_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    """What is to be answered, behind the input; empty where there is no answer."""
+    label: int | None
+    """The class, in a classification."""
+    row: int
+    """The row's place among those encoded, from 0."""
+
+
+def encode(
+    task: Task,
+    tokenizer: Tokenizer,
+    rows: Iterable[Mapping[str, Any]],
+    max_tokens: int,
+    *,
+    closing: bool = False,
+    answers: bool = True,
+) -> tuple[list[Example], int]:
+    """Examples of all rows in their order, and how many of them had to be shortened.
+
+    A row of more than `max_tokens` loses the end of its longest field, so the template's own words survive, the cue
+    for the answer in front of all. An answer never counts: it comes on top. A generated answer ends with the
+    tokenizer's end of sequence, so that generating stops; a label's word has no end.
+
+    Args:
+        task: renders the rows.
+        tokenizer: fast.
+        rows: with every column of the template.
+        max_tokens: the input's limit, special tokens included.
+        closing: keep the special tokens that the tokenizer appends (an encoder wants them).
+        answers: read the answers; without, rows need none.
+
+    Raises:
+        ValueError: a row that does not render, a template longer than `max_tokens`, or a tokenizer that is not fast.
+    """
+    _check_fast(tokenizer)
+    table = list(rows)
+    pieces = [task.pieces(row, f"row {number}") for number, row in enumerate(table, start=1)]
+    found = _tokens(tokenizer, [_join(parts) for parts in pieces], closing)
+    words = answer_ids(task, tokenizer) if answers and task.is_classification else ()
+    examples, shortened = [], 0
+    for number, (row, parts, (ids, _)) in enumerate(zip(table, pieces, found, strict=True)):
+        if len(ids) > max_tokens:
+            ids = _shorten(task, tokenizer, parts, max_tokens, closing)
+            shortened += 1
+        label: int | None = None
+        answer: tuple[int, ...] = ()
+        if answers:
+            given = task.answer(row, f"row {number + 1}")
+            if isinstance(given, int):
+                label, answer = given, words[given]
+            else:
+                answer = _ended(tokenizer, _answer(tokenizer, task.lead + given))
+        examples.append(Example(tuple(ids), answer, label, number))
+    return examples, shortened
+
+
+def answer_ids(task: Task, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Each class's word in token ids, in the order of the classes.
+
+    Raises:
+        ValueError: a word without tokens, or two words with the same ones, by name.
+    """
+    _check_fast(tokenizer)
+    found: dict[tuple[int, ...], str] = {}
+    for word in task.answers:
+        ids = _answer(tokenizer, word)
+        if not ids or all(one == tokenizer.unk_token_id for one in ids):
+            raise ValueError(
+                f"the word {word!r} of task {task.name!r} has no tokens in this vocabulary; use another one"
+            )
+        if ids in found:
+            raise ValueError(
+                f"the words {found[ids]!r} and {word!r} of task {task.name!r} are the same tokens to this tokenizer; "
+                "use words that differ"
+            )
+        found[ids] = word
+    return tuple(found)
+
+
+def _check_fast(tokenizer: Tokenizer) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer and does not tell tokens' places; "
+            "load it with AutoTokenizer and use_fast=True"
+        )
+
+
+def _join(parts: Sequence[tuple[bool, str]]) -> str:
+    return "".join(text for _, text in parts)
+
+
+def _tokens(tokenizer: Tokenizer, texts: Sequence[str], closing: bool) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Ids and places of each text, with the special tokens in front and, if `closing`, those behind."""
+    if not texts:
+        return []
+    made = tokenizer(
+        list(texts),
+        add_special_tokens=True,
+        truncation=False,
+        padding=False,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        verbose=False,
+    )
+    found = []
+    for ids, places, special in zip(
+        made["input_ids"], made["offset_mapping"], made["special_tokens_mask"], strict=True
+    ):
+        end = len(ids)
+        # The text's own tokens come first, so that a run of special ones without any text stays in front.
+        while not closing and end and special[end - 1] and 0 in special[:end]:
+            end -= 1
+        found.append((list(ids[:end]), list(places[:end])))
+    return found
+
+
+def _shorten(
+    task: Task, tokenizer: Tokenizer, parts: Sequence[tuple[bool, str]], max_tokens: int, closing: bool
+) -> list[int]:
+    """The ids after the longest field has lost its end, again and again until they fit."""
+    parts = list(parts)
+    while True:
+        ids, places = _tokens(tokenizer, [_join(parts)], closing)[0]
+        excess = len(ids) - max_tokens
+        if excess <= 0:
+            return ids
+        fields = _field_tokens(parts, places)
+        ranked = sorted(fields, key=lambda index: len(fields[index]), reverse=True)
+        if not ranked or not fields[ranked[0]]:
+            raise ValueError(
+                f"the template of task {task.name!r} alone has {len(ids)} tokens, but the limit is {max_tokens}; "
+                "raise max_tokens or shorten the template"
+            )
+        longest, tokens = ranked[0], fields[ranked[0]]
+        lead = len(tokens) - (len(fields[ranked[1]]) if len(ranked) > 1 else 0)
+        # Down to the second longest field; where there is no lead, half of what is too much, then the other's turn.
+        drop = min(excess, len(tokens), max(lead, -(-excess // 2)))
+        text = parts[longest][1]
+        parts[longest] = (True, text[: tokens[-drop]].rstrip())
+
+
+def _field_tokens(parts: Sequence[tuple[bool, str]], places: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
+    """Where each field's tokens begin within its text; a token that begins before it counts from its first letter."""
+    found, start = {}, 0
+    for index, (is_field, text) in enumerate(parts):
+        end = start + len(text)
+        if is_field:
+            found[index] = [max(first - start, 0) for first, last in places if first < end and last > start]
+        start = end
+    return found
+
+
+def _answer(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """The tokens that `text` has on its own, or behind a colon if it begins with a space.
+
+    Some tokenizers (Llama 2's) put a space of their own before a text's first word, so that " yes" alone would begin
+    with two; behind other text it has the tokens that the model has seen. With most tokenizers the two are the same.
+    """
+    alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if text[:1] == " ":
+        colon = tokenizer(":", add_special_tokens=False)["input_ids"]
+        behind = tokenizer(":" + text, add_special_tokens=False)["input_ids"]
+        if behind[: len(colon)] == colon and len(behind) > len(colon):
+            return tuple(behind[len(colon) :])
+    return tuple(alone)
+
+
+def _ended(tokenizer: Tokenizer, ids: tuple[int, ...]) -> tuple[int, ...]:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "this tokenizer has no end-of-sequence token, which a generated answer ends with; set eos_token"
+        )
+    return (*ids, tokenizer.eos_token_id)

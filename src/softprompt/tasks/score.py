@@ -1,0 +1,124 @@
+"""A split's score: the metric, what always giving the commonest answer would score, and an interval."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from softprompt.tasks.base import Task
+from softprompt.tasks.metrics import METRICS, Answers
+
+Prediction = int | str | None
+"""A class's index, a text, or nothing that could be read as an answer."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a split scored, all as fractions."""
+
+    metric: str
+    value: float
+    n: int
+    """Rows scored."""
+    majority: float
+    """The same metric of always giving the training split's most frequent answer."""
+    low: float
+    """Lower end of the 95 % interval of `value`: Wilson's, or a seeded bootstrap's."""
+    high: float
+    others: dict[str, float] = field(default_factory=dict)
+    """The task's further metrics."""
+
+
+def score(
+    task: Task,
+    predictions: Sequence[Prediction],
+    golds: Sequence[int | str | tuple[str, ...]],
+    questions: Sequence[Any] | None = None,
+    *,
+    majority: int | str,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Score:
+    """Score predictions by the task's metrics.
+
+    A text given for a label is that label if it is its word; any other text, and none, is wrong. The interval treats
+    rows (questions, in a grouped metric) as independent, so it is too narrow where rows share a film or a passage.
+
+    Args:
+        task: says the metrics; the first one is the score.
+        predictions: class indices or texts, one a row.
+        golds: class indices, or (tuples of accepted) texts.
+        questions: the rows' values of `task.question`, for grouped metrics.
+        majority: the training split's most frequent answer, `Splits.majority`.
+        resamples: of the bootstrap, in those metrics that need one.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: unequal lengths, no rows, a class index that the task has not, or no questions for a grouped metric.
+    """
+    if questions is None and any(METRICS[name].grouped for name in task.metrics):
+        raise ValueError(
+            f"task {task.name!r} scores whole questions; give each row's value in the column {task.question!r}"
+        )
+
+    def answers(name: str, given: Sequence[Prediction]) -> Answers:
+        ours, theirs = _READ[METRICS[name].of](task, given, golds)
+        return Answers(predictions=ours, golds=theirs, questions=questions)
+
+    first = task.metrics[0]
+    low, high = METRICS[first].interval(answers(first, predictions), resamples, seed)
+    values = {name: METRICS[name](answers(name, predictions)) for name in task.metrics}
+    return Score(
+        metric=first,
+        value=values.pop(first),
+        n=len(golds),
+        majority=METRICS[first](answers(first, [majority] * len(golds))),
+        low=low,
+        high=high,
+        others=values,
+    )
+
+
+def _labels(
+    task: Task, predictions: Sequence[Prediction], golds: Sequence[int | str | tuple[str, ...]]
+) -> tuple[list[int], list[int]]:
+    count = len(task.words)
+    for index in [*predictions, *golds]:
+        if isinstance(index, int) and not 0 <= index < count:
+            raise ValueError(f"class {index} is none of task {task.name!r}; it has classes 0 to {count - 1}")
+    read = [task.classify(given) if isinstance(given, str) else given for given in predictions]
+    if strange := [gold for gold in golds if not isinstance(gold, int)]:
+        raise ValueError(f"the gold answer {strange[0]!r} of task {task.name!r} is no class index; give an integer")
+    return [-1 if given is None else given for given in read], [int(gold) for gold in golds if isinstance(gold, int)]
+
+
+def _texts(
+    task: Task, predictions: Sequence[Prediction], golds: Sequence[int | str | tuple[str, ...]]
+) -> tuple[list[str | None], list[tuple[str, ...]]]:
+    accepted = [gold if isinstance(gold, tuple) else (str(gold),) for gold in golds]
+    return [None if given is None else str(given) for given in predictions], accepted
+
+
+def _numbers(
+    task: Task, predictions: Sequence[Prediction], golds: Sequence[int | str | tuple[str, ...]]
+) -> tuple[list[float], list[float]]:
+    firsts = [gold[0] if isinstance(gold, tuple) else gold for gold in golds]
+    values = [_number(gold) for gold in firsts]
+    if any(value != value for value in values):
+        wrong = next(gold for gold, value in zip(firsts, values, strict=True) if value != value)
+        raise ValueError(f"the gold answer {wrong!r} of task {task.name!r} is no number; its metrics need numbers")
+    return [_number(given) for given in predictions], values
+
+
+def _number(text: Prediction) -> float:
+    try:
+        return float("nan" if text is None else text)
+    except ValueError:
+        return float("nan")
+
+
+_READ: dict[str, Callable[..., tuple[Sequence[Any], Sequence[Any]]]] = {
+    "labels": _labels,
+    "texts": _texts,
+    "numbers": _numbers,
+}

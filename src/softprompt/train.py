@@ -1,0 +1,416 @@
+"""The one training loop: step, evaluate, stop early, checkpoint, resume."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, final
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from softprompt import card, checkpoint, files, runs
+from softprompt.attach import Attachment, attach
+from softprompt.backbone import Backbone, load
+from softprompt.checkpoint import Checkpoint
+from softprompt.evaluate import draw, score_answers
+from softprompt.experiment import Experiment
+from softprompt.export import export_peft, peft_refusal
+from softprompt.predict import Answer, answer, input_limit, pad_id
+from softprompt.runs import Run
+from softprompt.tasks import (
+    Example,
+    Score,
+    Splits,
+    Task,
+    answer_ids,
+    collate,
+    encode,
+    load_task,
+    schedule,
+    shots,
+    splits,
+)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a training is, after a step."""
+
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    rows_per_second: float
+    dev: Score | None = None
+    """Of the latest evaluation."""
+
+
+class Watcher(Protocol):
+    """Who is told how it goes."""
+
+    def stage(self, text: str) -> None:
+        """A new part of the work begins."""
+
+    def note(self, text: str) -> None:
+        """Something worth knowing."""
+
+    def step(self, progress: Progress) -> None:
+        """A step is done."""
+
+
+@final
+class Silent:
+    """Nobody."""
+
+    def stage(self, text: str) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def step(self, progress: Progress) -> None:
+        """Nothing."""
+
+
+class Interrupted(Exception):
+    """Training was asked to stop; its message says how to go on."""
+
+
+def train(
+    experiment: Experiment,
+    *,
+    out: str | Path = "runs",
+    name: str | None = None,
+    untouched: bool = False,
+    backbone: Backbone | None = None,
+    watch: Watcher | None = None,
+    log_with: str | None = None,
+) -> Run:
+    """Train the experiment's prompt and keep it in a new folder `out/name`.
+
+    Args:
+        out: where runs are kept.
+        name: the run's folder; none: made from task, method and seed.
+        untouched: also score the model without a prompt, with the same template.
+        backbone: the experiment's own, if it is loaded already; it stays as it is.
+        watch: who is told how it goes.
+        log_with: a tracker that accelerate knows (`tensorboard`, `wandb`, ...).
+
+    Raises:
+        ValueError: settings, rows or backbone do not fit, or the loss is no number.
+        Interrupted: Ctrl-C; a checkpoint is there to go on from.
+    """
+    watch = watch or Silent()
+    watch.stage("reading rows")
+    task = load_task(experiment.task)
+    rows = read_splits(experiment, task)
+    watch.stage(f"loading {experiment.backbone}")
+    backbone = backbone or load(experiment.backbone, dtype=experiment.dtype)
+    experiment.prompt.build(backbone.host(task.answers), torch.Generator().manual_seed(experiment.seed))
+    run = runs.create(experiment, task, backbone, Path(out), name, rows.fingerprint)
+    return _Training(run, backbone, rows, watch, log_with).go(untouched)
+
+
+def resume(folder: str | Path, *, watch: Watcher | None = None, log_with: str | None = None) -> Run:
+    """Go on with an unfinished run from its last checkpoint, to the same numbers as if it had never stopped.
+
+    Raises:
+        ValueError: the rows or the backbone's weights are not those it was started with.
+    """
+    watch = watch or Silent()
+    run = runs.open_run(folder)
+    if run.results is not None:
+        return run
+    watch.stage("reading rows")
+    experiment = run.experiment
+    rows = read_splits(experiment, run.task)
+    if rows.fingerprint != run.record["data"]:
+        raise ValueError(f"the rows of task {run.task.name} are not those {folder} was started with; start a new run")
+    watch.stage(f"loading {experiment.backbone}")
+    backbone = load(experiment.backbone, dtype=run.record["backbone"]["dtype"])
+    if backbone.hash != run.record["backbone"]["hash"]:
+        raise ValueError(
+            f"the weights of {experiment.backbone} are not those that {folder} was started with; start a new run"
+        )
+    return _Training(run, backbone, rows, watch, log_with).go(untouched=False)
+
+
+def read_splits(experiment: Experiment, task: Task) -> Splits:
+    """The task's rows as the experiment wants them, few-shot draws included."""
+    rows = splits(task, experiment.data, experiment.seed)
+    return shots(task, rows, experiment.training.shots, experiment.seed) if experiment.training.shots else rows
+
+
+class _Training:
+    """One run in the making."""
+
+    def __init__(self, run: Run, backbone: Backbone, rows: Splits, watch: Watcher, log_with: str | None) -> None:
+        self.run, self.backbone, self.rows, self.watch = run, backbone, rows, watch
+        self.settings = run.experiment.training
+        self.accelerator = Accelerator(log_with=log_with, project_dir=run.folder, cpu=backbone.device.type == "cpu")
+        if log_with:
+            self.accelerator.init_trackers("softprompt", config=_flat(run.experiment.to_json()))
+        watch.stage("tokenising")
+        self.train = self._encoded("train")
+        self.dev = draw(self._encoded("dev"), self.settings.dev_rows, run.experiment.seed)
+        prompt = run.fresh_prompt(backbone).to(backbone.device)
+        self.attachment = attach(backbone, prompt)
+        self.prompt = prompt
+        rates = run.experiment.prompt.rates()
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group, "rate": rates[name]} for name, group in prompt.groups().items()],
+            lr=self.settings.lr,
+            weight_decay=self.settings.weight_decay,
+        )
+        self.done = 0
+        self.best: dict[str, Tensor] = {}
+        self.place: dict[str, Any] = {"best": -math.inf, "best_step": 0, "stale": 0, "seconds": 0.0}
+        if steps := checkpoint.steps(run.folder):
+            self._restore(checkpoint.load(run.folder, steps[-1]))
+        run.rewind_metrics(self.done)
+
+    def go(self, untouched: bool) -> Run:
+        """Train to the end and write down what came of it."""
+        before = self.backbone.hash
+        self.watch.stage("training")
+        with _interruptible() as interrupted, (self.run.folder / runs.METRICS).open("a", encoding="utf-8") as log:
+            self._loop(log, interrupted)
+        self.prompt.load_state_dict(self.best)
+        if self.backbone.checksum() != before:
+            raise RuntimeError(f"the weights of {self.backbone.source} changed in training; this is a bug, report it")
+        return self._finish(untouched)
+
+    def _loop(self, log: Any, interrupted: threading.Event) -> None:
+        settings = self.settings
+        lengths = [len(example.input_ids) for example in self.train]
+        order = schedule(lengths, settings.batch, self.run.experiment.seed, start=self.done)
+        score: Score | None = None
+        while self.done < settings.steps and not self._stale():
+            start = time.perf_counter()
+            rows = [self.train[place] for place in next(order)[1]]
+            rate = settings.rate(self.done)
+            loss = self._step(rows, rate)
+            self.done += 1
+            line: dict[str, Any] = {"step": self.done, "loss": loss, "lr": rate}
+            if self.done % settings.evaluate_every == 0 or self.done == settings.steps:
+                score = self._evaluate()
+                line["dev"] = score.value
+            seconds = time.perf_counter() - start
+            self.place["seconds"] += seconds
+            if self.accelerator.is_main_process:
+                log.write(runs.json_line(line))
+                log.flush()
+            self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=self.done)
+            if "dev" in line:
+                self._save()
+            self.watch.step(
+                Progress(
+                    step=self.done,
+                    steps=settings.steps,
+                    loss=loss,
+                    lr=rate,
+                    rows_per_second=len(rows) / seconds,
+                    dev=score,
+                )
+            )
+            if interrupted.is_set():
+                self._save()
+                raise Interrupted(
+                    f"stopped after step {self.done} of {settings.steps}; go on with: "
+                    f"softprompt train --resume {self.run.folder}"
+                )
+
+    def _step(self, rows: Sequence[Example], rate: float) -> float:
+        """One optimiser step; its loss is the mean over the whole batch, whatever parts and processes it is cut into."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["rate"]
+        weight = len(rows) if self._candidates else sum(len(row.answer_ids) for row in rows)
+        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        loss = torch.zeros((), device=self.accelerator.device)
+        for part in range(self.settings.accumulate):
+            if piece := mine[part :: self.settings.accumulate]:
+                piece_loss = self._loss_sum(piece) / weight
+                piece_loss.backward()  # type: ignore[no-untyped-call]
+                loss += piece_loss.detach()
+        parameters = list(self.prompt.parameters())
+        if self.accelerator.num_processes > 1:
+            loss = self.accelerator.reduce(loss, reduction="sum")
+            for parameter in parameters:
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(grad, reduction="sum")
+        norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf)
+        self._refuse_not_finite(float(loss), float(norm), rate, rows)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss)
+
+    @property
+    def _candidates(self) -> bool:
+        return self.run.task.is_classification and self.settings.objective == "candidates"
+
+    def _loss_sum(self, rows: Sequence[Example]) -> Tensor:
+        tokenizer, device = self.backbone.tokenizer, self.backbone.device
+        batch = collate(rows, pad_id=pad_id(tokenizer), side="left", with_answers=not self._candidates)
+        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        if self._candidates:
+            scores = self.attachment.score(ids, mask, answer_ids(self.run.task, tokenizer))
+            return nn.functional.cross_entropy(scores, batch.classes.to(device), reduction="sum")
+        labels = batch.labels.to(device)
+        loss: Tensor = self.attachment(ids, mask, labels).loss
+        return loss * (labels != -100).sum()
+
+    def _refuse_not_finite(self, loss: float, norm: float, rate: float, rows: Sequence[Example]) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        numbers = ", ".join(str(row.row) for row in rows)
+        raise ValueError(
+            f"the loss is {loss} and its gradient's norm {norm} at step {self.done + 1} with learning rate {rate:.3g} on "
+            f"rows {numbers} of the training split; lower --lr, or use --dtype float32"
+        )
+
+    def _evaluate(self) -> Score:
+        """Score the development rows, keep the best prompt; rows are shared out over the processes."""
+        places = range(self.accelerator.process_index, len(self.dev), self.accelerator.num_processes)
+        found = list(answer(self.attachment, self.run.task, [self.dev[place] for place in places]))
+        pairs: list[tuple[int, Answer]] = list(zip(places, found, strict=True))
+        if self.accelerator.num_processes > 1:
+            pairs = gather_object(pairs)
+        answers = [found for _, found in sorted(pairs, key=lambda pair: pair[0])]
+        score = score_answers(self.run.task, self.rows, "dev", self.dev, answers)
+        if score.value > self.place["best"]:
+            self.place.update(best=score.value, best_step=self.done, stale=0)
+            self.best = {name: tensor.detach().clone() for name, tensor in self.prompt.state_dict().items()}
+        else:
+            self.place["stale"] += 1
+        return score
+
+    def _stale(self) -> bool:
+        return 0 < self.settings.patience <= self.place["stale"]
+
+    def _save(self) -> None:
+        if not self.accelerator.is_main_process or self.done in checkpoint.steps(self.run.folder):
+            return
+        random = {"cpu": torch.get_rng_state()}
+        if self.backbone.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.backbone.device)
+        state = {
+            f"{number}.{key}": value
+            for number, entry in self.optimizer.state_dict()["state"].items()
+            for key, value in entry.items()
+        }
+        checkpoint.save(
+            self.run.folder,
+            Checkpoint(
+                step=self.done,
+                prompt=self.prompt.state_dict(),
+                best=self.best,
+                optimizer=state,
+                random=random,
+                place=self.place,
+            ),
+        )
+
+    def _restore(self, saved: Checkpoint) -> None:
+        self.done = saved.step
+        runs.load_tensors(self.prompt, saved.prompt, f"checkpoint {saved.step} of {self.run.folder}")
+        self.best = {name: tensor.to(self.backbone.device) for name, tensor in saved.best.items()}
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in saved.optimizer.items():
+            number, entry = key.split(".", 1)
+            state.setdefault(int(number), {})[entry] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        torch.set_rng_state(saved.random["cpu"])
+        if "cuda" in saved.random and self.backbone.device.type == "cuda":
+            torch.cuda.set_rng_state(saved.random["cuda"], self.backbone.device)
+        self.place = dict(saved.place)
+
+    def _encoded(self, split: str) -> list[Example]:
+        limit = input_limit(self.run.task, self.settings.max_tokens)
+        examples, shortened = encode(self.run.task, self.backbone.tokenizer, getattr(self.rows, split), limit)
+        if shortened:
+            self.watch.note(f"{shortened} of {len(examples)} {split} rows were cut to {limit} tokens (--max-tokens)")
+        return examples
+
+    def _finish(self, untouched: bool) -> Run:
+        """Score the folded prompt on the test split and write everything down, the record last."""
+        task, folder = self.run.task, self.run.folder
+        folded = self.prompt.fold()
+        self.watch.stage("testing")
+        examples = draw(self._encoded("test"), self.settings.test_rows, 0)
+        dev, _ = self._score(folded, "dev", self.dev)
+        test, answers = self._score(folded, "test", examples)
+        results = {
+            "metric": test.metric,
+            "dev": dev.value,
+            "test": test.value,
+            "n_dev": dev.n,
+            "n_test": test.n,
+            "majority": test.majority,
+            "low": test.low,
+            "high": test.high,
+            "others": test.others,
+            "trainable": sum(parameter.numel() for parameter in self.prompt.parameters()),
+            "steps": self.done,
+            "best_step": self.place["best_step"],
+            "seconds": round(self.place["seconds"], 1),
+        }
+        if untouched:
+            self.watch.stage("testing the untouched model")
+            results["untouched"] = self._score(None, "test", examples)[0].value
+        if self.accelerator.is_main_process:
+            files.write_text(folder / runs.PREDICTIONS, "".join(_lines(task, self.rows, examples, answers)))
+            refusal = peft_refusal(folded, self.backbone.architecture)
+            if not refusal:
+                export_peft(folded, self.backbone, folder)
+            card.write(self.run, results, refusal)
+            self.run = self.run.finish(self.prompt, results)
+        self.accelerator.end_training()
+        return self.run
+
+    def _score(self, prompt: Any, split: str, examples: Sequence[Example]) -> tuple[Score, list[Answer]]:
+        attachment: Attachment = attach(self.backbone, prompt)
+        answers = list(answer(attachment, self.run.task, examples))
+        return score_answers(self.run.task, self.rows, split, examples, answers), answers
+
+
+def _lines(task: Task, rows: Splits, examples: Sequence[Example], answers: Sequence[Answer]) -> Iterator[str]:
+    for example, found in zip(examples, answers, strict=True):
+        gold = list(task.words)[example.label] if example.label is not None else task.golds(rows.test[example.row])
+        yield runs.json_line({"row": example.row, "answer": found.label or found.text, "gold": gold})
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C (or SIGTERM) sets; a second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _flat(values: dict[str, Any], lead: str = "") -> dict[str, Any]:
+    """Nested settings as `prompt.rank`, for trackers that know no nesting."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{lead}{key}.") if isinstance(value, dict) else {f"{lead}{key}": value})
+    return flat

@@ -1,0 +1,57 @@
+"""Every method says where it comes from and how it differs, and the registry is the folder."""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+from softprompt import prompts
+from softprompt.prompts import METHODS, PromptConfig
+
+FILES = {found.name for found in pkgutil.iter_modules(prompts.__path__)} - {"base", "init"}
+each = pytest.mark.parametrize("config", METHODS.values(), ids=METHODS.keys())
+
+
+def test_one_file_is_one_method() -> None:
+    assert set(METHODS) == FILES
+
+
+@each
+def test_a_method_lives_in_the_file_of_its_name(config: type[PromptConfig]) -> None:
+    assert config.__module__ == f"softprompt.prompts.{config.name}"
+
+
+@each
+@pytest.mark.parametrize("part", ["Reference:", "Differs:", ">>> "])
+def test_a_method_names_its_source_and_what_differs(config: type[PromptConfig], part: str) -> None:
+    assert config.__doc__ is not None
+    assert part in config.__doc__
+
+
+@each
+def test_every_setting_says_what_it_is(config: type[PromptConfig]) -> None:
+    """The string under a field is its help on the command line."""
+    source = inspect.getsource(config) + inspect.getsource(PromptConfig)
+    for field in dataclasses.fields(config):
+        lines = source.split(f"\n    {field.name}: ", 1)[1].splitlines()
+        assert lines[1].strip().startswith('"""'), field.name
+
+
+@each
+def test_a_method_is_final_and_frozen(config: type[PromptConfig]) -> None:
+    assert config.__final__
+    assert config.__dataclass_params__.frozen
+    assert all(field.kw_only for field in dataclasses.fields(config))
+
+
+def test_nothing_concrete_of_the_interface_is_overridden() -> None:
+    for config in METHODS.values():
+        module = importlib.import_module(config.__module__)
+        for _, kind in inspect.getmembers(module, inspect.isclass):
+            if kind.__module__ != config.__module__:
+                continue
+            for base in kind.__mro__[1:]:
+                sealed = {n for n, member in vars(base).items() if getattr(member, "__final__", False)}
+                assert not sealed & set(vars(kind)), f"{kind.__qualname__} overrides {base.__qualname__}"

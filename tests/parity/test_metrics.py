@@ -1,0 +1,166 @@
+"""Metrics against scikit-learn, scipy and cases counted by hand."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics as sklearn
+
+from softprompt.tasks import METRICS, Answers, Task, score
+from softprompt.tasks.metrics import normalise, wilson
+
+LABELS = Task(
+    name="labels",
+    template="{text}",
+    label="label",
+    words={"a": "apple", "b": "banana", "c": "cherry"},
+    metrics=("macro_f1", "accuracy", "matthews"),
+)
+PAIRS = dataclasses.replace(
+    LABELS, words={"n": "no", "y": "yes"}, question="q", metrics=("f1a", "question_match", "f1")
+)
+TEXTS = Task(name="texts", template="{text}", target="out", metrics=("token_f1", "exact_match"))
+NUMBERS = dataclasses.replace(TEXTS, name="numbers", metrics=("pearson", "spearman"))
+
+
+def draw(classes: int, n: int, seed: int) -> tuple[list[int], list[int]]:
+    random = np.random.default_rng(seed)
+    golds = random.integers(classes, size=n)
+    noisy = np.where(random.random(n) < 0.6, golds, random.integers(classes, size=n))
+    return [int(one) for one in noisy], [int(one) for one in golds]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_label_metrics_are_scikit_learns(seed: int) -> None:
+    """To 1e-12: the same library computes both, so only the way there could differ."""
+    ours, golds = draw(3, 200, seed)
+    answers = Answers(predictions=ours, golds=golds)
+    assert METRICS["accuracy"](answers) == pytest.approx(sklearn.accuracy_score(golds, ours), abs=1e-12)
+    assert METRICS["macro_f1"](answers) == pytest.approx(sklearn.f1_score(golds, ours, average="macro"), abs=1e-12)
+    assert METRICS["matthews"](answers) == pytest.approx(sklearn.matthews_corrcoef(golds, ours), abs=1e-12)
+    ours, golds = draw(2, 200, seed)
+    answers = Answers(predictions=ours, golds=golds)
+    assert METRICS["f1"](answers) == pytest.approx(sklearn.f1_score(golds, ours), abs=1e-12)
+    assert METRICS["f1a"](answers) == pytest.approx(sklearn.f1_score(golds, ours), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_correlations_are_scipys(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    golds = random.random(100) * 5
+    ours = golds + random.normal(size=100)
+    answers = Answers(predictions=list(ours), golds=list(golds))
+    assert METRICS["pearson"](answers) == pytest.approx(np.corrcoef(ours, golds)[0, 1], abs=1e-12)
+    assert METRICS["spearman"](answers) == pytest.approx(stats.spearmanr(ours, golds).statistic, abs=1e-12)
+
+
+def test_what_is_no_number_is_wrong() -> None:
+    golds = ["0", "1", "2", "3", "4"]
+    right = score(NUMBERS, golds, golds, majority="2")
+    assert right.value == pytest.approx(1.0)
+    assert right.majority == 0.0
+    for strange in (None, "four", "nan", "inf"):
+        wrong = score(NUMBERS, [*golds[:4], strange], golds, majority="2")
+        assert wrong.value == pytest.approx(np.corrcoef([0, 1, 2, 3, 0], [0, 1, 2, 3, 4])[0, 1])
+    with pytest.raises(ValueError, match="gold answer 'x' of task 'numbers' is no number"):
+        score(NUMBERS, golds, [*golds[:4], "x"], majority="2")
+
+
+def test_questions_are_right_as_a_whole() -> None:
+    """All of q1 and q3 are right; in q2 one answer is wrong and one cannot be read."""
+    questions = ["q1", "q2", "q1", "q3", "q2", "q2"]
+    golds = [1, 1, 0, 1, 0, 1]
+    ours = [1, 0, 0, 1, 0, None]
+    found = score(PAIRS, ours, golds, questions, majority=1)
+    assert found.others["question_match"] == pytest.approx(2 / 3)
+    # 2 true positives, no false one, 2 missed
+    assert found.value == found.others["f1"] == pytest.approx(2 * 2 / (2 * 2 + 0 + 2))
+    assert found.majority == pytest.approx(2 * 4 / (2 * 4 + 2))
+    assert found.n == 6
+    with pytest.raises(ValueError, match="scores whole questions; give each row's value in the column 'q'"):
+        score(PAIRS, ours, golds, majority=1)
+
+
+def test_questions_are_resampled_whole() -> None:
+    """Twenty questions of ten equal rows are twenty facts, not two hundred: the interval is as wide as theirs."""
+    ours, golds = draw(2, 20, 1)
+    names = list(range(20))
+    alone = score(PAIRS, ours, golds, names, majority=1, resamples=200)
+    repeated = score(PAIRS, ours * 10, golds * 10, names * 10, majority=1, resamples=200)
+    assert (repeated.low, repeated.high) == pytest.approx((alone.low, alone.high), abs=1e-12)
+    split = score(PAIRS, ours * 10, golds * 10, list(range(200)), majority=1, resamples=200)
+    assert split.high - split.low < 0.6 * (alone.high - alone.low)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "golds", "exact", "overlap"),
+    [
+        ("The cat!", ("a cat",), 1.0, 1.0),
+        ("black cat", ("cat",), 0.0, 2 * 1 / 3),
+        ("black cat", ("dog", "Black Cat."), 1.0, 1.0),
+        ("dog dog", ("dog",), 0.0, 2 * 1 / 3),
+        ("", ("cat",), 0.0, 0.0),
+        (None, ("the",), 0.0, 0.0),
+        ("the", ("a",), 1.0, 1.0),
+    ],
+)
+def test_texts_are_compared_as_squad_does(
+    prediction: str | None, golds: tuple[str, ...], exact: float, overlap: float
+) -> None:
+    answers = Answers(predictions=[prediction], golds=[golds])
+    assert METRICS["exact_match"](answers) == exact
+    assert METRICS["token_f1"](answers) == pytest.approx(overlap)
+
+
+def test_normalise_keeps_words_that_contain_an_article() -> None:
+    assert normalise("Another theme, an ant: the end.") == "another theme ant end"
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (7, 10), (10, 10), (812, 1000)])
+def test_wilson_is_its_formula(successes: int, n: int) -> None:
+    z = stats.norm.ppf(0.975)
+    p = successes / n
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert wilson(successes, n) == pytest.approx((middle - half, middle + half), abs=1e-9)
+
+
+def test_a_bootstrap_is_seeded_and_agrees_with_wilson() -> None:
+    """Of a mean of many 0/1 values the two intervals agree to about a hundredth."""
+    ours, golds = draw(2, 400, 3)
+    texts = [str(one) for one in ours], [str(one) for one in golds]
+    first = score(TEXTS, *texts, majority="1")
+    assert first == score(TEXTS, *texts, majority="1")
+    assert first.low < first.value < first.high
+    accuracy = score(dataclasses.replace(PAIRS, metrics=("accuracy",)), ours, golds, majority=1)
+    assert (first.low, first.high) == pytest.approx((accuracy.low, accuracy.high), abs=0.015)
+    whole = score(dataclasses.replace(PAIRS, metrics=("f1",)), ours, golds, majority=1, resamples=200)
+    assert whole.low < whole.value < whole.high
+
+
+def test_the_majority_is_scored_by_the_same_metric() -> None:
+    golds = [0, 0, 0, 1, 2, 2]
+    found = score(LABELS, golds, golds, majority=2, resamples=20)
+    assert found.value == found.others["accuracy"] == 1.0
+    assert found.majority == pytest.approx(sklearn.f1_score(golds, [2] * 6, average="macro"))
+
+
+def test_a_text_is_its_label_or_wrong() -> None:
+    task = dataclasses.replace(LABELS, metrics=("accuracy", "macro_f1"))
+    found = score(task, [" Apple", "banana\n", "pear", None, 2], [0, 1, 2, 2, 2], majority=2)
+    assert found.value == pytest.approx(3 / 5)
+    # the two wrong ones cost cherry's recall, and are no class of their own
+    assert found.others["macro_f1"] == pytest.approx((1 + 1 + 2 * 1 / (2 * 1 + 2)) / 3)
+
+
+def test_what_cannot_be_scored_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 predictions, 1 gold answers"):
+        score(LABELS, [0, 1], [0], majority=0)
+    with pytest.raises(ValueError, match="no predictions to score"):
+        score(LABELS, [], [], majority=0)
+    with pytest.raises(ValueError, match="class 3 is none of task 'labels'"):
+        score(LABELS, [3], [0], majority=0)
+    with pytest.raises(ValueError, match="gold answer 'apple' of task 'labels' is no class index"):
+        score(LABELS, [0], ["apple"], majority=0)
