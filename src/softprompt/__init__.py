@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from softprompt.prompts.spectral import Spectral
     from softprompt.runs import Run, list_runs, open_run, read_prompt
     from softprompt.tasks import TASKS, Score, Task, load_task
-    from softprompt.train import Progress, resume, train
+    from softprompt.train import resume, train
+    from softprompt.watch import Interrupted, Progress, Watcher
 
 _PLACES = {
     "ADePT": "softprompt.prompts.adept:ADePT",
@@ -43,9 +44,10 @@ _PLACES = {
     "Experiment": "softprompt.experiment:Experiment",
     "Folded": "softprompt.prompts:Folded",
     "Host": "softprompt.prompts:Host",
+    "Interrupted": "softprompt.watch:Interrupted",
     "METHODS": "softprompt.prompts:METHODS",
     "Plain": "softprompt.prompts.plain:Plain",
-    "Progress": "softprompt.train:Progress",
+    "Progress": "softprompt.watch:Progress",
     "PromptConfig": "softprompt.prompts:PromptConfig",
     "PromptOnly": "softprompt.prompts:PromptOnly",
     "Residual": "softprompt.prompts.residual:Residual",
@@ -57,6 +59,7 @@ _PLACES = {
     "TASKS": "softprompt.tasks:TASKS",
     "Task": "softprompt.tasks:Task",
     "Training": "softprompt.experiment:Training",
+    "Watcher": "softprompt.watch:Watcher",
     "attach": "softprompt.attach:attach",
     "evaluate": "softprompt.evaluate:evaluate",
     "export_peft": "softprompt.export:export_peft",
@@ -84,6 +87,7 @@ __all__ = [
     "Experiment",
     "Folded",
     "Host",
+    "Interrupted",
     "Plain",
     "Progress",
     "PromptConfig",
@@ -96,6 +100,7 @@ __all__ = [
     "Spectral",
     "Task",
     "Training",
+    "Watcher",
     "attach",
     "evaluate",
     "export_peft",

@@ -56,3 +56,18 @@ def load(run: Path, step: int) -> Checkpoint:
     parts = {part: files.read_tensors(folder / f"{part}.safetensors") for part in _PARTS}
     place = files.read_json(folder / "place.json")
     return Checkpoint(step=place.pop("step"), place=place, **parts)
+
+
+def pack(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's state as named tensors: `0.exp_avg` is of its first parameter."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{key}": value for number, entry in state.items() for key, value in entry.items()}
+
+
+def unpack(tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Put back what `pack` took out."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        number, key = name.split(".", 1)
+        state.setdefault(int(number), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

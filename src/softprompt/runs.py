@@ -169,7 +169,7 @@ def read_prompt(folder: Path, backbone: Backbone) -> SoftPrompt:
     matrix = tensors["prompt_embeddings"].float()
     if matrix.ndim != 2 or matrix.shape[1] != backbone.dim or not bool(matrix.isfinite().all()):
         raise ValueError(
-            f"{file} holds a prompt of shape {tuple(matrix.shape)}; {backbone.source} takes finite [length, {backbone.dim}]"
+            f"{file} has a prompt of shape {tuple(matrix.shape)}; {backbone.source} takes finite [length, {backbone.dim}]"
         )
     return Folded(matrix)
 
@@ -213,7 +213,7 @@ def _claim(out: Path, name: str | None, stem: str) -> Path:
         except FileExistsError:
             if name is not None:
                 raise FileExistsError(
-                    f"run {folder} exists and is never overwritten; choose another --name, or go on with --resume {folder}"
+                    f"run {folder} exists and is never overwritten; choose another --name, or use --resume {folder}"
                 ) from None
         else:
             return folder

@@ -1,14 +1,11 @@
 """The one training loop: step, evaluate, stop early, checkpoint, resume."""
 
 import math
-import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -37,51 +34,7 @@ from softprompt.tasks import (
     shots,
     splits,
 )
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where a training is, after a step."""
-
-    step: int
-    steps: int
-    loss: float
-    lr: float
-    rows_per_second: float
-    dev: Score | None = None
-    """Of the latest evaluation."""
-
-
-class Watcher(Protocol):
-    """Who is told how it goes."""
-
-    def stage(self, text: str) -> None:
-        """A new part of the work begins."""
-
-    def note(self, text: str) -> None:
-        """Something worth knowing."""
-
-    def step(self, progress: Progress) -> None:
-        """A step is done."""
-
-
-@final
-class Silent:
-    """Nobody."""
-
-    def stage(self, text: str) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def step(self, progress: Progress) -> None:
-        """Nothing."""
-
-
-class Interrupted(Exception):
-    """Training was asked to stop; its message says how to go on."""
+from softprompt.watch import Interrupted, Progress, Silent, Watcher, interruptible
 
 
 def train(
@@ -181,7 +134,7 @@ class _Training:
         """Train to the end and write down what came of it."""
         before = self.backbone.hash
         self.watch.stage("training")
-        with _interruptible() as interrupted, (self.run.folder / runs.METRICS).open("a", encoding="utf-8") as log:
+        with interruptible() as interrupted, (self.run.folder / runs.METRICS).open("a", encoding="utf-8") as log:
             self._loop(log, interrupted)
         self.prompt.load_state_dict(self.best)
         if self.backbone.checksum() != before:
@@ -229,7 +182,7 @@ class _Training:
                 )
 
     def _step(self, rows: Sequence[Example], rate: float) -> float:
-        """One optimiser step; its loss is the mean over the whole batch, whatever parts and processes it is cut into."""
+        """One optimiser step; its loss is the mean over the whole batch, however it is cut into parts and processes."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate"]
         weight = len(rows) if self._candidates else sum(len(row.answer_ids) for row in rows)
@@ -272,8 +225,8 @@ class _Training:
             return
         numbers = ", ".join(str(row.row) for row in rows)
         raise ValueError(
-            f"the loss is {loss} and its gradient's norm {norm} at step {self.done + 1} with learning rate {rate:.3g} on "
-            f"rows {numbers} of the training split; lower --lr, or use --dtype float32"
+            f"the loss is {loss} and its gradient's norm {norm} at step {self.done + 1} with learning rate {rate:.3g} "
+            f"on rows {numbers} of the training split; lower --lr, or use --dtype float32"
         )
 
     def _evaluate(self) -> Score:
@@ -301,18 +254,13 @@ class _Training:
         random = {"cpu": torch.get_rng_state()}
         if self.backbone.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.backbone.device)
-        state = {
-            f"{number}.{key}": value
-            for number, entry in self.optimizer.state_dict()["state"].items()
-            for key, value in entry.items()
-        }
         checkpoint.save(
             self.run.folder,
             Checkpoint(
                 step=self.done,
                 prompt=self.prompt.state_dict(),
                 best=self.best,
-                optimizer=state,
+                optimizer=checkpoint.pack(self.optimizer),
                 random=random,
                 place=self.place,
             ),
@@ -322,11 +270,7 @@ class _Training:
         self.done = saved.step
         runs.load_tensors(self.prompt, saved.prompt, f"checkpoint {saved.step} of {self.run.folder}")
         self.best = {name: tensor.to(self.backbone.device) for name, tensor in saved.best.items()}
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in saved.optimizer.items():
-            number, entry = key.split(".", 1)
-            state.setdefault(int(number), {})[entry] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        checkpoint.unpack(saved.optimizer, self.optimizer)
         torch.set_rng_state(saved.random["cpu"])
         if "cuda" in saved.random and self.backbone.device.type == "cuda":
             torch.cuda.set_rng_state(saved.random["cuda"], self.backbone.device)
@@ -385,27 +329,6 @@ def _lines(task: Task, rows: Splits, examples: Sequence[Example], answers: Seque
     for example, found in zip(examples, answers, strict=True):
         gold = list(task.words)[example.label] if example.label is not None else task.golds(rows.test[example.row])
         yield runs.json_line({"row": example.row, "answer": found.label or found.text, "gold": gold})
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C (or SIGTERM) sets; a second one stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _flat(values: dict[str, Any], lead: str = "") -> dict[str, Any]:

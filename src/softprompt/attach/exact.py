@@ -33,8 +33,8 @@ def refuse_unusual(backbone: Backbone, accepted: frozenset[str]) -> None:
     if strange or missing:
         reason = f"has {', '.join(strange)} layers" if strange else f"takes no {', '.join(missing)}"
         raise ValueError(
-            f"{backbone.source} ({config.model_type}) {reason}; a shared prefix is exact only for attention over cached "
-            "keys and values, so this model is refused: choose a decoder with full attention"
+            f"{backbone.source} ({config.model_type}) {reason}; a shared prefix is exact only for attention over "
+            "cached keys and values, so this model is refused: choose a decoder with full attention"
         )
 
 

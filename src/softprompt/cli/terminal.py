@@ -13,7 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from softprompt.train import Progress as Step
+from softprompt.watch import Progress as Step
 
 console = Console(stderr=True, highlight=False)
 
