@@ -71,6 +71,11 @@ class Backbone:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         return int(limit) if isinstance(limit, int) and limit > 0 else None
 
+    @property
+    def masked_lm(self) -> bool:
+        """Whether this is an encoder with a head that gives words at masks."""
+        return self.architecture == "encoder" and self.model.get_output_embeddings() is not None
+
     @cached_property
     def _table(self) -> torch.Tensor:
         # Through the module, not its weight: Gemma and BART scale inside the embedding.
@@ -124,7 +129,7 @@ def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbon
     kind = measured_dtype(place) if dtype == "auto" else getattr(torch, dtype)
     if kind is torch.float16 and config.model_type in ("t5", "mt5", "umt5", "longt5"):
         raise ValueError(f"{source} is a T5, which overflows in float16; use bfloat16 or float32")
-    model = _LOADERS[architecture].from_pretrained(folder, dtype=kind).to(place)
+    model = _loader(architecture, config).from_pretrained(folder, dtype=kind).to(place)
     backbone = Backbone(model, _tokenizer(folder, source), source, base, architecture, note)
     _check_embeddings(backbone)
     return backbone
@@ -190,6 +195,13 @@ def _architecture(config: Any) -> Architecture:
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         return "causal"
     return "encoder" if hasattr(config, "vocab_size") else "vision"
+
+
+def _loader(architecture: Architecture, config: Any) -> type[Any]:
+    """An encoder's vocabulary head is loaded where the checkpoint has one, and never made up."""
+    if architecture == "encoder" and any(name.endswith("ForMaskedLM") for name in config.architectures or []):
+        return transformers.AutoModelForMaskedLM
+    return _LOADERS[architecture]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Self, final
+from typing import Annotated, Any, Literal, final
 
 import tyro
 
@@ -112,7 +112,7 @@ class Experiment:
         return {**dataclasses.asdict(self), "prompt": self.prompt.to_json()}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
+    def from_json(cls, values: Mapping[str, Any]) -> "Experiment":
         """The experiment that wrote `values`.
 
         Raises:
@@ -125,7 +125,7 @@ class Experiment:
         prompt = PromptConfig.from_json(settings.pop("prompt"))
         return cls(**settings, prompt=prompt, training=Training(**training))
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> "Experiment":
         """The same experiment but for `changes`."""
         return dataclasses.replace(self, **changes)
 

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, Protocol, final, runtime_checkable
 
 from softprompt.tasks import Score
 
@@ -24,6 +24,7 @@ class Progress:
     """Of the latest evaluation."""
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Who is told how it goes."""
 

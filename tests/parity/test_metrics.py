@@ -69,16 +69,16 @@ def test_what_is_no_number_is_wrong() -> None:
 
 
 def test_questions_are_right_as_a_whole() -> None:
-    """All of q1 and q3 are right; in q2 one answer is wrong and one cannot be read."""
-    questions = ["q1", "q2", "q1", "q3", "q2", "q2"]
-    golds = [1, 1, 0, 1, 0, 1]
-    ours = [1, 0, 0, 1, 0, None]
+    """All of q1 and q3 are right; in q2 one answer is wrong and one cannot be read; in q4 one of two is wrong."""
+    questions = ["q1", "q2", "q1", "q3", "q2", "q2", "q4", "q4"]
+    golds = [1, 1, 0, 1, 0, 1, 0, 0]
+    ours = [1, 0, 0, 1, 0, None, 0, 1]
     found = score(PAIRS, ours, golds, questions, majority=1)
-    assert found.others["question_match"] == pytest.approx(2 / 3)
-    # 2 true positives, no false one, 2 missed
-    assert found.value == found.others["f1"] == pytest.approx(2 * 2 / (2 * 2 + 0 + 2))
-    assert found.majority == pytest.approx(2 * 4 / (2 * 4 + 2))
-    assert found.n == 6
+    assert found.others["question_match"] == pytest.approx(2 / 4)
+    # 2 true positives, 1 false one, 2 missed
+    assert found.value == found.others["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 2))
+    assert found.majority == pytest.approx(2 * 4 / (2 * 4 + 4))
+    assert found.n == 8
     with pytest.raises(ValueError, match="scores whole questions; give each row's value in the column 'q'"):
         score(PAIRS, ours, golds, majority=1)
 

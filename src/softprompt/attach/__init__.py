@@ -1,29 +1,38 @@
 """How a prompt meets an architecture: one file each, one line in `ATTACHMENTS`."""
 
+from torch import nn
+
 from softprompt.attach.base import Attachment, Prepared
 from softprompt.attach.causal import Causal
+from softprompt.attach.encoder import Encoder, fresh_head
+from softprompt.attach.encoder_decoder import EncoderDecoder
 from softprompt.attach.sampling import Sampling
 from softprompt.backbone import Architecture, Backbone
 from softprompt.prompts import SoftPrompt
 
 ATTACHMENTS: dict[Architecture, type[Attachment]] = {
     "causal": Causal,
+    "encoder_decoder": EncoderDecoder,
+    "encoder": Encoder,
 }
 """Which attachment fits which architecture."""
 
 
-def attach(backbone: Backbone, prompt: SoftPrompt | None = None) -> Attachment:
+def attach(backbone: Backbone, prompt: SoftPrompt | None = None, *, head: nn.Module | None = None) -> Attachment:
     """`prompt` in front of `backbone`, as an `nn.Module` for any training loop; none: the untouched model.
 
+    Args:
+        head: what an encoder without a vocabulary head answers through; `fresh_head` makes one.
+
     Raises:
-        ValueError: there is no attachment for the architecture, or the prompt does not fit the backbone.
+        ValueError: there is no attachment for the architecture, or the prompt or the head does not fit the backbone.
     """
     if backbone.architecture not in ATTACHMENTS:
         raise ValueError(
             f"{backbone.source} is a model of the kind {backbone.architecture}; prompts can be attached to "
             f"{', '.join(ATTACHMENTS)}"
         )
-    return ATTACHMENTS[backbone.architecture](backbone, prompt)
+    return ATTACHMENTS[backbone.architecture](backbone, prompt, head)
 
 
-__all__ = ["ATTACHMENTS", "Attachment", "Prepared", "Sampling", "attach"]
+__all__ = ["ATTACHMENTS", "Attachment", "Prepared", "Sampling", "attach", "fresh_head"]

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -20,20 +20,28 @@ class Prepared(ABC):
 
 
 class Attachment(nn.Module, ABC):
-    """A prompt in front of a frozen backbone, as a module whose only parameters are the prompt's.
+    """A prompt in front of a frozen backbone, as a module whose only parameters are the prompt's and its head's.
 
-    The backbone is deliberately no submodule: `state_dict`, `parameters`, `train` and `to` concern the prompt alone.
+    The backbone is deliberately no submodule: `state_dict`, `parameters`, `train` and `to` concern what is trained.
 
     Every call takes `prompts` (default: the attachment's own) and, with several of them, `index`, the prompt of each
     row. Nothing is remembered between calls, so threads may share an attachment.
     """
 
-    backbone: Backbone
+    closed: ClassVar[bool]
+    """The text ends with the tokenizer's closing tokens, and the answer stands apart from it; else it goes on there."""
+    head_rate: ClassVar[float] = 0.1
+    """Learning rate of the group `head`, relative to the prompt's."""
 
-    def __init__(self, backbone: Backbone, prompt: SoftPrompt | None) -> None:
+    backbone: Backbone
+    head: nn.Module | None
+    """What turns an encoder's output into classes where it has no words to answer with; trained with the prompt."""
+
+    def __init__(self, backbone: Backbone, prompt: SoftPrompt | None, head: nn.Module | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.prompt = prompt
+        self.head = head
 
     @abstractmethod
     def prepare(self, prompts: Sequence[SoftPrompt]) -> Prepared:
@@ -81,6 +89,15 @@ class Attachment(nn.Module, ABC):
         `stop`: the ids that finish a row; none: the backbone's end of sequence. Ends when every row has finished.
         """
 
+    @abstractmethod
+    def target(self, answer: Sequence[int]) -> tuple[int, ...]:
+        """An answer's tokens as the model was trained to give them: what `labels` hold, and what `score` scores."""
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """The prompt's learning-rate groups, and `head` where there is one."""
+        groups = {} if self.prompt is None else self.prompt.groups()
+        return groups if self.head is None else groups | {"head": list(self.head.parameters())}
+
     def chosen(self, prompts: Sequence[SoftPrompt] | Prepared | None) -> Prepared:
         """`prompts` made ready, or the attachment's own."""
         if isinstance(prompts, Prepared):
@@ -109,3 +126,32 @@ class Attachment(nn.Module, ABC):
             if len(mine):
                 result = result.index_copy(0, mine, prompt.shift(result[mine], ids[mine], positions[mine]))
         return result.to(embeds.dtype)
+
+    def matrices(self, prompts: Sequence[SoftPrompt]) -> list[Float[Tensor, "_ dim"]]:
+        """Each prompt's virtual tokens, float32.
+
+        Raises:
+            ValueError: a prompt that is as wide as another backbone's embeddings.
+        """
+        found = [prompt.prompt().to(self.backbone.device) for prompt in prompts]
+        for matrix in found:
+            if matrix.shape[1] != self.backbone.dim:
+                raise ValueError(
+                    f"the prompt is {matrix.shape[1]} wide, but {self.backbone.source} embeds in {self.backbone.dim}; "
+                    "it was trained for another backbone"
+                )
+        return found
+
+    def end_of_sequence(self) -> list[int]:
+        """The ids that end a generation, as the backbone says; none where it says nothing."""
+        config = getattr(self.backbone.model, "generation_config", None) or self.backbone.model.config
+        ids = config.eos_token_id
+        return [] if ids is None else ([ids] if isinstance(ids, int) else list(ids))
+
+    def refuse_long(self, longest: int, limit: int | None) -> None:
+        """Refuse rows of more positions than the model has, where it has a limit."""
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"a row has {longest} positions with its prompt and answer, but {self.backbone.source} has {limit}; "
+                "shorten the rows (max_tokens) or the prompt (length)"
+            )

@@ -57,8 +57,12 @@ class Causal(Attachment):
         ValueError: the model keeps state other than attention's keys and values, or its prefix is not exact.
     """
 
-    def __init__(self, backbone: Backbone, prompt: SoftPrompt | None) -> None:
+    closed = False
+
+    def __init__(self, backbone: Backbone, prompt: SoftPrompt | None, head: nn.Module | None = None) -> None:
         super().__init__(backbone, prompt)
+        if head is not None:
+            raise ValueError(f"{backbone.source} answers in words and takes no head; leave it out")
         self._accepted = frozenset(inspect.signature(backbone.model.forward).parameters)
         self._window = sliding_window(backbone)
         refuse_unusual(backbone, self._accepted)
@@ -67,13 +71,7 @@ class Causal(Attachment):
     def prepare(self, prompts: Sequence[SoftPrompt]) -> Prefix:
         """The prompts' keys and values, for any number of later calls."""
         model, device = self.backbone.model, self.backbone.device
-        matrices = [prompt.prompt() for prompt in prompts]
-        for matrix in matrices:
-            if matrix.shape[1] != self.backbone.dim:
-                raise ValueError(
-                    f"the prompt is {matrix.shape[1]} wide, but {self.backbone.source} embeds in {self.backbone.dim}; "
-                    "it was trained for another backbone"
-                )
+        matrices = self.matrices(prompts)
         if not matrices:
             return Prefix([], (), torch.ones(1, 0, dtype=torch.long, device=device), None)
         longest = max(len(matrix) for matrix in matrices)
@@ -83,7 +81,7 @@ class Causal(Attachment):
         cache = DynamicCache()
         last = torch.unique(lengths) - 1
         output = model(
-            inputs_embeds=rows.to(device, self.backbone.dtype),
+            inputs_embeds=rows.to(self.backbone.dtype),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=last,
@@ -168,7 +166,7 @@ class Causal(Attachment):
         index: Int[Tensor, " batch"] | None = None,
     ) -> Iterator[Int[Tensor, " batch"]]:
         """Token by token, greedy or sampled, from the keys and values of prompt and text."""
-        stop = self._end_of_sequence() if stop is None else stop
+        stop = self.end_of_sequence() if stop is None else stop
         choose = Chooser(sampling or Sampling(), input_ids.device)
         with torch.no_grad():
             prefix = self._prefix(prompts)
@@ -185,6 +183,10 @@ class Causal(Attachment):
                 if bool(done.all()) or step == max_new_tokens - 1:
                     return
                 state = self._continue(state, token[:, None], place + step, prefix.prompts, index)
+
+    def target(self, answer: Sequence[int]) -> tuple[int, ...]:
+        """As it is: it goes on where the text stops."""
+        return tuple(answer)
 
     def _prefix(self, prompts: Sequence[SoftPrompt] | Prepared | None) -> Prefix:
         prefix = self.chosen(prompts)
@@ -210,7 +212,7 @@ class Causal(Attachment):
         """The text after its prompt's keys and values, with the head at the given places (0: everywhere)."""
         rows = row_index(index, max(len(prefix.prompts), 1), text.ids)
         mask = torch.cat([prefix.mask[rows], text.mask], 1)
-        self._refuse_long(mask, room)
+        self._refuse_beyond(mask, room)
         cache = DynamicCache()
         cache.layers = [_layer(_per_row(key, rows), _per_row(value, rows)) for key, value in prefix.layers]
         output = self.backbone.model(
@@ -283,24 +285,13 @@ class Causal(Attachment):
         rows = row_index(index, len(prefix.prompts), text.ids)
         return torch.where(first[..., None], prefix.logits[rows][:, None], logits)
 
-    def _refuse_long(self, mask: Int[Tensor, "batch total"], room: int) -> None:
-        longest = int(mask.sum(1).max()) + room
-        limit = self.backbone.max_positions
-        if limit is not None and longest > limit:
-            raise ValueError(
-                f"a row has {longest} positions with its prompt and answer, but {self.backbone.source} has {limit}; "
-                "shorten the rows (max_tokens) or the prompt (length)"
-            )
+    def _refuse_beyond(self, mask: Int[Tensor, "batch total"], room: int) -> None:
+        self.refuse_long(int(mask.sum(1).max()) + room, self.backbone.max_positions)
         if self._window is not None and mask.shape[1] + room > self._window:
             raise ValueError(
                 f"rows of {mask.shape[1] + room} positions with prompt and padding exceed the sliding window of "
                 f"{self._window} of {self.backbone.source}, beyond which a shared prefix is not exact; shorten the rows"
             )
-
-    def _end_of_sequence(self) -> list[int]:
-        config = getattr(self.backbone.model, "generation_config", None) or self.backbone.model.config
-        ids = config.eos_token_id
-        return [] if ids is None else ([ids] if isinstance(ids, int) else list(ids))
 
 
 def _per_row(

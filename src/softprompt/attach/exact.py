@@ -1,16 +1,18 @@
-"""Which decoders a shared prefix is exact for; the others are refused by name."""
+"""Which models an attachment is exact for; the others are refused by name."""
 
 from typing import Any
 from weakref import WeakSet
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from softprompt.attach.base import Attachment
 from softprompt.backbone import Backbone
 from softprompt.prompts import Folded
 
-_exact: WeakSet[Any] = WeakSet()
-"""Models whose prefix has been compared with plain concatenation in this process."""
+exact: WeakSet[Any] = WeakSet()
+"""Models whose attachment has been compared with plain concatenation in this process."""
 
 
 def sliding_window(backbone: Backbone) -> int | None:
@@ -41,7 +43,7 @@ def refuse_unusual(backbone: Backbone, accepted: frozenset[str]) -> None:
 @torch.no_grad()
 def check_exact(attachment: Attachment) -> None:
     """Compare the prefix with plain concatenation, once a model, so that an unusual one is refused and not wrong."""
-    if attachment.backbone.model in _exact:
+    if attachment.backbone.model in exact:
         return
     backbone = attachment.backbone
     table = backbone.host().embedding
@@ -50,11 +52,23 @@ def check_exact(attachment: Attachment) -> None:
     embeds = torch.cat([rows[None].to(backbone.device, backbone.dtype), backbone.model.get_input_embeddings()(ids)], 1)
     whole = backbone.model(inputs_embeds=embeds).logits[:, -4:].float()
     ours = attachment(ids, prompts=[Folded(rows)]).logits.float()
+    refuse_different(backbone, whole, ours, "a shared prefix")
+
+
+def refuse_different(
+    backbone: Backbone, whole: Float[Tensor, "*shape"], ours: Float[Tensor, "*shape"], how: str
+) -> None:
+    """Refuse a model whose outputs differ from those of the prompt in the row; remember one whose do not.
+
+    Args:
+        how: what ours were made with, for the message.
+    """
     gap, size = float((whole - ours).abs().max()), float(whole.abs().max())
     tolerance = (1e-3 if backbone.dtype is torch.float32 else 6e-2) * max(size, 1.0)
     if not gap <= tolerance:
         raise ValueError(
-            f"{backbone.source} ({backbone.model.config.model_type}) gives other logits with a shared prefix than with "
-            f"the prompt in the row (largest difference {gap:.2g}); its cache is unusual, so it is refused"
+            f"{backbone.source} ({backbone.model.config.model_type}) gives other outputs with {how} than with the "
+            f"prompt in the row (largest difference {gap:.2g}); its attention is unusual, so it is refused: choose "
+            "another backbone"
         )
-    _exact.add(backbone.model)
+    exact.add(backbone.model)

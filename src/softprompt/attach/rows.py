@@ -1,6 +1,6 @@
-"""How a batch of rows is laid out: masks checked, padding moved to the front, a prompt for each row."""
+"""How a batch of rows is laid out: masks checked, padding moved to one side, a prompt for each row."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Rows laid out with all padding in front, and where they came from."""
+    """Rows laid out with all padding on one side, and where they came from."""
 
     ids: Int[Tensor, "batch seq"]
     mask: Int[Tensor, "batch seq"]
@@ -23,10 +23,15 @@ class Rows(NamedTuple):
         return (self.mask.cumsum(1) == 1) & (self.mask == 1)
 
 
-def aligned(ids: Int[Tensor, "batch seq"], mask: Int[Tensor, "batch seq"]) -> Rows:
-    """The rows with their padding in front, and columns of padding alone cut off."""
-    order = mask.argsort(dim=1, stable=True)
-    order = order[:, int((mask.shape[1] - mask.sum(1)).min()) :]
+def aligned(
+    ids: Int[Tensor, "batch seq"], mask: Int[Tensor, "batch seq"], pads: Literal["front", "behind"] = "front"
+) -> Rows:
+    """The rows with their padding in front or behind, and columns of padding alone cut off."""
+    widest = int(mask.sum(1).max())
+    if pads == "front":
+        order = mask.argsort(dim=1, stable=True)[:, mask.shape[1] - widest :]
+    else:
+        order = (1 - mask).argsort(dim=1, stable=True)[:, :widest]
     return Rows(ids.gather(1, order), mask.gather(1, order), order)
 
 

@@ -1,0 +1,84 @@
+"""Seconds and memory of scoring two answers to each row, beside PEFT's prompt tuning in the same run.
+
+    python benchmarks/score.py [--tokens 32] [--batch 32] [--dtype float32] [--rounds 3] [--steps 3]
+
+Both sides get the same weights, rows, dtype and prompt, without gradients. Ours prepares the prompt's keys and values
+once, before the clock starts, as serving and evaluation do, and scores with `Attachment.score`; PEFT runs the prompt in
+front of every row and the two answers are read from the last position of the logits it returns. `loss` is the mean
+cross-entropy of one of the two answers against the other, alternating over the rows.
+
+The JSON is that of train_step.py, which says how both are measured; the floor here is, prompt already paid,
+
+    multiply_adds = n * batch * tokens + h * batch + 2 * w * batch * (tokens * length + tokens * (tokens + 1) / 2)
+"""
+
+from typing import Any
+
+from train_step import BACKBONE, PEER, Settings, Work, batch, decomposed, main, peft_model, widths
+
+ANSWERS = (" yes", " no")
+
+
+def folded(settings: Settings, tokens: int) -> Work:
+    """Ours with a finished prompt, made ready once."""
+    import torch
+
+    from softprompt import attach, load_backbone
+
+    backbone = load_backbone(BACKBONE, dtype=settings.dtype, device="cpu")
+    attachment = attach(backbone, decomposed(backbone, settings).fold())
+    candidates = answer_ids(backbone.tokenizer)
+    ids, mask, _ = batch(backbone.model, settings, tokens)
+    with torch.no_grad():
+        prepared = attachment.prepare([attachment.prompt])
+
+    def run() -> float:
+        with torch.no_grad():
+            return loss(attachment.score(ids, mask, [[first] for first in candidates], prompts=prepared))
+
+    return Work(run, backbone.model, multiply_adds(backbone.model, settings, tokens))
+
+
+def peft(settings: Settings, tokens: int) -> Work:
+    """PEFT with the same prompt."""
+    import torch
+
+    model, tokenizer = peft_model(settings)
+    candidates = answer_ids(tokenizer)
+    ids, mask, _ = batch(model.base_model, settings, tokens)
+
+    def run() -> float:
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            return loss(logits[:, -1, candidates].float())
+
+    return Work(run, model.base_model, multiply_adds(model.base_model, settings, tokens))
+
+
+def answer_ids(tokenizer: Any) -> list[int]:
+    """The token of each answer.
+
+    Raises:
+        ValueError: an answer has several tokens, which one position's logits cannot score.
+    """
+    ids = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in ANSWERS]
+    if any(len(tokens) != 1 for tokens in ids):
+        raise ValueError(f"the answers {ANSWERS} are the tokens {ids}; choose answers of one token each")
+    return [tokens[0] for tokens in ids]
+
+
+def loss(scores: Any) -> float:
+    """Mean cross-entropy of the answers, the right one alternating over the rows."""
+    import torch
+
+    return float(torch.nn.functional.cross_entropy(scores, torch.arange(len(scores)) % len(ANSWERS)))
+
+
+def multiply_adds(model: Any, settings: Settings, tokens: int) -> int:
+    body, head, attention = widths(model)
+    pairs = tokens * settings.length + tokens * (tokens + 1) // 2
+    return settings.batch * (body * tokens + head + 2 * attention * pairs)
+
+
+if __name__ == "__main__":
+    main(__file__, {"folded": folded, PEER: peft}, Settings(tokens=(32,), batch=32), str(__doc__))

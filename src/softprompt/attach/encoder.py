@@ -1,0 +1,254 @@
+"""Prompts after an encoder's first token (BERT, RoBERTa, DistilBERT, MPNet, MiniLM): `[CLS] prompt text [SEP]`."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput
+
+from softprompt.attach.base import Attachment, Prepared
+from softprompt.attach.bidirectional import Matrices, Whole, chosen, matrices, whole
+from softprompt.attach.exact import exact, refuse_different
+from softprompt.attach.rows import Rows, aligned, checked_mask
+from softprompt.attach.sampling import Sampling
+from softprompt.backbone import Backbone
+from softprompt.prompts import Folded, SoftPrompt
+
+
+def fresh_head(backbone: Backbone, classes: int, generator: torch.Generator) -> nn.Linear | None:
+    """The head to train with a prompt: `dim -> classes`, float32; none where the backbone answers in words.
+
+    Args:
+        classes: what is told apart; 0 where the answers are texts.
+        generator: of the first weights, normal with a standard deviation of 0.02 as in BERT.
+
+    Raises:
+        ValueError: the backbone has no words to answer with, and there are fewer than two classes.
+    """
+    if backbone.architecture != "encoder" or backbone.masked_lm:
+        return None
+    if classes < 2:
+        raise ValueError(
+            f"{backbone.source} is an encoder without a vocabulary head and answers with one of at least two classes, "
+            f"but there are {classes}; choose a classification, or a backbone that generates"
+        )
+    # Meta first: nn.Linear's own first weights would draw from torch's global generator.
+    head = nn.Linear(backbone.model.config.hidden_size, classes, device="meta").to_empty(device=backbone.device)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.02)
+        head.bias.zero_()
+    return head
+
+
+@final
+class Encoder(Attachment):
+    """A prompt between an encoder's first token and its text, answered by a vocabulary head or by a trained one.
+
+    A checkpoint with a masked-LM head answers in words: the mask token is put behind the text (in front of the
+    closing token) unless every row has one of its own, and an answer is the one token in its place. Any other
+    checkpoint answers through `head`, a linear layer over the mean of the text's own last states (the first and the
+    closing token count, the prompt does not, as sentence encoders pool), which is trained and kept with the prompt.
+    Rows of several prompts in one call share the head.
+
+    Costs one pass over prompt and text. Guarantees the outputs and gradients of `[first; prompt; text]` run as one row
+    of its own, whatever the padding.
+
+    Raises:
+        ValueError: there is neither a vocabulary head nor `head`, the tokenizer has no mask token, or padding changes
+            the model's results.
+    """
+
+    closed = True
+
+    def __init__(self, backbone: Backbone, prompt: SoftPrompt | None, head: nn.Module | None = None) -> None:
+        super().__init__(backbone, prompt, head)
+        if head is None and not backbone.masked_lm:
+            raise ValueError(
+                f"{backbone.source} has no vocabulary head to answer with; give a head to train, as in "
+                "attach(backbone, prompt, head=fresh_head(backbone, classes, generator))"
+            )
+        if head is None and backbone.tokenizer.mask_token_id is None:
+            raise ValueError(f"the tokenizer of {backbone.source} has no mask token to answer at; give a head to train")
+        self._check_exact()
+
+    def prepare(self, prompts: Sequence[SoftPrompt]) -> Matrices:
+        """The prompts' vectors; everything else depends on the text."""
+        return matrices(self, prompts)
+
+    def target(self, answer: Sequence[int]) -> tuple[int, ...]:
+        """As it is: it stands in the mask's place."""
+        return tuple(answer)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None = None,
+        labels: Int[Tensor, "batch target"] | None = None,
+        prompts: Sequence[SoftPrompt] | Prepared | None = None,
+        index: Int[Tensor, " batch"] | None = None,
+    ) -> MaskedLMOutput | SequenceClassifierOutput:
+        """Logits at the mask, `[batch, 1, vocab]`, or the head's, `[batch, classes]`; the loss is a mean in float32.
+
+        `labels` are one column: the token in the mask's place, or with a head the class; -100 where there is none.
+
+        Raises:
+            ValueError: several columns of labels, or no label at all.
+        """
+        if labels is not None and (labels.shape[1] != 1 or not bool((labels != -100).any())):
+            raise ValueError(
+                f"labels of {self.backbone.source} are {tuple(labels.shape)}; an encoder answers with one token or "
+                "class, so give one column with at least one label (use answers of a single token)"
+            )
+        logits = self._logits(input_ids, attention_mask, prompts, index)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits.float(), labels[:, 0])
+        if self.head is not None:
+            return SequenceClassifierOutput(loss=loss, logits=logits)
+        return MaskedLMOutput(loss=loss, logits=logits[:, None])
+
+    def score(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | None,
+        candidates: Sequence[Sequence[int]],
+        prompts: Sequence[SoftPrompt] | Prepared | None = None,
+        index: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch candidate"]:
+        """Log-probability of each candidate's token at the mask; with a head, of each class, whatever its tokens.
+
+        Raises:
+            ValueError: a candidate of several tokens at a mask, or another number of candidates than the head's.
+        """
+        if self.head is None and (long := [list(ids) for ids in candidates if len(ids) != 1] or not candidates):
+            raise ValueError(
+                f"candidates {long or []} of {self.backbone.source} are not one token each, and one mask holds one; "
+                "choose label words that its tokenizer keeps whole"
+            )
+        scores = self._logits(input_ids, attention_mask, prompts, index).float().log_softmax(-1)
+        if self.head is None:
+            return scores[:, torch.tensor([ids[0] for ids in candidates], device=scores.device)]
+        if scores.shape[1] != len(candidates):
+            raise ValueError(
+                f"the head tells {scores.shape[1]} classes apart and {len(candidates)} candidates are given; use the "
+                "task that it was trained for"
+            )
+        return scores
+
+    def generate(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        stop: Sequence[int] | None = None,
+        prompts: Sequence[SoftPrompt] | Prepared | None = None,
+        index: Int[Tensor, " batch"] | None = None,
+    ) -> Iterator[Int[Tensor, " batch"]]:
+        """Nothing: an encoder does not generate.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{self.backbone.source} is an encoder and does not generate; choose a classification, or a decoder"
+        )
+
+    def _logits(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None,
+        prompts: Sequence[SoftPrompt] | Prepared | None,
+        index: Int[Tensor, " batch"] | None,
+    ) -> Float[Tensor, "batch answer"]:
+        """Of the vocabulary at the mask, or of the head's classes."""
+        prepared, model = chosen(self, prompts), self.backbone.model
+        text = aligned(input_ids, checked_mask(input_ids, attention_mask), pads="behind")
+        if self.head is not None:
+            rows = whole(self, prepared, index, text, lead=1, limit=self._limit())
+            return self.head(_mean(self._states(rows), rows.own))
+        text = self._masked(text)
+        rows = whole(self, prepared, index, text, lead=1, limit=self._limit())
+        at = (text.ids == self.backbone.tokenizer.mask_token_id).long().argmax(1)
+        at = torch.where(at < 1, at, at + rows.mask.sum(1) - text.mask.sum(1))
+        each = torch.arange(len(at), device=at.device)
+        if (words := self._words()) is not None:
+            return words(self._states(rows)[each, at])
+        return model(inputs_embeds=rows.embeds, attention_mask=rows.mask).logits[each, at]
+
+    def _words(self) -> Any:
+        """The vocabulary head where it is one module: it runs at the mask alone and not over the whole row."""
+        # Looked up, not kept: an attribute would make a part of the backbone a submodule.
+        return next((found for name in _HEADS if (found := getattr(self.backbone.model, name, None)) is not None), None)
+
+    def _states(self, rows: Whole) -> Float[Tensor, "batch total hidden"]:
+        """The last hidden states."""
+        output = self.backbone.model.base_model(inputs_embeds=rows.embeds, attention_mask=rows.mask)
+        states: Tensor = output.last_hidden_state
+        return states
+
+    def _masked(self, text: Rows) -> Rows:
+        """The rows with a mask token each, put in front of the closing token where they have none.
+
+        Raises:
+            ValueError: some rows have a mask token and others do not, or a row has several.
+        """
+        tokenizer = self.backbone.tokenizer
+        found = ((text.ids == tokenizer.mask_token_id) & (text.mask == 1)).sum(1)
+        if bool((found == 1).all()):
+            return text
+        if bool(found.any()):
+            raise ValueError(
+                f"the rows have {found.tolist()} mask tokens ({tokenizer.mask_token}); each needs one, or none of them "
+                "any, so that it is put behind the text"
+            )
+        lengths = text.mask.sum(1, keepdim=True)
+        closes = text.ids.gather(1, lengths - 1) == (-1 if tokenizer.sep_token_id is None else tokenizer.sep_token_id)
+        at = lengths - closes.long()
+        column = torch.arange(text.ids.shape[1] + 1, device=text.ids.device).expand(len(text.ids), -1)
+        source = torch.where(column > at, column - 1, column).clamp(max=text.ids.shape[1] - 1)
+        ids = text.ids.gather(1, source).masked_fill(column == at, tokenizer.mask_token_id)
+        return Rows(ids, (column <= lengths).long(), text.order.gather(1, source))
+
+    def _limit(self) -> int | None:
+        """Positions that a row may have: RoBERTa's and MPNet's tables begin behind the padding token's own."""
+        limit = self.backbone.max_positions
+        table = getattr(getattr(self.backbone.model.base_model, "embeddings", None), "position_embeddings", None)
+        skipped = getattr(table, "padding_idx", None)
+        return limit if limit is None or skipped is None else limit - skipped - 1
+
+    @torch.no_grad()
+    def _check_exact(self) -> None:
+        """Compare a padded row with the same row alone through the model's own forward, once a model."""
+        model, device = self.backbone.model, self.backbone.device
+        if model in exact:
+            return
+        table = self.backbone.host().embedding
+        vectors = table[torch.arange(7, 12) % len(table)]
+        ids = torch.tensor([[3, 17, 8, 29], [5, 21, 6, 4]], device=device) % len(table)
+        text = Rows(ids, torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]], device=device), ids)
+        own = model.get_input_embeddings()(ids[:1])
+        embeds = torch.cat([own[:, :1], vectors[None].to(device, self.backbone.dtype), own[:, 1:2]], 1)
+        alone = model(inputs_embeds=embeds)[0][0]
+        rows = whole(self, self.prepare([Folded(vectors)]), None, text, lead=1, limit=self._limit())
+        words = self._words()
+        ours = (
+            model(inputs_embeds=rows.embeds, attention_mask=rows.mask)[0]
+            if words is None
+            else words(self._states(rows))
+        )
+        refuse_different(self.backbone, alone.float(), ours[0, : len(alone)].float(), "padding behind the prompt")
+
+
+_HEADS = ("cls", "lm_head")
+"""What masked-LM models call a head that is one module; the others (DistilBERT) run theirs in their forward."""
+
+
+def _mean(
+    states: Float[Tensor, "batch total hidden"], own: Bool[Tensor, "batch total"]
+) -> Float[Tensor, "batch hidden"]:
+    """The mean state of the text's own tokens, float32."""
+    return (states.float() * own[..., None]).sum(1) / own.sum(1, keepdim=True)

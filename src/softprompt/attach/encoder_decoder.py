@@ -1,0 +1,242 @@
+"""Prompts in front of an encoder-decoder's input text (T5, mT5, FLAN-T5, BART and their relatives)."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+from softprompt.attach.base import Attachment, Prepared
+from softprompt.attach.bidirectional import Matrices, chosen, matrices, whole
+from softprompt.attach.exact import exact, refuse_different
+from softprompt.attach.rows import aligned, checked_mask
+from softprompt.attach.sampling import Chooser, Sampling
+from softprompt.backbone import Backbone
+from softprompt.prompts import Folded, SoftPrompt
+
+
+class _Read(NamedTuple):
+    """A batch that the encoder has read, and what the decoder has kept of it so far."""
+
+    states: Float[Tensor, "batch total dim"]
+    mask: Int[Tensor, "batch total"]
+    cache: EncoderDecoderCache
+
+
+@final
+class EncoderDecoder(Attachment):
+    """A prompt in front of the encoder's text; the decoder sees it through its cross-attention.
+
+    Costs one pass of the encoder over prompt and text a call; candidates and generated tokens share it, and the
+    cross-attention's keys and values too. Guarantees the outputs and gradients of `[prompt; text]` run as one row of
+    its own, whatever the padding and whatever prompts of other lengths are in the batch.
+
+    An answer ends with the end of sequence, as these models were trained to end theirs; where the checkpoint forces a
+    first token (BART's `<s>`, mBART's language), an answer begins with it.
+
+    Raises:
+        ValueError: the model has no encoder to call by itself, or padding changes its results.
+    """
+
+    closed = True
+
+    def __init__(self, backbone: Backbone, prompt: SoftPrompt | None, head: nn.Module | None = None) -> None:
+        super().__init__(backbone, prompt)
+        if head is not None:
+            raise ValueError(f"{backbone.source} answers in words and takes no head; leave it out")
+        if not hasattr(backbone.model, "prepare_decoder_input_ids_from_labels"):
+            raise ValueError(
+                f"{backbone.source} ({backbone.model.config.model_type}) does not say how its decoder's input is made "
+                "from labels; choose a text-to-text model such as T5 or BART"
+            )
+        generation = backbone.model.generation_config
+        forced = generation.forced_bos_token_id
+        self._first: tuple[int, ...] = () if forced is None else (int(forced),)
+        self._check_exact()
+
+    def prepare(self, prompts: Sequence[SoftPrompt]) -> Matrices:
+        """The prompts' vectors; the encoder's pass depends on the text."""
+        return matrices(self, prompts)
+
+    def target(self, answer: Sequence[int]) -> tuple[int, ...]:
+        """The answer with the forced first token, if there is one, and the end of sequence, once each."""
+        end = tuple(self.end_of_sequence()[:1])
+        front = () if tuple(answer[:1]) == self._first else self._first
+        return (*front, *answer, *(() if tuple(answer[-1:]) == end else end))
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None = None,
+        labels: Int[Tensor, "batch target"] | None = None,
+        prompts: Sequence[SoftPrompt] | Prepared | None = None,
+        index: Int[Tensor, " batch"] | None = None,
+    ) -> Seq2SeqLMOutput:
+        """Logits of the labels and their mean cross-entropy in float32; without labels, of the first token alone.
+
+        `labels` are the answer's tokens as `target` gives them, -100 behind the shorter ones; the decoder's input is
+        made from them by the model's own shift.
+
+        Raises:
+            ValueError: no label at all, or -100 in front of one.
+        """
+        read = self._read(input_ids, attention_mask, prompts, index)
+        if labels is None:
+            return Seq2SeqLMOutput(logits=self._decode(read, self._begin(input_ids)))
+        wanted = labels != -100
+        if not bool(wanted.any()):
+            raise ValueError("no row has a label; give at least one label other than -100")
+        if bool((wanted[:, 1:] & ~wanted[:, :-1]).any()):
+            raise ValueError("labels have -100 in front of a token; put the labels' padding behind them")
+        decoder_ids = self.backbone.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        logits = self._decode(read, decoder_ids)
+        return Seq2SeqLMOutput(loss=nn.functional.cross_entropy(logits[wanted].float(), labels[wanted]), logits=logits)
+
+    def score(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | None,
+        candidates: Sequence[Sequence[int]],
+        prompts: Sequence[SoftPrompt] | Prepared | None = None,
+        index: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch candidate"]:
+        """Log-probability of each candidate and of the end of sequence behind it: one pass of the encoder for all.
+
+        A forced first token is fed and not scored.
+        """
+        if not candidates or not all(candidates):
+            raise ValueError(f"candidates are {list(candidates)}; give at least one, each with at least one token")
+        read = self._read(input_ids, attention_mask, prompts, index)
+        batch, count, device = len(input_ids), len(candidates), input_ids.device
+        given = [self.target(candidate)[len(self._first) :] for candidate in candidates]
+        targets = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in given], True, -100).to(device)
+        real = targets != -100
+        targets = targets.masked_fill(~real, 0)
+        self._refuse_long_answer(len(self._first) + targets.shape[1])
+        forced = torch.tensor(self._first, dtype=torch.long, device=device).expand(batch, -1)
+        first = self._decode(read, torch.cat([self._begin(input_ids), forced], 1))[:, -1:]
+        logits = first.repeat_interleave(count, 0)
+        if targets.shape[1] > 1:
+            read.cache.batch_repeat_interleave(count)
+            wide = _Read(read.states.repeat_interleave(count, 0), read.mask.repeat_interleave(count, 0), read.cache)
+            logits = torch.cat([logits, self._decode(wide, targets[:, :-1].repeat(batch, 1))], 1)
+        logp = logits.float().log_softmax(-1).view(batch, count, targets.shape[1], -1)
+        return (logp.gather(-1, targets.expand(batch, -1, -1)[..., None])[..., 0] * real).sum(-1)
+
+    def generate(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        stop: Sequence[int] | None = None,
+        prompts: Sequence[SoftPrompt] | Prepared | None = None,
+        index: Int[Tensor, " batch"] | None = None,
+    ) -> Iterator[Int[Tensor, " batch"]]:
+        """Token by token, greedy or sampled; a forced first token is given out like any other."""
+        ends = torch.tensor(self.end_of_sequence() if stop is None else list(stop), dtype=torch.long)
+        ends = ends.to(input_ids.device)
+        self._refuse_long_answer(max_new_tokens)
+        choose = Chooser(sampling or Sampling(), input_ids.device)
+        with torch.no_grad():
+            read = self._read(input_ids, attention_mask, prompts, index)
+            done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            fed = self._begin(input_ids)
+            token = fed[:, 0]
+            for step in range(max_new_tokens):
+                logits = self._decode(read, fed)[:, -1]
+                new = choose(logits) if step >= len(self._first) else torch.full_like(token, self._first[step])
+                token = torch.where(done, token, new)
+                done = done | torch.isin(token, ends)
+                yield token
+                if bool(done.all()):
+                    return
+                fed = token[:, None]
+
+    @torch.no_grad()
+    def beam(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        *,
+        beams: int = 4,
+        max_new_tokens: int = 64,
+        prompts: Sequence[SoftPrompt] | Prepared | None = None,
+        index: Int[Tensor, " batch"] | None = None,
+    ) -> Int[Tensor, "batch target"]:
+        """The likeliest answer that transformers' beam search finds for each row, padded behind.
+
+        Raises:
+            ValueError: `beams` below 1.
+        """
+        if beams < 1:
+            raise ValueError(f"beams is {beams}; it must be at least 1")
+        self._refuse_long_answer(max_new_tokens)
+        read = self._read(input_ids, attention_mask, prompts, index)
+        found = self.backbone.model.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=read.states),
+            attention_mask=read.mask,
+            num_beams=beams,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+        )
+        answers: Tensor = found[:, 1:]  # without the decoder's start
+        return answers
+
+    def _read(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None,
+        prompts: Sequence[SoftPrompt] | Prepared | None,
+        index: Int[Tensor, " batch"] | None,
+    ) -> _Read:
+        """The encoder's states of prompts and text, and an empty cache for the decoder."""
+        text = aligned(input_ids, checked_mask(input_ids, attention_mask), pads="behind")
+        rows = whole(self, chosen(self, prompts), index, text, lead=0, limit=self.backbone.max_positions)
+        states = self.backbone.model.get_encoder()(inputs_embeds=rows.embeds, attention_mask=rows.mask)[0]
+        return _Read(states, rows.mask, EncoderDecoderCache(DynamicCache(), DynamicCache()))
+
+    def _decode(self, read: _Read, ids: Int[Tensor, "batch more"]) -> Float[Tensor, "batch more vocab"]:
+        """Logits of the decoder's next tokens; `read`'s cache grows by them."""
+        logits: Tensor = self.backbone.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=read.states),
+            attention_mask=read.mask,
+            decoder_input_ids=ids,
+            past_key_values=read.cache,
+            use_cache=True,
+        ).logits
+        return logits
+
+    def _begin(self, ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch 1"]:
+        """What the decoder is fed first: the model's shift of an end of sequence (mBART starts with it)."""
+        labels = torch.full_like(ids[:, :1], (self.end_of_sequence() or [0])[0])
+        start: Tensor = self.backbone.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return start
+
+    def _refuse_long_answer(self, longest: int) -> None:
+        limit = self.backbone.max_positions
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"an answer of {longest} tokens does not fit the {limit} positions of {self.backbone.source}; ask for "
+                "fewer (max_new_tokens)"
+            )
+
+    @torch.no_grad()
+    def _check_exact(self) -> None:
+        """Compare a padded row with the same row alone, once a model: block-sparse encoders, for one, differ."""
+        model, device = self.backbone.model, self.backbone.device
+        if model in exact:
+            return
+        table = self.backbone.host().embedding
+        vectors = table[torch.arange(7, 12) % len(table)]
+        ids = torch.tensor([[3, 17, 8, 29], [5, 21, 6, 4]], device=device) % len(table)
+        mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], device=device)
+        own = model.get_input_embeddings()(ids[:1, 2:])
+        embeds = torch.cat([vectors[None].to(device, self.backbone.dtype), own], 1)
+        alone = model(inputs_embeds=embeds, decoder_input_ids=self._begin(ids[:1])).logits[0].float()
+        ours = self(ids, mask, prompts=[Folded(vectors)]).logits[0].float()
+        refuse_different(self.backbone, alone, ours, "padding behind the prompt")

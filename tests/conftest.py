@@ -1,0 +1,145 @@
+"""What all tests share: tiny random models of real architectures, a real tokenizer, and folders to train from."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import csv
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from softprompt.backbone import Backbone
+
+torch.set_num_threads(1)
+
+LABELS = ("Billing", "Sales", "Returns", "Login", "Delivery", "Other")
+"""Of the user's own task; only the letter differs that the text is made of."""
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+GPT: dict[str, Any] = {"vocab_size": 300, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 1}
+DECODERS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**GROUPED),
+    "gpt2": lambda: transformers.GPT2Config(**GPT, n_embd=32, n_positions=256),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES),
+    "opt": lambda: transformers.OPTConfig(**{**SIZES, "ffn_dim": 64}, word_embed_proj_dim=16),
+    "qwen3": lambda: transformers.Qwen3Config(**GROUPED, head_dim=8),
+    "gemma": lambda: transformers.GemmaConfig(**GROUPED, head_dim=8),
+    "gemma2": lambda: transformers.Gemma2Config(**GROUPED, head_dim=8, sliding_window=128),
+    "bloom": lambda: transformers.BloomConfig(**GPT, hidden_size=32),
+    "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=128),
+}
+"""Nine decoders: rotary, learned and ALiBi positions, grouped heads, sliding windows, scaled and projected embeddings."""
+
+
+def _tokenizer() -> Any:
+    """A byte-level BPE of 300 tokens: any text survives it, and a label's word is one or several tokens."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator([f"Ticket: a a b b c c\nQueue: {label.lower()}" for label in LABELS] * 4, trainer)
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+@torch.no_grad()
+def _model(config: Any) -> Any:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # As initialised, attention is all but uniform and a wrong position would hardly show.
+    for weights in model.parameters():
+        if weights.ndim == 2:
+            weights *= 5
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """No test reads or writes the user's cache, except one that is about a downloaded asset."""
+    if request.node.get_closest_marker("asset") is None:
+        monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return _tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tokenizer: Any) -> Callable[[str], Backbone]:
+    """`tiny_backbone("llama")`: one of DECODERS, random, float32; the same object for the whole session."""
+    made: dict[str, Backbone] = {}
+
+    def make(name: str) -> Backbone:
+        if name not in made:
+            made[name] = Backbone(_model(DECODERS[name]()), tokenizer, name, name, "causal")
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(params=DECODERS)
+def decoder(request: pytest.FixtureRequest, tiny_backbone: Callable[[str], Backbone]) -> Backbone:
+    """Each of the nine decoders."""
+    return tiny_backbone(request.param)
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A tiny Llama with its tokenizer, as a user has a model; read only."""
+    folder = tmp_path_factory.mktemp("backbone") / "tiny-llama"
+    _model(DECODERS["llama"]()).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ticket_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's own task of six classes: a TOML file beside a CSV of 120 rows; read only."""
+    folder = tmp_path_factory.mktemp("task")
+    draw = random.Random(0)
+    with (folder / "train.csv").open("w", newline="") as stream:
+        table = csv.writer(stream)
+        table.writerow(["text", "queue"])
+        for number in range(120):
+            letter = "abcdef"[number % 6]
+            table.writerow([" ".join([letter] * draw.randint(2, 8)), LABELS[number % 6]])
+    file = folder / "tickets.toml"
+    file.write_text('train = "train.csv"\ntemplate = "Ticket: {text}\\nQueue:"\nlabel = "queue"\n')
+    return file
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the tests' shape checker, as users run: our own error is what they see."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,85 @@
+"""Trainings that die: `python killed.py JOBS.json` trains once for each job in a fork, which kills itself with -9.
+
+A job is a kind and a count: at the so-manieth call of
+
+    replace    a finished draft is not yet in its place,
+    replaced   it is, and nothing after it has happened,
+    tensors    half of a safetensors file is written,
+    step       an optimiser step is done and not written down.
+
+Prints the signal that ended each child.
+"""
+
+import itertools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softprompt import Experiment, files, train
+
+
+def _die_at(count: int, before: Callable[..., None], call: Callable[..., Any], after: Callable[..., None]) -> Any:
+    calls = itertools.count(1)
+
+    def replacement(*given: Any, **named: Any) -> Any:
+        mine = next(calls) == count
+        if mine:
+            before(*given)
+        result = call(*given, **named)
+        if mine:
+            after(*given)
+        return result
+
+    return replacement
+
+
+def _die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _halve_and_die(_: Any, draft: Path, **__: Any) -> None:
+    os.truncate(draft, draft.stat().st_size // 2)
+    _die()
+
+
+def arm(kind: str, count: int) -> None:
+    """Make this process die at the `count`-th event of that kind."""
+    if kind == "replace":
+        Path.replace = _die_at(count, _die, Path.replace, _nothing)  # type: ignore[method-assign]
+    elif kind == "replaced":
+        Path.replace = _die_at(count, _nothing, Path.replace, _die)  # type: ignore[method-assign]
+    elif kind == "tensors":
+        files.save_file = _die_at(count, _nothing, files.save_file, _halve_and_die)
+    elif kind == "step":
+        torch.optim.AdamW.step = _die_at(count, _nothing, torch.optim.AdamW.step, _die)
+    else:
+        raise ValueError(f"there is no kind {kind!r}")
+
+
+def main(jobs: dict[str, Any]) -> None:
+    """One fork a job; the parent computes nothing, so that no thread is lost in forking."""
+    experiment = Experiment.from_json(jobs["experiment"])
+    ends = []
+    for kind, count in jobs["kills"]:
+        child = os.fork()
+        if child == 0:
+            arm(kind, count)
+            train(experiment, out=jobs["out"], name=f"{kind}-{count}")
+            os._exit(0)
+        ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(json.dumps(ends))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(json.loads(Path(sys.argv[1]).read_text()))

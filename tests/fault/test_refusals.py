@@ -1,0 +1,161 @@
+"""What cannot be exact is refused before anything is computed, in one sentence that names it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+
+from softprompt.attach import attach
+from softprompt.attach.base import Prepared
+from softprompt.backbone import Backbone, load
+from softprompt.prompts import Folded
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+MakeBackbone = Callable[[str], Backbone]
+IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
+
+
+def prompt_of(backbone: Backbone, length: int = 4) -> Folded:
+    return Folded(torch.randn(length, backbone.dim, generator=torch.Generator().manual_seed(0)))
+
+
+def refused(call: Callable[[], object], *words: str) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  (the words are compared below)
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+    return message
+
+
+def test_rows_beyond_the_sliding_window(tiny_backbone: MakeBackbone) -> None:
+    for name in ("mistral", "gemma2"):
+        backbone = tiny_backbone(name)
+        attachment = attach(backbone, prompt_of(backbone))
+        attachment(torch.full((1, 124), 5))
+        refused(lambda a=attachment: a(torch.full((1, 125), 5)), "sliding window of 128", name)
+        refused(lambda a=attachment: list(a.generate(torch.full((1, 120), 5), max_new_tokens=9)), "window of 128")
+        # Four tokens of the longest candidate are fed back after the text.
+        refused(lambda a=attachment: a.score(torch.full((1, 121), 5), None, [[5, 6, 7, 8, 9]]), "window of 128")
+
+
+def test_rows_beyond_the_models_positions(tiny_backbone: MakeBackbone) -> None:
+    backbone = tiny_backbone("llama")
+    attachment = attach(backbone, prompt_of(backbone))
+    attachment(torch.full((1, 252), 5))
+    refused(lambda: attachment(torch.full((1, 253), 5)), "257 positions", "llama has 256")
+
+
+def test_padding_does_not_count_as_positions(tiny_backbone: MakeBackbone) -> None:
+    backbone = tiny_backbone("llama")
+    ids = torch.full((1, 400), 5)
+    mask = (torch.arange(400) >= 390).long()[None]
+    assert attach(backbone, prompt_of(backbone))(ids, mask).logits.shape == (1, 400, 300)
+
+
+def test_a_recurrent_model(tokenizer: object) -> None:
+    config = transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    refused(lambda: attach(Backbone(model, tokenizer, "tiny-mamba", "tiny-mamba", "causal")), "tiny-mamba", "refused")
+
+
+def test_layers_that_keep_a_state_of_their_own(tokenizer: object) -> None:
+    config = transformers.Qwen3NextConfig(
+        vocab_size=300,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=64,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    refused(lambda: attach(Backbone(model, tokenizer, "tiny-next", "n", "causal")), "tiny-next", "linear_attention")
+
+
+def test_a_prefix_that_is_not_exact(tiny_backbone: MakeBackbone, tokenizer: object) -> None:
+    """A decoder whose output depends on how many rows came before in the cache: the check at attaching sees it."""
+    model = transformers.AutoModelForCausalLM.from_config(tiny_backbone("llama").model.config)
+    head = model.lm_head.forward
+    seen = {"cached": 0}
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(cached=kwargs["past_key_values"].get_seq_length())
+        if kwargs.get("past_key_values") is not None
+        else None,
+        with_kwargs=True,
+    )
+    model.lm_head.forward = lambda hidden: head(hidden) + seen["cached"]
+    backbone = Backbone(model, tokenizer, "odd-cache", "odd-cache", "causal")
+    refused(lambda: attach(backbone), "odd-cache", "other logits with a shared prefix", "refused")
+
+
+def test_a_prompt_of_another_width(tiny_backbone: MakeBackbone) -> None:
+    narrow = Folded(torch.zeros(4, 16))
+    refused(lambda: attach(tiny_backbone("llama"), narrow)(IDS), "16 wide", "embeds in 32", "another backbone")
+    wide = Folded(torch.zeros(4, 32))
+    refused(lambda: attach(tiny_backbone("opt"), wide)(IDS), "32 wide", "embeds in 16")
+
+
+def test_an_index_that_fits_nothing(tiny_backbone: MakeBackbone) -> None:
+    backbone = tiny_backbone("llama")
+    attachment, two = attach(backbone), [prompt_of(backbone), prompt_of(backbone, 6)]
+    refused(lambda: attachment(IDS, prompts=two), "2 prompts", "no index", "2 rows")
+    for index in ([0, 2], [-1, 0], [0], [0, 1, 1]):
+        refused(lambda i=index: attachment(IDS, prompts=two, index=torch.tensor(i)), f"index is {index}", "0 to 1")
+
+
+def test_rows_and_masks_that_fit_nothing(tiny_backbone: MakeBackbone) -> None:
+    backbone = tiny_backbone("llama")
+    attachment = attach(backbone, prompt_of(backbone))
+    empty = torch.tensor([[1, 1, 1], [0, 0, 0]])
+    refused(lambda: attachment(IDS, empty), "rows [1] have no token")
+    refused(lambda: attachment(IDS, torch.ones(2, 4, dtype=torch.long)), "(2, 4)", "(2, 3)")
+    refused(lambda: attachment(IDS, torch.full((2, 3), 7)), "attention_mask", "0 and 1")
+    refused(lambda: attachment(IDS, None, torch.zeros(2, 5, dtype=torch.long)), "labels are (2, 5)")
+    refused(lambda: attachment(IDS, None, torch.full((2, 3), -100)), "no row has a label")
+
+
+@pytest.mark.parametrize("candidates", [[], [[5], []]])
+def test_candidates_without_tokens(tiny_backbone: MakeBackbone, candidates: list[list[int]]) -> None:
+    attachment = attach(tiny_backbone("llama"))
+    refused(lambda: attachment.score(IDS, None, candidates), "candidates are", "at least one token")
+
+
+def test_what_was_prepared_for_another_architecture(tiny_backbone: MakeBackbone) -> None:
+    class Foreign(Prepared):
+        prompts = ()
+
+    refused(lambda: attach(tiny_backbone("llama"))(IDS, prompts=Foreign()), "Foreign", "another architecture")
+
+
+def test_an_architecture_without_an_attachment(tiny_backbone: MakeBackbone, tokenizer: object) -> None:
+    odd = Backbone(tiny_backbone("llama").model, tokenizer, "vit", "vit", "vision")
+    refused(lambda: attach(odd), "vit", "kind vision", "causal")
+
+
+def test_a_source_that_is_nowhere() -> None:
+    with pytest.raises(FileNotFoundError, match=r"backbone 'no-such-model' is neither a folder, a \.gguf file, an asset"):
+        load("no-such-model")
+    with pytest.raises(FileNotFoundError, match=r"backbone 'nowhere\.gguf' is not there; give the path"):
+        load("nowhere.gguf")
+
+
+def test_a_folder_without_a_model(tmp_path: object) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json; give a folder that transformers can load"):
+        load(str(tmp_path))
+
+
+def test_a_device_that_is_not_here(llama_folder: object) -> None:
+    with pytest.raises(ValueError, match="device 'cuda:99' is not here; use auto, cpu"):
+        load(str(llama_folder), dtype="float32", device="cuda:99")

@@ -1,0 +1,222 @@
+"""Whatever stops a training, it goes on to the same bits as one that nothing stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from softprompt import DPT, Experiment, Interrupted, Progress, Run, Training, open_run, resume, train
+from softprompt.cli import main
+from softprompt.cli.terminal import Terminal
+from softprompt.prompts import METHODS
+from softprompt.watch import Silent
+
+KILLS = [
+    ("replace", 1),  # the record: the run's folder is there and empty
+    ("replace", 2),  # the first, empty metrics
+    ("replace", 5),  # within the first checkpoint
+    ("replace", 7),  # the first checkpoint's folder
+    ("replaced", 7),
+    ("tensors", 2),
+    ("tensors", 11),  # within the third checkpoint, in its optimiser state
+    ("replace", 12),
+    ("step", 1),
+    ("step", 3),
+    ("step", 6),
+    ("replace", 18),  # predictions, after the last step
+    ("replace", 23),  # the prompt's own tensors
+    ("replace", 24),  # the record with the results
+    ("replaced", 24),
+]
+SAME = ("metrics.jsonl", "softprompt.safetensors", "adapter_model.safetensors", "predictions.jsonl")
+
+
+@pytest.fixture(scope="module")
+def experiment(llama_folder: Path, ticket_task: Path) -> Experiment:
+    return Experiment(
+        backbone=str(llama_folder),
+        task=str(ticket_task),
+        prompt=DPT(length=6, rank=2),
+        training=Training(steps=6, batch=8, evaluate_every=2),
+        dtype="float32",
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run that nothing stopped."""
+    return train(experiment, out=tmp_path_factory.mktemp("whole"), name="whole")
+
+
+def assert_same(run: Run, whole: Run) -> None:
+    for name in SAME:
+        assert (run.folder / name).read_bytes() == (whole.folder / name).read_bytes(), f"{name} of {run.name}"
+    assert run.results is not None
+    assert whole.results is not None
+    assert {**run.results, "seconds": 0} == {**whole.results, "seconds": 0}
+
+
+def test_a_run_killed_at_any_moment(whole: Run, tmp_path: Path) -> None:
+    jobs = {"experiment": whole.experiment.to_json(), "out": str(tmp_path), "kills": KILLS}
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("killed.py")
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "jobs.json"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [-signal.SIGKILL] * len(KILLS), "a training outlived its kill"
+    for kind, count in KILLS:
+        folder = tmp_path / f"{kind}-{count}"
+        if not folder.exists():  # killed before there was a run: the name is free, so it starts from nothing
+            assert (kind, count) == ("replace", 1)
+            assert_same(train(whole.experiment, out=tmp_path, name=folder.name), whole)
+            continue
+        with (folder / "metrics.jsonl").open("a") as log:
+            log.write('{"step": 99, "lo')  # what a kill within a write leaves
+        assert_same(resume(folder), whole)
+
+
+def interrupting(at: int) -> Callable[[object, Progress], None]:
+    """What a watcher does at each step: one Ctrl-C at step `at`."""
+
+    def step(_: object, progress: Progress) -> None:
+        if progress.step == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return step
+
+
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    at: int, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Silent, "step", interrupting(at))
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(
+        Interrupted, match=rf"stopped after step {at} of 6; go on with: softprompt train --resume \S+run$"
+    ):
+        train(whole.experiment, out=tmp_path, name="run")
+    assert signal.getsignal(signal.SIGINT) is handler
+    monkeypatch.undo()
+    assert (tmp_path / "run/checkpoints" / f"step-{at:06d}").is_dir()
+    assert_same(resume(tmp_path / "run"), whole)
+
+
+def test_a_second_ctrl_c_stops_at_once(whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(_: object, progress: Progress) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Silent, "step", twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(whole.experiment, out=tmp_path, name="run")
+    monkeypatch.undo()
+    assert_same(resume(tmp_path / "run"), whole)
+
+
+def test_ctrl_c_on_the_command_line(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Terminal, "step", interrupting(3))
+    settings = "--dtype float32 --steps 6 --batch 8 --evaluate-every 2".split()
+    where = ["--backbone", whole.experiment.backbone, "--task", whole.experiment.task, "--out", str(tmp_path)]
+    prompt = "dpt --length 6 --rank 2".split()
+    assert main(["train", *where, *settings, "--name", "run", *prompt]) == 1
+    monkeypatch.undo()
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.splitlines()[-1] == (
+        f"softprompt: stopped after step 3 of 6; go on with: softprompt train --resume {tmp_path / 'run'}"
+    )
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 6
+    assert_same(open_run(tmp_path / "run"), whole)
+
+
+def test_a_loss_that_is_no_number_stops_with_step_rows_and_rate(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, calls = torch.optim.AdamW.step, []
+
+    def spoiling(self: torch.optim.AdamW, *given: Any) -> Any:
+        result = step(self, *given)
+        calls.append(1)
+        if len(calls) == 3:
+            self.param_groups[0]["params"][0].data[0, 0] = torch.nan
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoiling)
+    with pytest.raises(
+        ValueError,
+        match=r"the loss is nan .* at step 4 with learning rate 0\.018 on rows [\d, ]+ of the training split; lower --lr",
+    ):
+        train(whole.experiment, out=tmp_path, name="run")
+    monkeypatch.undo()
+    assert_same(resume(tmp_path / "run"), whole)
+
+
+def test_random_draws_of_a_method_go_on_too(whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = whole.experiment.replace(prompt=METHODS["adept"](length=4, width=3, dropout=0.3))
+    torch.manual_seed(1)
+    dropped = train(experiment, out=tmp_path, name="dropped")
+    monkeypatch.setattr(Silent, "step", interrupting(3))
+    torch.manual_seed(2)
+    with pytest.raises(Interrupted):
+        train(experiment, out=tmp_path, name="stopped")
+    monkeypatch.undo()
+    torch.manual_seed(3)
+    assert_same_losses(resume(tmp_path / "stopped"), dropped)
+    without = experiment.replace(prompt=METHODS["adept"](length=4, width=3, dropout=0.0))
+    kept = train(without, out=tmp_path, name="kept")
+    assert [line["loss"] for line in kept.metrics()] != [line["loss"] for line in dropped.metrics()]
+
+
+def assert_same_losses(run: Run, whole: Run) -> None:
+    for name in ("metrics.jsonl", "softprompt.safetensors"):
+        assert (run.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+
+
+def test_a_finished_run_is_left_as_it_is(whole: Run, tmp_path: Path) -> None:
+    shutil.copytree(whole.folder, tmp_path / "done")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "done").rglob("*")}
+    assert_same(resume(tmp_path / "done"), whole)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "done").rglob("*")} == before
+
+
+def test_other_rows_or_weights_than_it_was_started_with(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, task = tmp_path / "model", tmp_path / "task"
+    shutil.copytree(whole.experiment.backbone, model)
+    shutil.copytree(Path(whole.experiment.task).parent, task)
+    experiment = whole.experiment.replace(backbone=str(model), task=str(task / "tickets.toml"))
+    monkeypatch.setattr(Silent, "step", interrupting(2))
+    with pytest.raises(Interrupted):
+        train(experiment, out=tmp_path, name="run")
+    monkeypatch.undo()
+    rows = (task / "train.csv").read_text()
+    (task / "train.csv").write_text(rows.replace("Billing", "Sales", 1))
+    with pytest.raises(ValueError, match=r"the rows of task tickets are not those .*run was started with"):
+        resume(tmp_path / "run")
+    (task / "train.csv").write_text(rows)
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(bytes(weights))
+    with pytest.raises(ValueError, match=r"the weights of .*model are not those that .*run was started with"):
+        resume(tmp_path / "run")
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(bytes(weights))
+    assert_same_losses(resume(tmp_path / "run"), whole)

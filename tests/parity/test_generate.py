@@ -1,0 +1,154 @@
+"""Generating after a shared prefix is transformers' own generating after `[prompt; text]`."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from softprompt.attach import Attachment, Sampling, attach
+from softprompt.backbone import Backbone
+from softprompt.prompts import Folded
+
+NEW = 10
+LENGTHS = (4, 7, 1)
+INDEX = torch.tensor([1, 0, 2, 1])
+MakeBackbone = Callable[[str], Backbone]
+
+
+def prompts_of(backbone: Backbone) -> list[Folded]:
+    table, draw = backbone.host().embedding, torch.Generator().manual_seed(0)
+    return [Folded(table[torch.randint(len(table), (length,), generator=draw)]) for length in LENGTHS]
+
+
+def texts() -> list[Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 300, (count,), generator=draw) for count in (6, 2, 9, 1)]
+
+
+def batch(rows: list[Tensor], extra: int = 3) -> tuple[Tensor, Tensor]:
+    wide = max(map(len, rows)) + extra
+    ids = torch.stack([torch.nn.functional.pad(row, (wide - len(row), 0), value=2) for row in rows])
+    return ids, torch.stack([(torch.arange(wide) >= wide - len(row)).long() for row in rows])
+
+
+def transformers_own(backbone: Backbone, prompt: Folded, row: Tensor, stop: list[int]) -> list[int]:
+    embeds = torch.cat([prompt.prompt()[None], backbone.model.get_input_embeddings()(row)[None]], 1)
+    made = backbone.model.generate(
+        inputs_embeds=embeds,
+        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=NEW,
+        eos_token_id=stop or [-1],
+        pad_token_id=0,
+    )
+    return made[0].tolist()
+
+
+@pytest.fixture
+def llama(tiny_backbone: MakeBackbone) -> Attachment:
+    backbone = tiny_backbone("llama")
+    return attach(backbone, prompts_of(backbone)[0])
+
+
+def tokens(attachment: Attachment, row: Tensor, **settings: object) -> list[int]:
+    return [int(token) for token in attachment.generate(row[None], **{"stop": [], "max_new_tokens": NEW, **settings})]
+
+
+def test_greedy_one_row(decoder: Backbone) -> None:
+    prompt, row = prompts_of(decoder)[0], texts()[0]
+    assert tokens(attach(decoder, prompt), row) == transformers_own(decoder, prompt, row, [])
+
+
+def test_greedy_rows_and_prompts_of_different_lengths(decoder: Backbone) -> None:
+    prompts, rows = prompts_of(decoder), texts()
+    made = torch.stack(
+        list(attach(decoder).generate(*batch(rows), max_new_tokens=NEW, stop=[], prompts=prompts, index=INDEX)), 1
+    )
+    wanted = [transformers_own(decoder, prompts[which], row, []) for which, row in zip(INDEX, rows, strict=True)]
+    assert made.tolist() == wanted
+
+
+def test_a_stop_token_ends_its_row_and_all_of_them_the_call(decoder: Backbone) -> None:
+    prompts, rows = prompts_of(decoder), texts()
+    free = [transformers_own(decoder, prompts[which], row, []) for which, row in zip(INDEX, rows, strict=True)]
+    stop = [free[0][2], free[1][4], free[2][1], free[3][3]]
+    made = torch.stack(
+        list(attach(decoder).generate(*batch(rows), max_new_tokens=NEW, stop=stop, prompts=prompts, index=INDEX)), 1
+    ).tolist()
+    ends = [next(place for place, token in enumerate(row) if token in stop) for row in free]
+    assert len(made[0]) == max(ends) + 1
+    for row, whole, end in zip(made, free, ends, strict=True):
+        assert row[: end + 1] == whole[: end + 1]
+        assert set(row[end:]) == {whole[end]}, "a finished row repeats its stop token"
+
+
+def test_the_backbones_end_of_sequence_is_the_default_stop(llama: Attachment, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = texts()[0]
+    free = tokens(llama, row)
+    monkeypatch.setattr(llama.backbone.model.generation_config, "eos_token_id", free[3])
+    made = tokens(llama, row, stop=None)
+    assert made == free[: free.index(free[3]) + 1]
+
+
+def test_each_token_comes_before_the_next_is_computed(llama: Attachment) -> None:
+    calls: list[int] = []
+    handle = llama.backbone.model.register_forward_hook(lambda *_: calls.append(1))
+    prepared = llama.prepare([llama.prompt])
+    stream = llama.generate(texts()[0][None], max_new_tokens=4, stop=[], prompts=prepared)
+    assert len(calls) == 1, "the prompt, once"
+    for count in range(1, 5):
+        next(stream)
+        assert len(calls) == 1 + count
+    assert list(stream) == []
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(temperature=1e-4), Sampling(temperature=2.0, top_k=1), Sampling(temperature=2.0, top_p=1e-6)],
+    ids=["cold", "top_k", "top_p"],
+)
+def test_sampling_that_leaves_one_token_is_greedy(llama: Attachment, sampling: Sampling) -> None:
+    assert tokens(llama, texts()[0], sampling=sampling) == tokens(llama, texts()[0])
+
+
+def test_equal_seeds_draw_equal_tokens(llama: Attachment) -> None:
+    def drawn(seed: int) -> list[int]:
+        return tokens(llama, texts()[0], sampling=Sampling(temperature=3.0, seed=seed))
+
+    torch.manual_seed(1)
+    first = drawn(7)
+    before = torch.get_rng_state()
+    assert drawn(7) == first
+    assert drawn(8) != first
+    assert torch.equal(torch.get_rng_state(), before), "drawing used torch's global generator"
+
+
+def test_draws_follow_the_warped_distribution(llama: Attachment) -> None:
+    row, count = texts()[0], 4000
+    logits = llama(row[None]).logits[0, -1].detach() / 4.0
+    kept = logits.masked_fill(logits < logits.topk(20).values[-1], -torch.inf)
+    wanted = kept.softmax(-1)
+    drawn = next(
+        llama.generate(row.expand(count, -1), stop=[], sampling=Sampling(temperature=4.0, top_k=20, seed=5))
+    )
+    share = torch.bincount(drawn, minlength=300) / count
+    # Four standard deviations of a binomial share; the seed is fixed, so it never flickers.
+    assert bool(((share - wanted).abs() <= 4 * (wanted * (1 - wanted) / count).sqrt()).all())
+    assert int((wanted > 0.02).sum()) > 3, "one likely token would make this easy"
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"temperature": -0.5}, "temperature is -0.5; it must be 0"),
+        ({"temperature": float("nan")}, "temperature is nan; it must be 0"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+    ],
+)
+def test_impossible_sampling_is_refused(settings: dict[str, float], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Sampling(**settings)

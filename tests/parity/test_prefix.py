@@ -1,0 +1,191 @@
+"""A shared prefix is concatenation: the same logits, losses, scores, tokens and gradients, whatever the padding.
+
+The reference is a row at a time: the prompt's vectors in front of the text's, without mask, padding or cache.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+from softprompt.attach import Attachment, attach
+from softprompt.backbone import Backbone
+from softprompt.prompts import METHODS, Folded, SoftPrompt
+from softprompt.prompts.plain import Plain
+
+LENGTHS = (3, 6, 1)
+"""Of the three prompts in one batch."""
+INDEX = torch.tensor([2, 0, 1, 0, 2])
+TEXTS = (7, 1, 4, 9, 3)
+"""Tokens of each row."""
+MakeBackbone = Callable[[str], Backbone]
+
+
+def prompts_of(backbone: Backbone) -> list[SoftPrompt]:
+    host = backbone.host()
+    return [
+        Plain(length=length).build(host, torch.Generator().manual_seed(seed)) for seed, length in enumerate(LENGTHS)
+    ]
+
+
+def texts(seed: int = 1) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 300, (count,), generator=draw) for count in TEXTS]
+
+
+def padded(rows: Sequence[Tensor], side: str, extra: int, fill: int = 2) -> tuple[Tensor, Tensor]:
+    """The rows as one batch, `extra` columns wider than the longest, and the mask of their tokens."""
+    wide = max(map(len, rows)) + extra
+    ids, mask = torch.full((len(rows), wide), fill), torch.zeros(len(rows), wide, dtype=torch.long)
+    for place, row in enumerate(rows):
+        where = slice(wide - len(row), wide) if side == "left" else slice(0, len(row))
+        ids[place, where], mask[place, where] = row, 1
+    return ids, mask
+
+
+def concatenated(backbone: Backbone, prompt: SoftPrompt, text: Tensor) -> Tensor:
+    """Logits of `[prompt; text]` from the prompt's last vector on: what predicts each token, and what follows."""
+    table = backbone.model.get_input_embeddings()
+    embeds = prompt.shift(table(text)[None], text[None], torch.arange(len(text))[None])
+    whole = backbone.model(inputs_embeds=torch.cat([prompt.prompt()[None], embeds], 1)).logits[0]
+    return whole[len(prompt.prompt()) - 1 :]
+
+
+def gradients(value: Tensor, prompts: Sequence[SoftPrompt]) -> list[Tensor]:
+    parameters = [parameter for prompt in prompts for parameter in prompt.parameters()]
+    return list(torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True))
+
+
+def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 2e-5) -> None:
+    """Equal but for float32 sums in another order, relative to the largest value."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * float(wanted.detach().abs().max()))
+
+
+@pytest.mark.parametrize("extra", [0, 1, 40])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_and_gradients(decoder: Backbone, side: str, extra: int) -> None:
+    prompts, rows = prompts_of(decoder), texts()
+    ids, mask = padded(rows, side, extra)
+    found = attach(decoder)(ids, mask, prompts=prompts, index=INDEX).logits[mask.bool()]
+    wanted = torch.cat([concatenated(decoder, prompts[which], row)[1:] for which, row in zip(INDEX, rows, strict=True)])
+    assert_near(found, wanted)
+    weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))
+    for ours, theirs in zip(
+        gradients((found * weights).sum(), prompts), gradients((wanted * weights).sum(), prompts), strict=True
+    ):
+        assert float(theirs.abs().max()) > 0
+        assert_near(ours, theirs, 1e-4)  # a gradient sums over every row and token
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_without_a_prompt_it_is_the_model_itself(decoder: Backbone, side: str) -> None:
+    rows = texts()
+    ids, mask = padded(rows, side, 13)
+    found = attach(decoder)(ids, mask).logits[mask.bool()]
+    assert_near(found, torch.cat([decoder.model(input_ids=row[None]).logits[0] for row in rows]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_inputs_shift_counts_positions_from_the_texts_first_token(method: str, tiny_backbone: MakeBackbone) -> None:
+    backbone, rows = tiny_backbone("llama"), texts()
+    prompt = METHODS[method](length=40).build(backbone.host(), torch.Generator().manual_seed(0)).eval()
+    with torch.no_grad():
+        for parameter in prompt.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    ids, mask = padded(rows, "right", 5)
+    found = attach(backbone, prompt)(ids, mask).logits[mask.bool()]
+    assert_near(found, torch.cat([concatenated(backbone, prompt, row)[1:] for row in rows]))
+
+
+def labelled(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch with 3 pads and labels at the end of each row, at its first token, and on padding (to be ignored)."""
+    ids, mask = padded(rows, side, 3)
+    labels = torch.where(mask == 1, ids, 5)
+    for place, row in enumerate(rows):
+        at = mask[place].nonzero()[:, 0]
+        labels[place, at[1 : len(row) - 2]] = -100
+    labels[1, :] = -100
+    labels[1, mask[1].nonzero()[0]] = 77
+    return ids, mask, labels
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_loss_with_labels_on_the_first_token(decoder: Backbone, side: str) -> None:
+    prompts, rows = prompts_of(decoder), texts()
+    ids, mask, labels = labelled(rows, side)
+    output = attach(decoder)(ids, mask, labels, prompts=prompts, index=INDEX)
+    losses = []
+    for place, row in enumerate(rows):
+        logits = concatenated(decoder, prompts[int(INDEX[place])], row)[:-1]
+        wanted = labels[place][mask[place].bool()]
+        losses.append(torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="none"))
+    counted = int(((labels != -100) & (mask == 1)).sum())
+    loss = torch.cat(losses).sum() / counted
+    assert_near(output.loss, loss)
+    assert output.logits.shape[1] < ids.shape[1], "the head ran at places without a label"
+    for ours, theirs in zip(gradients(output.loss, prompts), gradients(loss, prompts), strict=True):
+        assert_near(ours, theirs, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "qwen3", "gemma", "bloom"])
+def test_loss_equals_stock_pefts(name: str, tiny_backbone: MakeBackbone) -> None:
+    """On rows without padding, which stock PEFT puts between prompt and text; OPT's projection crashes in it."""
+    backbone = tiny_backbone(name)
+    ours = prompts_of(backbone)[1].prompt().detach().requires_grad_()
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTHS[1])
+    theirs = peft.get_peft_model(copy.deepcopy(backbone.model), config)
+    matrix = theirs.prompt_encoder["default"].embedding.weight
+    with torch.no_grad():
+        matrix.copy_(ours)
+    ids = torch.randint(3, 300, (4, 8), generator=torch.Generator().manual_seed(4))
+    labels = ids.masked_fill(torch.rand(4, 8, generator=torch.Generator().manual_seed(5)) < 0.5, -100)
+    labels[0, 0] = ids[0, 0]
+    wanted = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+    found = attach(backbone, Folded(ours))(ids, None, labels).loss
+    assert_near(found, wanted)
+    assert_near(torch.autograd.grad(found, ours)[0], torch.autograd.grad(wanted, matrix)[0], 1e-4)
+
+
+@pytest.mark.parametrize("candidates", [[[5], [7], [299]], [[5], [9, 11], [12, 13, 14, 15], [9, 12]]])
+def test_scores_are_sums_of_log_probabilities(decoder: Backbone, candidates: list[list[int]]) -> None:
+    prompts, rows = prompts_of(decoder), texts()
+    ids, mask = padded(rows, "right", 2)
+    found = attach(decoder).score(ids, mask, candidates, prompts=prompts, index=INDEX)
+    wanted = []
+    for which, row in zip(INDEX, rows, strict=True):
+        for candidate in candidates:
+            logits = concatenated(decoder, prompts[which], torch.cat([row, torch.tensor(candidate)]))[len(row) : -1]
+            wanted.append(logits.log_softmax(-1).gather(1, torch.tensor(candidate)[:, None]).sum())
+    whole = torch.stack(wanted).view_as(found)
+    assert_near(found, whole)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(6))
+    for ours, theirs in zip(
+        gradients((found * weights).sum(), prompts), gradients((whole * weights).sum(), prompts), strict=True
+    ):
+        assert_near(ours, theirs, 1e-4)
+
+
+def test_prompts_prepared_once_answer_as_prompts_do(decoder: Backbone) -> None:
+    prompts, attachment = prompts_of(decoder), attach(decoder)
+    ids, mask = padded(texts(), "left", 4)
+    prepared = attachment.prepare(prompts)
+    first: Any = attachment(ids, mask, prompts=prepared, index=INDEX).logits
+    again = attachment(ids, mask, prompts=prepared, index=INDEX).logits
+    fresh = attachment(ids, mask, prompts=prompts, index=INDEX).logits
+    assert torch.equal(first, again), "a call changed what was prepared"
+    assert_near(first, fresh)
+
+
+def test_a_batch_moves_nothing_in_a_rows_answer(decoder: Backbone) -> None:
+    prompts, rows = prompts_of(decoder), texts()
+    attachment: Attachment = attach(decoder)
+    together = attachment.score(*padded(rows, "left", 0), [[5], [9, 11]], prompts=prompts, index=INDEX)
+    alone = [
+        attachment.score(row[None], None, [[5], [9, 11]], prompts=[prompts[which]])
+        for which, row in zip(INDEX, rows, strict=True)
+    ]
+    assert_near(together, torch.cat(alone))
