@@ -313,7 +313,7 @@ def case(
     ratios = [theirs.seconds / our.seconds for our, theirs in zip(mine, peer, strict=True)]
     names = {"s": "seconds", "mb": "peak_mb", "over_mb": "over_mb"}
     loss, peer_loss = median(mine, "loss"), median(peer, "loss")
-    needed, rate = mine[0].multiply_adds, median(mine, "rate")
+    needed, rate = mine[0].multiply_adds, max(one.rate for one in mine)
     return {
         "method": side,
         "tokens": tokens,

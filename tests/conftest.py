@@ -48,30 +48,63 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=128),
 }
 """Nine decoders: rotary, learned and ALiBi positions, grouped heads, sliding windows, scaled and projected embeddings."""
+T5: dict[str, Any] = {"vocab_size": 300, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+T5_IDS: dict[str, Any] = {"decoder_start_token_id": 2, "eos_token_id": 1, "pad_token_id": 2}
+BART: dict[str, Any] = {
+    "vocab_size": 300,
+    "d_model": 32,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "forced_eos_token_id": None,
+    **{f"{part}_layers": 2 for part in ("encoder", "decoder")},
+    **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
+    **{f"{part}_ffn_dim": 64 for part in ("encoder", "decoder")},
+}
+ENCODER_DECODERS: dict[str, Callable[[], Any]] = {
+    "t5": lambda: transformers.T5Config(**T5, **T5_IDS),
+    "t5_1.1": lambda: transformers.T5Config(**T5, **T5_IDS, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "mt5": lambda: transformers.MT5Config(**T5, **T5_IDS),
+    "bart": lambda: transformers.BartConfig(**BART, decoder_start_token_id=1, scale_embedding=True),
+    "bart_forced": lambda: transformers.BartConfig(**BART, decoder_start_token_id=1),
+    "marian": lambda: transformers.MarianConfig(**BART, decoder_start_token_id=2, scale_embedding=False),
+}
+"""Relative, learned and sinusoidal positions; tied and untied heads; a forced first token; scaled embeddings."""
+ENCODERS: dict[str, Callable[[], Any]] = {
+    "bert": lambda: transformers.BertConfig(**SIZES),
+    "roberta": lambda: transformers.RobertaConfig(**SIZES),
+    "mpnet": lambda: transformers.MPNetConfig(**SIZES),
+    "distilbert": lambda: transformers.DistilBertConfig(
+        vocab_size=300, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=256, pad_token_id=2
+    ),
+}
+"""Each as `bert`, which answers through a trained head, and as `bert_mlm`, which answers in words."""
 
 
-def _tokenizer() -> Any:
+def _tokenizer(template: str = "<s> $A") -> Any:
     """A byte-level BPE of 300 tokens: any text survives it, and a label's word is one or several tokens."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=["<s>", "</s>", "<pad>"],
+        special_tokens=["<s>", "</s>", "<pad>"] + (["<mask>"] if template != "<s> $A" else []),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     made.train_from_iterator([f"Ticket: a a b b c c\nQueue: {label.lower()}" for label in LABELS] * 4, trainer)
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
+    special = {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"} if template != "<s> $A" else {}
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", **special
     )
 
 
 @torch.no_grad()
-def _model(config: Any) -> Any:
+def _model(config: Any, kind: Any = transformers.AutoModelForCausalLM) -> Any:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = kind.from_config(config, dtype=torch.float32).eval()
     # As initialised, attention is all but uniform and a wrong position would hardly show.
     for weights in model.parameters():
         if weights.ndim == 2:
@@ -95,12 +128,23 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_backbone(tokenizer: Any) -> Callable[[str], Backbone]:
-    """`tiny_backbone("llama")`: one of DECODERS, random, float32; the same object for the whole session."""
+    """`tiny_backbone("llama")`: one of DECODERS, ENCODER_DECODERS or ENCODERS, random, float32; made once a session."""
     made: dict[str, Backbone] = {}
+    closing, masking = _tokenizer("$A </s>"), _tokenizer("<s> $A </s>")
+
+    def fresh(name: str) -> Backbone:
+        if name in DECODERS:
+            return Backbone(_model(DECODERS[name]()), tokenizer, name, name, "causal")
+        if name in ENCODER_DECODERS:
+            model = _model(ENCODER_DECODERS[name](), transformers.AutoModelForSeq2SeqLM)
+            model.generation_config.forced_bos_token_id = 0 if name == "bart_forced" else None
+            return Backbone(model, closing, name, name, "encoder_decoder")
+        kind = transformers.AutoModelForMaskedLM if name.endswith("_mlm") else transformers.AutoModel
+        return Backbone(_model(ENCODERS[name.removesuffix("_mlm")](), kind), masking, name, name, "encoder")
 
     def make(name: str) -> Backbone:
         if name not in made:
-            made[name] = Backbone(_model(DECODERS[name]()), tokenizer, name, name, "causal")
+            made[name] = fresh(name)
         return made[name]
 
     return make

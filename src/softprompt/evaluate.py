@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from softprompt.attach import Attachment, attach
+from softprompt.attach import Attachment
 from softprompt.backbone import Backbone, load
 from softprompt.predict import Answer, answer, input_limit
 from softprompt.runs import Run
@@ -26,8 +26,8 @@ def evaluate(run: Run, *, task: str | None = None, split: str = "test", backbone
     chosen = load_task(task) if task else run.task
     rows = splits(chosen, run.experiment.data if task is None else None, run.experiment.seed)
     limit = input_limit(chosen, run.experiment.training.max_tokens)
-    examples = encode(chosen, backbone.tokenizer, getattr(rows, split), limit)[0]
-    attachment = attach(backbone, run.prompt(backbone).fold())
+    attachment = run.attachment(backbone)
+    examples = encode(chosen, backbone.tokenizer, getattr(rows, split), limit, closing=attachment.closed)[0]
     return score_examples(attachment, chosen, rows, split, examples)
 
 

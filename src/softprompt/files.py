@@ -1,8 +1,10 @@
 """Files that are written whole or not at all (a temporary name, fsync, rename), and read without running any code."""
 
+import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,29 +14,33 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A draft's path beside `path`; it takes `path`'s place when the block ends well, else it is removed.
 
-    The draft may become a file or a folder. A folder replaces only a place where there is none.
+    The draft may become a file or a folder. A folder replaces only a place where there is none, or an empty one.
 
     Raises:
         OSError: the disk is full, or the place cannot be written; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         yield draft
         for file in [draft, *draft.rglob("*")] if draft.is_dir() else [draft]:
             _sync(file)
         draft.replace(path)
         _sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         if draft.is_dir():
             shutil.rmtree(draft, ignore_errors=True)
         else:
             draft.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            raise OSError(f"{path} cannot be written ({error.strerror}); make room on its disk") from error
         raise
 
 
@@ -56,7 +62,10 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """A safetensors file, at once."""
     with replacing(path) as draft:
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, draft, metadata={"format": "pt"})
+        try:
+            save_file(whole, draft, metadata={"format": "pt"})
+        except SafetensorError as error:  # what safetensors makes of an OSError, its number lost
+            raise OSError(f"{path} cannot be written ({error}); make room on its disk, or choose another") from error
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:

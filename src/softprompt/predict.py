@@ -6,7 +6,7 @@ from typing import Any, final
 
 import torch
 
-from softprompt.attach import Attachment, Prepared, attach
+from softprompt.attach import Attachment, Prepared
 from softprompt.backbone import Backbone, load
 from softprompt.runs import Run
 from softprompt.tasks import Example, Task, answer_ids, collate, encode
@@ -39,9 +39,9 @@ def predict(run: Run, rows: Sequence[Mapping[str, Any]], *, backbone: Backbone |
         ValueError: a row lacks a column, or the run is not finished.
     """
     backbone = backbone or load(run.experiment.backbone, dtype=run.experiment.dtype)
-    attachment = attach(backbone, run.prompt(backbone).fold())
+    attachment = run.attachment(backbone)
     limit = input_limit(run.task, run.experiment.training.max_tokens)
-    examples = encode(run.task, backbone.tokenizer, rows, limit, answers=False)[0]
+    examples = encode(run.task, backbone.tokenizer, rows, limit, closing=attachment.closed, answers=False)[0]
     return list(answer(attachment, run.task, examples))
 
 

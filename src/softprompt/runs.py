@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from torch import nn
 
 from softprompt import __version__, files
+from softprompt.attach import Attachment, attach, fresh_head
 from softprompt.backbone import Backbone
 from softprompt.experiment import Experiment
 from softprompt.prompts import Folded, SoftPrompt
@@ -19,6 +21,7 @@ from softprompt.tasks import Task
 
 RECORD = "softprompt.json"
 TENSORS = "softprompt.safetensors"
+HEAD = "head.safetensors"
 METRICS = "metrics.jsonl"
 PREDICTIONS = "predictions.jsonl"
 _FORMAT = 1
@@ -45,9 +48,11 @@ class Run:
         """What came out; none while it is not finished."""
         return self.record.get("results")
 
-    def finish(self, prompt: SoftPrompt, results: Mapping[str, Any]) -> "Run":
-        """Keep the prompt and its results; the record is written last, so a run with results is whole."""
+    def finish(self, prompt: SoftPrompt, head: nn.Module | None, results: Mapping[str, Any]) -> "Run":
+        """Keep the prompt, its head and its results; the record is written last, so a run with results is whole."""
         files.write_tensors(self.folder / TENSORS, prompt.state_dict())
+        if head is not None:
+            files.write_tensors(self.folder / HEAD, head.state_dict())
         record = {**self.record, "results": dict(results)}
         files.write_text(self.folder / RECORD, json.dumps(record, indent=1))
         return Run(self.folder, self.experiment, self.task, record)
@@ -68,6 +73,17 @@ class Run:
         prompt = self.fresh_prompt(backbone)
         load_tensors(prompt, files.read_tensors(self.folder / TENSORS), str(self.folder / TENSORS))
         return prompt
+
+    def attachment(self, backbone: Backbone) -> Attachment:
+        """The folded prompt, with its head where it has one, in front of `backbone`; raises as `prompt` does."""
+        prompt, head = self.prompt(backbone).fold().to(backbone.device), self.fresh_head(backbone)
+        if head is not None:
+            load_tensors(head, files.read_tensors(self.folder / HEAD), str(self.folder / HEAD))
+        return attach(backbone, prompt, head=head)
+
+    def fresh_head(self, backbone: Backbone) -> nn.Module | None:
+        """The head as it was before the first step; none where the backbone answers in words."""
+        return fresh_head(backbone, len(self.task.words), torch.Generator().manual_seed(self.experiment.seed))
 
     def fresh_prompt(self, backbone: Backbone) -> SoftPrompt:
         """The prompt as it was before the first step."""
@@ -106,8 +122,6 @@ def create(experiment: Experiment, task: Task, backbone: Backbone, out: Path, na
     """
     if name is not None and (not name or name != Path(name).name or name.startswith(".")):
         raise ValueError(f"run name {name!r} is no plain folder name; leave out slashes and leading dots")
-    out.mkdir(parents=True, exist_ok=True)
-    folder = _claim(out, name, f"{task.name}-{experiment.prompt.name}-{experiment.seed}")
     record = {
         "format": _FORMAT,
         "hash": experiment.hash,
@@ -126,8 +140,8 @@ def create(experiment: Experiment, task: Task, backbone: Backbone, out: Path, na
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "results": None,
     }
-    files.write_text(folder / RECORD, json.dumps(record, indent=1))
-    return Run(folder, experiment, task, record)
+    stem = f"{task.name}-{experiment.prompt.name}-{experiment.seed}"
+    return Run(_claim(out, name, stem, json.dumps(record, indent=1)), experiment, task, record)
 
 
 def open_run(folder: str | Path) -> Run:
@@ -151,7 +165,8 @@ def open_run(folder: str | Path) -> Run:
 
 def list_runs(out: Path) -> list[Run]:
     """Every run below `out`, by name."""
-    return [open_run(record.parent) for record in sorted(out.glob(f"*/{RECORD}"))]
+    # A name with a dot in front is a draft that a killed process left.
+    return [open_run(record.parent) for record in sorted(out.glob(f"[!.]*/{RECORD}"))]
 
 
 def read_prompt(folder: Path, backbone: Backbone) -> SoftPrompt:
@@ -174,19 +189,19 @@ def read_prompt(folder: Path, backbone: Backbone) -> SoftPrompt:
     return Folded(matrix)
 
 
-def load_tensors(prompt: SoftPrompt, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Put `tensors` into `prompt`.
+def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Put `tensors` into `module`, a prompt, its head or both.
 
     Raises:
-        ValueError: other names or shapes than the prompt's, or values that are not finite.
+        ValueError: other names or shapes than the module's, or values that are not finite.
     """
-    own = prompt.state_dict()
+    own = module.state_dict()
     if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         raise ValueError(f"{source} holds {shapes}, not the tensors of its own experiment; it was swapped or damaged")
     if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
         raise ValueError(f"{source} holds NaN or infinity in {', '.join(bad)}; it is damaged, train again")
-    prompt.load_state_dict(dict(tensors))
+    module.load_state_dict(dict(tensors))
 
 
 def json_line(values: Mapping[str, Any]) -> str:
@@ -204,13 +219,21 @@ def versions() -> dict[str, str]:
     }
 
 
-def _claim(out: Path, name: str | None, stem: str) -> Path:
-    """A folder nobody has; `mkdir` decides between two processes."""
+def _claim(out: Path, name: str | None, stem: str, record: str) -> Path:
+    """A folder that nobody had, with its record in it from the first moment; the rename decides between two processes.
+
+    Raises:
+        FileExistsError: `name` is given and taken, or every name is.
+    """
     for count in range(1, 10_000):
         folder = out / (name or (stem if count == 1 else f"{stem}-{count}"))
         try:
-            folder.mkdir()
-        except FileExistsError:
+            with files.replacing(folder) as draft:
+                draft.mkdir()
+                (draft / RECORD).write_text(record, encoding="utf-8")
+        except OSError:
+            if not folder.exists():
+                raise
             if name is not None:
                 raise FileExistsError(
                     f"run {folder} exists and is never overwritten; choose another --name, or use --resume {folder}"

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from softprompt import card, checkpoint, files, runs
-from softprompt.attach import Attachment, attach
+from softprompt.attach import attach, fresh_head
 from softprompt.backbone import Backbone, load
 from softprompt.checkpoint import Checkpoint
 from softprompt.evaluate import draw, score_answers
@@ -27,6 +27,7 @@ from softprompt.tasks import (
     Splits,
     Task,
     answer_ids,
+    answer_labels,
     collate,
     encode,
     load_task,
@@ -67,7 +68,12 @@ def train(
     rows = read_splits(experiment, task)
     watch.stage(f"loading {experiment.backbone}")
     backbone = backbone or load(experiment.backbone, dtype=experiment.dtype)
+    # Before a folder is made: what does not fit is refused here.
     experiment.prompt.build(backbone.host(task.answers), torch.Generator().manual_seed(experiment.seed))
+    if fresh_head(backbone, len(task.words), torch.Generator()) is not None and untouched:
+        raise ValueError(
+            f"{backbone.source} answers through a trained head, so untouched it says nothing; leave it out"
+        )
     run = runs.create(experiment, task, backbone, Path(out), name, rows.fingerprint)
     return _Training(run, backbone, rows, watch, log_with).go(untouched)
 
@@ -111,15 +117,15 @@ class _Training:
         self.accelerator = Accelerator(log_with=log_with, project_dir=run.folder, cpu=backbone.device.type == "cpu")
         if log_with:
             self.accelerator.init_trackers("softprompt", config=_flat(run.experiment.to_json()))
+        self.prompt, head = run.fresh_prompt(backbone).to(backbone.device), run.fresh_head(backbone)
+        self.attachment = attach(backbone, self.prompt, head=head)
+        torch.manual_seed(run.experiment.seed)  # what a method draws in training
         watch.stage("tokenising")
         self.train = self._encoded("train")
         self.dev = draw(self._encoded("dev"), self.settings.dev_rows, run.experiment.seed)
-        prompt = run.fresh_prompt(backbone).to(backbone.device)
-        self.attachment = attach(backbone, prompt)
-        self.prompt = prompt
-        rates = run.experiment.prompt.rates()
+        rates = run.experiment.prompt.rates() | {"head": self.attachment.head_rate}
         self.optimizer = torch.optim.AdamW(
-            [{"params": group, "rate": rates[name]} for name, group in prompt.groups().items()],
+            [{"params": group, "rate": rates[name]} for name, group in self.attachment.groups().items()],
             lr=self.settings.lr,
             weight_decay=self.settings.weight_decay,
         )
@@ -136,7 +142,7 @@ class _Training:
         self.watch.stage("training")
         with interruptible() as interrupted, (self.run.folder / runs.METRICS).open("a", encoding="utf-8") as log:
             self._loop(log, interrupted)
-        self.prompt.load_state_dict(self.best)
+        self.attachment.load_state_dict(self.best)
         if self.backbone.checksum() != before:
             raise RuntimeError(f"the weights of {self.backbone.source} changed in training; this is a bug, report it")
         return self._finish(untouched)
@@ -183,9 +189,10 @@ class _Training:
 
     def _step(self, rows: Sequence[Example], rate: float) -> float:
         """One optimiser step; its loss is the mean over the whole batch, however it is cut into parts and processes."""
+        self.attachment.train()  # a method's own dropout; the backbone stays in evaluation mode
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate"]
-        weight = len(rows) if self._candidates else sum(len(row.answer_ids) for row in rows)
+        weight = len(rows) if self._candidates else sum(len(self._target(row)) for row in rows)
         mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         loss = torch.zeros((), device=self.accelerator.device)
         for part in range(self.settings.accumulate):
@@ -193,7 +200,7 @@ class _Training:
                 piece_loss = self._loss_sum(piece) / weight
                 piece_loss.backward()  # type: ignore[no-untyped-call]
                 loss += piece_loss.detach()
-        parameters = list(self.prompt.parameters())
+        parameters = list(self.attachment.parameters())
         if self.accelerator.num_processes > 1:
             loss = self.accelerator.reduce(loss, reduction="sum")
             for parameter in parameters:
@@ -207,16 +214,22 @@ class _Training:
 
     @property
     def _candidates(self) -> bool:
-        return self.run.task.is_classification and self.settings.objective == "candidates"
+        return self.run.task.is_classification and (
+            self.settings.objective == "candidates" or self.attachment.head is not None
+        )
+
+    def _target(self, row: Example) -> tuple[int, ...]:
+        return self.attachment.target(row.answer_ids)
 
     def _loss_sum(self, rows: Sequence[Example]) -> Tensor:
         tokenizer, device = self.backbone.tokenizer, self.backbone.device
-        batch = collate(rows, pad_id=pad_id(tokenizer), side="left", with_answers=not self._candidates)
+        joined = not self._candidates and not self.attachment.closed
+        batch = collate(rows, pad_id=pad_id(tokenizer), side="left", with_answers=joined)
         ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
         if self._candidates:
             scores = self.attachment.score(ids, mask, answer_ids(self.run.task, tokenizer))
             return nn.functional.cross_entropy(scores, batch.classes.to(device), reduction="sum")
-        labels = batch.labels.to(device)
+        labels = (batch.labels if joined else answer_labels([self._target(row) for row in rows])).to(device)
         loss: Tensor = self.attachment(ids, mask, labels).loss
         return loss * (labels != -100).sum()
 
@@ -231,6 +244,7 @@ class _Training:
 
     def _evaluate(self) -> Score:
         """Score the development rows, keep the best prompt; rows are shared out over the processes."""
+        self.attachment.eval()
         places = range(self.accelerator.process_index, len(self.dev), self.accelerator.num_processes)
         found = list(answer(self.attachment, self.run.task, [self.dev[place] for place in places]))
         pairs: list[tuple[int, Answer]] = list(zip(places, found, strict=True))
@@ -240,7 +254,7 @@ class _Training:
         score = score_answers(self.run.task, self.rows, "dev", self.dev, answers)
         if score.value > self.place["best"]:
             self.place.update(best=score.value, best_step=self.done, stale=0)
-            self.best = {name: tensor.detach().clone() for name, tensor in self.prompt.state_dict().items()}
+            self.best = {name: tensor.detach().clone() for name, tensor in self.attachment.state_dict().items()}
         else:
             self.place["stale"] += 1
         return score
@@ -258,7 +272,7 @@ class _Training:
             self.run.folder,
             Checkpoint(
                 step=self.done,
-                prompt=self.prompt.state_dict(),
+                prompt=self.attachment.state_dict(),
                 best=self.best,
                 optimizer=checkpoint.pack(self.optimizer),
                 random=random,
@@ -268,7 +282,7 @@ class _Training:
 
     def _restore(self, saved: Checkpoint) -> None:
         self.done = saved.step
-        runs.load_tensors(self.prompt, saved.prompt, f"checkpoint {saved.step} of {self.run.folder}")
+        runs.load_tensors(self.attachment, saved.prompt, f"checkpoint {saved.step} of {self.run.folder}")
         self.best = {name: tensor.to(self.backbone.device) for name, tensor in saved.best.items()}
         checkpoint.unpack(saved.optimizer, self.optimizer)
         torch.set_rng_state(saved.random["cpu"])
@@ -278,7 +292,8 @@ class _Training:
 
     def _encoded(self, split: str) -> list[Example]:
         limit = input_limit(self.run.task, self.settings.max_tokens)
-        examples, shortened = encode(self.run.task, self.backbone.tokenizer, getattr(self.rows, split), limit)
+        rows, closing = getattr(self.rows, split), self.attachment.closed
+        examples, shortened = encode(self.run.task, self.backbone.tokenizer, rows, limit, closing=closing)
         if shortened:
             self.watch.note(f"{shortened} of {len(examples)} {split} rows were cut to {limit} tokens (--max-tokens)")
         return examples
@@ -301,7 +316,7 @@ class _Training:
             "low": test.low,
             "high": test.high,
             "others": test.others,
-            "trainable": sum(parameter.numel() for parameter in self.prompt.parameters()),
+            "trainable": sum(parameter.numel() for parameter in self.attachment.parameters()),
             "steps": self.done,
             "best_step": self.place["best_step"],
             "seconds": round(self.place["seconds"], 1),
@@ -315,12 +330,12 @@ class _Training:
             if not refusal:
                 export_peft(folded, self.backbone, folder)
             card.write(self.run, results, refusal)
-            self.run = self.run.finish(self.prompt, results)
+            self.run = self.run.finish(self.prompt, self.attachment.head, results)
         self.accelerator.end_training()
         return self.run
 
     def _score(self, prompt: Any, split: str, examples: Sequence[Example]) -> tuple[Score, list[Answer]]:
-        attachment: Attachment = attach(self.backbone, prompt)
+        attachment = attach(self.backbone, prompt, head=self.attachment.head)
         answers = list(answer(attachment, self.run.task, examples))
         return score_answers(self.run.task, self.rows, split, examples, answers), answers
 

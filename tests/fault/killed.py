@@ -1,11 +1,11 @@
 """Trainings that die: `python killed.py JOBS.json` trains once for each job in a fork, which kills itself with -9.
 
-A job is a kind and a count: at the so-manieth call of
+A job is a kind, a name and a count: at the so-manieth call for a file whose name has that in it,
 
     replace    a finished draft is not yet in its place,
     replaced   it is, and nothing after it has happened,
     tensors    half of a safetensors file is written,
-    step       an optimiser step is done and not written down.
+    step       an optimiser step is done and not written down (its name is empty).
 
 Prints the signal that ended each child.
 """
@@ -21,14 +21,17 @@ from typing import Any
 
 import torch
 
-from softprompt import Experiment, files, train
+from softprompt import Experiment, files, load_backbone, train
 
 
-def _die_at(count: int, before: Callable[..., None], call: Callable[..., Any], after: Callable[..., None]) -> Any:
+def _die_at(
+    job: tuple[str, int], before: Callable[..., None], call: Callable[..., Any], after: Callable[..., None]
+) -> Any:
+    name, count = job
     calls = itertools.count(1)
 
     def replacement(*given: Any, **named: Any) -> Any:
-        mine = next(calls) == count
+        mine = name in Path(str(given[-1])).name and next(calls) == count
         if mine:
             before(*given)
         result = call(*given, **named)
@@ -52,29 +55,31 @@ def _halve_and_die(_: Any, draft: Path, **__: Any) -> None:
     _die()
 
 
-def arm(kind: str, count: int) -> None:
+def arm(kind: str, name: str, count: int) -> None:
     """Make this process die at the `count`-th event of that kind."""
+    job = (name, count)
     if kind == "replace":
-        Path.replace = _die_at(count, _die, Path.replace, _nothing)  # type: ignore[method-assign]
+        Path.replace = _die_at(job, _die, Path.replace, _nothing)  # type: ignore[method-assign]
     elif kind == "replaced":
-        Path.replace = _die_at(count, _nothing, Path.replace, _die)  # type: ignore[method-assign]
+        Path.replace = _die_at(job, _nothing, Path.replace, _die)  # type: ignore[method-assign]
     elif kind == "tensors":
-        files.save_file = _die_at(count, _nothing, files.save_file, _halve_and_die)
+        files.save_file = _die_at(job, _nothing, files.save_file, _halve_and_die)
     elif kind == "step":
-        torch.optim.AdamW.step = _die_at(count, _nothing, torch.optim.AdamW.step, _die)
+        torch.optim.AdamW.step = _die_at(job, _nothing, torch.optim.AdamW.step, _die)
     else:
         raise ValueError(f"there is no kind {kind!r}")
 
 
 def main(jobs: dict[str, Any]) -> None:
-    """One fork a job; the parent computes nothing, so that no thread is lost in forking."""
+    """One fork a job; the parent only loads, on one thread, so that none is lost in forking."""
     experiment = Experiment.from_json(jobs["experiment"])
+    backbone = load_backbone(experiment.backbone, dtype=experiment.dtype)
     ends = []
-    for kind, count in jobs["kills"]:
+    for number, (kind, name, count) in enumerate(jobs["kills"]):
         child = os.fork()
         if child == 0:
-            arm(kind, count)
-            train(experiment, out=jobs["out"], name=f"{kind}-{count}")
+            arm(kind, name, count)
+            train(experiment, out=jobs["out"], name=f"run-{number}", backbone=backbone)
             os._exit(0)
         ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     print(json.dumps(ends))

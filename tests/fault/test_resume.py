@@ -13,28 +13,28 @@ from typing import Any
 import pytest
 import torch
 
-from softprompt import DPT, Experiment, Interrupted, Progress, Run, Training, open_run, resume, train
+from softprompt import DPT, Experiment, Interrupted, Progress, Run, Training, list_runs, open_run, resume, train
 from softprompt.cli import main
 from softprompt.cli.terminal import Terminal
 from softprompt.prompts import METHODS
 from softprompt.watch import Silent
 
 KILLS = [
-    ("replace", 1),  # the record: the run's folder is there and empty
-    ("replace", 2),  # the first, empty metrics
-    ("replace", 5),  # within the first checkpoint
-    ("replace", 7),  # the first checkpoint's folder
-    ("replaced", 7),
-    ("tensors", 2),
-    ("tensors", 11),  # within the third checkpoint, in its optimiser state
-    ("replace", 12),
-    ("step", 1),
-    ("step", 3),
-    ("step", 6),
-    ("replace", 18),  # predictions, after the last step
-    ("replace", 23),  # the prompt's own tensors
-    ("replace", 24),  # the record with the results
-    ("replaced", 24),
+    ("replace", "", 1),  # before there is a run
+    ("replaced", "", 1),  # a record and nothing else
+    ("replace", "optimizer.safetensors", 1),  # within the first checkpoint
+    ("replace", "step-000002", 1),  # its files are whole, its folder has not got its name
+    ("replaced", "step-000002", 1),
+    ("tensors", "prompt.safetensors", 2),  # within the second checkpoint
+    ("tensors", "random.safetensors", 3),
+    ("step", "", 1),
+    ("step", "", 3),
+    ("step", "", 6),
+    ("replace", "predictions.jsonl", 1),  # after the last step
+    ("tensors", "softprompt.safetensors", 1),
+    ("replaced", "softprompt.safetensors", 1),
+    ("replace", "softprompt.json", 1),  # before the record with the results
+    ("replaced", "softprompt.json", 1),
 ]
 SAME = ("metrics.jsonl", "softprompt.safetensors", "adapter_model.safetensors", "predictions.jsonl")
 
@@ -78,14 +78,14 @@ def test_a_run_killed_at_any_moment(whole: Run, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [-signal.SIGKILL] * len(KILLS), "a training outlived its kill"
-    for kind, count in KILLS:
-        folder = tmp_path / f"{kind}-{count}"
-        if not folder.exists():  # killed before there was a run: the name is free, so it starts from nothing
-            assert (kind, count) == ("replace", 1)
-            assert_same(train(whole.experiment, out=tmp_path, name=folder.name), whole)
-            continue
-        with (folder / "metrics.jsonl").open("a") as log:
-            log.write('{"step": 99, "lo')  # what a kill within a write leaves
+    assert not (tmp_path / "run-0").exists(), "there is half a run"
+    assert [run.name for run in list_runs(tmp_path)] == sorted(f"run-{number}" for number in range(1, len(KILLS)))
+    assert_same(train(whole.experiment, out=tmp_path, name="run-0"), whole)
+    for number in range(1, len(KILLS)):
+        folder = tmp_path / f"run-{number}"
+        if open_run(folder).results is None:
+            with (folder / "metrics.jsonl").open("a") as log:
+                log.write('{"step": 99, "lo')  # what a kill within a write leaves
         assert_same(resume(folder), whole)
 
 

@@ -240,7 +240,9 @@ class Encoder(Attachment):
             if words is None
             else words(self._states(rows))
         )
-        refuse_different(self.backbone, alone.float(), ours[0, : len(alone)].float(), "padding behind the prompt")
+        refuse_different(
+            self.backbone, alone.float(), ours[0, : len(alone)].float(), "padding behind the row", "outputs"
+        )
 
 
 _HEADS = ("cls", "lm_head")

@@ -239,4 +239,4 @@ class EncoderDecoder(Attachment):
         embeds = torch.cat([vectors[None].to(device, self.backbone.dtype), own], 1)
         alone = model(inputs_embeds=embeds, decoder_input_ids=self._begin(ids[:1])).logits[0].float()
         ours = self(ids, mask, prompts=[Folded(vectors)]).logits[0].float()
-        refuse_different(self.backbone, alone, ours, "padding behind the prompt")
+        refuse_different(self.backbone, alone, ours, "padding behind the row")

@@ -56,18 +56,19 @@ def check_exact(attachment: Attachment) -> None:
 
 
 def refuse_different(
-    backbone: Backbone, whole: Float[Tensor, "*shape"], ours: Float[Tensor, "*shape"], how: str
+    backbone: Backbone, whole: Float[Tensor, "*shape"], ours: Float[Tensor, "*shape"], how: str, what: str = "logits"
 ) -> None:
     """Refuse a model whose outputs differ from those of the prompt in the row; remember one whose do not.
 
     Args:
         how: what ours were made with, for the message.
+        what: the outputs.
     """
     gap, size = float((whole - ours).abs().max()), float(whole.abs().max())
     tolerance = (1e-3 if backbone.dtype is torch.float32 else 6e-2) * max(size, 1.0)
     if not gap <= tolerance:
         raise ValueError(
-            f"{backbone.source} ({backbone.model.config.model_type}) gives other outputs with {how} than with the "
+            f"{backbone.source} ({backbone.model.config.model_type}) gives other {what} with {how} than with the "
             f"prompt in the row (largest difference {gap:.2g}); its attention is unusual, so it is refused: choose "
             "another backbone"
         )

@@ -1,5 +1,6 @@
-"""A trained prompt for other software."""
+"""A trained prompt for other software, and other software's prompts for us."""
 
+from softprompt.export.dept import PublishedDePT, read_dept, write_dept
 from softprompt.export.peft import export_peft, peft_refusal
 
-__all__ = ["export_peft", "peft_refusal"]
+__all__ = ["PublishedDePT", "export_peft", "peft_refusal", "read_dept", "write_dept"]

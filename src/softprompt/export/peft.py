@@ -16,7 +16,6 @@ from softprompt.prompts import Folded
 _TASK_TYPES: dict[Architecture, str] = {
     "causal": "CAUSAL_LM",
     "encoder_decoder": "SEQ_2_SEQ_LM",
-    "encoder": "FEATURE_EXTRACTION",
 }
 
 
@@ -28,6 +27,8 @@ def peft_refusal(folded: Folded, architecture: Architecture) -> str:
             "input's own embeddings; use softprompt itself (predict, serve), or train dpt or residual, which fold to a "
             "plain prompt"
         )
+    if architecture == "encoder":
+        return "PEFT puts an encoder's prompt before [CLS] and ours stands behind it; use softprompt itself"
     if architecture not in _TASK_TYPES:
         return f"PEFT has no prompt-tuning format for {architecture} models; use softprompt itself"
     return ""

@@ -31,6 +31,8 @@ class Host:
     """Text to token ids, without special tokens."""
     words: tuple[str, ...] = ()
     """What the task answers with, as the model would write it; empty where there is no such list."""
+    start: Float[Tensor, "prompt dim"] | None = None
+    """A trained prompt to start from (a warm start); it takes the place of a method's own initial values."""
     special: frozenset[int] = frozenset()
     """Ids that stand for no text (padding, beginning of sequence); never drawn as initial values."""
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from softprompt.prompts.base import Host, PromptConfig, PromptOnly, at_least
-from softprompt.prompts.init import check_scale
+from softprompt.prompts.init import check_scale, factorise, given_rows
 
 Mode = Literal["bilinear", "frozen", "tuned"]
 """The second factor: `bilinear` a thin learned one; a whitening matrix, `frozen` or `tuned` with the first."""
@@ -99,11 +99,23 @@ class BPT(PromptConfig):
         else:
             right = whitening(host.sample(self.samples, generator), self.eps).T.contiguous()
         frozen = self.mode == "frozen"
+        if host.start is not None:
+            return self._warm(host, right, generator)
         if self.scale is not None:
             return BilinearPrompt(0.02 * left, right, self.scale, frozen)
         # Unit entries on both sides sum over `inner` products to a prompt of size sqrt(inner).
         unit = right / right.square().mean().sqrt()
         return BilinearPrompt(left, unit, host.rms / inner**0.5, frozen)
+
+    def _warm(self, host: Host, right: Float[Tensor, "inner dim"], generator: torch.Generator) -> BilinearPrompt:
+        """The product nearest to the host's warm start: by SVD, or by undoing the whitening."""
+        rows = given_rows(host, self.length)
+        scale = host.rms if self.scale is None else self.scale
+        rows = rows * (host.rms / scale)
+        if self.mode == "bilinear":
+            return BilinearPrompt(*factorise(rows, self.rank, generator), scale)
+        left = torch.linalg.solve(right.double().T, rows.double().T).T.float().contiguous()
+        return BilinearPrompt(left, right, scale, self.mode == "frozen")
 
     def count(self, dim: int) -> int:
         """`(length + dim) * rank`; whitened `length * dim`, and `dim * dim` more if that is tuned."""

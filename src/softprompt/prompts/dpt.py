@@ -91,7 +91,7 @@ class DPT(PromptConfig):
         """
         if self.rank > host.dim:
             raise ValueError(f"rank is {self.rank}, but the backbone's embeddings are {host.dim} wide; lower the rank")
-        if self.init == "uniform":
+        if self.init == "uniform" and host.start is None:
             left = torch.rand(self.length, self.rank, generator=generator) - 0.5
             right = torch.rand(self.rank, host.dim, generator=generator) - 0.5
             return DecomposedPrompt(left, right, host.rms if self.scale is None else self.scale)

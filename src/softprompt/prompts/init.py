@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from softprompt.prompts.base import Host
 
@@ -18,9 +18,12 @@ def initial_rows(
     """`length` starting vectors in units of the host's RMS.
 
     Raises:
-        ValueError: `text` without a text, a text with `init` other than `text`, or `words` for a task without words.
+        ValueError: `text` without a text, a text with `init` other than `text`, `words` for a task without words, or
+            a warm start of another length.
     """
     check_init(init, text)
+    if host.start is not None:
+        return given_rows(host, length)
     if init == "uniform":
         return torch.rand(length, host.dim, generator=generator) - 0.5
     if init == "vocab":
@@ -43,7 +46,22 @@ def initial_matrix(
         ValueError: as `initial_rows`.
     """
     rows = initial_rows(init, text, length, host, generator)
-    return rows if init == "uniform" else rows * (host.rms / scale)
+    return rows if init == "uniform" and host.start is None else rows * (host.rms / scale)
+
+
+def given_rows(host: Host, length: int) -> Float[Tensor, "length dim"]:
+    """The host's warm start in units of its RMS.
+
+    Raises:
+        ValueError: it has another shape than the prompt.
+    """
+    if host.start is None or host.start.shape != (length, host.dim):
+        shape = None if host.start is None else tuple(host.start.shape)
+        raise ValueError(
+            f"the prompt to start from is {shape} and the new one {(length, host.dim)}; "
+            "give it the same length, and the backbone it was trained on"
+        )
+    return host.start / host.rms
 
 
 def check_init(init: Init, text: str) -> None:
@@ -62,6 +80,9 @@ def factorise(
     Reference: Eckart and Young, 1936.
     """
     left, values, right = torch.linalg.svd(rows.double(), full_matrices=False)
+    if (spare := rank - len(values)) > 0:  # more directions than the rows can have
+        values = nn.functional.pad(values, (0, spare))
+        left, right = nn.functional.pad(left, (0, spare)), nn.functional.pad(right, (0, 0, 0, spare))
     root = values[:rank].sqrt()
     left, right = left[:, :rank] * root, root[:, None] * right[:rank]
     missing = values[:rank] <= values[0] * 1e-6

@@ -2,7 +2,7 @@
 
 from softprompt.tasks import boolq, sentiment  # noqa: F401  (each registers itself)
 from softprompt.tasks.base import READERS, TASKS, Task, Template, register
-from softprompt.tasks.batch import IGNORED, Batch, batches, collate, schedule
+from softprompt.tasks.batch import IGNORED, Batch, answer_labels, batches, collate, schedule
 from softprompt.tasks.data import Splits, check, cut, shots, splits
 from softprompt.tasks.encode import Example, answer_ids, encode
 from softprompt.tasks.metrics import METRICS, Answers, Metric
@@ -25,6 +25,7 @@ __all__ = [
     "Task",
     "Template",
     "answer_ids",
+    "answer_labels",
     "batches",
     "check",
     "collate",

@@ -64,6 +64,11 @@ def collate(examples: Sequence[Example], pad_id: int, side: Literal["left", "rig
     )
 
 
+def answer_labels(answers: Sequence[Sequence[int]]) -> Int[Tensor, "batch target"]:
+    """Answers that stand apart from their inputs, as labels: `IGNORED` behind the shorter ones."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(answer) for answer in answers], True, IGNORED)
+
+
 def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, window: int = 50) -> list[list[int]]:
     """One epoch: every index once, in batches of about one length, in an order of its own.
 

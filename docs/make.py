@@ -1,0 +1,68 @@
+"""Write the reference pages from the code, so that they cannot drift: methods, tasks, assets and commands."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+from inspect import cleandoc
+from pathlib import Path
+
+os.environ.setdefault("COLUMNS", "100")
+
+from softprompt import assets
+from softprompt.cli import COMMANDS, main
+from softprompt.prompts import METHODS
+from softprompt.tasks import TASKS
+
+HERE = Path(__file__).parent
+
+
+def methods() -> str:
+    """A section a method, from its docstring and its fields."""
+    parts = ["# Methods\n\nMade from the code by `make docs`. Counts are at width 768.\n"]
+    for name, config in sorted(METHODS.items()):
+        parts.append(f"## {name}\n\n{cleandoc(config.__doc__ or '')}\n")
+        parts.append(f"Finished, it is: {config.folds}. Default size: {config().count(768):,} numbers.\n")
+        rows = [f"| `{field.name}` | `{field.default!r}` |" for field in dataclasses.fields(config)]
+        parts.append("\n".join(["| setting | default |", "|---|---|", *rows]) + "\n")
+    return "\n".join(parts)
+
+
+def tasks() -> str:
+    """A row a built-in task."""
+    rows = [f"| `{task.name}` | {task.description} | `{task.template!r}` |" for task in TASKS.values()]
+    return "\n".join(["# Tasks\n", "| name | | template |", "|---|---|---|", *rows]) + "\n"
+
+
+def asset_table() -> str:
+    """A row an asset."""
+    rows = [
+        f"| `{asset.name}` | {asset.kind} | {asset.package} {asset.version} | {asset.licence} | {asset.description} |"
+        for asset in assets.ASSETS.values()
+    ]
+    head = ["# Assets\n", "| name | kind | package | licence | |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *rows]) + "\n"
+
+
+def commands() -> str:
+    """Every command's help."""
+    parts = ["# Commands\n"]
+    for name, text in COMMANDS.items():
+        written = io.StringIO()
+        with contextlib.redirect_stdout(written):
+            main([name, "--help"])
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", written.getvalue())
+        body = "\n".join(line.rstrip() for line in plain.splitlines()).strip()
+        parts.append(f"## softprompt {name}\n\n{text}\n\n```\n{body}\n```\n")
+    return "\n".join(parts)
+
+
+def write() -> None:
+    """All pages."""
+    for name, page in (("methods", methods), ("tasks", tasks), ("assets", asset_table), ("commands", commands)):
+        (HERE / f"{name}.md").write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()

@@ -1,0 +1,34 @@
+"""Train a prompt in a loop of your own: `python own_loop.py BACKBONE [STEPS]` (a folder, hub id, .gguf file or asset).
+
+The attachment is an nn.Module whose only parameters are the prompt's; the backbone stays as it is.
+"""
+
+import sys
+
+import torch
+
+from softprompt import DPT, attach, load_backbone
+
+PAIRS = [("The opposite of hot is", " cold"), ("The opposite of big is", " small"), ("The opposite of up is", " down")]
+
+
+def main(source: str, steps: int = 30) -> None:
+    backbone = load_backbone(source, dtype="float32")
+    prompt = DPT(length=20, rank=4).build(backbone.host(), torch.Generator().manual_seed(0))
+    attachment = attach(backbone, prompt)
+    optimizer = torch.optim.AdamW(attachment.parameters(), lr=0.03)
+    rows = [[backbone.tokenizer(text, add_special_tokens=False)["input_ids"] for text in pair] for pair in PAIRS]
+    for step in range(steps):
+        loss = torch.zeros(())
+        for question, answer in rows:
+            ids = torch.tensor([question + answer])
+            labels = torch.tensor([[-100] * len(question) + answer])  # not shifted: a label stands at its own token
+            loss = loss + attachment(ids, labels=labels).loss / len(rows)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"step {step + 1}  loss {loss.item():.3f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:3]))

@@ -1,0 +1,157 @@
+"""Training moves the prompt and nothing else, and does the same whenever it is asked the same."""
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from softprompt import DPT, Backbone, Experiment, Progress, Run, Training, attach, load_backbone, open_run, train
+from softprompt.prompts import METHODS
+from softprompt.watch import Silent
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MakeBackbone = Callable[[str], Backbone]
+
+
+@pytest.fixture(scope="module")
+def experiment(llama_folder: Path, ticket_task: Path) -> Experiment:
+    return Experiment(
+        backbone=str(llama_folder),
+        task=str(ticket_task),
+        prompt=DPT(length=6, rank=2),
+        training=Training(steps=6, batch=8, evaluate_every=3),
+        dtype="float32",
+    )
+
+
+@pytest.fixture(scope="module")
+def backbone(llama_folder: Path) -> Backbone:
+    return load_backbone(str(llama_folder), dtype="float32")
+
+
+def tensors(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.folder / "softprompt.safetensors")
+
+
+def losses(run: Run) -> list[float]:
+    return [line["loss"] for line in run.metrics()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_prompt_moves(method: str, experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
+    before = {name: weights.clone() for name, weights in backbone.model.state_dict().items()}
+    checksum = backbone.checksum()
+    one = experiment.replace(prompt=METHODS[method](), training=Training(steps=2, batch=8, evaluate_every=2))
+    run = train(one, out=tmp_path, backbone=backbone)
+    assert backbone.checksum() == checksum == run.record["backbone"]["hash"]
+    assert all(torch.equal(weights, before[name]) for name, weights in backbone.model.state_dict().items())
+    assert not any(weights.requires_grad or weights.grad is not None for weights in backbone.model.parameters())
+    fresh, trained = run.fresh_prompt(backbone), tensors(run)
+    for name, parameter in fresh.named_parameters():
+        assert not torch.equal(parameter, trained[name]), f"{name} did not move"
+    for name, buffer in fresh.named_buffers():
+        assert torch.equal(buffer, trained[name]), f"{name} is no parameter and moved"
+
+
+def test_a_changed_backbone_is_noticed(
+    experiment: Experiment, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = load_backbone(str(llama_folder), dtype="float32")
+
+    def meddle(_: object, __: Progress) -> None:
+        next(own.model.parameters()).data[0, 0] += 1
+
+    monkeypatch.setattr(Silent, "step", meddle)
+    with pytest.raises(RuntimeError, match="the weights of .* changed in training"):
+        train(experiment, out=tmp_path, backbone=own)
+
+
+def test_equal_experiments_give_equal_runs(experiment: Experiment, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    first = train(experiment, out=tmp_path)
+    torch.manual_seed(2)
+    again = train(experiment, out=tmp_path)
+    other = train(experiment.replace(seed=1), out=tmp_path)
+    assert [run.name for run in (first, again, other)] == ["tickets-dpt-0", "tickets-dpt-0-2", "tickets-dpt-1"]
+    assert losses(first) == losses(again) != losses(other)
+    assert all(torch.equal(tensor, tensors(again)[name]) for name, tensor in tensors(first).items())
+
+
+@pytest.mark.parametrize("objective", ["candidates", "vocabulary"])
+def test_accumulating_changes_nothing(experiment: Experiment, backbone: Backbone, tmp_path: Path, objective: Any) -> None:
+    def run(parts: int) -> Run:
+        training = Training(steps=4, batch=8, evaluate_every=4, objective=objective, accumulate=parts)
+        return train(experiment.replace(training=training), out=tmp_path, backbone=backbone)
+
+    whole, parted = run(1), run(4)
+    assert losses(parted) == pytest.approx(losses(whole), rel=1e-5)
+    # Adam divides by the gradient's size, so a sum in another order shows more in the tensors than in the loss.
+    for name, tensor in tensors(whole).items():
+        torch.testing.assert_close(tensors(parted)[name], tensor, rtol=0, atol=1e-4)
+
+
+def test_the_best_prompt_is_kept_and_patience_ends(
+    experiment: Experiment, backbone: Backbone, tmp_path: Path
+) -> None:
+    # A learning rate that cannot help: the first evaluation stays the best, and two worse ones end it.
+    training = Training(steps=20, batch=8, evaluate_every=1, lr=1e-9, patience=2)
+    run = train(experiment.replace(training=training), out=tmp_path, backbone=backbone)
+    assert run.results is not None
+    assert (run.results["steps"], run.results["best_step"]) == (3, 1)
+    at_best = load_file(run.folder / "checkpoints/step-000001/prompt.safetensors")
+    assert all(torch.equal(tensor, at_best[f"prompt.{name}"]) for name, tensor in tensors(run).items())
+    assert open_run(run.folder).results == run.results
+
+
+def test_results_come_from_the_test_split_with_the_majority_beside(
+    experiment: Experiment, backbone: Backbone, tmp_path: Path
+) -> None:
+    run = train(experiment, out=tmp_path, backbone=backbone, untouched=True)
+    results = run.results
+    assert results is not None
+    found = run.predictions()
+    right = sum(answer["answer"] == answer["gold"] for answer in found) / len(found)
+    assert results["n_test"] == len(found) == 24
+    assert results["test"] == pytest.approx(right)
+    assert results["majority"] == pytest.approx(1 / 6)
+    assert 0 <= results["low"] <= results["test"] <= results["high"] <= 1
+    assert 0 <= results["untouched"] <= 1
+    assert results["trainable"] == DPT(length=6, rank=2).count(backbone.dim)
+
+
+def test_the_loss_falls(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
+    """A random model knows no task, but its answers' shares can be learned."""
+    training = Training(steps=60, batch=24, evaluate_every=60, lr=0.1)
+    run = train(experiment.replace(prompt=DPT(length=10, rank=8), training=training), out=tmp_path, backbone=backbone)
+    epoch = 4  # batches; one of them alone may be of easy rows
+    assert sum(losses(run)[-epoch:]) < 0.9 * sum(losses(run)[:epoch])
+
+
+def test_a_loop_of_ones_own(llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "own_loop.py"))["main"](str(llama_folder), 8)
+    shown = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(shown) == 8
+    assert shown[-1] < shown[0]
+
+
+def test_transformers_trainer(llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backbone = load_backbone(str(llama_folder), dtype="float32")
+    prompt = runpy.run_path(str(EXAMPLES / "with_trainer.py"))["main"](str(llama_folder), str(tmp_path), 4)
+    fresh = DPT(length=20, rank=4).build(backbone.host(), torch.Generator().manual_seed(0))
+    for name, parameter in fresh.named_parameters():
+        assert not torch.equal(parameter, prompt.state_dict()[name]), name
+    adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")["prompt_embeddings"]
+    torch.testing.assert_close(adapter, prompt.prompt(), rtol=0, atol=0)
+
+
+def test_an_attachment_is_a_module_of_the_prompt_alone(tiny_backbone: MakeBackbone) -> None:
+    backbone = tiny_backbone("gpt2")
+    prompt = DPT(length=6, rank=2).build(backbone.host(), torch.Generator().manual_seed(0))
+    attachment = attach(backbone, prompt)
+    assert {id(one) for one in attachment.parameters()} == {id(one) for one in prompt.parameters()}
+    attachment.train()
+    assert not backbone.model.training

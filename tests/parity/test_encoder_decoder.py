@@ -1,0 +1,264 @@
+"""A prompt in an encoder is concatenation: the same logits, losses, scores, tokens and gradients, whatever the padding.
+
+The reference is a row at a time: the prompt's vectors in front of the text's own, without mask, padding or cache.
+"""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from softprompt.attach import Attachment, Sampling, attach
+from softprompt.backbone import Backbone, _check_embeddings
+from softprompt.prompts import Folded, SoftPrompt
+from softprompt.prompts.adept import ADePT
+from softprompt.prompts.dept import DePT
+from softprompt.prompts.plain import Plain
+
+NAMES = ("t5", "t5_1.1", "mt5", "bart", "bart_forced", "marian")
+TEXTS, INDEX = (7, 2, 4, 9, 3), (2, 0, 1, 0, 2)
+CANDIDATES = ((11,), (12, 13), (12, 13, 14))
+MakeBackbone = Callable[[str], Backbone]
+
+
+@pytest.fixture(params=NAMES)
+def backbone(request: pytest.FixtureRequest, tiny_backbone: MakeBackbone) -> Backbone:
+    return tiny_backbone(request.param)
+
+
+def prompts_of(backbone: Backbone) -> list[SoftPrompt]:
+    """Of three lengths and three methods, moved off their first values so that each does something."""
+    configs = (Plain(length=3), DePT(length=6, positions=20, rank=2), ADePT(length=1, width=4))
+    made = [config.build(backbone.host(), torch.Generator().manual_seed(4)) for config in configs]
+    noise = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for prompt in made:
+            for parameter in prompt.parameters():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=noise)
+    return made
+
+
+def rows_of(count: Sequence[int] = TEXTS, seed: int = 1) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(4, 300, (length,), generator=draw) for length in count]
+
+
+def padded(rows: Sequence[Tensor], side: str, extra: int) -> tuple[Tensor, Tensor]:
+    wide = max(map(len, rows)) + extra
+    ids, mask = torch.full((len(rows), wide), 2), torch.zeros(len(rows), wide, dtype=torch.long)
+    for place, row in enumerate(rows):
+        where = slice(wide - len(row), wide) if side == "left" else slice(0, len(row))
+        ids[place, where], mask[place, where] = row, 1
+    return ids, mask
+
+
+def alone(backbone: Backbone, prompt: SoftPrompt | None, text: Tensor, decoder_ids: Sequence[int]) -> Tensor:
+    """The decoder's logits for one row whose encoder reads plainly concatenated vectors."""
+    embeds = backbone.model.get_input_embeddings()(text)[None]
+    if prompt is not None:
+        own = prompt.shift(embeds, text[None], torch.arange(len(text))[None])
+        embeds = torch.cat([prompt.prompt()[None], own], 1)
+    return backbone.model(inputs_embeds=embeds, decoder_input_ids=torch.tensor([list(decoder_ids)])).logits[0]
+
+
+def close(ours: Tensor, reference: Tensor) -> None:
+    """Equal but for float32 sums over other shapes, which grow with the largest term."""
+    torch.testing.assert_close(ours, reference, rtol=1e-4, atol=2e-5 * max(1.0, float(reference.abs().max())))
+
+
+def start_of(backbone: Backbone) -> int:
+    return int(backbone.model.config.decoder_start_token_id)
+
+
+@pytest.mark.parametrize(("side", "extra"), [("left", 0), ("right", 0), ("left", 1), ("right", 40), ("left", 40)])
+def test_logits_loss_and_gradients_are_those_of_concatenation(backbone: Backbone, side: str, extra: int) -> None:
+    prompts, rows, attachment = prompts_of(backbone), rows_of(), attach(backbone)
+    ids, mask = padded(rows, side, extra)
+    answers = rows_of((3, 1, 2, 4, 2), seed=7)
+    labels = nn.utils.rnn.pad_sequence(answers, True, -100)
+    found = attachment(ids, mask, labels, prompts=prompts, index=torch.tensor(INDEX))
+    losses, logits = [], []
+    for text, answer, which in zip(rows, answers, INDEX, strict=True):
+        own = alone(backbone, prompts[which], text, [start_of(backbone), *answer[:-1].tolist()])
+        losses.append(nn.functional.cross_entropy(own, answer, reduction="none"))
+        logits.append(own)
+    loss = torch.cat(losses).mean()
+    for row, (own, answer) in enumerate(zip(logits, answers, strict=True)):
+        close(found.logits[row, : len(answer)], own)
+    close(found.loss, loss)
+    parameters = [parameter for prompt in prompts for parameter in prompt.parameters()]
+    theirs = torch.autograd.grad(loss, parameters)
+    for ours, reference in zip(torch.autograd.grad(found.loss, parameters), theirs, strict=True):
+        scale = float(reference.abs().max())
+        assert scale > 0
+        torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_without_a_prompt_it_is_the_model(backbone: Backbone) -> None:
+    rows = rows_of()
+    ids, mask = padded(rows, "left", 5)
+    logits = attach(backbone)(ids, mask).logits
+    for row, text in enumerate(rows):
+        whole = backbone.model(input_ids=text[None], decoder_input_ids=torch.tensor([[start_of(backbone)]])).logits[0]
+        close(logits[row], whole)
+
+
+@pytest.mark.parametrize("candidates", [CANDIDATES, CANDIDATES[:1], ((11,), (12,))])
+def test_scores_are_log_likelihoods_with_the_end_of_sequence(
+    backbone: Backbone, candidates: Sequence[Sequence[int]]
+) -> None:
+    prompts, rows, attachment = prompts_of(backbone), rows_of(), attach(backbone)
+    ids, mask = padded(rows, "left", 3)
+    scores = attachment.score(ids, mask, candidates, prompts=prompts, index=torch.tensor(INDEX))
+    forced = backbone.model.generation_config.forced_bos_token_id
+    lead = [start_of(backbone)] + ([] if forced is None else [forced])
+    assert (backbone.source == "bart_forced") == (forced is not None)
+    for row, (text, which) in enumerate(zip(rows, INDEX, strict=True)):
+        for column, candidate in enumerate(candidates):
+            answer = [*candidate, 1]
+            logp = alone(backbone, prompts[which], text, [*lead, *answer[:-1]]).log_softmax(-1)[len(lead) - 1 :]
+            slow = logp[torch.arange(len(answer)), torch.tensor(answer)].sum()
+            close(scores[row, column], slow)
+
+
+def test_the_loss_of_a_target_is_minus_its_score(backbone: Backbone) -> None:
+    if backbone.source == "bart_forced":
+        pytest.skip("a forced first token is in the target's loss and not in its score")
+    prompt, attachment = prompts_of(backbone)[1], attach(backbone)
+    ids, mask = padded(rows_of((5,)), "left", 0)
+    target = attachment.target((12, 13))
+    assert target == (12, 13, 1)
+    assert attachment.target(target) == target
+    loss = attachment(ids, mask, torch.tensor([target]), prompts=[prompt]).loss
+    score = attachment.score(ids, mask, [(12, 13)], prompts=[prompt])
+    close(-loss * len(target), score[0, 0])
+
+
+def test_a_forced_first_token_is_in_targets_and_generations(tiny_backbone: MakeBackbone) -> None:
+    backbone = tiny_backbone("bart_forced")
+    attachment = attach(backbone)
+    assert attachment.target((12,)) == (0, 12, 1)
+    assert attachment.target((0, 12, 1)) == (0, 12, 1)
+    ids, mask = padded(rows_of(), "left", 0)
+    assert next(attachment.generate(ids, mask)).tolist() == [0] * len(ids)
+
+
+def run(attachment: Attachment, ids: Tensor, mask: Tensor, **settings: object) -> Tensor:
+    return torch.stack(list(attachment.generate(ids, mask, **settings)), 1)  # type: ignore[arg-type]
+
+
+def theirs(backbone: Backbone, prompt: SoftPrompt, text: Tensor, **settings: object) -> Tensor:
+    embeds = backbone.model.get_input_embeddings()(text)[None]
+    own = prompt.shift(embeds, text[None], torch.arange(len(text))[None])
+    whole = torch.cat([prompt.prompt()[None], own], 1)
+    return backbone.model.generate(inputs_embeds=whole, max_new_tokens=8, do_sample=False, **settings)[0, 1:]
+
+
+@torch.no_grad()
+def test_greedy_generation_is_transformers_own(backbone: Backbone) -> None:
+    prompts, rows = prompts_of(backbone), rows_of()
+    ids, mask = padded(rows, "left", 2)
+    # An end that comes up, so that rows finish at other steps.
+    settings = {"max_new_tokens": 8, "prompts": prompts, "index": torch.tensor(INDEX)}
+    end = int(run(attach(backbone), ids, mask, stop=[], **settings)[0, 3])
+    ours = run(attach(backbone), ids, mask, stop=[end], **settings)
+    for row, (text, which) in enumerate(zip(rows, INDEX, strict=True)):
+        wanted = theirs(backbone, prompts[which], text, num_beams=1, eos_token_id=end)
+        got = ours[row].tolist()
+        assert got[: len(wanted)] == wanted.tolist()
+        assert all(token == end for token in got[len(wanted) :])
+
+
+@torch.no_grad()
+def test_beam_search_is_transformers_own(backbone: Backbone) -> None:
+    prompts, rows, attachment = prompts_of(backbone), rows_of(), attach(backbone)
+    ids, mask = padded(rows, "left", 2)
+    found = attachment.beam(  # type: ignore[attr-defined]
+        ids, mask, beams=3, max_new_tokens=8, prompts=prompts, index=torch.tensor(INDEX)
+    )
+    for row, (text, which) in enumerate(zip(rows, INDEX, strict=True)):
+        wanted = theirs(backbone, prompts[which], text, num_beams=3).tolist()
+        assert found[row, : len(wanted)].tolist() == wanted
+    with pytest.raises(ValueError, match="beams is 0; it must be at least 1"):
+        attachment.beam(ids, mask, beams=0)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def test_sampling_draws_from_the_models_distribution_and_follows_its_seed(tiny_backbone: MakeBackbone) -> None:
+    attachment = attach(tiny_backbone("t5"), prompts_of(tiny_backbone("t5"))[0])
+    ids, mask = padded(rows_of((5,)), "left", 0)
+    ids, mask = ids.expand(400, -1), mask.expand(400, -1)
+    draws = [
+        run(attachment, ids, mask, max_new_tokens=1, sampling=Sampling(temperature=4.0, seed=s)) for s in (0, 0, 1)
+    ]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    chances = (attachment(ids[:1], mask[:1]).logits[0, 0] / 4).softmax(-1)
+    likeliest = int(chances.argmax())
+    share, chance = float((draws[0] == likeliest).float().mean()), float(chances[likeliest])
+    assert abs(share - chance) < 4 * (chance * (1 - chance) / 400) ** 0.5  # four standard errors of 400 draws
+
+
+def test_prepared_prompts_answer_like_the_prompts(backbone: Backbone) -> None:
+    prompts, attachment = prompts_of(backbone), attach(backbone)
+    ids, mask = padded(rows_of(), "left", 0)
+    index = torch.tensor(INDEX)
+    prepared = attachment.prepare(prompts)
+    for _ in range(2):
+        again = attachment.score(ids, mask, CANDIDATES, prompts=prepared, index=index)
+        assert torch.equal(again, attachment.score(ids, mask, CANDIDATES, prompts=prompts, index=index))
+
+
+def test_ids_and_embeddings_agree_where_the_scale_is_inside_the_embedding(tiny_backbone: MakeBackbone) -> None:
+    for name in NAMES:
+        _check_embeddings(tiny_backbone(name))
+    assert tiny_backbone("bart").model.get_input_embeddings().embed_scale > 1
+
+
+def test_marian_that_scales_after_its_embedding_is_refused(tiny_backbone: MakeBackbone) -> None:
+    config = transformers.MarianConfig.from_dict(tiny_backbone("marian").model.config.to_dict())
+    config.scale_embedding = True
+    model = transformers.MarianMTModel(config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight *= 20  # as large as trained ones
+    with pytest.raises(ValueError, match=r"scaled \(marian\) gives other outputs for embeddings than for their ids"):
+        _check_embeddings(Backbone(model, None, "scaled", "scaled", "encoder_decoder"))
+
+
+def test_an_encoder_that_sees_its_padding_is_refused(tiny_backbone: MakeBackbone) -> None:
+    config = tiny_backbone("t5").model.config
+    model = transformers.T5ForConditionalGeneration(config)
+    # Attention by blocks lets the padding change a row; the plainest such encoder shifts by the row's width.
+    model.get_encoder().register_forward_hook(
+        lambda module, args, kwargs, out: out.__class__(last_hidden_state=out[0] + kwargs["inputs_embeds"].shape[1]),
+        with_kwargs=True,
+    )
+    backbone = Backbone(model, tiny_backbone("t5").tokenizer, "blocks", "blocks", "encoder_decoder")
+    with pytest.raises(ValueError, match=r"blocks \(t5\) gives other logits with padding behind the row"):
+        attach(backbone)
+
+
+def test_wrong_input_is_refused_by_name(tiny_backbone: MakeBackbone) -> None:
+    backbone = tiny_backbone("bart")
+    attachment, (ids, mask) = attach(backbone), padded(rows_of(), "left", 0)
+    labels = torch.full((5, 2), 7)
+    labels[1, 0] = -100
+    with pytest.raises(ValueError, match="labels have -100 in front of a token"):
+        attachment(ids, mask, labels)
+    with pytest.raises(ValueError, match="no row has a label"):
+        attachment(ids, mask, torch.full((5, 2), -100))
+    with pytest.raises(ValueError, match=r"candidates are \[\[\]\]; give at least one"):
+        attachment.score(ids, mask, [[]])
+    with pytest.raises(ValueError, match="a row has 257 positions with its prompt and answer, but bart has 256"):
+        attachment(ids, mask, prompts=[Folded(torch.zeros(248, 32))])
+    with pytest.raises(ValueError, match="an answer of 300 tokens does not fit the 256 positions of bart"):
+        next(attachment.generate(ids, mask, max_new_tokens=300))
+    with pytest.raises(ValueError, match="the prompt is 16 wide, but bart embeds in 32"):
+        attachment(ids, mask, prompts=[Folded(torch.zeros(3, 16))])
+    prefix = attach(tiny_backbone("llama")).prepare([Folded(torch.zeros(3, 32))])
+    with pytest.raises(ValueError, match="was prepared for another architecture"):
+        attachment(ids, mask, prompts=prefix)
+    with pytest.raises(ValueError, match="answers in words and takes no head"):
+        attach(backbone, head=nn.Linear(2, 2))
