@@ -3,7 +3,8 @@
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -98,9 +99,24 @@ class Backbone:
             digest.update(memoryview(flat.numpy()))
         return digest.hexdigest()
 
-    def host(self, words: tuple[str, ...] = ()) -> Host:
-        """The facts that a prompt method may know; `words` are the task's answers, where it has any."""
+    @contextmanager
+    def dropout(self, on: bool) -> Iterator[None]:
+        """The model's own dropout switched on for a while, if `on`; nothing else about it changes."""
+        self.model.train(on)
+        try:
+            yield
+        finally:
+            self.model.eval()
+
+    def host(self, words: tuple[str, ...] = (), start: torch.Tensor | None = None) -> Host:
+        """The facts that a prompt method may know.
+
+        Args:
+            words: the task's answers, where it has any.
+            start: a trained prompt to start from, in a warm start.
+        """
         return Host(
+            start=start,
             embedding=self._table,
             encode=lambda text: list(self.tokenizer(text, add_special_tokens=False)["input_ids"]),
             words=words,

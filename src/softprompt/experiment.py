@@ -37,6 +37,8 @@ class Training:
     """Of AdamW."""
     clip: float = 1.0
     """Largest gradient norm; 0: no clipping."""
+    dropout: bool = False
+    """Keep the frozen model's own dropout on while training, as the papers do; it costs time and seldom helps."""
     accumulate: int = 1
     """Parts that a batch is computed in, one after another; saves memory and changes nothing else."""
     evaluate_every: int = 50
@@ -97,6 +99,8 @@ class Experiment:
     """The method and its settings."""
     training: Training = field(default_factory=Training)
     """How it is trained."""
+    start: str | None = None
+    """A run or a PEFT prompt-tuning folder whose prompt is the start (a warm start), in place of the method's own."""
     seed: int = 0
     """Of the prompt's first values, the order of rows and all draws."""
     dtype: Dtype = "auto"

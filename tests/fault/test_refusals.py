@@ -90,9 +90,11 @@ def test_a_prefix_that_is_not_exact(tiny_backbone: MakeBackbone, tokenizer: obje
     head = model.lm_head.forward
     seen = {"cached": 0}
     model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.update(cached=kwargs["past_key_values"].get_seq_length())
-        if kwargs.get("past_key_values") is not None
-        else None,
+        lambda module, args, kwargs: (
+            seen.update(cached=kwargs["past_key_values"].get_seq_length())
+            if kwargs.get("past_key_values") is not None
+            else None
+        ),
         with_kwargs=True,
     )
     model.lm_head.forward = lambda hidden: head(hidden) + seen["cached"]
@@ -145,7 +147,9 @@ def test_an_architecture_without_an_attachment(tiny_backbone: MakeBackbone, toke
 
 
 def test_a_source_that_is_nowhere() -> None:
-    with pytest.raises(FileNotFoundError, match=r"backbone 'no-such-model' is neither a folder, a \.gguf file, an asset"):
+    with pytest.raises(
+        FileNotFoundError, match=r"backbone 'no-such-model' is neither a folder, a \.gguf file, an asset"
+    ):
         load("no-such-model")
     with pytest.raises(FileNotFoundError, match=r"backbone 'nowhere\.gguf' is not there; give the path"):
         load("nowhere.gguf")

@@ -130,9 +130,7 @@ def test_draws_follow_the_warped_distribution(llama: Attachment) -> None:
     logits = llama(row[None]).logits[0, -1].detach() / 4.0
     kept = logits.masked_fill(logits < logits.topk(20).values[-1], -torch.inf)
     wanted = kept.softmax(-1)
-    drawn = next(
-        llama.generate(row.expand(count, -1), stop=[], sampling=Sampling(temperature=4.0, top_k=20, seed=5))
-    )
+    drawn = next(llama.generate(row.expand(count, -1), stop=[], sampling=Sampling(temperature=4.0, top_k=20, seed=5)))
     share = torch.bincount(drawn, minlength=300) / count
     # Four standard deviations of a binomial share; the seed is fixed, so it never flickers.
     assert bool(((share - wanted).abs() <= 4 * (wanted * (1 - wanted) / count).sqrt()).all())

@@ -30,8 +30,8 @@ class Attachment(nn.Module, ABC):
 
     closed: ClassVar[bool]
     """The text ends with the tokenizer's closing tokens, and the answer stands apart from it; else it goes on there."""
-    head_rate: ClassVar[float] = 0.1
-    """Learning rate of the group `head`, relative to the prompt's."""
+    head_rate: ClassVar[float] = 0.5
+    """Learning rate of the group `head`, relative to the prompt's (MiniLM, sentiment, 100 steps: best of 0.02 to 0.5)."""
 
     backbone: Backbone
     head: nn.Module | None

@@ -51,7 +51,9 @@ def read_dept(folder: Path) -> PublishedDePT:
     matrix, left, right = (tensors[name].float() for name in (_PROMPT, _LEFT, _RIGHT))
     positions, rank = left.shape
     if right.shape != (rank, matrix.shape[1]):
-        raise ValueError(f"{folder} holds A {tuple(left.shape)} and B {tuple(right.shape)}, which do not fit; it is damaged")
+        raise ValueError(
+            f"{folder} holds A {tuple(left.shape)} and B {tuple(right.shape)}, which do not fit; it is damaged"
+        )
     config = DePT(
         length=matrix.shape[0],
         rank=rank,

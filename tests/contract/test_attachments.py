@@ -1,0 +1,116 @@
+"""What every method must keep on every architecture; both lists are whole, so a new method is tested as it is."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from softprompt.attach import Attachment, attach, fresh_head
+from softprompt.backbone import Backbone
+from softprompt.prompts import METHODS, SoftPrompt
+
+BACKBONES = ("llama", "gpt2", "qwen3", "t5", "bart", "bert_mlm", "roberta_mlm", "roberta", "mpnet")
+CANDIDATES = ((40,), (41,), (42,))
+SMALL = {"length": 5, "rank": 2, "width": 4, "positions": 30, "samples": 20}
+"""Settings that keep a method tiny, where it has them."""
+
+methods = pytest.mark.parametrize("method", sorted(METHODS))
+backbones = pytest.mark.parametrize("name", BACKBONES)
+MakeBackbone = Callable[[str], Backbone]
+
+
+def prompt_of(method: str, backbone: Backbone) -> SoftPrompt:
+    """A prompt moved off its first values, so that every part of it does something."""
+    config = METHODS[method]()
+    config = config.replace(**{name: value for name, value in SMALL.items() if hasattr(config, name)})
+    prompt = config.build(backbone.host(("yes", "no")), torch.Generator().manual_seed(0))
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in prompt.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=noise)
+    return prompt.eval()
+
+
+def attachment_of(method: str, backbone: Backbone) -> Attachment:
+    head = fresh_head(backbone, len(CANDIDATES), torch.Generator().manual_seed(2))
+    return attach(backbone, prompt_of(method, backbone), head=head)
+
+
+def batch(extra: int = 0, side: str = "left") -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    counts = (6, 3, 8, 1)
+    ids, mask = torch.full((4, 8 + extra), 2), torch.zeros(4, 8 + extra, dtype=torch.long)
+    for row, count in enumerate(counts):
+        start = 8 + extra - count if side == "left" else 0
+        ids[row, start : start + count] = torch.randint(5, 300, (count,), generator=draw)
+        mask[row, start : start + count] = 1
+    return ids, mask
+
+
+def labels_of(attachment: Attachment, ids: Tensor) -> Tensor:
+    """Labels of the shape that the attachment wants."""
+    if not attachment.closed:
+        return ids.masked_fill(torch.arange(ids.shape[1]) < ids.shape[1] - 1, -100)
+    if attachment.backbone.architecture == "encoder":
+        return torch.tensor([[0], [2], [1], [1]])
+    return torch.tensor([attachment.target((40 + row,)) for row in range(len(ids))])
+
+
+@methods
+@backbones
+def test_forward_and_score_run_and_padding_changes_nothing(method: str, name: str, tiny_backbone: MakeBackbone) -> None:
+    attachment = attachment_of(method, tiny_backbone(name))
+    ids, mask = batch()
+    output = attachment(ids, mask, labels_of(attachment, ids))
+    assert output.loss.dtype == torch.float32
+    assert output.logits.shape[0] == 4
+    scores = attachment.score(ids, mask, CANDIDATES)
+    assert scores.shape == (4, 3)
+    assert bool((scores <= 0).all())
+    for extra, side in ((1, "left"), (40, "left"), (0, "right"), (40, "right")):
+        again = attachment.score(*batch(extra, side), CANDIDATES)
+        # float32 sums over other shapes, at logits of order 10.
+        torch.testing.assert_close(again, scores, rtol=1e-4, atol=1e-4)
+
+
+@methods
+@backbones
+def test_live_equals_folded(method: str, name: str, tiny_backbone: MakeBackbone) -> None:
+    attachment = attachment_of(method, tiny_backbone(name))
+    assert attachment.prompt is not None
+    folded = attach(attachment.backbone, attachment.prompt.fold(), head=attachment.head)
+    assert not list(folded.prompt.parameters())  # type: ignore[union-attr]
+    ids, mask = batch()
+    live = attachment.score(ids, mask, CANDIDATES)
+    # The tables of DePT and ADePT are the live numbers in another order of summation.
+    torch.testing.assert_close(
+        folded.score(ids, mask, CANDIDATES), live, rtol=1e-5, atol=1e-5 * float(live.abs().max())
+    )
+
+
+@methods
+@backbones
+def test_one_step_moves_prompt_and_head_and_no_bit_of_the_backbone(
+    method: str, name: str, tiny_backbone: MakeBackbone
+) -> None:
+    backbone = tiny_backbone(name)
+    attachment, before = attachment_of(method, backbone), backbone.checksum()
+    assert (attachment.head is not None) == (name in ("roberta", "mpnet"))
+    named = dict(attachment.named_parameters())
+    grouped = [id(parameter) for group in attachment.groups().values() for parameter in group]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in named.values())
+    assert all(key.startswith(("prompt.", "head.")) for key in attachment.state_dict())
+    optimiser = torch.optim.Adam(attachment.parameters(), lr=0.01)
+    first = {key: parameter.detach().clone() for key, parameter in named.items()}
+    ids, mask = batch()
+    loss = nn.functional.cross_entropy(attachment.score(ids, mask, CANDIDATES), torch.tensor([0, 2, 1, 1]))
+    loss.backward()
+    optimiser.step()
+    for key, parameter in named.items():
+        assert parameter.grad is not None, key
+        assert math.isfinite(float(parameter.grad.norm())), key
+        assert not torch.equal(parameter, first[key]), key
+    assert all(parameter.grad is None for parameter in backbone.model.parameters())
+    assert backbone.checksum() == before

@@ -1,0 +1,280 @@
+"""Truncated, swapped and hostile files, full disks and races: one sentence each, and nothing half-written."""
+
+import errno
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from softprompt import DPT, Experiment, Interrupted, Progress, Run, Training, files, list_runs, resume, runs, train
+from softprompt.cli import main
+from softprompt.tasks import load_task
+from softprompt.watch import Silent
+
+Damage = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def experiment(llama_folder: Path, ticket_task: Path) -> Experiment:
+    return Experiment(
+        backbone=str(llama_folder),
+        task=str(ticket_task),
+        prompt=DPT(length=6, rank=2),
+        training=Training(steps=4, batch=8, evaluate_every=2),
+        dtype="float32",
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(experiment, out=tmp_path_factory.mktemp("whole"), name="run")
+
+
+@pytest.fixture(scope="module")
+def stopped(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after its second step."""
+
+    def stop(_: object, progress: Progress) -> None:
+        if progress.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    out = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Silent, "step", stop)
+        train(experiment, out=out, name="run")
+    return out / "run"
+
+
+def sentence(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the failed command says."""
+    capsys.readouterr()
+    assert main(arguments) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    said = [line for line in shown.err.splitlines() if line.startswith("softprompt: ")]
+    assert len(said) == 1, shown.err
+    assert "Traceback" not in shown.err
+    assert "--debug" not in said[0], f"nobody wrote a sentence for this: {said[0]}"
+    return said[0]
+
+
+def edited(change: Callable[[Any], Any]) -> Damage:
+    """The JSON file after `change` of its values."""
+
+    def damage(file: Path) -> None:
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps(change(values) or values))
+
+    return damage
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Damage:
+    return lambda file: save_file(change(load_file(file)), file)
+
+
+def truncated(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def hostile_header(file: Path) -> None:
+    file.write_bytes(struct.pack("<Q", 2**60) + b"{" * 64)
+
+
+def hostile_offsets(file: Path) -> None:
+    header = json.dumps({"left": {"dtype": "F32", "shape": [2**40, 2], "data_offsets": [0, 2**43]}}).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (os.environ["BOMB"],))
+
+
+BROKEN: dict[str, Damage] = {
+    "truncated": truncated,
+    "empty": lambda file: file.write_bytes(b""),
+    "missing": Path.unlink,
+    "pickle": lambda file: file.write_bytes(pickle.dumps(Bomb())),
+    "header": hostile_header,
+    "offsets": hostile_offsets,
+}
+SWAPPED: dict[str, Damage] = {
+    "other rank": tensors(lambda own: {name: torch.zeros(3, 3) for name in own}),
+    "other names": tensors(lambda own: {f"x{name}": tensor for name, tensor in own.items()}),
+    "one less": tensors(lambda own: dict(list(own.items())[1:])),
+    "nan": tensors(lambda own: {name: tensor * torch.nan for name, tensor in own.items()}),
+}
+RECORDS: dict[str, Damage] = {
+    "truncated": truncated,
+    "a list": lambda file: file.write_text("[]"),
+    "deep": lambda file: file.write_text("[" * 200_000),
+    "binary": lambda file: file.write_bytes(b"\xff\xfe\x00"),
+    "later": edited(lambda values: values.update(format=2)),
+    "no experiment": edited(lambda values: values.pop("experiment") and None),
+    "no task": edited(lambda values: values.pop("task") and None),
+    "no backbone": edited(lambda values: values.pop("backbone") and None),
+    "experiment is a list": edited(lambda values: values.update(experiment=[])),
+    "unknown method": edited(lambda values: values["experiment"]["prompt"].update(method="lora")),
+    "unknown setting": edited(lambda values: values["experiment"].update(colour="red")),
+    "unknown training": edited(lambda values: values["experiment"]["training"].update(colour="red")),
+    "rank is a text": edited(lambda values: values["experiment"]["prompt"].update(rank="ten")),
+    "steps is a text": edited(lambda values: values["experiment"]["training"].update(steps="ten")),
+    "no words": edited(lambda values: values["task"].update(words={})),
+    "unknown task key": edited(lambda values: values["task"].update(colour="red")),
+    "template is a number": edited(lambda values: values["task"].update(template=7)),
+}
+
+
+@pytest.mark.parametrize("damage", [*BROKEN.values(), *SWAPPED.values()], ids=[*BROKEN, *SWAPPED])
+def test_a_damaged_prompt(
+    damage: Damage, whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BOMB", str(tmp_path / "bomb"))
+    folder = tmp_path / "run"
+    shutil.copytree(whole.folder, folder)
+    damage(folder / "softprompt.safetensors")
+    said = sentence(capsys, "evaluate", str(folder))
+    assert str(folder / "softprompt.safetensors") in said
+    assert "damaged" in said
+    assert not (tmp_path / "bomb").exists()
+
+
+@pytest.mark.parametrize("damage", RECORDS.values(), ids=RECORDS)
+@pytest.mark.parametrize("command", ["evaluate", "resume"])
+def test_a_damaged_record(
+    command: str, damage: Damage, whole: Run, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole.folder if command == "evaluate" else stopped, folder)
+    damage(folder / "softprompt.json")
+    arguments = ["evaluate", str(folder)] if command == "evaluate" else ["train", "--resume", str(folder)]
+    assert str(folder / "softprompt.json") in sentence(capsys, *arguments)
+
+
+CHECKPOINT = {
+    **{f"{part} {name}": (f"{part}.safetensors", damage) for part in ("prompt", "best") for name, damage in
+       (SWAPPED | {"truncated": truncated, "missing": Path.unlink}).items()},
+    **{f"{part} {name}": (f"{part}.safetensors", BROKEN[name]) for part in ("optimizer", "random")
+       for name in ("truncated", "missing")},
+    "optimizer other rank": ("optimizer.safetensors", SWAPPED["other rank"]),
+    "optimizer other names": ("optimizer.safetensors", SWAPPED["other names"]),
+    "random other size": ("random.safetensors", tensors(lambda own: {"cpu": own["cpu"][:7]})),
+    "random other names": ("random.safetensors", SWAPPED["other names"]),
+    "place truncated": ("place.json", truncated),
+    "place missing": ("place.json", Path.unlink),
+    "place without its step": ("place.json", edited(lambda values: values.pop("step") and None)),
+    "place without its best": ("place.json", edited(lambda values: values.pop("best_step") and None)),
+    "place of another step": ("place.json", edited(lambda values: values.update(step=3))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "damage"), CHECKPOINT.values(), ids=CHECKPOINT)
+def test_a_damaged_checkpoint(
+    name: str, damage: Damage, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    damage(folder / "checkpoints/step-000002" / name)
+    said = sentence(capsys, "train", "--resume", str(folder))
+    assert "step-000002" in said
+    assert "damaged" in said
+
+
+@contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    """The kernel refuses to write files beyond `size` bytes, as it refuses to on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_writing_where_nothing_fits(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("as it was")
+    with no_file_beyond(100):
+        with pytest.raises(OSError, match=r"kept cannot be written \(File too large\); make room on its disk"):
+            files.write_text(tmp_path / "kept", "x" * 200)
+        with pytest.raises(OSError, match=r"new\.safetensors cannot be written \(.*File too large.*\); make room"):
+            files.write_tensors(tmp_path / "new.safetensors", {"x": torch.zeros(100)})
+    assert listing(tmp_path) == ["kept"]
+    assert (tmp_path / "kept").read_text() == "as it was"
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5, 7, 12, 14, 16])
+def test_a_disk_that_fills_up(
+    at: int, whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The `at`-th write of the run meets a full disk; with room again, it goes on to the same numbers."""
+    calls: list[Path] = []
+    sync = files._sync
+
+    def full(path: Path) -> None:
+        calls.append(path)
+        if len(calls) == at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        sync(path)
+
+    monkeypatch.setattr(files, "_sync", full)
+    with pytest.raises(OSError, match=r"cannot be written \(No space left on device\); make room on its disk"):
+        train(whole.experiment, out=tmp_path, name="run")
+    monkeypatch.undo()
+    assert not [name for name in listing(tmp_path) if "/." in f"/{name}"], "a draft was left behind"
+    if not (tmp_path / "run").exists():
+        assert at == 1
+        return
+    again = resume(tmp_path / "run")
+    for name in ("metrics.jsonl", "softprompt.safetensors"):
+        assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+def test_of_many_runs_with_one_name_one_wins(whole: Run, tmp_path: Path, tiny_backbone: Callable[[str], Any]) -> None:
+    backbone, task = tiny_backbone("llama"), load_task(whole.experiment.task)
+
+    def claim(_: int) -> str:
+        try:
+            return runs.create(whole.experiment, task, backbone, tmp_path, "mine", "rows").name
+        except FileExistsError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(claim, range(16)))
+        free = list(
+            pool.map(lambda _: runs.create(whole.experiment, task, backbone, tmp_path, None, "x").name, range(16))
+        )
+    assert found.count("mine") == 1
+    assert all("exists and is never overwritten; choose another --name" in one for one in found if one != "mine")
+    assert len(set(free)) == 16
+    assert {run.name for run in list_runs(tmp_path)} == {"mine", *free}
+    assert not [name for name in listing(tmp_path) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "/absolute"])
+def test_a_name_that_is_no_folders(name: str, whole: Run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is no plain folder name; leave out slashes and leading dots"):
+        train(whole.experiment, out=tmp_path / "out", name=name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_never_overwritten(whole: Run) -> None:
+    before = listing(whole.folder)
+    with pytest.raises(FileExistsError, match=r"run .* exists and is never overwritten"):
+        train(whole.experiment, out=whole.folder.parent, name=whole.name)
+    assert listing(whole.folder) == before

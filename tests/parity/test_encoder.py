@@ -1,0 +1,274 @@
+"""A prompt behind an encoder's first token is concatenation, at a mask or before a trained head, whatever the padding.
+
+The reference is a row at a time: `[first; prompt; rest]` as plain vectors through the model's own forward.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import softprompt
+from softprompt.attach import Attachment, attach, fresh_head
+from softprompt.backbone import Backbone, load
+from softprompt.prompts import Folded, SoftPrompt
+from softprompt.prompts.adept import ADePT
+from softprompt.prompts.dept import DePT
+from softprompt.prompts.dpt import DPT
+from softprompt.prompts.plain import Plain
+
+MODELS = ("bert", "roberta", "mpnet", "distilbert")
+CLS, SEP, PAD, MASK = 0, 1, 2, 3
+TEXTS, INDEX = (7, 2, 4, 9, 1), (2, 0, 1, 0, 2)
+CLASSES = 4
+WORDS = ((11,), (12,), (40,), (41,))
+WHOLE_WORDS = {
+    "Billing": "bil",
+    "Sales": "sal",
+    "Returns": "ret",
+    "Login": "login",
+    "Delivery": "delivery",
+    "Other": "ot",
+}
+"""Of the tests' own task, each one token of the tests' tokenizer."""
+MakeBackbone = Callable[[str], Backbone]
+sides = pytest.mark.parametrize(
+    ("side", "extra"), [("left", 0), ("right", 0), ("left", 1), ("right", 40), ("left", 40)]
+)
+
+
+def head_of(backbone: Backbone) -> nn.Linear | None:
+    head = fresh_head(backbone, CLASSES, torch.Generator().manual_seed(6))
+    if head is not None:
+        with torch.no_grad():
+            head.weight *= 10
+    return head
+
+
+@pytest.fixture(params=[*MODELS, *(f"{name}_mlm" for name in MODELS)])
+def attachment(request: pytest.FixtureRequest, tiny_backbone: MakeBackbone) -> Attachment:
+    backbone = tiny_backbone(request.param)
+    assert backbone.masked_lm == request.param.endswith("_mlm")
+    return attach(backbone, head=head_of(backbone))
+
+
+def prompts_of(backbone: Backbone) -> list[SoftPrompt]:
+    """Of three lengths and three methods, moved off their first values so that each does something."""
+    configs = (Plain(length=3), DePT(length=6, positions=20, rank=2), ADePT(length=1, width=4))
+    made = [config.build(backbone.host(), torch.Generator().manual_seed(4)) for config in configs]
+    noise = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for prompt in made:
+            for parameter in prompt.parameters():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=noise)
+    return made
+
+
+def rows_of(counts: Sequence[int] = TEXTS) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return [
+        torch.cat([torch.tensor([CLS]), torch.randint(4, 300, (n,), generator=draw), torch.tensor([SEP])])
+        for n in counts
+    ]
+
+
+def padded(rows: Sequence[Tensor], side: str, extra: int) -> tuple[Tensor, Tensor]:
+    wide = max(map(len, rows)) + extra
+    ids, mask = torch.full((len(rows), wide), PAD), torch.zeros(len(rows), wide, dtype=torch.long)
+    for place, row in enumerate(rows):
+        where = slice(wide - len(row), wide) if side == "left" else slice(0, len(row))
+        ids[place, where], mask[place, where] = row, 1
+    return ids, mask
+
+
+def alone(attachment: Attachment, prompt: SoftPrompt | None, text: Tensor) -> Tensor:
+    """The answer's logits for one row, from plainly concatenated vectors."""
+    model = attachment.backbone.model
+    if attachment.head is None:
+        text = torch.cat([text[:-1], torch.tensor([MASK, SEP])])
+    embeds, length = model.get_input_embeddings()(text)[None], 0
+    if prompt is not None:
+        own, length = prompt.shift(embeds, text[None], torch.arange(len(text))[None]), len(prompt.prompt())
+        embeds = torch.cat([own[:, :1], prompt.prompt()[None], own[:, 1:]], 1)
+    output = model(inputs_embeds=embeds)[0][0]
+    if attachment.head is None:
+        return output[-2]
+    mine = torch.cat([output[:1], output[1 + length :]])
+    return attachment.head(mine.mean(0))
+
+
+def close(ours: Tensor, reference: Tensor) -> None:
+    """Equal but for float32 sums over other shapes, which grow with the largest term."""
+    torch.testing.assert_close(ours, reference, rtol=1e-4, atol=2e-5 * max(1.0, float(reference.abs().max())))
+
+
+@sides
+def test_logits_loss_and_gradients_are_those_of_concatenation(attachment: Attachment, side: str, extra: int) -> None:
+    prompts, rows = prompts_of(attachment.backbone), rows_of()
+    ids, mask = padded(rows, side, extra)
+    labels = torch.tensor([1, 3, 0, 2, 1])
+    found = attachment(ids, mask, labels[:, None], prompts=prompts, index=torch.tensor(INDEX))
+    logits = torch.stack([alone(attachment, prompts[which], text) for text, which in zip(rows, INDEX, strict=True)])
+    loss = nn.functional.cross_entropy(logits, labels)
+    close(found.logits.view_as(logits), logits)
+    close(found.loss, loss)
+    trained = [p for prompt in prompts for p in prompt.parameters()] + list(attachment.parameters())
+    assert len(trained) == (9 if attachment.head is None else 11)
+    theirs = torch.autograd.grad(loss, trained)
+    for ours, reference in zip(torch.autograd.grad(found.loss, trained), theirs, strict=True):
+        scale = float(reference.abs().max())
+        assert scale > 0
+        torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_without_a_prompt_it_is_the_model_on_ids(attachment: Attachment) -> None:
+    rows, model = rows_of(), attachment.backbone.model
+    ids, mask = padded(rows, "left", 5)
+    logits = attachment(ids, mask).logits
+    for row, text in enumerate(rows):
+        ids = (text if attachment.head is not None else torch.cat([text[:-1], torch.tensor([MASK, SEP])]))[None]
+        # MPNet takes id 1, the end here, for padding, whatever its config says, and gives it no position.
+        places = {"position_ids": torch.arange(2, 2 + ids.shape[1])[None]} if model.config.model_type == "mpnet" else {}
+        whole = model(input_ids=ids, **places)[0][0]
+        close(logits[row].flatten(), whole[-2] if attachment.head is None else attachment.head(whole.mean(0)))
+
+
+def test_scores_are_log_probabilities(attachment: Attachment) -> None:
+    prompts, rows = prompts_of(attachment.backbone), rows_of()
+    ids, mask = padded(rows, "left", 3)
+    prepared, index = attachment.prepare(prompts), torch.tensor(INDEX)
+    scores = attachment.score(ids, mask, WORDS, prompts=prepared, index=index)
+    assert torch.equal(scores, attachment.score(ids, mask, WORDS, prompts=prompts, index=index))
+    for row, (text, which) in enumerate(zip(rows, INDEX, strict=True)):
+        slow = alone(attachment, prompts[which], text).log_softmax(-1)
+        close(scores[row], slow if attachment.head is not None else slow[[word[0] for word in WORDS]])
+
+
+def test_a_mask_of_the_rows_own_stays_where_it_is(tiny_backbone: MakeBackbone) -> None:
+    backbone = tiny_backbone("bert_mlm")
+    attachment, prompt = attach(backbone), prompts_of(backbone)[0]
+    rows = [torch.tensor([CLS, 20, MASK, 30, SEP]), torch.tensor([CLS, MASK, 40, SEP])]
+    ids, mask = padded(rows, "left", 2)
+    logits = attachment(ids, mask, prompts=[prompt]).logits
+    for row, text in enumerate(rows):
+        embeds = backbone.model.get_input_embeddings()(text)[None]
+        whole = backbone.model(inputs_embeds=torch.cat([embeds[:, :1], prompt.prompt()[None], embeds[:, 1:]], 1))[0][0]
+        close(logits[row, 0], whole[3 + int((text == MASK).nonzero())])
+    with pytest.raises(ValueError, match=r"the rows have \[1, 0\] mask tokens \(<mask>\)"):
+        attachment(*padded([rows[0], torch.tensor([CLS, 20, SEP])], "left", 0))
+
+
+def test_a_row_without_a_closing_token_ends_with_the_mask(tiny_backbone: MakeBackbone) -> None:
+    backbone = tiny_backbone("roberta_mlm")
+    text = torch.tensor([CLS, 20, 30])
+    whole = backbone.model(input_ids=torch.cat([text, torch.tensor([MASK])])[None])[0][0, -1]
+    close(attach(backbone)(text[None]).logits[0, 0], whole)
+
+
+def test_rows_up_to_the_last_position_fit_and_longer_ones_are_refused(tiny_backbone: MakeBackbone) -> None:
+    # RoBERTa's and MPNet's tables begin behind the padding token's row: 256 - (2 + 1), and MPNet's padding is row 1.
+    for name, limit in (("bert", 256), ("roberta", 253), ("mpnet", 254), ("distilbert", 256)):
+        attachment = attach(tiny_backbone(name), head=head_of(tiny_backbone(name)))
+        ids = torch.full((1, 10), 9)
+        attachment(ids, prompts=[Folded(torch.zeros(limit - 10, 32))])
+        with pytest.raises(ValueError, match=f"a row has {limit + 1} positions with its prompt and answer, but {name}"):
+            attachment(ids, prompts=[Folded(torch.zeros(limit - 9, 32))])
+
+
+def test_wrong_input_is_refused_by_name(tiny_backbone: MakeBackbone) -> None:
+    words, classes = (
+        attach(tiny_backbone("bert_mlm")),
+        attach(tiny_backbone("bert"), head=head_of(tiny_backbone("bert"))),
+    )
+    ids, mask = padded(rows_of(), "left", 0)
+    with pytest.raises(ValueError, match=r"candidates \[\[11, 12\]\] of bert_mlm are not one token each"):
+        words.score(ids, mask, [[11, 12], [13]])
+    with pytest.raises(ValueError, match=r"labels of bert_mlm are \(5, 2\); an encoder answers with one token"):
+        words(ids, mask, torch.ones(5, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="the head tells 4 classes apart and 2 candidates are given"):
+        classes.score(ids, mask, WORDS[:2])
+    with pytest.raises(ValueError, match="bert is an encoder and does not generate"):
+        classes.generate(ids, mask)
+    with pytest.raises(ValueError, match="bert has no vocabulary head to answer with; give a head to train"):
+        attach(tiny_backbone("bert"))
+    with pytest.raises(ValueError, match="answers with one of at least two classes, but there are 0"):
+        fresh_head(tiny_backbone("bert"), 0, torch.Generator())
+
+
+def test_a_fresh_head_follows_its_generator_alone(tiny_backbone: MakeBackbone) -> None:
+    torch.manual_seed(1)
+    before, one = torch.get_rng_state(), head_of(tiny_backbone("bert"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert one is not None
+    assert torch.equal(one.weight, head_of(tiny_backbone("bert")).weight)  # type: ignore[union-attr]
+    assert fresh_head(tiny_backbone("bert_mlm"), 0, torch.Generator()) is None
+    assert fresh_head(tiny_backbone("llama"), 3, torch.Generator()) is None
+
+
+@pytest.mark.parametrize("name", ["bert", "bert_mlm"])
+def test_a_checkpoint_is_loaded_with_the_head_that_it_has(
+    name: str, tiny_backbone: MakeBackbone, tmp_path: Path
+) -> None:
+    backbone = tiny_backbone(name)
+    backbone.model.save_pretrained(tmp_path)
+    backbone.tokenizer.save_pretrained(tmp_path)
+    loaded = load(str(tmp_path), dtype="float32")
+    assert loaded.architecture == "encoder"
+    assert loaded.masked_lm == backbone.masked_lm
+    assert loaded.checksum() == backbone.checksum()
+
+
+@pytest.mark.parametrize("name", ["bert", "bert_mlm"])
+def test_a_run_keeps_its_head_and_answers_again(
+    name: str, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
+) -> None:
+    """Train, stop, resume, load and answer: the head travels with the prompt."""
+    folder = tmp_path / "model"
+    tiny_backbone(name).model.save_pretrained(folder)
+    tiny_backbone(name).tokenizer.save_pretrained(folder)
+    task = ticket_task
+    if name == "bert_mlm":  # one mask holds one token
+        text = 'template = "Ticket: {text}\\nQueue:"\nlabel = "queue"\n[words]\n'
+        words = "".join(f'{label} = "{word}"\n' for label, word in WHOLE_WORDS.items())
+        task = tmp_path / "tickets.toml"
+        task.write_text(f"train = {json.dumps(str(ticket_task.parent / 'train.csv'))}\n" + text + words)
+    training = softprompt.Training(steps=4, evaluate_every=2, batch=4)
+    experiment = softprompt.Experiment(
+        backbone=str(folder), task=str(task), prompt=DPT(length=4, rank=2), training=training, dtype="float32"
+    )
+    run = softprompt.train(experiment, out=tmp_path)
+    assert (run.folder / "head.safetensors").is_file() == (name == "bert")
+    assert not (run.folder / "adapter_config.json").exists()
+    rows = [{"text": "a a b"}, {"text": "c"}]
+    answers = softprompt.predict(run, rows)
+    again = softprompt.predict(softprompt.open_run(run.folder), rows)
+    assert answers == again
+    assert softprompt.evaluate(run).value == run.results["test"]  # type: ignore[index]
+    if name == "bert":
+        assert run.results["trainable"] == 4 * 2 + 2 * 32 + 32 * 6 + 6  # type: ignore[index]
+        trained = load_file(run.folder / "head.safetensors")
+        first = run.fresh_head(load(str(folder), dtype="float32"))
+        assert first is not None
+        assert not torch.equal(trained["weight"], first.weight)
+        with pytest.raises(ValueError, match="answers through a trained head, so untouched it says nothing"):
+            softprompt.train(experiment, out=tmp_path, untouched=True)
+
+
+@pytest.mark.asset
+def test_minilm_pools_as_its_sentence_vectors(tmp_path: Path) -> None:
+    """The real checkpoint: with no prompt and the identity as head, it gives the mean of its token states."""
+    backbone = load("minilm-l6", dtype="float32")
+    assert not backbone.masked_lm
+    head = nn.Linear(384, 384, bias=False)
+    nn.init.eye_(head.weight)
+    texts = ["a good film", "an extremely long and boring film about nothing at all"]
+    made = backbone.tokenizer(texts, padding=True, return_tensors="pt")
+    ours = attach(backbone, head=head)(made["input_ids"], made["attention_mask"]).logits
+    with torch.no_grad():
+        states = backbone.model(input_ids=made["input_ids"], attention_mask=made["attention_mask"])[0]
+    mask = made["attention_mask"][..., None]
+    torch.testing.assert_close(ours, (states * mask).sum(1) / mask.sum(1), rtol=1e-4, atol=1e-5)
