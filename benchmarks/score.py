@@ -12,6 +12,7 @@ The JSON is that of train_step.py, which says how both are measured; the floor h
     multiply_adds = n * batch * tokens + h * batch + 2 * w * batch * (tokens * length + tokens * (tokens + 1) / 2)
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from train_step import BACKBONE, PEER, Settings, Work, batch, decomposed, main, peft_model, widths
@@ -19,7 +20,7 @@ from train_step import BACKBONE, PEER, Settings, Work, batch, decomposed, main, 
 ANSWERS = (" yes", " no")
 
 
-def folded(settings: Settings, tokens: int) -> Work:
+def folded(settings: Settings) -> Callable[[int], Work]:
     """Ours with a finished prompt, made ready once."""
     import torch
 
@@ -27,32 +28,40 @@ def folded(settings: Settings, tokens: int) -> Work:
 
     backbone = load_backbone(BACKBONE, dtype=settings.dtype, device="cpu")
     attachment = attach(backbone, decomposed(backbone, settings).fold())
-    candidates = answer_ids(backbone.tokenizer)
-    ids, mask, _ = batch(backbone.model, settings, tokens)
+    answers = answer_ids(backbone.tokenizer)
     with torch.no_grad():
         prepared = attachment.prepare([attachment.prompt])
 
-    def run() -> float:
-        with torch.no_grad():
-            return loss(attachment.score(ids, mask, [[first] for first in candidates], prompts=prepared))
+    def ready(tokens: int) -> Work:
+        ids, mask, _ = batch(backbone.model, settings, tokens)
 
-    return Work(run, backbone.model, multiply_adds(backbone.model, settings, tokens))
+        def run() -> float:
+            with torch.no_grad():
+                return loss(attachment.score(ids, mask, [[first] for first in answers], prompts=prepared))
+
+        return Work(run, backbone.model, multiply_adds(backbone.model, settings, tokens))
+
+    return ready
 
 
-def peft(settings: Settings, tokens: int) -> Work:
+def peft(settings: Settings) -> Callable[[int], Work]:
     """PEFT with the same prompt."""
     import torch
 
     model, tokenizer = peft_model(settings)
-    candidates = answer_ids(tokenizer)
-    ids, mask, _ = batch(model.base_model, settings, tokens)
+    answers = answer_ids(tokenizer)
 
-    def run() -> float:
-        with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            return loss(logits[:, -1, candidates].float())
+    def ready(tokens: int) -> Work:
+        ids, mask, _ = batch(model.base_model, settings, tokens)
 
-    return Work(run, model.base_model, multiply_adds(model.base_model, settings, tokens))
+        def run() -> float:
+            with torch.no_grad():
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                return loss(logits[:, -1, answers].float())
+
+        return Work(run, model.base_model, multiply_adds(model.base_model, settings, tokens))
+
+    return ready
 
 
 def answer_ids(tokenizer: Any) -> list[int]:
@@ -81,4 +90,4 @@ def multiply_adds(model: Any, settings: Settings, tokens: int) -> int:
 
 
 if __name__ == "__main__":
-    main(__file__, {"folded": folded, PEER: peft}, Settings(tokens=(32,), batch=32), str(__doc__))
+    main(__file__, {"folded": folded, PEER: peft}, Settings(tokens=(32,), batch=32, steps=3), str(__doc__))

@@ -1,12 +1,12 @@
 """Seconds and memory of one training step, beside PEFT's prompt tuning in the same run.
 
-    python benchmarks/train_step.py [--tokens 32 64] [--dtype float32] [--rounds 3] [--steps 3]
+    python benchmarks/train_step.py [--tokens 32 64] [--dtype float32] [--rounds 3] [--steps 1]
 
 Both sides get the same weights, tokens, labels (the last two tokens of each row), dtype, and initial prompt; both run
-in eval mode, on the CPU, in one process each, in turn. The step is forward, backward, AdamW on the prompt, and setting
-the gradient to none. PEFT gets `use_cache=False`, which is its faster way. `plain` trains as many numbers as PEFT does;
-`dpt` is the decomposed prompt. Rows are full, since PEFT's layout lets padding change a row's result. The first step
-warms up and is not timed; its loss must be the same on both sides, else the exit status is 1.
+in eval mode, on the CPU, in processes of their own, in turn. The step is forward, backward, AdamW on the prompt, and
+setting the gradient to none. PEFT gets `use_cache=False`, which is its faster way. `plain` trains as many numbers as
+PEFT does; `dpt` is the decomposed prompt. Rows are full, since PEFT's layout lets padding change a row's result. The
+first step warms up and is not timed; its loss must be the same on both sides, else the exit status is 1.
 
 The last line of stdout is JSON; per case:
 
@@ -27,6 +27,8 @@ The last line of stdout is JSON; per case:
   (at most two layers' share), and everything that is no product: norms, rotations, softmax, copies.
 """
 
+import ctypes
+import gc
 import json
 import os
 import resource
@@ -34,7 +36,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, final
@@ -68,8 +70,8 @@ class Settings:
     """What the backbone computes in."""
     rounds: int = 3
     """Times that each side is started, in turn."""
-    steps: int = 3
-    """Timed steps in a round, after one that warms up."""
+    steps: int = 1
+    """Timed steps in a round, after one that warms up; a step of PEFT's takes seconds."""
     seed: int = 0
     """Of the tokens and the initial prompt."""
 
@@ -92,7 +94,8 @@ class Work(NamedTuple):
     """That the task needs, however it is done."""
 
 
-Side = Callable[[Settings, int], Work]
+Side = Callable[[Settings], Callable[[int], Work]]
+"""Loads the model; what comes back gets the work ready for a number of text tokens, from the initial prompt."""
 
 
 @final
@@ -111,25 +114,41 @@ class Measured:
 def ours(prompt_of: Callable[[Any, Settings], Any]) -> Side:
     """Our training step."""
 
-    def side(settings: Settings, tokens: int) -> Work:
+    def side(settings: Settings) -> Callable[[int], Work]:
         from softprompt import attach, load_backbone
 
         backbone = load_backbone(BACKBONE, dtype=settings.dtype, device="cpu")
-        attachment = attach(backbone, prompt_of(backbone, settings))
-        ids, mask, labels = batch(backbone.model, settings, tokens)
-        run = training_step(lambda: attachment(ids, mask, labels).loss, list(attachment.parameters()))
-        return Work(run, backbone.model, training_multiply_adds(backbone.model, settings, tokens))
+
+        def ready(tokens: int) -> Work:
+            attachment = attach(backbone, prompt_of(backbone, settings))
+            ids, mask, labels = batch(backbone.model, settings, tokens)
+            run = training_step(lambda: attachment(ids, mask, labels).loss, list(attachment.parameters()))
+            return Work(run, backbone.model, training_multiply_adds(backbone.model, settings, tokens))
+
+        return ready
 
     return side
 
 
-def peft(settings: Settings, tokens: int) -> Work:
+def peft(settings: Settings) -> Callable[[int], Work]:
     """PEFT's training step."""
+    import torch
+
     model, _ = peft_model(settings)
-    ids, mask, labels = batch(model.base_model, settings, tokens)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    run = training_step(lambda: model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss, trained)
-    return Work(run, model.base_model, training_multiply_adds(model.base_model, settings, tokens))
+    initial = [parameter.detach().clone() for parameter in trained]
+
+    def ready(tokens: int) -> Work:
+        with torch.no_grad():
+            for parameter, values in zip(trained, initial, strict=True):
+                parameter.copy_(values)
+        ids, mask, labels = batch(model.base_model, settings, tokens)
+        run = training_step(
+            lambda: model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss, trained
+        )
+        return Work(run, model.base_model, training_multiply_adds(model.base_model, settings, tokens))
+
+    return ready
 
 
 def peft_model(settings: Settings) -> tuple[Any, Any]:
@@ -246,13 +265,15 @@ def peak_mb() -> float:
 
 
 def forget_peak() -> None:
-    """Set the peak to what is resident now, where the kernel can; elsewhere loading stays part of both peaks."""
+    """Set the peak to what is in use now, where the system can; elsewhere both peaks hold what was before."""
+    gc.collect()
     if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps is resident, but not in use
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak of resident memory
 
 
 def measure(work: Work, settings: Settings, tokens: int) -> Measured:
-    """Run one side's warm-up and timed steps in this process."""
+    """One case of one side in this process: a warm-up and the timed steps."""
     forget_peak()
     before = peak_mb()
     loss = work.run()
@@ -272,34 +293,36 @@ def measure(work: Work, settings: Settings, tokens: int) -> Measured:
     )
 
 
-def started(script: str, side: str, settings: Settings, tokens: int) -> Measured:
-    """What one side finds in a process of its own.
+def started(script: str, side: str, settings: Settings) -> list[Measured]:
+    """What one side finds in a process of its own, for each number of tokens.
 
     Raises:
         RuntimeError: the process failed; its last words.
     """
-    command = [sys.executable, script, "worker", side, str(tokens), json.dumps(asdict(settings))]
+    command = [sys.executable, script, "worker", side, json.dumps(asdict(settings))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the process of {side} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+    return [Measured(**one) for one in json.loads(done.stdout.splitlines()[-1])]
 
 
-def compared(script: str, sides: Sequence[str], settings: Settings, tokens: int) -> Iterator[dict[str, Any]]:
-    """Every side in turn, `rounds` times; a case for each of ours."""
-    found: dict[str, list[Measured]] = {side: [] for side in sides}
+def compared(script: str, sides: Sequence[str], settings: Settings) -> list[dict[str, Any]]:
+    """Every side in turn, `rounds` times; a case for each of ours and each number of tokens."""
+    found: dict[tuple[str, int], list[Measured]] = {(side, n): [] for n in settings.tokens for side in sides}
     for number in range(settings.rounds):
         for side in sides:
-            found[side].append(started(script, side, settings, tokens))
-            last = found[side][-1]
-            print(
-                f"round {number + 1} of {settings.rounds}, {tokens} tokens, {side}: {last.seconds:.3f} s, "
-                f"{last.peak_mb:.0f} MiB, loss {last.loss:.5f}",
-                file=sys.stderr,
-            )
-    for side in sides:
-        if side != PEER:
-            yield case(side, settings, tokens, found[side], found[PEER])
+            for tokens, one in zip(settings.tokens, started(script, side, settings), strict=True):
+                found[side, tokens].append(one)
+                print(
+                    f"round {number + 1} of {settings.rounds}, {side}, {tokens} tokens: {one.seconds:.3f} s, "
+                    f"{one.peak_mb:.0f} MiB, loss {one.loss:.5f}",
+                    file=sys.stderr,
+                )
+    return [
+        case(side, settings, tokens, mine, found[PEER, tokens])
+        for (side, tokens), mine in found.items()
+        if side != PEER
+    ]
 
 
 def case(
@@ -353,12 +376,13 @@ def table(cases: Sequence[Mapping[str, Any]]) -> str:
 def main(script: str, sides: Mapping[str, Side], default: Settings, description: str) -> None:
     """Compare the sides, or be one of them in a process of its own."""
     if sys.argv[1:2] == ["worker"]:
-        side, tokens, values = sys.argv[2:]
+        side, values = sys.argv[2:]
         settings = Settings(**json.loads(values))
-        print(json.dumps(asdict(measure(sides[side](settings, int(tokens)), settings, int(tokens)))))
+        ready = sides[side](settings)
+        print(json.dumps([asdict(measure(ready(tokens), settings, tokens)) for tokens in settings.tokens]))
         return
     settings = tyro.cli(Settings, default=default, description=description)
-    cases = [one for tokens in settings.tokens for one in compared(script, list(sides), settings, tokens)]
+    cases = compared(script, list(sides), settings)
     print(table(cases), file=sys.stderr)
     print(json.dumps({"benchmark": Path(script).stem, "cores": os.cpu_count(), "cases": cases}))
     if not all(one["agree"] for one in cases):

@@ -21,6 +21,11 @@ def write(run: Run, results: Mapping[str, Any], refusal: str) -> None:
 
 def _text(run: Run, results: Mapping[str, Any], refusal: str) -> str:
     experiment, backbone = run.experiment, run.record["backbone"]
+    what = (
+        f"A soft prompt ({experiment.method}, {experiment.prompt.length} virtual tokens) on `{backbone['base']}`"
+        if experiment.baseline == "none"
+        else f"The baseline `{experiment.baseline}` on `{backbone['base']}`"
+    )
     untouched = f"| untouched model, same template | {results['untouched']:.3f} |\n" if "untouched" in results else ""
     note = f"\nThe backbone's weights: {backbone['note']}.\n" if backbone["note"] else ""
     use = (
@@ -37,8 +42,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{backbon
     )
     return f"""# {run.name}
 
-A soft prompt ({experiment.prompt.name}, {results["trainable"]:,} trained numbers, {experiment.prompt.length} virtual
-tokens) for the task `{run.task.name}` on the frozen `{backbone["base"]}`.
+{what}, for the task `{run.task.name}`: {results["trainable"]:,} trained numbers.
 {note}
 | | {results["metric"]} |
 |---|---|

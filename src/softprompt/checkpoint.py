@@ -10,6 +10,7 @@ import torch
 from softprompt import files
 
 _FOLDER = "checkpoints"
+_REMEDY = "remove its folder to go on from the checkpoint before"
 _PARTS = ("prompt", "best", "optimizer", "random")
 
 
@@ -32,9 +33,14 @@ class Checkpoint:
     """Plain values: the best score and its step, evaluations without a better one, seconds spent."""
 
 
+def place(run: Path, step: int) -> Path:
+    """The folder of the checkpoint of `step`."""
+    return run / _FOLDER / f"step-{step:06d}"
+
+
 def save(run: Path, checkpoint: Checkpoint) -> None:
     """Write the checkpoint's folder, whole or not at all."""
-    with files.replacing(run / _FOLDER / f"step-{checkpoint.step:06d}") as draft:
+    with files.replacing(place(run, checkpoint.step)) as draft:
         draft.mkdir()
         for part in _PARTS:
             files.write_tensors(draft / f"{part}.safetensors", getattr(checkpoint, part))
@@ -52,10 +58,12 @@ def load(run: Path, step: int) -> Checkpoint:
     Raises:
         FileNotFoundError, ValueError: a missing or damaged file, by name.
     """
-    folder = run / _FOLDER / f"step-{step:06d}"
+    folder = place(run, step)
     parts = {part: files.read_tensors(folder / f"{part}.safetensors") for part in _PARTS}
-    place = files.read_json(folder / "place.json")
-    return Checkpoint(step=place.pop("step"), place=place, **parts)
+    values = files.read_json(folder / "place.json")
+    if values.pop("step", None) != step:
+        raise ValueError(f"{folder / 'place.json'} is not of step {step}; it was swapped or damaged, {_REMEDY}")
+    return Checkpoint(step=step, place=values, **parts)
 
 
 def pack(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -64,10 +72,43 @@ def pack(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {f"{number}.{key}": value for number, entry in state.items() for key, value in entry.items()}
 
 
-def unpack(tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Put back what `pack` took out."""
+def unpack(tensors: dict[str, torch.Tensor], optimizer: torch.optim.AdamW, source: Path) -> None:
+    """Put back what `pack` took out.
+
+    Raises:
+        ValueError: it is not the state of these parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in tensors.items():
-        number, key = name.split(".", 1)
-        state.setdefault(int(number), {})[key] = value
+    shapes: dict[str, torch.Size] = {}
+    for number, parameter in enumerate(parameters):
+        mine = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{number}.")}
+        if mine:
+            state[number] = mine
+            shapes |= {f"{number}.{key}": parameter.shape for key in ("exp_avg", "exp_avg_sq")}
+            shapes[f"{number}.step"] = torch.Size()
+    if {name: value.shape for name, value in tensors.items()} != shapes:
+        raise ValueError(
+            f"{source} does not hold the optimiser's state of its own run; it was swapped or damaged, {_REMEDY}"
+        )
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Where torch's global generators are."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def restore_random(states: dict[str, torch.Tensor], device: torch.device, source: Path) -> None:
+    """Set torch's global generators.
+
+    Raises:
+        ValueError: these are no states of them.
+    """
+    try:
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"], device)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{source} holds no random states; it was swapped or damaged, {_REMEDY}") from error

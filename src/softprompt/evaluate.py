@@ -22,7 +22,7 @@ def evaluate(run: Run, *, task: str | None = None, split: str = "test", backbone
     """
     if split not in ("train", "dev", "test"):
         raise ValueError(f"split is {split!r}; it must be train, dev or test")
-    backbone = backbone or load(run.experiment.backbone, dtype=run.experiment.dtype)
+    backbone = backbone or load(run.experiment.backbone, dtype=run.experiment.backbone_dtype)
     chosen = load_task(task) if task else run.task
     rows = splits(chosen, run.experiment.data if task is None else None, run.experiment.seed)
     limit = input_limit(chosen, run.experiment.training.max_tokens)

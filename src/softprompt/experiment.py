@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, final
 import tyro
 
 from softprompt.backbone import Dtype
+from softprompt.baseline import Baseline
 from softprompt.prompts import PromptConfig
 from softprompt.prompts.dpt import DPT
 
@@ -51,6 +52,8 @@ class Training:
     """Test rows scored at the end, drawn by the task's own fixed seed; 0: all."""
     max_tokens: int = 0
     """Longest input; longer rows lose the end of their longest field. 0: what the task says."""
+    untouched: bool = False
+    """Also score the model without a prompt, with the same template, at the end."""
     shots: int = 0
     """Training rows a class (few-shot); 0: all."""
 
@@ -97,6 +100,8 @@ class Experiment:
         default_factory=DPT
     )  # a subcommand, see cli/commands.py
     """The method and its settings."""
+    baseline: Baseline = "none"
+    """Train this instead of a prompt, to compare with; the prompt is then left out."""
     training: Training = field(default_factory=Training)
     """How it is trained."""
     start: str | None = None
@@ -105,6 +110,16 @@ class Experiment:
     """Of the prompt's first values, the order of rows and all draws."""
     dtype: Dtype = "auto"
     """What the frozen backbone computes in; the prompt and the optimiser are always float32."""
+
+    @property
+    def method(self) -> str:
+        """What is trained: the prompt's method, or the baseline."""
+        return self.prompt.name if self.baseline == "none" else self.baseline
+
+    @property
+    def backbone_dtype(self) -> Dtype:
+        """What the backbone is loaded in: float32 where every weight is trained and nothing else is asked for."""
+        return "float32" if self.baseline == "full" and self.dtype == "auto" else self.dtype
 
     @property
     def hash(self) -> str:

@@ -90,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable as JSON ({error}); it is damaged, train again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, not an object; it is damaged, train again")

@@ -38,7 +38,7 @@ def predict(run: Run, rows: Sequence[Mapping[str, Any]], *, backbone: Backbone |
     Raises:
         ValueError: a row lacks a column, or the run is not finished.
     """
-    backbone = backbone or load(run.experiment.backbone, dtype=run.experiment.dtype)
+    backbone = backbone or load(run.experiment.backbone, dtype=run.experiment.backbone_dtype)
     attachment = run.attachment(backbone)
     limit = input_limit(run.task, run.experiment.training.max_tokens)
     examples = encode(run.task, backbone.tokenizer, rows, limit, closing=attachment.closed, answers=False)[0]

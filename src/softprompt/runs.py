@@ -1,5 +1,6 @@
 """A run's folder: written whole or not at all, never overwritten, read without running any code."""
 
+import errno
 import json
 import platform
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from torch import nn
 from softprompt import __version__, files
 from softprompt.attach import Attachment, attach, fresh_head
 from softprompt.backbone import Backbone
+from softprompt.baseline import tune
 from softprompt.experiment import Experiment
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.tasks import Task
@@ -22,9 +24,12 @@ from softprompt.tasks import Task
 RECORD = "softprompt.json"
 TENSORS = "softprompt.safetensors"
 HEAD = "head.safetensors"
+TUNED = "tuned.safetensors"
 METRICS = "metrics.jsonl"
 PREDICTIONS = "predictions.jsonl"
 _FORMAT = 1
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EACCES)
+"""What a system says of a folder's rename to a name that is taken."""
 
 
 @final
@@ -48,11 +53,11 @@ class Run:
         """What came out; none while it is not finished."""
         return self.record.get("results")
 
-    def finish(self, prompt: SoftPrompt, head: nn.Module | None, results: Mapping[str, Any]) -> "Run":
-        """Keep the prompt, its head and its results; the record is written last, so a run with results is whole."""
-        files.write_tensors(self.folder / TENSORS, prompt.state_dict())
-        if head is not None:
-            files.write_tensors(self.folder / HEAD, head.state_dict())
+    def finish(self, trained: Attachment, results: Mapping[str, Any]) -> "Run":
+        """Keep what was trained and its results; the record is written last, so a run with results is whole."""
+        for file, part in ((TENSORS, trained.prompt), (HEAD, trained.head), (TUNED, trained.tuned)):
+            if part is not None:
+                files.write_tensors(self.folder / file, part.state_dict())
         record = {**self.record, "results": dict(results)}
         files.write_text(self.folder / RECORD, json.dumps(record, indent=1))
         return Run(self.folder, self.experiment, self.task, record)
@@ -63,6 +68,14 @@ class Run:
         Raises:
             ValueError: the run is not finished, its file is damaged, or it was trained on another backbone.
         """
+        self._refuse_unfit(backbone)
+        if self.experiment.baseline != "none":
+            raise ValueError(f"run {self.folder} is the baseline {self.experiment.baseline} and has no prompt")
+        prompt = first_prompt(self.experiment, self.task, backbone, warm=False)
+        load_tensors(prompt, files.read_tensors(self.folder / TENSORS), str(self.folder / TENSORS))
+        return prompt
+
+    def _refuse_unfit(self, backbone: Backbone) -> None:
         if self.results is None:
             raise ValueError(f"run {self.folder} is not finished; go on with: softprompt train --resume {self.folder}")
         if (width := self.record["backbone"]["dim"]) != backbone.dim:
@@ -70,24 +83,31 @@ class Run:
                 f"run {self.folder} was trained on {self.experiment.backbone} ({width} wide), and {backbone.source} is "
                 f"{backbone.dim} wide; use the backbone it was trained on"
             )
-        prompt = self.fresh_prompt(backbone)
-        load_tensors(prompt, files.read_tensors(self.folder / TENSORS), str(self.folder / TENSORS))
-        return prompt
 
     def attachment(self, backbone: Backbone) -> Attachment:
         """The folded prompt, with its head where it has one, in front of `backbone`; raises as `prompt` does."""
-        prompt, head = self.prompt(backbone).fold().to(backbone.device), self.fresh_head(backbone)
-        if head is not None:
-            load_tensors(head, files.read_tensors(self.folder / HEAD), str(self.folder / HEAD))
-        return attach(backbone, prompt, head=head)
+        self._refuse_unfit(backbone)
+        attached = self.start(backbone)
+        for file, part in ((TENSORS, attached.prompt), (HEAD, attached.head), (TUNED, attached.tuned)):
+            if part is not None:
+                load_tensors(part, files.read_tensors(self.folder / file), str(self.folder / file))
+        return attached.folded()
+
+    def start(self, backbone: Backbone, *, warm: bool = False) -> Attachment:
+        """What is trained, as it was before the first step.
+
+        Args:
+            warm: start from the experiment's `start`, if it has one; not needed where tensors will be loaded.
+        """
+        prompt, baseline = None, self.experiment.baseline
+        if baseline == "none":
+            prompt = first_prompt(self.experiment, self.task, backbone, warm=warm).to(backbone.device)
+        copied, tuned = tune(backbone, baseline)
+        return attach(copied, prompt, head=self.fresh_head(backbone), tuned=tuned)
 
     def fresh_head(self, backbone: Backbone) -> nn.Module | None:
         """The head as it was before the first step; none where the backbone answers in words."""
         return fresh_head(backbone, len(self.task.words), torch.Generator().manual_seed(self.experiment.seed))
-
-    def fresh_prompt(self, backbone: Backbone, *, warm: bool = False) -> SoftPrompt:
-        """The method's own first prompt, or the one of the experiment's warm start."""
-        return first_prompt(self.experiment, self.task, backbone, warm=warm)
 
     def predictions(self) -> list[dict[str, Any]]:
         """The answers on the test split: `row`, `answer` and `gold`, in the split's order."""
@@ -158,7 +178,7 @@ def create(experiment: Experiment, task: Task, backbone: Backbone, out: Path, na
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "results": None,
     }
-    stem = f"{task.name}-{experiment.prompt.name}-{experiment.seed}"
+    stem = f"{task.name}-{experiment.method}-{experiment.seed}"
     return Run(_claim(out, name, stem, json.dumps(record, indent=1)), experiment, task, record)
 
 
@@ -176,9 +196,16 @@ def open_run(folder: str | Path) -> Run:
     if record.get("format") != _FORMAT:
         raise ValueError(f"{path / RECORD} has format {record.get('format')!r}, this version reads {_FORMAT}; upgrade")
     try:
-        return Run(path, Experiment.from_json(record["experiment"]), Task.from_json(record["task"]), record)
+        experiment, task = Experiment.from_json(record["experiment"]), Task.from_json(record["task"])
+        backbone = record["backbone"]
+        _ = record["data"], backbone["dim"], backbone["hash"], backbone["dtype"], backbone["base"], backbone["note"]
     except KeyError as error:
         raise ValueError(f"{path / RECORD} lacks {error}; it is damaged, train again") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path / RECORD} says what cannot be ({error}); it is damaged, or its method needs its --prompt-module"
+        ) from error
+    return Run(path, experiment, task, record)
 
 
 def list_runs(out: Path) -> list[Run]:
@@ -249,8 +276,8 @@ def _claim(out: Path, name: str | None, stem: str, record: str) -> Path:
             with files.replacing(folder) as draft:
                 draft.mkdir()
                 (draft / RECORD).write_text(record, encoding="utf-8")
-        except OSError:
-            if not folder.exists():
+        except OSError as error:
+            if error.errno not in _TAKEN or not folder.exists():
                 raise
             if name is not None:
                 raise FileExistsError(

@@ -13,12 +13,13 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from softprompt import card, checkpoint, files, runs
-from softprompt.attach import attach, fresh_head
+from softprompt.attach import Attachment, attach, fresh_head
 from softprompt.backbone import Backbone, load
+from softprompt.baseline import RATES
 from softprompt.checkpoint import Checkpoint
 from softprompt.evaluate import draw, score_answers
 from softprompt.experiment import Experiment
-from softprompt.export import export_peft, peft_refusal
+from softprompt.export import export_attachment
 from softprompt.predict import Answer, answer, input_limit, pad_id
 from softprompt.prompts import SoftPrompt
 from softprompt.runs import Run
@@ -44,7 +45,6 @@ def train(
     *,
     out: str | Path = "runs",
     name: str | None = None,
-    untouched: bool = False,
     backbone: Backbone | None = None,
     watch: Watcher | None = None,
     log_with: str | None = None,
@@ -54,7 +54,6 @@ def train(
     Args:
         out: where runs are kept.
         name: the run's folder; none: made from task, method and seed.
-        untouched: also score the model without a prompt, with the same template.
         backbone: the experiment's own, if it is loaded already; it stays as it is.
         watch: who is told how it goes.
         log_with: a tracker that accelerate knows (`tensorboard`, `wandb`, ...).
@@ -68,17 +67,14 @@ def train(
     task = load_task(experiment.task)
     rows = read_splits(experiment, task)
     watch.stage(f"loading {experiment.backbone}")
-    backbone = backbone or load(experiment.backbone, dtype=experiment.dtype)
+    backbone = backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
     # Before a folder is made: what does not fit is refused here.
     first = runs.first_prompt(experiment, task, backbone, warm=True)
     if experiment.start is not None:
         watch.note(_start_note(experiment.start, first, runs.read_prompt(Path(experiment.start), backbone)))
-    if fresh_head(backbone, len(task.words), torch.Generator()) is not None and untouched:
-        raise ValueError(
-            f"{backbone.source} answers through a trained head, so untouched it says nothing; leave it out"
-        )
+    _refuse_pointless(experiment, task, backbone)
     run = runs.create(experiment, task, backbone, Path(out), name, rows.fingerprint)
-    return _Training(run, backbone, rows, watch, log_with).go(untouched)
+    return _Training(run, backbone, rows, watch, log_with).go()
 
 
 def resume(folder: str | Path, *, watch: Watcher | None = None, log_with: str | None = None) -> Run:
@@ -102,7 +98,17 @@ def resume(folder: str | Path, *, watch: Watcher | None = None, log_with: str | 
         raise ValueError(
             f"the weights of {experiment.backbone} are not those that {folder} was started with; start a new run"
         )
-    return _Training(run, backbone, rows, watch, log_with).go(untouched=False)
+    return _Training(run, backbone, rows, watch, log_with).go()
+
+
+def _refuse_pointless(experiment: Experiment, task: Task, backbone: Backbone) -> None:
+    head = fresh_head(backbone, len(task.words), torch.Generator())
+    if experiment.training.untouched and head is not None:
+        raise ValueError(
+            f"{backbone.source} answers through a trained head, so untouched it says nothing; leave it out"
+        )
+    if experiment.baseline == "head" and head is None:
+        raise ValueError(f"{backbone.source} answers in words and has no head to train; use the baseline lora or full")
 
 
 def read_splits(experiment: Experiment, task: Task) -> Splits:
@@ -120,16 +126,13 @@ class _Training:
         self.accelerator = Accelerator(log_with=log_with, project_dir=run.folder, cpu=backbone.device.type == "cpu")
         if log_with:
             self.accelerator.init_trackers("softprompt", config=_flat(run.experiment.to_json()))
-        self.prompt, head = (
-            run.fresh_prompt(backbone, warm=not checkpoint.steps(run.folder)).to(backbone.device),
-            run.fresh_head(backbone),
-        )
-        self.attachment = attach(backbone, self.prompt, head=head)
+        self.attachment = run.start(backbone, warm=not checkpoint.steps(run.folder))
         torch.manual_seed(run.experiment.seed)  # what a method draws in training
         watch.stage("tokenising")
         self.train = self._encoded("train")
         self.dev = draw(self._encoded("dev"), self.settings.dev_rows, run.experiment.seed)
         rates = run.experiment.prompt.rates() | {"head": self.attachment.head_rate}
+        rates["tuned"] = RATES[run.experiment.baseline]
         self.optimizer = torch.optim.AdamW(
             [{"params": group, "rate": rates[name]} for name, group in self.attachment.groups().items()],
             lr=self.settings.lr,
@@ -142,16 +145,16 @@ class _Training:
             self._restore(checkpoint.load(run.folder, steps[-1]))
         run.rewind_metrics(self.done)
 
-    def go(self, untouched: bool) -> Run:
+    def go(self) -> Run:
         """Train to the end and write down what came of it."""
         before = self.backbone.hash
         self.watch.stage("training")
         with interruptible() as interrupted, (self.run.folder / runs.METRICS).open("a", encoding="utf-8") as log:
             self._loop(log, interrupted)
         self.attachment.load_state_dict(self.best)
-        if self.backbone.checksum() != before:
+        if self.attachment.tuned is None and self.backbone.checksum() != before:
             raise RuntimeError(f"the weights of {self.backbone.source} changed in training; this is a bug, report it")
-        return self._finish(untouched)
+        return self._finish()
 
     def _loop(self, log: Any, interrupted: threading.Event) -> None:
         settings = self.settings
@@ -201,7 +204,7 @@ class _Training:
         weight = len(rows) if self._candidates else sum(len(self._target(row)) for row in rows)
         mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         loss = torch.zeros((), device=self.accelerator.device)
-        with self.backbone.dropout(self.settings.dropout):
+        with self.attachment.backbone.dropout(self.settings.dropout):
             for part in range(self.settings.accumulate):
                 if piece := mine[part :: self.settings.accumulate]:
                     piece_loss = self._loss_sum(piece) / weight
@@ -272,9 +275,6 @@ class _Training:
     def _save(self) -> None:
         if not self.accelerator.is_main_process or self.done in checkpoint.steps(self.run.folder):
             return
-        random = {"cpu": torch.get_rng_state()}
-        if self.backbone.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.backbone.device)
         checkpoint.save(
             self.run.folder,
             Checkpoint(
@@ -282,20 +282,22 @@ class _Training:
                 prompt=self.attachment.state_dict(),
                 best=self.best,
                 optimizer=checkpoint.pack(self.optimizer),
-                random=random,
+                random=checkpoint.random_states(self.backbone.device),
                 place=self.place,
             ),
         )
 
     def _restore(self, saved: Checkpoint) -> None:
-        self.done = saved.step
-        runs.load_tensors(self.attachment, saved.prompt, f"checkpoint {saved.step} of {self.run.folder}")
-        self.best = {name: tensor.to(self.backbone.device) for name, tensor in saved.best.items()}
-        checkpoint.unpack(saved.optimizer, self.optimizer)
-        torch.set_rng_state(saved.random["cpu"])
-        if "cuda" in saved.random and self.backbone.device.type == "cuda":
-            torch.cuda.set_rng_state(saved.random["cuda"], self.backbone.device)
-        self.place = dict(saved.place)
+        folder, device = checkpoint.place(self.run.folder, saved.step), self.backbone.device
+        if saved.place.keys() != self.place.keys():
+            raise ValueError(f"{folder / 'place.json'} holds {sorted(saved.place)}; it is damaged, train again")
+        if saved.best:  # loaded to be checked, like the prompt after it
+            runs.load_tensors(self.attachment, saved.best, str(folder / "best.safetensors"))
+        runs.load_tensors(self.attachment, saved.prompt, str(folder / "prompt.safetensors"))
+        checkpoint.unpack(saved.optimizer, self.optimizer, folder / "optimizer.safetensors")
+        checkpoint.restore_random(saved.random, device, folder / "random.safetensors")
+        self.done, self.place = saved.step, dict(saved.place)
+        self.best = {name: tensor.to(device) for name, tensor in saved.best.items()}
 
     def _encoded(self, split: str) -> list[Example]:
         limit = input_limit(self.run.task, self.settings.max_tokens)
@@ -305,14 +307,14 @@ class _Training:
             self.watch.note(f"{shortened} of {len(examples)} {split} rows were cut to {limit} tokens (--max-tokens)")
         return examples
 
-    def _finish(self, untouched: bool) -> Run:
-        """Score the folded prompt on the test split and write everything down, the record last."""
+    def _finish(self) -> Run:
+        """Score what was trained on the test split and write everything down, the record last."""
         task, folder = self.run.task, self.run.folder
-        folded = self.prompt.fold()
+        finished = self.attachment.folded()
         self.watch.stage("testing")
         examples = draw(self._encoded("test"), self.settings.test_rows, 0)
-        dev, _ = self._score(folded, "dev", self.dev)
-        test, answers = self._score(folded, "test", examples)
+        dev, _ = self._score(finished, "dev", self.dev)
+        test, answers = self._score(finished, "test", examples)
         results = {
             "metric": test.metric,
             "dev": dev.value,
@@ -328,21 +330,17 @@ class _Training:
             "best_step": self.place["best_step"],
             "seconds": round(self.place["seconds"], 1),
         }
-        if untouched:
+        if self.settings.untouched:
             self.watch.stage("testing the untouched model")
-            results["untouched"] = self._score(None, "test", examples)[0].value
+            results["untouched"] = self._score(attach(self.backbone), "test", examples)[0].value
         if self.accelerator.is_main_process:
             files.write_text(folder / runs.PREDICTIONS, "".join(_lines(task, self.rows, examples, answers)))
-            refusal = peft_refusal(folded, self.backbone.architecture)
-            if not refusal:
-                export_peft(folded, self.backbone, folder)
-            card.write(self.run, results, refusal)
-            self.run = self.run.finish(self.prompt, self.attachment.head, results)
+            card.write(self.run, results, export_attachment(finished, folder))
+            self.run = self.run.finish(self.attachment, results)
         self.accelerator.end_training()
         return self.run
 
-    def _score(self, prompt: Any, split: str, examples: Sequence[Example]) -> tuple[Score, list[Answer]]:
-        attachment = attach(self.backbone, prompt, head=self.attachment.head)
+    def _score(self, attachment: Attachment, split: str, examples: Sequence[Example]) -> tuple[Score, list[Answer]]:
         answers = list(answer(attachment, self.run.task, examples))
         return score_answers(self.run.task, self.rows, split, examples, answers), answers
 

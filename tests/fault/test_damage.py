@@ -238,7 +238,7 @@ def test_a_disk_that_fills_up(
     monkeypatch.undo()
     assert not [name for name in listing(tmp_path) if "/." in f"/{name}"], "a draft was left behind"
     if not (tmp_path / "run").exists():
-        assert at == 1
+        assert at <= 2, "the record is not yet in its place"
         return
     again = resume(tmp_path / "run")
     for name in ("metrics.jsonl", "softprompt.safetensors"):

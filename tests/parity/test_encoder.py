@@ -226,7 +226,7 @@ def test_a_checkpoint_is_loaded_with_the_head_that_it_has(
 def test_a_run_keeps_its_head_and_answers_again(
     name: str, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
 ) -> None:
-    """Train, stop, resume, load and answer: the head travels with the prompt."""
+    """Train, load and answer: the head travels with the prompt."""
     folder = tmp_path / "model"
     tiny_backbone(name).model.save_pretrained(folder)
     tiny_backbone(name).tokenizer.save_pretrained(folder)
@@ -256,6 +256,45 @@ def test_a_run_keeps_its_head_and_answers_again(
         assert not torch.equal(trained["weight"], first.weight)
         with pytest.raises(ValueError, match="answers through a trained head, so untouched it says nothing"):
             softprompt.train(experiment, out=tmp_path, untouched=True)
+
+
+class Stops(Exception):
+    pass
+
+
+class StopAt:
+    """A watcher that ends the process's work after a step, as a kill would."""
+
+    def __init__(self, step: int) -> None:
+        self.last = step
+
+    def stage(self, text: str) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def step(self, progress: softprompt.Progress) -> None:
+        if progress.step == self.last:
+            raise Stops
+
+
+def test_a_stopped_training_goes_on_with_its_head(
+    tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    tiny_backbone("bert").model.save_pretrained(folder)
+    tiny_backbone("bert").tokenizer.save_pretrained(folder)
+    training = softprompt.Training(steps=5, evaluate_every=2, batch=4)
+    experiment = softprompt.Experiment(
+        backbone=str(folder), task=str(ticket_task), prompt=DPT(length=4, rank=2), training=training, dtype="float32"
+    )
+    whole = softprompt.train(experiment, out=tmp_path, name="whole")
+    with pytest.raises(Stops):
+        softprompt.train(experiment, out=tmp_path, name="cut", watch=StopAt(3))
+    again = softprompt.resume(tmp_path / "cut")
+    for file in ("metrics.jsonl", "softprompt.safetensors", "head.safetensors", "predictions.jsonl"):
+        assert (again.folder / file).read_bytes() == (whole.folder / file).read_bytes(), file
 
 
 @pytest.mark.asset

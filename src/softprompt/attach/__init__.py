@@ -18,11 +18,18 @@ ATTACHMENTS: dict[Architecture, type[Attachment]] = {
 """Which attachment fits which architecture."""
 
 
-def attach(backbone: Backbone, prompt: SoftPrompt | None = None, *, head: nn.Module | None = None) -> Attachment:
+def attach(
+    backbone: Backbone,
+    prompt: SoftPrompt | None = None,
+    *,
+    head: nn.Module | None = None,
+    tuned: nn.Module | None = None,
+) -> Attachment:
     """`prompt` in front of `backbone`, as an `nn.Module` for any training loop; none: the untouched model.
 
     Args:
         head: what an encoder without a vocabulary head answers through; `fresh_head` makes one.
+        tuned: weights of the backbone's own that a baseline trains, see `baseline.tune`.
 
     Raises:
         ValueError: there is no attachment for the architecture, or the prompt or the head does not fit the backbone.
@@ -32,7 +39,7 @@ def attach(backbone: Backbone, prompt: SoftPrompt | None = None, *, head: nn.Mod
             f"{backbone.source} is a model of the kind {backbone.architecture}; prompts can be attached to "
             f"{', '.join(ATTACHMENTS)}"
         )
-    return ATTACHMENTS[backbone.architecture](backbone, prompt, head)
+    return ATTACHMENTS[backbone.architecture](backbone, prompt, head, tuned)
 
 
 __all__ = ["ATTACHMENTS", "Attachment", "Prepared", "Sampling", "attach", "fresh_head"]

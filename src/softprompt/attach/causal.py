@@ -59,8 +59,14 @@ class Causal(Attachment):
 
     closed = False
 
-    def __init__(self, backbone: Backbone, prompt: SoftPrompt | None, head: nn.Module | None = None) -> None:
-        super().__init__(backbone, prompt)
+    def __init__(
+        self,
+        backbone: Backbone,
+        prompt: SoftPrompt | None,
+        head: nn.Module | None = None,
+        tuned: nn.Module | None = None,
+    ) -> None:
+        super().__init__(backbone, prompt, tuned=tuned)
         if head is not None:
             raise ValueError(f"{backbone.source} answers in words and takes no head; leave it out")
         self._accepted = frozenset(inspect.signature(backbone.model.forward).parameters)

@@ -62,8 +62,14 @@ class Encoder(Attachment):
 
     closed = True
 
-    def __init__(self, backbone: Backbone, prompt: SoftPrompt | None, head: nn.Module | None = None) -> None:
-        super().__init__(backbone, prompt, head)
+    def __init__(
+        self,
+        backbone: Backbone,
+        prompt: SoftPrompt | None,
+        head: nn.Module | None = None,
+        tuned: nn.Module | None = None,
+    ) -> None:
+        super().__init__(backbone, prompt, head, tuned)
         if head is None and not backbone.masked_lm:
             raise ValueError(
                 f"{backbone.source} has no vocabulary head to answer with; give a head to train, as in "

@@ -43,8 +43,14 @@ class EncoderDecoder(Attachment):
 
     closed = True
 
-    def __init__(self, backbone: Backbone, prompt: SoftPrompt | None, head: nn.Module | None = None) -> None:
-        super().__init__(backbone, prompt)
+    def __init__(
+        self,
+        backbone: Backbone,
+        prompt: SoftPrompt | None,
+        head: nn.Module | None = None,
+        tuned: nn.Module | None = None,
+    ) -> None:
+        super().__init__(backbone, prompt, tuned=tuned)
         if head is not None:
             raise ValueError(f"{backbone.source} answers in words and takes no head; leave it out")
         if not hasattr(backbone.model, "prepare_decoder_input_ids_from_labels"):

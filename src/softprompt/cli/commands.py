@@ -52,7 +52,6 @@ def train_(
     out: Path = Path("runs"),
     name: str | None = None,
     resume_: Annotated[Path | None, tyro.conf.arg(name="resume")] = None,
-    untouched: bool = False,
     show: int = 0,
     log_with: str | None = None,
 ) -> dict[str, Any]:
@@ -64,7 +63,6 @@ def train_(
         out: Folder that holds the runs.
         name: The run's folder in it; none: made from task, method and seed.
         resume_: Go on with this unfinished run instead; its settings are in its folder.
-        untouched: Also score the model without a prompt, with the same template.
         show: Show so many test rows that it got wrong.
         log_with: A tracker that accelerate knows: tensorboard, wandb, mlflow and others.
     """
@@ -76,7 +74,7 @@ def train_(
             run = resume(resume_, watch=terminal, log_with=log_with)
         else:
             whole = experiment.replace(prompt=prompt)
-            run = train(whole, out=out, name=name, untouched=untouched, watch=terminal, log_with=log_with)
+            run = train(whole, out=out, name=name, watch=terminal, log_with=log_with)
     finally:
         terminal.close()
     _show_result(run)
@@ -86,7 +84,7 @@ def train_(
     return {
         "command": "train",
         "run": str(run.folder),
-        "method": run.experiment.prompt.name,
+        "method": run.experiment.method,
         "task": run.task.name,
         "backbone": run.experiment.backbone,
         "seed": run.experiment.seed,
@@ -156,7 +154,7 @@ def export_(
         output: The folder to write; none: RUN-peft beside the run.
     """
     opened = runs.open_run(run)
-    loaded = backbone.load(opened.experiment.backbone, dtype=opened.experiment.dtype)
+    loaded = backbone.load(opened.experiment.backbone, dtype=opened.experiment.backbone_dtype)
     folder = output or opened.folder.with_name(f"{opened.name}-{to}")
     if folder.exists():
         raise FileExistsError(f"{folder} exists and is never overwritten; choose another --output")
@@ -222,7 +220,7 @@ def _show_result(run: runs.Run) -> None:
     results = run.results or {}
     rows = [
         {
-            "": f"{run.experiment.prompt.name}, {results['trainable']:,} numbers",
+            "": f"{run.experiment.method}, {results['trainable']:,} numbers",
             results["metric"]: f"{results['test']:.3f}",
         }
     ]
@@ -257,7 +255,7 @@ def _run_json(run: runs.Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "task": run.task.name,
-        "method": run.experiment.prompt.name,
+        "method": run.experiment.method,
         "seed": run.experiment.seed,
         "metric": results.get("metric"),
         "test": results.get("test"),

@@ -1,0 +1,329 @@
+"""Every command as a user types it: exit code, one JSON line at the end of stdout, one sentence at a failure."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import softprompt.cli
+from softprompt import __version__
+from softprompt.assets import ASSETS
+from softprompt.cli import COMMANDS, main
+from softprompt.prompts import METHODS
+from softprompt.tasks import TASKS
+
+KRONECKER = Path(__file__).with_name("kronecker.py")
+QUICK = "--dtype float32 --steps 3 --batch 8 --evaluate-every 3".split()
+LABELS = {"Billing", "Sales", "Returns", "Login", "Delivery", "Other"}
+
+
+class Called(NamedTuple):
+    code: int
+    out: list[str]
+    err: list[str]
+
+    @property
+    def result(self) -> Any:
+        """The last line of stdout, of a command that succeeded."""
+        assert self.code == 0, "\n".join(self.err)
+        return json.loads(self.out[-1])
+
+    @property
+    def sentence(self) -> str:
+        """The one sentence of a command that failed."""
+        assert self.code == 1
+        assert self.out == []
+        assert not any("Traceback" in line for line in self.err)
+        said = [line for line in self.err if line.startswith("softprompt: ")]
+        assert said == self.err[-1:]
+        assert "--debug shows where" not in said[0], f"nobody wrote a sentence for this: {said[0]}"
+        return said[0]
+
+
+def call(*arguments: str | Path) -> Called:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return Called(code, out.getvalue().splitlines(), err.getvalue().splitlines())
+
+
+@pytest.fixture(scope="module")
+def where(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    out = tmp_path_factory.mktemp("runs")
+    return ["--backbone", str(llama_folder), "--task", str(ticket_task), "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def trained(where: list[str]) -> Any:
+    """The JSON line of a training."""
+    return call("train", *where, *QUICK, "--name", "mine", "dpt", "--length", "6", "--rank", "2").result
+
+
+def test_train(trained: Any, where: list[str], llama_folder: Path) -> None:
+    assert trained.items() >= {
+        "command": "train",
+        "run": str(Path(where[-1]) / "mine"),
+        "method": "dpt",
+        "trainable": METHODS["dpt"](length=6, rank=2).count(32),
+        "task": "tickets",
+        "backbone": str(llama_folder),
+        "steps": 3,
+        "seed": 0,
+        "metric": "accuracy",
+        "n_test": 24,
+        "majority": pytest.approx(1 / 6),
+    }.items()
+    assert 0 <= trained["dev"] <= 1
+    assert 0 <= trained["low"] <= trained["test"] <= trained["high"] <= 1
+    assert trained["seconds"] > 0
+    assert {"softprompt.json", "README.md", "metrics.jsonl"} <= {file.name for file in Path(trained["run"]).iterdir()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_every_method(method: str, where: list[str]) -> None:
+    result = call("train", *where, *QUICK, "--untouched", "--show", "2", method).result
+    assert (result["method"], result["trainable"]) == (method, METHODS[method]().count(32))
+    assert 0 <= result["untouched"] <= 1
+
+
+def test_the_default_method_is_dpt(where: list[str]) -> None:
+    assert call("train", *where, *QUICK).result["method"] == "dpt"
+
+
+def test_settings_reach_the_run(where: list[str]) -> None:
+    settings = "--objective vocabulary --decay cosine --accumulate 2 --seed 5 --shots 4 --lr 0.01".split()
+    run = call("train", *where, *QUICK, *settings, "plain", "--length", "3", "--init", "words").result["run"]
+    experiment = json.loads((Path(run) / "softprompt.json").read_text())["experiment"]
+    assert experiment["seed"] == 5
+    wanted = {"objective": "vocabulary", "decay": "cosine", "accumulate": 2, "shots": 4, "lr": 0.01, "steps": 3}
+    assert experiment["training"].items() >= wanted.items()
+    assert experiment["prompt"].items() >= {"method": "plain", "length": 3, "init": "words"}.items()
+
+
+def test_a_small_disturbance_of_the_rows_is_told(where: list[str]) -> None:
+    called = call("train", *where, *QUICK, "--max-tokens", "9", "dpt", "--length", "6", "--rank", "2")
+    assert called.result["steps"] == 3
+    assert any("train rows were cut to 9 tokens (--max-tokens)" in line for line in called.err)
+
+
+def test_evaluate(trained: Any, ticket_task: Path) -> None:
+    result = call("evaluate", trained["run"]).result
+    assert (result["metric"], result["value"], result["n"]) == ("accuracy", trained["test"], 24)
+    assert (result["majority"], result["low"], result["high"]) == (
+        trained["majority"],
+        trained["low"],
+        trained["high"],
+    )
+    assert call("evaluate", trained["run"], "--split", "dev").result["value"] == trained["dev"]
+    again = call("evaluate", trained["run"], "--task", ticket_task).result
+    assert (again["task"], again["value"]) == (str(ticket_task), trained["test"])
+
+
+def test_predict(trained: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text\na a a\nb b\n")
+    shown = call("predict", trained["run"], "--input", tmp_path / "rows.csv")
+    assert shown.result == {"command": "predict", "run": trained["run"], "rows": 2, "output": None}
+    answers = [json.loads(line) for line in shown.out[:-1]]
+    assert [answer["row"] for answer in answers] == [0, 1]
+    for answer in answers:
+        assert answer["probabilities"].keys() == LABELS
+        assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert answer["answer"] == max(LABELS, key=answer["probabilities"].__getitem__)
+    written = call("predict", trained["run"], "--input", tmp_path / "rows.csv", "--output", tmp_path / "answers.jsonl")
+    assert written.result["output"] == str(tmp_path / "answers.jsonl")
+    assert len(written.out) == 1
+    assert (tmp_path / "answers.jsonl").read_text().splitlines() == shown.out[:-1]
+
+
+def test_predict_rows_without_the_templates_column(trained: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("texts\na a a\n")
+    assert "text" in call("predict", trained["run"], "--input", tmp_path / "rows.csv").sentence
+
+
+def test_export(trained: Any, tmp_path: Path) -> None:
+    result = call("export", trained["run"], "--output", tmp_path / "adapter").result
+    assert result == {"command": "export", "run": trained["run"], "to": "peft", "output": str(tmp_path / "adapter")}
+    names = {"adapter_config.json", "adapter_model.safetensors"}
+    assert {file.name for file in (tmp_path / "adapter").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "adapter" / name).read_bytes() == (Path(trained["run"]) / name).read_bytes()
+    assert "never overwritten" in call("export", trained["run"], "--output", tmp_path / "adapter").sentence
+
+
+def test_list(trained: Any, where: list[str]) -> None:
+    methods = call("list", "methods", "--dim", "768").result
+    wanted = [{"name": name, "count": METHODS[name]().count(768), "folds": METHODS[name].folds} for name in METHODS]
+    assert methods == sorted(wanted, key=lambda method: method["name"])
+    assert {"name": "dpt", "count": 8680, "folds": "prompt"} in methods
+    assert {task["name"] for task in call("list", "tasks").result} == set(TASKS)
+    assert {asset["name"] for asset in call("list", "assets").result} == set(ASSETS)
+    [mine] = [run for run in call("list", "runs", "--out", where[-1]).result if run["name"] == "mine"]
+    assert mine.items() >= {"method": "dpt", "test": trained["test"], "finished": True}.items()
+    assert call("list", "runs", "--out", where[-1] + "-none").result == []
+
+
+def test_doctor() -> None:
+    result = call("doctor").result
+    assert result["versions"].items() >= {"softprompt": __version__}.items()
+    assert result["dtype"] in ("float32", "bfloat16")
+    assert result["assets"].keys() == ASSETS.keys()
+    assert result["threads"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fetch", "nothing"], ["'nothing'"]),
+        (["evaluate", "nowhere"], ["'nowhere' is no run", "softprompt list runs"]),
+        (["predict", "nowhere", "--input", "rows.csv"], ["'nowhere' is no run"]),
+        (["export", "nowhere"], ["'nowhere' is no run"]),
+        (["train", "--resume", "nowhere"], ["'nowhere' is no run"]),
+        (["train", "--task", "sentimant"], ["'sentimant'", "sentiment"]),
+        (["train", "--task", "missing.toml"], ["missing.toml"]),
+        (["list", "methods", "--prompt-module", "missing.py"], ["'missing.py' is no Python file"]),
+        (["list", "methods", "--prompt-module"], ["is no Python file"]),
+    ],
+)
+def test_what_is_not_there_is_said_in_one_sentence(arguments: list[str], words: list[str]) -> None:
+    said = call(*arguments).sentence
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--name", "a/b"], ["'a/b' is no plain folder name"]),
+        (["--data", "missing.csv"], ["missing.csv"]),
+        (["dpt", "--rank", "40"], ["rank is 40", "32 wide"]),
+        (["plain", "--length", "300"], ["positions", "256"]),
+    ],
+)
+def test_settings_that_do_not_fit_what_they_meet(
+    flags: list[str], words: list[str], where: list[str], tmp_path: Path
+) -> None:
+    said = call("train", *where[:-1], tmp_path / "runs", *QUICK, *flags).sentence
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--steps", "0"], "steps is 0; it must be at least 1"),
+        (["--lr", "-1"], "lr is -1.0; it must be a positive number"),
+        (["--accumulate", "99"], "accumulate is 99 and batch 16"),
+        (["dpt", "--rank", "7", "--length", "6"], "rank is 7 and length is 6; a prompt's rank cannot exceed"),
+    ],
+)
+def test_settings_that_cannot_be_are_wrong_usage(flags: list[str], sentence: str, tmp_path: Path) -> None:
+    called = call("train", "--out", tmp_path / "runs", *flags)
+    assert (called.code, called.out) == (2, [])
+    assert sentence in " ".join(" ".join(called.err).split())  # in a box, wrapped to the terminal's width
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_backbone_that_is_not_there(where: list[str]) -> None:
+    said = call("train", "--backbone", "no-such-model", *where[2:], *QUICK).sentence
+    assert "backbone 'no-such-model' is neither a folder" in said
+
+
+def test_wrong_usage_is_2() -> None:
+    for arguments in (["train", "--stepz", "3"], ["train", "--steps", "many"], ["list", "colours"], ["evaluate"]):
+        called = call(*arguments)
+        assert called.code == 2, arguments
+        assert called.out == []
+    called = call("trian")
+    assert (called.code, called.out) == (2, [])
+    assert called.err == [f"softprompt: no command 'trian'; commands are {', '.join(COMMANDS)}"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    called = call(command, "--help")
+    assert called.code == 0
+    assert COMMANDS[command].split()[0] in "\n".join(called.out + called.err)
+
+
+def test_help_and_version() -> None:
+    for arguments in ([], ["--help"], ["-h"]):
+        called = call(*arguments)
+        assert called.code == 0
+        assert all(any(line.startswith(f"  {command} ") for line in called.out) for command in COMMANDS)
+    assert call("--version").out == [__version__]
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(FileNotFoundError):
+        main(["evaluate", "nowhere", "--debug"])
+
+
+def test_resume_takes_no_other_flags(trained: Any) -> None:
+    said = call("train", "--resume", trained["run"], "--steps", "9").sentence
+    assert "takes every setting from the run; leave the other flags out" in said
+    assert call("train", "--resume", trained["run"]).result == trained
+
+
+@pytest.fixture
+def own_method(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Forgets the method of one's own, as a new process would."""
+
+    def forget() -> None:
+        METHODS.pop("kronecker", None)
+        monkeypatch.delitem(sys.modules, "kronecker", raising=False)
+        monkeypatch.delitem(sys.modules, "softprompt.cli.commands", raising=False)  # it builds its flags of METHODS
+        monkeypatch.delattr(softprompt.cli, "commands", raising=False)
+
+    return forget
+
+
+def test_a_method_of_ones_own(where: list[str], own_method: Callable[[], None], tmp_path: Path) -> None:
+    flag = ["--prompt-module", str(KRONECKER)]
+    own_method()
+    try:
+        listed = call("list", "methods", "--dim", "32", *flag).result
+        assert {"name": "kronecker", "count": 4 * 4 + 25 * 8, "folds": "prompt"} in listed
+        own_method()
+        assert "kronecker" not in {method["name"] for method in call("list", "methods").result}
+        own_method()
+        result = call("train", f"--prompt-module={KRONECKER}", *where, *QUICK, "kronecker", "--length", "8").result
+        assert (result["method"], result["trainable"]) == ("kronecker", 4 * 4 + 2 * 8)
+        own_method()
+        said = call("evaluate", result["run"]).sentence
+        assert "'kronecker'" in said
+        assert "--prompt-module" in said
+        own_method()
+        assert call("evaluate", result["run"], *flag).result["value"] == result["test"]
+        assert call("export", result["run"], *flag, "--output", tmp_path / "adapter").result["to"] == "peft"
+    finally:
+        own_method()
+
+
+def test_the_program_itself(where: list[str]) -> None:
+    """In a process of its own: progress on stderr alone, the JSON line alone on stdout, a traceback with --debug."""
+
+    def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "softprompt.cli", *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    done = program("train", *where, *QUICK, f"--prompt-module={KRONECKER}", "kronecker", "--length", "8")
+    assert done.returncode == 0, done.stderr
+    [line] = done.stdout.splitlines()
+    assert json.loads(line)["method"] == "kronecker"
+    assert "training ..." in done.stderr
+    assert "Traceback" not in done.stderr
+    failed = program("evaluate", "nowhere", "--debug")
+    assert failed.returncode == 1
+    assert "Traceback" in failed.stderr
+    assert failed.stdout == ""
