@@ -8,15 +8,16 @@ setting the gradient to none. PEFT gets `use_cache=False`, which is its faster w
 PEFT does; `dpt` is the decomposed prompt. Rows are full, since PEFT's layout lets padding change a row's result. The
 first step warms up and is not timed; its loss must be the same on both sides, else the exit status is 1.
 
-The last line of stdout is JSON; per case:
+The last line of stdout is JSON: `load_before`, the system's load average before the start (much above 0: another's
+work is in the times), and per case:
 
 - `ours_s`, `peft_s`: seconds a step, median over rounds of the median in a round. `ratio` is the median over rounds
   of PEFT's seconds by ours in that round, above 1 where ours is faster; `spread` the smallest and the largest.
 - `ours_mb`, `peft_mb`: highest resident memory (`ru_maxrss`) while stepping, MiB; `_over_mb`: what of it came on top
   of the loaded model. `memory_ratio` and `memory_over_ratio` are ours by PEFT's, below 1 where ours is smaller.
-- `floor_s`: `multiply_adds` that the step needs by `rate`, those a second of the backbone's widest layer on the batch's
-  text alone, measured in the same process; `over_floor` is `ours_s` by `floor_s`. With n weights in the body's linear
-  layers, h in the head, and w the width of all attention heads of all layers together:
+- `floor_s`: `multiply_adds` that the step needs, by `rate`, the most a second that the backbone's widest layer reached
+  on the batch's text alone, measured in the same processes; `over_floor` is `ours_s` by `floor_s`. With n weights in
+  the body's linear layers, h in the head, and w the width of all attention heads of all layers together:
 
       places        = length + batch * tokens
       pairs         = length * (length + 1) / 2 + batch * (tokens * length + tokens * (tokens + 1) / 2)
@@ -109,6 +110,7 @@ class Measured:
     over_mb: float
     multiply_adds: int
     rate: float
+    threads: int
 
 
 def ours(prompt_of: Callable[[Any, Settings], Any]) -> Side:
@@ -159,6 +161,7 @@ def peft_model(settings: Settings) -> tuple[Any, Any]:
     from softprompt import load_backbone
 
     backbone = load_backbone(BACKBONE, dtype=settings.dtype, device="cpu")
+    backbone.model.set_attn_implementation("sdpa")  # as transformers loads it; ours brings its own attention
     config = PromptTuningConfig(
         task_type=TaskType.CAUSAL_LM,
         num_virtual_tokens=settings.length,
@@ -274,6 +277,8 @@ def forget_peak() -> None:
 
 def measure(work: Work, settings: Settings, tokens: int) -> Measured:
     """One case of one side in this process: a warm-up and the timed steps."""
+    import torch
+
     forget_peak()
     before = peak_mb()
     loss = work.run()
@@ -290,6 +295,7 @@ def measure(work: Work, settings: Settings, tokens: int) -> Measured:
         over_mb=peak - before,
         multiply_adds=work.multiply_adds,
         rate=matmul_rate(work.model, settings.batch * tokens),
+        threads=torch.get_num_threads(),
     )
 
 
@@ -341,6 +347,7 @@ def case(
         "method": side,
         "tokens": tokens,
         **{name: getattr(settings, name) for name in ("batch", "length", "dtype", "rounds", "steps")},
+        "threads": mine[0].threads,
         **{f"ours_{short}": median(mine, name) for short, name in names.items()},
         **{f"peft_{short}": median(peer, name) for short, name in names.items()},
         "ratio": statistics.median(ratios),
@@ -382,9 +389,10 @@ def main(script: str, sides: Mapping[str, Side], default: Settings, description:
         print(json.dumps([asdict(measure(ready(tokens), settings, tokens)) for tokens in settings.tokens]))
         return
     settings = tyro.cli(Settings, default=default, description=description)
+    busy = os.getloadavg()[0]
     cases = compared(script, list(sides), settings)
     print(table(cases), file=sys.stderr)
-    print(json.dumps({"benchmark": Path(script).stem, "cores": os.cpu_count(), "cases": cases}))
+    print(json.dumps({"benchmark": Path(script).stem, "cores": os.cpu_count(), "load_before": busy, "cases": cases}))
     if not all(one["agree"] for one in cases):
         sys.exit("the two sides' losses differ by more than the dtype explains: they do not do the same work")
 

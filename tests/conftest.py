@@ -47,7 +47,7 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "bloom": lambda: transformers.BloomConfig(**GPT, hidden_size=32),
     "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=128),
 }
-"""Nine decoders: rotary, learned and ALiBi positions, grouped heads, sliding windows, scaled and projected embeddings."""
+"""Nine decoders: rotary, learned and ALiBi positions, grouped heads, windows, scaled or projected embeddings."""
 T5: dict[str, Any] = {"vocab_size": 300, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 T5_IDS: dict[str, Any] = {"decoder_start_token_id": 2, "eos_token_id": 1, "pad_token_id": 2}
 BART: dict[str, Any] = {

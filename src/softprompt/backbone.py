@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
-from softprompt import assets, files
+from softprompt import assets, attention, files
 from softprompt.prompts import Host
 
 Architecture = Literal["causal", "encoder_decoder", "encoder", "vision"]
@@ -50,6 +50,7 @@ class Backbone:
     def __post_init__(self) -> None:
         self.model.requires_grad_(False)
         self.model.eval()
+        attention.install(self.model)
 
     @property
     def dim(self) -> int:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from softprompt import DPT, Backbone, Experiment, Progress, Run, Training, attach, load_backbone, open_run, train
-from softprompt.prompts import METHODS
+from softprompt.attach.causal import Causal
+from softprompt.prompts import METHODS, Folded
 from softprompt.watch import Silent
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -50,7 +51,8 @@ def test_only_the_prompt_moves(method: str, experiment: Experiment, backbone: Ba
     assert backbone.checksum() == checksum == run.record["backbone"]["hash"]
     assert all(torch.equal(weights, before[name]) for name, weights in backbone.model.state_dict().items())
     assert not any(weights.requires_grad or weights.grad is not None for weights in backbone.model.parameters())
-    fresh, trained = run.fresh_prompt(backbone), tensors(run)
+    fresh, trained = run.start(backbone).prompt, tensors(run)
+    assert fresh is not None
     for name, parameter in fresh.named_parameters():
         assert not torch.equal(parameter, trained[name]), f"{name} did not move"
     for name, buffer in fresh.named_buffers():
@@ -66,7 +68,7 @@ def test_a_changed_backbone_is_noticed(
         next(own.model.parameters()).data[0, 0] += 1
 
     monkeypatch.setattr(Silent, "step", meddle)
-    with pytest.raises(RuntimeError, match="the weights of .* changed in training"):
+    with pytest.raises(RuntimeError, match=r"the weights of .* changed in training"):
         train(experiment, out=tmp_path, backbone=own)
 
 
@@ -107,10 +109,27 @@ def test_the_best_prompt_is_kept_and_patience_ends(experiment: Experiment, backb
     assert open_run(run.folder).results == run.results
 
 
+def test_a_methods_dropout_is_of_training_alone(
+    experiment: Experiment, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, modes = Causal.score, []
+
+    def spy(attachment: Causal, *given: Any, **named: Any) -> torch.Tensor:
+        if not isinstance(attachment.prompt, Folded):
+            modes.append((torch.is_grad_enabled(), attachment.prompt.training))
+        return score(attachment, *given, **named)
+
+    monkeypatch.setattr(Causal, "score", spy)
+    train(experiment, out=tmp_path, backbone=backbone)
+    steps, evaluation = [(True, True)] * 3, [(False, False)]
+    assert modes == (steps + evaluation) * 2
+
+
 def test_results_come_from_the_test_split_with_the_majority_beside(
     experiment: Experiment, backbone: Backbone, tmp_path: Path
 ) -> None:
-    run = train(experiment, out=tmp_path, backbone=backbone, untouched=True)
+    training = Training(steps=2, batch=8, evaluate_every=2, untouched=True)
+    run = train(experiment.replace(training=training), out=tmp_path, backbone=backbone)
     results = run.results
     assert results is not None
     found = run.predictions()

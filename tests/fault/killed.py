@@ -10,6 +10,7 @@ A job is a kind, a name and a count: at the so-manieth call for a file whose nam
 Prints the signal that ended each child.
 """
 
+import importlib
 import itertools
 import json
 import os
@@ -72,6 +73,8 @@ def arm(kind: str, name: str, count: int) -> None:
 
 def main(jobs: dict[str, Any]) -> None:
     """One fork a job; the parent only loads, on one thread, so that none is lost in forking."""
+    for slow in ("matplotlib.figure", "scipy.stats", "sklearn.metrics", "torch._dynamo"):
+        importlib.import_module(slow)  # once for all forks
     experiment = Experiment.from_json(jobs["experiment"])
     backbone = load_backbone(experiment.backbone, dtype=experiment.dtype)
     ends = []

@@ -51,9 +51,10 @@ def stopped(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) ->
             os.kill(os.getpid(), signal.SIGINT)
 
     out = tmp_path_factory.mktemp("stopped")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Silent, "step", stop)
-        train(experiment, out=out, name="run")
+        with pytest.raises(Interrupted):
+            train(experiment, out=out, name="run")
     return out / "run"
 
 

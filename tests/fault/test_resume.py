@@ -131,9 +131,9 @@ def test_ctrl_c_on_the_command_line(
     whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Terminal, "step", interrupting(3))
-    settings = "--dtype float32 --steps 6 --batch 8 --evaluate-every 2".split()
+    settings = ["--dtype", "float32", "--steps", "6", "--batch", "8", "--evaluate-every", "2"]
     where = ["--backbone", whole.experiment.backbone, "--task", whole.experiment.task, "--out", str(tmp_path)]
-    prompt = "dpt --length 6 --rank 2".split()
+    prompt = ["dpt", "--length", "6", "--rank", "2"]
     assert main(["train", *where, *settings, "--name", "run", *prompt]) == 1
     monkeypatch.undo()
     shown = capsys.readouterr()
@@ -161,7 +161,7 @@ def test_a_loss_that_is_no_number_stops_with_step_rows_and_rate(
     monkeypatch.setattr(torch.optim.AdamW, "step", spoiling)
     with pytest.raises(
         ValueError,
-        match=r"the loss is nan .* at step 4 with learning rate 0\.018 on rows [\d, ]+ of the training split; lower --lr",
+        match=r"the loss is nan .* at step 4 with learning rate 0\.018 on rows [\d, ]+ of the training split; lower",
     ):
         train(whole.experiment, out=tmp_path, name="run")
     monkeypatch.undo()

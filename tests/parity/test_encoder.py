@@ -254,8 +254,9 @@ def test_a_run_keeps_its_head_and_answers_again(
         first = run.fresh_head(load(str(folder), dtype="float32"))
         assert first is not None
         assert not torch.equal(trained["weight"], first.weight)
+        asked = experiment.replace(training=softprompt.Training(steps=4, untouched=True))
         with pytest.raises(ValueError, match="answers through a trained head, so untouched it says nothing"):
-            softprompt.train(experiment, out=tmp_path, untouched=True)
+            softprompt.train(asked, out=tmp_path)
 
 
 class Stops(Exception):

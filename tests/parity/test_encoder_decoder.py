@@ -3,19 +3,24 @@
 The reference is a row at a time: the prompt's vectors in front of the text's own, without mask, padding or cache.
 """
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
+import softprompt
 from softprompt.attach import Attachment, Sampling, attach
 from softprompt.backbone import Backbone, _check_embeddings
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.prompts.adept import ADePT
 from softprompt.prompts.dept import DePT
 from softprompt.prompts.plain import Plain
+from softprompt.tasks import encode, schedule
+from softprompt.train import read_splits
 
 NAMES = ("t5", "t5_1.1", "mt5", "bart", "bart_forced", "marian")
 TEXTS, INDEX = (7, 2, 4, 9, 3), (2, 0, 1, 0, 2)
@@ -238,6 +243,47 @@ def test_an_encoder_that_sees_its_padding_is_refused(tiny_backbone: MakeBackbone
     backbone = Backbone(model, tiny_backbone("t5").tokenizer, "blocks", "blocks", "encoder_decoder")
     with pytest.raises(ValueError, match=r"blocks \(t5\) gives other logits with padding behind the row"):
         attach(backbone)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart_forced"])
+@pytest.mark.parametrize("objective", ["vocabulary", "candidates", "texts"])
+def test_a_run_trains_and_answers(
+    name: str, objective: str, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
+) -> None:
+    """The whole path: the text closed, the answer apart and ended; a first loss that the slow way gives too."""
+    folder, backbone = tmp_path / "model", tiny_backbone(name)
+    backbone.model.save_pretrained(folder)
+    backbone.tokenizer.save_pretrained(folder)
+    task = tmp_path / "tickets.toml"
+    answer = 'target = "queue"\nmetrics = ["exact_match"]' if objective == "texts" else 'label = "queue"'
+    data = json.dumps(str(ticket_task.parent / "train.csv"))
+    task.write_text(f'train = {data}\ntemplate = "Ticket: {{text}}\\nQueue:"\n{answer}\n')
+    training = softprompt.Training(
+        steps=2, evaluate_every=2, batch=4, objective="candidates" if objective == "candidates" else "vocabulary"
+    )
+    experiment = softprompt.Experiment(
+        backbone=str(folder), task=str(task), prompt=Plain(length=3), training=training, dtype="float32"
+    )
+    run = softprompt.train(experiment, out=tmp_path)
+    assert (run.folder / "adapter_config.json").is_file()
+    assert softprompt.predict(run, [{"text": "a a b"}]) == softprompt.predict(run, [{"text": "a a b"}])
+    if objective == "candidates":
+        return
+    attachment = run.start(backbone)
+    table = read_splits(experiment, run.task).train
+    examples = encode(run.task, backbone.tokenizer, table, 512, closing=True)[0]
+    batch = next(schedule([len(example.input_ids) for example in examples], 4, 0))[1]
+    losses = []
+    for example in (examples[place] for place in batch):
+        assert example.input_ids[-1] == 1
+        target = torch.tensor(attachment.target(example.answer_ids))
+        assert target[-1] == 1
+        assert (target[0] == 0) == (name == "bart_forced")
+        decoder_ids = [start_of(backbone), *target[:-1].tolist()]
+        own = alone(backbone, attachment.prompt, torch.tensor(example.input_ids), decoder_ids)
+        losses.append(nn.functional.cross_entropy(own, target, reduction="none"))
+    first = next(iter(run.metrics()))["loss"]
+    close(torch.tensor(first), torch.cat(losses).mean().detach())
 
 
 def test_wrong_input_is_refused_by_name(tiny_backbone: MakeBackbone) -> None:

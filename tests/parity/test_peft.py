@@ -102,15 +102,13 @@ def test_our_prompt_reads_back_from_the_peft_pair(trained: MakeRun, llama_folder
 
 
 @pytest.mark.parametrize("method", OTHERS)
-def test_what_peft_cannot_say_is_not_written(
-    method: str, trained: MakeRun, llama_folder: Path, tmp_path: Path
-) -> None:
+def test_what_peft_cannot_say_is_not_written(method: str, trained: MakeRun, llama_folder: Path, tmp_path: Path) -> None:
     run, backbone = trained(method), load_backbone(str(llama_folder), dtype="float32")
     assert not [name for name in PAIR if (run.folder / name).exists()]
     folded = run.prompt(backbone).fold()
     reason = peft_refusal(folded, "causal")
     assert reason in (run.folder / "README.md").read_text()
-    with pytest.raises(ValueError, match="also changes the input's own embeddings; use .* or train dpt or residual"):
+    with pytest.raises(ValueError, match=r"also changes the input's own embeddings; use .* or train dpt or residual"):
         export_peft(folded, backbone, tmp_path / "export")
     assert not (tmp_path / "export").exists()
 

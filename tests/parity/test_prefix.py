@@ -96,9 +96,20 @@ def test_the_inputs_shift_counts_positions_from_the_texts_first_token(method: st
     with torch.no_grad():
         for parameter in prompt.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    attachment = attach(backbone, prompt)
     ids, mask = padded(rows, "right", 5)
-    found = attach(backbone, prompt)(ids, mask).logits[mask.bool()]
+    found = attachment(ids, mask).logits[mask.bool()]
     assert_near(found, torch.cat([concatenated(backbone, prompt, row)[1:] for row in rows]))
+    # Candidates and generated tokens come after the text, and count on from there.
+    answer = torch.tensor([9, 11, 12])
+    scores = attachment.score(ids, mask, [answer.tolist()])[:, 0]
+    slow = [concatenated(backbone, prompt, torch.cat([row, answer]))[-4:-1].log_softmax(-1) for row in rows]
+    assert_near(scores, torch.stack([logp.gather(1, answer[:, None]).sum() for logp in slow]))
+    for row, made in zip(
+        rows, torch.stack(list(attachment.generate(ids, mask, max_new_tokens=5, stop=[])), 1), strict=True
+    ):
+        whole = torch.cat([row, made])
+        assert torch.equal(concatenated(backbone, prompt, whole)[len(row) : -1].argmax(-1), made)
 
 
 def labelled(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -69,7 +69,7 @@ def train_(
     terminal = Terminal()
     try:
         if resume_ is not None:
-            if experiment != Experiment() or prompt != DPT() or name is not None:
+            if experiment != Experiment() or prompt != Experiment().prompt or name is not None:
                 raise ValueError(f"--resume {resume_} takes every setting from the run; leave the other flags out")
             run = resume(resume_, watch=terminal, log_with=log_with)
         else:

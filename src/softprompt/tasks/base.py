@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, final
 
 from softprompt.tasks.metrics import METRICS
@@ -12,8 +13,11 @@ from softprompt.tasks.template import parse, value_text
 TASKS: dict[str, "Task"] = {}
 """The built-in tasks by name. Filled by `register`."""
 
-Reader = Callable[["Task"], Mapping[str, Any]]
-"""Reads a source: `datasets.Dataset`s named `rows` (to be cut), `train`, `validation` (to be halved), `dev`, `test`."""
+Reader = Callable[["Task", Path | None], Mapping[str, Any]]
+"""Reads a source: `datasets.Dataset`s named `rows` (to be cut), `train`, `validation` (to be halved), `dev`, `test`.
+
+The path is a folder to read in the source's own place; a reader that knows none calls `refuse_folder`.
+"""
 
 READERS: dict[str, Reader] = {}
 """What reads a task's `source`. Filled by `register` and by the reader of the user's own files."""
@@ -22,10 +26,11 @@ READERS: dict[str, Reader] = {}
 @final
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """Another wording of a task: its text, and its words where they differ from the task's own."""
+    """Another wording of a task: its text, and its words or its target where they differ from the task's own."""
 
     text: str
     words: Mapping[str, str] = field(default_factory=dict, hash=False)
+    target: str = ""
 
 
 @final
@@ -210,7 +215,8 @@ class Task:
         if template not in self.templates:
             raise ValueError(f"task {self.name!r} has no template {template!r}; {suggest(template, self.templates)}")
         other = self.templates[template]
-        return dataclasses.replace(self, template=other.text, words=other.words or self.words)
+        words, target = other.words or self.words, other.target or self.target
+        return dataclasses.replace(self, template=other.text, words=words, target=target)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` is its inverse."""
@@ -251,6 +257,18 @@ def register(task: Task, read: Reader) -> Task:
     TASKS[task.name] = task
     READERS[task.source] = read
     return task
+
+
+def refuse_folder(task: Task, folder: Path | None) -> None:
+    """For a reader that reads no folder.
+
+    Raises:
+        ValueError: a folder is given.
+    """
+    if folder is not None:
+        raise ValueError(
+            f"{folder} is a folder, and the rows of task {task.name!r} are not read from one; give a file of rows"
+        )
 
 
 def suggest(word: str, known: Sequence[str] | Mapping[str, Any] | set[str]) -> str:

@@ -2,12 +2,14 @@
 
 import base64
 from collections.abc import Mapping
+from pathlib import Path
 
 from datasets import Dataset
 
 from softprompt import assets
 from softprompt.tasks.base import Task, Template, register
 from softprompt.tasks.rows import read_rows
+from softprompt.tasks.superglue import BOOLQ_ROWS
 
 # The asset holds the official splits shuffled into one file, and `idx` counts anew in each: an idx from 3,270 on is a
 # training row, and each one below has two labelled rows. Bit idx (from the lowest of the first byte) says whether the
@@ -24,8 +26,10 @@ _EARLIER_IS_VALIDATION = base64.b64decode(
 _VALIDATION = 3270
 
 
-def _read(task: Task) -> Mapping[str, Dataset]:
-    """Official train and validation; the official test rows have no labels and are left out."""
+def _read(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
+    """Official train and validation, of SuperGLUE's folder or of the asset; test rows, without labels, are left out."""
+    if folder is not None:
+        return BOOLQ_ROWS(task, folder)
     rows = read_rows(assets.fetch("boolq"))
     seen: set[int] = set()
     train: list[int] = []

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, final
+from typing import Literal, TypeVar, final
 
 from datasets import Dataset
 
@@ -20,6 +20,12 @@ _Key = TypeVar("_Key", int, str)
 DEV, TEST = 0.1, 0.2
 """The shares that are cut for a split that a source has not."""
 
+Protocol = Literal["heldout", "paper"]
+"""What an official validation split is for: half to select and half to report, or the whole of it for both."""
+
+SAME_ROWS = "selected and reported on the same rows"
+"""What has to be said beside a score under the protocol `paper`."""
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -27,52 +33,83 @@ class Splits:
     """Checked rows: every one renders, and has an answer."""
 
     train: Dataset
+    """Empty, like `dev`, where the task can only be scored."""
     dev: Dataset
     """Selects the checkpoint."""
     test: Dataset
-    """Held out."""
+    """Held out, unless the two are `shared`."""
     fingerprint: str
     """sha256 over what the task reads of every row, split by split."""
     majority: int | str
-    """The training split's most frequent answer."""
+    """The training split's most frequent answer; the test split's where there is none."""
     warnings: tuple[str, ...] = ()
     """What works but looks wrong, a sentence each."""
 
+    @property
+    def shared(self) -> bool:
+        """Whether one set of rows both selects and reports, as under the protocol `paper`."""
+        return self.dev is self.test
 
-def splits(task: Task, data: str | None = None, seed: int = 0) -> Splits:
+
+def splits(task: Task, data: str | None = None, seed: int = 0, protocol: Protocol = "heldout") -> Splits:
     """The task's three splits; what the source has not is cut from what it has.
 
-    A source of `rows` is cut into 70, 10 and 20 %, a `validation` split is halved into dev and test, and a missing dev
-    or test is cut from train: by group where the task has one, else class by class.
+    A source of `rows` is cut into 70, 10 and 20 %, a `validation` split is halved into dev and test (under the protocol
+    `paper` it is both of them), and a missing dev or test is cut from train: by group where the task has one, else
+    class by class. A source with a test split alone is only scored.
 
     Args:
         task: says the source, and may fix the seed by its `split_seed`.
-        data: a file whose rows take the place of the training split.
+        data: a folder to read in place of the source, or a file whose rows take the place of the training split.
         seed: of the cut, where the task does not fix it.
+        protocol: what a validation split is for.
 
     Raises:
         FileNotFoundError: a file that is not there.
-        ValueError: a file or a row that cannot be used, naming the file, the row and the column.
+        ValueError: a file or a row that cannot be used, naming the file, the row and the column; or the protocol
+            `paper` where there is no validation split.
     """
-    if task.source not in READERS:
-        raise ValueError(f"unknown source {task.source!r} of task {task.name!r}; {suggest(task.source, READERS)}")
-    if data is not None and task.files:
-        task, data = dataclasses.replace(task, files={**task.files, "train": data}), None
-    found = dict(READERS[task.source](task))
-    for name, rows in found.items():
-        check(task, rows, task.files.get(name, f"{name} of {task.name}"))
+    found = _read(task, data)
     seed = seed if task.split_seed is None else task.split_seed
     if "rows" in found:
-        found.update(cut(task, found.pop("rows"), {"dev": DEV, "test": TEST}, "train", seed))
-    if data is not None:
-        found["train"] = read_rows(Path(data))
-        check(task, found["train"], data)
-    if "validation" in found:
-        found.update(cut(task, found.pop("validation"), {"dev": 0.5}, "test", seed))
+        found = {**cut(task, found.pop("rows"), {"dev": DEV, "test": TEST}, "train", seed), **found}
+    if found.keys() == {"test"}:
+        nothing = found["test"].select([])
+        found.update(train=nothing, dev=nothing)
+    elif protocol == "paper":
+        if "validation" not in found:
+            raise ValueError(
+                f"task {task.name!r} has no official validation split, which the protocol paper selects and reports "
+                "on; use heldout"
+            )
+        found["dev"] = found["test"] = found["validation"]
+    elif "validation" in found:
+        found.update(cut(task, found["validation"], {"dev": 0.5}, "test", seed))
     wanted = {name: share for name, share in (("dev", DEV), ("test", TEST)) if name not in found}
     if wanted:
         found.update(cut(task, found["train"], wanted, "train", seed))
     return _splits(task, found["train"], found["dev"], found["test"])
+
+
+def _read(task: Task, data: str | None) -> dict[str, Dataset]:
+    """What the source has, checked; with the training split from `data` where that is a file."""
+    if task.source not in READERS:
+        raise ValueError(f"unknown source {task.source!r} of task {task.name!r}; {suggest(task.source, READERS)}")
+    if data is not None and task.files:
+        task, data = dataclasses.replace(task, files={**task.files, "train": data}), None
+    given = None if data is None else Path(data).expanduser()
+    if given is not None and not given.exists():
+        raise FileNotFoundError(f"there is no {data}; give a file of training rows, or the task's official folder")
+    folder = given if given is not None and given.is_dir() else None
+    found = dict(READERS[task.source](task, folder))
+    for name, rows in found.items():
+        check(task, rows, task.files.get(name, f"{name} of {task.name}"))
+    if given is not None and folder is None:
+        if found.keys() == {"test"}:
+            raise ValueError(f"task {task.name!r} has no training rows for {data} to replace; give the official folder")
+        found["train"] = read_rows(given)
+        check(task, found["train"], str(data))
+    return found
 
 
 def check(task: Task, rows: Dataset, origin: str) -> None:
@@ -121,7 +158,7 @@ def shots(task: Task, whole: Splits, k: int, seed: int, balanced: bool = True) -
     """Few-shot: `k` training rows and as many other ones for development; the test split stays.
 
     Both are drawn from the training split, `k` of each class or, not balanced, `k` in all as they come. Where the task
-    has groups, none is in both.
+    has groups, none is in both. Where dev and test are `shared` they stay so, and only the training rows are drawn.
 
     Raises:
         ValueError: `k` below 1, or fewer rows than the two draws need.
@@ -148,25 +185,27 @@ def shots(task: Task, whole: Splits, k: int, seed: int, balanced: bool = True) -
 
     order = _order(range(len(answers)), seed)
     train = draw(order, "train")
+    if whole.shared:
+        return _splits(task, whole.train.select(train), whole.dev, whole.test)
     used = {groups[index] for index in train}
     dev = draw([index for index in order if groups[index] not in used], "dev")
     return _splits(task, whole.train.select(train), whole.train.select(dev), whole.test)
 
 
 def _splits(task: Task, train: Dataset, dev: Dataset, test: Dataset) -> Splits:
-    counts = Counter(task.answer(row) for row in train)
+    counts = Counter(task.answer(row) for row in (train if len(train) else test))
     digest = hashlib.sha256()
     for name, rows in (("train", train), ("dev", dev), ("test", test)):
         digest.update(f"{name} {len(rows)}\n".encode())
         for row in rows.select_columns(list(task.columns)):
             digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    if task.is_classification and len(counts) < 2:
+    if task.is_classification and len(train) and len(counts) < 2:
         only = list(task.words)[int(next(iter(counts)))]
         raise ValueError(
             f"all {len(train)} training rows of task {task.name!r} have the label {only!r}; "
             "there is nothing to tell apart, give rows of a second one"
         )
-    unused = [label for index, label in enumerate(task.words) if index not in counts]
+    unused = [label for index, label in enumerate(task.words) if len(train) and index not in counts]
     return Splits(
         train=train,
         dev=dev,

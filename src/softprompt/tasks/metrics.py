@@ -165,6 +165,33 @@ def _right_questions(answers: Answers) -> Float[np.ndarray, "unit"]:
     return (wrong == 0).astype(float)
 
 
+def _same_in_question(answers: Answers) -> Float[np.ndarray, "unit"]:
+    """Whether all rows of a question are answered alike, right or wrong."""
+    units, given = answers.units, np.asarray(answers.predictions)
+    _, first = np.unique(units, return_index=True)
+    return (np.bincount(units, weights=given != given[first][units]) == 0).astype(float)
+
+
+_DETERMINERS = frozenset(
+    "a an the this that these those my your his her our their whose which some each every many much few".split()
+)
+
+
+def referent_match(prediction: str, gold: str) -> float:
+    """1 where the words of one are all among the other's, but for determiners; a possessive matches a possessive alone.
+
+    Reference: Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
+    section 3.1.2 and its code for WSC, which lets "bunny" stand for "the fuzzy bunny".
+
+    >>> referent_match("fuzzy bunny", "The bunny"), referent_match("Bob", "Bob's hat")
+    (1.0, 0.0)
+    """
+    ours, theirs = ({*text.lower().split()} - _DETERMINERS for text in (prediction, gold))
+    if not ours or ("'" in prediction) != ("'" in gold):
+        return 0.0
+    return float(ours <= theirs or theirs <= ours)
+
+
 def _best(compare: Callable[[str, str], float]) -> Each:
     """Against the accepted answer that fits best; no prediction is wrong."""
 
@@ -232,5 +259,7 @@ METRICS: Mapping[str, Metric] = {
     "token_f1": Mean(of="texts", each=_best(token_overlap), yes_or_no=False),
     "f1a": Whole(of="labels", all=_f1, binary=True, grouped=True),
     "question_match": Mean(of="labels", each=_right_questions, grouped=True),
+    "gender_parity": Mean(of="labels", each=_same_in_question, grouped=True),
+    "referent_match": Mean(of="texts", each=_best(referent_match)),
 }
 """Every metric by name. `f1a` is F1 over all questions' answers, `question_match` asks for all of a question's."""

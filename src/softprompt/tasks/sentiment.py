@@ -1,16 +1,18 @@
 """Film reviews: fresh or rotten, split by film."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from datasets import Dataset
 
 from softprompt import assets
-from softprompt.tasks.base import Task, register
+from softprompt.tasks.base import Task, refuse_folder, register
 from softprompt.tasks.rows import read_rows
 
 
-def _read(task: Task) -> Mapping[str, Dataset]:
+def _read(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
     """The reviews; the plots among them, the third category, are no opinions."""
+    refuse_folder(task, folder)
     rows = read_rows(assets.fetch("rotten-tomatoes"))
     reviews = [index for index, category in enumerate(rows["category"]) if category in task.words]
     return {"rows": rows.select(reviews)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from softprompt.tasks.base import READERS, TASKS, Task, suggest
+from softprompt.tasks.base import READERS, TASKS, Task, refuse_folder, suggest
 from softprompt.tasks.rows import read_rows
 from softprompt.tasks.template import value_text
 
@@ -76,8 +76,9 @@ def load_table(path: Path, data: str | None = None) -> Task:
         raise ValueError(f"{path}: {error}") from None
 
 
-def read_files(task: Task) -> Mapping[str, Dataset]:
+def read_files(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
     """The rows of the task's own files, by split."""
+    refuse_folder(task, folder)
     return {split: read_rows(Path(file)) for split, file in task.files.items()}
 
 

@@ -1,0 +1,54 @@
+"""Does stock PEFT give what we give? A finished run over the same real backbone, logits and greedy text on real rows.
+
+    python benchmarks/peft_parity.py runs/sentiment-dpt-0 --rows 50
+
+Float32 on both sides, one row at a time (PEFT's outputs depend on padding, ours do not). Prints one JSON object.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from peft import PeftModel
+
+import softprompt
+from softprompt.tasks import splits
+
+
+def main(run: Annotated[Path, tyro.conf.Positional], rows: int = 50, new_tokens: int = 12) -> None:
+    """Compare a run with stock PEFT.
+
+    Args:
+        run: The run's folder.
+        rows: Test rows to look at.
+        new_tokens: Tokens to generate for each.
+    """
+    opened = softprompt.open_run(run)
+    backbone = softprompt.load_backbone(opened.experiment.backbone, dtype="float32")
+    ours = softprompt.attach(backbone, opened.prompt(backbone).fold())
+    texts = [opened.task.render(row) for row in splits(opened.task).test.select(range(rows))]
+    ids = [backbone.tokenizer(text, return_tensors="pt").input_ids for text in texts]
+    prepared = ours.prepare([ours.prompt])
+    with torch.no_grad():
+        logits = [ours(row, prompts=prepared).logits for row in ids]
+        written = [
+            torch.stack(list(ours.generate(row, max_new_tokens=new_tokens, prompts=prepared)), 1)[0].tolist() for row in ids
+        ]
+        theirs = PeftModel.from_pretrained(backbone.model, run).eval()
+        gap, equal = 0.0, 0
+        for row, mine, text in zip(ids, logits, written, strict=True):
+            other = theirs(input_ids=row, attention_mask=torch.ones_like(row)).logits[:, -row.shape[1] :]
+            gap = max(gap, float((mine - other).abs().max()))
+            out = theirs.generate(
+                input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=new_tokens, do_sample=False
+            )
+            equal += out[0, row.shape[1] :].tolist()[: len(text)] == text
+    print(f"largest difference of a logit {gap:.2g}, equal greedy texts {equal} of {rows}", file=sys.stderr)
+    print(json.dumps({"rows": rows, "largest_logit_difference": gap, "equal_texts": equal}))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

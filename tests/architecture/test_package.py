@@ -1,0 +1,180 @@
+"""The package is what its own rules say: names, layers, sizes, doctests; no file knows another's method by name."""
+
+import ast
+import doctest
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import softprompt
+from softprompt.prompts import METHODS
+
+SOURCE = Path(softprompt.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+MODULES = sorted(
+    found.name for found in pkgutil.walk_packages(softprompt.__path__, "softprompt.") if "__main__" not in found.name
+)
+each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+
+
+def in_a_new_process(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def ruffs_order(name: str) -> tuple[int, str]:
+    """How ruff sorts `__all__`: CONSTANTS, then Classes, then functions."""
+    return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
+
+
+def test_all_is_sorted_and_every_name_is_real() -> None:
+    assert list(softprompt.__all__) == sorted(set(softprompt.__all__), key=ruffs_order)
+    for name in softprompt.__all__:
+        assert not isinstance(getattr(softprompt, name), types.ModuleType), name
+    with pytest.raises(AttributeError, match="module 'softprompt' has no attribute 'nothing'"):
+        _ = softprompt.nothing
+
+
+def type_checking_imports() -> dict[str, str]:
+    """What the TYPE_CHECKING block of the package imports: name and `module:attribute`."""
+    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    found = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        for alias in node.names:
+            found[alias.asname or alias.name] = f"{node.module}:{alias.name}"
+    return found
+
+
+def test_what_checkers_see_is_what_runs() -> None:
+    assert type_checking_imports() == softprompt._PLACES
+    assert set(softprompt._PLACES) == set(softprompt.__all__)
+    for name, place in softprompt._PLACES.items():
+        module, attribute = place.split(":")
+        assert getattr(softprompt, name) is getattr(importlib.import_module(module), attribute)
+
+
+def test_a_function_wins_over_the_module_of_its_name() -> None:
+    shared = [name for name in softprompt.__all__ if f"softprompt.{name}" in MODULES]
+    assert {"train", "evaluate", "predict", "attach"} <= set(shared)
+    code = "\n".join(
+        ["import softprompt"]
+        + [f"import softprompt.{name}" for name in shared]
+        + [f"assert callable(softprompt.{name}), {name!r}" for name in shared]
+        + ["from softprompt import train; assert train.__module__ == 'softprompt.train'"]
+    )
+    in_a_new_process(code)
+
+
+def test_importing_the_package_and_asking_for_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, softprompt, softprompt.cli; assert 'train' in dir(softprompt); softprompt.cli.main(['--help']);"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'sklearn', 'tyro'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    assert "usage: softprompt" in in_a_new_process(code)
+
+
+def test_imports_point_down(tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run(
+        [program, "--cache-dir", tmp_path],
+        cwd=SOURCE.parents[1],
+        env={**os.environ, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "0 broken" in done.stdout
+
+
+def test_every_module_has_its_place_among_the_layers() -> None:
+    """A module that no layer names would escape the contract."""
+    config = (SOURCE.parents[1] / "pyproject.toml").read_text()
+    layers = config.split("layers = [", 1)[1].split("]", 1)[0]
+    named = {name for line in layers.splitlines() for name in line.strip(' ,"').split(" | ")} - {""}
+    assert named == {found.name for found in pkgutil.iter_modules(softprompt.__path__)}
+
+
+@each_file
+def test_no_file_grows_beyond_its_concept(file: Path) -> None:
+    assert len(file.read_text().splitlines()) <= 350
+
+
+def compared_texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Every text that a comparison, a `match` or a dictionary chooses by, with its line."""
+    for node in ast.walk(tree):
+        chosen: list[ast.AST] = []
+        if isinstance(node, ast.Compare):
+            chosen = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            chosen = [node.value]
+        elif isinstance(node, ast.Subscript):
+            chosen = [node.slice]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            chosen = [node.args[1]]
+        for part in chosen:
+            for leaf in ast.walk(part):
+                if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str):
+                    yield node.lineno, leaf.value
+                if isinstance(leaf, ast.Name):
+                    yield node.lineno, leaf.id
+
+
+def known_by_name(file: Path) -> list[str]:
+    """Where a file chooses by a method's name or class."""
+    names = {name: config.__module__ for name, config in METHODS.items()}
+    names |= {config.__name__: config.__module__ for config in METHODS.values()}
+    home = "softprompt." + ".".join(file.relative_to(SOURCE).with_suffix("").parts)
+    found = compared_texts(ast.parse(file.read_text()))
+    return [f"{file.name}:{line} chooses by {text!r}" for line, text in found if names.get(text, home) != home]
+
+
+@each_file
+def test_no_file_knows_another_method_by_name(file: Path) -> None:
+    assert known_by_name(file) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'if config.name == "dpt": pass',
+        'if method in ("plain", "dept"): pass',
+        "if isinstance(config, DPT): pass",
+        'x = METHODS["bpt"]',
+        'match name:\n    case "residual": pass',
+    ],
+)
+def test_the_check_above_sees_it(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda _: code)
+    assert known_by_name(SOURCE / "train.py")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+
+
+def test_there_are_doctests() -> None:
+    finder = doctest.DocTestFinder()
+    examples = [one for name in MODULES for one in finder.find(importlib.import_module(name)) if one.examples]
+    assert len(examples) >= len(METHODS)
+
+
+@each_file
+def test_nothing_but_the_command_line_prints(file: Path) -> None:
+    tree = ast.parse(file.read_text())
+    prints = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "print"]
+    assert not prints or "cli" in file.parts
