@@ -35,19 +35,22 @@ def main(run: Annotated[Path, tyro.conf.Positional], rows: int = 50, new_tokens:
     with torch.no_grad():
         logits = [ours(row, prompts=prepared).logits for row in ids]
         written = [
-            torch.stack(list(ours.generate(row, max_new_tokens=new_tokens, prompts=prepared)), 1)[0].tolist() for row in ids
+            torch.stack(list(ours.generate(row, max_new_tokens=new_tokens, prompts=prepared)), 1)[0].tolist()
+            for row in ids
         ]
+        backbone.model.set_attn_implementation("sdpa")  # theirs runs as transformers loads it
         theirs = PeftModel.from_pretrained(backbone.model, run).eval()
-        gap, equal = 0.0, 0
+        gap, size, equal = 0.0, 0.0, 0
         for row, mine, text in zip(ids, logits, written, strict=True):
             other = theirs(input_ids=row, attention_mask=torch.ones_like(row)).logits[:, -row.shape[1] :]
-            gap = max(gap, float((mine - other).abs().max()))
+            gap, size = max(gap, float((mine - other).abs().max())), max(size, float(other.abs().max()))
             out = theirs.generate(
                 input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=new_tokens, do_sample=False
             )
             equal += out[0, row.shape[1] :].tolist()[: len(text)] == text
-    print(f"largest difference of a logit {gap:.2g}, equal greedy texts {equal} of {rows}", file=sys.stderr)
-    print(json.dumps({"rows": rows, "largest_logit_difference": gap, "equal_texts": equal}))
+    relative = gap / size
+    print(f"logits differ by {gap:.2g} ({relative:.2g} of the largest); equal texts {equal} of {rows}", file=sys.stderr)
+    print(json.dumps({"rows": rows, "difference": gap, "relative": relative, "equal_texts": equal}))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,11 @@ def _text(run: Run, results: Mapping[str, Any], refusal: str) -> str:
         else f"The baseline `{experiment.baseline}` on `{backbone['base']}`"
     )
     untouched = f"| untouched model, same template | {results['untouched']:.3f} |\n" if "untouched" in results else ""
+    caution = (
+        f"\n**{results['caution'].capitalize()}**, as the papers do: compare it with such scores alone.\n"
+        if "caution" in results
+        else ""
+    )
     note = f"\nThe backbone's weights: {backbone['note']}.\n" if backbone["note"] else ""
     use = (
         f"Stock PEFT cannot load it: {refusal}."
@@ -49,7 +54,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{backbon
 | test ({results["n_test"]} rows, 95 % interval {results["low"]:.3f} to {results["high"]:.3f}) | {results["test"]:.3f} |
 {untouched}| always the majority answer | {results["majority"]:.3f} |
 | development ({results["n_dev"]} rows, chose the checkpoint of step {results["best_step"]}) | {results["dev"]:.3f} |
-
+{caution}
 {use}
 
 ```

@@ -2,40 +2,75 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
+
+from datasets import Dataset
 
 from softprompt.attach import Attachment
 from softprompt.backbone import Backbone, load
+from softprompt.experiment import Experiment
 from softprompt.predict import Answer, answer, input_limit
 from softprompt.runs import Run
-from softprompt.tasks import Example, Score, Splits, Task, encode, load_task, score, splits
+from softprompt.tasks import Example, Score, Splits, Task, encode, load_task, score, shots, splits
 
 
-def evaluate(run: Run, *, task: str | None = None, split: str = "test", backbone: Backbone | None = None) -> Score:
+def evaluate(
+    run: Run,
+    *,
+    task: str | None = None,
+    data: str | None = None,
+    split: str = "test",
+    backbone: Backbone | None = None,
+) -> Score:
     """The score of a finished run on a split of its own task, or of another one.
 
     Args:
         task: a built-in task's name or a TOML file; none: the run's own.
+        data: where the rows are, as `Experiment.data`; none: where the run had them, or where that other task says.
         split: `test`, `dev` or `train`.
         backbone: the run's own, if it is loaded already.
+
+    Raises:
+        ValueError: an unknown split, or one that the task has not.
     """
     if split not in ("train", "dev", "test"):
         raise ValueError(f"split is {split!r}; it must be train, dev or test")
-    backbone = backbone or load(run.experiment.backbone, dtype=run.experiment.backbone_dtype)
+    experiment = run.experiment
     chosen = load_task(task) if task else run.task
-    rows = splits(chosen, run.experiment.data if task is None else None, run.experiment.seed)
-    limit = input_limit(chosen, run.experiment.training.max_tokens)
+    if task is None:
+        rows = read_splits(experiment if data is None else experiment.replace(data=data), chosen)
+    else:
+        rows = splits(chosen, data, experiment.seed)
+    if not len(getattr(rows, split)):
+        raise ValueError(f"task {chosen.name!r} has no {split} rows; it can only be scored on its test split")
+    backbone = backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
+    limit = input_limit(chosen, experiment.training.max_tokens)
     attachment = run.attachment(backbone)
     examples = encode(chosen, backbone.tokenizer, getattr(rows, split), limit, closing=attachment.closed)[0]
-    return score_examples(attachment, chosen, rows, split, examples)
+    return score_examples(attachment, chosen, rows, split, examples)[0]
+
+
+def read_splits(experiment: Experiment, task: Task) -> Splits:
+    """The task's rows as the experiment wants them, few-shot draws included.
+
+    Raises:
+        ValueError: the task can only be scored.
+    """
+    rows, training = splits(task, experiment.data, experiment.seed, experiment.protocol), experiment.training
+    if not len(rows.train):
+        raise ValueError(
+            f"task {task.name!r} has no training rows; train on another task, and score that run with: "
+            f"softprompt evaluate RUN --task {task.name}"
+        )
+    return shots(task, rows, training.shots, experiment.seed, training.shots_balanced) if training.shots else rows
 
 
 def score_examples(
-    attachment: Attachment, task: Task, rows: Splits, split: str, examples: Sequence[Example], batch: int = 32
-) -> Score:
-    """The attachment's score on `examples` of a split."""
-    return score_answers(task, rows, split, examples, list(answer(attachment, task, examples, batch=batch)))
+    attachment: Attachment, task: Task, rows: Splits, split: str, examples: Sequence[Example]
+) -> tuple[Score, list[Answer]]:
+    """The attachment's score on `examples` of a split, and its answers."""
+    answers = answer(attachment, task, examples)
+    return score_answers(task, rows, split, examples, answers), answers
 
 
 def score_answers(
@@ -52,13 +87,25 @@ def score_answers(
     return score(task, given, golds, questions if task.question else None, majority=rows.majority)
 
 
-def draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """`count` of the examples (0: all), drawn without replacement by `seed`, in their order."""
+def draw(task: Task, table: Dataset, examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """`count` of the examples (0: all), drawn without replacement by `seed`, in their order.
+
+    Where the task has questions they are drawn whole, until there are `count` rows: a metric of whole questions would
+    otherwise find it easy to be right about what is left of one.
+    """
     if not count or count >= len(examples):
         return list(examples)
-    return [examples[place] for place in sorted(random.Random(seed).sample(range(len(examples)), count))]
-
-
-def score_json(found: Score) -> dict[str, Any]:
-    """A score as plain values."""
-    return asdict(found)
+    chooser = random.Random(seed)
+    if not task.question:
+        return [examples[place] for place in sorted(chooser.sample(range(len(examples)), count))]
+    questions = table[task.question]
+    members: dict[Any, list[int]] = {}
+    for place, example in enumerate(examples):
+        members.setdefault(questions[example.row], []).append(place)
+    order, chosen = list(members), list[int]()
+    chooser.shuffle(order)
+    for question in order:
+        if len(chosen) >= count:
+            break
+        chosen += members[question]
+    return [examples[place] for place in sorted(chosen)]

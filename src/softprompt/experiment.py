@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, final
+from typing import Annotated, Any, Literal, final, get_args
 
 import tyro
 
@@ -14,6 +14,7 @@ from softprompt.backbone import Dtype
 from softprompt.baseline import Baseline
 from softprompt.prompts import PromptConfig
 from softprompt.prompts.dpt import DPT
+from softprompt.tasks import Protocol
 
 
 @final
@@ -56,6 +57,8 @@ class Training:
     """Also score the model without a prompt, with the same template, at the end."""
     shots: int = 0
     """Training rows a class (few-shot); 0: all."""
+    shots_balanced: bool = True
+    """Draw that many shots of each class; else that many in all, as they come."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "evaluate_every"):
@@ -95,7 +98,11 @@ class Experiment:
     task: str = "sentiment"
     """Name of a built-in task, or path of the TOML file of your own."""
     data: str | None = None
-    """Where the task's rows are, if not where the task says."""
+    """Where the task's rows are, if not where the task says: a file of training rows, or SuperGLUE's or GLUE's official
+    folder."""
+    protocol: Protocol = "heldout"
+    """What an official validation split is for: half to select and half to report, or the whole of it for both, as the
+    papers did (paper); the result then says so, and dev_rows does not apply."""
     prompt: Annotated[PromptConfig, tyro.conf.Suppress] = field(
         default_factory=DPT
     )  # a subcommand, see cli/commands.py
@@ -110,6 +117,10 @@ class Experiment:
     """Of the prompt's first values, the order of rows and all draws."""
     dtype: Dtype = "auto"
     """What the frozen backbone computes in; the prompt and the optimiser are always float32."""
+
+    def __post_init__(self) -> None:
+        if self.protocol not in get_args(Protocol):
+            raise ValueError(f"protocol is {self.protocol!r}; it must be {' or '.join(get_args(Protocol))}")
 
     @property
     def method(self) -> str:

@@ -1,6 +1,6 @@
 """Rows in, answers out."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -42,13 +42,13 @@ def predict(run: Run, rows: Sequence[Mapping[str, Any]], *, backbone: Backbone |
     attachment = run.attachment(backbone)
     limit = input_limit(run.task, run.experiment.training.max_tokens)
     examples = encode(run.task, backbone.tokenizer, rows, limit, closing=attachment.closed, answers=False)[0]
-    return list(answer(attachment, run.task, examples))
+    return answer(attachment, run.task, examples)
 
 
 @torch.no_grad()
 def answer(
     attachment: Attachment, task: Task, examples: Sequence[Example], *, batch: int = 32, max_new_tokens: int = 64
-) -> Iterator[Answer]:
+) -> list[Answer]:
     """An answer an example, in their order; the prompt's share is computed once, rows of like length run together."""
     prepared = attachment.prepare([] if attachment.prompt is None else [attachment.prompt])
     order = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
@@ -61,8 +61,7 @@ def answer(
         else:
             found = _generate(attachment, prepared, part, max_new_tokens)
         answers.update(zip(places, found, strict=True))
-    for place in range(len(examples)):
-        yield answers[place]
+    return [answers[place] for place in range(len(examples))]
 
 
 def input_limit(task: Task, asked: int) -> int:

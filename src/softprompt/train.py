@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from softprompt import card, checkpoint, files, runs
-from softprompt.attach import Attachment, attach, fresh_head
+from softprompt import checkpoint, finish, runs
+from softprompt.attach import attach, fresh_head
 from softprompt.backbone import Backbone, load
 from softprompt.baseline import RATES
 from softprompt.checkpoint import Checkpoint
-from softprompt.evaluate import draw, score_answers
+from softprompt.evaluate import draw, read_splits, score_answers, score_examples
 from softprompt.experiment import Experiment
-from softprompt.export import export_attachment
 from softprompt.predict import Answer, answer, input_limit, pad_id
 from softprompt.prompts import SoftPrompt
 from softprompt.runs import Run
@@ -34,8 +33,6 @@ from softprompt.tasks import (
     encode,
     load_task,
     schedule,
-    shots,
-    splits,
 )
 from softprompt.watch import Interrupted, Progress, Silent, Watcher, interruptible
 
@@ -111,12 +108,6 @@ def _refuse_pointless(experiment: Experiment, task: Task, backbone: Backbone) ->
         raise ValueError(f"{backbone.source} answers in words and has no head to train; use the baseline lora or full")
 
 
-def read_splits(experiment: Experiment, task: Task) -> Splits:
-    """The task's rows as the experiment wants them, few-shot draws included."""
-    rows = splits(task, experiment.data, experiment.seed)
-    return shots(task, rows, experiment.training.shots, experiment.seed) if experiment.training.shots else rows
-
-
 class _Training:
     """One run in the making."""
 
@@ -130,7 +121,7 @@ class _Training:
         torch.manual_seed(run.experiment.seed)  # what a method draws in training
         watch.stage("tokenising")
         self.train = self._encoded("train")
-        self.dev = draw(self._encoded("dev"), self.settings.dev_rows, run.experiment.seed)
+        self.dev = self._drawn("dev", 0 if rows.shared else self.settings.dev_rows, run.experiment.seed)
         rates = run.experiment.prompt.rates() | {"head": self.attachment.head_rate}
         rates["tuned"] = RATES[run.experiment.baseline]
         self.optimizer = torch.optim.AdamW(
@@ -256,7 +247,7 @@ class _Training:
         """Score the development rows, keep the best prompt; rows are shared out over the processes."""
         self.attachment.eval()
         places = range(self.accelerator.process_index, len(self.dev), self.accelerator.num_processes)
-        found = list(answer(self.attachment, self.run.task, [self.dev[place] for place in places]))
+        found = answer(self.attachment, self.run.task, [self.dev[place] for place in places])
         pairs: list[tuple[int, Answer]] = list(zip(places, found, strict=True))
         if self.accelerator.num_processes > 1:
             pairs = gather_object(pairs)
@@ -307,48 +298,31 @@ class _Training:
             self.watch.note(f"{shortened} of {len(examples)} {split} rows were cut to {limit} tokens (--max-tokens)")
         return examples
 
+    def _drawn(self, split: str, count: int, seed: int) -> list[Example]:
+        return draw(self.run.task, getattr(self.rows, split), self._encoded(split), count, seed)
+
     def _finish(self) -> Run:
-        """Score what was trained on the test split and write everything down, the record last."""
-        task, folder = self.run.task, self.run.folder
-        finished = self.attachment.folded()
+        """Test what was trained, and write it down."""
         self.watch.stage("testing")
-        examples = draw(self._encoded("test"), self.settings.test_rows, 0)
-        dev, _ = self._score(finished, "dev", self.dev)
-        test, answers = self._score(finished, "test", examples)
-        results = {
-            "metric": test.metric,
-            "dev": dev.value,
-            "test": test.value,
-            "n_dev": dev.n,
-            "n_test": test.n,
-            "majority": test.majority,
-            "low": test.low,
-            "high": test.high,
-            "others": test.others,
-            "trainable": sum(parameter.numel() for parameter in self.attachment.parameters()),
+        test = self._drawn("test", self.settings.test_rows, 0)
+        progress = {
             "steps": self.done,
             "best_step": self.place["best_step"],
             "seconds": round(self.place["seconds"], 1),
         }
+        results, answers = finish.tested(self.run, self.attachment, self.rows, self.dev, test)
+        if caution := results.get("caution"):
+            self.watch.note(str(caution))
         if self.settings.untouched:
             self.watch.stage("testing the untouched model")
-            results["untouched"] = self._score(attach(self.backbone), "test", examples)[0].value
+            results["untouched"] = score_examples(attach(self.backbone), self.run.task, self.rows, "test", test)[
+                0
+            ].value
+        run = self.run
         if self.accelerator.is_main_process:
-            files.write_text(folder / runs.PREDICTIONS, "".join(_lines(task, self.rows, examples, answers)))
-            card.write(self.run, results, export_attachment(finished, folder))
-            self.run = self.run.finish(self.attachment, results)
+            run = finish.written(run, self.attachment, self.rows, test, answers, {**results, **progress})
         self.accelerator.end_training()
-        return self.run
-
-    def _score(self, attachment: Attachment, split: str, examples: Sequence[Example]) -> tuple[Score, list[Answer]]:
-        answers = list(answer(attachment, self.run.task, examples))
-        return score_answers(self.run.task, self.rows, split, examples, answers), answers
-
-
-def _lines(task: Task, rows: Splits, examples: Sequence[Example], answers: Sequence[Answer]) -> Iterator[str]:
-    for example, found in zip(examples, answers, strict=True):
-        gold = list(task.words)[example.label] if example.label is not None else task.golds(rows.test[example.row])
-        yield runs.json_line({"row": example.row, "answer": found.label or found.text, "gold": gold})
+        return run
 
 
 def _start_note(source: str, first: SoftPrompt, start: SoftPrompt) -> str:

@@ -32,11 +32,14 @@ def test_equals_the_fused_kernel(groups: int, dtype: torch.dtype, tolerance: flo
 
 
 def test_large_scores_keep_their_precision_in_bfloat16() -> None:
-    """Scores near 60 rounded to bfloat16 before the softmax would be off by up to 0.25 (a fault this test has seen)."""
+    """Scores near 120, which a bfloat16 can only tell apart by halves; seen failing with scores kept in bfloat16."""
     generator = torch.Generator().manual_seed(1)
-    query = (8 * torch.randn(1, 1, 6, 16, generator=generator)).bfloat16()
-    key = (2 * torch.randn(1, 1, 9, 16, generator=generator)).bfloat16()
+    query, key = torch.full((1, 1, 6, 16), 4.0), torch.full((1, 1, 9, 16), 8.0)
+    query, key = (one + 0.1 * torch.randn(one.shape, generator=generator) for one in (query, key))
     value = torch.randn(1, 1, 9, 16, generator=generator).bfloat16()
+    query, key = query.bfloat16(), key.bfloat16()
     mask = torch.ones(1, 1, 6, 9, dtype=torch.bool)
-    exact = torch.nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double(), mask)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), mask, scale=0.25
+    )
     assert_close(grouped_attention(query, key, value, mask, 0.25).double(), exact, atol=2e-2, rtol=0)

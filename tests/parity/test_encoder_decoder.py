@@ -15,12 +15,12 @@ from torch import Tensor, nn
 import softprompt
 from softprompt.attach import Attachment, Sampling, attach
 from softprompt.backbone import Backbone, _check_embeddings
+from softprompt.evaluate import read_splits
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.prompts.adept import ADePT
 from softprompt.prompts.dept import DePT
 from softprompt.prompts.plain import Plain
 from softprompt.tasks import encode, schedule
-from softprompt.train import read_splits
 
 NAMES = ("t5", "t5_1.1", "mt5", "bart", "bart_forced", "marian")
 TEXTS, INDEX = (7, 2, 4, 9, 3), (2, 0, 1, 0, 2)

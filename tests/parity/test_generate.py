@@ -104,6 +104,18 @@ def test_each_token_comes_before_the_next_is_computed(llama: Attachment) -> None
     handle.remove()
 
 
+def test_streams_leave_gradients_as_they_are(llama: Attachment) -> None:
+    """Two streams read in turn and never to their end: the reader's own mode is untouched in between and after."""
+    first, second = (llama.generate(row[None], max_new_tokens=4, stop=[]) for row in texts()[:2])
+    for stream in (first, second, first, second, first):
+        token = next(stream)
+        assert torch.is_grad_enabled()
+        assert not token.requires_grad
+    first.close()
+    assert list(second)
+    assert torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize(
     "sampling",
     [Sampling(temperature=1e-4), Sampling(temperature=2.0, top_k=1), Sampling(temperature=2.0, top_p=1e-6)],

@@ -91,7 +91,7 @@ def source(monkeypatch: pytest.MonkeyPatch):
     """Puts splits in the place of a source: `source(train=..., dev=...)` gives the name to read them by."""
 
     def put(**found: Dataset) -> str:
-        monkeypatch.setitem(READERS, "here", lambda task: found)
+        monkeypatch.setitem(READERS, "here", lambda task, folder: found)
         return "here"
 
     return put
@@ -395,7 +395,7 @@ def texts(whole: Splits) -> list[set[str]]:
 @settings(deadline=None, max_examples=25)
 @given(n=st.integers(30, 120), seed=st.integers(0, 99))
 def test_rows_are_cut_class_by_class_without_loss(n: int, seed: int) -> None:
-    READERS["cut-test"] = lambda task: {"rows": table(n)}
+    READERS["cut-test"] = lambda task, folder: {"rows": table(n)}
     try:
         task = dataclasses.replace(REVIEW, source="cut-test")
         whole = splits(task, seed=seed)

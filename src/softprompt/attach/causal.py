@@ -182,13 +182,16 @@ class Causal(Attachment):
             place = text.mask.sum(1, keepdim=True)
             done = torch.zeros(len(text.ids), dtype=torch.bool, device=text.ids.device)
             token = torch.zeros(len(text.ids), dtype=torch.long, device=text.ids.device)
-            for step in range(max_new_tokens):
+            ends = torch.tensor(list(stop), dtype=torch.long, device=token.device)
+        for step in range(max_new_tokens):
+            with torch.no_grad():  # not around the yield: whoever asks for the tokens keeps its own mode
+                if step:
+                    state = self._continue(state, token[:, None], place + step - 1, prefix.prompts, index)
                 token = torch.where(done, token, choose(state.logits[:, -1]))
-                done = done | torch.isin(token, torch.tensor(list(stop), dtype=torch.long, device=token.device))
-                yield token
-                if bool(done.all()) or step == max_new_tokens - 1:
-                    return
-                state = self._continue(state, token[:, None], place + step, prefix.prompts, index)
+                done = done | torch.isin(token, ends)
+            yield token
+            if bool(done.all()):
+                return
 
     def target(self, answer: Sequence[int]) -> tuple[int, ...]:
         """As it is: it goes on where the text stops."""

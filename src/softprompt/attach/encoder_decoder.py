@@ -153,15 +153,16 @@ class EncoderDecoder(Attachment):
             done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
             fed = self._begin(input_ids)
             token = fed[:, 0]
-            for step in range(max_new_tokens):
+        for step in range(max_new_tokens):
+            with torch.no_grad():  # not around the yield: whoever asks for the tokens keeps its own mode
                 logits = self._decode(read, fed)[:, -1]
                 new = choose(logits) if step >= len(self._first) else torch.full_like(token, self._first[step])
                 token = torch.where(done, token, new)
                 done = done | torch.isin(token, ends)
-                yield token
-                if bool(done.all()):
-                    return
-                fed = token[:, None]
+            yield token
+            if bool(done.all()):
+                return
+            fed = token[:, None]
 
     @torch.no_grad()
     def beam(

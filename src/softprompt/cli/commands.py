@@ -14,14 +14,14 @@ from rich.table import Table
 
 from softprompt import assets, backbone, files, runs
 from softprompt.cli.terminal import Terminal, console
-from softprompt.evaluate import evaluate
+from softprompt.evaluate import evaluate, read_splits
 from softprompt.experiment import Experiment
 from softprompt.export import export_peft
 from softprompt.predict import Answer, predict
 from softprompt.prompts import METHODS
 from softprompt.prompts.dpt import DPT
 from softprompt.tasks import TASKS, read_rows
-from softprompt.train import read_splits, resume, train
+from softprompt.train import resume, train
 
 Prompt: Any = Union[  # noqa: UP007  (built of every registered method)
     tuple(
@@ -95,6 +95,7 @@ def train_(
 def evaluate_(
     run: RunFolder,
     task: str | None = None,
+    data: str | None = None,
     split: Literal["test", "dev", "train"] = "test",
 ) -> dict[str, Any]:
     """Score a run.
@@ -102,10 +103,11 @@ def evaluate_(
     Args:
         run: The run's folder.
         task: Another task than the run's own: a name, or a TOML file.
+        data: Where the rows are, as in train; none: where the run had them, or where that other task says.
         split: Which rows.
     """
     opened = runs.open_run(run)
-    score = evaluate(opened, task=task, split=split)
+    score = evaluate(opened, task=task, data=data, split=split)
     return {
         "command": "evaluate",
         "run": str(run),

@@ -1,9 +1,9 @@
 """Tasks: what is learned, its rows, its tokens and its scores; `TASKS` has the built-in ones by name."""
 
-from softprompt.tasks import boolq, sentiment  # noqa: F401  (each registers itself)
+from softprompt.tasks import boolq, glue, sentiment, superglue  # noqa: F401  (each registers its own)
 from softprompt.tasks.base import READERS, TASKS, Task, Template, register
 from softprompt.tasks.batch import IGNORED, Batch, answer_labels, batches, collate, schedule
-from softprompt.tasks.data import Splits, check, cut, shots, splits
+from softprompt.tasks.data import SAME_ROWS, Protocol, Splits, check, cut, shots, splits
 from softprompt.tasks.encode import Example, answer_ids, encode
 from softprompt.tasks.metrics import METRICS, Answers, Metric
 from softprompt.tasks.rows import read_rows
@@ -14,12 +14,14 @@ __all__ = [
     "IGNORED",
     "METRICS",
     "READERS",
+    "SAME_ROWS",
     "TASKS",
     "Answers",
     "Batch",
     "Example",
     "Metric",
     "Prediction",
+    "Protocol",
     "Score",
     "Splits",
     "Task",

@@ -172,9 +172,8 @@ def _same_in_question(answers: Answers) -> Float[np.ndarray, "unit"]:
     return (np.bincount(units, weights=given != given[first][units]) == 0).astype(float)
 
 
-_DETERMINERS = frozenset(
-    "a an the this that these those my your his her our their whose which some each every many much few".split()
-)
+_DETERMINERS = {"a", "an", "the", "this", "that", "these", "those", "some", "each", "every", "many", "much", "few"}
+_DETERMINERS |= {"my", "your", "his", "her", "our", "their", "whose", "which"}
 
 
 def referent_match(prediction: str, gold: str) -> float:
@@ -219,7 +218,10 @@ def _f1(answers: Answers) -> float:
 def _matthews(answers: Answers) -> float:
     from sklearn.metrics import matthews_corrcoef
 
-    return float(matthews_corrcoef(answers.golds, answers.predictions))
+    with warnings.catch_warnings():
+        # One label on both sides, as in some resamples: scikit-learn warns, and scores it 0 as we want it.
+        warnings.simplefilter("ignore", UserWarning)
+        return float(matthews_corrcoef(answers.golds, answers.predictions))
 
 
 def _correlation(name: Literal["pearsonr", "spearmanr"]) -> Callable[[Answers], float]:

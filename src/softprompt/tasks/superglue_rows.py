@@ -29,7 +29,7 @@ def flatten_multirc(row: Row) -> Rows:
 
 
 def prepare_multirc(row: Row) -> Rows:
-    """Without markup, and with the question's own number: two paragraphs may ask the same."""
+    """Without markup and space around, and with the question's own number: two paragraphs may ask the same."""
     yield {
         **{name: _without_markup(row[name]) for name in ("paragraph", "question", "answer")},
         "question_id": f"{row['idx']['paragraph']}-{row['idx']['question']}",
@@ -100,7 +100,7 @@ def prepare_axg(row: Row) -> Rows:
 
 
 def _without_markup(text: str) -> str:
-    return re.sub(r"</?b>", "", text.replace("<br>", " "))
+    return re.sub(r"</?b>", "", text.replace("<br>", " ")).strip()
 
 
 def _with_highlights_as_sentences(passage: str) -> str:
@@ -111,12 +111,14 @@ def _with_highlights_as_sentences(passage: str) -> str:
 
 def _place(text: str, span: str, index: int) -> tuple[int, int]:
     """Start and end of `span`: at word `index`, or the nearest to it (one validation row's index is off by one)."""
-    start = [word.start() for word in re.finditer(r"\S+", text)][index]
+    starts = [word.start() for word in re.finditer(r"\S+", text)]
+    if not 0 <= index < len(starts):
+        raise ValueError(f"the span {span!r} is at word {index}, and its text has {len(starts)} words")
     words = r"\s+".join(map(re.escape, span.split()))
     found = list(re.finditer(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE))
     if not found:
         raise ValueError(f"the span {span!r} is not in its text")
-    return min(found, key=lambda match: abs(match.start() - start)).span()
+    return min(found, key=lambda match: abs(match.start() - starts[index])).span()
 
 
 def _mark(text: str, *spans: tuple[int, int, str, str]) -> str:

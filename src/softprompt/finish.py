@@ -1,0 +1,55 @@
+"""The end of a training: what was trained is tested, and written down with the record last."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from softprompt import card, files, runs
+from softprompt.attach import Attachment
+from softprompt.evaluate import score_examples
+from softprompt.export import export_attachment
+from softprompt.predict import Answer
+from softprompt.runs import Run
+from softprompt.tasks import SAME_ROWS, Example, Splits, Task
+
+
+def tested(
+    run: Run, trained: Attachment, rows: Splits, dev: Sequence[Example], test: Sequence[Example]
+) -> tuple[dict[str, Any], list[Answer]]:
+    """The results of the folded prompt, and its answers on the test rows."""
+    finished = trained.folded()
+    chosen, _ = score_examples(finished, run.task, rows, "dev", dev)
+    score, answers = score_examples(finished, run.task, rows, "test", test)
+    results = {
+        "metric": score.metric,
+        "dev": chosen.value,
+        "test": score.value,
+        "n_dev": chosen.n,
+        "n_test": score.n,
+        "majority": score.majority,
+        "low": score.low,
+        "high": score.high,
+        "others": score.others,
+        "protocol": run.experiment.protocol,
+        "trainable": sum(parameter.numel() for parameter in trained.parameters()),
+    }
+    return (results | {"caution": SAME_ROWS} if rows.shared else results), answers
+
+
+def written(
+    run: Run,
+    trained: Attachment,
+    rows: Splits,
+    test: Sequence[Example],
+    answers: Sequence[Answer],
+    results: Mapping[str, Any],
+) -> Run:
+    """Everything that a finished run's folder holds."""
+    files.write_text(run.folder / runs.PREDICTIONS, "".join(_lines(run.task, rows, test, answers)))
+    card.write(run, results, export_attachment(trained.folded(), run.folder))
+    return run.finish(trained, results)
+
+
+def _lines(task: Task, rows: Splits, examples: Sequence[Example], answers: Sequence[Answer]) -> Iterator[str]:
+    for example, found in zip(examples, answers, strict=True):
+        gold = list(task.words)[example.label] if example.label is not None else task.golds(rows.test[example.row])
+        yield runs.json_line({"row": example.row, "answer": found.label or found.text, "gold": gold})
