@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -165,6 +165,8 @@ def _device(name: str) -> torch.device:
 
 def _locate(source: str) -> tuple[str, str, str]:
     """Folder or hub id to load from, the base name for run folders, and a note on the weights."""
+    if not source.strip():
+        raise ValueError(f"the backbone is {source!r}; give a hub id, a folder, a .gguf file or an asset")
     if source in assets.ASSETS:
         asset = assets.ASSETS[source]
         if asset.kind != "model":
@@ -259,7 +261,8 @@ def measured_dtype(device: torch.device) -> torch.dtype:
     if known.get(key) not in ("float32", "bfloat16"):
         times = {kind: _matmul_seconds(device, getattr(torch, kind)) for kind in ("float32", "bfloat16")}
         known = {**known, key: min(times, key=lambda kind: times[kind])}
-        files.write_text(file, json.dumps(known, indent=1))
+        with suppress(OSError):  # a cache that cannot be written costs a tenth of a second, no more
+            files.write_text(file, json.dumps(known, indent=1))
     return torch.bfloat16 if known[key] == "bfloat16" else torch.float32
 
 

@@ -49,7 +49,7 @@ def save(run: Path, checkpoint: Checkpoint) -> None:
 
 def steps(run: Path) -> list[int]:
     """Steps at which there is a checkpoint, rising."""
-    return sorted(int(path.name[5:]) for path in (run / _FOLDER).glob("step-*"))
+    return sorted(int(path.name[5:]) for path in (run / _FOLDER).glob("step-*") if path.name[5:].isdigit())
 
 
 def load(run: Path, step: int) -> Checkpoint:

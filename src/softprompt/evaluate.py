@@ -44,10 +44,10 @@ def evaluate(
     if not len(getattr(rows, split)):
         raise ValueError(f"task {chosen.name!r} has no {split} rows; it can only be scored on its test split")
     backbone = backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
-    limit = input_limit(chosen, experiment.training.max_tokens)
     attachment = run.attachment(backbone)
+    limit = input_limit(attachment, chosen, experiment.training)
     examples = encode(chosen, backbone.tokenizer, getattr(rows, split), limit, closing=attachment.closed)[0]
-    return score_examples(attachment, chosen, rows, split, examples)[0]
+    return score_examples(attachment, chosen, rows, split, examples, experiment.training.max_new_tokens)[0]
 
 
 def read_splits(experiment: Experiment, task: Task) -> Splits:
@@ -66,10 +66,15 @@ def read_splits(experiment: Experiment, task: Task) -> Splits:
 
 
 def score_examples(
-    attachment: Attachment, task: Task, rows: Splits, split: str, examples: Sequence[Example]
+    attachment: Attachment,
+    task: Task,
+    rows: Splits,
+    split: str,
+    examples: Sequence[Example],
+    max_new_tokens: int,
 ) -> tuple[Score, list[Answer]]:
     """The attachment's score on `examples` of a split, and its answers."""
-    answers = answer(attachment, task, examples)
+    answers = answer(attachment, task, examples, max_new_tokens=max_new_tokens)
     return score_answers(task, rows, split, examples, answers), answers
 
 

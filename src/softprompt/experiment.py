@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, final, get_args
 
 import tyro
@@ -25,7 +26,7 @@ class Training:
     steps: int = 300
     """Optimiser steps."""
     batch: int = 16
-    """Rows a step, over all processes."""
+    """Rows a step."""
     lr: float = 0.03
     """Peak learning rate, in units of the prompt's scale; the same number fits every backbone."""
     objective: Literal["vocabulary", "candidates"] = "candidates"
@@ -55,13 +56,15 @@ class Training:
     """Longest input; longer rows lose the end of their longest field. 0: what the task says."""
     untouched: bool = False
     """Also score the model without a prompt, with the same template, at the end."""
+    max_new_tokens: int = 64
+    """Most tokens of an answer, in a generation."""
     shots: int = 0
     """Training rows a class (few-shot); 0: all."""
     shots_balanced: bool = True
     """Draw that many shots of each class; else that many in all, as they come."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "evaluate_every"):
+        for name in ("steps", "batch", "accumulate", "evaluate_every", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("patience", "dev_rows", "test_rows", "max_tokens", "shots", "weight_decay", "clip"):
@@ -136,6 +139,14 @@ class Experiment:
     def hash(self) -> str:
         """sha256 of the canonical JSON."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def located(self) -> "Experiment":
+        """The same with absolute paths, so that a run can be used from any folder."""
+        names = ("backbone", "task", "data", "start")
+        given = {name: Path(getattr(self, name) or "").expanduser() for name in names}
+        return self.replace(
+            **{name: str(path.resolve()) for name, path in given.items() if path.name and path.exists()}
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` is its inverse."""

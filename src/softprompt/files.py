@@ -1,6 +1,7 @@
 """Files that are written whole or not at all (a temporary name, fsync, rename), and read without running any code."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+_NO_PLACE = (errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -41,7 +43,27 @@ def replacing(path: Path) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             raise OSError(f"{path} cannot be written ({error.strerror}); make room on its disk") from error
+        if isinstance(error, OSError) and error.errno in _NO_PLACE:
+            raise OSError(f"{path} cannot be written ({error.strerror}); choose another place") from error
         raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from working on `folder` at the same time.
+
+    Raises:
+        RuntimeError: another process is at it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"{folder} is being worked on by another process; wait for it, or stop it") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,9 +16,9 @@ def tested(
     run: Run, trained: Attachment, rows: Splits, dev: Sequence[Example], test: Sequence[Example]
 ) -> tuple[dict[str, Any], list[Answer]]:
     """The results of the folded prompt, and its answers on the test rows."""
-    finished = trained.folded()
-    chosen, _ = score_examples(finished, run.task, rows, "dev", dev)
-    score, answers = score_examples(finished, run.task, rows, "test", test)
+    finished, most = trained.folded(), run.experiment.training.max_new_tokens
+    chosen, _ = score_examples(finished, run.task, rows, "dev", dev, most)
+    score, answers = score_examples(finished, run.task, rows, "test", test, most)
     results = {
         "metric": score.metric,
         "dev": chosen.value,

@@ -8,6 +8,7 @@ import torch
 
 from softprompt.attach import Attachment, Prepared
 from softprompt.backbone import Backbone, load
+from softprompt.experiment import Training
 from softprompt.runs import Run
 from softprompt.tasks import Example, Task, answer_ids, collate, encode
 
@@ -40,14 +41,14 @@ def predict(run: Run, rows: Sequence[Mapping[str, Any]], *, backbone: Backbone |
     """
     backbone = backbone or load(run.experiment.backbone, dtype=run.experiment.backbone_dtype)
     attachment = run.attachment(backbone)
-    limit = input_limit(run.task, run.experiment.training.max_tokens)
+    limit = input_limit(attachment, run.task, run.experiment.training)
     examples = encode(run.task, backbone.tokenizer, rows, limit, closing=attachment.closed, answers=False)[0]
-    return answer(attachment, run.task, examples)
+    return answer(attachment, run.task, examples, max_new_tokens=run.experiment.training.max_new_tokens)
 
 
 @torch.no_grad()
 def answer(
-    attachment: Attachment, task: Task, examples: Sequence[Example], *, batch: int = 32, max_new_tokens: int = 64
+    attachment: Attachment, task: Task, examples: Sequence[Example], *, batch: int = 32, max_new_tokens: int
 ) -> list[Answer]:
     """An answer an example, in their order; the prompt's share is computed once, rows of like length run together."""
     prepared = attachment.prepare([] if attachment.prompt is None else [attachment.prompt])
@@ -64,9 +65,25 @@ def answer(
     return [answers[place] for place in range(len(examples))]
 
 
-def input_limit(task: Task, asked: int) -> int:
-    """Most tokens of an input: what was asked for, else what the task says, else 512."""
-    return asked or task.max_tokens or 512
+def input_limit(attachment: Attachment, task: Task, training: Training) -> int:
+    """Most tokens of an input: what was asked for, else what the task says, else 512; never more than fit.
+
+    Raises:
+        ValueError: prompt and answer alone fill the backbone's positions.
+    """
+    limit = training.max_tokens or task.max_tokens or 512
+    most = attachment.backbone.max_positions
+    if most is None:
+        return limit
+    length = 0 if attachment.prompt is None else len(attachment.prompt.prompt())
+    words = answer_ids(task, attachment.backbone.tokenizer) if task.is_classification else ()
+    longest = max(map(len, words), default=training.max_new_tokens)
+    if length + longest >= most:
+        raise ValueError(
+            f"a prompt of {length} and an answer of {longest} tokens leave no room in the {most} positions of "
+            f"{attachment.backbone.source}; lower the length or max_new_tokens"
+        )
+    return min(limit, most - length - longest)
 
 
 def _classify(attachment: Attachment, prepared: Prepared, task: Task, part: Sequence[Example]) -> list[Answer]:

@@ -83,6 +83,13 @@ class Run:
                 f"run {self.folder} was trained on {self.experiment.backbone} ({width} wide), and {backbone.source} is "
                 f"{backbone.dim} wide; use the backbone it was trained on"
             )
+        recorded = self.record["backbone"]
+        same_dtype = recorded["dtype"] == str(backbone.dtype).removeprefix("torch.")
+        if same_dtype and recorded["hash"] != backbone.hash:
+            raise ValueError(
+                f"the weights of {backbone.source} are not those that run {self.folder} was trained on; "
+                "use the backbone it was trained on"
+            )
 
     def attachment(self, backbone: Backbone) -> Attachment:
         """The folded prompt, with its head where it has one, in front of `backbone`; raises as `prompt` does."""
@@ -208,10 +215,14 @@ def open_run(folder: str | Path) -> Run:
     return Run(path, experiment, task, record)
 
 
+def run_folders(out: Path) -> list[Path]:
+    """The folders below `out` that hold a run, by name, readable or not."""
+    return [record.parent for record in sorted(out.glob(f"*/{RECORD}")) if not record.parent.name.startswith(".")]
+
+
 def list_runs(out: Path) -> list[Run]:
-    """Every run below `out`, by name."""
-    # A name with a dot in front is a draft that a killed process left.
-    return [open_run(record.parent) for record in sorted(out.glob(f"[!.]*/{RECORD}"))]
+    """Every run below `out`, by name; raises as `open_run` does."""
+    return [open_run(folder) for folder in run_folders(out)]
 
 
 def read_prompt(folder: Path, backbone: Backbone) -> SoftPrompt:

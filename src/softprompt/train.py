@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
-from softprompt import checkpoint, finish, runs
+from softprompt import checkpoint, files, finish, runs
 from softprompt.attach import attach, fresh_head
 from softprompt.backbone import Backbone, load
 from softprompt.baseline import RATES
 from softprompt.checkpoint import Checkpoint
 from softprompt.evaluate import draw, read_splits, score_answers, score_examples
 from softprompt.experiment import Experiment
-from softprompt.predict import Answer, answer, input_limit, pad_id
+from softprompt.predict import answer, input_limit, pad_id
 from softprompt.prompts import SoftPrompt
 from softprompt.runs import Run
 from softprompt.tasks import (
@@ -59,10 +58,14 @@ def train(
         ValueError: settings, rows or backbone do not fit, or the loss is no number.
         Interrupted: Ctrl-C; a checkpoint is there to go on from.
     """
+    _refuse_several_processes()
     watch = watch or Silent()
     watch.stage("reading rows")
-    task = load_task(experiment.task)
+    experiment = experiment.located()
+    task = load_task(experiment.task, experiment.data)
     rows = read_splits(experiment, task)
+    for warning in rows.warnings:
+        watch.note(warning)
     watch.stage(f"loading {experiment.backbone}")
     backbone = backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
     # Before a folder is made: what does not fit is refused here.
@@ -71,7 +74,8 @@ def train(
         watch.note(_start_note(experiment.start, first, runs.read_prompt(Path(experiment.start), backbone)))
     _refuse_pointless(experiment, task, backbone)
     run = runs.create(experiment, task, backbone, Path(out), name, rows.fingerprint)
-    return _Training(run, backbone, rows, watch, log_with).go()
+    with files.locked(run.folder):
+        return _Training(run, backbone, rows, watch, log_with).go()
 
 
 def resume(folder: str | Path, *, watch: Watcher | None = None, log_with: str | None = None) -> Run:
@@ -80,6 +84,7 @@ def resume(folder: str | Path, *, watch: Watcher | None = None, log_with: str | 
     Raises:
         ValueError: the rows or the backbone's weights are not those it was started with.
     """
+    _refuse_several_processes()
     watch = watch or Silent()
     run = runs.open_run(folder)
     if run.results is not None:
@@ -95,10 +100,20 @@ def resume(folder: str | Path, *, watch: Watcher | None = None, log_with: str | 
         raise ValueError(
             f"the weights of {experiment.backbone} are not those that {folder} was started with; start a new run"
         )
-    return _Training(run, backbone, rows, watch, log_with).go()
+    with files.locked(run.folder):
+        return _Training(run, backbone, rows, watch, log_with).go()
+
+
+def _refuse_several_processes() -> None:
+    count = PartialState().num_processes
+    if count > 1:
+        raise ValueError(f"training was started as {count} processes, and only one is supported yet; start it alone")
 
 
 def _refuse_pointless(experiment: Experiment, task: Task, backbone: Backbone) -> None:
+    most = backbone.max_positions
+    if most is not None and experiment.prompt.length >= most:
+        raise ValueError(f"length is {experiment.prompt.length}, but {backbone.source} has {most} positions; lower it")
     head = fresh_head(backbone, len(task.words), torch.Generator())
     if experiment.training.untouched and head is not None:
         raise ValueError(
@@ -157,6 +172,7 @@ class _Training:
             rows = [self.train[place] for place in next(order)[1]]
             rate = settings.rate(self.done)
             loss = self._step(rows, rate)
+            speed = len(rows) / (time.perf_counter() - start)
             self.done += 1
             line: dict[str, Any] = {"step": self.done, "loss": loss, "lr": rate}
             if self.done % settings.evaluate_every == 0 or self.done == settings.steps:
@@ -164,9 +180,8 @@ class _Training:
                 line["dev"] = score.value
             seconds = time.perf_counter() - start
             self.place["seconds"] += seconds
-            if self.accelerator.is_main_process:
-                log.write(runs.json_line(line))
-                log.flush()
+            log.write(runs.json_line(line))
+            log.flush()
             self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=self.done)
             if "dev" in line:
                 self._save()
@@ -176,7 +191,7 @@ class _Training:
                     steps=settings.steps,
                     loss=loss,
                     lr=rate,
-                    rows_per_second=len(rows) / seconds,
+                    rows_per_second=speed,
                     dev=score,
                 )
             )
@@ -188,25 +203,19 @@ class _Training:
                 )
 
     def _step(self, rows: Sequence[Example], rate: float) -> float:
-        """One optimiser step; its loss is the mean over the whole batch, however it is cut into parts and processes."""
+        """One optimiser step; its loss is the mean over the whole batch, however it is cut into parts."""
         self.attachment.train()  # a method's own dropout; the backbone stays in evaluation mode
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate"]
         weight = len(rows) if self._candidates else sum(len(self._target(row)) for row in rows)
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         loss = torch.zeros((), device=self.accelerator.device)
         with self.attachment.backbone.dropout(self.settings.dropout):
             for part in range(self.settings.accumulate):
-                if piece := mine[part :: self.settings.accumulate]:
+                if piece := rows[part :: self.settings.accumulate]:
                     piece_loss = self._loss_sum(piece) / weight
                     piece_loss.backward()  # type: ignore[no-untyped-call]
                     loss += piece_loss.detach()
         parameters = list(self.attachment.parameters())
-        if self.accelerator.num_processes > 1:
-            loss = self.accelerator.reduce(loss, reduction="sum")
-            for parameter in parameters:
-                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self.accelerator.reduce(grad, reduction="sum")
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf)
         self._refuse_not_finite(float(loss), float(norm), rate, rows)
         self.optimizer.step()
@@ -244,14 +253,10 @@ class _Training:
         )
 
     def _evaluate(self) -> Score:
-        """Score the development rows, keep the best prompt; rows are shared out over the processes."""
+        """Score the development rows, and keep the best prompt."""
         self.attachment.eval()
-        places = range(self.accelerator.process_index, len(self.dev), self.accelerator.num_processes)
-        found = answer(self.attachment, self.run.task, [self.dev[place] for place in places])
-        pairs: list[tuple[int, Answer]] = list(zip(places, found, strict=True))
-        if self.accelerator.num_processes > 1:
-            pairs = gather_object(pairs)
-        answers = [found for _, found in sorted(pairs, key=lambda pair: pair[0])]
+        most = self.settings.max_new_tokens
+        answers = answer(self.attachment, self.run.task, self.dev, max_new_tokens=most)
         score = score_answers(self.run.task, self.rows, "dev", self.dev, answers)
         if score.value > self.place["best"]:
             self.place.update(best=score.value, best_step=self.done, stale=0)
@@ -264,7 +269,7 @@ class _Training:
         return 0 < self.settings.patience <= self.place["stale"]
 
     def _save(self) -> None:
-        if not self.accelerator.is_main_process or self.done in checkpoint.steps(self.run.folder):
+        if self.done in checkpoint.steps(self.run.folder):
             return
         checkpoint.save(
             self.run.folder,
@@ -291,7 +296,7 @@ class _Training:
         self.best = {name: tensor.to(device) for name, tensor in saved.best.items()}
 
     def _encoded(self, split: str) -> list[Example]:
-        limit = input_limit(self.run.task, self.settings.max_tokens)
+        limit = input_limit(self.attachment, self.run.task, self.settings)
         rows, closing = getattr(self.rows, split), self.attachment.closed
         examples, shortened = encode(self.run.task, self.backbone.tokenizer, rows, limit, closing=closing)
         if shortened:
@@ -315,12 +320,10 @@ class _Training:
             self.watch.note(str(caution))
         if self.settings.untouched:
             self.watch.stage("testing the untouched model")
-            results["untouched"] = score_examples(attach(self.backbone), self.run.task, self.rows, "test", test)[
-                0
-            ].value
-        run = self.run
-        if self.accelerator.is_main_process:
-            run = finish.written(run, self.attachment, self.rows, test, answers, {**results, **progress})
+            most = self.settings.max_new_tokens
+            bare, _ = score_examples(attach(self.backbone), self.run.task, self.rows, "test", test, most)
+            results["untouched"] = bare.value
+        run = finish.written(self.run, self.attachment, self.rows, test, answers, {**results, **progress})
         self.accelerator.end_training()
         return run
 

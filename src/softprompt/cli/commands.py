@@ -176,6 +176,8 @@ def list_(
         dim: The backbone's width, for the methods' trainable numbers.
         out: Folder that holds the runs.
     """
+    if dim < 1:
+        raise ValueError(f"dim is {dim}; it must be at least 1")
     kinds: dict[str, list[dict[str, Any]]] = {
         "methods": [
             {"name": name, "count": config().count(dim), "folds": config.folds}
@@ -183,7 +185,7 @@ def list_(
         ],
         "tasks": [{"name": task.name, "description": task.description} for task in TASKS.values()],
         "assets": assets.status(),
-        "runs": [_run_json(run) for run in runs.list_runs(out)] if what == "runs" else [],
+        "runs": [_run_json(folder) for folder in runs.run_folders(out)] if what == "runs" else [],
     }
     _show_table(kinds[what])
     return kinds[what]
@@ -246,13 +248,18 @@ def _show_table(rows: list[dict[str, Any]]) -> None:
     if not rows:
         console.print("none")
         return
-    table = Table(*(str(name) for name in rows[0]), box=None, pad_edge=False)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(*names, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
+        table.add_row(*("" if row.get(name) is None else str(row[name]) for name in names))
     console.print(table)
 
 
-def _run_json(run: runs.Run) -> dict[str, Any]:
+def _run_json(folder: Path) -> dict[str, Any]:
+    try:
+        run = runs.open_run(folder)
+    except ValueError as error:
+        return {"name": folder.name, "finished": False, "problem": str(error)}
     results = run.results or {}
     return {
         "name": run.name,

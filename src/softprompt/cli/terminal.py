@@ -15,7 +15,7 @@ from rich.progress import (
 
 from softprompt.watch import Progress as Step
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False)
 
 
 @final
@@ -36,7 +36,7 @@ class Terminal:
         console.print(f"note: {text}")
 
     def step(self, progress: Step) -> None:
-        """Move the bar; where stderr is no terminal, print a line at each evaluation and every 25 steps."""
+        """Move the bar; where stderr is no terminal, print a line every 25 steps."""
         dev = "" if progress.dev is None else f"dev {progress.dev.metric} {progress.dev.value:.3f}"
         words = f"loss {progress.loss:.3f}  {dev}  {progress.rows_per_second:.1f} rows/s"
         if not console.is_terminal:

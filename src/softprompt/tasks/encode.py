@@ -76,7 +76,7 @@ def answer_ids(task: Task, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """Each class's word in token ids, in the order of the classes.
 
     Raises:
-        ValueError: a word without tokens, or two words with the same ones, by name.
+        ValueError: a word without tokens, or two words of which one's tokens begin the other's, by name.
     """
     _check_fast(tokenizer)
     found: dict[tuple[int, ...], str] = {}
@@ -91,6 +91,12 @@ def answer_ids(task: Task, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
                 f"the words {found[ids]!r} and {word!r} of task {task.name!r} are the same tokens to this tokenizer; "
                 "use words that differ"
             )
+        for other, its in ((found[one], one) for one in found):
+            if its[: len(ids)] == ids or ids[: len(its)] == its:
+                raise ValueError(
+                    f"of the words {other!r} and {word!r} of task {task.name!r} one is the beginning of the other in "
+                    "tokens, so that the longer could never win; use words that begin differently"
+                )
         found[ids] = word
     return tuple(found)
 
