@@ -220,7 +220,7 @@ def test_a_name_that_is_no_task(folder: Folder) -> None:
         ('{"text": "a", "queue": "B"}\n', "{} is called .csv but holds JSON"),
         ('[\n{"text": "a", "queue": "B"}\n]', "{} is called .csv but holds JSON"),
         (b"PAR1....", "{} is called .csv but holds Parquet data"),
-        (gzip.compress(b"text,queue\na,B\n"), "{} is called .csv but holds gzip data"),
+        (gzip.compress(b"text,queue\na,B\n", mtime=0), "{} is called .csv but holds gzip data"),
         (b"PK\x03\x04....", "{} is called .csv but holds a zip or Excel data"),
     ],
 )
@@ -246,7 +246,7 @@ def test_a_csv_that_cannot_be_read(folder: Folder, content: str | bytes, said: s
         ("train.parquet", "text,queue\na,B\n", "{} is called .parquet but holds no Parquet data"),
         ("train.parquet", b"PAR1 and then nothing", "{} is not a whole Parquet file"),
         ("train.csv.gz", "text,queue\na,B\n", "{} is not a whole .gz file"),
-        ("train.csv.gz", gzip.compress(b"text,queue\na,B\n" * 99)[:-9], "{} is not a whole .gz file"),
+        ("train.csv.gz", gzip.compress(b"text,queue\na,B\n" * 99, mtime=0)[:-9], "{} is not a whole .gz file"),
         ("train.csv.bz2", bz2.compress(b"text,queue\na,B\n")[:-9], "{} is not a whole .bz2 file"),
         ("train.csv.xz", b"nothing", "{} is not a whole .xz file"),
         ("train.tsv", 'text\tqueue\n"a\tB\nc"\tD\n', "row 1 of {} has a quotation mark that runs over the line's end"),
