@@ -1,0 +1,35 @@
+"""Two processes on one run, and two label words of which one begins the other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from softprompt import files
+from softprompt.tasks import Task, answer_ids
+
+
+def test_a_folder_is_worked_on_by_one_at_a_time(tmp_path: Path) -> None:
+    with files.locked(tmp_path), pytest.raises(RuntimeError, match="another process"), files.locked(tmp_path):
+        pass
+    with files.locked(tmp_path):
+        pass
+
+
+class Words:
+    """A tokenizer of whole words: the second word could never win against the first, its beginning."""
+
+    is_fast, unk_token_id = True, -1
+    known: tuple[str, ...] = (":", "spam", "offer", "ham")
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [self.known.index(word) for word in text.replace(":", ": ").split()]}
+
+
+def test_a_word_that_begins_another_is_refused() -> None:
+    words = {"a": "spam", "b": "spam offer"}
+    task = Task(name="mail", template="{text}\nKind:", label="kind", words=words)
+    with pytest.raises(ValueError, match="beginning of the other"):
+        answer_ids(task, Words())
+    fine = Task(name="mail", template="{text}\nKind:", label="kind", words={"a": "ham", "b": "spam offer"})
+    assert answer_ids(fine, Words()) == ((3,), (1, 2))
