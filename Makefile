@@ -37,6 +37,9 @@ check: setup
 bench: setup
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/score.py
+	$(BIN)/python benchmarks/mixed.py
+	$(BIN)/python benchmarks/t5_step.py
+	$(BIN)/python benchmarks/whole_run.py
 
 docs: setup
 	$(BIN)/python docs/make.py

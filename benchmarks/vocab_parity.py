@@ -22,8 +22,10 @@ from transformers import AutoModelForCausalLM
 import softprompt
 from softprompt import runs
 from softprompt.backbone import Backbone
+from softprompt.evaluate import read_splits
 from softprompt.export import FORMATS, export_runs
-from softprompt.tasks import answer_ids, encode, splits
+from softprompt.export.probe import left_padded
+from softprompt.tasks import answer_ids, encode
 
 BATCH = 9
 
@@ -37,12 +39,6 @@ def fill_up(opened: list[softprompt.Run], backbone: Backbone, out: Path) -> list
         run = runs.create(experiment, opened[0].task, backbone, out, f"untrained-{number}", "")
         opened.append(run.finish(softprompt.attach(backbone, prompt), {}))
     return opened
-
-
-def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(map(len, rows))
-    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
-    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
 
 
 def scores(model: Any, row: Sequence[int], words: Sequence[Sequence[int]], old: int) -> torch.Tensor:
@@ -77,7 +73,9 @@ def main(
         usage = json.loads((Path(scratch) / "checkpoint" / "prompts.json").read_text())
         plain = AutoModelForCausalLM.from_pretrained(Path(scratch) / "checkpoint", dtype="float32").eval()
     task, tokenizer, live = trained[0].task, backbone.tokenizer, softprompt.attach(backbone)
-    table = list(splits(task).test.select(range(rows)))
+    test = read_splits(opened[0].experiment, task).test
+    rows = min(rows, len(test))
+    table = list(test.select(range(rows)))
     texts = [one.input_ids for one in encode(task, tokenizer, table, max_tokens, answers=False)[0]]
     words = answer_ids(task, tokenizer) if task.is_classification else ()
     prefix = [usage["prompts"][one.name]["ids"] for one in trained]
@@ -87,8 +85,8 @@ def main(
         part = texts[begin : begin + BATCH]
         index = torch.arange(begin, begin + len(part)) % len(trained)
         whole = [[*prefix[which], *text] for which, text in zip(index.tolist(), part, strict=True)]
-        ids, mask = padded(part, 0)
-        given, given_mask = padded(whole, 0)
+        ids, mask = left_padded(part, 0)
+        given, given_mask = left_padded(whole, 0)
         written = plain.generate(
             input_ids=given,
             attention_mask=given_mask,

@@ -34,48 +34,74 @@ def _weights(
     key: Float[Tensor, "pair keys head_dim"],
     hidden: Bool[Tensor, "#first #second 1 #seq some"],
     pairs: Pairs,
+    bias: Float[Tensor, "#first second 1 seq keys"] | None = None,
 ) -> Float[Tensor, "pair rows keys"]:
-    """The attention weights; `hidden` is about the last keys, the ones before are all seen."""
-    scores = torch.bmm(query, key.transpose(1, 2))
+    """The attention weights, float32 at least; `hidden` is about the last keys, the ones before are all seen."""
+    # In float32 like torch's own kernel: a large score rounded to bfloat16 is off by more than a weight can bear.
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = torch.bmm(query.to(wide), key.to(wide).transpose(1, 2))
     seq, some = hidden.shape[-2:]
     by_query = scores.view(*pairs, -1, seq, scores.shape[-1])
+    if bias is not None:
+        by_query += bias
     by_query[..., scores.shape[-1] - some :].masked_fill_(hidden, torch.finfo(scores.dtype).min)
     return torch.softmax(scores, -1)
+
+
+def _gradients(
+    weights: Float[Tensor, "pair rows keys"],
+    query: Float[Tensor, "pair rows head_dim"],
+    key: Float[Tensor, "pair keys head_dim"],
+    value: Float[Tensor, "pair keys head_dim"],
+    grad: Float[Tensor, "pair rows head_dim"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of `softmax(Q K^T) V` by query, key and value, from its weights."""
+    inner = torch.bmm(grad, value.transpose(1, 2))
+    scores = torch.ops.aten._softmax_backward_data(inner, weights, -1, weights.dtype)
+    return torch.bmm(scores, key), torch.bmm(scores.transpose(1, 2), query), torch.bmm(weights.transpose(1, 2), grad)
 
 
 class _Grouped(torch.autograd.Function):
     """`softmax(Q K^T, masked) V`, a pair being a row of the batch and a key-value head."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, pairs: Pairs) -> Tensor:
-        ctx.save_for_backward(query, key, value, hidden)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, bias: Tensor | None, pairs: Pairs
+    ) -> Tensor:
+        weights = _weights(query, key, hidden, pairs, bias).to(value.dtype)
+        kept = weights if weights.shape[-1] <= MOST_KEPT else None
+        ctx.save_for_backward(query, key, value, hidden, bias, kept)
         ctx.pairs = pairs
-        weights = _weights(query.float(), key.float(), hidden, pairs)
-        return torch.bmm(weights.to(value.dtype), value)
+        return torch.bmm(weights, value)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, hidden = ctx.saved_tensors
-        weights = _weights(query.float(), key.float(), hidden, ctx.pairs).to(value.dtype)
-        inner = torch.bmm(grad, value.transpose(1, 2))
-        scores = torch.ops.aten._softmax_backward_data(inner, weights, -1, weights.dtype)
-        value_grad = torch.bmm(weights.transpose(1, 2), grad)
-        return torch.bmm(scores, key), torch.bmm(scores.transpose(1, 2), query), value_grad, None, None
+        query, key, value, hidden, bias, weights = ctx.saved_tensors
+        if weights is None:
+            weights = _weights(query, key, hidden, ctx.pairs, bias).to(value.dtype)
+        return (*_gradients(weights, query, key, value, grad), None, None, None)
 
 
 def grouped_attention(
     query: Float[Tensor, "batch head seq head_dim"],
     key: Float[Tensor, "batch kv_head keys head_dim"],
     value: Float[Tensor, "batch kv_head keys head_dim"],
-    mask: Bool[Tensor, "batch one seq keys"],
+    mask: Bool[Tensor, "#batch one #seq keys"],
     scale: float,
+    bias: Float[Tensor, "#batch head seq keys"] | None = None,
 ) -> Float[Tensor, "batch head seq head_dim"]:
-    """Masked attention whose query heads share key-value heads; gradients as torch's own."""
+    """Masked attention whose query heads share key-value heads; gradients as torch's own, none to `bias`.
+
+    Args:
+        bias: added to the scores; only where no key-value head is shared.
+    """
     batch, heads, seq, width = query.shape
     pairs = batch, key.shape[1]
+    wide = None if bias is None else bias[:, :, None]
+    hidden = ~mask.expand(-1, -1, seq, -1)[:, None]
     rows = (query * scale).reshape(batch * pairs[1], heads // pairs[1] * seq, width)
     found = _Grouped.apply(  # type: ignore[no-untyped-call]
-        rows, key.reshape(len(rows), -1, width), value.reshape(len(rows), -1, width), ~mask[:, None], pairs
+        rows, key.reshape(len(rows), -1, width), value.reshape(len(rows), -1, width), hidden, wide, pairs
     )
     result: Tensor = found.view(batch, heads, seq, width)
     return result
@@ -112,12 +138,16 @@ def packed_backward(
     for block, weights in zip(packing.blocks, kept, strict=True):
         if weights is None:
             weights = _block_weights(query, key, packing, block, scale)
-        outer = _grouped(grad, key, block, blank=True)
-        inner = torch.bmm(outer, _seen(value, packing, block).transpose(1, 2))
-        scores = torch.ops.aten._softmax_backward_data(inner, weights, -1, weights.dtype).mul_(scale)
-        queries.append(_ungrouped(torch.bmm(scores, _seen(key, packing, block)), query, key, block))
-        keys.append(_unseen(torch.bmm(scores.transpose(1, 2), _grouped(query, key, block)), key, packing, block))
-        values.append(_unseen(torch.bmm(weights.transpose(1, 2), outer), value, packing, block))
+        by_query, by_key, by_value = _gradients(
+            weights,
+            _grouped(query, key, block).mul_(scale),
+            _seen(key, packing, block),
+            _seen(value, packing, block),
+            _grouped(grad, key, block, blank=True),
+        )
+        queries.append(_ungrouped(by_query.mul_(scale), query, key, block))
+        keys.append(_unseen(by_key, key, packing, block))
+        values.append(_unseen(by_value, value, packing, block))
     return torch.cat(queries), _gathered(keys), _gathered(values)
 
 
@@ -136,9 +166,9 @@ class _Packed(torch.autograd.Function):
 
 
 def _block_weights(query: Tensor, key: Tensor, packing: Packing, block: Block, scale: float) -> Tensor:
-    # In float32 like torch's own kernel: a large score rounded to bfloat16 is off by more than a weight can bear.
-    rows = _grouped(query, key, block, torch.float32).mul_(scale)
-    keys = _seen(key, packing, block, torch.float32)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    rows = _grouped(query, key, block, wide).mul_(scale)
+    keys = _seen(key, packing, block, wide)
     return _weights(rows, keys, packing.hidden(block), (key.shape[1], block.count)).to(query.dtype)
 
 
@@ -257,17 +287,15 @@ def _attention(
         else:
             found = packed_fused(query, key, value, packing, scale, dropout)
         return found, None
-    ours = (
-        on_cpu
-        and query.shape[2] > 1
-        and attention_mask is not None
-        and attention_mask.dtype is torch.bool
-        and attention_mask.shape[:2] == (query.shape[0], 1)
-        and others.get("position_bias") is None
-    )
-    if not ours or attention_mask is None:
+    bias: Tensor | None = others.get("position_bias")
+    mask = attention_mask
+    if mask is None and bias is not None and not getattr(module, "is_causal", False):
+        mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device)
+    fits = mask is not None and mask.dtype is torch.bool and mask.shape[0] in (1, len(query)) and mask.shape[1] == 1
+    frozen = bias is None or (not bias.requires_grad and query.shape[1] == key.shape[1])
+    if mask is None or not (on_cpu and query.shape[2] > 1 and fits and frozen):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
-    found = grouped_attention(query, key, value, attention_mask, scale)
+    found = grouped_attention(query, key, value, mask, scale, bias)
     return found.transpose(1, 2).contiguous(), None
 
 

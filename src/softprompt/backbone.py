@@ -16,10 +16,10 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from softprompt import assets, attention, files, pixels, projections, vit
+from softprompt.choices import Dtype
 from softprompt.prompts import Host
 
 Architecture = Literal["causal", "encoder_decoder", "encoder", "vision"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _LOADERS: dict[Architecture, type[Any]] = {
     "causal": transformers.AutoModelForCausalLM,

@@ -3,17 +3,16 @@
 import copy
 import dataclasses
 import importlib.util
+import tempfile
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from torch import nn
 
 from softprompt import files
 from softprompt.backbone import Backbone
-
-Baseline = Literal["none", "lora", "full", "head"]
-"""`lora`: low-rank updates of the model's projections; `full`: every weight; `head`: the encoder's head alone."""
+from softprompt.choices import Baseline
 
 RATES: dict[Baseline, float] = {"none": 1.0, "lora": 0.03, "full": 0.001, "head": 1.0}
 """Learning rate of the tuned weights relative to the run's: 0.03 means 9e-4 for LoRA and 3e-5 for full fine-tuning."""
@@ -21,6 +20,7 @@ RATES: dict[Baseline, float] = {"none": 1.0, "lora": 0.03, "full": 0.001, "head"
 LORA_RANK, LORA_ALPHA = 8, 16
 _VISION_TARGETS = ["q_proj", "v_proj", "query", "value"]
 """What LoRA updates in a vision transformer, for which PEFT has no list of its own: its choice for text."""
+_CONFIG = "adapter_config.json"
 
 
 @final
@@ -78,8 +78,12 @@ def export_lora(backbone: Backbone, folder: Path) -> None:
     config = copy.deepcopy(backbone.model.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = backbone.base, True
     config.task_type = {"causal": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}.get(backbone.architecture)
-    files.write_tensors(folder / "adapter_model.safetensors", get_peft_model_state_dict(backbone.model))
-    config.save_pretrained(folder)
+    # PEFT calls each weight by its place in a model of PEFT's own, and passes over names that it does not know.
+    named = {f"base_model.model.{name}": tensor for name, tensor in get_peft_model_state_dict(backbone.model).items()}
+    files.write_tensors(folder / "adapter_model.safetensors", named)
+    with tempfile.TemporaryDirectory() as scratch:
+        config.save_pretrained(scratch)
+        files.write_text(folder / _CONFIG, (Path(scratch) / _CONFIG).read_text(encoding="utf-8"))
 
 
 def _need_peft() -> None:

@@ -5,25 +5,50 @@ from collections.abc import Mapping
 from typing import Any
 
 from softprompt import files
-from softprompt.runs import Run
+from softprompt.attach import Attachment
+from softprompt.backbone import Backbone
+from softprompt.runs import HEAD, TENSORS, TUNED, Run
 
 _MODELS = {"causal": "AutoModelForCausalLM", "encoder_decoder": "AutoModelForSeq2SeqLM"}
 
 
-def write(run: Run, results: Mapping[str, Any], refusal: str) -> None:
+def write(run: Run, trained: Attachment, results: Mapping[str, Any], refusal: str) -> None:
     """Write `README.md`, and `curve.png` where the extra `report` is installed.
 
     Args:
         refusal: why there is no PEFT pair; empty where there is one.
     """
-    files.write_text(run.folder / "README.md", _text(run, results, refusal))
+    use = f"Stock PEFT cannot load it: {refusal}." if refusal else _use(run, trained)
+    parts = {TENSORS: trained.prompt, HEAD: trained.head, TUNED: trained.tuned}
+    kept = " and ".join(f"`{name}`" for name, part in parts.items() if part is not None)
+    files.write_text(run.folder / "README.md", _text(run, results, use, kept))
     if importlib.util.find_spec("matplotlib") is not None:
         _curve(run)
 
 
-def _text(run: Run, results: Mapping[str, Any], refusal: str) -> str:
+def _use(run: Run, trained: Attachment) -> str:
+    model = _model(trained.backbone)
+    head = f" The head that was trained with it is apart, in `{HEAD}`." if trained.head is not None else ""
+    return f"""Stock PEFT loads this folder as it is.{head}
+
+```python
+from peft import PeftModel
+from transformers import {model}
+
+model = PeftModel.from_pretrained({model}.from_pretrained("{trained.backbone.base}"), "{run.name}")
+```"""
+
+
+def _model(backbone: Backbone) -> str:
+    if backbone.masked_lm:
+        return "AutoModelForMaskedLM"
+    return _MODELS.get(backbone.architecture, "AutoModel")
+
+
+def _text(run: Run, results: Mapping[str, Any], use: str, kept: str) -> str:
     experiment, backbone = run.experiment, run.record["backbone"]
     where = ", in front of every layer" if experiment.depth == "deep" else ""
+    where = f", {experiment.own_layout}" if experiment.own_layout else where
     size = f"{experiment.method}, {experiment.prompt.length} virtual tokens{where}"
     what = (
         f"A soft prompt ({size}) on `{backbone['base']}`"
@@ -36,20 +61,7 @@ def _text(run: Run, results: Mapping[str, Any], refusal: str) -> str:
         if "caution" in results
         else ""
     )
-    model = _MODELS.get(backbone["architecture"], "AutoModel")
     note = f"\nThe backbone's weights: {backbone['note']}.\n" if backbone["note"] else ""
-    use = (
-        f"Stock PEFT cannot load it: {refusal}."
-        if refusal
-        else f"""Stock PEFT loads this folder as it is:
-
-```python
-from peft import PeftModel
-from transformers import {model}
-
-model = PeftModel.from_pretrained({model}.from_pretrained("{backbone["base"]}"), "{run.name}")
-```"""
-    )
     return f"""# {run.name}
 
 {what}, for the task `{run.task.name}`: {results["trainable"]:,} trained numbers.
@@ -67,7 +79,7 @@ softprompt predict {run.name} --input {"photos" if run.task.image else "rows.csv
 softprompt evaluate {run.name}
 ```
 
-`softprompt.json` says how it was made; `softprompt.safetensors` holds the method's own tensors.
+`softprompt.json` says how it was made; what was trained is in {kept}.
 """
 
 

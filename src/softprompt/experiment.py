@@ -11,13 +11,10 @@ from typing import Annotated, Any, Literal, final, get_args
 
 import tyro
 
-from softprompt.attach.vision import Pool
-from softprompt.backbone import Dtype
-from softprompt.baseline import Baseline
-from softprompt.pixels import Augment
+from softprompt.assets import ASSETS
+from softprompt.choices import Attend, Augment, Baseline, Dtype, Place, Pool, Protocol
 from softprompt.prompts import PromptConfig
 from softprompt.prompts.dpt import DPT
-from softprompt.tasks import Protocol
 
 
 @final
@@ -118,6 +115,12 @@ class Experiment:
     """The method and its settings."""
     depth: Literal["shallow", "deep"] = "shallow"
     """In a vision model: the prompt enters at the first layer, or every layer has one of its own."""
+    place: Place = "front"
+    """In a text model: the prompt stands in front of the text, after its first token (a decoder's beginning of
+    sequence), or behind the text and in front of the answer. In front it costs least; a baseline has no prompt."""
+    attend: Attend = "joint"
+    """In an encoder or encoder-decoder: the prompt's places see the text too, or (isolated) the prompt alone, which
+    then runs once for all rows: another model, and a faster one."""
     pool: Pool = "cls"
     """In a vision model: the head sees [CLS], or the mean of the patches."""
     baseline: Baseline = "none"
@@ -134,6 +137,10 @@ class Experiment:
     def __post_init__(self) -> None:
         if self.depth not in ("shallow", "deep"):
             raise ValueError(f"depth is {self.depth!r}; it must be 'shallow' or 'deep'")
+        if self.place not in get_args(Place):
+            raise ValueError(f"place is {self.place!r}; it must be {' or '.join(get_args(Place))}")
+        if self.attend not in get_args(Attend):
+            raise ValueError(f"attend is {self.attend!r}; it must be {' or '.join(get_args(Attend))}")
         if self.pool not in get_args(Pool):
             raise ValueError(f"pool is {self.pool!r}; it must be {' or '.join(get_args(Pool))}")
         if self.protocol not in get_args(Protocol):
@@ -145,18 +152,34 @@ class Experiment:
         return self.prompt.name if self.baseline == "none" else self.baseline
 
     @property
+    def own_layout(self) -> str:
+        """How the prompt lies in the input, where that is not the way of other software; else empty."""
+        if self.baseline != "none":
+            return ""
+        where = {"front": "", "after_first": "behind the text's first token", "behind": "behind the text"}[self.place]
+        return where or ("isolated from the text" if self.attend == "isolated" else "")
+
+    @property
     def backbone_dtype(self) -> Dtype:
         """What the backbone is loaded in: float32 where every weight is trained and nothing else is asked for."""
         return "float32" if self.baseline == "full" and self.dtype == "auto" else self.dtype
 
     @property
     def hash(self) -> str:
-        """sha256 of the canonical JSON."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        """sha256 of the canonical JSON, without later fields at their defaults: earlier runs are still known by it."""
+        values = self.to_json()
+        kept = {name: value for name, value in values.items() if _LATER.get(name, ...) != value}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def located(self) -> "Experiment":
-        """The same with absolute paths, so that a run can be used from any folder."""
-        names = ("backbone", "task", "data", "start")
+        """The same with absolute paths, so that a run can be used from any folder.
+
+        What is called as an asset or a built-in task is that, also beside a folder of the name.
+        """
+        from softprompt.tasks import TASKS  # not above: it takes a second that `train --help` need not wait
+
+        builtin = {"backbone": self.backbone in ASSETS, "task": self.task.partition(":")[0] in TASKS}
+        names = (name for name in ("backbone", "task", "data", "start") if not builtin.get(name))
         given = {name: Path(getattr(self, name) or "").expanduser() for name in names}
         return self.replace(
             **{name: str(path.resolve()) for name, path in given.items() if path.name and path.exists()}
@@ -183,6 +206,10 @@ class Experiment:
     def replace(self, **changes: Any) -> "Experiment":
         """The same experiment but for `changes`."""
         return dataclasses.replace(self, **changes)
+
+
+_LATER = {"place": "front", "attend": "joint"}
+"""Fields that experiments did not have at first, with the default, which is what was done then."""
 
 
 def _refuse_unknown(kind: type[Any], values: Mapping[str, Any]) -> None:

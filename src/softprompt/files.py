@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 _NO_PLACE = (errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -102,6 +103,21 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is no whole safetensors file ({error}); it is damaged, train again") from error
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Put `tensors` into `module`, a prompt, its head or both.
+
+    Raises:
+        ValueError: other names or shapes than the module's, or values that are not finite.
+    """
+    own = module.state_dict()
+    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        raise ValueError(f"{source} holds {shapes}, not the tensors of its own experiment; it was swapped or damaged")
+    if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+        raise ValueError(f"{source} holds NaN or infinity in {', '.join(bad)}; it is damaged, train again")
+    module.load_state_dict(dict(tensors))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -51,16 +51,16 @@ class Block:
         return self.real.flatten().nonzero()[:, 0]
 
     def padded(
-        self, states: Float[Tensor, "token head head_dim"], *, blank: bool = False
-    ) -> Float[Tensor, "sequence longest head head_dim"]:
+        self, states: Float[Tensor, "token *width"], *, blank: bool = False
+    ) -> Float[Tensor, "sequence longest *width"]:
         """Its sequences side by side; behind a short one stands anything, or nothing but zeros if `blank`."""
         if self.even:
             part = states[self.start : self.start + self.total]
             return part.view(self.count, self.longest, *states.shape[1:])
         wide = states.index_select(0, self._places).view(self.count, self.longest, *states.shape[1:])
-        return wide.masked_fill(~self.real[..., None, None], 0) if blank else wide
+        return wide.masked_fill(~self.real.view(*self.real.shape, *[1] * (wide.dim() - 2)), 0) if blank else wide
 
-    def flat(self, wide: Float[Tensor, "sequence longest head head_dim"]) -> Float[Tensor, "total head head_dim"]:
+    def flat(self, wide: Float[Tensor, "sequence longest *width"]) -> Float[Tensor, "total *width"]:
         """The inverse of `padded`, without the padding."""
         packed = wide.reshape(-1, *wide.shape[2:])
         return packed if self.even else packed.index_select(0, self._kept)
@@ -68,16 +68,19 @@ class Block:
 
 @final
 class Packing:
-    """How packed tokens are laid out: every prompt, then every row; a row sees its prompt and its own past.
+    """How packed tokens are laid out: every prompt, then every row; a row sees its prompt and its own past, or itself.
 
     Args:
         prompts: tokens of each prompt; none: rows without a prompt.
         rows: tokens of each row.
         index: the prompt of each row.
+        causal: a token sees what stands before it; else all of its sequence, and a row all of its prompt.
     """
 
-    def __init__(self, prompts: Sequence[int], rows: Sequence[int], index: Int[Tensor, " row"]) -> None:
-        self.index = index
+    def __init__(
+        self, prompts: Sequence[int], rows: Sequence[int], index: Int[Tensor, " row"], *, causal: bool = True
+    ) -> None:
+        self.index, self.causal = index, causal
         self.prompts = Block(0, prompts, index.device) if prompts else None
         self.rows = Block(sum(prompts), rows, index.device)
 
@@ -115,7 +118,9 @@ class Packing:
         beyond = ~self.prompts.real[self.index][None, :, None, None].expand(-1, -1, -1, self.rows.longest, -1)
         return torch.cat([beyond, later.expand(-1, self.rows.count, -1, -1, -1)], -1)
 
-    def _later(self, block: Block) -> Bool[Tensor, "1 1 1 longest longest"]:
+    def _later(self, block: Block) -> Bool[Tensor, "1 #sequence 1 longest longest"]:
+        if not self.causal:
+            return ~block.real[None, :, None, None].expand(-1, -1, -1, block.longest, -1)
         # A short sequence's padding stands behind its tokens, so hiding what comes later hides it too.
         square = torch.ones(block.longest, block.longest, dtype=torch.bool, device=block.device)
         return square.triu(1)[None, None, None]

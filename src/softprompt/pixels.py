@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import ImageProcessingMixin
 
+from softprompt.choices import Augment
+
 Cell = str | Mapping[str, Any]
 """An image in a row: a path, or `{"bytes": ..., "path": ...}` as `datasets` keeps one that is not decoded."""
-Augment = Literal["none", "crop", "crop+flip"]
-"""What happens to a training image each time that it is seen: a random crop, and a mirror image half of the time."""
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -42,8 +42,10 @@ class Processor:
     """Of each channel, divided by."""
     resample: int = _BICUBIC
     """Pillow's number of the filter."""
-    margin: float | None = None
-    """The shorter side is resized to `margin * size` and the middle is cut out; none: both sides are resized."""
+    margin: float = 1.0
+    """An image is resized to `margin * size`, and the middle is cut out."""
+    proportional: bool = False
+    """It keeps its proportions: the shorter side is resized to that, not both."""
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -59,10 +61,10 @@ class Processor:
         return ((values - mean) / deviation).contiguous()
 
     def _middle(self, image: Any, size: int) -> Any:
-        if self.margin is None:
-            return image.resize((size, size), self.resample)
-        ratio = max(round(self.margin * size), size) / min(image.size)
-        wide, high = (max(round(side * ratio), size) for side in image.size)
+        inner = max(round(self.margin * size), size)
+        wide = high = inner
+        if self.proportional:  # the longer side rounded down, as transformers does it
+            wide, high = (side * inner // min(image.size) for side in image.size)
         left, top = (wide - size) // 2, (high - size) // 2
         return image.resize((wide, high), self.resample).crop((left, top, left + size, top + size))
 
@@ -133,8 +135,8 @@ def read(cell: Cell, where: str = "the row", *, rough: bool = False) -> Any:
     try:
         with Image.open(io.BytesIO(content)) as image:
             if rough:
-                image.draft("RGB", (image.width // 8, image.height // 8))
-            return ImageOps.exif_transpose(image).convert("RGB")
+                image.draft("RGB", (max(image.width // 8, 1), max(image.height // 8, 1)))
+            return _three_channels(ImageOps.exif_transpose(image), str(image.format))
     except damage as error:
         # Pillow's own words name an object in memory here.
         known = "cannot identify" not in str(error)
@@ -143,6 +145,25 @@ def read(cell: Cell, where: str = "the row", *, rough: bool = False) -> Any:
             f"{where} has the image {name(cell)!r}, which cannot be read ({reason}); repair it or take it out, or "
             'write broken = "skip" into the task\'s .toml file'
         ) from None
+
+
+def _three_channels(image: Any, kind: str) -> Any:
+    """Eight bits each; transparency lies on white, as in transformers' own processors.
+
+    Raises:
+        ValueError: the pixels are numbers of which nobody says what white is.
+    """
+    from PIL import Image
+
+    # Sixteen bits, of which Pillow's own conversion cuts off every value above 255; some kinds have them as mode I.
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit numbers, and nothing says which of them is white")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def digest(cell: Cell) -> str:
@@ -187,16 +208,16 @@ def described(values: Mapping[str, Any], config: Any) -> Processor:
     if not values:
         return Processor(size=side, mean=mean, deviation=deviation)
     size, crop = values.get("size"), values.get("crop_size")
-    cropped = _side(crop) if values.get("do_center_crop") and crop else None
-    shorter = size.get("shortest_edge") if isinstance(size, Mapping) else size if cropped else None
-    given = cropped or _side(size) or side
+    resized = _side(size) or side
+    given = (_side(crop) if values.get("do_center_crop") else None) or resized
     normal = values.get("do_normalize", True)
     return Processor(
         size=given,
         mean=_triple(values.get("image_mean", mean)) if normal else (0.0, 0.0, 0.0),
         deviation=_triple(values.get("image_std", deviation)) if normal else (1.0, 1.0, 1.0),
         resample=int(values.get("resample", _BICUBIC)),
-        margin=None if shorter is None else shorter / given,
+        margin=resized / given,
+        proportional=isinstance(size, Mapping) and not size.get("height") and bool(size.get("shortest_edge")),
     )
 
 

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, final
@@ -74,6 +74,19 @@ class Processes:
             torch.distributed.all_reduce(flat)
         for tensor, values in zip(summed, torch.split(flat, [tensor.numel() for tensor in summed]), strict=True):
             tensor.copy_(values.view_as(tensor))
+
+    def alike(self, tensors: Iterable[Tensor]) -> None:
+        """Put the main process's values into `tensors`; on another kind of processor they may have come out otherwise.
+
+        A singular vector has no sign of its own, for one, and each process would train another product.
+        """
+        if self.count == 1:
+            return
+        for tensor in tensors:
+            whole = tensor.detach().contiguous().to(self._device)
+            with _meeting():
+                torch.distributed.broadcast(whole, 0)
+            tensor.copy_(whole)
 
     def any(self, mine: bool) -> bool:
         """Whether it is so in any process."""

@@ -17,6 +17,7 @@ from softprompt import __version__, files
 from softprompt.attach import Attachment, attach, fresh_head
 from softprompt.backbone import Backbone
 from softprompt.baseline import tune
+from softprompt.choices import Attend, Place
 from softprompt.experiment import Experiment
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.prompts.deep import build
@@ -73,7 +74,7 @@ class Run:
         if self.experiment.baseline != "none":
             raise ValueError(f"run {self.folder} is the baseline {self.experiment.baseline} and has no prompt")
         prompt = first_prompt(self.experiment, self.task, backbone, warm=False)
-        load_tensors(prompt, files.read_tensors(self.folder / TENSORS), str(self.folder / TENSORS))
+        files.load_tensors(prompt, files.read_tensors(self.folder / TENSORS), str(self.folder / TENSORS))
         return prompt
 
     def _refuse_unfit(self, backbone: Backbone) -> None:
@@ -98,7 +99,7 @@ class Run:
         attached = self.start(backbone)
         for file, part in ((TENSORS, attached.prompt), (HEAD, attached.head), (TUNED, attached.tuned)):
             if part is not None:
-                load_tensors(part, files.read_tensors(self.folder / file), str(self.folder / file))
+                files.load_tensors(part, files.read_tensors(self.folder / file), str(self.folder / file))
         return attached.folded()
 
     def start(self, backbone: Backbone, *, warm: bool = False) -> Attachment:
@@ -108,10 +109,13 @@ class Run:
             warm: start from the experiment's `start`, if it has one; not needed where tensors will be loaded.
         """
         prompt, baseline = None, self.experiment.baseline
+        place: Place = "front"
+        attend: Attend = "joint"
         if baseline == "none":
+            place, attend = self.experiment.place, self.experiment.attend
             prompt = first_prompt(self.experiment, self.task, backbone, warm=warm).to(backbone.device)
         copied, tuned = tune(backbone, baseline)
-        return attach(copied, prompt, head=self.fresh_head(backbone), tuned=tuned)
+        return attach(copied, prompt, head=self.fresh_head(backbone), tuned=tuned, place=place, attend=attend)
 
     def fresh_head(self, backbone: Backbone) -> nn.Module | None:
         """The head as it was before the first step; none where the backbone answers in words."""
@@ -250,21 +254,6 @@ def read_prompt(folder: Path, backbone: Backbone) -> SoftPrompt:
             f"{file} has a prompt of shape {tuple(matrix.shape)}; {backbone.source} takes finite rows of {backbone.dim}"
         )
     return Folded(matrix)
-
-
-def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Put `tensors` into `module`, a prompt, its head or both.
-
-    Raises:
-        ValueError: other names or shapes than the module's, or values that are not finite.
-    """
-    own = module.state_dict()
-    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        raise ValueError(f"{source} holds {shapes}, not the tensors of its own experiment; it was swapped or damaged")
-    if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
-        raise ValueError(f"{source} holds NaN or infinity in {', '.join(bad)}; it is damaged, train again")
-    module.load_state_dict(dict(tensors))
 
 
 def json_line(values: Mapping[str, Any]) -> str:

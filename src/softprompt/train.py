@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from softprompt import begin, checkpoint, files, finish, runs
 from softprompt.attach import Attachment, attach
 from softprompt.backbone import Backbone
-from softprompt.baseline import RATES
 from softprompt.begin import Material
 from softprompt.checkpoint import Checkpoint
 from softprompt.evaluate import draw, score_answers
 from softprompt.experiment import Experiment
-from softprompt.predict import Answer, answer, input_limit, pad_id
+from softprompt.optimise import Optimiser
+from softprompt.predict import Answer, answer, input_limit
 from softprompt.processes import Processes
 from softprompt.runs import Run
-from softprompt.tasks import Example, Score, answer_ids, answer_labels, augmented, collate, encode, schedule
+from softprompt.tasks import Example, Score, augmented, encode, schedule
 from softprompt.watch import Interrupted, Progress, Silent, Watcher, interruptible
 
 
@@ -117,13 +117,7 @@ class _Training:
         watch.stage("tokenising")
         self.train = augmented(self._encoded("train"), self.settings.augment)
         self.dev = self._drawn("dev", 0 if rows.shared else self.settings.dev_rows, run.experiment.seed)
-        rates = run.experiment.prompt.rates() | {"head": self.attachment.head_rate}
-        rates["tuned"] = RATES[run.experiment.baseline]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": group, "rate": rates[name]} for name, group in self.attachment.groups().items()],
-            lr=self.settings.lr,
-            weight_decay=self.settings.weight_decay,
-        )
+        self.optimiser = Optimiser(self.attachment, run.experiment, run.task, processes)
         self.done = 0
         self.best: dict[str, Tensor] = {}
         self.place: dict[str, Any] = {"best": -math.inf, "best_step": 0, "stale": 0, "seconds": 0.0}
@@ -135,6 +129,7 @@ class _Training:
     def go(self) -> Run:
         """Train to the end and write down what came of it."""
         before = self.backbone.hash
+        self.processes.alike(self.attachment.state_dict().values())
         self.watch.stage("training")
         log_file = self.run.folder / runs.METRICS if self.processes.main else Path(os.devnull)
         with interruptible(twice=self.processes.count == 1) as interrupted, log_file.open("a", encoding="utf-8") as log:
@@ -156,7 +151,7 @@ class _Training:
             start = time.perf_counter()
             rows = [self.train[place] for place in next(order)[1]]
             rate = settings.rate(self.done)
-            loss = self._step(rows, rate)
+            loss = self.optimiser.step(rows, rate, self.done + 1)
             speed = len(rows) / (time.perf_counter() - start)
             self.done += 1
             line: dict[str, Any] = {"step": self.done, "loss": loss, "lr": rate}
@@ -186,58 +181,6 @@ class _Training:
                     f"stopped after step {self.done} of {settings.steps}; go on with: "
                     f"softprompt train --resume {self.run.folder}"
                 )
-
-    def _step(self, rows: Sequence[Example], rate: float) -> float:
-        """One optimiser step; its loss is the mean over the whole batch, however it is cut into parts."""
-        self.attachment.train()  # a method's own dropout; the backbone stays in evaluation mode
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["rate"]
-        weight = len(rows) if self._candidates else sum(len(self._target(row)) for row in rows)
-        loss = torch.zeros((), device=self.accelerator.device)
-        own = self.processes.share(rows)
-        with self.processes.part(), self.attachment.backbone.dropout(self.settings.dropout):
-            for part in range(self.settings.accumulate):
-                if piece := own[part :: self.settings.accumulate]:
-                    piece_loss = self._loss_sum(piece) / weight
-                    piece_loss.backward()  # type: ignore[no-untyped-call]
-                    loss += piece_loss.detach()
-        parameters = list(self.attachment.parameters())
-        self.processes.total(loss, parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf)
-        self._refuse_not_finite(float(loss), float(norm), rate, rows)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(loss)
-
-    @property
-    def _candidates(self) -> bool:
-        return self.run.task.is_classification and (
-            self.settings.objective == "candidates" or self.attachment.head is not None
-        )
-
-    def _target(self, row: Example) -> tuple[int, ...]:
-        return self.attachment.target(row.answer_ids)
-
-    def _loss_sum(self, rows: Sequence[Example]) -> Tensor:
-        tokenizer, device = self.backbone.tokenizer, self.backbone.device
-        joined = not self._candidates and not self.attachment.closed
-        batch = collate(rows, pad_id=pad_id(tokenizer), side="left", with_answers=joined)
-        ids, mask = batch.inputs(device)
-        if self._candidates:
-            scores = self.attachment.score(ids, mask, answer_ids(self.run.task, tokenizer))
-            return nn.functional.cross_entropy(scores, batch.classes.to(device), reduction="sum")
-        labels = (batch.labels if joined else answer_labels([self._target(row) for row in rows])).to(device)
-        loss: Tensor = self.attachment(ids, mask, labels).loss
-        return loss * (labels != -100).sum()
-
-    def _refuse_not_finite(self, loss: float, norm: float, rate: float, rows: Sequence[Example]) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        numbers = ", ".join(str(row.row) for row in rows)
-        raise ValueError(
-            f"the loss is {loss} and its gradient's norm {norm} at step {self.done + 1} with learning rate {rate:.3g} "
-            f"on rows {numbers} of the training split; lower --lr, or use --dtype float32"
-        )
 
     def _evaluate(self) -> Score:
         """Score the development rows, and keep the best prompt."""
@@ -272,7 +215,7 @@ class _Training:
                         step=self.done,
                         prompt=self.attachment.state_dict(),
                         best=self.best,
-                        optimizer=checkpoint.pack(self.optimizer),
+                        optimizer=checkpoint.pack(self.optimiser.adamw),
                         random=random,
                         place=self.place,
                     ),
@@ -283,9 +226,9 @@ class _Training:
         if saved.place.keys() != self.place.keys():
             raise ValueError(f"{folder / 'place.json'} holds {sorted(saved.place)}; it is damaged, train again")
         if saved.best:  # loaded to be checked, like the prompt after it
-            runs.load_tensors(self.attachment, saved.best, str(folder / "best.safetensors"))
-        runs.load_tensors(self.attachment, saved.prompt, str(folder / "prompt.safetensors"))
-        checkpoint.unpack(saved.optimizer, self.optimizer, folder / "optimizer.safetensors")
+            files.load_tensors(self.attachment, saved.best, str(folder / "best.safetensors"))
+        files.load_tensors(self.attachment, saved.prompt, str(folder / "prompt.safetensors"))
+        checkpoint.unpack(saved.optimizer, self.optimiser.adamw, folder / "optimizer.safetensors")
         checkpoint.restore_random(saved.random, device, folder / "random.safetensors", self.processes.index)
         self.done, self.place = saved.step, dict(saved.place)
         self.best = {name: tensor.to(device) for name, tensor in saved.best.items()}

@@ -23,7 +23,7 @@ def refuse_unknown(model: Any, source: str) -> None:
     """Refuse a model that is no plain vision transformer.
 
     Raises:
-        ValueError: it has not the parts that a prompt needs.
+        ValueError: it has not the parts that a prompt needs, or sees no colours.
     """
     embeddings = getattr(model, "embeddings", None)
     parts = (getattr(embeddings, "patch_embeddings", None), getattr(model, "layernorm", None), _layers(model))
@@ -32,6 +32,10 @@ def refuse_unknown(model: Any, source: str) -> None:
         raise ValueError(
             f"{source} ({model.config.model_type}) is no plain vision transformer with a [CLS] token, learned "
             "positions and one stack of layers; choose a ViT, DeiT or DINOv2"
+        )
+    if (channels := model.config.num_channels) != 3:
+        raise ValueError(
+            f"{source} sees images of {channels} channels and they are read in three; choose another model"
         )
 
 

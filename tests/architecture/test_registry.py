@@ -10,7 +10,8 @@ import pytest
 from softprompt import prompts
 from softprompt.prompts import METHODS, PromptConfig
 
-FILES = {found.name for found in pkgutil.iter_modules(prompts.__path__)} - {"base", "concatenation", "deep", "init"}
+OTHERS = {"base", "concatenation", "deep", "init", "several"}
+FILES = {found.name for found in pkgutil.iter_modules(prompts.__path__)} - OTHERS
 each = pytest.mark.parametrize("config", METHODS.values(), ids=METHODS.keys())
 
 

@@ -78,6 +78,7 @@ def test_beside_the_run_by_default(folders: dict[str, Path]) -> None:
         (["one", "two"], ["--to", "peft"], "peft holds one prompt and 2 runs are given"),
         (["one"], ["--to", "vocab", "--words", "first"], "words holds 'first'; give NAME=<word>"),
         (["one"], ["--to", "vocab", "--words", "x=<y>"], "words names 'x', which is none of the runs one"),
+        (["one"], ["--to", "vocab", "--words", "one=<x>", "one=<y>"], "words names a run twice (one=<x>, one=<y>)"),
         (["one"], ["--to", "peft", "--words", "one=<y>"], "peft has no words for its prompts"),
         (["one"], ["--to", "dept"], "the run trained plain"),
         ([], ["--to", "vocab"], "no run is given"),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,29 @@ def test_what_failed_is_listed_and_the_rest_is_kept(file: Path, done: Path, swee
         run = open_run(done / name)
         assert run.results is not None
         assert name.endswith(run.experiment.hash[:8])
+
+
+@pytest.mark.parametrize(("name", "old", "new"), [("train.csv", "a a", "a b a"), ("tickets.toml", "Ticket", "Message")])
+def test_a_run_of_other_rows_or_another_task_is_not_taken_for_this_one(
+    name: str, old: str, new: str, file: Path, ticket_task: Path, tmp_path: Path, sweep: Sweep
+) -> None:
+    """Both lie at the path that the settings' hash knows."""
+    shutil.copytree(ticket_task.parent, tmp_path / "task")
+    own = tmp_path / "sweep.toml"
+    own.write_text(file.read_text().rpartition("[[method]]")[0].replace(str(ticket_task), "task/tickets.toml"))
+    code, result, _ = sweep(own, "--out", tmp_path / "out")
+    assert (code, len(result["done"])) == (0, 2)
+    before = (tmp_path / "task" / name).read_text()
+    (tmp_path / "task" / name).write_text(before.replace(old, new))
+    code, changed, _ = sweep(own, "--out", tmp_path / "out")
+    assert (code, changed["done"], changed["skipped"]) == (1, [], [])
+    for one in changed["failed"]:
+        assert one["problem"] == (
+            f"{tmp_path / 'out' / one['trial']} was trained on another task or on other rows than there are now; move "
+            "it away, or choose another --out"
+        )
+    (tmp_path / "task" / name).write_text(before)
+    assert sweep(own, "--out", tmp_path / "out")[1]["skipped"] == result["done"]
 
 
 def test_a_file_that_cannot_be(tmp_path: Path, sweep: Sweep) -> None:

@@ -9,9 +9,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from softprompt import DPT, Backbone, Experiment, Progress, Run, Training, attach, load_backbone, open_run, train
+from softprompt import (
+    DPT,
+    Backbone,
+    Experiment,
+    Progress,
+    Run,
+    Training,
+    attach,
+    evaluate,
+    load_backbone,
+    open_run,
+    train,
+)
 from softprompt.attach.causal import Causal
+from softprompt.choices import Place
+from softprompt.export import FORMATS, export_runs
 from softprompt.prompts import METHODS, Folded
+from softprompt.serve.served import from_folder
 from softprompt.watch import Silent
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -174,3 +189,20 @@ def test_an_attachment_is_a_module_of_the_prompt_alone(tiny_backbone: MakeBackbo
     assert {id(one) for one in attachment.parameters()} == {id(one) for one in prompt.parameters()}
     attachment.train()
     assert not backbone.model.training
+
+
+@pytest.mark.parametrize("place", ["after_first", "behind"])
+def test_a_prompt_elsewhere_trains_and_is_used_there(
+    place: Place, experiment: Experiment, backbone: Backbone, tmp_path: Path
+) -> None:
+    run = train(experiment.replace(place=place), out=tmp_path / "runs", backbone=backbone)
+    in_front = train(experiment, out=tmp_path / "front", backbone=backbone)
+    assert losses(run) != losses(in_front)
+    assert evaluate(run, backbone=backbone).value == run.results["test"]
+    assert not (run.folder / "adapter_config.json").exists()
+    assert "PEFT puts every prompt in front of it" in (run.folder / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"the prompt of run .* is behind the text"):
+        export_runs([run], FORMATS["npz"], tmp_path / "export", backbone=backbone)
+    assert not (tmp_path / "export").exists()
+    with pytest.raises(ValueError, match=r"the prompt of run .* is behind the text"):
+        from_folder("one", run.folder, backbone)

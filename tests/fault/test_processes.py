@@ -62,6 +62,7 @@ def ended(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> E
         jobs += [{"name": f"{objective}-{count}", "count": count, "experiment": parted} for count in (1, 2)]
     jobs += [
         {"name": "drawing", "count": 2, "experiment": drawing},
+        {"name": "start", "count": 2, "experiment": drawing, "fault": ["start", 1, 0]},
         {"name": "stopped", "count": 2, "experiment": drawing, "fault": ["stop", 1, 3]},
         {"name": "resumed", "count": 2, "resume": "stopped"},
     ]
@@ -129,6 +130,12 @@ def test_one_that_is_stopped_stops_both_and_both_go_on_to_the_same_bits(ended: E
     for name in ("metrics.jsonl", "softprompt.safetensors", "predictions.jsonl"):
         resumed, whole = ended.run("stopped").folder / name, ended.run("drawing").folder / name
         assert resumed.read_bytes() == whole.read_bytes(), name
+
+
+def test_first_values_that_come_out_otherwise_elsewhere_are_the_main_ones(ended: Ended) -> None:
+    assert ended.codes["start"] == [0, 0], ended.errors("start")
+    for name in ("metrics.jsonl", "softprompt.safetensors"):
+        assert (ended.run("start").folder / name).read_bytes() == (ended.run("drawing").folder / name).read_bytes()
 
 
 def test_each_process_draws_for_itself(ended: Ended) -> None:

@@ -90,6 +90,10 @@ def test_a_run_trained_with_relative_paths_is_used_from_another_folder(
 def test_names_that_are_no_paths_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert Experiment().located() == Experiment()
+    for name in (Experiment().backbone, "cb", "cb:dpt"):  # as a benchmark's folder is called
+        (tmp_path / name).mkdir()
+    for task in ("cb", "cb:dpt"):
+        assert Experiment(task=task).located() == Experiment(task=task)
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,24 @@ def test_equals_the_fused_kernel(groups: int, dtype: torch.dtype, tolerance: flo
         assert_close(ours, theirs, atol=2 * tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("kept", [512, 0])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_bias_is_added_to_the_scores(batches: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As T5's relative positions are; with the weights kept for the backward pass, and computed again."""
+    monkeypatch.setattr(attention, "MOST_KEPT", kept)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 5, 8, generator=generator).requires_grad_() for _ in range(3))
+    bias, upstream = torch.randn(batches, 3, 5, 5, generator=generator), torch.randn(2, 3, 5, 8, generator=generator)
+    mask = causal_with_pads(2, 5, 5)
+    wide = torch.where(mask, bias, torch.finfo(torch.float32).min)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=wide, scale=1.0)
+    found = grouped_attention(query, key, value, mask, 1.0, bias)
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    wanted = torch.autograd.grad(expected, (query, key, value), upstream)
+    for ours, theirs in zip(torch.autograd.grad(found, (query, key, value), upstream), wanted, strict=True):
+        assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
 def test_large_scores_keep_their_precision_in_bfloat16() -> None:
     """Scores near 120, which a bfloat16 can only tell apart by halves; seen failing with scores kept in bfloat16."""
     generator = torch.Generator().manual_seed(1)

@@ -61,8 +61,8 @@ def test_gradients_in_bfloat16_are_no_worse(
     def gradient(dtype: torch.dtype, known: bool) -> torch.Tensor:
         backbone.model.to(dtype)
         prompt = Plain(length=20).build(backbone.host(), torch.Generator().manual_seed(0))
-        attachment = attach(backbone, prompt)
         monkeypatch.setattr(decoder, "is_known", lambda _: known)
+        attachment = attach(backbone, prompt)
         attachment(ids, labels=labels).loss.backward()
         return torch.cat([parameter.grad.flatten() for parameter in prompt.parameters()])
 

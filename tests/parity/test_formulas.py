@@ -5,6 +5,7 @@ order 1 round to about 48 * 6e-8, and a layer norm divides by a spread of order 
 of magnitude and still sees any wrong constant.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from softprompt.prompts import Host, PromptConfig, SoftPrompt
 from softprompt.prompts.adept import ADePT
-from softprompt.prompts.bpt import BPT, whitening
+from softprompt.prompts.bpt import BPT, Mode, whitening
 from softprompt.prompts.dept import DePT
 from softprompt.prompts.dpt import DPT
 from softprompt.prompts.plain import Plain
@@ -157,6 +158,18 @@ def test_published_bpt_starts_small_and_xavier() -> None:
     prompt = BPT.published().build(Host(embedding=torch.randn(4, 768), encode=lambda text: []), seeded(0))
     assert float(prompt.left.detach().std()) == pytest.approx(0.02, rel=0.05)
     assert float(prompt.right.detach().abs().max()) == pytest.approx(math.sqrt(6 / (75 + 768)), rel=0.01)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "tuned"])
+def test_a_warm_whitened_prompt_has_the_units_of_a_cold_one(mode: Mode) -> None:
+    """The same second factor and scale, so that one learning rate moves both alike; and the prompt it starts from."""
+    config = BPT(length=LENGTH, mode=mode, through="inputs")
+    start = 0.3 * torch.randn(LENGTH, DIM, generator=seeded(4))
+    cold = config.build(host(), seeded(0))
+    warm = config.build(dataclasses.replace(host(), start=start), seeded(0))
+    close(warm.prompt(), start)
+    assert torch.equal(warm.right, cold.right)
+    assert torch.equal(warm.scale, cold.scale)
 
 
 def test_offsets_and_shifts_start_as_nothing() -> None:

@@ -245,6 +245,17 @@ def test_a_suggestion_at_the_end_of_what_was_tried_says_so() -> None:
         suggest_rank([(subject("a"), update)])
 
 
+def test_a_prompt_that_needs_more_than_was_tried_is_not_passed_over() -> None:
+    two = functional({1: (0.4, 0.0), 2: (0.8, 1.0)})
+    more = functional({1: (0.4, 0.0), 2: (0.6, 0.001)})
+    [found] = suggest_rank([(subject("a"), two), (subject("b"), more)])
+    assert found.rank is None
+    assert found.evidence == {"a": 2, "b": None}
+    assert found.sentence == (
+        "No rank can be suggested: b still loses at rank 2, the largest that was tried; try larger ones."
+    )
+
+
 @pytest.fixture(scope="module")
 def backbone(llama_folder: Path) -> Backbone:
     return load_backbone(str(llama_folder), dtype="float32")

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softprompt import METHODS, Experiment
+from softprompt import DPT, METHODS, Experiment, Training
+from softprompt.experiment import _LATER
 from softprompt.sweep import Range, Search, expand, read, trial_name
 from softprompt.tasks import load_task
 
@@ -96,6 +97,15 @@ def test_what_two_tables_say_is_one_experiment() -> None:
 def test_whole_numbers_are_numbers() -> None:
     [one], [other] = expand({"training": {"lr": 1}}, "a file"), expand({"training": {"lr": 1.0}}, "a file")
     assert one.hash == other.hash
+
+
+def test_an_experiment_is_known_by_what_it_always_was() -> None:
+    """A field that is new must not make finished runs strangers; see `_LATER` in experiment.py."""
+    one = Experiment(task="boolq", prompt=DPT(rank=5), training=Training(shots=8), seed=3)
+    assert one.hash == "444897a02748238f6b268cb430f72269e6752420757ddbe87d369cbffdac40f5"
+    assert len({one.hash, one.replace(place="behind").hash, one.replace(attend="isolated").hash}) == 3
+    for name, value in _LATER.items():
+        assert getattr(Experiment(), name) == value
 
 
 def test_nothing_is_one_default_experiment() -> None:
@@ -255,6 +265,11 @@ def test_a_search_leaves_out_what_a_method_has_not(tmp_path: Path) -> None:
     ):
         names.add(dataclasses.replace(plan.search, **change).study(cell))  # type: ignore[arg-type]
     assert len(names) == 6
+    plain = next(one for one in plan.experiments if one.method == "plain")
+    rates = Search(space={"training.lr": (0.1, 0.2)})
+    both = Search(space={"training.lr": (0.1, 0.2), "prompt.rank": (1, 2)})
+    assert rates.study(plain) == both.study(plain), "ranks to choose are nothing to plain"
+    assert rates.study(cell) != both.study(cell)
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)

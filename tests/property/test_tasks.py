@@ -1,35 +1,21 @@
 """Tasks: what render, encode, collate, the batches' order and the splits promise for any input."""
 
 import dataclasses
-import hashlib
-import itertools
 import json
-from collections import Counter
 
 import pytest
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from softprompt import assets
 from softprompt.tasks import (
-    IGNORED,
-    READERS,
     TASKS,
-    Example,
-    Splits,
     Task,
     Template,
     answer_ids,
-    batches,
-    collate,
     encode,
     load_task,
-    schedule,
-    shots,
-    splits,
 )
 from softprompt.tasks.template import parse
 
@@ -73,28 +59,6 @@ def prefixing() -> PreTrainedTokenizerFast:
 
 
 TOKENIZER = byte_level()
-
-
-def table(n: int, groups: int = 0) -> Dataset:
-    return Dataset.from_dict(
-        {
-            "text": [f"film number {i}" for i in range(n)],
-            "title": [f"title {i % 7}" for i in range(n)],
-            "verdict": [str(int(i % 3 == 0)) for i in range(n)],
-            "film": [f"f{i % groups}" if groups else str(i) for i in range(n)],
-        }
-    )
-
-
-@pytest.fixture
-def source(monkeypatch: pytest.MonkeyPatch):
-    """Puts splits in the place of a source: `source(train=..., dev=...)` gives the name to read them by."""
-
-    def put(**found: Dataset) -> str:
-        monkeypatch.setitem(READERS, "here", lambda task, folder: found)
-        return "here"
-
-    return put
 
 
 # Templates and rendering
@@ -304,217 +268,3 @@ def test_words_that_cannot_be_told_apart_are_refused() -> None:
         answer_ids(dataclasses.replace(REVIEW, words={"0": "yes", "1": "maybe"}), tokenizer)
     with pytest.raises(ValueError, match="not a fast tokenizer"):
         answer_ids(REVIEW, object())
-
-
-# Batches
-
-EXAMPLES = st.lists(
-    st.builds(
-        Example,
-        st.lists(st.integers(1, 99), min_size=1, max_size=9).map(tuple),
-        st.lists(st.integers(1, 99), min_size=1, max_size=3).map(tuple),
-        st.none() | st.integers(0, 3),
-        st.integers(0, 1000),
-    ),
-    min_size=1,
-    max_size=6,
-)
-
-
-@given(examples=EXAMPLES, side=st.sampled_from(["left", "right"]), with_answers=st.booleans())
-def test_a_batch_holds_every_token_at_its_place(examples: list[Example], side: str, with_answers: bool) -> None:
-    batch = collate(examples, 0, side, with_answers)  # type: ignore[arg-type]
-    for place, example in enumerate(examples):
-        ids = list(example.input_ids + (example.answer_ids if with_answers else ()))
-        pads = batch.input_ids.shape[1] - len(ids)
-        before, behind = ([0] * pads, []) if side == "left" else ([], [0] * pads)
-        assert batch.input_ids[place].tolist() == [*before, *ids, *behind]
-        assert batch.attention_mask[place].tolist() == [*before, *[1] * len(ids), *behind]
-        ignored = [IGNORED] * len(example.input_ids) + (list(example.answer_ids) if with_answers else [])
-        assert batch.labels[place].tolist() == [*[IGNORED] * len(before), *ignored, *[IGNORED] * len(behind)]
-    assert batch.classes.tolist() == [-1 if example.label is None else example.label for example in examples]
-    assert batch.rows.tolist() == [example.row for example in examples]
-
-
-def test_a_batch_without_what_it_needs_is_refused() -> None:
-    with pytest.raises(ValueError, match="no examples"):
-        collate([], 0, "left", False)
-    with pytest.raises(ValueError, match="row 8 has no answer"):
-        collate([Example((1,), (), None, 7)], 0, "left", True)
-
-
-@given(
-    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=80),
-    size=st.integers(1, 9),
-    seed=st.integers(0, 99),
-    epoch=st.integers(0, 99),
-    window=st.integers(1, 6),
-)
-def test_an_epoch_has_each_row_once(lengths: list[int], size: int, seed: int, epoch: int, window: int) -> None:
-    found = batches(lengths, size, seed, epoch, window)
-    assert Counter(itertools.chain.from_iterable(found)) == Counter(range(len(lengths)))
-    assert len(found) == -(-len(lengths) // size)
-    assert sum(len(batch) < size for batch in found) == (len(lengths) % size > 0)
-    assert found == batches(lengths, size, seed, epoch, window)
-
-
-def test_batches_hold_rows_of_one_length_and_epochs_differ() -> None:
-    lengths = [i % 10 for i in range(400)]
-    spread = [
-        max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches(lengths, 4, 0, 0, 100)
-    ]
-    assert max(spread) == 0
-    assert batches(lengths, 4, 0, 0) != batches(lengths, 4, 0, 1)
-    assert batches(lengths, 4, 0, 0) != batches(lengths, 4, 1, 0)
-    assert batches(lengths, 4, 1, 23) != batches(lengths, 4, 12, 3)
-
-
-@given(start=st.integers(0, 60))
-def test_a_schedule_goes_on_where_it_was_left(start: int) -> None:
-    lengths = [7, 3, 9, 1, 4, 4, 8]
-    whole = list(itertools.islice(schedule(lengths, 2, seed=5, window=2), 70))
-    assert list(itertools.islice(schedule(lengths, 2, seed=5, window=2, start=start), 10)) == whole[start : start + 10]
-    assert [epoch for epoch, _ in whole[:9]] == [0] * 4 + [1] * 4 + [2]
-
-
-def test_an_impossible_order_is_refused() -> None:
-    for lengths, size, window in (([], 1, 1), ([1], 0, 1), ([1], 1, 0)):
-        with pytest.raises(ValueError, match="at least 1"):
-            batches(lengths, size, 0, 0, window)
-    with pytest.raises(ValueError, match="first step is -1"):
-        next(schedule([1], 1, 0, start=-1))
-
-
-# Splits
-
-
-def texts(whole: Splits) -> list[set[str]]:
-    return [set(part["text"]) for part in (whole.train, whole.dev, whole.test)]
-
-
-@settings(deadline=None, max_examples=25)
-@given(n=st.integers(30, 120), seed=st.integers(0, 99))
-def test_rows_are_cut_class_by_class_without_loss(n: int, seed: int) -> None:
-    READERS["cut-test"] = lambda task, folder: {"rows": table(n)}
-    try:
-        task = dataclasses.replace(REVIEW, source="cut-test")
-        whole = splits(task, seed=seed)
-        again = splits(task, seed=seed)
-    finally:
-        del READERS["cut-test"]
-    parts = texts(whole)
-    assert sum(map(len, parts)) == n
-    assert len(set.union(*parts)) == n
-    for part, share in ((whole.dev, 0.1), (whole.test, 0.2)):
-        for label in ("0", "1"):
-            wanted = share * table(n)["verdict"].count(label)
-            assert abs(part["verdict"].count(label) - wanted) <= 1
-    assert texts(again) == parts
-    assert again.fingerprint == whole.fingerprint
-    assert whole.majority == 0
-
-
-def test_a_group_is_in_one_split(source) -> None:
-    task = dataclasses.replace(REVIEW, source=source(rows=table(300, groups=40)), group="film")
-    whole = splits(task)
-    films = [set(part["film"]) for part in (whole.train, whole.dev, whole.test)]
-    assert sum(map(len, films)) == len(set.union(*films)) == 40
-    assert 50 <= len(whole.test) <= 80
-    assert 25 <= len(whole.dev) <= 45
-
-
-def test_a_task_may_fix_its_splits(source) -> None:
-    free = dataclasses.replace(REVIEW, source=source(rows=table(100)))
-    fixed = dataclasses.replace(free, split_seed=3)
-    assert splits(free, seed=1).fingerprint != splits(free, seed=2).fingerprint
-    assert splits(fixed, seed=1).fingerprint == splits(fixed, seed=2).fingerprint == splits(free, seed=3).fingerprint
-
-
-def test_an_official_validation_split_is_halved(source) -> None:
-    rows = table(200)
-    task = dataclasses.replace(
-        REVIEW, source=source(train=rows.select(range(100)), validation=rows.select(range(100, 200)))
-    )
-    whole = splits(task)
-    assert set(whole.train["text"]) == set(rows["text"][:100])
-    assert set(whole.dev["text"]) | set(whole.test["text"]) == set(rows["text"][100:])
-    assert abs(len(whole.dev) - len(whole.test)) <= 2
-
-
-def test_the_splits_that_there_are_stay_as_they_are(source) -> None:
-    rows = table(60)
-    given = {"train": rows.select(range(20)), "dev": rows.select(range(20, 30)), "test": rows.select(range(30, 60))}
-    whole = splits(dataclasses.replace(REVIEW, source=source(**given)))
-    assert texts(whole) == [set(part["text"]) for part in given.values()]
-
-
-def test_a_fingerprint_follows_the_rows_that_are_read(source) -> None:
-    rows = table(60)
-    task = dataclasses.replace(REVIEW, source=source(rows=rows))
-    first = splits(task).fingerprint
-    source(rows=rows.map(lambda row: {"film": row["film"] + "!"}, keep_in_memory=True))
-    assert splits(task).fingerprint == first
-    source(rows=rows.map(lambda row: {"text": row["text"] + "!"}, keep_in_memory=True))
-    assert splits(task).fingerprint != first
-
-
-@pytest.mark.parametrize("balanced", [True, False])
-@pytest.mark.parametrize("group", ["", "film"])
-def test_shots_are_few_and_disjoint(source, balanced: bool, group: str) -> None:
-    task = dataclasses.replace(REVIEW, source=source(rows=table(300, groups=100)), group=group)
-    whole = splits(task)
-    few = shots(task, whole, 8, seed=1, balanced=balanced)
-    train, dev, test = texts(few)
-    assert len(train) == len(dev) == (16 if balanced else 8)
-    assert not train & dev
-    assert test == texts(whole)[2]
-    assert train | dev <= texts(whole)[0]
-    if balanced:
-        assert Counter(few.train["verdict"]) == Counter(few.dev["verdict"]) == {"0": 8, "1": 8}
-    if group:
-        assert not set(few.train["film"]) & set(few.dev["film"])
-    assert texts(shots(task, whole, 8, seed=2, balanced=balanced))[0] != train
-
-
-def test_too_many_shots_are_refused(source) -> None:
-    task = dataclasses.replace(REVIEW, source=source(rows=table(60)))
-    with pytest.raises(ValueError, match=r"12 shots of task 'review' need more rows of class '1': \d+ are left for"):
-        shots(task, splits(task), 12, seed=0)
-    with pytest.raises(ValueError, match="must be at least 1"):
-        shots(task, splits(task), 0, seed=0)
-
-
-def asset(name: str) -> None:
-    try:
-        assets.fetch(name)
-    except (OSError, RuntimeError) as error:
-        pytest.skip(f"the asset {name} cannot be had here: {error}")
-
-
-@pytest.mark.asset
-def test_no_film_is_in_two_splits() -> None:
-    asset("rotten-tomatoes")
-    whole = splits(TASKS["sentiment"], seed=1)
-    films = [set(part["movie_name"]) for part in (whole.train, whole.dev, whole.test)]
-    assert [len(whole.train), len(whole.dev), len(whole.test)] == [8960, 1282, 2566]
-    assert sum(map(len, films)) == len(set.union(*films)) == 508
-    assert set(whole.train["category"]) == {"fresh", "rotten"}
-    assert whole.fingerprint == splits(TASKS["sentiment"], seed=2).fingerprint
-
-
-@pytest.mark.asset
-def test_boolq_has_the_official_splits() -> None:
-    asset("boolq")
-    whole = splits(TASKS["boolq"])
-    assert [len(whole.train), len(whole.dev), len(whole.test)] == [9427, 1635, 1635]
-    assert not set(whole.dev["passage"]) & set(whole.test["passage"])
-    # SuperGLUE's own files say: 5,874 of the training rows and 2,033 of the validation rows are answered with yes.
-    assert sum(whole.train["label"]) == 5874
-    assert sum(whole.dev["label"]) + sum(whole.test["label"]) == 2033
-    assert sorted(whole.train["idx"]) == list(range(9427))
-    assert sorted([*whole.dev["idx"], *whole.test["idx"]]) == list(range(3270))
-    # sha256 of the sorted questions of SuperGLUE's own BoolQ/val.jsonl
-    questions = "\n".join(sorted([*whole.dev["question"], *whole.test["question"]]))
-    assert hashlib.sha256(questions.encode()).hexdigest() == (
-        "a3f4cc6156c67f8249f75138c848ed0663e8750f83f46427d134d279dfc8bd6e"
-    )

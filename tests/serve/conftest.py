@@ -4,17 +4,28 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import pytest
 import torch
+import uvicorn
+from safetensors.torch import save
 
 import softprompt
 from softprompt.backbone import Backbone
 from softprompt.prompts import METHODS, SoftPrompt
 from softprompt.serve import Engine, Limits
+from softprompt.serve.gate import Access
+from softprompt.serve.http import make_app
+from softprompt.serve.metrics import Metrics
+from softprompt.serve.uploads import Shelf
 
 SMALL = {"rank": 2, "width": 4, "positions": 64, "samples": 20}
 
@@ -71,3 +82,96 @@ def run_folders(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, ti
         )
         found.append(softprompt.train(experiment, out=out, name=f"tickets-{length}").folder)
     return found
+
+
+@dataclass
+class Service:
+    """A service under a real server, and its clients."""
+
+    address: str
+    engine: Engine
+    shelf: Path
+    token: str = "sesame"
+    master: str = "master"
+
+    def client(self, headers: dict[str, str] | None = None) -> httpx.Client:
+        """Of one who may ask, unless other headers are given."""
+        headers = {"Authorization": f"Bearer {self.token}"} if headers is None else headers
+        return httpx.Client(base_url=self.address, headers=headers, timeout=60)
+
+    def admin(self) -> httpx.Client:
+        """Of one who may change prompts."""
+        return self.client({"Authorization": f"Bearer {self.master}"})
+
+    def openai(self) -> openai.OpenAI:
+        """OpenAI's own."""
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key=self.token, max_retries=0, timeout=60)
+
+    def post(self, path: str, body: str) -> bytes:
+        """A request as it goes over the wire."""
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {self.token}\r\n"
+        return f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Host and port."""
+        host, port = self.address.removeprefix("http://").split(":")
+        return host, int(port)
+
+
+@pytest.fixture
+def service_of(engine_of: Callable[..., Engine], tmp_path: Path) -> Iterator[Callable[..., Service]]:
+    """`service_of(access, prompts=3)`: a service on a free port, its prompts kept in `tmp_path / "shelf"`."""
+    servers: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def make(access: Access | None = None, **of_engine: Any) -> Service:
+        engine, metrics = engine_of(**of_engine), Metrics()
+        engine._worker._watch = metrics.passed
+        access = access or Access(tokens=(Service.token,), admin_tokens=(Service.master,), body_seconds=1.0)
+        app = make_app(engine, access, metrics=metrics, shelf=Shelf(tmp_path / "shelf"), grace=10.0)
+        config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=10)
+        sock = config.bind_socket()
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+        thread.start()
+        servers.append((server, thread))
+        address = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        while not server.started:
+            time.sleep(0.02)
+        assert httpx.get(f"{address}/readyz").status_code == 200
+        return Service(address, engine, tmp_path / "shelf")
+
+    yield make
+    for server, thread in servers:
+        server.should_exit = True
+        thread.join(15)
+
+
+@pytest.fixture
+def service(service_of: Callable[..., Service]) -> Service:
+    """With three prompts, one token to ask and one to change prompts."""
+    return service_of(prompts=3)
+
+
+@pytest.fixture(scope="session")
+def prompt_file() -> Callable[..., bytes]:
+    """`prompt_file(engine, length=4, dtype=torch.bfloat16)`: what PEFT writes."""
+
+    def make(engine: Engine, length: int = 4, **changes: Any) -> bytes:
+        dim = changes.get("dim", engine.backbone.dim)
+        matrix = torch.randn(length, dim, generator=torch.Generator().manual_seed(7)) * changes.get("scale", 1.0)
+        return save({changes.get("name", "prompt_embeddings"): matrix.to(changes.get("dtype", torch.float32))})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def error_of() -> Callable[[httpx.Response], dict[str, Any]]:
+    """What a response says went wrong, in OpenAI's shape."""
+
+    def read(response: httpx.Response) -> dict[str, Any]:
+        error: dict[str, Any] = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        return error
+
+    return read

@@ -4,16 +4,19 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from softprompt.cli import main
 from softprompt.serve.gate import Access
-from softprompt.serve.service import refuse_open
+from softprompt.serve.service import refuse_open, serve
 
 
 def test_two_runs_are_served_until_the_process_is_told_to_stop(run_folders: list[Path], tmp_path: Path) -> None:
@@ -56,6 +59,13 @@ def test_it_does_not_listen_beyond_this_machine_without_a_token(
     assert main(["serve", "--backbone", "nothing", "--host", host]) == 1
     assert "there is no token" in capsys.readouterr().err
     refuse_open(host, Access(tokens=("sesame",)))
+
+
+def test_a_port_that_is_taken_is_named(tiny_backbone: Callable[..., Any]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="choose another --port"):
+        serve(tiny_backbone("llama"), [], port=taken.getsockname()[1])
+    with pytest.raises(OSError, match="choose another --port"):
+        serve(tiny_backbone("llama"), [], port=70_000)
 
 
 def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, run_folders: list[Path]) -> None:

@@ -220,58 +220,6 @@ def test_a_deadline_ends_what_waits_and_what_is_written(engine_of: EngineOf) -> 
         ticket.result(10.0)
 
 
-class _Fails:
-    """A model's embedding that fails for some batches, as memory that runs out does."""
-
-    def __init__(self, engine: Engine, fails: Callable[[torch.Tensor], BaseException | None]) -> None:
-        self._real = engine.backbone.model.get_input_embeddings()
-        self._fails, self.calls = fails, 0
-
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        if (error := self._fails(ids)) is not None:
-            raise error
-        return self._real(ids)
-
-
-@pytest.mark.parametrize("kind", ["choice", "writing"])
-def test_memory_that_runs_out_halves_the_batch(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    engine = engine_of(prompts=4, shifting=False, max_batch=8, max_wait=200.0)
-    failing = _Fails(engine, lambda ids: torch.OutOfMemoryError("memory") if len(ids) > 2 else None)
-
-    def ask() -> list[Any]:
-        if kind == "choice":
-            return [engine.classify(f"p{row % 4}", [TEXTS[row % 6]], LABELS)[0] for row in range(8)]
-        return [engine.generate(f"p{row % 4}", TEXTS[row % 6], max_new_tokens=6) for row in range(8)]
-
-    expected = [ticket.result(30.0) for ticket in ask()]
-    monkeypatch.setattr(engine.backbone.model, "get_input_embeddings", lambda: failing)
-    found = [ticket.result(30.0) for ticket in ask()]
-    assert engine.status().max_batch < 8
-    if kind == "writing":
-        assert [one.tokens for one in found] == [one.tokens for one in expected]
-    else:
-        for ours, theirs in zip(found, expected, strict=True):
-            assert ours.scores == pytest.approx(theirs.scores, abs=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["choice", "writing"])
-def test_one_bad_row_fails_alone(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    engine = engine_of(prompts=3, shifting=False, max_wait=200.0)
-    marked = engine.backbone.tokenizer("x", add_special_tokens=False)["input_ids"][0]
-    failing = _Fails(engine, lambda ids: RuntimeError("broken") if bool((ids == marked).any()) else None)
-    monkeypatch.setattr(engine.backbone.model, "get_input_embeddings", lambda: failing)
-    texts = ["a", "b", "x", "c", "a b"]
-    if kind == "choice":
-        tickets: list[Any] = [engine.classify(f"p{i % 3}", [text], LABELS)[0] for i, text in enumerate(texts)]
-    else:
-        tickets = [engine.generate(f"p{i % 3}", text, max_new_tokens=1) for i, text in enumerate(texts)]
-    with pytest.raises(RuntimeError, match="broken"):
-        tickets[2].result(30.0)
-    for place in (0, 1, 3, 4):
-        assert tickets[place].result(30.0)
-
-
 def test_closing_finishes_what_there_is_and_takes_no_more(engine_of: EngineOf) -> None:
     engine = engine_of(prompts=1, max_wait=10_000.0)
     choice = engine.classify("p0", ["a"], LABELS)[0]

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 from safetensors.torch import save
 
 from softprompt.serve import Engine
 from softprompt.serve.following import Follower
+from softprompt.serve.metrics import Metrics
 from softprompt.serve.uploads import Shelf
 
 LABELS = ["yes", "no"]
@@ -28,10 +30,15 @@ def content(dim: int, seed: int, length: int = 4) -> bytes:
     return save({"prompt_embeddings": torch.randn(length, dim, generator=torch.Generator().manual_seed(seed))})
 
 
-def test_every_engine_serves_what_lies_in_the_folder(engine_of: Callable[..., Engine], tmp_path: Path) -> None:
+def test_every_engine_serves_what_lies_in_the_folder(
+    engine_of: Callable[..., Engine], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     engines = [engine_of(prompts=1), engine_of(prompts=1)]
     shelf = Shelf(tmp_path, shared=True)
-    followers = [Follower(engine, shelf) for engine in engines]
+    metrics = [Metrics(), Metrics()]
+    for numbers, engine in zip(metrics, engines, strict=True):
+        numbers.follow(engine)
+    followers = [Follower(engine, shelf, numbers) for engine, numbers in zip(engines, metrics, strict=True)]
 
     def look() -> list[list[str]]:
         for follower in followers:
@@ -54,11 +61,16 @@ def test_every_engine_serves_what_lies_in_the_folder(engine_of: Callable[..., En
     look()
     second = scores()
     assert second[0] == second[1] != first[0]
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"nonsense")
+    for name in ("broken", "no name"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(b"nonsense")
     assert look() == [["new", "p0"]] * 2
+    assert "the prompt name 'no name' is not one" in caplog.text
     shelf.drop("new")
+    metrics[1].answered("/v1/classify", 200, "new", 0.1, 1, 0)
+    assert b"new" in metrics[1].page()
     assert look() == [["p0"]] * 2
+    assert b"new" not in metrics[1].page()
     with pytest.raises(PermissionError, match="restart without it"):
         shelf.drop("p0")
 
@@ -76,6 +88,8 @@ def test_two_copies_behind_ray(run_folders: list[Path], tmp_path: Path) -> None:
         while not (found := re.search(r"http://127\.0\.0\.1:\d+", lines[-1])):
             lines.append(process.stderr.readline())
             assert lines[-1], "".join(lines)
+        commands = [one for one in psutil.Process(process.pid).children(recursive=True) if "gcs_server" in one.name()]
+        assert [one.environ()["RAY_AUTH_MODE"] for one in commands] == ["token"]  # its port is open to the network
         with httpx.Client(base_url=found[0], headers={"Authorization": "Bearer sesame"}, timeout=60) as client:
             assert httpx.get(f"{found[0]}/v1/models").status_code == 401
             body = {"model": "tickets", "input": ["a a a"]}

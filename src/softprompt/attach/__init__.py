@@ -9,6 +9,7 @@ from softprompt.attach.encoder_decoder import EncoderDecoder
 from softprompt.attach.sampling import Sampling
 from softprompt.attach.vision import Vision
 from softprompt.backbone import Architecture, Backbone
+from softprompt.choices import Attend, Place
 from softprompt.prompts import SoftPrompt
 
 ATTACHMENTS: dict[Architecture, type[Attachment]] = {
@@ -26,22 +27,27 @@ def attach(
     *,
     head: nn.Module | None = None,
     tuned: nn.Module | None = None,
+    place: Place = "front",
+    attend: Attend = "joint",
 ) -> Attachment:
     """`prompt` in front of `backbone`, as an `nn.Module` for any training loop; none: the untouched model.
 
     Args:
         head: what an encoder without a vocabulary head answers through; `fresh_head` makes one.
         tuned: weights of the backbone's own that a baseline trains, see `baseline.tune`.
+        place: where the prompt stands; only in front of a decoder's text is it computed once for all rows.
+        attend: an isolated prompt is computed once for all rows in an encoder too; another model, and a faster one.
 
     Raises:
-        ValueError: there is no attachment for the architecture, or the prompt or the head does not fit the backbone.
+        ValueError: there is no attachment for the architecture, or the prompt, its place or the head does not fit the
+            backbone.
     """
     if backbone.architecture not in ATTACHMENTS:
         raise ValueError(
             f"{backbone.source} is a model of the kind {backbone.architecture}; prompts can be attached to "
             f"{', '.join(ATTACHMENTS)}"
         )
-    return ATTACHMENTS[backbone.architecture](backbone, prompt, head, tuned)
+    return ATTACHMENTS[backbone.architecture](backbone, prompt, head, tuned, place, attend)
 
 
 __all__ = ["ATTACHMENTS", "Attachment", "Prepared", "Sampling", "attach", "fresh_head"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from softprompt.attach.rows import row_index
 from softprompt.attach.sampling import Sampling
 from softprompt.backbone import Backbone
+from softprompt.choices import Attend, Place
 from softprompt.prompts import SoftPrompt
 
 
@@ -30,6 +31,10 @@ class Attachment(nn.Module, ABC):
 
     closed: ClassVar[bool]
     """The text ends with the tokenizer's closing tokens, and the answer stands apart from it; else it goes on there."""
+    places: ClassVar[tuple[Place, ...]] = ("front",)
+    """Where a prompt may stand."""
+    isolates: ClassVar[bool] = False
+    """Prompts may be isolated from the text, and then run once for all rows."""
     deep: ClassVar[bool] = False
     """Prompts of several layers fit; else only those that enter with the input."""
     head_rate: ClassVar[float] = 0.5
@@ -47,8 +52,19 @@ class Attachment(nn.Module, ABC):
         prompt: SoftPrompt | None,
         head: nn.Module | None = None,
         tuned: nn.Module | None = None,
+        place: Place = "front",
+        attend: Attend = "joint",
     ) -> None:
         super().__init__()
+        if attend != "joint" and not (self.isolates and place == "front"):
+            raise ValueError(
+                f"the prompt of {backbone.source} ({backbone.architecture}) cannot be isolated {place!r}; prompts in "
+                "front of an encoder's or an encoder-decoder's text can, and a decoder's is so already"
+            )
+        if place not in self.places:
+            wrong = f"the prompt of {backbone.source} ({backbone.architecture}) cannot stand {place!r}"
+            raise ValueError(f"{wrong}; it can stand {' or '.join(map(repr, self.places))}")
+        self.place, self.attend = place, attend
         self.backbone = backbone
         self.prompt = prompt
         self.head = head
@@ -113,7 +129,7 @@ class Attachment(nn.Module, ABC):
     def folded(self) -> "Attachment":
         """The same with its prompt folded, for use."""
         prompt = None if self.prompt is None else self.prompt.fold().to(self.backbone.device)
-        return type(self)(self.backbone, prompt, self.head, self.tuned)
+        return type(self)(self.backbone, prompt, self.head, self.tuned, self.place, self.attend)
 
     def chosen(self, prompts: Sequence[SoftPrompt] | Prepared | None) -> Prepared:
         """`prompts` made ready, or the attachment's own."""

@@ -1,45 +1,35 @@
-"""Prompts in front of a decoder-only model: the prompt's keys and values are computed once for the whole batch.
+"""Prompts in a decoder-only model: in front, the prompt's keys and values are computed once for the whole batch.
 
 A causal model's prompt positions see prompt positions only, so running them once and letting every row see their keys
 and values is exact, gradients included. Prompts that are given as they are (in training) and their rows run packed, one
 behind another without padding (`packing.py`), where the model allows it. Prompts that were prepared (at inference) are
 keys and values already; a row is then `prompt, pads, text` with explicit positions. Either way padding on any side and
 of any length changes nothing.
+
+Behind a text's first token, or behind the text, a prompt sees what stands before it: it is then run in every row.
 """
 
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
-from softprompt import attention
+from softprompt import attention, decoder
 from softprompt.attach.base import Attachment, Prepared
 from softprompt.attach.exact import check_exact, refuse_unusual, sliding_window
+from softprompt.attach.inline import Matrices, matrices, whole
 from softprompt.attach.packed import packed_logits
+from softprompt.attach.prefix import Prefix
 from softprompt.attach.rows import Rows, aligned, checked_mask, row_index
 from softprompt.attach.sampling import Chooser, Sampling
 from softprompt.backbone import Backbone
+from softprompt.choices import Attend, Place
 from softprompt.prompts import SoftPrompt
-
-
-@final
-@dataclass(frozen=True)
-class Prefix(Prepared):
-    """Several prompts' keys and values, computed once, shorter prompts padded at their end."""
-
-    prompts: Sequence[SoftPrompt]
-    layers: tuple[tuple[Float[Tensor, "row head prompt head_dim"], Float[Tensor, "row head prompt head_dim"]], ...]
-    """Keys and values of each layer, a row a prompt."""
-    mask: Int[Tensor, "row prompt"]
-    """1 where a prompt has a vector; `prompt` is 0 for a model without a prompt."""
-    logits: Float[Tensor, "row vocab"] | None
-    """What the model expects right after each prompt; none without a prompt."""
 
 
 class _State(NamedTuple):
@@ -62,6 +52,7 @@ class Causal(Attachment):
     """
 
     closed = False
+    places = ("front", "after_first", "behind")
 
     def __init__(
         self,
@@ -69,37 +60,37 @@ class Causal(Attachment):
         prompt: SoftPrompt | None,
         head: nn.Module | None = None,
         tuned: nn.Module | None = None,
+        place: Place = "front",
+        attend: Attend = "joint",
     ) -> None:
-        super().__init__(backbone, prompt, tuned=tuned)
+        super().__init__(backbone, prompt, tuned=tuned, place=place, attend=attend)
         if head is not None:
             raise ValueError(f"{backbone.source} answers in words and takes no head; leave it out")
         self._accepted = frozenset(inspect.signature(backbone.model.forward).parameters)
         self._window = sliding_window(backbone)
         refuse_unusual(backbone, self._accepted)
-        self.packs = "position_ids" in self._accepted and attention.takes_packing(backbone.model)
+        self._by_layer = tuned is None and decoder.is_known(backbone.model)
+        self.packs = False
         """Whether prompts and rows run packed in training; where not, they run one after the other and slower."""
-        self.packs = check_exact(self) and self.packs
+        if place == "front":
+            self.packs = "position_ids" in self._accepted and attention.takes_packing(backbone.model)
+            self.packs = check_exact(self) and self.packs
 
-    def prepare(self, prompts: Sequence[SoftPrompt]) -> Prefix:
-        """The prompts' keys and values, for any number of later calls."""
-        model, device = self.backbone.model, self.backbone.device
-        matrices = self.matrices(prompts)
-        if not matrices:
+    def prepare(self, prompts: Sequence[SoftPrompt]) -> Prefix | Matrices:
+        """The prompts' keys and values, or their vectors where text stands before them, for any number of calls."""
+        if self.place != "front":
+            return matrices(self, prompts)
+        device, found = self.backbone.device, self.matrices(prompts)
+        if not found:
             return Prefix([], (), torch.ones(1, 0, dtype=torch.long, device=device), None)
-        longest = max(len(matrix) for matrix in matrices)
-        rows = torch.stack([nn.functional.pad(matrix, (0, 0, 0, longest - len(matrix))) for matrix in matrices])
-        lengths = torch.tensor([len(matrix) for matrix in matrices], device=device)
+        longest = max(len(matrix) for matrix in found)
+        rows = torch.stack([nn.functional.pad(matrix, (0, 0, 0, longest - len(matrix))) for matrix in found])
+        lengths = torch.tensor([len(matrix) for matrix in found], device=device)
         mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
         cache = DynamicCache()
         last = torch.unique(lengths) - 1
-        output = model(
-            inputs_embeds=rows.to(self.backbone.dtype),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=last,
-            **self._places(mask, mask),
-        )
-        logits = output.logits[torch.arange(len(rows)), torch.searchsorted(last, lengths - 1)]
+        logits = self._run(rows.to(self.backbone.dtype), cache, mask, mask, last)
+        logits = logits[torch.arange(len(rows)), torch.searchsorted(last, lengths - 1)]
         return Prefix(list(prompts), tuple((layer.keys, layer.values) for layer in cache.layers), mask, logits)
 
     def forward(
@@ -119,12 +110,9 @@ class Causal(Attachment):
         """
         text = aligned(input_ids, checked_mask(input_ids, attention_mask))
         if labels is None:
-            prefix = self._prefix(prompts)
-            state = self._read(text, prefix, index, keep=0)
-            logits = torch.zeros(*input_ids.shape, state.logits.shape[-1], dtype=state.logits.dtype).to(
-                input_ids.device
-            )
-            return CausalLMOutput(logits=logits.scatter(1, text.order[..., None].expand_as(state.logits), state.logits))
+            found = self._read(text, self._prepared(prompts), index, keep=None).logits
+            logits = torch.zeros(*input_ids.shape, found.shape[-1], dtype=found.dtype, device=found.device)
+            return CausalLMOutput(logits=logits.scatter(1, text.order[..., None].expand_as(found), found))
         if labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels are {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)}; make them equal"
@@ -133,7 +121,7 @@ class Causal(Attachment):
         columns = (wanted != -100).any(0).nonzero()[:, 0]
         if not len(columns):
             raise ValueError("no row has a label; give at least one label other than -100")
-        logits, bare = self._predicting(text, columns, prompts, index)
+        logits, bare = self._predicting(text, columns, prompts, index, wanted)
         targets = wanted[:, columns]
         if bare:  # nothing stands before the first token, so nothing predicts it
             targets = targets.masked_fill(text.first()[:, columns], -100)
@@ -157,15 +145,14 @@ class Causal(Attachment):
             end = torch.tensor([text.ids.shape[1]], device=text.ids.device)
             logits = self._predicting(text, end, prompts, index)[0][:, 0]
             return logits.float().log_softmax(-1)[:, [candidate[0] for candidate in candidates]]
-        prefix = self._prefix(prompts)
-        last = torch.tensor([text.ids.shape[1] - 1], device=text.ids.device)
-        state = self._read(text, prefix, index, keep=last, room=longest - 1)
+        prepared = self._prepared(prompts)
+        state = self._read(text, prepared, index, keep=torch.tensor([-1], device=text.ids.device), room=longest - 1)
         first = torch.tensor([candidate[0] for candidate in candidates], device=text.ids.device)
         scores = state.logits[:, 0].float().log_softmax(-1)[:, first]
         more = [which for which, candidate in enumerate(candidates) if len(candidate) > 1]
         if not more:
             return scores
-        rest = self._score_rest(state, text, prefix, index, [candidates[which] for which in more])
+        rest = self._score_rest(state, text, prepared, index, [candidates[which] for which in more])
         return scores.index_add(1, torch.tensor(more, device=scores.device), rest)
 
     def generate(
@@ -183,10 +170,10 @@ class Causal(Attachment):
         stop = self.end_of_sequence() if stop is None else stop
         choose = Chooser(sampling or Sampling(), input_ids.device)
         with torch.no_grad():
-            prefix = self._prefix(prompts)
+            prepared = self._prepared(prompts)
             text = aligned(input_ids, checked_mask(input_ids, attention_mask))
-            last = torch.tensor([text.ids.shape[1] - 1], device=text.ids.device)
-            state = self._read(text, prefix, index, keep=last, room=max_new_tokens)
+            last = torch.tensor([-1], device=text.ids.device)
+            state = self._read(text, prepared, index, keep=last, room=max_new_tokens)
             place = text.mask.sum(1, keepdim=True)
             done = torch.zeros(len(text.ids), dtype=torch.bool, device=text.ids.device)
             token = torch.zeros(len(text.ids), dtype=torch.long, device=text.ids.device)
@@ -194,7 +181,7 @@ class Causal(Attachment):
         for step in range(max_new_tokens):
             with torch.no_grad():  # not around the yield: whoever asks for the tokens keeps its own mode
                 if step:
-                    state = self._continue(state, token[:, None], place + step - 1, prefix.prompts, index)
+                    state = self._continue(state, token[:, None], place + step - 1, prepared.prompts, index)
                 token = torch.where(done, token, choose(state.logits[:, -1]))
                 done = done | torch.isin(token, ends)
             yield token
@@ -214,28 +201,40 @@ class Causal(Attachment):
         columns: Int[Tensor, " kept"],
         prompts: Sequence[SoftPrompt] | Prepared | None,
         index: Int[Tensor, " batch"] | None,
+        labels: Int[Tensor, "batch seq"] | None = None,
     ) -> tuple[Float[Tensor, "batch kept vocab"], bool]:
-        """The logits that predict the tokens in `columns`, and whether rows stand there without a prompt.
+        """The logits that predict the tokens in `columns`, and whether a row's first token has nothing before it.
 
         A token is predicted one place earlier, and a row's first token by its prompt.
         """
         if self._may_pack(prompts):
             own = [] if self.prompt is None else [self.prompt]
             live = own if prompts is None else prompts
-            return packed_logits(
-                self, text, columns, live, index, lambda most: self._refuse_beyond(most, most)
-            ), not live
-        prefix = self._prefix(prompts)
-        state = self._read(text, prefix, index, keep=(columns - 1).clamp(min=0))
-        return self._first_from_prompt(state.logits, text, columns, prefix, index), prefix.logits is None
-
-    def _prefix(self, prompts: Sequence[SoftPrompt] | Prepared | None) -> Prefix:
-        prefix = self.chosen(prompts)
-        if not isinstance(prefix, Prefix):
-            raise ValueError(
-                f"{type(prefix).__name__} was prepared for another architecture; prepare the prompts again"
+            logits = packed_logits(
+                self,
+                text,
+                columns,
+                live,
+                index,
+                lambda most: self._refuse_beyond(most, most),
+                by_layer=self._by_layer,
             )
-        return prefix
+            return logits, not live
+        prepared, seq = self._prepared(prompts), text.ids.shape[1]
+        if isinstance(prepared, Matrices):
+            state = self._read(text, prepared, index, keep=columns - 1 - seq, labels=labels)
+            return state.logits, self.place == "after_first"
+        state = self._read(text, prepared, index, keep=(columns - 1).clamp(min=0) - seq)
+        which = row_index(index, max(len(prepared.prompts), 1), text.ids)
+        return prepared.predicting(state.logits, text.first()[:, columns], which), prepared.logits is None
+
+    def _prepared(self, prompts: Sequence[SoftPrompt] | Prepared | None) -> Prefix | Matrices:
+        prepared = self.chosen(prompts)
+        if not isinstance(prepared, Prefix if self.place == "front" else Matrices):
+            raise ValueError(
+                f"{type(prepared).__name__} was prepared for another architecture or place; prepare the prompts again"
+            )
+        return prepared
 
     def _places(self, mask: Int[Tensor, "row total"], query: Int[Tensor, "row seq"]) -> dict[str, Any]:
         """Mask and explicit positions of the last `seq` places; models without the latter count the mask itself."""
@@ -245,25 +244,60 @@ class Causal(Attachment):
     def _read(
         self,
         text: Rows,
-        prefix: Prefix,
+        prepared: Prefix | Matrices,
         index: Int[Tensor, " batch"] | None,
-        keep: Int[Tensor, " kept"] | int,
+        keep: Int[Tensor, " kept"] | None,
         room: int = 0,
+        labels: Int[Tensor, "batch seq"] | None = None,
     ) -> _State:
-        """The text after its prompt's keys and values, with the head at the given places (0: everywhere)."""
-        rows = row_index(index, max(len(prefix.prompts), 1), text.ids)
-        mask = torch.cat([prefix.mask[rows], text.mask], 1)
+        """The text with its prompt, from the prompt's keys and values where it stands in front.
+
+        Args:
+            keep: places of the head, counted from the end and so negative; none: at each of the text's tokens.
+            labels: those of `text`, in front of the first of which a prompt behind the text stands.
+        """
+        everywhere = 0 if keep is None else keep
+        if isinstance(prepared, Matrices):
+            behind = aligned(text.ids, text.mask, pads="behind")
+            rows = whole(self, prepared, index, behind, self._lead(text, labels), None).padded_in_front()
+            cache, mask = DynamicCache(), rows.mask
+            self._refuse_beyond(int(mask.sum(1).max()) + room, mask.shape[1] + room)
+            output = self._run(rows.embeds, cache, mask, mask, everywhere)
+            if keep is None:
+                own = rows.own.long().argsort(dim=1, stable=True)[:, -text.ids.shape[1] :]
+                return _State(cache, mask, output.gather(1, own[..., None].expand(-1, -1, output.shape[-1])))
+            return _State(cache, mask, output)
+        which = row_index(index, max(len(prepared.prompts), 1), text.ids)
+        cache, mask = prepared.cache(which), torch.cat([prepared.mask[which], text.mask], 1)
         self._refuse_beyond(int(mask.sum(1).max()) + room, mask.shape[1] + room)
-        cache = DynamicCache()
-        cache.layers = [_layer(_per_row(key, rows), _per_row(value, rows)) for key, value in prefix.layers]
+        embeds = self.shifted(prepared.prompts, index, text.ids, text.positions())
+        return _State(cache, mask, self._run(embeds, cache, mask, text.mask, everywhere))
+
+    def _lead(self, text: Rows, labels: Int[Tensor, "batch seq"] | None) -> int | Int[Tensor, "batch 1"]:
+        """Each row's tokens in front of its prompt: its first one, or all before its first label."""
+        if self.place == "after_first":
+            return 1
+        own = text.mask if labels is None else text.mask * ((labels != -100).cumsum(1) == 0)
+        return own.sum(1, keepdim=True)
+
+    def _run(
+        self,
+        embeds: Float[Tensor, "batch seq dim"],
+        cache: DynamicCache,
+        mask: Int[Tensor, "batch total"],
+        query: Int[Tensor, "batch seq"],
+        keep: Int[Tensor, " kept"] | int,
+    ) -> Float[Tensor, "batch kept vocab"]:
+        """The model's logits behind what is in the cache, to which it adds."""
         output = self.backbone.model(
-            inputs_embeds=self.shifted(prefix.prompts, index, text.ids, text.positions()),
+            inputs_embeds=embeds,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep,
-            **self._places(mask, text.mask),
+            **self._places(mask, query),
         )
-        return _State(cache, mask, output.logits)
+        logits: Tensor = output.logits
+        return logits
 
     def _continue(
         self,
@@ -277,19 +311,14 @@ class Causal(Attachment):
         """Further tokens after a batch that has been read; `real` marks padding behind them."""
         real = torch.ones_like(ids) if real is None else real
         mask = torch.cat([state.mask, real], 1)
-        output = self.backbone.model(
-            inputs_embeds=self.shifted(prompts, index, ids, positions),
-            past_key_values=state.cache,
-            use_cache=True,
-            **self._places(mask, ids),
-        )
-        return _State(state.cache, mask, output.logits)
+        embeds = self.shifted(prompts, index, ids, positions)
+        return _State(state.cache, mask, self._run(embeds, state.cache, mask, ids, 0))
 
     def _score_rest(
         self,
         state: _State,
         text: Rows,
-        prefix: Prefix,
+        prepared: Prefix | Matrices,
         index: Int[Tensor, " batch"] | None,
         candidates: Sequence[Sequence[int]],
     ) -> Float[Tensor, "batch candidate"]:
@@ -306,25 +335,10 @@ class Causal(Attachment):
         place = text.mask.sum(1, keepdim=True).repeat_interleave(count, 0) + torch.arange(longest - 1, device=device)
         wide_index = None if index is None else index.repeat_interleave(count, 0)
         fed, fed_real = padded[:, :-1].repeat(batch, 1), real[:, :-1].repeat(batch, 1)
-        read = self._continue(wide, fed, place, prefix.prompts, wide_index, fed_real)
+        read = self._continue(wide, fed, place, prepared.prompts, wide_index, fed_real)
         logp = read.logits.float().log_softmax(-1).view(batch, count, longest - 1, -1)
         targets = padded[:, 1:].expand(batch, -1, -1)[..., None]
         return (logp.gather(-1, targets)[..., 0] * real[:, 1:]).sum(-1)
-
-    def _first_from_prompt(
-        self,
-        logits: Float[Tensor, "batch kept vocab"],
-        text: Rows,
-        columns: Int[Tensor, " kept"],
-        prefix: Prefix,
-        index: Int[Tensor, " batch"] | None,
-    ) -> Float[Tensor, "batch kept vocab"]:
-        """`logits` with those of each row's first token taken from the end of its prompt."""
-        first = text.first()[:, columns]
-        if prefix.logits is None or not bool(first.any()):
-            return logits
-        rows = row_index(index, len(prefix.prompts), text.ids)
-        return torch.where(first[..., None], prefix.logits[rows][:, None], logits)
 
     def _refuse_beyond(self, longest: int, wide: int) -> None:
         """Refuse rows of `longest` positions, or of `wide` ones with their padding, that the model has no room for."""
@@ -334,17 +348,3 @@ class Causal(Attachment):
                 f"rows of {wide} positions with prompt and padding exceed the sliding window of {self._window} of "
                 f"{self.backbone.source}, beyond which a shared prefix is not exact; shorten the rows"
             )
-
-
-def _per_row(
-    states: Float[Tensor, "row head prompt head_dim"], rows: Int[Tensor, " batch"]
-) -> Float[Tensor, "batch head prompt head_dim"]:
-    # One prompt is expanded, not copied.
-    return states.expand(len(rows), -1, -1, -1) if len(states) == 1 else states[rows]
-
-
-def _layer(keys: Tensor, values: Tensor) -> DynamicLayer:
-    layer = DynamicLayer()
-    layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values
-    return layer

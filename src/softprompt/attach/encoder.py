@@ -1,5 +1,6 @@
 """Prompts after an encoder's first token (BERT, RoBERTa, DistilBERT, MPNet, MiniLM): `[CLS] prompt text [SEP]`."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, final
 
@@ -8,13 +9,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput
 
+from softprompt import attention
 from softprompt.attach.base import Attachment, Prepared
-from softprompt.attach.bidirectional import Matrices, Whole, chosen, matrices, whole
 from softprompt.attach.exact import exact, refuse_different
+from softprompt.attach.inline import Matrices, Whole, chosen, isolated, matrices, whole
 from softprompt.attach.rows import Rows, aligned, checked_mask
 from softprompt.attach.sampling import Sampling
-from softprompt.attach.vision import Pool, Pooling
+from softprompt.attach.vision import Pooling
 from softprompt.backbone import Backbone
+from softprompt.choices import Attend, Place, Pool
 from softprompt.prompts import Folded, SoftPrompt
 
 
@@ -63,6 +66,8 @@ class Encoder(Attachment):
     """
 
     closed = True
+    places = ("front", "behind")
+    isolates = True
 
     def __init__(
         self,
@@ -70,8 +75,10 @@ class Encoder(Attachment):
         prompt: SoftPrompt | None,
         head: nn.Module | None = None,
         tuned: nn.Module | None = None,
+        place: Place = "front",
+        attend: Attend = "joint",
     ) -> None:
-        super().__init__(backbone, prompt, head, tuned)
+        super().__init__(backbone, prompt, head, tuned, place, attend)
         if head is None and not backbone.masked_lm:
             raise ValueError(
                 f"{backbone.source} has no vocabulary head to answer with; give a head to train, as in "
@@ -80,6 +87,8 @@ class Encoder(Attachment):
         if head is None and backbone.tokenizer.mask_token_id is None:
             raise ValueError(f"the tokenizer of {backbone.source} has no mask token to answer at; give a head to train")
         self._check_exact()
+        if attend == "isolated":
+            self._check_isolated()
 
     def prepare(self, prompts: Sequence[SoftPrompt]) -> Matrices:
         """The prompts' vectors; everything else depends on the text."""
@@ -175,17 +184,47 @@ class Encoder(Attachment):
         """Of the vocabulary at the mask, or of the head's classes."""
         prepared, model = chosen(self, prompts), self.backbone.model
         text = aligned(input_ids, checked_mask(input_ids, attention_mask), pads="behind")
+        if self.attend == "isolated":
+            return self._isolated(prepared, index, text)
         if self.head is not None:
-            rows = whole(self, prepared, index, text, lead=1, limit=self._limit())
+            rows = whole(self, prepared, index, text, lead=self._lead(text), limit=self._limit())
             return self.head(_mean(self._states(rows), rows.own))
-        text = self._masked(text)
-        rows = whole(self, prepared, index, text, lead=1, limit=self._limit())
-        at = (text.ids == self.backbone.tokenizer.mask_token_id).long().argmax(1)
-        at = torch.where(at < 1, at, at + rows.mask.sum(1) - text.mask.sum(1))
+        lead, text = self._lead(text), self._masked(text)
+        rows = whole(self, prepared, index, text, lead=lead, limit=self._limit())
+        at = (text.ids == self.backbone.tokenizer.mask_token_id).long().argmax(1, keepdim=True)
+        at = torch.where(at < lead, at, at + (rows.mask.sum(1) - text.mask.sum(1))[:, None])[:, 0]
         each = torch.arange(len(at), device=at.device)
         if (words := self._words()) is not None:
             return words(self._states(rows)[each, at])
         return model(inputs_embeds=rows.embeds, attention_mask=rows.mask).logits[each, at]
+
+    def _isolated(
+        self, prepared: Matrices, index: Int[Tensor, " batch"] | None, text: Rows
+    ) -> Float[Tensor, "batch answer"]:
+        """`_logits` where prompts see themselves alone: each is run once, and the rows go on from it."""
+        text = text if self.head is not None else self._masked(text)
+        states = self._isolated_states(prepared, index, text)
+        if self.head is not None:
+            return self.head(_mean(states, text.mask.bool()))
+        at = (text.ids == self.backbone.tokenizer.mask_token_id).long().argmax(1)
+        logits: Tensor = self._words()(states[torch.arange(len(at), device=at.device), at])
+        return logits
+
+    def _isolated_states(
+        self, prepared: Matrices, index: Int[Tensor, " batch"] | None, text: Rows
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """The text's own last states; every token is in the place that it has in `[first; prompt; rest]`."""
+        embeds, packing = isolated(self, prepared, index, text, self._limit())
+        positions = packing.positions[0] + self._skipped()
+        positions[: packing.rows.start] += 1
+        positions[packing.rows.starts] = self._skipped()
+        output = self.backbone.model.base_model(
+            inputs_embeds=embeds[None],
+            attention_mask=attention.everything(embeds.device),
+            position_ids=positions[None],
+            packing=packing,
+        )
+        return packing.rows.padded(output.last_hidden_state[0])
 
     def _words(self) -> Any:
         """The vocabulary head where it is one module: it runs at the mask alone and not over the whole row."""
@@ -213,20 +252,31 @@ class Encoder(Attachment):
                 f"the rows have {found.tolist()} mask tokens ({tokenizer.mask_token}); each needs one, or none of them "
                 "any, so that it is put behind the text"
             )
-        lengths = text.mask.sum(1, keepdim=True)
-        closes = text.ids.gather(1, lengths - 1) == (-1 if tokenizer.sep_token_id is None else tokenizer.sep_token_id)
-        at = lengths - closes.long()
+        lengths, at = text.mask.sum(1, keepdim=True), self._end(text)
         column = torch.arange(text.ids.shape[1] + 1, device=text.ids.device).expand(len(text.ids), -1)
         source = torch.where(column > at, column - 1, column).clamp(max=text.ids.shape[1] - 1)
         ids = text.ids.gather(1, source).masked_fill(column == at, tokenizer.mask_token_id)
         return Rows(ids, (column <= lengths).long(), text.order.gather(1, source))
 
+    def _lead(self, text: Rows) -> int | Int[Tensor, "batch 1"]:
+        """Tokens in front of the prompt: [CLS], or the whole text, before a mask is put behind it."""
+        return 1 if self.place == "front" else self._end(text)
+
+    def _end(self, text: Rows) -> Int[Tensor, "batch 1"]:
+        """Each row's tokens in front of its closing one."""
+        lengths, closing = text.mask.sum(1, keepdim=True), self.backbone.tokenizer.sep_token_id
+        return lengths - (text.ids.gather(1, lengths - 1) == (-1 if closing is None else closing)).long()
+
     def _limit(self) -> int | None:
         """Positions that a row may have: RoBERTa's and MPNet's tables begin behind the padding token's own."""
         limit = self.backbone.max_positions
+        return None if limit is None else limit - self._skipped()
+
+    def _skipped(self) -> int:
+        """The position of a row's first token in the model's table."""
         table = getattr(getattr(self.backbone.model.base_model, "embeddings", None), "position_embeddings", None)
-        skipped = getattr(table, "padding_idx", None)
-        return limit if limit is None or skipped is None else limit - skipped - 1
+        padding = getattr(table, "padding_idx", None)
+        return 0 if padding is None else padding + 1
 
     @torch.no_grad()
     def _check_exact(self) -> None:
@@ -251,6 +301,29 @@ class Encoder(Attachment):
         refuse_different(
             self.backbone, alone.float(), ours[0, : len(alone)].float(), "padding behind the row", "outputs"
         )
+
+    @torch.no_grad()
+    def _check_isolated(self) -> None:
+        """Compare with the model's own forward under a mask that hides the text from the prompt."""
+        model = self.backbone.model
+        accepted = inspect.signature(model.base_model.forward).parameters
+        if not attention.takes_packing(model) or "position_ids" not in accepted or (self.head or self._words()) is None:
+            raise ValueError(
+                f"{self.backbone.source} ({model.config.model_type}) does not hand positions and attention on, so its "
+                "prompts cannot be isolated; leave attend=joint, or choose a BERT or RoBERTa"
+            )
+        table = self.backbone.host().embedding
+        vectors = table[torch.arange(7, 12) % len(table)].to(self.backbone.device)
+        ids = torch.tensor([[3, 17, 8]], device=self.backbone.device) % len(table)
+        text = Rows(ids, torch.ones_like(ids), ids)
+        own = model.get_input_embeddings()(ids)
+        embeds = torch.cat([own[:, :1], vectors[None].to(self.backbone.dtype), own[:, 1:]], 1)
+        place = torch.arange(embeds.shape[1], device=ids.device)
+        of_prompt = (place >= 1) & (place <= len(vectors))
+        seen = ~of_prompt[:, None] | of_prompt[None]
+        states = model.base_model(inputs_embeds=embeds, attention_mask=seen[None, None]).last_hidden_state[0]
+        ours = self._isolated_states(self.prepare([Folded(vectors)]), None, text)[0]
+        refuse_different(self.backbone, states[~of_prompt].float(), ours.float(), "isolated prompts", "states")
 
 
 _HEADS = ("cls", "lm_head")

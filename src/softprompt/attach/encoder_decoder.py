@@ -1,4 +1,4 @@
-"""Prompts in front of an encoder-decoder's input text (T5, mT5, FLAN-T5, BART and their relatives)."""
+"""Prompts in an encoder-decoder's input (T5, mT5, FLAN-T5, BART and their relatives)."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, final
@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from softprompt import t5
 from softprompt.attach.base import Attachment, Prepared
-from softprompt.attach.bidirectional import Matrices, chosen, matrices, whole
 from softprompt.attach.exact import exact, refuse_different
-from softprompt.attach.rows import aligned, checked_mask
+from softprompt.attach.inline import Matrices, Whole, chosen, isolated, matrices, whole
+from softprompt.attach.rows import Rows, aligned, checked_mask
 from softprompt.attach.sampling import Chooser, Sampling
 from softprompt.backbone import Backbone
+from softprompt.choices import Attend, Place
 from softprompt.prompts import Folded, SoftPrompt
 
 
@@ -28,7 +30,7 @@ class _Read(NamedTuple):
 
 @final
 class EncoderDecoder(Attachment):
-    """A prompt in front of the encoder's text; the decoder sees it through its cross-attention.
+    """A prompt in front of the encoder's text, or where `place` says; the decoder sees it through its cross-attention.
 
     Costs one pass of the encoder over prompt and text a call; candidates and generated tokens share it, and the
     cross-attention's keys and values too. Guarantees the outputs and gradients of `[prompt; text]` run as one row of
@@ -42,6 +44,8 @@ class EncoderDecoder(Attachment):
     """
 
     closed = True
+    places = ("front", "after_first", "behind")
+    isolates = True
 
     def __init__(
         self,
@@ -49,8 +53,10 @@ class EncoderDecoder(Attachment):
         prompt: SoftPrompt | None,
         head: nn.Module | None = None,
         tuned: nn.Module | None = None,
+        place: Place = "front",
+        attend: Attend = "joint",
     ) -> None:
-        super().__init__(backbone, prompt, tuned=tuned)
+        super().__init__(backbone, prompt, tuned=tuned, place=place, attend=attend)
         if head is not None:
             raise ValueError(f"{backbone.source} answers in words and takes no head; leave it out")
         if not hasattr(backbone.model, "prepare_decoder_input_ids_from_labels"):
@@ -61,6 +67,11 @@ class EncoderDecoder(Attachment):
         generation = backbone.model.generation_config
         forced = generation.forced_bos_token_id
         self._first: tuple[int, ...] = () if forced is None else (int(forced),)
+        if attend == "isolated" and not t5.is_known(backbone.model.get_encoder()):
+            raise ValueError(
+                f"{backbone.source} ({backbone.model.config.model_type}) is no T5 or mT5, whose prompts alone can be "
+                "isolated among encoder-decoders; leave attend=joint"
+            )
         self._check_exact()
 
     def prepare(self, prompts: Sequence[SoftPrompt]) -> Matrices:
@@ -203,9 +214,33 @@ class EncoderDecoder(Attachment):
     ) -> _Read:
         """The encoder's states of prompts and text, and an empty cache for the decoder."""
         text = aligned(input_ids, checked_mask(input_ids, attention_mask), pads="behind")
-        rows = whole(self, chosen(self, prompts), index, text, lead=0, limit=self.backbone.max_positions)
+        prepared = chosen(self, prompts)
+        if self.attend == "isolated":
+            return self._isolated(prepared, index, text)
+        rows = whole(self, prepared, index, text, lead=self._lead(text), limit=self.backbone.max_positions)
+        return self._encoded(rows)
+
+    def _isolated(self, prepared: Matrices, index: Int[Tensor, " batch"] | None, text: Rows) -> _Read:
+        """The same of prompts that see themselves alone: each is run once, and every row goes on from its states."""
+        embeds, packing = isolated(self, prepared, index, text, self.backbone.max_positions)
+        states = t5.run(self.backbone.model.get_encoder(), embeds, packing)
+        rows, mask = packing.rows.padded(states), text.mask
+        if packing.prompts is not None:
+            rows = torch.cat([packing.prompts.padded(states)[packing.index], rows], 1)
+            mask = torch.cat([packing.prompts.real[packing.index].long(), mask], 1)
+        return _Read(rows, mask, EncoderDecoderCache(DynamicCache(), DynamicCache()))
+
+    def _encoded(self, rows: Whole) -> _Read:
         states = self.backbone.model.get_encoder()(inputs_embeds=rows.embeds, attention_mask=rows.mask)[0]
         return _Read(states, rows.mask, EncoderDecoderCache(DynamicCache(), DynamicCache()))
+
+    def _lead(self, text: Rows) -> int | Int[Tensor, "batch 1"]:
+        """Tokens in front of the prompt; behind a text it still stands in front of the end of sequence."""
+        if self.place != "behind":
+            return 0 if self.place == "front" else 1
+        lengths = text.mask.sum(1, keepdim=True)
+        ends = torch.tensor(self.end_of_sequence(), dtype=torch.long, device=text.ids.device)
+        return lengths - torch.isin(text.ids.gather(1, lengths - 1), ends).long()
 
     def _decode(self, read: _Read, ids: Int[Tensor, "batch more"]) -> Float[Tensor, "batch more vocab"]:
         """Logits of the decoder's next tokens; `read`'s cache grows by them."""
@@ -245,5 +280,8 @@ class EncoderDecoder(Attachment):
         own = model.get_input_embeddings()(ids[:1, 2:])
         embeds = torch.cat([vectors[None].to(device, self.backbone.dtype), own], 1)
         alone = model(inputs_embeds=embeds, decoder_input_ids=self._begin(ids[:1])).logits[0].float()
-        ours = self(ids, mask, prompts=[Folded(vectors)]).logits[0].float()
+        text = aligned(ids, mask, pads="behind")
+        rows = whole(self, matrices(self, [Folded(vectors)]), None, text, lead=0, limit=None)
+        read = self._encoded(rows)
+        ours = self._decode(read, self._begin(ids))[0].float()
         refuse_different(self.backbone, alone, ours, "padding behind the row")

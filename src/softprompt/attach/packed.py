@@ -20,12 +20,15 @@ def packed_logits(
     prompts: Sequence[SoftPrompt],
     index: Int[Tensor, " batch"] | None,
     refuse_beyond: Callable[[int], None],
+    *,
+    by_layer: bool,
 ) -> Float[Tensor, "batch kept vocab"]:
     """The logits that predict the tokens in `columns`: a token's from one place earlier, a first one's from its prompt.
 
     Args:
         text: with padding in front.
         refuse_beyond: told how many positions the longest row has with its prompt.
+        by_layer: let `decoder.run` do what the model does.
     """
     matrices = attachment.matrices(prompts)
     rows, counts = row_index(index, max(len(matrices), 1), text.ids), text.mask.sum(1)
@@ -35,7 +38,7 @@ def packed_logits(
     embeds = torch.cat([*(matrix.to(own.dtype) for matrix in matrices), own])
     places = (columns - 1 - (text.ids.shape[1] - counts)[:, None]).clamp(min=-1)
     model = attachment.backbone.model
-    if attachment.tuned is None and not model.training and decoder.is_known(model):
+    if by_layer and not model.training:  # it knows no dropout
         return decoder.run(model, embeds, packing, places)
     keep = packing.at(places)
     output = model(

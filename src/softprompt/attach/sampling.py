@@ -44,7 +44,8 @@ class Chooser:
         """One token a row."""
         if self._sampling.temperature == 0:
             return logits.argmax(-1)
-        scores = logits.float() / self._sampling.temperature
+        # Colder than this, any two logits that differ are far apart, and dividing by less overflows to NaN.
+        scores = logits.float() / max(self._sampling.temperature, 1e-6)
         for warper in self._warpers:
             scores = warper(None, scores)
         return torch.multinomial(scores.softmax(-1), 1, generator=self._generator)[:, 0]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,10 +14,8 @@ from softprompt.attach.base import Attachment, Prepared
 from softprompt.attach.exact import exact, refuse_different
 from softprompt.attach.rows import row_index
 from softprompt.backbone import Backbone
+from softprompt.choices import Attend, Place, Pool
 from softprompt.prompts import SoftPrompt
-
-Pool = Literal["cls", "patches"]
-"""What a head sees of an image: the last state of [CLS], or the mean of the patches'."""
 
 
 @final
@@ -76,8 +74,10 @@ class Vision(Attachment):
         prompt: SoftPrompt | None,
         head: nn.Module | None = None,
         tuned: nn.Module | None = None,
+        place: Place = "front",
+        attend: Attend = "joint",
     ) -> None:
-        super().__init__(backbone, prompt, head, tuned)
+        super().__init__(backbone, prompt, head, tuned, place, attend)
         if head is None:
             raise ValueError(
                 f"{backbone.source} has no words to answer with; give a head to train, as in "

@@ -33,5 +33,7 @@ def export_(
     opened = [runs.open_run(run) for run in runs_]
     folder = output or opened[0].folder.with_name(f"{opened[0].name}-{to}")
     named = dict(word.split("=", 1) for word in words)
+    if len(named) < len(words):
+        raise ValueError(f"words names a run twice ({', '.join(words)}); give each run one word")
     measured = export_runs(opened, FORMATS[to], folder, words=named)
     return {"command": "export", "runs": [str(run) for run in runs_], "to": to, "output": str(folder), **measured}

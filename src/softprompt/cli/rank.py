@@ -74,7 +74,8 @@ def _ranks(measured: list[Measured], suggest: bool, out: Path | None) -> dict[st
         scored = [(found.subject, found.functional) for found in measured if found.functional is not None]
         suggestions = suggest_rank(scored)
         for one in suggestions:
-            console.print(f"{one.task}, {one.method} of length {one.length} on {one.backbone}: {one.sentence}")
+            size = f"length {one.length}" + (f" in each of {one.depth} layers" if one.depth > 1 else "")
+            console.print(f"{one.task}, {one.method} of {size} on {one.backbone}: {one.sentence}")
         result["suggestions"] = [dataclasses.asdict(one) for one in suggestions]
     if out is not None:
         result["pictures"] = [str(path) for path in draw_ranks(measured, out)]

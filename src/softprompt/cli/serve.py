@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from softprompt import backbone as backbones
-from softprompt.backbone import Dtype
+from softprompt.choices import Dtype
 from softprompt.cli.terminal import console
 from softprompt.runs import RECORD, open_run
 from softprompt.serve.limits import Limits, Replicas
@@ -50,8 +50,8 @@ def serve_(
         grace: Seconds for what is being answered when the service is told to stop.
         log_texts: Write what users send into the log.
     """
-    needed = ("fastapi", "uvicorn", "prometheus_client", *(("ray.serve",) if engine == "ray" else ()))
-    if missing := [name for name in needed if not _found(name)]:
+    needed = ("fastapi", "uvicorn", "prometheus_client", *(("ray",) if engine == "ray" else ()))
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         extras = "serve,sweep" if engine == "ray" else "serve"
         raise ImportError(f"serving needs {', '.join(missing)}; pip install 'softprompt[{extras}]'")
     from softprompt.serve.gate import Access
@@ -87,13 +87,6 @@ def serve_(
     else:
         serve(backbones.load(source, dtype=dtype, device=device), pairs, **shared)
     return {"command": "serve", "address": address, "backbone": source, "prompts": [name for name, _ in pairs]}
-
-
-def _found(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its package is not there
-        return False
 
 
 def _backbone(pairs: list[tuple[str, Path]]) -> str:

@@ -1,18 +1,17 @@
 """`softprompt train`: a prompt is trained, or an unfinished run goes on."""
 
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import tyro
 
-from softprompt import runs
 from softprompt.cli.console import console, show_table
-from softprompt.cli.terminal import Terminal
-from softprompt.evaluate import read_splits
 from softprompt.experiment import Experiment
 from softprompt.prompts import METHODS
 from softprompt.prompts.dpt import DPT
-from softprompt.train import resume, train
+
+if TYPE_CHECKING:
+    from softprompt.runs import Run
 
 Prompt: Any = Union[  # noqa: UP007  (built of every registered method)
     tuple(
@@ -46,6 +45,10 @@ def train_(
         show: Show so many test rows that it got wrong.
         log_with: A tracker that accelerate knows: tensorboard, wandb, mlflow and others.
     """
+    # Not above: what trains takes seconds to import, which the help need not wait for.
+    from softprompt.cli.terminal import Terminal
+    from softprompt.train import resume, train
+
     terminal = Terminal()
     try:
         if resume_ is not None:
@@ -72,7 +75,7 @@ def train_(
     }
 
 
-def _show_result(run: runs.Run) -> None:
+def _show_result(run: "Run") -> None:
     results = run.results or {}
     rows = [
         {
@@ -88,7 +91,9 @@ def _show_result(run: runs.Run) -> None:
     console.print(f"kept in {run.folder}")
 
 
-def _show_mistakes(run: runs.Run, count: int) -> None:
+def _show_mistakes(run: "Run", count: int) -> None:
+    from softprompt.evaluate import read_splits
+
     rows = read_splits(run.experiment, run.task).test
     wrong = [found for found in run.predictions() if found["answer"] != found["gold"]][:count]
     console.print(f"{len(wrong)} of the rows it got wrong:")

@@ -7,8 +7,12 @@ from softprompt.baseline import export_lora
 from softprompt.export.peft import export_peft, peft_refusal
 
 
-def export_attachment(finished: Attachment, folder: Path) -> str:
-    """Write what stock PEFT loads, if its format can say what was trained; else the reason why it cannot."""
+def export_attachment(finished: Attachment, folder: Path, own_layout: str = "") -> str:
+    """Write what stock PEFT loads, if its format can say what was trained; else the reason why it cannot.
+
+    Args:
+        own_layout: how the prompt lies in the input, where that is not PEFT's way.
+    """
     backbone = finished.backbone
     if finished.tuned is not None:
         if not hasattr(backbone.model, "peft_config"):
@@ -17,6 +21,8 @@ def export_attachment(finished: Attachment, folder: Path) -> str:
         return ""
     if finished.prompt is None:
         return "a head alone was trained; it is in head.safetensors"
+    if own_layout:
+        return f"the prompt is {own_layout}, and PEFT puts every prompt in front of it"
     folded = finished.prompt.fold()
     refusal = peft_refusal(folded, backbone.architecture)
     if not refusal:

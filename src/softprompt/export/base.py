@@ -93,6 +93,11 @@ def export_runs(
     backbone = backbone or load(first.backbone, dtype=first.backbone_dtype)
     trained = [_trained(run, backbone, name, word) for run, (name, word) in zip(runs, names.items(), strict=True)]
     for one in trained:
+        if own := one.run.experiment.own_layout:
+            raise ValueError(
+                f"the prompt of run {one.run.folder} is {own}, which other software does not do; use the run with "
+                "softprompt predict, or train one with place=front and attend=joint"
+            )
         if reason := form.refusal(one, backbone):
             raise ValueError(f"run {one.run.folder} cannot be exported to {form.name}: {reason}")
     with files.replacing(folder) as draft:
@@ -120,6 +125,24 @@ def close(found: Shaped[Tensor, "*shape"], wanted: Shaped[Tensor, "*shape"], rel
     gap, size = float((found.float() - wanted.float()).abs().max()), float(wanted.float().abs().max())
     if not gap <= relative * size:
         raise ValueError(f"{what} differs from the run's by {gap:.2g} of {size:.2g}; the export is dropped")
+
+
+def refuse_gap(gap: float, size: float, backbone: Backbone, what: str) -> None:
+    """Refuse scores that differ from the live run's by more than its dtype's rounding explains.
+
+    Args:
+        gap: the largest difference.
+        size: the largest score.
+
+    Raises:
+        ValueError: naming `what`.
+    """
+    tolerance = (1e-3 if backbone.dtype is torch.float32 else 6e-2) * max(size, 1.0)
+    if not gap <= tolerance:
+        raise ValueError(
+            f"{what} gives other scores than the live run (largest difference {gap:.2g}), so the export is dropped; "
+            "please report the backbone"
+        )
 
 
 def row_refusal(trained: Trained, backbone: Backbone, engine: str) -> str:

@@ -53,8 +53,6 @@ def grown(backbone: Backbone, rows: Float[Tensor, "new dim"], gap: int, quiet: i
             bias[..., old:] = NEVER
     embedding.weight[old:] = 0
     embedding.weight[old + gap :] = (rows / (embedding_scale(backbone) or 1.0)).to(embedding.weight)
-    suppressed = {*(new.generation_config.suppress_tokens or []), *range(old, old + gap + len(rows))}
-    new.generation_config.suppress_tokens = sorted(suppressed)
     return new
 
 

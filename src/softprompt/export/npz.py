@@ -18,7 +18,8 @@ class Npz(Format):
     """`prompts.npz`: float32 arrays `NAME.matrix`, and `NAME.position_table`, `NAME.input_table` where there are any.
 
     A row is laid out `[matrix; E + position_table[place in the text] + input_table[id]]`; `NAME.beyond` says what a
-    token past the position table gets: `refuse` (the run would refuse the row) or `none`.
+    token past the position table gets: `refuse` (the run would refuse the row) or `none`. `NAME.depth` is 1, or of a
+    deep prompt the number of layers whose vectors lie one behind another in `NAME.matrix`.
     """
 
     name: ClassVar[str] = "npz"
@@ -34,6 +35,7 @@ class Npz(Format):
         for one in trained:
             arrays |= {f"{one.name}.{key}": tensor.float().numpy() for key, tensor in _tensors(one).items()}
             arrays[f"{one.name}.beyond"] = np.array(one.folded.beyond)
+            arrays[f"{one.name}.depth"] = np.array(one.folded.depth)
         np.savez(folder / FILE, **arrays)
 
     def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:

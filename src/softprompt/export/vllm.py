@@ -13,7 +13,7 @@ from softprompt import files
 from softprompt.attach import attach
 from softprompt.backbone import Backbone
 from softprompt.export import vllm_client
-from softprompt.export.base import Format, Trained, row_refusal, same
+from softprompt.export.base import Format, Trained, refuse_gap, row_refusal, same
 from softprompt.export.probe import TEXTS, text_ids
 
 
@@ -46,7 +46,7 @@ class Vllm(Format):
         """The tensor that the client would send, against the live rows, and its logits against the live run's."""
         client, live = vllm_client.Prompts(folder), attach(backbone)
         own = backbone.model.get_input_embeddings()
-        gap = 0.0
+        gap = size = 0.0
         for one in trained:
             for text, ids in zip(TEXTS, text_ids(backbone, TEXTS, closing=False), strict=True):
                 sent = io.BytesIO(base64.b64decode(client.encoded(one.name, text)))
@@ -56,5 +56,6 @@ class Vllm(Format):
                 same(rows.cpu(), wanted.detach(), f"the request of {one.name}")
                 theirs = backbone.model(inputs_embeds=rows[None]).logits[0, -1].float()
                 ours = live(row, prompts=[one.folded]).logits[0, -1].float()
-                gap = max(gap, float((theirs - ours).abs().max()))
+                gap, size = max(gap, float((theirs - ours).abs().max())), max(size, float(ours.abs().max()))
+        refuse_gap(gap, size, backbone, "the request's tensor")
         return {"prompts": {one.name: len(one.folded.matrix) for one in trained}, "largest_difference": gap}

@@ -105,18 +105,24 @@ class BPT(PromptConfig):
         return cls(length=100, rank=75, scale=1.0)
 
     def build(self, host: Host, generator: torch.Generator) -> BilinearPrompt:
-        """A normal first factor; a uniform or a whitening second one."""
+        """A normal first factor; a uniform or a whitening second one; of a warm start the product nearest to it."""
         inner = self.rank if self.mode == "bilinear" else host.dim
         left = torch.randn(self.length, inner, generator=generator)
         right = self._right(inner, host, generator)
         frozen = self.mode == "frozen"
-        if host.start is not None:
-            return self._warm(host, right, generator)
-        if self.scale is not None:
-            return BilinearPrompt(0.02 * left, right, self.scale, frozen)
-        # Unit entries on both sides sum over `inner` products to a prompt of size sqrt(inner).
-        unit = right / right.square().mean().sqrt()
-        return BilinearPrompt(left, unit, host.rms / inner**0.5, frozen)
+        if host.start is not None and self.mode == "bilinear":
+            scale = host.rms if self.scale is None else self.scale
+            rows = given_rows(host, self.length) * (host.rms / scale)
+            return BilinearPrompt(*factorise(rows, self.rank, generator), scale)
+        if self.scale is None:
+            # Unit entries on both sides sum over `inner` products to a prompt of size sqrt(inner).
+            right, scale = right / right.square().mean().sqrt(), host.rms / inner**0.5
+        else:
+            left, scale = 0.02 * left, self.scale
+        if host.start is not None:  # whitened: what the whitening makes the start of
+            rows = given_rows(host, self.length) * (host.rms / scale)
+            left = torch.linalg.solve(right.double().T, rows.double().T).T.float().contiguous()
+        return BilinearPrompt(left, right, scale, frozen)
 
     def _right(self, inner: int, host: Host, generator: torch.Generator) -> Float[Tensor, "inner dim"]:
         """The second factor's first values."""
@@ -139,16 +145,6 @@ class BPT(PromptConfig):
             return matrix.contiguous()
         chosen = torch.randperm(host.dim, generator=generator)
         return matrix[chosen.repeat(-(-inner // host.dim))[:inner]].contiguous()
-
-    def _warm(self, host: Host, right: Float[Tensor, "inner dim"], generator: torch.Generator) -> BilinearPrompt:
-        """The product nearest to the host's warm start: by SVD, or by undoing the whitening."""
-        rows = given_rows(host, self.length)
-        scale = host.rms if self.scale is None else self.scale
-        rows = rows * (host.rms / scale)
-        if self.mode == "bilinear":
-            return BilinearPrompt(*factorise(rows, self.rank, generator), scale)
-        left = torch.linalg.solve(right.double().T, rows.double().T).T.float().contiguous()
-        return BilinearPrompt(left, right, scale, self.mode == "frozen")
 
     def count(self, dim: int) -> int:
         """`(length + dim) * rank`; whitened `length * dim`, and `dim * dim` more if that is tuned."""

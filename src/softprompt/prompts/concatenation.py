@@ -8,17 +8,18 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from softprompt.prompts.base import Folded, SoftPrompt
+from softprompt.prompts.several import Several
 
 
 @final
-class Concatenation(SoftPrompt):
+class Concatenation(Several):
     """`[P_1; P_2; ...]`: a task's prompt behind a style's, say. Parts may be folded, and then stay as they are.
 
     The input's embeddings pass through every part's shift in turn, so of several parts that shift by the input's
     embeddings each sees what the ones before it made.
 
     Raises:
-        ValueError: no parts.
+        ValueError: no parts, or one that is for several layers.
 
     >>> both = Concatenation([Folded(torch.zeros(2, 4)), Folded(torch.ones(3, 4))])
     >>> both.prompt().shape
@@ -29,11 +30,11 @@ class Concatenation(SoftPrompt):
         super().__init__()
         if not parts:
             raise ValueError("there are no prompts to concatenate; give at least one")
+        if (depth := max(part.depth for part in parts)) > 1:
+            raise ValueError(
+                f"a prompt for {depth} layers cannot be concatenated; give prompts that enter with the input"
+            )
         self.parts = nn.ModuleList(parts)
-
-    def prompt(self) -> Float[Tensor, "prompt dim"]:
-        """The parts' prompts in their order."""
-        return torch.cat([part.prompt() for part in self._parts])
 
     def shift(
         self,
@@ -42,7 +43,7 @@ class Concatenation(SoftPrompt):
         positions: Int[Tensor, "batch seq"],
     ) -> Float[Tensor, "batch seq dim"]:
         """Every part's shift in turn."""
-        for part in self._parts:
+        for part in self._prompts:
             embeds = part.shift(embeds, ids, positions)
         return embeds
 
@@ -52,7 +53,7 @@ class Concatenation(SoftPrompt):
         Raises:
             ValueError: two parts change the input's embeddings; tables of both cannot stand for one after the other.
         """
-        folded = [part.fold() for part in self._parts]
+        folded = [part.fold() for part in self._prompts]
         shifting = [part for part in folded if not part.plain]
         if len(shifting) > 1:
             raise ValueError(
@@ -65,14 +66,6 @@ class Concatenation(SoftPrompt):
         [one] = shifting
         return Folded(matrix, one.position_table, one.input_table, one.beyond)
 
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        """The parts' groups of one name together."""
-        groups: dict[str, list[nn.Parameter]] = {}
-        for part in self._parts:
-            for name, parameters in part.groups().items():
-                groups.setdefault(name, []).extend(parameters)
-        return groups
-
     @property
-    def _parts(self) -> list[SoftPrompt]:
-        return [part for part in self.parts if isinstance(part, SoftPrompt)]
+    def _members(self) -> nn.ModuleList:
+        return self.parts

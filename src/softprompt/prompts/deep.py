@@ -8,10 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from softprompt.prompts.base import Folded, Host, PromptConfig, SoftPrompt
+from softprompt.prompts.several import Several
 
 
 @final
-class Deep(SoftPrompt):
+class Deep(Several):
     """`[P_1; P_2; ...]`, `P_i` of layer i: each takes the place of what the layer before made of the one before.
 
     Reference: Jia et al. 2022, "Visual Prompt Tuning", VPT-deep.
@@ -39,10 +40,6 @@ class Deep(SoftPrompt):
         self.layers = nn.ModuleList(layers)
         self.depth = len(layers)
 
-    def prompt(self) -> Float[Tensor, "prompt dim"]:
-        """The layers' prompts in their order."""
-        return torch.cat([layer.prompt() for layer in self._layers])
-
     def shift(
         self,
         embeds: Float[Tensor, "batch seq dim"],
@@ -56,17 +53,9 @@ class Deep(SoftPrompt):
         """One folded prompt of the same depth."""
         return Folded(self.prompt().detach().clone(), depth=self.depth)
 
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        """The layers' groups of one name together."""
-        groups: dict[str, list[nn.Parameter]] = {}
-        for layer in self._layers:
-            for name, parameters in layer.groups().items():
-                groups.setdefault(name, []).extend(parameters)
-        return groups
-
     @property
-    def _layers(self) -> list[SoftPrompt]:
-        return [layer for layer in self.layers if isinstance(layer, SoftPrompt)]
+    def _members(self) -> nn.ModuleList:
+        return self.layers
 
 
 def build(config: PromptConfig, hosts: Sequence[Host], generator: torch.Generator) -> SoftPrompt:

@@ -82,7 +82,9 @@ class Bench:
     def score(self, prompt: Folded) -> tuple[Score, Answers]:
         """The prompt's score, and its answers as the metric reads them."""
         own = self.attachment
-        attached = attach(own.backbone, prompt.to(own.backbone.device), head=own.head)
+        attached = attach(
+            own.backbone, prompt.to(own.backbone.device), head=own.head, place=own.place, attend=own.attend
+        )
         rows, split, task = self.splits, self.split, self.task
         found, answers = score_examples(attached, task, rows, split, self.examples, self.max_new_tokens)
         given, golds, questions = beside_golds(task, getattr(rows, split), self.examples, answers)

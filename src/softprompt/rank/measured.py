@@ -30,7 +30,7 @@ class Measured:
         length, dim = self.subject.matrix.shape
         values: dict[str, Any] = {
             "name": self.subject.name,
-            "length": length,
+            "length": length // self.subject.prompt.depth,
             "depth": self.subject.prompt.depth,
             "dim": dim,
             "note": self.subject.note,

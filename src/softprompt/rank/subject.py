@@ -176,7 +176,7 @@ def _course(
             for name, tensor in files.read_tensors(file).items()
             if name.startswith("prompt.")  # a head may stand beside it
         }
-        runs.load_tensors(prompt, own, str(file))
+        files.load_tensors(prompt, own, str(file))
         found[step] = prompt.prompt().detach().clone()
     if set(found) <= {0}:
         raise ValueError(f"run {run.folder} has no checkpoints left; leave --checkpoints out")

@@ -20,14 +20,14 @@ class Difference:
 
     @property
     def interval(self) -> Interval | None:
-        """Student's t interval of the mean difference; none of a single seed."""
+        """Student's t interval of the mean difference; none of a single seed, or where all seeds differ by as much."""
         return self.spread.interval
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, `no difference shown`, or `one seed`."""
+        """`better`, `worse`, `no difference shown`, `one seed`, or `no spread` to measure the difference by."""
         if self.interval is None:
-            return "one seed"
+            return "one seed" if len(self.seeds) == 1 else "no spread"
         if self.interval.low > 0:
             return "better"
         return "worse" if self.interval.high < 0 else "no difference shown"

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any, final
 
 from softprompt.prompts import PromptConfig
-from softprompt.report.groups import Group, Settings
+from softprompt.report.groups import WAYS, Group, Settings
 from softprompt.report.read import printable
 
 _SHARED = {field.name for field in dataclasses.fields(PromptConfig)}
@@ -61,14 +61,14 @@ def arrange(groups: Sequence[Group], *, choose: bool = False) -> Grid:
 
     Args:
         choose: of groups that differ in the training's or the method's settings alone, keep for each task the one with
-            the best mean development score; backbone, shots and start are conditions and are never chosen among.
+            the best mean development score; CONDITIONS such as backbone and shots are never chosen among.
     """
     if choose:
         return _grid(_best(groups), lambda group: {name: group.settings[name] for name in CONDITIONS}, groups)
     return _grid(groups, lambda group: group.settings, ())
 
 
-CONDITIONS = ("backbone", "weights", "dtype", "shots", "shots_balanced", "start")
+CONDITIONS = ("backbone", "weights", "dtype", "shots", "shots_balanced", *WAYS)
 """Settings under which methods are compared: never chosen among."""
 
 

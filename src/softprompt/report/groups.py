@@ -10,7 +10,7 @@ from typing import Any, final
 
 from softprompt.experiment import Experiment, Training
 from softprompt.report.read import LeftOut, Result, printable
-from softprompt.tasks import TASKS
+from softprompt.tasks import TASKS, Task
 
 Settings = Mapping[str, Any]
 """Names like `lr` or `rank`, and plain values."""
@@ -44,18 +44,21 @@ class Spread:
 
     @property
     def interval(self) -> Interval | None:
-        """Student's t interval of the mean, `mean ± t(0.975, k - 1) s / sqrt(k)`; none of a single seed.
+        """Student's t interval of the mean, `mean ± t(0.975, k - 1) s / sqrt(k)`; none where nothing spreads.
+
+        A single seed has no spread, and neither have equal scores: with few rows or few seeds these are common, and an
+        interval of no width would say that no other seed could come to anything else.
 
         >>> interval = Spread((0.5, 0.6, 0.7)).interval
         >>> round(interval.low, 3), round(interval.high, 3)
         (0.352, 0.848)
         """
-        if self.deviation is None:
+        if not (self.deviation or 0) > 1e-12:  # differences of equal scores have their roundings
             return None
         from scipy.stats import t
 
         count = len(self.values)
-        half = float(t.ppf(0.975, count - 1)) * self.deviation / math.sqrt(count)
+        half = float(t.ppf(0.975, count - 1)) * statistics.stdev(self.values) / math.sqrt(count)
         return Interval(low=self.mean - half, high=self.mean + half)
 
 
@@ -151,6 +154,12 @@ def own_settings(experiment: Experiment) -> dict[str, Any]:
     return {f"prompt.{name}" if name in trainings else name: value for name, value in values.items()}
 
 
+_TOLD = {"task", "data", "protocol", "prompt", "baseline", "training", "seed", "backbone", "dtype"}
+"""Fields of an experiment that a group's method, settings and column, or the run's record, tell in their own way."""
+WAYS = tuple(field.name for field in dataclasses.fields(Experiment) if field.name not in _TOLD)
+"""The other fields. Walked, so that one that is added to an experiment cannot be averaged over."""
+
+
 def _settings(result: Result) -> dict[str, Any]:
     experiment, backbone = result.run.experiment, result.run.record["backbone"]
     settings = {**own_settings(experiment), **dataclasses.asdict(experiment.training)}
@@ -158,7 +167,7 @@ def _settings(result: Result) -> dict[str, Any]:
     return {
         # 1 and 1.0 are one value, whichever was written.
         **{name: _whole(value) for name, value in settings.items()},
-        "start": experiment.start,
+        **{name: getattr(experiment, name) for name in WAYS},
         "backbone": printable(str(backbone["base"])),
         "weights": str(backbone["hash"])[:12],
         "dtype": str(backbone["dtype"]),
@@ -172,12 +181,18 @@ def _column(result: Result) -> dict[str, Any]:
     return {
         "task": printable(experiment.task if known else task.name),
         "protocol": experiment.protocol,
-        "data": experiment.data,
+        "data": _data(experiment, task),
         "metric": result.metric,
         "wording": json.dumps(
             {name: value for name, value in task.to_json().items() if name in saying}, sort_keys=True
         ),
     }
+
+
+def _data(experiment: Experiment, task: Task) -> str | None:
+    """Where the rows are said to lie: two tasks of one name and wording may have files of their own."""
+    given = {} if experiment.data is None else {"train": experiment.data}
+    return ", ".join(dict.fromkeys({**task.files, **given}.values())) or None
 
 
 def _whole(value: Any) -> Any:

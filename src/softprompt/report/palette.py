@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, final, get_args
 
-from softprompt.baseline import Baseline
+from softprompt.choices import Baseline
 from softprompt.prompts import METHODS
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#808080")

@@ -12,6 +12,8 @@ from softprompt.runs import Run
 
 _NUMBERS = ("dev", "test", "majority", "low", "high", "n_dev", "n_test", "trainable", "seconds", "steps", "best_step")
 _TENSORS = (runs.TENSORS, runs.HEAD, runs.TUNED)
+_STUDY = "study.journal"
+"""What the folder of a sweep's search holds beside its trials."""
 
 
 @final
@@ -64,6 +66,8 @@ class LeftOut:
 def find(folders: Sequence[str | Path]) -> list[Path]:
     """Every run's folder among `folders` and anywhere below them, once, by path; a run is not searched for others.
 
+    Nor is the folder of a search, which stands for its trials unless it, or the one that it lies in, is given.
+
     Raises:
         FileNotFoundError: one of `folders` is not there.
     """
@@ -79,7 +83,8 @@ def find(folders: Sequence[str | Path]) -> list[Path]:
 
 def _below(top: Path) -> Iterator[Path]:
     for place, inner, names in os.walk(top):
-        if runs.RECORD in names:
+        asked = top in (Path(place), Path(place).parent)
+        if runs.RECORD in names or (_STUDY in names and not asked):
             inner.clear()
             yield Path(place)
         inner[:] = sorted(name for name in inner if not name.startswith("."))
@@ -90,6 +95,11 @@ def read(folders: Sequence[str | Path]) -> tuple[list[Result], list[LeftOut]]:
     results: list[Result] = []
     left_out: list[LeftOut] = []
     for folder in find(folders):
+        if not (folder / runs.RECORD).is_file():
+            # Of one seed, some stopped early: beside the runs that they chose settings for they would be rows too.
+            reason = "trials of a search, by which settings were chosen; give this folder itself to see them"
+            left_out.append(LeftOut(folder=printable(str(folder)), reason=reason))
+            continue
         try:
             results.append(_result(runs.open_run(folder)))
         except (ValueError, OSError, OverflowError, RecursionError) as error:

@@ -1,6 +1,7 @@
 """From the engine's thread to a client: waiting, streaming, and giving up when nobody listens."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar, final
@@ -38,7 +39,7 @@ class Answer:
     async def pieces(self) -> AsyncIterator[str]:
         """Its text, piece by piece; raises what the engine raised."""
         assert self.ticket is not None
-        while (token := await self._tokens.get()) is not None:
+        while (token := await self._next(self.ticket)) is not None:
             if piece := self._text.add(token):
                 yield piece
             if self._text.stopped:
@@ -54,18 +55,21 @@ class Answer:
         """All of it."""
         return "".join([piece async for piece in self.pieces()])
 
-    @property
-    def written(self) -> int:
-        """Tokens so far."""
-        return 0 if self.ticket is None else len(self.ticket.tokens)
+    async def _next(self, ticket: Ticket) -> int | None:
+        """The engine ends a row at its deadline; one that is stuck does not."""
+        left = None if ticket.deadline is None else ticket.deadline + _SLACK - time.monotonic()
+        try:
+            return await asyncio.wait_for(self._tokens.get(), left)
+        except TimeoutError:
+            raise TimeoutError("no answer within its time; try again later") from None
 
     def _put(self, token: int | None) -> None:
         with suppress(RuntimeError):  # the service's loop has ended, and nobody listens
             self._loop.call_soon_threadsafe(self._tokens.put_nowait, token)
 
 
-async def settled(request: Request, engine: Engine, tickets: Sequence[Ticket], work: Awaitable[Result]) -> Result:
-    """What `work` gives, unless the client goes away or time is over first; `tickets` are given up then.
+async def settled(request: Request, engine: Engine, work: Awaitable[Result]) -> Result:
+    """What `work` gives, unless the client goes away or time is over first.
 
     Raises:
         Cancelled: nobody listens any more.
@@ -83,8 +87,6 @@ async def settled(request: Request, engine: Engine, tickets: Sequence[Ticket], w
     finally:
         for task in (answer, gone):
             task.cancel()
-        for ticket in tickets:
-            ticket.cancel()
 
 
 async def results(tickets: Sequence[Ticket]) -> list[Any]:

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from softprompt.serve import encode, errors
 from softprompt.serve.answering import Answer, record_of, settled
 from softprompt.serve.engine import Engine
+from softprompt.serve.gate import Record
 from softprompt.serve.messages import MAX_ROWS, ChatRequest, CompletionRequest
 from softprompt.serve.ticket import Ticket
 
@@ -49,16 +50,12 @@ class _Job:
     kind: Kind
     model: str
     answers: list[Answer]
+    record: Record
     id: str
     created: int
 
-    @property
-    def tickets(self) -> list[Ticket]:
-        return [answer.ticket for answer in self.answers if answer.ticket is not None]
-
     def usage(self) -> dict[str, int]:
-        read = sum(len(ticket.ids) for ticket in self.tickets)
-        written = sum(answer.written for answer in self.answers)
+        read, written = self.record.read, self.record.written
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
     def envelope(self, choices: list[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
@@ -99,22 +96,17 @@ async def _answer(
         kind,
         body.model,
         [Answer(engine.backbone.tokenizer, body.stops()) for _ in range(len(inputs) * times)],
+        record,
         f"{'cmpl' if kind == 'text_completion' else 'chatcmpl'}-{secrets.token_hex(12)}",
         int(time.time()),
     )
     asks = [_asking(engine, body, one, most, seed + place) for one in inputs for place in range(times)]
     record.rows, record.texts = len(asks), list(inputs)
-    try:
-        await asyncio.to_thread(_begin, job.answers, asks)
-    except BaseException:
-        _give_up(job)
-        raise
-    record.read = sum(len(ticket.ids) for ticket in job.tickets)
+    await asyncio.to_thread(_begin, job, asks)
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return StreamingResponse(_stream(request, job, usage), media_type="text/event-stream")
-    texts = await settled(request, engine, job.tickets, asyncio.gather(*(answer.whole() for answer in job.answers)))
-    record.written = sum(answer.written for answer in job.answers)
+        return StreamingResponse(_stream(job, usage), media_type="text/event-stream")
+    texts = await settled(request, engine, asyncio.gather(*(answer.whole() for answer in job.answers)))
     choices = [
         job.choice(index, text, answer.finish)
         for index, (text, answer) in enumerate(zip(texts, job.answers, strict=True))
@@ -131,18 +123,13 @@ def _asking(
     return ask
 
 
-def _begin(answers: Sequence[Answer], asks: Sequence[Callable[[Callable[[int], None]], Ticket]]) -> None:
-    for answer, ask in zip(answers, asks, strict=True):
-        answer.begin(ask)
+def _begin(job: _Job, asks: Sequence[Callable[[Callable[[int], None]], Ticket]]) -> None:
+    for answer, ask in zip(job.answers, asks, strict=True):
+        job.record.tickets.append(answer.begin(ask))
 
 
-def _give_up(job: _Job) -> None:
-    for ticket in job.tickets:
-        ticket.cancel()
-
-
-async def _stream(request: Request, job: _Job, usage: bool) -> AsyncIterator[str]:
-    """Server-sent events; a client that goes away ends the generator, and with it the work."""
+async def _stream(job: _Job, usage: bool) -> AsyncIterator[str]:
+    """Server-sent events."""
     try:
         for index, answer in enumerate(job.answers):
             first = True
@@ -157,9 +144,6 @@ async def _stream(request: Request, job: _Job, usage: bool) -> AsyncIterator[str
         yield _event(errors.described(error)[1])
         if not isinstance(error, errors.EXPECTED):
             raise
-    finally:
-        record_of(request).written = sum(answer.written for answer in job.answers)
-        _give_up(job)
 
 
 def _event(values: Mapping[str, Any]) -> str:

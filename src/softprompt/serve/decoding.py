@@ -41,6 +41,11 @@ class PromptState:
         """Memory that the keys and values take."""
         return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
 
+    @property
+    def finite(self) -> bool:
+        """Whether all of them are numbers."""
+        return all(bool(one.isfinite().all()) for pair in self.layers for one in pair)
+
 
 @final
 @dataclass(frozen=True)

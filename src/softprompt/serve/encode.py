@@ -14,7 +14,7 @@ from torch import Tensor
 from softprompt.attach.exact import sliding_window
 from softprompt.backbone import Backbone
 from softprompt.pixels import Picture
-from softprompt.serve.served import Served
+from softprompt.serve.served import Served, called
 from softprompt.serve.ticket import Choice
 from softprompt.tasks import Task, answer_ids
 from softprompt.tasks import encode as encode_rows
@@ -25,6 +25,8 @@ _PLAIN = Task(name="text", template="{text}", target="answer", metrics=("exact_m
 _NO_LIMIT = 1_000_000_000
 _MAX_PIXELS = 40_000_000
 """Of an image that is sent: a small file may unfold to any size."""
+_MAX_LABEL = 32
+"""Tokens of a label that a request brings: each costs a row of the vocabulary's logits for every row and label."""
 
 
 def choices(
@@ -42,7 +44,7 @@ def choices(
     if not rows:
         raise ValueError("there are no rows; give at least one")
     if backbone.architecture == "vision":
-        raise ValueError(f"{backbone.source} reads images, and prompt {served.name!r} has no task of such")
+        raise ValueError(f"{called(backbone)} reads images, and prompt {served.name!r} has no task of such")
     if served.task is None or labels is not None:
         return _with_labels(backbone, served, rows, labels, max_tokens)
     if not served.classifies:
@@ -123,7 +125,7 @@ def text(
         ValueError: an encoder, ids that the vocabulary does not have, no token, or no room for the answer.
     """
     if backbone.architecture in ("encoder", "vision"):
-        raise ValueError(f"{backbone.source} ({backbone.architecture}) writes no text; classify instead")
+        raise ValueError(f"{called(backbone)} ({backbone.architecture}) writes no text; classify instead")
     if isinstance(given, str):
         ids = _tokens(backbone, given)
     elif isinstance(given, Mapping):
@@ -158,14 +160,14 @@ def chat(backbone: Backbone, messages: Sequence[Mapping[str, str]]) -> tuple[int
     """
     tokenizer = backbone.tokenizer
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"{backbone.source} has no chat template; ask for a completion")
+        raise ValueError(f"{called(backbone)} has no chat template; ask for a completion")
     with _tokenizing:
         try:
             text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except ImportError:
             raise
         except Exception as error:  # a template is a program of the model's author, and raises what it likes
-            raise ValueError(f"the chat template of {backbone.source} refuses the messages: {error}") from error
+            raise ValueError(f"the chat template of {called(backbone)} refuses the messages: {error}") from error
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -197,7 +199,7 @@ def refuse_long(backbone: Backbone, served: Served, tokens: int) -> None:
     if known and served.length + tokens > min(known):
         raise ValueError(
             f"the prompt's {served.length} positions and {tokens} for input and answer exceed the {min(known)} of "
-            f"{backbone.source}; shorten the input or ask for fewer tokens"
+            f"{called(backbone)}; shorten the input or ask for fewer tokens"
         )
 
 
@@ -212,10 +214,14 @@ def _with_labels(
         raise ValueError(f"prompt {served.name!r} has no labels of its own; send labels")
     if served.head is not None:
         own_choice(served, labels)
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"the labels {', '.join(labels)[:200]} name one twice; name each once")
     task = Task(name="labels", template="{text}", label="label", words={label: label for label in labels})
     with _tokenizing:
         work = Choice(candidates=answer_ids(task, backbone.tokenizer))
     longest = max(map(len, work.candidates))
+    if longest > _MAX_LABEL:
+        raise ValueError(f"a label has {longest} tokens, and at most {_MAX_LABEL} are taken; choose shorter labels")
     if backbone.architecture == "encoder" and longest > 1:
         raise ValueError(f"a label has {longest} tokens, and an encoder's mask holds one; choose shorter labels")
     found = []

@@ -1,12 +1,6 @@
 """Many prompts, one backbone: rows of all prompts share batches, and each gets the answer that it would get alone."""
 
-import logging
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
@@ -18,14 +12,10 @@ from softprompt.backbone import Backbone
 from softprompt.prompts import SoftPrompt
 from softprompt.serve import encode
 from softprompt.serve.limits import Limits, Status
-from softprompt.serve.served import Served, bare, from_folder, from_prompt, needs_head
-from softprompt.serve.ticket import Choice, Closed, Ticket, Unknown, Writing
-from softprompt.serve.waiting import Waiting
+from softprompt.serve.served import Served, bare, called, from_folder, from_prompt, needs_head
+from softprompt.serve.ticket import Ticket, Unknown, Writing
+from softprompt.serve.turns import Turns
 from softprompt.serve.worker import BatchDone, Worker
-
-_log = logging.getLogger("softprompt.serve")
-_ENTER = 8
-"""Rows that enter a batch in writing at one step, so that those in it are not kept waiting."""
 
 
 @final
@@ -56,14 +46,9 @@ class Engine:
             # Refuses a model that it is not exact for, before a thread begins.
             self._stop = tuple(bare(backbone).end_of_sequence())
         self._served: dict[str, Served] = {}
-        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._waiting = Waiting(self.limits.max_waiting)
-        self._wake = threading.Condition()
-        self._closed, self._give_up = False, False
         with torch.no_grad():
             self._worker = Worker(backbone, self.limits.max_batch, watch or (lambda done: None))
-        self._thread = threading.Thread(target=self._run, name="softprompt-engine", daemon=True)
-        self._thread.start()
+        self._turns = Turns(self._worker, self.limits)
 
     def __enter__(self) -> "Engine":
         return self
@@ -74,12 +59,18 @@ class Engine:
     @property
     def prompts(self) -> list[Served]:
         """What is served, by name."""
-        return [self._served[name] for name in sorted(self._served.copy())]
+        served = self._served.copy()  # another thread may remove one meanwhile
+        return [served[name] for name in sorted(served)]
 
     @property
     def alive(self) -> bool:
-        """Whether its thread runs."""
-        return self._thread.is_alive()
+        """Whether its thread runs and is not stuck."""
+        return self._turns.alive
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes nothing more, for good."""
+        return self._turns.closed
 
     def get(self, name: str) -> Served:
         """The prompt of that name.
@@ -91,6 +82,10 @@ class Engine:
             return self._served[name]
         except KeyError:
             raise Unknown(f"there is no prompt {name!r}; see the list of prompts") from None
+
+    def serves(self, name: str) -> bool:
+        """Whether there is a prompt of that name."""
+        return name in self._served
 
     def add(self, name: str, source: Path | str | SoftPrompt, *, over: bool = False) -> Served:
         """Serve another prompt: a run, a PEFT prompt-tuning folder, or a prompt itself; the others run on.
@@ -113,11 +108,12 @@ class Engine:
             if decoder is not None:
                 encode.refuse_long(self.backbone, fresh, 1)
                 ready = replace(fresh, state=decoder.prompt_state(fresh.prompt))
+                self._refuse_endless(ready)
             self._refuse_taken(name, over)
             self._served[name] = ready
             return ready
 
-        served: Served = self._do(serve)
+        served: Served = self._turns.do(serve)
         return served
 
     def remove(self, name: str) -> None:
@@ -195,35 +191,23 @@ class Engine:
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
         """Let all of them wait for their turn, or none; raises `Full` and `Closed`."""
-        with self._wake:
-            if self._closed:
-                raise Closed("the service is shutting down; ask another one")
-            self._waiting.drop(lambda ticket: ticket.over)
-            self._waiting.put(tickets, self._worker.seconds_each)
-            self._wake.notify()
+        self._turns.submit(tickets)
 
     def status(self) -> Status:
         """What it is at."""
-        with self._wake:
-            return Status(
-                ready=self.alive and not self._closed,
-                prompts=len(self._served),
-                waiting=len(self._waiting),
-                waiting_by_prompt=self._waiting.by_prompt(),
-                writing=self._worker.active,
-                max_batch=self._worker.most,
-            )
+        waiting = self._turns.by_prompt()
+        return Status(
+            ready=self.alive and not self.closed,
+            prompts=len(self._served),
+            waiting=sum(waiting.values()),
+            waiting_by_prompt=waiting,
+            writing=self._worker.active,
+            max_batch=self._worker.most,
+        )
 
-    def close(self, grace: float = 30) -> None:
+    def close(self, grace: float = 30.0) -> None:
         """Take nothing more and finish what there is; what is left after `grace` seconds fails with `Closed`."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        self._thread.join(grace)
-        with self._wake:
-            self._give_up = True
-            self._wake.notify()
-        self._thread.join()
+        self._turns.close(grace)
 
     def _refuse_taken(self, name: str, over: bool) -> None:
         if name in self._served and not over:
@@ -231,88 +215,13 @@ class Engine:
         if name not in self._served and len(self._served) >= self.limits.max_prompts:
             raise ValueError(f"{len(self._served)} prompts are served, which is all that may; remove one first")
 
+    def _refuse_endless(self, served: Served) -> None:
+        """A file may hold numbers that are finite and overflow in the backbone, for every row of the prompt."""
+        if served.state is not None and not served.state.finite:
+            raise ValueError(
+                f"prompt {served.name!r} overflows in {called(self.backbone)}: its numbers are too large; train it "
+                "again"
+            )
+
     def _seconds(self, timeout: float | None) -> float:
         return self.limits.timeout if timeout is None else min(timeout, self.limits.timeout)
-
-    def _do(self, job: Callable[[], Any]) -> Any:
-        """Let the engine's thread do it between two passes."""
-        done: Future[Any] = Future()
-        with self._wake:
-            if self._closed:
-                raise Closed("the service is shutting down; ask another one")
-            self._jobs.append((job, done))
-            self._wake.notify()
-        return done.result()
-
-    def _run(self) -> None:
-        try:
-            with torch.no_grad():
-                while self._turn():
-                    pass
-        except BaseException:
-            _log.exception("the engine's thread ended")
-            raise
-        finally:
-            self._closed = True
-            self._fail_all()
-
-    def _turn(self) -> bool:
-        """One round: jobs, a batch of choices, a token of every text; whether there may be another."""
-        with self._wake:
-            while not self._due():
-                if self._closed and not self._busy():
-                    return False
-                self._wake.wait(self._pause())
-            if self._give_up:
-                return False
-            jobs = [self._jobs.popleft() for _ in range(len(self._jobs))]
-            now = time.monotonic()
-            for ticket in (*self._waiting.everyone(), *(one for w in self._worker.writers for one in w.tickets)):
-                ticket.expire(now)
-            self._waiting.drop(lambda ticket: ticket.over)
-            choices = self._waiting.take(Choice, self._worker.most, alike=True) if self._choice_due() else []
-            texts = self._waiting.take(Writing, min(_ENTER, self._worker.most - self._worker.active))
-        for job, done in jobs:
-            try:
-                done.set_result(job())
-            except BaseException as error:
-                done.set_exception(error)
-        self._worker.drop()
-        for run, tickets in ((self._worker.choose, choices), (self._worker.begin, texts)):
-            if wanted := [ticket for ticket in tickets if not ticket.over]:
-                run(wanted)
-        self._worker.step()
-        return True
-
-    def _busy(self) -> bool:
-        return bool(self._jobs or len(self._waiting) or self._worker.writers)
-
-    def _due(self) -> bool:
-        return bool(
-            self._give_up or self._jobs or self._worker.writers or self._choice_due() or self._waiting.count(Writing)
-        )
-
-    def _choice_due(self) -> bool:
-        oldest = self._waiting.oldest(Choice)
-        return oldest is not None and (
-            self._closed
-            or self._waiting.count(Choice) >= self._worker.most
-            or time.monotonic() - oldest >= self.limits.max_wait / 1000
-        )
-
-    def _pause(self) -> float | None:
-        """Seconds until the oldest choice has waited long enough; none: until something comes."""
-        oldest = self._waiting.oldest(Choice)
-        return None if oldest is None else max(oldest + self.limits.max_wait / 1000 - time.monotonic(), 0.0)
-
-    def _fail_all(self) -> None:
-        error = Closed("the service shut down before the answer was there")
-        with self._wake:
-            left = [*self._waiting.everyone(), *(ticket for w in self._worker.writers for ticket in w.tickets)]
-            for ticket in left:
-                ticket.fail(error)
-            self._waiting.drop(lambda ticket: True)
-            for _, done in self._jobs:
-                with suppress(Exception):
-                    done.set_exception(error)
-            self._jobs.clear()

@@ -18,6 +18,7 @@ _KINDS: tuple[tuple[type[BaseException], int, str, str | None], ...] = (
     (Cancelled, 499, "cancelled", "cancelled"),
     (FileExistsError, 409, "invalid_request_error", "conflict"),
     (PermissionError, 403, "permission_error", "forbidden"),
+    (FloatingPointError, 500, "server_error", "overflow"),
     (ValueError, 400, "invalid_request_error", None),
 )
 EXPECTED: tuple[type[BaseException], ...] = tuple(kind for kind, *_ in _KINDS)

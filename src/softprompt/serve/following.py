@@ -2,9 +2,11 @@
 
 import logging
 import threading
+import time
 from typing import final
 
 from softprompt.serve.engine import Engine
+from softprompt.serve.metrics import Metrics
 from softprompt.serve.ticket import Closed, Unknown
 from softprompt.serve.uploads import Shelf
 
@@ -18,23 +20,19 @@ class Follower:
     """Keeps an engine's prompts those of a folder, looking at it every so often.
 
     Args:
+        metrics: keep no numbers of a prompt that is gone.
         seconds: between two looks; so long after a change a process may still answer with what was there.
     """
 
-    def __init__(self, engine: Engine, shelf: Shelf, seconds: float = 1.0) -> None:
-        self._engine, self._shelf, self._seconds = engine, shelf, seconds
+    def __init__(self, engine: Engine, shelf: Shelf, metrics: Metrics, seconds: float = 1.0) -> None:
+        self._engine, self._shelf, self._metrics, self._seconds = engine, shelf, metrics, seconds
         self._known: dict[str, Mark] = {}
-        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="softprompt-follower", daemon=True)
 
     def start(self) -> None:
-        """Look once, then in a thread until `stop`."""
+        """Look once, then in a thread as long as the engine runs."""
         self.look()
         self._thread.start()
-
-    def stop(self) -> None:
-        """Look no more."""
-        self._stop.set()
 
     def look(self) -> None:
         """Serve what is new or has changed, and no longer what is gone; what cannot be served is logged once."""
@@ -43,17 +41,19 @@ class Follower:
             if mark and self._known.get(name) != mark:
                 try:
                     self._engine.add(name, self._shelf.path(name), over=True)
-                except (ValueError, OSError):  # an older one of that name goes on
-                    _log.exception("the prompt %s cannot be served", name)
+                except (ValueError, OSError) as error:  # an older one of that name goes on
+                    _log.error("the prompt %s cannot be served: %s", name, error)
         for name in self._known.keys() - there.keys():
             try:
                 self._engine.remove(name)
             except Unknown:  # removed through this process
                 continue
+            self._metrics.forget(name)
         self._known = there
 
     def _run(self) -> None:
-        while not self._stop.wait(self._seconds):
+        while not self._engine.closed:
+            time.sleep(self._seconds)
             try:
                 self.look()
             except Closed:
@@ -63,7 +63,7 @@ class Follower:
 
     def _mark(self, name: str) -> Mark:
         try:
-            files = sorted(self._shelf.path(name).iterdir())
+            files = sorted((self._shelf.folder / name).iterdir())
             facts = [(file.name, file.stat()) for file in files if file.is_file() and not file.name.startswith(".")]
         except OSError:  # it went while it was looked at
             return ()

@@ -2,19 +2,20 @@
 
 import asyncio
 import hmac
+import ipaddress
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
 from softprompt.serve.errors import answer
 from softprompt.serve.metrics import Metrics
+from softprompt.serve.ticket import Ticket
 
 _log = logging.getLogger("softprompt.serve.requests")
-_OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
-"""What may be read without a token: nothing that says anything of prompts or texts."""
-_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+_OPEN = ("/", "/healthz", "/readyz", "/openapi.json")
+"""What may be read without a token: nothing that says anything of prompts or texts, and nothing that takes a body."""
 UPLOADS = "/v1/prompts"
 """Below it a body may be as large as a prompt's file."""
 
@@ -31,7 +32,11 @@ class Access:
     """Who may ask and how much.
 
     Tokens are read as bytes and compared in constant time. Without any, whoever reaches the service may ask, nobody may
-    change prompts, and only names of this machine are answered (else a page in a browser could rebind its own name).
+    change prompts, only names of this machine are answered (else a page in a browser could rebind its own name), and no
+    page of another site.
+
+    Raises:
+        ValueError: a token is empty, which whoever sends none would bring.
     """
 
     tokens: tuple[str, ...] = ()
@@ -47,10 +52,18 @@ class Access:
     changes: bool = True
     """Whether prompts can be changed at all."""
 
+    def __post_init__(self) -> None:
+        if not all(token.strip() for token in (*self.tokens, *self.admin_tokens)):
+            raise ValueError("a token is empty; give at least one sign, or no token")
+
+    @property
+    def open(self) -> bool:
+        """Whether nobody needs a token."""
+        return not self.tokens and not self.admin_tokens
+
     def may_ask(self, authorization: bytes) -> bool:
         """Whether the header opens the service."""
-        known = (*self.tokens, *self.admin_tokens)
-        return not known or _among(authorization, known)
+        return self.open or _among(authorization, (*self.tokens, *self.admin_tokens))
 
     def may_change(self, authorization: bytes) -> bool:
         """Whether the header opens changing prompts."""
@@ -64,9 +77,19 @@ class Record:
 
     prompt: str = ""
     rows: int = 0
-    read: int = 0
-    written: int = 0
+    tickets: list[Ticket] = field(default_factory=list)
+    """Given up when the request is over, however it ends."""
     texts: list[Any] = field(default_factory=list)
+
+    @property
+    def read(self) -> int:
+        """Tokens of the input."""
+        return sum(len(ticket.ids) for ticket in self.tickets)
+
+    @property
+    def written(self) -> int:
+        """Tokens of the answer."""
+        return sum(len(ticket.tokens) for ticket in self.tickets)
 
 
 @final
@@ -99,16 +122,19 @@ class Gate:
                 await refusal(scope, receive, sending)
                 return
             await self._app(scope, _replaying(body, receive), sending)
+        except Exception:
+            status = 500 if status == 499 else status  # what is answered to it is sent from further out
+            raise
         finally:
+            for ticket in record.tickets:
+                ticket.cancel()
             self._write_down(scope, record, status, time.monotonic() - start)
 
     def _refusal(self, scope: Scope) -> Any:
         headers = dict(scope["headers"])
         access, path = self._access, scope["path"]
-        if not access.tokens and not access.admin_tokens and _host(headers) not in _LOOPBACK:
-            return answer(
-                421, "the service answers to names of this machine alone; ask localhost, or start it with a token"
-            )
+        if access.open and (refusal := _stranger(headers)) is not None:
+            return refusal
         authorization = headers.get(b"authorization", b"")
         if path not in _OPEN and not access.may_ask(authorization):
             return answer(
@@ -131,6 +157,8 @@ class Gate:
     async def _body(self, scope: Scope, receive: Receive) -> tuple[bytes, Any]:
         """The whole body, or why it is refused."""
         most = self._access.max_upload if scope["path"].startswith(UPLOADS) else self._access.max_body
+        if scope["path"] in _OPEN:
+            most = 0
         too_much = answer(
             413,
             f"the request is larger than {most} bytes; send less at once",
@@ -193,9 +221,38 @@ def _among(authorization: bytes, tokens: tuple[str, ...]) -> bool:
     return scheme.lower() == b"bearer" and any(found)
 
 
-def _host(headers: dict[bytes, bytes]) -> str:
-    host = headers.get(b"host", b"").decode("latin-1")
-    return host.rsplit(":", 1)[0] if not host.endswith("]") else host
+def this_machine(name: str) -> bool:
+    """Whether an address or a name is this machine's own, whoever resolves it.
+
+    >>> this_machine("127.0.0.1"), this_machine("[::1]"), this_machine("example.org")
+    (True, True, False)
+    """
+    try:
+        return name.lower() == "localhost" or ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _stranger(headers: Mapping[bytes, bytes]) -> Any:
+    """Why a request is refused that a page of another site may have sent."""
+    if not this_machine(_name(headers.get(b"host", b""))):
+        return answer(
+            421, "the service answers to names of this machine alone; ask localhost, or start it with a token"
+        )
+    origin = headers.get(b"origin")
+    if origin is not None and not this_machine(_name(origin.partition(b"://")[2])):
+        return answer(
+            403,
+            "a page of another site may not ask; open the service's own page, or start it with a token",
+            "permission_error",
+            "forbidden",
+        )
+    return None
+
+
+def _name(host: bytes) -> str:
+    text = host.decode("latin-1")
+    return text.rsplit(":", 1)[0] if not text.endswith("]") else text
 
 
 def _replaying(body: bytes, receive: Receive) -> Receive:

@@ -20,12 +20,15 @@ from softprompt.serve.engine import Engine
 from softprompt.serve.gate import Access, Gate
 from softprompt.serve.messages import ClassifyRequest
 from softprompt.serve.metrics import Metrics
-from softprompt.serve.served import Served, checked_name
+from softprompt.serve.served import Served, called, checked_name
 from softprompt.serve.ticket import Chosen, Ticket
 from softprompt.serve.uploads import Shelf, read_prompt_bytes
 
 PAGE = Path(__file__).with_name("page") / "index.html"
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 _FILE = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 _Name = Annotated[str, Query(max_length=128)]
 
@@ -57,6 +60,7 @@ def make_app(
         await asyncio.to_thread(engine.close, grace)
 
     app = FastAPI(title="softprompt", version=__version__, lifespan=life, redoc_url=None, docs_url=None)
+    app.state.engine = engine
     for router in (
         _health(engine, numbers),
         completions.routes(engine),
@@ -99,8 +103,7 @@ def _health(engine: Engine, metrics: Metrics) -> APIRouter:
     @router.get("/v1/status", summary="The line, and what is being written")
     async def status() -> dict[str, Any]:
         backbone = engine.backbone
-        name = Path(backbone.source).name  # not where it lies on the disk
-        return {**asdict(engine.status()), "backbone": name, "kind": backbone.architecture}
+        return {**asdict(engine.status()), "backbone": called(backbone), "kind": backbone.architecture}
 
     return router
 
@@ -121,10 +124,10 @@ def _asking(engine: Engine) -> APIRouter:
         record, rows = record_of(request), body.rows()
         served = engine.get(body.model)
         record.prompt, record.rows, record.texts = served.name, len(rows), list(rows)
-        tickets = await asyncio.to_thread(engine.classify, served.name, rows, body.labels)
-        record.read = sum(len(ticket.ids) for ticket in tickets)
-        chosen = await settled(request, engine, tickets, results(tickets))
-        labels = body.labels or (list(served.task.words) if served.task is not None else [])
+        record.tickets = tickets = await asyncio.to_thread(engine.classify, served.name, rows, body.labels)
+        chosen = await settled(request, engine, results(tickets))
+        task = tickets[0].served.task  # the prompt may have been replaced since it was looked up
+        labels = body.labels or (list(task.words) if task is not None else [])
         return {
             "object": "classification",
             "model": body.model,

@@ -29,8 +29,11 @@ class Limits:
         for name in ("max_batch", "max_waiting", "max_tokens", "max_new_tokens", "max_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not self.max_wait >= 0 or not self.timeout > 0:
-            raise ValueError(f"max_wait is {self.max_wait} and timeout {self.timeout}; take 0 or more, and above 0")
+        if not 0 <= self.max_wait <= 60_000 or not self.timeout > 0:
+            raise ValueError(
+                f"max_wait is {self.max_wait} and timeout {self.timeout}; take 0 to 60000 milliseconds, and above 0 "
+                "seconds"
+            )
 
 
 @final

@@ -28,6 +28,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _NO_EFFECT = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
 """OpenAI's fields that say nothing about the answer."""
 
+_MAX_KEYS = 256
+"""Names in an object: each that is wrong is an error of its own, a thousand times what it took to send."""
+
+_First = Field(fail_fast=True)
+"""Of a list: the first wrong one ends it."""
 Cell = str | int | float | bool
 Name = Annotated[str, Field(min_length=1, max_length=128, description="The prompt's name.")]
 
@@ -57,6 +62,7 @@ class _Request(BaseModel):
             json.dumps(values, ensure_ascii=False).encode()
         except (UnicodeEncodeError, RecursionError):
             raise ValueError("it holds half of a surrogate pair, or is nested too deeply; send whole text") from None
+        _refuse_crowded(values)
         for name, neutral in _NEUTRAL.items():
             if name in values and values[name] is not None and values[name] not in neutral:
                 raise ValueError(f"{name} is not supported; leave it out")
@@ -72,7 +78,7 @@ class _Writing(_Request):
     """Of the draws; none: another one each time."""
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     """Answers to each input."""
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=4, fail_fast=True)] | None = None
     """Texts that end an answer."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -91,7 +97,13 @@ class _Writing(_Request):
 class CompletionRequest(_Writing):
     """A text to go on with, several, or their tokens; or a row of the prompt's template."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] | None = None
+    prompt: (
+        str
+        | Annotated[list[str], _First]
+        | Annotated[list[int], _First]
+        | Annotated[list[Annotated[list[int], _First]], _First]
+        | None
+    ) = None
     row: dict[str, Cell] | None = None
     """The columns of the template that the prompt was trained with, in place of `prompt`."""
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
@@ -129,7 +141,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], _First]
 
     def plain(self) -> dict[str, str]:
         """As chat templates read it."""
@@ -140,7 +152,7 @@ class Message(BaseModel):
 class ChatRequest(_Writing):
     """A conversation to answer."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
@@ -148,9 +160,9 @@ class ChatRequest(_Writing):
 class ClassifyRequest(_Request):
     """Rows to choose a label for."""
 
-    input: str | dict[str, Cell] | list[str | dict[str, Cell]]
+    input: str | dict[str, Cell] | Annotated[list[str | dict[str, Cell]], _First]
     """A text or the template's columns; or a list of such."""
-    labels: Annotated[list[str], Field(min_length=2, max_length=64)] | None = None
+    labels: Annotated[list[str], Field(min_length=2, max_length=64, fail_fast=True)] | None = None
     """The words to choose among, for a prompt that has none of its own."""
 
     def rows(self) -> list[str | dict[str, Cell]]:
@@ -162,3 +174,15 @@ def _bounded(rows: list[Any]) -> list[Any]:
     if not 1 <= len(rows) <= MAX_ROWS:
         raise ValueError(f"the request has {len(rows)} inputs; send from 1 to {MAX_ROWS}")
     return rows
+
+
+def _refuse_crowded(values: Any) -> None:
+    """Refuse objects of more names than any request has, before each of them is looked at."""
+    left = [values]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            if len(one) > _MAX_KEYS:
+                raise ValueError(f"an object in it has {len(one)} names; send at most {_MAX_KEYS}")
+            one = list(one.values())
+        left += [inner for inner in one if isinstance(inner, dict | list)]

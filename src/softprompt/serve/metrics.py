@@ -18,6 +18,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._engine: Engine | None = None
         named: Any = {"registry": self.registry}
         self._batch = Histogram(
             "softprompt_batch_rows", "Rows of a pass of the model.", ["kind"], buckets=_ROWS, **named
@@ -47,9 +48,9 @@ class Metrics:
         self._passes.labels(done.kind).observe(done.seconds)
 
     def answered(self, route: str, status: int, prompt: str, seconds: float, read: int, written: int) -> None:
-        """A request is over; `prompt` is empty where it named none that is served."""
+        """A request is over; `prompt` is empty where it named none, and one that is gone by now gets no numbers."""
         self._requests.labels(route, str(status)).inc()
-        if prompt:
+        if self._engine is not None and self._engine.serves(prompt):
             self._latency.labels(prompt, route).observe(seconds)
             self._tokens.labels(prompt, "read").inc(read)
             self._tokens.labels(prompt, "written").inc(written)
@@ -60,7 +61,8 @@ class Metrics:
             metric.remove_by_labels({"prompt": prompt})
 
     def follow(self, engine: Engine) -> None:
-        """Read the gauges from `engine` whenever they are asked for."""
+        """Read the gauges from `engine` whenever they are asked for, and keep numbers of the prompts that it serves."""
+        self._engine = engine
         read: dict[Gauge, Callable[[], float]] = {
             self._waiting: lambda: engine.status().waiting,
             self._writing: lambda: engine.status().writing,

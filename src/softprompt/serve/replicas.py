@@ -1,17 +1,20 @@
 """Several copies of the service behind Ray Serve, on one machine or a cluster; their prompts lie in a shared folder."""
 
+import os
+import secrets
 import signal
-import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from softprompt.backbone import Dtype
+from softprompt.choices import Dtype
 from softprompt.serve.gate import Access
 from softprompt.serve.limits import Limits, Replicas
-from softprompt.serve.service import refuse_open
+from softprompt.serve.service import address_of, listening, refuse_open
 
 _NAME = "softprompt"
 
@@ -46,6 +49,10 @@ def serve_replicas(
         ValueError: `host` is beyond this machine and `access` has no token.
         RuntimeError: the copies do not start; Ray's log says why.
     """
+    if how.cluster is None and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+        # Ray's own ports are open to the network, and whoever reaches one may run code. Before 2.52 it knows no token,
+        # and it reads this when it is imported.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
     from ray import serve
 
@@ -64,7 +71,7 @@ def serve_replicas(
     ray.init(address=how.cluster or "local", log_to_driver=False, logging_level="error", **local)
     try:
         serve.start(http_options={"host": host, "port": port})
-        deployment = serve.deployment(serve.ingress(build)()).options(
+        deployment = serve.deployment(serve.ingress(build)(_copy())).options(
             name=_NAME,
             num_replicas=how.replicas,
             ray_actor_options={"num_cpus": how.cpus, "num_gpus": how.gpus},
@@ -74,7 +81,7 @@ def serve_replicas(
         )
         serve.run(deployment.bind(), name=_NAME, route_prefix="/")
         if started is not None:
-            started(f"http://{host}:{port}")
+            started(address_of(host, port))
         _told(stop)
     finally:
         serve.shutdown()
@@ -106,8 +113,19 @@ def _app(
     pairs = [(name, Path(folder)) for name, folder in folders]
     engine = started_engine(load(source, dtype=dtype, device=device), pairs, None, limits, metrics)
     if shelf is not None:
-        Follower(engine, shelf).start()
+        Follower(engine, shelf, metrics).start()
     return make_app(engine, access, metrics=metrics, shelf=shelf, log_texts=log_texts, grace=grace)
+
+
+def _copy() -> type[Any]:
+    """What Ray asks a copy beside requests; made here, so that Ray sends it to the copies by value."""
+
+    class Copy:
+        def check_health(self) -> None:
+            if not self.app.state.engine.alive:  # type: ignore[attr-defined]  # Ray adds the application
+                raise RuntimeError("the engine's thread ended or is stuck; its log says why")
+
+    return Copy
 
 
 def _told(stop: threading.Event | None) -> None:
@@ -121,6 +139,5 @@ def _told(stop: threading.Event | None) -> None:
 
 
 def _free_port(host: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as found:
-        found.bind((host, 0))
+    with closing(listening(host, 0)) as found:
         return int(found.getsockname()[1])

@@ -112,6 +112,11 @@ def from_folder(name: str, folder: Path, backbone: Backbone) -> Served:
     run = open_run(folder)
     if run.experiment.baseline != "none":
         raise ValueError(f"run {folder} is the baseline {run.experiment.baseline} and has no prompt to serve")
+    if own := run.experiment.own_layout:
+        raise ValueError(
+            f"the prompt of run {folder} is {own}, and requests share prompts that are in front of it; use softprompt "
+            "predict, or train one with place=front and attend=joint"
+        )
     attached = run.attachment(backbone)
     assert attached.prompt is not None
     task, training = run.task, run.experiment.training
@@ -134,11 +139,13 @@ def from_prompt(name: str, prompt: SoftPrompt, backbone: Backbone, source: str =
         ValueError: it is as wide as another backbone's embeddings, or the backbone answers through a trained head.
     """
     if needs_head(backbone):
-        raise ValueError(f"{backbone.source} answers through a head that is trained with a prompt; give a run's folder")
+        raise ValueError(
+            f"{called(backbone)} answers through a head that is trained with a prompt; give a run's folder"
+        )
     folded = prompt.fold().to(backbone.device)
     if (width := folded.prompt().shape[1]) != backbone.dim:
         raise ValueError(
-            f"the prompt is {width} wide, but {backbone.source} embeds in {backbone.dim}; it was trained for another "
+            f"the prompt is {width} wide, but {called(backbone)} embeds in {backbone.dim}; it was trained for another "
             "backbone"
         )
     return Served(name=checked_name(name), prompt=folded, source=source)
@@ -147,6 +154,11 @@ def from_prompt(name: str, prompt: SoftPrompt, backbone: Backbone, source: str =
 def needs_head(backbone: Backbone) -> bool:
     """Whether the backbone has no words, and answers through a head that is trained with each prompt."""
     return backbone.architecture == "vision" or (backbone.architecture == "encoder" and not backbone.masked_lm)
+
+
+def called(backbone: Backbone) -> str:
+    """The backbone's name for clients, who need not know where it lies on the disk."""
+    return Path(backbone.source).name
 
 
 def bare(backbone: Backbone, head: nn.Module | None = None) -> Attachment:

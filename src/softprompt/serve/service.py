@@ -1,33 +1,38 @@
 """One process: backbone, engine and HTTP, from start to graceful end."""
 
-import ipaddress
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
 from softprompt.backbone import Backbone
 from softprompt.serve.engine import Engine
-from softprompt.serve.gate import Access
+from softprompt.serve.gate import Access, this_machine
 from softprompt.serve.http import make_app
 from softprompt.serve.limits import Limits
 from softprompt.serve.log import write_log
 from softprompt.serve.metrics import Metrics
+from softprompt.serve.served import checked_name
 from softprompt.serve.uploads import Shelf
 
 
 def named(source: str) -> tuple[str, Path]:
     """`NAME=FOLDER`, or a folder under its own name.
 
+    Raises:
+        ValueError: the name cannot be a prompt's.
+
     >>> named("reviews=runs/sentiment-dpt-0")
     ('reviews', PosixPath('runs/sentiment-dpt-0'))
     """
     name, equals, folder = source.partition("=")
     path = Path(folder if equals else source).expanduser()
-    return (name if equals else path.resolve().name), path
+    return checked_name(name if equals else path.resolve().name), path
 
 
 def refuse_open(host: str, access: Access) -> None:
@@ -36,15 +41,36 @@ def refuse_open(host: str, access: Access) -> None:
     Raises:
         ValueError: naming the address.
     """
-    try:
-        inside = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        inside = False
-    if not inside and not access.tokens and not access.admin_tokens:
+    if access.open and not this_machine(host):
         raise ValueError(
             f"{host} can be reached from other machines, and there is no token; set SOFTPROMPT_TOKEN or --token-file, "
             "or listen on 127.0.0.1"
         )
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket at that address; it takes no connection yet.
+
+    Raises:
+        OSError: the port is taken, or the address is none of this machine's.
+    """
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except (OSError, OverflowError) as error:
+        found.close()
+        raise OSError(f"{host} port {port} cannot be listened on ({error}); choose another --port or --host") from error
+    return found
+
+
+def address_of(host: str, port: int) -> str:
+    """As a client writes it.
+
+    >>> address_of("::1", 8000)
+    'http://[::1]:8000'
+    """
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def started_engine(
@@ -91,28 +117,31 @@ def serve(
     """
     access = access or Access()
     refuse_open(host, access)
-    shelf, metrics = None if prompts is None else Shelf(prompts), Metrics()
-    engine = started_engine(backbone, sources, shelf, limits or Limits(), metrics)
-    write_log()
-    app = make_app(engine, access, metrics=metrics, shelf=shelf, log_texts=log_texts, grace=grace)
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=15,
-        timeout_graceful_shutdown=max(1, round(grace)),
+    with closing(listening(host, port)) as place:
+        shelf, metrics = None if prompts is None else Shelf(prompts), Metrics()
+        engine = started_engine(backbone, sources, shelf, limits or Limits(), metrics)
+        write_log()
+        app = make_app(engine, access, metrics=metrics, shelf=shelf, log_texts=log_texts, grace=grace)
+        if started is not None:
+            started(address_of(host, place.getsockname()[1]))
+        try:
+            with _stopped_once():
+                _server(app, grace).run(sockets=[place])
+        finally:
+            engine.close(0.0)
+
+
+def _server(app: Any, grace: float) -> uvicorn.Server:
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=15,
+            timeout_graceful_shutdown=max(1, round(grace)),
+        )
     )
-    sockets = [config.bind_socket()]
-    if started is not None:
-        started(f"http://{host}:{sockets[0].getsockname()[1]}")
-    try:
-        with _stopped_once():
-            uvicorn.Server(config).run(sockets=sockets)
-    finally:
-        engine.close(0.0)
 
 
 @contextmanager

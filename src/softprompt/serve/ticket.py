@@ -155,3 +155,10 @@ class Ticket:
                 settle()
             except InvalidStateError:  # another thread was first
                 return
+
+
+def overflow(ticket: Ticket) -> FloatingPointError:
+    """The error of a row for which the model gives no numbers."""
+    return FloatingPointError(
+        f"prompt {ticket.served.name!r} overflows in the model on this row; train it again, or use another dtype"
+    )

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from softprompt import files
 from softprompt.backbone import Backbone
 from softprompt.prompts import Folded
-from softprompt.serve.served import checked_name
+from softprompt.serve.served import called, checked_name
 
 _TENSOR = "prompt_embeddings"
 _FILE = "adapter_model.safetensors"
@@ -40,12 +41,15 @@ def read_prompt_bytes(content: bytes, backbone: Backbone) -> Folded:
         raise ValueError(f"the prompt's shape is {str(shape)[:80]}; it must be [length, {backbone.dim}]")
     if not 1 <= shape[0] <= _MAX_LENGTH or shape[1] != backbone.dim:
         raise ValueError(
-            f"the prompt's shape is {shape}; {backbone.source} takes from 1 to {_MAX_LENGTH} rows of {backbone.dim}"
+            f"the prompt's shape is {shape}; {called(backbone)} takes from 1 to {_MAX_LENGTH} rows of {backbone.dim}"
         )
     size = shape[0] * shape[1] * _SIZES[kind]
     if offsets != [0, size] or len(content) != 8 + int.from_bytes(content[:8], "little") + size:
         raise ValueError("the file is not as long as its header says; it is cut off or damaged, send all of it")
-    matrix = load_tensors(content)[_TENSOR].float()
+    try:
+        matrix = load_tensors(content)[_TENSOR].float()
+    except SafetensorError as error:  # what JSON takes and the format does not
+        raise ValueError(f"the file is no safetensors file ({error}); it is damaged, send it anew") from error
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError("the prompt holds NaN or infinity; train it again")
     return Folded(matrix)
@@ -77,13 +81,12 @@ class Shelf:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def names(self) -> list[str]:
-        """Every prompt or run in it."""
-        found = [
+        """Every folder in it that holds a prompt or a run; what it is called is not checked."""
+        return [
             path.name
             for path in sorted(self.folder.iterdir())
             if path.is_dir() and not path.name.startswith(".") and any(path.glob("*.safetensors"))
         ]
-        return [checked_name(name) for name in found]
 
     def path(self, name: str) -> Path:
         """Where the prompt of that name is; never outside the folder."""
@@ -98,7 +101,7 @@ class Shelf:
         """
         place = self.path(name)
         self._refuse_link(place)
-        if place.is_dir() and any(file.name != _FILE for file in place.iterdir()):
+        if place.is_dir() and not _ours(place):
             raise PermissionError(f"{name} is a run's folder and not ours to change; choose another name")
         fresh = not place.is_dir()
         try:
@@ -119,7 +122,7 @@ class Shelf:
         place = self.path(name)
         self._refuse_link(place)
         if place.is_dir():
-            if any(file.name != _FILE for file in place.iterdir()):
+            if not _ours(place):
                 raise PermissionError(f"{name} is a run's folder and not ours to remove; take the folder away")
             shutil.rmtree(place)
         elif self._shared:
@@ -130,3 +133,8 @@ class Shelf:
     def _refuse_link(self, place: Path) -> None:
         if place.is_symlink():
             raise PermissionError(f"{place.name} is a link out of the prompts' folder and not ours to change")
+
+
+def _ours(place: Path) -> bool:
+    """Whether the folder holds nothing but a prompt that was sent, and drafts that a killed process left."""
+    return all(file.name == _FILE or file.name.startswith(f".{_FILE}.") for file in place.iterdir())

@@ -1,7 +1,9 @@
 """What the engine's one thread does with the model: batches of choices, and steps of what is being written."""
 
 import logging
+import math
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
@@ -12,7 +14,7 @@ from softprompt.backbone import Backbone
 from softprompt.serve.decoding import Decoder
 from softprompt.serve.scoring import AttachedScorer, CausalScorer, Scorer
 from softprompt.serve.served import bare
-from softprompt.serve.ticket import Chosen, Ticket
+from softprompt.serve.ticket import Chosen, Ticket, overflow
 from softprompt.serve.writing import AttachedWriter, CausalWriter, Writer, writing_of
 
 _log = logging.getLogger("softprompt.serve")
@@ -68,7 +70,10 @@ class Worker:
             return
         self._went_well("choice", len(tickets), time.monotonic() - start)
         for ticket, scores in zip(tickets, found, strict=True):
-            ticket.answer(Chosen(scores=scores))
+            if any(map(math.isnan, scores)):
+                self._fail(ticket, overflow(ticket))
+            else:
+                ticket.answer(Chosen(scores=scores))
 
     def begin(self, tickets: Sequence[Ticket]) -> None:
         """Let rows be written from the next step on."""
@@ -88,7 +93,7 @@ class Worker:
     def drop(self) -> None:
         """Take out the rows that were given up."""
         for writer in self.writers:
-            writer.keep([place for place, ticket in enumerate(writer.tickets) if not ticket.over])
+            self._let_go(writer)
         self.writers = [writer for writer in self.writers if writer.tickets]
 
     def _begin(self, tickets: Sequence[Ticket]) -> None:
@@ -102,6 +107,7 @@ class Worker:
         except Exception as error:
             self._again(tickets, error, self._begin)
             return
+        self._let_go(writer)
         if writer.tickets:
             self.writers.append(writer)
 
@@ -110,15 +116,25 @@ class Worker:
             self._advance(writer)
         except Exception as error:
             self._note(error, len(writer.tickets))
+            place = self.writers.index(writer)
             if len(writer.tickets) == 1:
                 writer.tickets[0].fail(error)
-                self.writers.remove(writer)
+                self.writers.pop(place)
                 return
-            place = self.writers.index(writer)
-            self.writers[place : place + 1] = self._halves(writer, error)
+            parts = self.writers[place : place + 1] = self._halves(writer, error)
+            for part in parts:  # at once: rows are joined only where all stand behind a step
+                self._step(part)
             return
+        self._let_go(writer)
         if not writer.tickets:
             self.writers.remove(writer)
+
+    def _let_go(self, writer: Writer) -> None:
+        """Take out the rows that are over; where memory is short they stay until the next step, and are passed over."""
+        try:
+            writer.keep([place for place, ticket in enumerate(writer.tickets) if not ticket.over])
+        except Exception as error:
+            self._note(error, len(writer.tickets))
 
     def _halves(self, writer: Writer, error: Exception) -> list[Writer]:
         try:
@@ -130,6 +146,7 @@ class Worker:
             return []
 
     def _advance(self, writer: Writer) -> None:
+        """One step; nothing after `step` may fail, since what fails is done once more."""
         start, rows = time.monotonic(), list(writer.tickets)
         tokens = writer.step()
         self._went_well("writing", len(rows), time.monotonic() - start)
@@ -140,14 +157,18 @@ class Worker:
                 ticket.write(token)
             except Exception as error:  # whoever listens is gone
                 ticket.fail(error)
-        writer.keep([place for place, ticket in enumerate(rows) if not ticket.over])
 
     def _gather(self) -> None:
         """One batch of all decoder's rows, as far as they may share one."""
         causal = [writer for writer in self.writers if isinstance(writer, CausalWriter)]
         for writer in causal[1:]:
-            if len(causal[0].tickets) + len(writer.tickets) <= self.most:
-                causal[0].take(writer)
+            rows = len(causal[0].tickets) + len(writer.tickets)
+            if rows <= self.most:
+                try:
+                    causal[0].take(writer)
+                except Exception as error:  # both go on as they are
+                    self._note(error, rows)
+                    return
                 self.writers.remove(writer)
 
     def _again(self, tickets: Sequence[Ticket], error: Exception, run: Callable[[Sequence[Ticket]], None]) -> None:
@@ -163,6 +184,8 @@ class Worker:
     def _note(self, error: Exception, rows: int) -> None:
         if _is_memory(error):
             self.most, self._calm = max(1, min(self.most, rows) // 2), 0
+            # The error's frames hold what the pass had computed, which the next try needs the memory of.
+            traceback.clear_frames(error.__traceback__)
             _log.warning("memory ran out with %d rows; batches of %d from here on", rows, self.most)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -175,7 +198,14 @@ class Worker:
         self._calm += 1
         if self.most < self._allowed and self._calm >= _CALM:
             self.most, self._calm = min(self._allowed, 2 * self.most), 0
-        self._watch(BatchDone(kind=kind, rows=rows, seconds=seconds))
+        try:
+            self._watch(BatchDone(kind=kind, rows=rows, seconds=seconds))
+        except Exception:  # whoever watches is no reason to fail a row
+            _log.exception("a watcher failed")
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        _log.error("prompt %s: %s", ticket.served.name, type(error).__name__)
+        ticket.fail(error)
 
 
 def _is_memory(error: Exception) -> bool:

@@ -13,7 +13,7 @@ from softprompt.attach.sampling import Chooser
 from softprompt.predict import pad_id
 from softprompt.serve.decoding import Decoder
 from softprompt.serve.scoring import distinct, examples, row_of
-from softprompt.serve.ticket import Ticket, Writing
+from softprompt.serve.ticket import Ticket, Writing, overflow
 from softprompt.tasks import collate
 
 
@@ -49,13 +49,20 @@ class CausalWriter(Writer):
 
     def step(self) -> list[int]:
         """Each row by its own chooser, so that a drawn token does not depend on who else is in the batch."""
-        logits = self._logits
-        if logits is None:
+        if self._logits is None:
             fed = torch.tensor(self._last, device=self._batch.mask.device)
-            logits = self._decoder.advance(self._batch, fed)
-        likeliest = logits.argmax(-1).tolist()
+            self._logits = self._decoder.advance(self._batch, fed)
+        # From here on the batch has been fed: whoever tries again chooses from these logits, and feeds nothing twice.
+        logits = self._logits
+        likeliest = logits.argmax(-1)
+        # NaN counts as the largest. Drawing from it would fail, on a GPU together with all that comes after.
+        finite = logits.gather(-1, likeliest[:, None])[:, 0].isfinite().tolist()
+        for ticket, is_number in zip(self.tickets, finite, strict=True):
+            if not is_number and not ticket.over:
+                raise overflow(ticket)
+        best = likeliest.tolist()
         self._last = [
-            likeliest[row] if choose is None else int(choose(logits[row : row + 1]))
+            best[row] if choose is None or self.tickets[row].over else int(choose(logits[row : row + 1]))
             for row, choose in enumerate(self._choosers)
         ]
         self._logits = None
@@ -70,6 +77,8 @@ class CausalWriter(Writer):
 
     def take(self, other: "CausalWriter") -> None:
         """Go on with another's rows too; both stand behind a step."""
+        assert self._logits is None
+        assert other._logits is None
         rows = [(batch, place) for batch in (self._batch, other._batch) for place in range(len(batch))]
         self._batch = self._decoder.joined(rows)
         self.tickets = self.tickets + other.tickets
@@ -83,7 +92,7 @@ class CausalWriter(Writer):
 
     def _part(self, places: Sequence[int]) -> "CausalWriter":
         part = object.__new__(CausalWriter)
-        part._decoder, part._logits = self._decoder, None if self._logits is None else self._logits[list(places)]
+        part._decoder, part._logits = self._decoder, self._logits
         part._batch = self._decoder.select(self._batch, places)
         part.tickets, part._last, part._choosers = self.tickets, self._last, self._choosers
         part._pick(places)
@@ -93,6 +102,7 @@ class CausalWriter(Writer):
         self.tickets = [self.tickets[place] for place in places]
         self._last = [self._last[place] for place in places] if self._last else []
         self._choosers = [self._choosers[place] for place in places]
+        self._logits = None if self._logits is None else self._logits[list(places)]
 
 
 @final

@@ -10,6 +10,7 @@ from typing import Any, Literal, final
 
 from softprompt import files
 from softprompt.experiment import Experiment
+from softprompt.runs import RECORD
 from softprompt.sweep.engine import Each, Engine, opened
 from softprompt.sweep.plan import Plan, expand, read
 from softprompt.sweep.search import Found, choose, need_optuna
@@ -181,11 +182,13 @@ def _chosen(plan: Plan, searches: Sequence[Found]) -> list[Experiment]:
 
 
 def _adopt(found: Found, trials: Sequence[Experiment], out: Path) -> None:
-    """Copy a finished run of the search that is one of the sweep's own trials: it need not be trained twice."""
+    """Copy a finished run of the search, if it is still there, that is one of the sweep's own trials."""
     wanted = {experiment.hash for experiment in trials}
     for trial in found.trials:
         place = out / trial.name
-        if trial.results and trial.experiment.hash in wanted and not place.exists():
+        if trial.experiment.hash not in wanted or place.exists():
+            continue
+        if trial.results and (trial.folder / RECORD).is_file():
             with files.replacing(place) as draft:
                 shutil.copytree(trial.folder, draft)
 

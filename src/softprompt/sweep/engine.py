@@ -92,7 +92,8 @@ def _ray_each(ray: Any, cpus: int | float, gpus: int | float) -> Each:
                 try:
                     outcome = ray.get(ready)
                 except ray.exceptions.RayError as error:
-                    outcome = lost(item, f"its worker is lost: {str(error).strip().splitlines()[-1]}")
+                    said = str(error).strip().splitlines() or [type(error).__name__]
+                    outcome = lost(item, f"its worker is lost: {said[-1]}")
                 yield outcome
         finally:
             for task in waiting:  # of an interrupted sweep

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, final
 
 from softprompt.assets import ASSETS
-from softprompt.baseline import Baseline
+from softprompt.choices import Baseline
 from softprompt.experiment import Experiment, Training
 from softprompt.prompts import METHODS, PromptConfig
 from softprompt.sweep.settings import (

@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -11,7 +11,7 @@ from softprompt import files
 from softprompt.experiment import Experiment
 from softprompt.runs import Run
 from softprompt.sweep.settings import set_values
-from softprompt.sweep.space import Range, Search
+from softprompt.sweep.space import Range, Search, Space
 from softprompt.sweep.trial import Held, Outcome, State, begun, go_on, sentence, start, trial_name
 from softprompt.tasks import Score
 from softprompt.watch import Interrupted, Progress, Watcher
@@ -43,8 +43,8 @@ class Pruned(Exception):
 class _Pruning:
     """A `Watcher` that reports each development score to the study, and stops the training when the study says so."""
 
-    def __init__(self, watch: Watcher, trial: Any, reported: Mapping[int, float], prune: bool) -> None:
-        self._watch, self._trial, self._reported, self._prune = watch, trial, reported, prune
+    def __init__(self, watch: Watcher, trial: Any, reported: Iterable[int], prune: bool) -> None:
+        self._watch, self._trial, self._reported, self._prune = watch, trial, set(reported), prune
         self._last: Score | None = None
 
     def stage(self, text: str) -> None:
@@ -56,14 +56,25 @@ class _Pruning:
         self._watch.note(text)
 
     def step(self, progress: Progress) -> None:
-        """Report a new score; the last step is never pruned, there is nothing left to save."""
+        """Judge by a new score."""
         self._watch.step(progress)
         if progress.dev is None or progress.dev is self._last:
             return
         self._last = progress.dev
-        if progress.step not in self._reported:
-            self._trial.report(progress.dev.value, progress.step)
-        if self._prune and progress.step < progress.steps and self._trial.should_prune():
+        self._judge(progress.step, progress.dev.value, progress.steps)
+
+    def go_on(self, run: Run) -> None:
+        """Judge by the scores that a stopped process has left: it may have died before it could report the last."""
+        for line in run.metrics():
+            if "dev" in line:
+                self._judge(line["step"], line["dev"], run.experiment.training.steps)
+
+    def _judge(self, step: int, dev: float, steps: int) -> None:
+        """Report a score once; at the last step nothing is pruned, there is nothing left to save."""
+        if step not in self._reported:
+            self._reported.add(step)
+            self._trial.report(dev, step)
+        if self._prune and step < steps and self._trial.should_prune():
             raise Pruned
 
 
@@ -78,13 +89,15 @@ def need_optuna() -> None:
 
 
 def choose(cell: Experiment, search: Search, out: Path, held: Held, watch: Watcher) -> Found:
-    """Go on with the cell's study in `out/search` until it has all its trials; what one trial raises ends that one.
+    """Go on with the cell's study in `out/search` until it has all its trials; what its values raise ends a trial.
 
     Test scores are never looked at.
 
     Raises:
         Interrupted: Ctrl-C; what is done is kept.
+        OSError: files, disk or network fail, which says nothing of the values; the trial is begun again next time.
         RuntimeError: another process is at this study.
+        ValueError: the study was begun on other rows.
     """
     need_optuna()
     name = search.study(cell)
@@ -92,9 +105,9 @@ def choose(cell: Experiment, search: Search, out: Path, held: Held, watch: Watch
     folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder):
         study = _study(folder / JOURNAL, name, search)
+        _refuse_other_rows(study, folder, held.rows(cell))
         fresh: set[int] = set()
         for number in range(search.trials):
-            study.sampler = _sampler(search, number)
             if number < len(study.trials) and study.trials[number].state.is_finished():
                 continue
             watch.note(f"search {name}: trial {number + 1} of {search.trials}")
@@ -128,6 +141,13 @@ def _study(journal: Path, name: str, search: Search) -> Any:
     )
 
 
+def _refuse_other_rows(study: Any, folder: Path, rows: str) -> None:
+    if study.user_attrs.get("rows", rows) != rows:
+        raise ValueError(f"{folder} was begun on another task or on other rows; move it away, or choose another --out")
+    if "rows" not in study.user_attrs:
+        study.set_user_attr("rows", rows)
+
+
 def _mend(journal: Path) -> None:
     """Cut off a last line that a killed process left unfinished: Optuna would write on behind it."""
     if journal.is_file() and (text := journal.read_bytes()) and not text.endswith(b"\n"):
@@ -148,14 +168,18 @@ def _sampler(search: Search, number: int) -> Any:
 def _one(study: Any, number: int, cell: Experiment, search: Search, folder: Path, held: Held, watch: Watcher) -> None:
     import optuna
 
-    begun_before = number < len(study.trials)  # by a process that was stopped
-    trial = optuna.trial.Trial(study, study.trials[number]._trial_id) if begun_before else study.ask()
-    values = {name: _draw(trial, name, choice) for name, choice in search.fitting(cell).items()}
+    space = search.fitting(cell)
+    if number == len(study.trials):
+        study.enqueue_trial(_drawn(study, number, search, space))
+    waits = study.trials[number].state == optuna.trial.TrialState.WAITING
+    # One that runs was begun by a process that was stopped.
+    trial = study.ask() if waits else optuna.trial.Trial(study, study.trials[number]._trial_id)
+    values = {name: _draw(trial, name, choice) for name, choice in space.items()}
     known = study.trials[number].intermediate_values
     try:
         experiment = set_values(cell, values)
         run = _trained(experiment, folder, held, _Pruning(watch, trial, known, search.prune))
-    except Interrupted:
+    except (Interrupted, OSError):
         raise
     except Pruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
@@ -166,12 +190,25 @@ def _one(study: Any, number: int, cell: Experiment, search: Search, folder: Path
         study.tell(trial, float((run.results or {})["dev"]))
 
 
-def _trained(experiment: Experiment, folder: Path, held: Held, watch: Watcher) -> Run:
+def _trained(experiment: Experiment, folder: Path, held: Held, watch: _Pruning) -> Run:
     """The finished run; two trials with equal values share it."""
     run = begun(experiment, folder)
     if run is None:
         return start(experiment, folder, held, watch)
-    return run if run.results is not None else go_on(run, held, watch)
+    if run.results is not None:
+        return run
+    watch.go_on(run)
+    return go_on(run, held, watch)
+
+
+def _drawn(study: Any, number: int, search: Search, space: Space) -> dict[str, Any]:
+    """The values of a trial, drawn on a copy in memory: whatever stops a process, none are drawn without the others."""
+    import optuna
+
+    copy = optuna.create_study(direction="maximize", sampler=_sampler(search, number))
+    copy.add_trials(study.trials)
+    trial = copy.ask()
+    return {name: _draw(trial, name, choice) for name, choice in space.items()}
 
 
 def _draw(trial: Any, name: str, choice: Range | tuple[Any, ...]) -> Any:

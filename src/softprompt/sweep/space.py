@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, final
 
 from softprompt.experiment import Experiment, Training
@@ -65,8 +65,12 @@ class Search:
         return set_values(experiment, {**least, "seed": self.seed}) if fitting else None
 
     def study(self, cell: Experiment) -> str:
-        """The name of the cell's study: another space, sampler or seed is another study, more trials is the same."""
-        rules = {name: value for name, value in asdict(self).items() if name != "trials"}
+        """The name of the cell's study: another space, sampler or seed is another study, more trials is the same.
+
+        Of the space what the cell has counts: ranks to choose are nothing to a method without.
+        """
+        rules = asdict(replace(self, space=self.fitting(cell)))
+        del rules["trials"]
         digest = hashlib.sha256(json.dumps([cell.hash, rules], sort_keys=True).encode()).hexdigest()
         return f"{trial_name(cell).rpartition('-')[0]}-{digest[:8]}"
 

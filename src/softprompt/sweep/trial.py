@@ -1,14 +1,19 @@
 """One trial of a sweep: skipped where it is finished, resumed where it is begun, else trained."""
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
 
-from softprompt.backbone import Backbone, Dtype, load
+from softprompt.backbone import Backbone, load
+from softprompt.choices import Dtype
+from softprompt.evaluate import read_splits
 from softprompt.experiment import Experiment
 from softprompt.runs import RECORD, Run, open_run
+from softprompt.tasks import Task, load_task
 from softprompt.train import resume, train
 from softprompt.watch import Interrupted, Watcher
 
@@ -38,11 +43,12 @@ class Outcome:
 
 @final
 class Held:
-    """The backbone of the trial before: trials on one backbone load it once."""
+    """What trials share: the backbone of the one before, and what their rows are known by."""
 
     def __init__(self) -> None:
         self._backbone: Backbone | None = None
         self._key: tuple[str, str] | None = None
+        self._rows: dict[tuple[object, ...], str] = {}
 
     def get(self, source: str, dtype: Dtype) -> Backbone:
         """The backbone, loaded if it is another than before; that one is let go first, to make room."""
@@ -51,6 +57,28 @@ class Held:
             self._backbone = load(source, dtype=dtype)
             self._key = (source, dtype)
         return self._backbone
+
+    def rows(self, experiment: Experiment) -> str:
+        """A fingerprint of the experiment's task and rows as they are now; equal ones are read once.
+
+        Raises:
+            OSError: they cannot be read.
+            ValueError: they do not fit.
+        """
+        training = experiment.training
+        draw = experiment.seed, experiment.protocol, training.shots, training.shots_balanced
+        key = (experiment.task, experiment.data, *draw)
+        if key not in self._rows:
+            task = load_task(experiment.task, experiment.data)
+            self._rows[key] = _fingerprint(task, read_splits(experiment, task).fingerprint)
+        return self._rows[key]
+
+
+def _fingerprint(task: Task, rows: str) -> str:
+    """Of all that a task says to the model and of its rows, by their own fingerprint."""
+    said = {name: value for name, value in task.to_json().items() if name not in ("description", "templates")}
+    # As a list: another order of the words is another order of the classes.
+    return hashlib.sha256(json.dumps([said, list(task.words), rows], sort_keys=True).encode()).hexdigest()
 
 
 def trial_name(experiment: Experiment) -> str:
@@ -88,6 +116,8 @@ def run_trial(experiment: Experiment, out: Path, held: Held, watch: Watcher) -> 
     folder = out / trial_name(experiment)
     try:
         run = begun(experiment, out)
+        if run is not None:
+            _refuse_changed(run, held, watch)
         if run is not None and run.results is not None:
             return Outcome(folder, experiment, "skipped", results=run.results)
         run = go_on(run, held, watch) if run else start(experiment, out, held, watch)
@@ -96,6 +126,24 @@ def run_trial(experiment: Experiment, out: Path, held: Held, watch: Watcher) -> 
     except Exception as error:
         return Outcome(folder, experiment, "failed", problem=sentence(error))
     return Outcome(folder, experiment, "done", results=run.results or {})
+
+
+def _refuse_changed(run: Run, held: Held, watch: Watcher) -> None:
+    """The settings' hash has the paths of task and rows; what is in the files may be another since the run began.
+
+    Raises:
+        ValueError: it is.
+    """
+    try:
+        now = held.rows(run.experiment)
+    except OSError as error:
+        watch.note(f"{run.name}: whether its rows are still the same is not known: {sentence(error)}")
+        return
+    if now != _fingerprint(run.task, run.record["data"]):
+        raise ValueError(
+            f"{run.folder} was trained on another task or on other rows than there are now; move it away, or choose "
+            "another --out"
+        )
 
 
 def start(experiment: Experiment, out: Path, held: Held, watch: Watcher) -> Run:

@@ -3,7 +3,7 @@
 from softprompt.tasks import boolq, glue, sentiment, superglue  # noqa: F401  (each registers its own)
 from softprompt.tasks.base import READERS, TASKS, Task, Template, register
 from softprompt.tasks.batch import IGNORED, Batch, answer_labels, batches, collate, schedule
-from softprompt.tasks.data import SAME_ROWS, Protocol, Splits, check, cut, shots, splits
+from softprompt.tasks.data import SAME_ROWS, Splits, check, cut, shots, splits
 from softprompt.tasks.encode import Example, answer_ids, encode, refuse_other_input
 from softprompt.tasks.images import augmented, sample, unlabelled
 from softprompt.tasks.metrics import METRICS, Answers, Metric

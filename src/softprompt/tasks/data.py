@@ -7,11 +7,12 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar, final
+from typing import TypeVar, final
 
 from datasets import Dataset
 
 from softprompt import pixels
+from softprompt.choices import Protocol
 from softprompt.tasks.base import READERS, Task, suggest
 from softprompt.tasks.images import pictures, without_broken
 from softprompt.tasks.rows import read_rows
@@ -22,8 +23,6 @@ _Key = TypeVar("_Key", int, str)
 DEV, TEST = 0.1, 0.2
 """The shares that are cut for a split that a source has not."""
 
-Protocol = Literal["heldout", "paper"]
-"""What an official validation split is for: half to select and half to report, or the whole of it for both."""
 
 SAME_ROWS = "selected and reported on the same rows"
 """What has to be said beside a score under the protocol `paper`."""

@@ -2,7 +2,7 @@
 
 import io
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softprompt import assets
-from softprompt.pixels import Augment, Processor, name, read
+from softprompt.choices import Augment
+from softprompt.pixels import Processor, name, read
 from softprompt.tasks.base import READERS, Task, refuse_folder, register
 from softprompt.tasks.encode import Example, encode_pictures
 from softprompt.tasks.rows import read_rows
@@ -148,16 +149,23 @@ def _read_files(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
 
 def _read_hub(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
     refuse_folder(task, folder)
-    found = {}
-    for split, rows in _hub(task.files["train"]).items():
-        if split in _SPLITS:
-            for column in (task.image, task.label):
-                if column not in rows.column_names:
-                    raise ValueError(f"{task.files['train']} has no column {column!r}; it has {rows.column_names}")
-            found[_SPLITS[split]] = _undecoded(task, rows)
+    repository, found = task.files["train"], {}
+    whole = _hub(repository)
+    for part, split in _by_split(whole, repository).items():
+        rows = whole[split]
+        for column in (task.image, task.label):
+            if column not in rows.column_names:
+                raise ValueError(f"{repository} has no column {column!r}; it has {rows.column_names}")
+        if part != "test" or not _hidden(rows, task.label):
+            found[part] = _undecoded(task, rows, f"split {split} of {repository}")
     if "train" not in found:
-        raise ValueError(f"{task.files['train']} has no split named train; choose another dataset")
+        raise ValueError(f"{repository} has no split named train; choose another dataset")
     return _halved(found)
+
+
+def _hidden(rows: Dataset, label: str) -> bool:
+    """Whether no label is told, as of a benchmark's own test rows: `datasets` then writes -1."""
+    return isinstance(rows.features[label], datasets.ClassLabel) and set(rows[label]) <= {-1}
 
 
 def _halved(found: dict[str, Dataset]) -> dict[str, Dataset]:
@@ -167,10 +175,12 @@ def _halved(found: dict[str, Dataset]) -> dict[str, Dataset]:
     return found
 
 
-def _undecoded(task: Task, rows: Dataset) -> Dataset:
+def _undecoded(task: Task, rows: Dataset, where: str) -> Dataset:
     """Image and label alone: the image as its bytes, the label as its name."""
     label = rows.features[task.label]
     named = isinstance(label, datasets.ClassLabel)
+    if named and -1 in (given := rows[task.label]):
+        raise ValueError(f"row {given.index(-1) + 1} of {where} has no label; choose a dataset whose rows have one")
     labels = [label.int2str(value) if named else str(value) for value in rows[task.label]]
     kept = rows.select_columns([task.image])
     if isinstance(rows.features[task.image], datasets.Image):
@@ -193,7 +203,17 @@ def _parts(place: Path) -> dict[str, Path]:
     """The folders of a dataset that is cut already, by split; none of another."""
     if not (place / "train").is_dir():
         return {}
-    return {_SPLITS[inner.name]: inner for inner in sorted(place.iterdir()) if inner.is_dir() and inner.name in _SPLITS}
+    inside = {inner.name: inner for inner in sorted(place.iterdir()) if inner.is_dir()}
+    return {split: inside[one] for split, one in _by_split(inside, str(place)).items()}
+
+
+def _by_split(names: Iterable[str], where: str) -> dict[str, str]:
+    """What each split is called there."""
+    found: dict[str, str] = {}
+    for one in (one for one in names if one in _SPLITS):
+        if (other := found.setdefault(_SPLITS[one], one)) != one:
+            raise ValueError(f"{where} has both {other!r} and {one!r}, which mean the same; take one of them out")
+    return found
 
 
 def _own_words(place: Path, label: str | None) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""Prompts in a row that sees all of itself: `[lead; prompt; text; pads]`, each row contiguous.
+"""Prompts in the row itself: `[lead; prompt; rest; pads]`, each row contiguous.
 
-A bidirectional model's prompt positions see the text, so nothing of a prompt but its vectors can be computed ahead.
-Positions are counted by index (T5's relative bias, BART's and BERT's tables), so every pad stands behind the row.
+Where prompt positions see some of the text (an encoder's see all of it), nothing of a prompt but its vectors can be
+computed ahead. Encoders count positions by index (T5's relative bias, BART's and BERT's tables), so every pad stands
+behind the row.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from softprompt.attach.base import Attachment, Prepared
 from softprompt.attach.rows import Rows, row_index
+from softprompt.packing import Packing
 from softprompt.prompts import SoftPrompt
 
 
@@ -32,12 +34,18 @@ class Matrices(Prepared):
 
 
 class Whole(NamedTuple):
-    """Rows with their prompts in them, ready for an encoder."""
+    """Rows with their prompts in them, ready for a model."""
 
     embeds: Float[Tensor, "batch total dim"]
     mask: Int[Tensor, "batch total"]
     own: Bool[Tensor, "batch total"]
     """Where the text's own tokens are."""
+
+    def padded_in_front(self) -> "Whole":
+        """The same with every pad in front of its row, as a decoder goes on from."""
+        order = self.mask.argsort(dim=1, stable=True)
+        embeds = self.embeds.gather(1, order[..., None].expand_as(self.embeds))
+        return Whole(embeds, self.mask.gather(1, order), self.own.gather(1, order))
 
 
 def matrices(attachment: Attachment, prompts: Sequence[SoftPrompt]) -> Matrices:
@@ -66,14 +74,14 @@ def whole(
     prepared: Matrices,
     index: Int[Tensor, " batch"] | None,
     text: Rows,
-    lead: int,
+    lead: int | Int[Tensor, "batch 1"],
     limit: int | None,
 ) -> Whole:
     """The rows with each its prompt behind its first `lead` tokens.
 
     Args:
         text: with padding behind.
-        lead: tokens that stay in front of the prompt.
+        lead: tokens that stay in front of the prompt, of all rows or of each.
         limit: positions that the model has.
     """
     batch, seq = text.ids.shape
@@ -93,3 +101,19 @@ def whole(
     real = column < totals
     laid_out = nn.functional.embedding(places, table).to(embeds.dtype)
     return Whole(laid_out, real.long(), real & ~in_prompt)
+
+
+def isolated(
+    attachment: Attachment, prepared: Matrices, index: Int[Tensor, " batch"] | None, text: Rows, limit: int | None
+) -> tuple[Float[Tensor, "token dim"], Packing]:
+    """Every prompt once, then every row, packed: a prompt sees itself alone, a row its prompt and itself.
+
+    Args:
+        limit: positions that the model has.
+    """
+    rows, counts = row_index(index, max(len(prepared.prompts), 1), text.ids), text.mask.sum(1)
+    lengths = prepared.lengths.tolist() if prepared.prompts else []
+    attachment.refuse_long(int((counts + prepared.lengths[rows]).max()), limit)
+    own = attachment.shifted(prepared.prompts, index, text.ids, text.positions())[text.mask.bool()]
+    packing = Packing(lengths, counts.tolist(), rows, causal=False)
+    return torch.cat([prepared.vectors.to(own.dtype), own]), packing

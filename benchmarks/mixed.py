@@ -1,0 +1,91 @@
+"""Seconds and memory of a batch whose rows belong to 16 prompts, beside PEFT that switches between its adapters.
+
+    python benchmarks/mixed.py [--tokens 32] [--batch 32] [--dtype float32] [--rounds 3] [--steps 3]
+
+Both sides get the same weights, rows, dtype and 16 prompts, without gradients, and score two answers to each row as
+score.py does. Ours has the prompts' keys and values ready and takes the whole batch in one call with an index; PEFT,
+which ignores `adapter_names` for prompts, gets the rows of each prompt together and calls `set_adapter` before each
+group, so that it runs as few and as large groups as it can. Rows are dealt out to the prompts in turn.
+
+The JSON is that of train_step.py, which says how both are measured; the floor is score.py's.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from score import answer_ids, loss, multiply_adds
+from train_step import BACKBONE, PEER, Settings, Work, batch, generator, main, peft_model
+
+PROMPTS = 16
+
+
+def matrices(backbone: Any, settings: Settings) -> list[Any]:
+    """The prompts, each a decomposed one's product."""
+    from softprompt import DPT
+
+    draw = generator(settings)
+    config = DPT(length=settings.length, rank=settings.rank)
+    return [config.build(backbone.host(), draw).fold() for _ in range(PROMPTS)]
+
+
+def indexed(settings: Settings) -> Callable[[int], Work]:
+    """Ours: one call for all rows."""
+    import torch
+
+    from softprompt import attach, load_backbone
+
+    backbone = load_backbone(BACKBONE, dtype=settings.dtype, device="cpu")
+    attachment, answers = attach(backbone), answer_ids(backbone.tokenizer)
+    with torch.no_grad():
+        prepared = attachment.prepare(matrices(backbone, settings))
+    index = torch.arange(settings.batch) % PROMPTS
+
+    def ready(tokens: int) -> Work:
+        ids, mask, _ = batch(backbone.model, settings, tokens)
+
+        def run() -> float:
+            with torch.no_grad():
+                candidates = [[first] for first in answers]
+                return loss(attachment.score(ids, mask, candidates, prompts=prepared, index=index))
+
+        return Work(run, backbone.model, multiply_adds(backbone.model, settings, tokens))
+
+    return ready
+
+
+def switching(settings: Settings) -> Callable[[int], Work]:
+    """PEFT: a call for the rows of each adapter."""
+    import torch
+
+    from softprompt import load_backbone
+
+    model, tokenizer = peft_model(settings)
+    answers = answer_ids(tokenizer)
+    config = model.peft_config["default"]
+    prompts = matrices(load_backbone(BACKBONE, dtype=settings.dtype, device="cpu"), settings)
+    for number, prompt in enumerate(prompts):
+        model.add_adapter(str(number), config)
+        with torch.no_grad():
+            model.prompt_encoder[str(number)].embedding.weight.copy_(prompt.prompt())
+    model.eval()
+
+    def ready(tokens: int) -> Work:
+        ids, mask, _ = batch(model.base_model, settings, tokens)
+        logits = torch.empty(settings.batch, len(answers))
+
+        def run() -> float:
+            with torch.no_grad():
+                for number in range(min(PROMPTS, settings.batch)):
+                    model.set_adapter(str(number))
+                    rows = slice(number, None, PROMPTS)
+                    found = model(input_ids=ids[rows], attention_mask=mask[rows], use_cache=False).logits
+                    logits[rows] = found[:, -1, answers].float()
+                return loss(logits)
+
+        return Work(run, model.base_model, multiply_adds(model.base_model, settings, tokens))
+
+    return ready
+
+
+if __name__ == "__main__":
+    main(__file__, {"mixed": indexed, PEER: switching}, Settings(batch=32, steps=3), str(__doc__))

@@ -1,0 +1,58 @@
+"""Prompts in front of a decoder as what its layers keep of them: keys and values, computed once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from softprompt.attach.base import Prepared
+from softprompt.prompts import SoftPrompt
+
+
+@final
+@dataclass(frozen=True)
+class Prefix(Prepared):
+    """Several prompts' keys and values, computed once, shorter prompts padded at their end."""
+
+    prompts: Sequence[SoftPrompt]
+    layers: tuple[tuple[Float[Tensor, "row head prompt head_dim"], Float[Tensor, "row head prompt head_dim"]], ...]
+    """Keys and values of each layer, a row a prompt."""
+    mask: Int[Tensor, "row prompt"]
+    """1 where a prompt has a vector; `prompt` is 0 for a model without a prompt."""
+    logits: Float[Tensor, "row vocab"] | None
+    """What the model expects right after each prompt; none without a prompt."""
+
+    def cache(self, rows: Int[Tensor, " batch"]) -> DynamicCache:
+        """What a batch continues from, each row from the prompt that `rows` says."""
+        cache = DynamicCache()
+        cache.layers = [_layer(_per_row(key, rows), _per_row(value, rows)) for key, value in self.layers]
+        return cache
+
+    def predicting(
+        self,
+        logits: Float[Tensor, "batch kept vocab"],
+        first: Bool[Tensor, "batch kept"],
+        rows: Int[Tensor, " batch"],
+    ) -> Float[Tensor, "batch kept vocab"]:
+        """`logits` with those that predict a row's `first` token taken from the end of its prompt."""
+        if self.logits is None or not bool(first.any()):
+            return logits
+        return torch.where(first[..., None], self.logits[rows][:, None], logits)
+
+
+def _per_row(
+    states: Float[Tensor, "row head prompt head_dim"], rows: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch head prompt head_dim"]:
+    # One prompt is expanded, not copied.
+    return states.expand(len(rows), -1, -1, -1) if len(states) == 1 else states[rows]
+
+
+def _layer(keys: Tensor, values: Tensor) -> DynamicLayer:
+    layer = DynamicLayer()
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    return layer

@@ -1,0 +1,129 @@
+"""A search that is stopped anywhere comes to what it would have come to; files and network are no answer to it."""
+
+import itertools
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+
+from softprompt.runs import METRICS
+from softprompt.sweep import Swept, engine, search, sweep
+
+STOPS: dict[str, tuple[Any, str, int]] = {
+    "between two random draws": (optuna.trial.Trial, "suggest_categorical", 2),
+    "between two draws of the sampler": (optuna.trial.Trial, "suggest_categorical", 5),
+    "before the score is reported that prunes": (optuna.trial.Trial, "report", 13),
+    "before a pruned trial's end is told": (optuna.Study, "tell", 4),
+    "in another trial's step": (search._Pruning, "step", 6),
+}
+"""The call that is not made any more, and the how many-th. Three trials of four steps come before the first pruned."""
+
+
+@pytest.fixture(scope="module")
+def file(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search of a rate and a rank, with draws of both kinds of sampling, and trials that are pruned."""
+    path = tmp_path_factory.mktemp("search") / "search.toml"
+    path.write_text(
+        f"""
+        backbone = "{llama_folder}"
+        task = "{ticket_task}"
+        dtype = "float32"
+        training = {{ steps = 4, batch = 8, evaluate_every = 1 }}
+        prompt.length = 4
+        [search]
+        trials = 6
+        warmup = 3
+        space.training.lr = {{ low = 0.001, high = 1 }}
+        space.prompt.rank = [1, 2, 3, 4]
+        """
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(file: Path) -> Swept:
+    """The search that nothing stopped."""
+    swept = sweep(file, out=file.parent / "whole")
+    states = [trial.state for trial in swept.searches[0].trials]
+    assert states[:4] == ["done", "done", "done", "pruned"]
+    assert steps(swept)[3] == 1
+    return swept
+
+
+def steps(swept: Swept) -> list[int]:
+    """How far each trial was trained."""
+    [found] = swept.searches
+    return [len((trial.folder / METRICS).read_text().splitlines()) for trial in found.trials]
+
+
+def said(swept: Swept) -> list[Any]:
+    [found] = swept.searches
+    trials = [(one.name, one.state == "pruned", one.results) for one in found.trials]
+    return [found.values, found.dev, trials, steps(swept)]
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_stopped(stop: str, file: Path, whole: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name, count = STOPS[stop]
+    call, calls = getattr(owner, name), itertools.count(1)
+
+    def stopped(*given: Any, **named: Any) -> Any:
+        if next(calls) == count:
+            raise KeyboardInterrupt
+        return call(*given, **named)
+
+    monkeypatch.setattr(owner, name, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(file, out=tmp_path)
+    assert said(sweep(file, out=tmp_path)) == said(whole)
+
+
+def test_a_network_that_fails_is_no_answer(
+    file: Path, whole: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreached(*_: Any) -> None:
+        raise ConnectionError("the hub cannot be reached")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "start", unreached)
+        [failed] = sweep(file, out=tmp_path).failed
+    assert failed.problem == "the hub cannot be reached"
+    assert said(sweep(file, out=tmp_path)) == said(whole)
+
+
+def test_a_search_on_other_rows_is_another_one(file: Path, whole: Swept, tmp_path: Path) -> None:
+    out, rows = tmp_path / "out", Path(whole.trials[0].experiment.task).with_name("train.csv")
+    shutil.copytree(rows.parent, tmp_path / "task")
+    own = tmp_path / "search.toml"
+    own.write_text(
+        file.read_text().replace(str(rows.parent), str(tmp_path / "task")).replace("trials = 6", "trials = 1")
+    )
+    assert not sweep(own, out=out).failed
+    (tmp_path / "task/train.csv").write_text(rows.read_text().replace("a a", "a b a"))
+    [found] = sweep(own, out=out).searches
+    [failed] = found.trials
+    assert (failed.state, found.values) == ("failed", None)
+    assert failed.problem.startswith(f"{out / 'search' / found.study} was begun on another task or on other rows;")
+
+
+def test_a_worker_that_is_lost_without_a_word_has_a_problem() -> None:
+    """As Ray's own TaskCancelledError, whose text is empty."""
+
+    class RayError(Exception):
+        pass
+
+    def get(_: object) -> None:
+        raise RayError
+
+    task = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda work, item: f"ref of {item}"))
+    ray = SimpleNamespace(
+        remote=lambda _: task,
+        wait=lambda waiting, num_returns: (waiting[:1], waiting[1:]),
+        get=get,
+        exceptions=SimpleNamespace(RayError=RayError),
+    )
+    found = engine._ray_each(ray, 1, 0)(print, ["a", "b"], lambda item, problem: (item, problem))
+    assert list(found) == [("a", "its worker is lost: RayError"), ("b", "its worker is lost: RayError")]

@@ -1,0 +1,77 @@
+"""LoRA as we write it is LoRA as stock PEFT loads it; and a run's README names the class that it is loaded on."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from softprompt import Backbone, Experiment, attach, card, runs
+from softprompt.attach import fresh_head
+from softprompt.baseline import export_lora, tune
+from softprompt.choices import Baseline
+from softprompt.tasks import Task
+
+peft = pytest.importorskip("peft")
+MakeBackbone = Callable[[str], Backbone]
+TASK = Task(name="tickets", template="{text}", label="queue", words={"a": "a", "b": "b"})
+
+
+def outputs(backbone: Backbone, model: Any) -> torch.Tensor:
+    if backbone.architecture == "vision":
+        given: dict[str, torch.Tensor] = {
+            "pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        }
+    else:
+        given = {"input_ids": torch.tensor([[5, 9, 40, 7], [8, 6, 200, 11]])}
+    if backbone.architecture == "encoder_decoder":
+        given["decoder_input_ids"] = given["input_ids"]
+    found: torch.Tensor = model(**given)[0]
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bert", "bert_mlm", "vit", "dinov2"])
+def test_peft_loads_every_weight_of_lora(kind: str, tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
+    own = tiny_backbone(kind)
+    copied, tuned = tune(own, "lora")
+    assert tuned is not None
+    for parameter in tuned.parameters():  # B begins as zeros, which change nothing
+        parameter += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter)))
+    wanted, bare = outputs(copied, copied.model), outputs(own, own.model)
+    assert not torch.allclose(wanted, bare, atol=1e-2)
+    export_lora(copied, tmp_path)
+    with warnings.catch_warnings():  # PEFT passes over weights whose names it does not know, with a warning
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(own.model), tmp_path)
+    torch.testing.assert_close(outputs(own, theirs.base_model.model), wanted, rtol=0, atol=0)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "baseline", "words"),
+    [
+        ("llama", "lora", "import AutoModelForCausalLM\n"),
+        ("bert_mlm", "lora", "import AutoModelForMaskedLM\n"),
+        ("bert", "lora", "import AutoModel\n"),
+        ("bert", "lora", "The head that was trained with it is apart, in `head.safetensors`."),
+        ("bert", "lora", "what was trained is in `head.safetensors` and `tuned.safetensors`."),
+        ("bert", "none", "what was trained is in `softprompt.safetensors` and `head.safetensors`."),
+        ("llama", "full", "what was trained is in `tuned.safetensors`."),
+    ],
+)
+def test_the_readme_says_where_the_trained_weights_are(
+    kind: str, baseline: Baseline, words: str, tiny_backbone: MakeBackbone, tmp_path: Path
+) -> None:
+    own = tiny_backbone(kind)
+    experiment = Experiment(backbone=own.source, baseline=baseline)
+    run = runs.create(experiment, TASK, own, tmp_path, "it", "")
+    copied, tuned = tune(own, baseline)
+    prompt = experiment.prompt.build(own.host(), torch.Generator()) if baseline == "none" else None
+    trained = attach(copied, prompt, head=fresh_head(own, 2, torch.Generator()), tuned=tuned)
+    results = {"metric": "accuracy", "best_step": 1, "n_test": 2, "n_dev": 2, "trainable": 3}
+    card.write(run, trained, {**results, **dict.fromkeys(("test", "dev", "low", "high", "majority"), 0.5)}, "")
+    assert words in (run.folder / "README.md").read_text()

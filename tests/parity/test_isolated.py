@@ -1,0 +1,132 @@
+"""An isolated prompt is the model's own forward under a mask that hides the text from the prompt, row by row."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from softprompt.attach import attach, fresh_head
+from softprompt.backbone import Backbone
+from softprompt.prompts import SoftPrompt
+from softprompt.prompts.adept import ADePT
+from softprompt.prompts.dept import DePT
+from softprompt.prompts.plain import Plain
+
+TEXTS, INDEX = (7, 2, 4, 9, 3), (2, 0, 1, 0, 2)
+MakeBackbone = Callable[[str], Backbone]
+
+
+def prompts_of(backbone: Backbone) -> list[SoftPrompt]:
+    """Of three lengths and three methods, moved off their first values so that each does something."""
+    configs = (Plain(length=3), DePT(length=6, positions=30, rank=2), ADePT(length=1, width=4))
+    made = [config.build(backbone.host(), torch.Generator().manual_seed(4)) for config in configs]
+    noise = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for prompt in made:
+            for parameter in prompt.parameters():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=noise)
+    return made
+
+
+def batch_of(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    wide = max(map(len, rows)) + 2
+    ids, mask = torch.full((len(rows), wide), 2), torch.zeros(len(rows), wide, dtype=torch.long)
+    for at, row in enumerate(rows):
+        where = slice(wide - len(row), wide) if side == "left" else slice(0, len(row))
+        ids[at, where], mask[at, where] = row, 1
+    return ids, mask
+
+
+def rows_of(front: Sequence[int] = (), behind: Sequence[int] = ()) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return [
+        torch.cat([torch.tensor(front), torch.randint(4, 300, (length,), generator=draw), torch.tensor(behind)]).long()
+        for length in TEXTS
+    ]
+
+
+def laid_out(backbone: Backbone, prompt: SoftPrompt, row: Tensor, lead: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One row's embeddings, what each place sees, and which places are the text's."""
+    own = prompt.shift(backbone.model.get_input_embeddings()(row)[None], row[None], torch.arange(len(row))[None])[0]
+    vectors = prompt.prompt()
+    place = torch.arange(len(row) + len(vectors))
+    of_prompt = (place >= lead) & (place < lead + len(vectors))
+    seen = ~of_prompt[:, None] | of_prompt[None]
+    return torch.cat([own[:lead], vectors, own[lead:]])[None], seen[None, None], ~of_prompt
+
+
+def assert_same(ours: Tensor, theirs: Tensor, prompts: Sequence[SoftPrompt]) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    parameters = [parameter for prompt in prompts for parameter in prompt.parameters()]
+    wanted = torch.autograd.grad(theirs, parameters)
+    for found, reference in zip(torch.autograd.grad(ours, parameters), wanted, strict=True):
+        scale = float(reference.abs().max())
+        assert scale > 0
+        torch.testing.assert_close(found, reference, rtol=1e-3, atol=2e-4 * scale)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["t5", "t5_1.1", "mt5"])
+def test_t5(tiny_backbone: MakeBackbone, name: str, side: str) -> None:
+    backbone = tiny_backbone(name)
+    attachment, prompts, rows = attach(backbone, attend="isolated"), prompts_of(backbone), rows_of()
+    labels = torch.tensor([[11, 12, 1]] * len(rows))
+    ours = attachment(*batch_of(rows, side), labels, prompts=prompts, index=torch.tensor(INDEX)).loss
+    losses = []
+    for which, row in zip(INDEX, rows, strict=True):
+        embeds, seen, _ = laid_out(backbone, prompts[which], row, 0)
+        states = backbone.model.get_encoder()(inputs_embeds=embeds, attention_mask=seen)
+        losses.append(backbone.model(encoder_outputs=states, labels=labels[:1]).loss)
+    assert_same(ours, torch.stack(losses).mean(), prompts)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["bert_mlm", "roberta_mlm"])
+def test_an_encoder_that_answers_in_words(tiny_backbone: MakeBackbone, name: str, side: str) -> None:
+    backbone = tiny_backbone(name)
+    first, closing, mask = (getattr(backbone.tokenizer, f"{one}_token_id") for one in ("cls", "sep", "mask"))
+    attachment, prompts = attach(backbone, attend="isolated"), prompts_of(backbone)
+    rows, labels = rows_of([first], [mask, closing]), torch.full((len(TEXTS), 1), 11)
+    ours = attachment(*batch_of(rows, side), labels, prompts=prompts, index=torch.tensor(INDEX)).loss
+    losses = []
+    for which, row in zip(INDEX, rows, strict=True):
+        embeds, seen, own = laid_out(backbone, prompts[which], row, 1)
+        logits = backbone.model(inputs_embeds=embeds, attention_mask=seen).logits[0, own]
+        losses.append(torch.nn.functional.cross_entropy(logits[row == mask], torch.tensor([11])))
+    assert_same(ours, torch.stack(losses).mean(), prompts)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_an_encoder_with_a_head(tiny_backbone: MakeBackbone, name: str) -> None:
+    backbone = tiny_backbone(name)
+    head = fresh_head(backbone, 3, torch.Generator().manual_seed(2))
+    prompts, rows = prompts_of(backbone), rows_of([0], [1])
+    attachment, labels = attach(backbone, head=head, attend="isolated"), torch.full((len(TEXTS), 1), 2)
+    ours = attachment(*batch_of(rows, "right"), labels, prompts=prompts, index=torch.tensor(INDEX)).loss
+    losses = []
+    for which, row in zip(INDEX, rows, strict=True):
+        embeds, seen, own = laid_out(backbone, prompts[which], row, 1)
+        states = backbone.model(inputs_embeds=embeds, attention_mask=seen).last_hidden_state[0, own]
+        losses.append(torch.nn.functional.cross_entropy(head(states.mean(0))[None], torch.tensor([2])))
+    assert_same(ours, torch.stack(losses).mean(), prompts)
+
+
+@pytest.mark.parametrize("name", ["llama", "bart", "distilbert_mlm", "mpnet_mlm"])
+def test_a_model_that_cannot_isolate_is_refused(tiny_backbone: MakeBackbone, name: str) -> None:
+    with pytest.raises(ValueError, match="isolated"):
+        attach(tiny_backbone(name), attend="isolated")
+
+
+def test_an_isolated_prompt_stands_in_front(tiny_backbone: MakeBackbone) -> None:
+    with pytest.raises(ValueError, match="cannot be isolated 'behind'"):
+        attach(tiny_backbone("t5"), attend="isolated", place="behind")
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(tiny_backbone: MakeBackbone) -> None:
+    backbone = tiny_backbone("t5")
+    prompt, rows = prompts_of(backbone)[0], rows_of()
+    attachment = attach(backbone, prompt, attend="isolated")
+    together = attachment.score(*batch_of(rows, "right"), [(11,), (12, 13)])
+    alone = torch.cat([attachment.score(row[None], None, [(11,), (12, 13)]) for row in rows])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,202 @@
+"""A prompt behind a text's first token, or behind the text, is what it is there: the same as a row written by hand."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from softprompt.attach import Attachment, attach
+from softprompt.backbone import Backbone
+from softprompt.choices import Place
+from softprompt.prompts import Folded, SoftPrompt
+from softprompt.prompts.adept import ADePT
+from softprompt.prompts.dept import DePT
+from softprompt.prompts.plain import Plain
+
+TEXTS, INDEX = (7, 2, 4, 9, 3), (2, 0, 1, 0, 2)
+CANDIDATES = ((11,), (12, 13), (12, 14, 15))
+MakeBackbone = Callable[[str], Backbone]
+
+
+def prompts_of(backbone: Backbone) -> list[SoftPrompt]:
+    """Of three lengths and three methods, moved off their first values so that each does something."""
+    configs = (Plain(length=3), DePT(length=6, positions=30, rank=2), ADePT(length=1, width=4))
+    made = [config.build(backbone.host(), torch.Generator().manual_seed(4)) for config in configs]
+    noise = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for prompt in made:
+            for parameter in prompt.parameters():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=noise)
+    return made
+
+
+def rows_of(seed: int = 1) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(4, 300, (length,), generator=draw) for length in TEXTS]
+
+
+def padded(rows: Sequence[Tensor], side: str, extra: int) -> tuple[Tensor, Tensor]:
+    wide = max(map(len, rows)) + extra
+    ids, mask = torch.full((len(rows), wide), 2), torch.zeros(len(rows), wide, dtype=torch.long)
+    for at, row in enumerate(rows):
+        where = slice(wide - len(row), wide) if side == "left" else slice(0, len(row))
+        ids[at, where], mask[at, where] = row, 1
+    return ids, mask
+
+
+def by_hand(backbone: Backbone, prompt: SoftPrompt, row: Tensor, lead: int) -> Tensor:
+    """One row's embeddings with the prompt behind its first `lead` tokens."""
+    own = prompt.shift(backbone.model.get_input_embeddings()(row)[None], row[None], torch.arange(len(row))[None])[0]
+    return torch.cat([own[:lead], prompt.prompt(), own[lead:]])[None]
+
+
+def gradients(value: Tensor, prompts: Sequence[SoftPrompt]) -> list[Tensor]:
+    parameters = [parameter for prompt in prompts for parameter in prompt.parameters()]
+    return list(torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True))
+
+
+def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 2e-5) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * max(1.0, float(wanted.detach().abs().max())))
+
+
+def lead_of(place: Place, row: Tensor) -> int:
+    return 1 if place == "after_first" else len(row)
+
+
+@pytest.fixture(params=["llama", "gpt2", "qwen3"])
+def decoder(request: pytest.FixtureRequest, tiny_backbone: MakeBackbone) -> Backbone:
+    return tiny_backbone(request.param)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("place", ["after_first", "behind"])
+def test_a_decoders_logits(decoder: Backbone, place: Place, side: str) -> None:
+    prompts, rows = prompts_of(decoder), rows_of()
+    ids, mask = padded(rows, side, 3)
+    found = attach(decoder, place=place)(ids, mask, prompts=prompts, index=torch.tensor(INDEX)).logits[mask.bool()]
+    wanted = []
+    for which, row in zip(INDEX, rows, strict=True):
+        lead = lead_of(place, row)
+        logits = decoder.model(inputs_embeds=by_hand(decoder, prompts[which], row, lead)).logits[0]
+        wanted += [logits[:lead], logits[lead + len(prompts[which].prompt()) :]]
+    assert_near(found, torch.cat(wanted))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("place", ["after_first", "behind"])
+def test_a_decoders_loss_and_its_gradient(decoder: Backbone, place: Place, side: str) -> None:
+    """The last two tokens of each row are the answer; a prompt behind the text stands before them."""
+    prompts, rows = prompts_of(decoder), rows_of()
+    ids, mask = padded(rows, side, 3)
+    labels = torch.full_like(ids, -100)
+    losses = []
+    for at, (which, row) in enumerate(zip(INDEX, rows, strict=True)):
+        places = mask[at].nonzero()[-2 if len(row) > 2 else -1 :, 0]
+        labels[at, places] = ids[at, places]
+        lead = lead_of(place, row[: len(row) - len(places)])
+        logits = decoder.model(inputs_embeds=by_hand(decoder, prompts[which], row, lead)).logits[0]
+        losses.append(
+            torch.nn.functional.cross_entropy(logits[-len(places) - 1 : -1], row[-len(places) :], reduction="none")
+        )
+    loss = attach(decoder, place=place)(ids, mask, labels, prompts=prompts, index=torch.tensor(INDEX)).loss
+    wanted = torch.cat(losses).mean()
+    assert_near(loss, wanted)
+    for ours, theirs in zip(gradients(loss, prompts), gradients(wanted, prompts), strict=True):
+        assert float(theirs.abs().max()) > 0
+        assert_near(ours, theirs)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("place", ["after_first", "behind"])
+def test_a_decoders_scores_and_tokens(decoder: Backbone, place: Place, prepared: bool) -> None:
+    attachment, prompts, rows = attach(decoder, place=place), prompts_of(decoder), rows_of()
+    ids, mask = padded(rows, "right", 2)
+    given = attachment.prepare(prompts) if prepared else prompts
+    index = torch.tensor(INDEX)
+    scores = attachment.score(ids, mask, CANDIDATES, prompts=given, index=index)
+    tokens = torch.stack(list(attachment.generate(ids, mask, max_new_tokens=4, stop=[], prompts=given, index=index)), 1)
+    with torch.no_grad():
+        for at, (which, row) in enumerate(zip(INDEX, rows, strict=True)):
+            lead = lead_of(place, row)
+            wanted = [score_by_hand(decoder, prompts[which], row, lead, candidate) for candidate in CANDIDATES]
+            assert_near(scores[at], torch.stack(wanted))
+            assert tokens[at].tolist() == greedy_by_hand(decoder, prompts[which], row, lead, 4)
+
+
+def score_by_hand(backbone: Backbone, prompt: SoftPrompt, row: Tensor, lead: int, candidate: Sequence[int]) -> Tensor:
+    whole = torch.cat([row, torch.tensor(candidate)])
+    logp = backbone.model(inputs_embeds=by_hand(backbone, prompt, whole, lead)).logits[0].log_softmax(-1)
+    return logp[-len(candidate) - 1 : -1].gather(1, torch.tensor(candidate)[:, None]).sum()
+
+
+def greedy_by_hand(backbone: Backbone, prompt: SoftPrompt, row: Tensor, lead: int, count: int) -> list[int]:
+    for _ in range(count):
+        logits = backbone.model(inputs_embeds=by_hand(backbone, prompt, row, lead)).logits
+        row = torch.cat([row, logits[0, -1:].argmax(-1)])
+    return row[-count:].tolist()
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("place", ["after_first", "behind"])
+def test_an_encoder_decoders_loss(tiny_backbone: MakeBackbone, name: str, place: Place, closed: bool) -> None:
+    """Behind the text, and in front of its end of sequence where it has one."""
+    backbone = tiny_backbone(name)
+    attachment, prompts, rows = attach(backbone, place=place), prompts_of(backbone), rows_of()
+    [end] = attachment.end_of_sequence()
+    if closed:
+        rows = [torch.cat([row, torch.tensor([end])]) for row in rows]
+    ids, mask = padded(rows, "right", 2)
+    labels = torch.tensor([[11, 12, end]] * len(rows))
+    loss = attachment(ids, mask, labels, prompts=prompts, index=torch.tensor(INDEX)).loss
+    losses = []
+    for which, row in zip(INDEX, rows, strict=True):
+        lead = lead_of(place, row[: len(row) - closed])
+        embeds = by_hand(backbone, prompts[which], row, lead)
+        losses.append(backbone.model(inputs_embeds=embeds, labels=labels[:1]).loss)
+    wanted = torch.stack(losses).mean()
+    assert_near(loss, wanted)
+    for ours, theirs in zip(gradients(loss, prompts), gradients(wanted, prompts), strict=True):
+        assert_near(ours, theirs, 5e-4)  # T5 does not scale its attention, so that rounding is magnified
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_an_encoders_scores(tiny_backbone: MakeBackbone, closed: bool) -> None:
+    """`text prompt [MASK] [SEP]`."""
+    backbone = tiny_backbone("bert_mlm")
+    tokenizer, prompts, rows = backbone.tokenizer, prompts_of(backbone), rows_of()
+    behind = [tokenizer.sep_token_id] if closed else []
+    ids, mask = padded([torch.cat([row, torch.tensor(behind, dtype=torch.long)]) for row in rows], "right", 2)
+    scores = attach(backbone, place="behind").score(
+        ids, mask, [(11,), (12,)], prompts=prompts, index=torch.tensor(INDEX)
+    )
+    for at, (which, row) in enumerate(zip(INDEX, rows, strict=True)):
+        whole = torch.cat([row, torch.tensor([tokenizer.mask_token_id, *behind])])
+        logits = backbone.model(inputs_embeds=by_hand(backbone, prompts[which], whole, len(row))).logits[0]
+        assert_near(scores[at], logits[-1 - closed].log_softmax(-1)[[11, 12]])
+
+
+def test_a_place_that_cannot_be_is_refused(tiny_backbone: MakeBackbone) -> None:
+    with pytest.raises(ValueError, match="cannot stand 'after_first'; it can stand 'front' or 'behind'"):
+        attach(tiny_backbone("bert"), place="after_first")
+
+
+def test_prompts_prepared_for_another_place_are_refused(tiny_backbone: MakeBackbone) -> None:
+    backbone = tiny_backbone("llama")
+    prompt, ids = Folded(torch.randn(3, backbone.dim)), torch.tensor([[5, 6]])
+
+    def prepared(place: Place) -> tuple[Attachment, object]:
+        attachment = attach(backbone, place=place)
+        return attachment, attachment.prepare([prompt])
+
+    (front, of_front), (behind, of_behind) = prepared("front"), prepared("behind")
+    for attachment, other in ((front, of_behind), (behind, of_front)):
+        with pytest.raises(ValueError, match="prepared for another architecture or place"):
+            attachment(ids, prompts=other)
+
+
+def test_folding_keeps_the_place(tiny_backbone: MakeBackbone) -> None:
+    backbone = tiny_backbone("llama")
+    prompt = Plain(length=3).build(backbone.host(), torch.Generator().manual_seed(0))
+    assert attach(backbone, prompt, place="behind").folded().place == "behind"

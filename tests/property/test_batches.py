@@ -1,0 +1,86 @@
+"""Batches: every token is at its place, and every row comes once an epoch."""
+
+import itertools
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from softprompt.tasks import IGNORED, Example, batches, collate, schedule
+
+EXAMPLES = st.lists(
+    st.builds(
+        Example,
+        st.lists(st.integers(1, 99), min_size=1, max_size=9).map(tuple),
+        st.lists(st.integers(1, 99), min_size=1, max_size=3).map(tuple),
+        st.none() | st.integers(0, 3),
+        st.integers(0, 1000),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(examples=EXAMPLES, side=st.sampled_from(["left", "right"]), with_answers=st.booleans())
+def test_a_batch_holds_every_token_at_its_place(examples: list[Example], side: str, with_answers: bool) -> None:
+    batch = collate(examples, 0, side, with_answers)  # type: ignore[arg-type]
+    for place, example in enumerate(examples):
+        ids = list(example.input_ids + (example.answer_ids if with_answers else ()))
+        pads = batch.input_ids.shape[1] - len(ids)
+        before, behind = ([0] * pads, []) if side == "left" else ([], [0] * pads)
+        assert batch.input_ids[place].tolist() == [*before, *ids, *behind]
+        assert batch.attention_mask[place].tolist() == [*before, *[1] * len(ids), *behind]
+        ignored = [IGNORED] * len(example.input_ids) + (list(example.answer_ids) if with_answers else [])
+        assert batch.labels[place].tolist() == [*[IGNORED] * len(before), *ignored, *[IGNORED] * len(behind)]
+    assert batch.classes.tolist() == [-1 if example.label is None else example.label for example in examples]
+    assert batch.rows.tolist() == [example.row for example in examples]
+
+
+def test_a_batch_without_what_it_needs_is_refused() -> None:
+    with pytest.raises(ValueError, match="no examples"):
+        collate([], 0, "left", False)
+    with pytest.raises(ValueError, match="row 8 has no answer"):
+        collate([Example((1,), (), None, 7)], 0, "left", True)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=80),
+    size=st.integers(1, 9),
+    seed=st.integers(0, 99),
+    epoch=st.integers(0, 99),
+    window=st.integers(1, 6),
+)
+def test_an_epoch_has_each_row_once(lengths: list[int], size: int, seed: int, epoch: int, window: int) -> None:
+    found = batches(lengths, size, seed, epoch, window)
+    assert Counter(itertools.chain.from_iterable(found)) == Counter(range(len(lengths)))
+    assert len(found) == -(-len(lengths) // size)
+    assert sum(len(batch) < size for batch in found) == (len(lengths) % size > 0)
+    assert found == batches(lengths, size, seed, epoch, window)
+
+
+def test_batches_hold_rows_of_one_length_and_epochs_differ() -> None:
+    lengths = [i % 10 for i in range(400)]
+    spread = [
+        max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches(lengths, 4, 0, 0, 100)
+    ]
+    assert max(spread) == 0
+    assert batches(lengths, 4, 0, 0) != batches(lengths, 4, 0, 1)
+    assert batches(lengths, 4, 0, 0) != batches(lengths, 4, 1, 0)
+    assert batches(lengths, 4, 1, 23) != batches(lengths, 4, 12, 3)
+
+
+@given(start=st.integers(0, 60))
+def test_a_schedule_goes_on_where_it_was_left(start: int) -> None:
+    lengths = [7, 3, 9, 1, 4, 4, 8]
+    whole = list(itertools.islice(schedule(lengths, 2, seed=5, window=2), 70))
+    assert list(itertools.islice(schedule(lengths, 2, seed=5, window=2, start=start), 10)) == whole[start : start + 10]
+    assert [epoch for epoch, _ in whole[:9]] == [0] * 4 + [1] * 4 + [2]
+
+
+def test_an_impossible_order_is_refused() -> None:
+    for lengths, size, window in (([], 1, 1), ([1], 0, 1), ([1], 1, 0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            batches(lengths, size, 0, 0, window)
+    with pytest.raises(ValueError, match="first step is -1"):
+        next(schedule([1], 1, 0, start=-1))

@@ -1,0 +1,253 @@
+"""What fails, fails alone: rows, batches, memory that runs out, and the engine's own thread."""
+
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from softprompt.attach import Sampling
+from softprompt.prompts import Folded
+from softprompt.serve import Closed, Engine, Limits
+from softprompt.serve.decoding import Batch, Decoder
+from softprompt.serve.gate import Access
+from softprompt.serve.http import make_app
+
+EngineOf = Callable[..., Engine]
+TEXTS = ("a", "b b", "Ticket: a a c", "c b a a b c\nQueue:", "some words that were never seen", "x" * 30)
+LABELS = ("yes", "no", "maybe so")
+
+
+class Fails:
+    """A model's embedding that fails for some batches, as memory that runs out does."""
+
+    def __init__(self, engine: Engine, fails: Callable[[torch.Tensor], BaseException | None]) -> None:
+        self._real = engine.backbone.model.get_input_embeddings()
+        self._fails, self.calls = fails, 0
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if (error := self._fails(ids)) is not None:
+            raise error
+        return self._real(ids)
+
+
+@pytest.mark.parametrize("kind", ["choice", "writing"])
+def test_memory_that_runs_out_halves_the_batch(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    engine = engine_of(prompts=4, shifting=False, max_batch=8, max_wait=200.0)
+    failing = Fails(engine, lambda ids: torch.OutOfMemoryError("memory") if len(ids) > 2 else None)
+
+    def ask() -> list[Any]:
+        if kind == "choice":
+            return [engine.classify(f"p{row % 4}", [TEXTS[row % 6]], LABELS)[0] for row in range(8)]
+        return [engine.generate(f"p{row % 4}", TEXTS[row % 6], max_new_tokens=6) for row in range(8)]
+
+    expected = [ticket.result(30.0) for ticket in ask()]
+    monkeypatch.setattr(engine.backbone.model, "get_input_embeddings", lambda: failing)
+    found = [ticket.result(30.0) for ticket in ask()]
+    assert engine.status().max_batch < 8
+    if kind == "writing":
+        assert [one.tokens for one in found] == [one.tokens for one in expected]
+    else:
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.scores == pytest.approx(theirs.scores, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["choice", "writing"])
+def test_one_bad_row_fails_alone(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    engine = engine_of(prompts=3, shifting=False, max_wait=200.0)
+    marked = engine.backbone.tokenizer("x", add_special_tokens=False)["input_ids"][0]
+    failing = Fails(engine, lambda ids: RuntimeError("broken") if bool((ids == marked).any()) else None)
+    monkeypatch.setattr(engine.backbone.model, "get_input_embeddings", lambda: failing)
+    texts = ["a", "b", "x", "c", "a b"]
+    if kind == "choice":
+        tickets: list[Any] = [engine.classify(f"p{i % 3}", [text], LABELS)[0] for i, text in enumerate(texts)]
+    else:
+        tickets = [engine.generate(f"p{i % 3}", text, max_new_tokens=1) for i, text in enumerate(texts)]
+    with pytest.raises(RuntimeError, match="broken"):
+        tickets[2].result(30.0)
+    for place in (0, 1, 3, 4):
+        assert tickets[place].result(30.0)
+
+
+def memory() -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError("memory")
+
+
+@pytest.mark.parametrize("breaks", ["joining", "leaving"])
+def test_memory_that_runs_out_between_two_steps_changes_no_text(
+    engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch, breaks: str
+) -> None:
+    """Rows that join and leave a batch move its keys and values, which takes memory too."""
+    engine = engine_of(prompts=4, shifting=False, max_batch=8)
+    asked = [(f"p{row % 4}", TEXTS[row % 6], 1 + 4 * (row % 3)) for row in range(8)]
+    expected = [engine.generate(*one[:2], max_new_tokens=one[2]).result(30.0).tokens for one in asked]
+    real, fails = Decoder.joined, [0]
+
+    def joined(self: Decoder, rows: Any, room: int = 64) -> Batch:
+        several = len({id(batch) for batch, _ in rows}) > 1
+        fewer = not several and len(rows) < len(rows[0][0])
+        if {"joining": several, "leaving": fewer}[breaks]:
+            fails[0] += 1
+            raise memory()
+        return real(self, rows, room)
+
+    monkeypatch.setattr(Decoder, "joined", joined)
+    tickets = []
+    for name, text, most in asked:
+        tickets.append(engine.generate(name, text, max_new_tokens=most))
+        time.sleep(0.01)
+    assert [ticket.result(30.0).tokens for ticket in tickets] == expected
+    assert fails[0]
+    assert engine.alive
+
+
+def test_what_a_failed_pass_had_computed_is_freed_before_the_next_one(
+    engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(prompts=2, shifting=False, max_wait=200.0)
+    real, held, found = engine.backbone.model.get_input_embeddings(), [], []
+
+    def embed(ids: torch.Tensor) -> torch.Tensor:
+        found.extend(one() is None for one in held)
+        if len(ids) > 2:
+            activations = torch.zeros(10)
+            held.append(weakref.ref(activations))
+            raise memory()
+        return real(ids)
+
+    monkeypatch.setattr(engine.backbone.model, "get_input_embeddings", lambda: embed)
+    for ticket in [engine.classify(f"p{row % 2}", ["a"], LABELS)[0] for row in range(4)]:
+        ticket.result(30.0)
+    assert found
+    assert all(found)
+
+
+def test_a_row_that_overflows_fails_alone_while_it_is_written(
+    engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(prompts=3, shifting=False, max_batch=4)
+    expected = [engine.generate(f"p{row}", "a b", max_new_tokens=12).result(30.0).tokens for row in (0, 1)]
+    real, bad = Decoder.advance, engine.get("p2").prompt
+
+    def advance(self: Decoder, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
+        logits = real(self, batch, tokens)
+        if int(batch.texts[0]) > 6:
+            logits[[prompt is bad for prompt in batch.prompts]] = torch.nan
+        return logits
+
+    monkeypatch.setattr(Decoder, "advance", advance)
+    broken = engine.generate("p2", "a b", max_new_tokens=12, sampling=Sampling(temperature=1.0))
+    tickets = [engine.generate(f"p{row}", "a b", max_new_tokens=12) for row in (0, 1)]
+    with pytest.raises(FloatingPointError, match="p2"):
+        broken.result(30.0)
+    assert [ticket.result(30.0).tokens for ticket in tickets] == expected
+
+
+def test_a_choice_that_overflows_fails_alone(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(prompts=2, shifting=False, max_wait=200.0)
+    expected = engine.classify("p0", ["a"], LABELS)[0].result(30.0).scores
+    real, bad = Decoder.read, engine.get("p1").prompt
+
+    def read(self: Decoder, rows: Any, room: int = 0) -> Any:
+        batch, logits = real(self, rows, room)
+        logits[[row.prompt is bad for row in rows]] = torch.nan
+        return batch, logits
+
+    monkeypatch.setattr(Decoder, "read", read)
+    good, broken = engine.classify("p0", ["a"], LABELS)[0], engine.classify("p1", ["a"], LABELS)[0]
+    assert good.result(30.0).scores == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(FloatingPointError, match="p1"):
+        broken.result(30.0)
+    with TestClient(make_app(engine), base_url="http://localhost") as client:
+        answer = client.post("/v1/classify", json={"model": "p1", "input": "a", "labels": list(LABELS)})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "overflow"
+
+
+def test_the_smallest_temperature_is_the_likeliest_token(engine_of: EngineOf) -> None:
+    engine = engine_of(prompts=2, shifting=False, max_batch=4)
+    greedy = [engine.generate(f"p{row}", "a b", max_new_tokens=8).result(30.0).tokens for row in (0, 1)]
+    cold = engine.generate("p0", "a b", max_new_tokens=8, sampling=Sampling(temperature=1e-300, seed=1))
+    other = engine.generate("p1", "a b", max_new_tokens=8)
+    assert [cold.result(30.0).tokens, other.result(30.0).tokens] == greedy
+
+
+def test_a_prompt_that_overflows_is_refused(engine_of: EngineOf) -> None:
+    engine = engine_of("gpt2", prompts=1)
+    with pytest.raises(ValueError, match="too large"):
+        engine.add("huge", Folded(torch.full((3, engine.backbone.dim), 3e38)))
+    assert not engine.serves("huge")
+
+
+def test_a_watcher_that_fails_harms_nobody(engine_of: EngineOf, prompt_of: Callable[..., Any]) -> None:
+    backbone = engine_of(prompts=0).backbone
+
+    def watch(_: object) -> None:
+        raise RuntimeError("no room for numbers")
+
+    with Engine(backbone, Limits(), watch) as engine:
+        engine.add("p", prompt_of(backbone, 0))
+        assert engine.classify("p", ["a"], LABELS)[0].result(30.0)
+        assert len(engine.generate("p", "a", max_new_tokens=3).result(30.0).tokens) == 3
+
+
+def test_a_thread_that_dies_leaves_nobody_waiting(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(prompts=1)
+
+    def die(_: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(engine._worker, "choose", die)
+    with TestClient(make_app(engine), base_url="http://localhost") as client:
+        assert client.get("/healthz").status_code == 200
+        with pytest.raises(Closed, match="failed"):
+            engine.classify("p0", ["a"], LABELS)[0].result(10.0)
+        with pytest.raises(Closed):
+            engine.generate("p0", "a")
+        engine._turns._thread.join(10)
+        assert client.get("/healthz").status_code == client.get("/readyz").status_code == 503
+
+
+def test_a_thread_that_is_stuck_is_noticed(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    from softprompt.serve import turns
+
+    engine, go, stuck = engine_of(prompts=1, timeout=0.1), threading.Event(), threading.Event()
+    monkeypatch.setattr(turns, "_STUCK", 0.1)
+    monkeypatch.setattr(engine._worker, "choose", lambda _: (stuck.set(), go.wait(20)))
+    ticket = engine.classify("p0", ["a"], LABELS, timeout=0.1)[0]
+    assert stuck.wait(10)
+    time.sleep(0.2)
+    assert not engine.alive
+    assert not engine.status().ready
+    ticket.cancel()
+    go.set()
+    while not engine.alive:
+        time.sleep(0.01)
+
+
+def test_an_error_of_ours_is_counted_and_logged_as_one(
+    engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = engine_of(prompts=1)
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(engine, "classify", broken)
+    app = make_app(engine, Access())
+    with (
+        caplog.at_level("INFO", logger="softprompt.serve"),
+        TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client,
+    ):
+        answer: httpx.Response = client.post("/v1/classify", json={"model": "p0", "input": "a", "labels": ["x", "y"]})
+        numbers = client.get("/metrics").text
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert 'softprompt_requests_total{route="/v1/classify",status="500"} 1.0' in numbers
+    assert next(record.fields["status"] for record in caplog.records if hasattr(record, "fields")) == 500
