@@ -76,3 +76,30 @@ def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "holds no token" in capsys.readouterr().err
     assert main(["serve", str(run_folders[0]), str(tmp_path / "nowhere"), "--dtype", "float32"]) == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+AT_ONCE = """
+import os, signal, socket, sys, urllib.parse
+from pathlib import Path
+from softprompt import load_backbone, open_run
+from softprompt.serve.service import serve
+
+def started(address):
+    url = urllib.parse.urlsplit(address)
+    socket.create_connection((url.hostname, url.port), 5).close()
+    print("taken", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+folder = Path(sys.argv[1])
+backbone = load_backbone(open_run(folder).experiment.backbone, dtype="float32")
+serve(backbone, [("one", folder)], port=0, started=started)
+print("ended", flush=True)
+"""
+
+
+def test_its_address_is_told_once_it_is_taken_and_a_signal_at_once_ends_it(run_folders: list[Path]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AT_ONCE, str(run_folders[0])], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.split() == ["taken", "ended"], done.stderr[-2000:]
+    assert done.returncode == 0

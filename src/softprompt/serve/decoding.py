@@ -185,7 +185,7 @@ class Decoder:
         self, batch: Batch, ids: Int[Tensor, "row more"], real: Int[Tensor, "row more"]
     ) -> Float[Tensor, "row more vocab"]:
         """The logits behind each of several further tokens, padding behind them; `batch` is spent."""
-        return self._pass(batch, ids, torch.cat([batch.mask, real], 1), keep=0)
+        return self._pass(batch, ids, torch.cat([batch.mask, real], 1), keep=ids.shape[1])
 
     def select(self, batch: Batch, which: Sequence[int], room: int = ROOM) -> Batch:
         """The rows of these places (one may be named several times), in buffers without a column of padding alone."""
@@ -228,7 +228,8 @@ class Decoder:
             inputs_embeds=self._embedded(batch.prompts, ids, places),
             past_key_values=Cache(layers=batch.layers),
             use_cache=True,
-            logits_to_keep=keep,
+            # A tensor, which copies what it picks: before a strided view the head would copy its matrix for each row.
+            logits_to_keep=torch.arange(more - keep, more, device=ids.device),
             **self._places(mask, mask.shape[1] - more),
         )
         for layer in batch.layers:

@@ -20,6 +20,9 @@ from softprompt.serve.metrics import Metrics
 from softprompt.serve.served import checked_name
 from softprompt.serve.uploads import Shelf
 
+_BACKLOG = 2048
+"""Connections that may wait to be taken, as in uvicorn."""
+
 
 def named(source: str) -> tuple[str, Path]:
     """`NAME=FOLDER`, or a folder under its own name.
@@ -58,6 +61,7 @@ def listening(host: str, port: int) -> socket.socket:
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((host, port))
+        found.listen(_BACKLOG)  # from here on nobody is turned away, though the server takes them a moment later
     except (OSError, OverflowError) as error:
         found.close()
         raise OSError(f"{host} port {port} cannot be listened on ({error}); choose another --port or --host") from error
@@ -122,11 +126,12 @@ def serve(
         engine = started_engine(backbone, sources, shelf, limits or Limits(), metrics)
         write_log()
         app = make_app(engine, access, metrics=metrics, shelf=shelf, log_texts=log_texts, grace=grace)
-        if started is not None:
-            started(address_of(host, place.getsockname()[1]))
+        server = _server(app, grace)
         try:
-            with _stopped_once():
-                _server(app, grace).run(sockets=[place])
+            with _stopped_once(server):
+                if started is not None:
+                    started(address_of(host, place.getsockname()[1]))
+                server.run(sockets=[place])
         finally:
             engine.close(0.0)
 
@@ -145,12 +150,17 @@ def _server(app: Any, grace: float) -> uvicorn.Server:
 
 
 @contextmanager
-def _stopped_once() -> Iterator[None]:
-    """The server raises the signal that stopped it once more at its end, to whoever handled it before: nobody."""
+def _stopped_once(server: uvicorn.Server) -> Iterator[None]:
+    """A signal that comes before the server handles signals stops it too; at its end the server raises the one that
+    stopped it once more, to whoever handled it before, and by then that changes nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -122,7 +122,7 @@ class Turns:
             for ticket in (*self._waiting.everyone(), *(one for w in self._worker.writers for one in w.tickets)):
                 ticket.expire(now)
             self._waiting.drop(lambda ticket: ticket.over)
-            choices = self._waiting.take(Choice, self._worker.most, alike=True) if self._choice_due() else []
+            choices = self._waiting.take(Choice, self._worker.most_choices, alike=True) if self._choice_due() else []
             texts = self._waiting.take(Writing, min(_ENTER, self._worker.most - self._worker.active))
             self._taken = [*choices, *texts]
         for job, done in jobs:
@@ -149,7 +149,7 @@ class Turns:
         oldest = self._waiting.oldest(Choice)
         return oldest is not None and (
             self._closed
-            or self._waiting.count(Choice) >= self._worker.most
+            or self._waiting.count(Choice) >= self._worker.most_choices
             or time.monotonic() - oldest >= self._limits.max_wait / 1000
         )
 

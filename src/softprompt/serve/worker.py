@@ -18,6 +18,8 @@ from softprompt.serve.ticket import Chosen, Ticket, overflow
 from softprompt.serve.writing import AttachedWriter, CausalWriter, Writer, writing_of
 
 _log = logging.getLogger("softprompt.serve")
+_ON_CPU = 8
+"""Rows whose tokens a CPU multiplies as fast, each, as those of more."""
 _CALM = 50
 """Batches that must go well before a batch may grow again after memory ran out."""
 
@@ -54,6 +56,12 @@ class Worker:
         self.writers: list[Writer] = []
         self.seconds_each = 0.05
         """What a row took lately."""
+
+    @property
+    def most_choices(self) -> int:
+        """Rows of a batch of choices: few on a CPU, so that those in line of like length run without padding, and
+        answers go out, and the next questions come in, while others run."""
+        return min(self.most, _ON_CPU) if self._backbone.device.type == "cpu" else self.most
 
     @property
     def active(self) -> int:
