@@ -151,8 +151,10 @@ def _server(app: Any, grace: float) -> uvicorn.Server:
 
 @contextmanager
 def _stopped_once(server: uvicorn.Server) -> Iterator[None]:
-    """A signal that comes before the server handles signals stops it too; at its end the server raises the one that
-    stopped it once more, to whoever handled it before, and by then that changes nothing."""
+    """A signal stops the server also while it does not handle signals yet.
+
+    At its end the server raises the one that stopped it once more, to whoever handled it before: then nothing changes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -59,8 +59,10 @@ class Worker:
 
     @property
     def most_choices(self) -> int:
-        """Rows of a batch of choices: few on a CPU, so that those in line of like length run without padding, and
-        answers go out, and the next questions come in, while others run."""
+        """Rows of a batch of choices; few on a CPU.
+
+        So rows of like length run with little padding, and answers go out while others run.
+        """
         return min(self.most, _ON_CPU) if self._backbone.device.type == "cpu" else self.most
 
     @property
