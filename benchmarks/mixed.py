@@ -88,4 +88,6 @@ def switching(settings: Settings) -> Callable[[int], Work]:
 
 
 if __name__ == "__main__":
-    main(__file__, {"mixed": indexed, PEER: switching}, Settings(batch=32, steps=3), str(__doc__))
+    # A label's logit of about 20 is off by 0.06 in bfloat16, otherwise in each grouping of the rows: some roundings of
+    # the mean. In float32 the losses agree to the last digit shown.
+    main(__file__, {"mixed": indexed, PEER: switching}, Settings(batch=32, steps=3), str(__doc__), roundings=4)
