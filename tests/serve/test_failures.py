@@ -85,7 +85,7 @@ def test_memory_that_runs_out_between_two_steps_changes_no_text(
 ) -> None:
     """Rows that join and leave a batch move its keys and values, which takes memory too."""
     engine = engine_of(prompts=4, shifting=False, max_batch=8)
-    asked = [(f"p{row % 4}", TEXTS[row % 6], 1 + 4 * (row % 3)) for row in range(8)]
+    asked = [(f"p{row % 4}", TEXTS[row % 6], 4 + 12 * (row % 3) if row else 40) for row in range(8)]
     expected = [engine.generate(*one[:2], max_new_tokens=one[2]).result(30.0).tokens for one in asked]
     real, fails = Decoder.joined, [0]
 
@@ -98,10 +98,10 @@ def test_memory_that_runs_out_between_two_steps_changes_no_text(
         return real(self, rows, room)
 
     monkeypatch.setattr(Decoder, "joined", joined)
-    tickets = []
+    began, tickets = threading.Event(), []
     for name, text, most in asked:
-        tickets.append(engine.generate(name, text, max_new_tokens=most))
-        time.sleep(0.01)
+        tickets.append(engine.generate(name, text, max_new_tokens=most, on_token=lambda _: began.set()))
+        assert began.wait(30)  # the first is being written, and 39 of its tokens are to come, when the others join
     assert [ticket.result(30.0).tokens for ticket in tickets] == expected
     assert fails[0]
     assert engine.alive
