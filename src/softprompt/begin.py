@@ -1,13 +1,14 @@
 """The beginning of a training: its rows and its backbone, refused before there is a folder where they do not fit."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import torch
 
-from softprompt import runs
-from softprompt.attach import fresh_head
+from softprompt import checkpoint, runs
+from softprompt.attach import Attachment, fresh_head
 from softprompt.attach.vision import refuse_unfit
 from softprompt.backbone import Backbone, load
 from softprompt.evaluate import read_splits
@@ -26,6 +27,8 @@ class Material:
     task: Task
     rows: Splits
     backbone: Backbone
+    attachment: Attachment
+    """What will be trained, before its first step."""
 
 
 def anew(experiment: Experiment, backbone: Backbone | None, watch: Watcher) -> Material:
@@ -45,11 +48,13 @@ def anew(experiment: Experiment, backbone: Backbone | None, watch: Watcher) -> M
     watch.stage(f"loading {experiment.backbone}")
     backbone = backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
     backbone = seeing(backbone, experiment, task, rows)
-    first = runs.first_prompt(experiment, task, backbone, warm=True)
-    if experiment.start is not None:
-        watch.note(_start_note(experiment.start, first, runs.read_prompt(Path(experiment.start), backbone)))
-    _refuse_pointless(experiment, task, backbone, first)
-    return Material(task, rows, backbone)
+    _refuse_pointless(experiment, task, backbone)
+    attachment = runs.first_attachment(experiment, task, backbone, warm=True)
+    _refuse_unfit(experiment, attachment)
+    if experiment.start is not None and attachment.prompt is not None:
+        start = runs.read_prompt(Path(experiment.start), backbone)
+        watch.note(_start_note(experiment.start, attachment.prompt, start))
+    return Material(task, rows, backbone, attachment)
 
 
 def again(run: Run, backbone: Backbone | None, watch: Watcher) -> Material:
@@ -74,7 +79,9 @@ def again(run: Run, backbone: Backbone | None, watch: Watcher) -> Material:
         raise ValueError(
             f"the weights of {experiment.backbone} are not those that {run.folder} was started with; start a new run"
         )
-    return Material(run.task, rows, seeing(backbone, experiment, run.task, rows))
+    backbone = seeing(backbone, experiment, run.task, rows)
+    attachment = runs.first_attachment(experiment, run.task, backbone, warm=not checkpoint.steps(run.folder))
+    return Material(run.task, rows, backbone, attachment)
 
 
 def seeing(backbone: Backbone, experiment: Experiment, task: Task, rows: Splits) -> Backbone:
@@ -86,11 +93,12 @@ def seeing(backbone: Backbone, experiment: Experiment, task: Task, rows: Splits)
     return backbone.seeing(sample(task, backbone.tokenizer, rows.train, size, experiment.seed))
 
 
-def _refuse_pointless(experiment: Experiment, task: Task, backbone: Backbone, first: SoftPrompt) -> None:
-    if backbone.architecture == "vision":
-        refuse_unfit(backbone, first)
-    elif idle := [name for name, value in _of_images(experiment).items() if value != _of_images(Experiment())[name]]:
-        raise ValueError(f"{idle[0]} is for images, and {backbone.source} reads text; leave it out")
+def _refuse_pointless(experiment: Experiment, task: Task, backbone: Backbone) -> None:
+    """Refuse settings that would change nothing, or of which nothing could come."""
+    if backbone.architecture != "vision" and (idle := _given(experiment, _of_images)):
+        raise ValueError(f"{idle} is for images, and {backbone.source} reads text; leave it out")
+    if experiment.baseline != "none" and (idle := _given(experiment, _of_prompts)):
+        raise ValueError(f"{idle} is for prompts, and the baseline {experiment.baseline} has none; leave it out")
     most = backbone.max_positions
     if most is not None and experiment.prompt.length >= most:
         raise ValueError(f"length is {experiment.prompt.length}, but {backbone.source} has {most} positions; lower it")
@@ -101,6 +109,28 @@ def _refuse_pointless(experiment: Experiment, task: Task, backbone: Backbone, fi
         )
     if experiment.baseline == "head" and head is None:
         raise ValueError(f"{backbone.source} answers in words and has no head to train; use the baseline lora or full")
+
+
+def _refuse_unfit(experiment: Experiment, attachment: Attachment) -> None:
+    """Refuse what the attachment could not be trained with."""
+    backbone = attachment.backbone
+    if backbone.architecture == "vision" and attachment.prompt is not None:
+        refuse_unfit(backbone, attachment.prompt)
+    if experiment.training.dropout and attachment.attend == "isolated" and not attachment.isolates_dropout:
+        raise ValueError(
+            f"dropout is on, and isolated prompts of {backbone.source} ({backbone.architecture}) run without the "
+            "model's own; leave dropout off, or attend=joint"
+        )
+
+
+def _given(experiment: Experiment, settings: Callable[[Experiment], dict[str, Any]]) -> str | None:
+    """The first of these settings that is not at its default."""
+    default = settings(Experiment())
+    return next((name for name, value in settings(experiment).items() if value != default[name]), None)
+
+
+def _of_prompts(experiment: Experiment) -> dict[str, Any]:
+    return {name: getattr(experiment, name) for name in ("depth", "place", "attend", "start")}
 
 
 def _of_images(experiment: Experiment) -> dict[str, Any]:

@@ -18,3 +18,9 @@ Pool = Literal["cls", "patches"]
 """What a head sees of an image: the last state of [CLS], or the mean of the patches'."""
 Augment = Literal["none", "crop", "crop+flip"]
 """What happens to a training image each time that it is seen: a random crop, and a mirror image half of the time."""
+
+
+def own_layout(place: Place, attend: Attend) -> str:
+    """How a prompt lies in the input, where that is not the way of other software; else empty."""
+    where = {"front": "", "after_first": "behind the text's first token", "behind": "behind the text"}[place]
+    return where or ("isolated from the text" if attend == "isolated" else "")

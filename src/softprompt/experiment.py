@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, final, get_args
 import tyro
 
 from softprompt.assets import ASSETS
-from softprompt.choices import Attend, Augment, Baseline, Dtype, Place, Pool, Protocol
+from softprompt.choices import Attend, Augment, Baseline, Dtype, Place, Pool, Protocol, own_layout
 from softprompt.prompts import PromptConfig
 from softprompt.prompts.dpt import DPT
 
@@ -154,10 +154,7 @@ class Experiment:
     @property
     def own_layout(self) -> str:
         """How the prompt lies in the input, where that is not the way of other software; else empty."""
-        if self.baseline != "none":
-            return ""
-        where = {"front": "", "after_first": "behind the text's first token", "behind": "behind the text"}[self.place]
-        return where or ("isolated from the text" if self.attend == "isolated" else "")
+        return own_layout(self.place, self.attend) if self.baseline == "none" else ""
 
     @property
     def backbone_dtype(self) -> Dtype:

@@ -51,7 +51,7 @@ def written(
 ) -> Run:
     """Everything that a finished run's folder holds."""
     files.write_text(run.folder / runs.PREDICTIONS, "".join(_lines(run.task, rows, test, answers)))
-    card.write(run, trained, results, export_attachment(trained.folded(), run.folder, run.experiment.own_layout))
+    card.write(run, trained, results, export_attachment(trained.folded(), run.folder))
     return run.finish(trained, results)
 
 

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import nn
 
 from softprompt import __version__, files
 from softprompt.attach import Attachment, attach, fresh_head
 from softprompt.backbone import Backbone
 from softprompt.baseline import tune
-from softprompt.choices import Attend, Place
 from softprompt.experiment import Experiment
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.prompts.deep import build
@@ -96,31 +94,11 @@ class Run:
     def attachment(self, backbone: Backbone) -> Attachment:
         """The folded prompt, with its head where it has one, in front of `backbone`; raises as `prompt` does."""
         self._refuse_unfit(backbone)
-        attached = self.start(backbone)
+        attached = first_attachment(self.experiment, self.task, backbone, warm=False)
         for file, part in ((TENSORS, attached.prompt), (HEAD, attached.head), (TUNED, attached.tuned)):
             if part is not None:
                 files.load_tensors(part, files.read_tensors(self.folder / file), str(self.folder / file))
         return attached.folded()
-
-    def start(self, backbone: Backbone, *, warm: bool = False) -> Attachment:
-        """What is trained, as it was before the first step.
-
-        Args:
-            warm: start from the experiment's `start`, if it has one; not needed where tensors will be loaded.
-        """
-        prompt, baseline = None, self.experiment.baseline
-        place: Place = "front"
-        attend: Attend = "joint"
-        if baseline == "none":
-            place, attend = self.experiment.place, self.experiment.attend
-            prompt = first_prompt(self.experiment, self.task, backbone, warm=warm).to(backbone.device)
-        copied, tuned = tune(backbone, baseline)
-        return attach(copied, prompt, head=self.fresh_head(backbone), tuned=tuned, place=place, attend=attend)
-
-    def fresh_head(self, backbone: Backbone) -> nn.Module | None:
-        """The head as it was before the first step; none where the backbone answers in words."""
-        generator = torch.Generator().manual_seed(self.experiment.seed)
-        return fresh_head(backbone, len(self.task.words), generator, self.experiment.pool)
 
     def predictions(self) -> list[dict[str, Any]]:
         """The answers on the test split: `row`, `answer` and `gold`, in the split's order."""
@@ -139,6 +117,24 @@ class Run:
         """Forget the lines after `step`; they will be written again."""
         kept = [json_line(line) for line in self.metrics() if line["step"] <= step]
         files.write_text(self.folder / METRICS, "".join(kept))
+
+
+def first_attachment(experiment: Experiment, task: Task, backbone: Backbone, *, warm: bool) -> Attachment:
+    """What is trained, as it is before the first step: the prompt or the baseline's weights, and the head.
+
+    Args:
+        warm: as of `first_prompt`.
+
+    Raises:
+        ValueError: the prompt, its place or the baseline does not fit the backbone.
+    """
+    copied, tuned = tune(backbone, experiment.baseline)
+    generator = torch.Generator().manual_seed(experiment.seed)
+    head = fresh_head(backbone, len(task.words), generator, experiment.pool)
+    if experiment.baseline != "none":
+        return attach(copied, head=head, tuned=tuned)
+    prompt = first_prompt(experiment, task, backbone, warm=warm).to(backbone.device)
+    return attach(backbone, prompt, head=head, place=experiment.place, attend=experiment.attend)
 
 
 def first_prompt(experiment: Experiment, task: Task, backbone: Backbone, *, warm: bool) -> SoftPrompt:

@@ -111,7 +111,7 @@ class _Training:
         self.accelerator = Accelerator(log_with=log_with, project_dir=run.folder, cpu=backbone.device.type == "cpu")
         if log_with:
             self.accelerator.init_trackers("softprompt", config=_flat(run.experiment.to_json()))
-        self.attachment = run.start(backbone, warm=saved is None)
+        self.attachment = found.attachment
         # What a method and the model's dropout draw in training: other numbers for the rows of other processes.
         torch.manual_seed(processes.own_seed(run.experiment.seed))
         watch.stage("tokenising")

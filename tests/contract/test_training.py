@@ -26,6 +26,7 @@ from softprompt.attach.causal import Causal
 from softprompt.choices import Place
 from softprompt.export import FORMATS, export_runs
 from softprompt.prompts import METHODS, Folded
+from softprompt.runs import first_attachment
 from softprompt.serve.served import from_folder
 from softprompt.watch import Silent
 
@@ -66,7 +67,7 @@ def test_only_the_prompt_moves(method: str, experiment: Experiment, backbone: Ba
     assert backbone.checksum() == checksum == run.record["backbone"]["hash"]
     assert all(torch.equal(weights, before[name]) for name, weights in backbone.model.state_dict().items())
     assert not any(weights.requires_grad or weights.grad is not None for weights in backbone.model.parameters())
-    fresh, trained = run.start(backbone).prompt, tensors(run)
+    fresh, trained = first_attachment(run.experiment, run.task, backbone, warm=False).prompt, tensors(run)
     assert fresh is not None
     for name, parameter in fresh.named_parameters():
         assert not torch.equal(parameter, trained[name]), f"{name} did not move"
@@ -206,3 +207,35 @@ def test_a_prompt_elsewhere_trains_and_is_used_there(
     assert not (tmp_path / "export").exists()
     with pytest.raises(ValueError, match=r"the prompt of run .* is behind the text"):
         from_folder("one", run.folder, backbone)
+
+
+@pytest.mark.parametrize("name", ["t5", "bert"])
+def test_an_isolated_prompt_trains_and_is_used_so(
+    name: str, experiment: Experiment, tiny_backbone: MakeBackbone, tmp_path: Path
+) -> None:
+    own = tiny_backbone(name)
+    run = train(experiment.replace(attend="isolated"), out=tmp_path / "runs", backbone=own)
+    joint = train(experiment, out=tmp_path / "joint", backbone=own)
+    assert losses(run) != losses(joint)
+    assert evaluate(run, backbone=own).value == run.results["test"]
+    assert run.attachment(own).attend == "isolated"
+    assert not (run.folder / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("bert", {"place": "after_first"}, "cannot stand 'after_first'"),
+        ("llama", {"attend": "isolated"}, "cannot be isolated"),
+        ("t5", {"attend": "isolated", "training": Training(dropout=True)}, "leave dropout off"),
+        ("llama", {"baseline": "lora", "place": "behind"}, "place is for prompts, and the baseline lora has none"),
+        ("llama", {"start": "/nowhere/run"}, "/nowhere/run. holds neither a run"),
+        ("llama", {"depth": "deep"}, "depth is for images"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_there_is_a_folder(
+    name: str, changes: dict[str, Any], said: str, experiment: Experiment, tiny_backbone: MakeBackbone, tmp_path: Path
+) -> None:
+    with pytest.raises((ValueError, OSError), match=said):
+        train(experiment.replace(**changes), out=tmp_path / "runs", backbone=tiny_backbone(name))
+    assert not (tmp_path / "runs").exists()

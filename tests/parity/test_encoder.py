@@ -4,11 +4,12 @@ The reference is a row at a time: `[first; prompt; rest]` as plain vectors throu
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cases import assert_same_gradients, padded, prompts_of, rows_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -16,10 +17,8 @@ import softprompt
 from softprompt.attach import Attachment, attach, fresh_head
 from softprompt.backbone import Backbone, load
 from softprompt.prompts import Folded, SoftPrompt
-from softprompt.prompts.adept import ADePT
-from softprompt.prompts.dept import DePT
 from softprompt.prompts.dpt import DPT
-from softprompt.prompts.plain import Plain
+from softprompt.runs import first_attachment
 
 MODELS = ("bert", "roberta", "mpnet", "distilbert")
 CLS, SEP, PAD, MASK = 0, 1, 2, 3
@@ -56,33 +55,8 @@ def attachment(request: pytest.FixtureRequest, tiny_backbone: MakeBackbone) -> A
     return attach(backbone, head=head_of(backbone))
 
 
-def prompts_of(backbone: Backbone) -> list[SoftPrompt]:
-    """Of three lengths and three methods, moved off their first values so that each does something."""
-    configs = (Plain(length=3), DePT(length=6, positions=20, rank=2), ADePT(length=1, width=4))
-    made = [config.build(backbone.host(), torch.Generator().manual_seed(4)) for config in configs]
-    noise = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for prompt in made:
-            for parameter in prompt.parameters():
-                parameter += 0.3 * torch.randn(parameter.shape, generator=noise)
-    return made
-
-
-def rows_of(counts: Sequence[int] = TEXTS) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(1)
-    return [
-        torch.cat([torch.tensor([CLS]), torch.randint(4, 300, (n,), generator=draw), torch.tensor([SEP])])
-        for n in counts
-    ]
-
-
-def padded(rows: Sequence[Tensor], side: str, extra: int) -> tuple[Tensor, Tensor]:
-    wide = max(map(len, rows)) + extra
-    ids, mask = torch.full((len(rows), wide), PAD), torch.zeros(len(rows), wide, dtype=torch.long)
-    for place, row in enumerate(rows):
-        where = slice(wide - len(row), wide) if side == "left" else slice(0, len(row))
-        ids[place, where], mask[place, where] = row, 1
-    return ids, mask
+def texts() -> list[Tensor]:
+    return rows_of(TEXTS, front=[CLS], behind=[SEP])
 
 
 def alone(attachment: Attachment, prompt: SoftPrompt | None, text: Tensor) -> Tensor:
@@ -108,7 +82,7 @@ def close(ours: Tensor, reference: Tensor) -> None:
 
 @sides
 def test_logits_loss_and_gradients_are_those_of_concatenation(attachment: Attachment, side: str, extra: int) -> None:
-    prompts, rows = prompts_of(attachment.backbone), rows_of()
+    prompts, rows = prompts_of(attachment.backbone), texts()
     ids, mask = padded(rows, side, extra)
     labels = torch.tensor([1, 3, 0, 2, 1])
     found = attachment(ids, mask, labels[:, None], prompts=prompts, index=torch.tensor(INDEX))
@@ -118,15 +92,11 @@ def test_logits_loss_and_gradients_are_those_of_concatenation(attachment: Attach
     close(found.loss, loss)
     trained = [p for prompt in prompts for p in prompt.parameters()] + list(attachment.parameters())
     assert len(trained) == (9 if attachment.head is None else 11)
-    theirs = torch.autograd.grad(loss, trained)
-    for ours, reference in zip(torch.autograd.grad(found.loss, trained), theirs, strict=True):
-        scale = float(reference.abs().max())
-        assert scale > 0
-        torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-4 * scale)
+    assert_same_gradients(found.loss, loss, trained)
 
 
 def test_without_a_prompt_it_is_the_model_on_ids(attachment: Attachment) -> None:
-    rows, model = rows_of(), attachment.backbone.model
+    rows, model = texts(), attachment.backbone.model
     ids, mask = padded(rows, "left", 5)
     logits = attachment(ids, mask).logits
     for row, text in enumerate(rows):
@@ -138,7 +108,7 @@ def test_without_a_prompt_it_is_the_model_on_ids(attachment: Attachment) -> None
 
 
 def test_scores_are_log_probabilities(attachment: Attachment) -> None:
-    prompts, rows = prompts_of(attachment.backbone), rows_of()
+    prompts, rows = prompts_of(attachment.backbone), texts()
     ids, mask = padded(rows, "left", 3)
     prepared, index = attachment.prepare(prompts), torch.tensor(INDEX)
     scores = attachment.score(ids, mask, WORDS, prompts=prepared, index=index)
@@ -184,7 +154,7 @@ def test_wrong_input_is_refused_by_name(tiny_backbone: MakeBackbone) -> None:
         attach(tiny_backbone("bert_mlm")),
         attach(tiny_backbone("bert"), head=head_of(tiny_backbone("bert"))),
     )
-    ids, mask = padded(rows_of(), "left", 0)
+    ids, mask = padded(texts(), "left", 0)
     with pytest.raises(ValueError, match=r"candidates \[\[11, 12\]\] of bert_mlm are not one token each"):
         words.score(ids, mask, [[11, 12], [13]])
     with pytest.raises(ValueError, match=r"labels of bert_mlm are \(5, 2\); an encoder answers with one token"):
@@ -251,7 +221,8 @@ def test_a_run_keeps_its_head_and_answers_again(
     if name == "bert":
         assert run.results["trainable"] == 4 * 2 + 2 * 32 + 32 * 6 + 6  # type: ignore[index]
         trained = load_file(run.folder / "head.safetensors")
-        first = run.fresh_head(load(str(folder), dtype="float32"))
+        backbone = load(str(folder), dtype="float32")
+        first = first_attachment(experiment, run.task, backbone, warm=False).head
         assert first is not None
         assert not torch.equal(trained["weight"], first.weight)
         asked = experiment.replace(training=softprompt.Training(steps=4, untouched=True))

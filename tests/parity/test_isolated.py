@@ -4,46 +4,15 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from cases import assert_same_gradients, padded, prompts_of, rows_of
 from torch import Tensor
 
 from softprompt.attach import attach, fresh_head
 from softprompt.backbone import Backbone
 from softprompt.prompts import SoftPrompt
-from softprompt.prompts.adept import ADePT
-from softprompt.prompts.dept import DePT
-from softprompt.prompts.plain import Plain
 
 TEXTS, INDEX = (7, 2, 4, 9, 3), (2, 0, 1, 0, 2)
 MakeBackbone = Callable[[str], Backbone]
-
-
-def prompts_of(backbone: Backbone) -> list[SoftPrompt]:
-    """Of three lengths and three methods, moved off their first values so that each does something."""
-    configs = (Plain(length=3), DePT(length=6, positions=30, rank=2), ADePT(length=1, width=4))
-    made = [config.build(backbone.host(), torch.Generator().manual_seed(4)) for config in configs]
-    noise = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for prompt in made:
-            for parameter in prompt.parameters():
-                parameter += 0.3 * torch.randn(parameter.shape, generator=noise)
-    return made
-
-
-def batch_of(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor]:
-    wide = max(map(len, rows)) + 2
-    ids, mask = torch.full((len(rows), wide), 2), torch.zeros(len(rows), wide, dtype=torch.long)
-    for at, row in enumerate(rows):
-        where = slice(wide - len(row), wide) if side == "left" else slice(0, len(row))
-        ids[at, where], mask[at, where] = row, 1
-    return ids, mask
-
-
-def rows_of(front: Sequence[int] = (), behind: Sequence[int] = ()) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(1)
-    return [
-        torch.cat([torch.tensor(front), torch.randint(4, 300, (length,), generator=draw), torch.tensor(behind)]).long()
-        for length in TEXTS
-    ]
 
 
 def laid_out(backbone: Backbone, prompt: SoftPrompt, row: Tensor, lead: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,20 +28,16 @@ def laid_out(backbone: Backbone, prompt: SoftPrompt, row: Tensor, lead: int) -> 
 def assert_same(ours: Tensor, theirs: Tensor, prompts: Sequence[SoftPrompt]) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     parameters = [parameter for prompt in prompts for parameter in prompt.parameters()]
-    wanted = torch.autograd.grad(theirs, parameters)
-    for found, reference in zip(torch.autograd.grad(ours, parameters), wanted, strict=True):
-        scale = float(reference.abs().max())
-        assert scale > 0
-        torch.testing.assert_close(found, reference, rtol=1e-3, atol=2e-4 * scale)
+    assert_same_gradients(ours, theirs, parameters, 2e-4)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["t5", "t5_1.1", "mt5"])
 def test_t5(tiny_backbone: MakeBackbone, name: str, side: str) -> None:
     backbone = tiny_backbone(name)
-    attachment, prompts, rows = attach(backbone, attend="isolated"), prompts_of(backbone), rows_of()
+    attachment, prompts, rows = attach(backbone, attend="isolated"), prompts_of(backbone), rows_of(TEXTS)
     labels = torch.tensor([[11, 12, 1]] * len(rows))
-    ours = attachment(*batch_of(rows, side), labels, prompts=prompts, index=torch.tensor(INDEX)).loss
+    ours = attachment(*padded(rows, side, 2), labels, prompts=prompts, index=torch.tensor(INDEX)).loss
     losses = []
     for which, row in zip(INDEX, rows, strict=True):
         embeds, seen, _ = laid_out(backbone, prompts[which], row, 0)
@@ -87,8 +52,8 @@ def test_an_encoder_that_answers_in_words(tiny_backbone: MakeBackbone, name: str
     backbone = tiny_backbone(name)
     first, closing, mask = (getattr(backbone.tokenizer, f"{one}_token_id") for one in ("cls", "sep", "mask"))
     attachment, prompts = attach(backbone, attend="isolated"), prompts_of(backbone)
-    rows, labels = rows_of([first], [mask, closing]), torch.full((len(TEXTS), 1), 11)
-    ours = attachment(*batch_of(rows, side), labels, prompts=prompts, index=torch.tensor(INDEX)).loss
+    rows, labels = rows_of(TEXTS, front=[first], behind=[mask, closing]), torch.full((len(TEXTS), 1), 11)
+    ours = attachment(*padded(rows, side, 2), labels, prompts=prompts, index=torch.tensor(INDEX)).loss
     losses = []
     for which, row in zip(INDEX, rows, strict=True):
         embeds, seen, own = laid_out(backbone, prompts[which], row, 1)
@@ -101,9 +66,9 @@ def test_an_encoder_that_answers_in_words(tiny_backbone: MakeBackbone, name: str
 def test_an_encoder_with_a_head(tiny_backbone: MakeBackbone, name: str) -> None:
     backbone = tiny_backbone(name)
     head = fresh_head(backbone, 3, torch.Generator().manual_seed(2))
-    prompts, rows = prompts_of(backbone), rows_of([0], [1])
+    prompts, rows = prompts_of(backbone), rows_of(TEXTS, front=[0], behind=[1])
     attachment, labels = attach(backbone, head=head, attend="isolated"), torch.full((len(TEXTS), 1), 2)
-    ours = attachment(*batch_of(rows, "right"), labels, prompts=prompts, index=torch.tensor(INDEX)).loss
+    ours = attachment(*padded(rows, "right", 2), labels, prompts=prompts, index=torch.tensor(INDEX)).loss
     losses = []
     for which, row in zip(INDEX, rows, strict=True):
         embeds, seen, own = laid_out(backbone, prompts[which], row, 1)
@@ -125,8 +90,8 @@ def test_an_isolated_prompt_stands_in_front(tiny_backbone: MakeBackbone) -> None
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("t5")
-    prompt, rows = prompts_of(backbone)[0], rows_of()
+    prompt, rows = prompts_of(backbone)[0], rows_of(TEXTS)
     attachment = attach(backbone, prompt, attend="isolated")
-    together = attachment.score(*batch_of(rows, "right"), [(11,), (12, 13)])
+    together = attachment.score(*padded(rows, "right", 2), [(11,), (12, 13)])
     alone = torch.cat([attachment.score(row[None], None, [(11,), (12, 13)]) for row in rows])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)

@@ -4,14 +4,13 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from cases import assert_near, gradients, padded, prompts_of, rows_of
 from torch import Tensor
 
 from softprompt.attach import Attachment, attach
 from softprompt.backbone import Backbone
 from softprompt.choices import Place
 from softprompt.prompts import Folded, SoftPrompt
-from softprompt.prompts.adept import ADePT
-from softprompt.prompts.dept import DePT
 from softprompt.prompts.plain import Plain
 
 TEXTS, INDEX = (7, 2, 4, 9, 3), (2, 0, 1, 0, 2)
@@ -19,45 +18,10 @@ CANDIDATES = ((11,), (12, 13), (12, 14, 15))
 MakeBackbone = Callable[[str], Backbone]
 
 
-def prompts_of(backbone: Backbone) -> list[SoftPrompt]:
-    """Of three lengths and three methods, moved off their first values so that each does something."""
-    configs = (Plain(length=3), DePT(length=6, positions=30, rank=2), ADePT(length=1, width=4))
-    made = [config.build(backbone.host(), torch.Generator().manual_seed(4)) for config in configs]
-    noise = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for prompt in made:
-            for parameter in prompt.parameters():
-                parameter += 0.3 * torch.randn(parameter.shape, generator=noise)
-    return made
-
-
-def rows_of(seed: int = 1) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    return [torch.randint(4, 300, (length,), generator=draw) for length in TEXTS]
-
-
-def padded(rows: Sequence[Tensor], side: str, extra: int) -> tuple[Tensor, Tensor]:
-    wide = max(map(len, rows)) + extra
-    ids, mask = torch.full((len(rows), wide), 2), torch.zeros(len(rows), wide, dtype=torch.long)
-    for at, row in enumerate(rows):
-        where = slice(wide - len(row), wide) if side == "left" else slice(0, len(row))
-        ids[at, where], mask[at, where] = row, 1
-    return ids, mask
-
-
 def by_hand(backbone: Backbone, prompt: SoftPrompt, row: Tensor, lead: int) -> Tensor:
     """One row's embeddings with the prompt behind its first `lead` tokens."""
     own = prompt.shift(backbone.model.get_input_embeddings()(row)[None], row[None], torch.arange(len(row))[None])[0]
     return torch.cat([own[:lead], prompt.prompt(), own[lead:]])[None]
-
-
-def gradients(value: Tensor, prompts: Sequence[SoftPrompt]) -> list[Tensor]:
-    parameters = [parameter for prompt in prompts for parameter in prompt.parameters()]
-    return list(torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True))
-
-
-def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 2e-5) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * max(1.0, float(wanted.detach().abs().max())))
 
 
 def lead_of(place: Place, row: Tensor) -> int:
@@ -72,7 +36,7 @@ def decoder(request: pytest.FixtureRequest, tiny_backbone: MakeBackbone) -> Back
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("place", ["after_first", "behind"])
 def test_a_decoders_logits(decoder: Backbone, place: Place, side: str) -> None:
-    prompts, rows = prompts_of(decoder), rows_of()
+    prompts, rows = prompts_of(decoder), rows_of(TEXTS)
     ids, mask = padded(rows, side, 3)
     found = attach(decoder, place=place)(ids, mask, prompts=prompts, index=torch.tensor(INDEX)).logits[mask.bool()]
     wanted = []
@@ -87,7 +51,7 @@ def test_a_decoders_logits(decoder: Backbone, place: Place, side: str) -> None:
 @pytest.mark.parametrize("place", ["after_first", "behind"])
 def test_a_decoders_loss_and_its_gradient(decoder: Backbone, place: Place, side: str) -> None:
     """The last two tokens of each row are the answer; a prompt behind the text stands before them."""
-    prompts, rows = prompts_of(decoder), rows_of()
+    prompts, rows = prompts_of(decoder), rows_of(TEXTS)
     ids, mask = padded(rows, side, 3)
     labels = torch.full_like(ids, -100)
     losses = []
@@ -110,7 +74,7 @@ def test_a_decoders_loss_and_its_gradient(decoder: Backbone, place: Place, side:
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("place", ["after_first", "behind"])
 def test_a_decoders_scores_and_tokens(decoder: Backbone, place: Place, prepared: bool) -> None:
-    attachment, prompts, rows = attach(decoder, place=place), prompts_of(decoder), rows_of()
+    attachment, prompts, rows = attach(decoder, place=place), prompts_of(decoder), rows_of(TEXTS)
     ids, mask = padded(rows, "right", 2)
     given = attachment.prepare(prompts) if prepared else prompts
     index = torch.tensor(INDEX)
@@ -143,7 +107,7 @@ def greedy_by_hand(backbone: Backbone, prompt: SoftPrompt, row: Tensor, lead: in
 def test_an_encoder_decoders_loss(tiny_backbone: MakeBackbone, name: str, place: Place, closed: bool) -> None:
     """Behind the text, and in front of its end of sequence where it has one."""
     backbone = tiny_backbone(name)
-    attachment, prompts, rows = attach(backbone, place=place), prompts_of(backbone), rows_of()
+    attachment, prompts, rows = attach(backbone, place=place), prompts_of(backbone), rows_of(TEXTS)
     [end] = attachment.end_of_sequence()
     if closed:
         rows = [torch.cat([row, torch.tensor([end])]) for row in rows]
@@ -165,7 +129,7 @@ def test_an_encoder_decoders_loss(tiny_backbone: MakeBackbone, name: str, place:
 def test_an_encoders_scores(tiny_backbone: MakeBackbone, closed: bool) -> None:
     """`text prompt [MASK] [SEP]`."""
     backbone = tiny_backbone("bert_mlm")
-    tokenizer, prompts, rows = backbone.tokenizer, prompts_of(backbone), rows_of()
+    tokenizer, prompts, rows = backbone.tokenizer, prompts_of(backbone), rows_of(TEXTS)
     behind = [tokenizer.sep_token_id] if closed else []
     ids, mask = padded([torch.cat([row, torch.tensor(behind, dtype=torch.long)]) for row in rows], "right", 2)
     scores = attach(backbone, place="behind").score(

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from cases import assert_near, gradients, padded, rows_of
 from torch import Tensor
 
 from softprompt.attach import Attachment, attach
@@ -32,19 +33,8 @@ def prompts_of(backbone: Backbone) -> list[SoftPrompt]:
     ]
 
 
-def texts(seed: int = 1) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 300, (count,), generator=draw) for count in TEXTS]
-
-
-def padded(rows: Sequence[Tensor], side: str, extra: int, fill: int = 2) -> tuple[Tensor, Tensor]:
-    """The rows as one batch, `extra` columns wider than the longest, and the mask of their tokens."""
-    wide = max(map(len, rows)) + extra
-    ids, mask = torch.full((len(rows), wide), fill), torch.zeros(len(rows), wide, dtype=torch.long)
-    for place, row in enumerate(rows):
-        where = slice(wide - len(row), wide) if side == "left" else slice(0, len(row))
-        ids[place, where], mask[place, where] = row, 1
-    return ids, mask
+def texts() -> list[Tensor]:
+    return rows_of(TEXTS, first=3)
 
 
 def concatenated(backbone: Backbone, prompt: SoftPrompt, text: Tensor) -> Tensor:
@@ -53,16 +43,6 @@ def concatenated(backbone: Backbone, prompt: SoftPrompt, text: Tensor) -> Tensor
     embeds = prompt.shift(table(text)[None], text[None], torch.arange(len(text))[None])
     whole = backbone.model(inputs_embeds=torch.cat([prompt.prompt()[None], embeds], 1)).logits[0]
     return whole[len(prompt.prompt()) - 1 :]
-
-
-def gradients(value: Tensor, prompts: Sequence[SoftPrompt]) -> list[Tensor]:
-    parameters = [parameter for prompt in prompts for parameter in prompt.parameters()]
-    return list(torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True))
-
-
-def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 2e-5) -> None:
-    """Equal but for float32 sums in another order, relative to the largest value."""
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * float(wanted.detach().abs().max()))
 
 
 @pytest.mark.parametrize("extra", [0, 1, 40])

@@ -35,6 +35,8 @@ class Attachment(nn.Module, ABC):
     """Where a prompt may stand."""
     isolates: ClassVar[bool] = False
     """Prompts may be isolated from the text, and then run once for all rows."""
+    isolates_dropout: ClassVar[bool] = False
+    """They can be trained with the model's own dropout on."""
     deep: ClassVar[bool] = False
     """Prompts of several layers fit; else only those that enter with the input."""
     head_rate: ClassVar[float] = 0.5

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 
 from softprompt import attention
 from softprompt.attach.base import Attachment, Prepared
-from softprompt.attach.exact import exact, refuse_different
+from softprompt.attach.exact import exact, exact_isolated, refuse_different
 from softprompt.attach.inline import Matrices, Whole, chosen, isolated, matrices, whole
 from softprompt.attach.rows import Rows, aligned, checked_mask
 from softprompt.attach.sampling import Sampling
@@ -68,6 +68,7 @@ class Encoder(Attachment):
     closed = True
     places = ("front", "behind")
     isolates = True
+    isolates_dropout = True
 
     def __init__(
         self,
@@ -304,8 +305,10 @@ class Encoder(Attachment):
 
     @torch.no_grad()
     def _check_isolated(self) -> None:
-        """Compare with the model's own forward under a mask that hides the text from the prompt."""
+        """Compare with the model's own forward under a mask that hides the text from the prompt, once a model."""
         model = self.backbone.model
+        if model in exact_isolated:
+            return
         accepted = inspect.signature(model.base_model.forward).parameters
         if not attention.takes_packing(model) or "position_ids" not in accepted or (self.head or self._words()) is None:
             raise ValueError(
@@ -324,6 +327,7 @@ class Encoder(Attachment):
         states = model.base_model(inputs_embeds=embeds, attention_mask=seen[None, None]).last_hidden_state[0]
         ours = self._isolated_states(self.prepare([Folded(vectors)]), None, text)[0]
         refuse_different(self.backbone, states[~of_prompt].float(), ours.float(), "isolated prompts", "states")
+        exact_isolated.add(model)
 
 
 _HEADS = ("cls", "lm_head")

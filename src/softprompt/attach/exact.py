@@ -13,6 +13,8 @@ from softprompt.prompts import Folded
 
 exact: WeakSet[Any] = WeakSet()
 """Models whose attachment has been compared with plain concatenation in this process."""
+exact_isolated: WeakSet[Any] = WeakSet()
+"""Encoders whose isolated prompts have been compared with the model's own forward under a mask."""
 _apart: WeakSet[Any] = WeakSet()
 """Those among them that give other outputs for packed tokens, whose prompts and rows must run one after the other."""
 

@@ -4,15 +4,12 @@ from pathlib import Path
 
 from softprompt.attach import Attachment
 from softprompt.baseline import export_lora
+from softprompt.choices import own_layout
 from softprompt.export.peft import export_peft, peft_refusal
 
 
-def export_attachment(finished: Attachment, folder: Path, own_layout: str = "") -> str:
-    """Write what stock PEFT loads, if its format can say what was trained; else the reason why it cannot.
-
-    Args:
-        own_layout: how the prompt lies in the input, where that is not PEFT's way.
-    """
+def export_attachment(finished: Attachment, folder: Path) -> str:
+    """Write what stock PEFT loads, if its format can say what was trained; else the reason why it cannot."""
     backbone = finished.backbone
     if finished.tuned is not None:
         if not hasattr(backbone.model, "peft_config"):
@@ -21,8 +18,8 @@ def export_attachment(finished: Attachment, folder: Path, own_layout: str = "") 
         return ""
     if finished.prompt is None:
         return "a head alone was trained; it is in head.safetensors"
-    if own_layout:
-        return f"the prompt is {own_layout}, and PEFT puts every prompt in front of it"
+    if own := own_layout(finished.place, finished.attend):
+        return f"the prompt is {own}, and PEFT puts every prompt in front of it"
     folded = finished.prompt.fold()
     refusal = peft_refusal(folded, backbone.architecture)
     if not refusal:

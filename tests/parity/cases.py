@@ -1,0 +1,67 @@
+"""What parity tests of attachments share: prompts, rows, batches, and how values and gradients are compared."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from softprompt.backbone import Backbone
+from softprompt.prompts import SoftPrompt
+from softprompt.prompts.adept import ADePT
+from softprompt.prompts.dept import DePT
+from softprompt.prompts.plain import Plain
+
+
+def prompts_of(backbone: Backbone) -> list[SoftPrompt]:
+    """Of three lengths and three methods, moved off their first values so that each does something."""
+    configs = (Plain(length=3), DePT(length=6, positions=30, rank=2), ADePT(length=1, width=4))
+    made = [config.build(backbone.host(), torch.Generator().manual_seed(4)) for config in configs]
+    noise = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for prompt in made:
+            for parameter in prompt.parameters():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=noise)
+    return made
+
+
+def rows_of(
+    counts: Sequence[int], seed: int = 1, *, first: int = 4, front: Sequence[int] = (), behind: Sequence[int] = ()
+) -> list[Tensor]:
+    """Rows of so many tokens, drawn from id `first` on, between the ids that stand in `front` and `behind`."""
+    draw = torch.Generator().manual_seed(seed)
+    return [
+        torch.cat(
+            [torch.tensor(front), torch.randint(first, 300, (count,), generator=draw), torch.tensor(behind)]
+        ).long()
+        for count in counts
+    ]
+
+
+def padded(rows: Sequence[Tensor], side: str, extra: int, fill: int = 2) -> tuple[Tensor, Tensor]:
+    """The rows as one batch, `extra` columns wider than the longest, and the mask of their tokens."""
+    wide = max(map(len, rows)) + extra
+    ids, mask = torch.full((len(rows), wide), fill), torch.zeros(len(rows), wide, dtype=torch.long)
+    for place, row in enumerate(rows):
+        where = slice(wide - len(row), wide) if side == "left" else slice(0, len(row))
+        ids[place, where], mask[place, where] = row, 1
+    return ids, mask
+
+
+def gradients(value: Tensor, prompts: Sequence[SoftPrompt]) -> list[Tensor]:
+    """Of every parameter of every prompt; zeros where `value` does not depend on it."""
+    parameters = [parameter for prompt in prompts for parameter in prompt.parameters()]
+    return list(torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True))
+
+
+def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 2e-5) -> None:
+    """Equal but for float32 sums in another order, relative to the largest value."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * float(wanted.detach().abs().max()))
+
+
+def assert_same_gradients(ours: Tensor, theirs: Tensor, parameters: Sequence[Tensor], tolerance: float = 1e-4) -> None:
+    """Of two losses, for every parameter, each relative to its largest; and none of them is zero."""
+    wanted = torch.autograd.grad(theirs, list(parameters))
+    for found, reference in zip(torch.autograd.grad(ours, list(parameters)), wanted, strict=True):
+        scale = float(reference.abs().max())
+        assert scale > 0
+        torch.testing.assert_close(found, reference, rtol=1e-3, atol=tolerance * scale)
