@@ -38,6 +38,8 @@ bench: setup
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/score.py
 	$(BIN)/python benchmarks/mixed.py
+	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/t5_step.py
 	$(BIN)/python benchmarks/whole_run.py
 

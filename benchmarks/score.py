@@ -7,7 +7,7 @@ once, before the clock starts, as serving and evaluation do, and scores with `At
 front of every row and the two answers are read from the last position of the logits it returns. `loss` is the mean
 cross-entropy of one of the two answers against the other, alternating over the rows.
 
-The JSON is that of train_step.py, which says how both are measured; the floor here is, prompt already paid,
+sides.py says how both are measured and what the JSON holds; the floor here is, prompt already paid,
 
     multiply_adds = n * batch * tokens + h * batch + 2 * w * batch * (tokens * length + tokens * (tokens + 1) / 2)
 """
@@ -15,51 +15,52 @@ The JSON is that of train_step.py, which says how both are measured; the floor h
 from collections.abc import Callable
 from typing import Any
 
-from train_step import BACKBONE, PEER, Settings, Work, batch, decomposed, main, peft_model, widths
+from sides import Pair, Part, Settings, Work, main
+from train_step import BACKBONE, batch, decomposed, peft_model, widths
 
 ANSWERS = (" yes", " no")
 
 
-def folded(settings: Settings) -> Callable[[int], Work]:
+def folded(part: Part) -> Callable[[int], Work]:
     """Ours with a finished prompt, made ready once."""
     import torch
 
     from softprompt import attach, load_backbone
 
-    backbone = load_backbone(BACKBONE, dtype=settings.dtype, device="cpu")
-    attachment = attach(backbone, decomposed(backbone, settings).fold())
+    backbone = load_backbone(BACKBONE, dtype=part.dtype, device="cpu")
+    attachment = attach(backbone, decomposed(backbone, part).fold())
     answers = answer_ids(backbone.tokenizer)
     with torch.no_grad():
         prepared = attachment.prepare([attachment.prompt])
 
     def ready(tokens: int) -> Work:
-        ids, mask, _ = batch(backbone.model, settings, tokens)
+        ids, mask, _ = batch(backbone.model, part, tokens)
 
         def run() -> float:
             with torch.no_grad():
                 return loss(attachment.score(ids, mask, [[first] for first in answers], prompts=prepared))
 
-        return Work(run, backbone.model, multiply_adds(backbone.model, settings, tokens))
+        return Work(run, backbone.model, multiply_adds(backbone.model, part, tokens))
 
     return ready
 
 
-def peft(settings: Settings) -> Callable[[int], Work]:
+def peft(part: Part) -> Callable[[int], Work]:
     """PEFT with the same prompt."""
     import torch
 
-    model, tokenizer = peft_model(settings)
+    model, tokenizer = peft_model(part)
     answers = answer_ids(tokenizer)
 
     def ready(tokens: int) -> Work:
-        ids, mask, _ = batch(model.base_model, settings, tokens)
+        ids, mask, _ = batch(model.base_model, part, tokens)
 
         def run() -> float:
             with torch.no_grad():
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
                 return loss(logits[:, -1, answers].float())
 
-        return Work(run, model.base_model, multiply_adds(model.base_model, settings, tokens))
+        return Work(run, model.base_model, multiply_adds(model.base_model, part, tokens))
 
     return ready
 
@@ -83,11 +84,12 @@ def loss(scores: Any) -> float:
     return float(torch.nn.functional.cross_entropy(scores, torch.arange(len(scores)) % len(ANSWERS)))
 
 
-def multiply_adds(model: Any, settings: Settings, tokens: int) -> int:
+def multiply_adds(model: Any, part: Part, tokens: int) -> int:
     body, head, attention = widths(model)
-    pairs = tokens * settings.length + tokens * (tokens + 1) // 2
-    return settings.batch * (body * tokens + head + 2 * attention * pairs)
+    pairs = tokens * part.length + tokens * (tokens + 1) // 2
+    return part.batch * (body * tokens + head + 2 * attention * pairs)
 
 
 if __name__ == "__main__":
-    main(__file__, {"folded": folded, PEER: peft}, Settings(tokens=(32,), batch=32, steps=3), str(__doc__))
+    settings = Settings(tokens=(32,), batch=(32,), steps=3)
+    main(__file__, {"folded": folded, "peft": peft}, [Pair("folded", "peft")], settings, str(__doc__))

@@ -5,11 +5,10 @@
 The weights are random, the same on all sides: speed needs no trained ones. `joint` is our prompt in the encoder's row;
 `isolated` is the other model whose prompt sees itself alone and runs once a batch. PEFT is measured as it trains,
 dropout on (`peft_dropout`; transformers' Trainer and PEFT's examples put the whole model into training mode), and in
-evaluation mode (`peft`), which does the work that `joint` does and which all ratios are against: of a side against PEFT
-as it trains, divide its ratio by that of `peft_dropout`. Losses of `isolated` and `peft_dropout` are their own and are
-not compared.
+evaluation mode (`peft`), which does the work that `joint` does. Losses of `isolated` and `peft_dropout` are their own
+and are not compared.
 
-The JSON is that of train_step.py, which says how all are measured. The floor counts, each linear layer twice and each
+sides.py says how all are measured and what the JSON holds. The floor counts, each linear layer twice and each
 attention thrice as there, the encoder's weights at every place, the decoder's cross-attention keys and values at every
 place, its other weights and the head at every label, and the encoder's self-attention; `isolated` has places for the
 prompt once a batch in the encoder.
@@ -19,91 +18,92 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from train_step import LABELS, PEER, Settings, Work, decomposed, generator, main, training_step
+from sides import Pair, Part, Settings, Work, generator, main
+from train_step import LABELS, decomposed, training_step
 
 
-def t5(settings: Settings) -> Any:
+def t5(part: Part) -> Any:
     """T5-base's shape with random weights, as a backbone."""
     import torch
     import transformers
 
     from softprompt.backbone import Backbone
 
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(part.seed)
     config = transformers.T5Config(
         vocab_size=32128, d_model=768, d_ff=3072, num_layers=12, num_decoder_layers=12, num_heads=12, d_kv=64,
         decoder_start_token_id=0, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    model = transformers.T5ForConditionalGeneration(config).to(getattr(torch, settings.dtype)).eval()
+    model = transformers.T5ForConditionalGeneration(config).to(getattr(torch, part.dtype)).eval()
     tokenizer = SimpleNamespace(all_special_ids=[0, 1])
     return Backbone(model, tokenizer, "t5-base's shape", "t5-base's shape", "encoder_decoder")
 
 
-def batch(settings: Settings, tokens: int) -> tuple[Any, Any, Any]:
+def batch(part: Part, tokens: int) -> tuple[Any, Any, Any]:
     """Token ids, their mask, and the answers' tokens."""
     import torch
 
-    ids = torch.randint(2, 32000, (settings.batch, tokens), generator=generator(settings))
+    ids = torch.randint(2, 32000, (part.batch, tokens), generator=generator(part))
     return ids, torch.ones_like(ids), ids[:, :LABELS].clone()
 
 
-def ours(attend: str) -> Callable[[Settings], Callable[[int], Work]]:
+def ours(attend: str) -> Callable[[Part], Callable[[int], Work]]:
     """Our training step."""
 
-    def side(settings: Settings) -> Callable[[int], Work]:
+    def side(part: Part) -> Callable[[int], Work]:
         from softprompt import attach
 
-        backbone = t5(settings)
+        backbone = t5(part)
 
         def ready(tokens: int) -> Work:
-            attachment = attach(backbone, decomposed(backbone, settings), attend=attend)
-            ids, mask, labels = batch(settings, tokens)
+            attachment = attach(backbone, decomposed(backbone, part), attend=attend)
+            ids, mask, labels = batch(part, tokens)
             run = training_step(lambda: attachment(ids, mask, labels).loss, list(attachment.parameters()))
-            return Work(run, backbone.model, multiply_adds(backbone.model, settings, tokens, attend == "isolated"))
+            return Work(run, backbone.model, multiply_adds(backbone.model, part, tokens, attend == "isolated"))
 
         return ready
 
     return side
 
 
-def peft(dropout: bool) -> Callable[[Settings], Callable[[int], Work]]:
+def peft(dropout: bool) -> Callable[[Part], Callable[[int], Work]]:
     """PEFT's training step."""
 
-    def side(settings: Settings) -> Callable[[int], Work]:
+    def side(part: Part) -> Callable[[int], Work]:
         import torch
         from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 
-        backbone = t5(settings)
+        backbone = t5(part)
         backbone.model.set_attn_implementation("sdpa")  # as transformers loads it; ours brings its own attention
         config = PromptTuningConfig(
             task_type=TaskType.SEQ_2_SEQ_LM,
-            num_virtual_tokens=settings.length,
+            num_virtual_tokens=part.length,
             num_transformer_submodules=1,
             prompt_tuning_init=PromptTuningInit.RANDOM,
         )
         model = get_peft_model(backbone.model, config).train(dropout)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        first = decomposed(backbone, settings).prompt().detach()
+        first = decomposed(backbone, part).prompt().detach()
 
         def ready(tokens: int) -> Work:
             with torch.no_grad():
                 model.prompt_encoder["default"].embedding.weight.copy_(first)
-            ids, mask, labels = batch(settings, tokens)
+            ids, mask, labels = batch(part, tokens)
             run = training_step(lambda: model(input_ids=ids, attention_mask=mask, labels=labels).loss, trained)
-            return Work(run, model.base_model, multiply_adds(model.base_model, settings, tokens, False))
+            return Work(run, model.base_model, multiply_adds(model.base_model, part, tokens, False))
 
         return ready
 
     return side
 
 
-def multiply_adds(model: Any, settings: Settings, tokens: int, isolated: bool) -> int:
+def multiply_adds(model: Any, part: Part, tokens: int, isolated: bool) -> int:
     import torch
 
     def weights(part: Any) -> int:
         return sum(module.weight.numel() for module in part.modules() if isinstance(module, torch.nn.Linear))
 
-    rows, length, config = settings.batch, settings.length, model.config
+    rows, length, config = part.batch, part.length, model.config
     places = rows * (length + tokens)
     inner = config.num_heads * config.d_kv
     cross = config.num_decoder_layers * 2 * config.d_model * inner
@@ -119,8 +119,14 @@ def multiply_adds(model: Any, settings: Settings, tokens: int, isolated: bool) -
 if __name__ == "__main__":
     SIDES = {
         "joint": ours("joint"),
-        PEER: peft(dropout=False),
+        "peft": peft(dropout=False),
         "isolated": ours("isolated"),
         "peft_dropout": peft(dropout=True),
     }
-    main(__file__, SIDES, Settings(tokens=(80,)), str(__doc__), apart=("isolated", "peft_dropout"))
+    PAIRS = [
+        Pair("joint", "peft"),
+        Pair("joint", "peft_dropout", same=False),
+        Pair("isolated", "peft", same=False),
+        Pair("isolated", "peft_dropout", same=False),
+    ]
+    main(__file__, SIDES, PAIRS, Settings(tokens=(80,)), str(__doc__))

@@ -5,8 +5,8 @@ over real tokens alone and once; attention itself keeps them apart and lets each
 
 On a CPU the backward pass of torch's fused kernel runs at about a tenth of the rate of a matrix product, and
 transformers repeats keys and values for every group of query heads before it. Here the query heads of one key-value
-head are rows of one product, nothing is repeated, and the weights are computed again in the backward pass instead of
-being kept.
+head are rows of one product, nothing is repeated, and the weights are kept for the backward pass up to `MOST_KEPT`
+keys, and computed again above it.
 """
 
 from collections.abc import Sequence
@@ -231,7 +231,7 @@ def packed_attention(
     packing: Packing,
     scale: float,
 ) -> Float[Tensor, "one token head head_dim"]:
-    """Causal attention within each prompt, and within each row behind its prompt."""
+    """Attention within each prompt, and within each row behind its prompt, as the packing says."""
     by_token = (states[0].transpose(0, 1) for states in (query, key, value))
     found: Tensor = _Packed.apply(*by_token, packing, scale)  # type: ignore[no-untyped-call]
     return found[None]
@@ -248,17 +248,12 @@ def packed_fused(
     """The same through torch's fused kernel."""
     found = []
     for block in packing.blocks:
-        wide = [block.padded(states[0].transpose(0, 1)) for states in (query, key, value)]
-        if block is packing.rows and packing.prompts:
-            for which, states in ((1, key), (2, value)):
-                prompts = packing.prompts.padded(states[0].transpose(0, 1))[packing.index]
-                wide[which] = torch.cat([prompts, wide[which]], 1)
-        hidden = packing.hidden(block)[0].expand(block.count, -1, -1, -1)
+        queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
         part = nn.functional.scaled_dot_product_attention(
-            wide[0].transpose(1, 2),
-            wide[1].transpose(1, 2),
-            wide[2].transpose(1, 2),
-            attn_mask=nn.functional.pad(~hidden, (wide[1].shape[1] - hidden.shape[-1], 0), value=True),
+            block.padded(queries).transpose(1, 2),
+            packing.in_view(keys, block).transpose(1, 2),
+            packing.in_view(values, block).transpose(1, 2),
+            attn_mask=packing.seen(block),
             dropout_p=dropout,
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],

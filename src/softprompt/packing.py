@@ -6,7 +6,7 @@ from typing import final
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @final
@@ -105,6 +105,21 @@ class Packing:
         """Where each row's own tokens are among all; -1: the last of its prompt, or its first one without a prompt."""
         before = self.prompts.ends[self.index] if self.prompts else self.rows.starts
         return torch.where(places < 0, before[:, None], self.rows.starts[:, None] + places)
+
+    def in_view(self, states: Float[Tensor, "token *width"], block: Block) -> Float[Tensor, "sequence some *width"]:
+        """Keys or values that a block's queries may see: `[prompt, padded; own, padded]`."""
+        own = block.padded(states)
+        if self.prompts is None or block is self.prompts:
+            return own
+        prompts = self.prompts.padded(states)
+        one = self.prompts.count == 1
+        return torch.cat([prompts.expand(block.count, *prompts.shape[1:]) if one else prompts[self.index], own], 1)
+
+    def seen(self, block: Block) -> Bool[Tensor, "#sequence one #longest some"]:
+        """Which of those `in_view` they do see."""
+        hidden = self.hidden(block)[0]
+        before = 0 if self.prompts is None or block is self.prompts else self.prompts.longest
+        return nn.functional.pad(~hidden, (before + block.longest - hidden.shape[-1], 0), value=True)
 
     def hidden(self, block: Block) -> Bool[Tensor, "1 #sequence 1 longest some"]:
         """What a block's queries must not see of the last keys put before them: `[prompt, padded; own, padded]`."""

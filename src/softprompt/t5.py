@@ -30,7 +30,7 @@ def run(encoder: Any, embeds: Float[Tensor, "token dim"], packing: Packing) -> F
     if encoder.training:
         raise ValueError("isolated prompts run without the model's own dropout; leave dropout off, or attend=joint")
     first = encoder.block[0].layer[0].SelfAttention
-    layouts = [(block, _bias(first, packing, block), _seen_mask(packing, block)) for block in packing.blocks]
+    layouts = [(block, _bias(first, packing, block), packing.seen(block)) for block in packing.blocks]
     hidden = embeds
     for layer in encoder.block:
         about, feed_forward = layer.layer
@@ -43,8 +43,8 @@ def run(encoder: Any, embeds: Float[Tensor, "token dim"], packing: Packing) -> F
             block.flat(
                 grouped_attention(
                     block.padded(query).transpose(1, 2),
-                    _seen(key, packing, block).transpose(1, 2),
-                    _seen(value, packing, block).transpose(1, 2),
+                    packing.in_view(key, block).transpose(1, 2),
+                    packing.in_view(value, block).transpose(1, 2),
                     mask,
                     attention.scaling,
                     bias,
@@ -56,23 +56,6 @@ def run(encoder: Any, embeds: Float[Tensor, "token dim"], packing: Packing) -> F
         hidden = feed_forward(hidden)
     result: Tensor = encoder.final_layer_norm(hidden)
     return result
-
-
-def _seen(states: Float[Tensor, "token head width"], packing: Packing, block: Block) -> Tensor:
-    """The keys or values that a block's queries can see: their prompt's, then their own."""
-    own = block.padded(states)
-    if packing.prompts is None or block is packing.prompts:
-        return own
-    prompts = packing.prompts.padded(states)
-    return torch.cat([prompts.expand(block.count, -1, -1, -1) if len(prompts) == 1 else prompts[packing.index], own], 1)
-
-
-def _seen_mask(packing: Packing, block: Block) -> Tensor:
-    """Which of them are tokens and no padding."""
-    real = block.real
-    if packing.prompts is not None and block is not packing.prompts:
-        real = torch.cat([packing.prompts.real[packing.index], real], 1)
-    return real[:, None, None]
 
 
 def _bias(attention: Any, packing: Packing, block: Block) -> Tensor:

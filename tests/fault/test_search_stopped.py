@@ -9,8 +9,12 @@ from typing import Any
 import optuna
 import pytest
 
+from softprompt import Experiment, Run, Training
 from softprompt.runs import METRICS
 from softprompt.sweep import Swept, engine, search, sweep
+from softprompt.sweep import trial as trial_module
+from softprompt.tasks import TASKS
+from softprompt.watch import Silent
 
 STOPS: dict[str, tuple[Any, str, int]] = {
     "between two random draws": (optuna.trial.Trial, "suggest_categorical", 2),
@@ -127,3 +131,35 @@ def test_a_worker_that_is_lost_without_a_word_has_a_problem() -> None:
     )
     found = engine._ray_each(ray, 1, 0)(print, ["a", "b"], lambda item, problem: (item, problem))
     assert list(found) == [("a", "its worker is lost: RayError"), ("b", "its worker is lost: RayError")]
+
+
+def test_the_last_score_does_not_prune_when_an_earlier_one_is_gone_through_again(tmp_path: Path) -> None:
+    """Killed while it was tested, and begun again; Optuna judges by the last score, whichever line is in hand."""
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=2))
+    for _ in range(2):
+        done = study.ask()
+        done.report(0.5, 2)
+        done.report(0.9, 4)
+        study.tell(done, 0.9)
+    trial = study.ask()
+    trial.report(0.6, 2)
+    trial.report(0.7, 4)
+    assert trial.should_prune()
+    (tmp_path / METRICS).write_text('{"step": 2, "dev": 0.6}\n{"step": 4, "dev": 0.7}\n')
+    experiment = Experiment(training=Training(steps=4))
+    run = Run(folder=tmp_path, experiment=experiment, task=TASKS["cb"], record={})
+    search._Pruning(Silent(), trial, [2, 4], prune=True).go_on(run)
+
+
+def test_a_finished_search_stands_without_its_rows(
+    file: Path, whole: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(file.parent / "whole", tmp_path / "runs")
+
+    def away(*_: Any) -> Any:
+        raise FileNotFoundError("there is no file train.csv")
+
+    monkeypatch.setattr(trial_module, "read_splits", away)
+    swept = sweep(file, out=tmp_path / "runs")
+    assert said(swept)[:2] == said(whole)[:2]
+    assert not swept.failed

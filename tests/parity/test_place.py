@@ -164,3 +164,11 @@ def test_folding_keeps_the_place(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("llama")
     prompt = Plain(length=3).build(backbone.host(), torch.Generator().manual_seed(0))
     assert attach(backbone, prompt, place="behind").folded().place == "behind"
+
+
+@pytest.mark.parametrize("place", ["after_first", "behind"])
+def test_without_a_prompt_a_decoder_is_the_model(place: Place, tiny_backbone: MakeBackbone) -> None:
+    backbone, ids = tiny_backbone("llama"), torch.stack(rows_of((5, 5)))
+    found = attach(backbone, place=place)(ids, labels=ids)
+    whole = backbone.model(input_ids=ids).logits
+    assert_near(found.loss, torch.nn.functional.cross_entropy(whole[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))

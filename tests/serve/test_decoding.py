@@ -73,3 +73,28 @@ def test_a_pass_that_fails_halfway_leaves_the_batch_as_it_was(
     ours = service.advance(batch, torch.tensor([9]))
     expected = attach(backbone, None)(torch.tensor([[7, 8, 9]]), prompts=[prompt]).logits[:, -1]
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_no_column_slides_out_of_the_window_before_its_row_is_as_wide(
+    tiny_backbone: Callable[[str], Backbone], prompt_of: Callable[..., SoftPrompt]
+) -> None:
+    """A long text beside a long prompt, which together are wider than either row."""
+    backbone = tiny_backbone("mistral")
+    attachment = attach(backbone, None)
+    service = Decoder(attachment)
+    assert service.window == 128
+    prompts = [prompt_of(backbone, seed, "plain", length).fold() for seed, length in enumerate((4, 68))]
+    states = [service.prompt_state(prompt) for prompt in prompts]
+
+    def rows(longest: int) -> list[Row]:
+        texts = list(range(5, 5 + longest)), [7, 8]
+        return [Row(text, prompt, state) for text, prompt, state in zip(texts, prompts, states, strict=True)]
+
+    batch, _ = service.read(rows(59), room=1)
+    ours = service.advance(batch, torch.tensor([9, 9]))[1:]
+    expected = attachment(torch.tensor([[7, 8, 9]]), prompts=prompts[1:]).logits[:, -1]
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    service.read(rows(60))
+    with pytest.raises(ValueError, match="window of 128"):
+        service.read(rows(60), room=1)

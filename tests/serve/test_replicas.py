@@ -16,10 +16,13 @@ import httpx
 import psutil
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from safetensors.torch import save
 
-from softprompt.serve import Engine
+from softprompt.serve import Closed, Engine
 from softprompt.serve.following import Follower
+from softprompt.serve.gate import Access
+from softprompt.serve.http import make_app
 from softprompt.serve.metrics import Metrics
 from softprompt.serve.uploads import Shelf
 
@@ -73,6 +76,53 @@ def test_every_engine_serves_what_lies_in_the_folder(
     assert b"new" not in metrics[1].page()
     with pytest.raises(PermissionError, match="restart without it"):
         shelf.drop("p0")
+
+
+def test_one_bad_folder_does_not_hold_up_the_others(
+    engine_of: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, shelf = engine_of(prompts=0), Shelf(tmp_path, shared=True)
+    follower, real = Follower(engine, shelf, Metrics()), engine.add
+    wrong: dict[str, Exception] = {"a": KeyError("prompt"), "b": torch.OutOfMemoryError("memory")}
+    tried: list[str] = []
+
+    def add(name: str, *given: Any, **options: Any) -> Any:
+        tried.append(name)
+        if name in wrong:
+            raise wrong[name]
+        return real(name, *given, **options)
+
+    monkeypatch.setattr(engine, "add", add)
+    for seed, name in enumerate("abc"):
+        with shelf.keeping(name, content(engine.backbone.dim, seed)):
+            pass
+    follower.look()
+    assert [served.name for served in engine.prompts] == ["c"]
+    assert "the prompt a cannot be served: KeyError" in caplog.text
+    del wrong["b"]
+    follower.look()  # memory may be there again, and a damaged file is still damaged
+    assert [served.name for served in engine.prompts] == ["b", "c"]
+    assert tried == ["a", "b", "c", "b"]
+    shelf.drop("c")
+    with shelf.keeping("d", content(engine.backbone.dim, 4)):
+        pass
+    wrong["d"] = Closed("the service is shutting down")
+    with pytest.raises(Closed):
+        follower.look()
+
+
+def test_two_copies_do_not_both_add_a_name(engine_of: Callable[..., Engine], tmp_path: Path) -> None:
+    access = Access(tokens=("ask",), admin_tokens=("change",))
+    files = [content(engine_of(prompts=0).backbone.dim, seed) for seed in (0, 1)]
+    codes = []
+    for file in files:  # none of them looks at the folder meanwhile
+        app = make_app(engine_of(prompts=0), access, shelf=Shelf(tmp_path, shared=True))
+        with TestClient(app, base_url="http://localhost", headers={"Authorization": "Bearer change"}) as client:
+            codes.append(client.post("/v1/prompts", params={"name": "x"}, content=file).status_code)
+            assert client.get("/v1/prompts/x").status_code == (200 if codes[-1] == 201 else 404)
+            kept = (tmp_path / "x" / "adapter_model.safetensors").read_bytes()
+            assert kept == files[0]
+    assert codes == [201, 409]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra sweep (ray)")

@@ -1,5 +1,6 @@
 """Prompts that are sent: they come, go and stay, and a hostile file or name changes nothing."""
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from softprompt import files
 from softprompt.prompts import SoftPrompt
 from softprompt.serve import Engine
 from softprompt.serve.limits import Limits
@@ -131,3 +133,42 @@ def test_what_a_killed_process_left_does_not_stand_in_the_way(service: Any, prom
         (service.shelf / "run" / "softprompt.json").write_text("{}")
         assert client.put("/v1/prompts/run", content=prompt_file(service.engine)).status_code == 403
     assert [path.name for path in service.shelf.iterdir()] == ["run"]
+
+
+def test_a_prompt_that_fails_leaves_what_another_copy_put_there(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, shared=True)
+    place = tmp_path / "x" / "adapter_model.safetensors"
+
+    def fail(meanwhile: bytes | None) -> None:
+        with shelf.keeping("x", b"ours"):
+            if meanwhile is not None:
+                place.write_bytes(meanwhile)
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        fail(None)
+    assert not place.parent.exists()
+    with pytest.raises(RuntimeError, match="broken"):
+        fail(b"theirs")
+    assert place.read_bytes() == b"theirs"
+    assert list(place.parent.iterdir()) == [place]
+
+
+def test_a_prompt_that_cannot_be_kept_is_not_served(
+    service: Any, prompt_file: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    before, content = service.engine.prompts, prompt_file(service.engine)
+    monkeypatch.setattr(files, "_sync", full)
+    # A client for each: the server closes the connection on which it failed.
+    with service.admin() as client:
+        assert client.put("/v1/prompts/p0", content=content).status_code == 500
+    with service.admin() as client:
+        assert client.post("/v1/prompts", params={"name": "fresh"}, content=content).status_code == 500
+    assert all(one is other for one, other in zip(service.engine.prompts, before, strict=True))
+    assert list(service.shelf.iterdir()) == []
+    monkeypatch.undo()
+    with service.admin() as client:
+        assert client.post("/v1/prompts", params={"name": "fresh"}, content=content).status_code == 201

@@ -78,7 +78,7 @@ class Causal(Attachment):
 
     def prepare(self, prompts: Sequence[SoftPrompt]) -> Prefix | Matrices:
         """The prompts' keys and values, or their vectors where text stands before them, for any number of calls."""
-        if self.place != "front":
+        if self.place != "front" and prompts:
             return matrices(self, prompts)
         device, found = self.backbone.device, self.matrices(prompts)
         if not found:
@@ -230,7 +230,7 @@ class Causal(Attachment):
 
     def _prepared(self, prompts: Sequence[SoftPrompt] | Prepared | None) -> Prefix | Matrices:
         prepared = self.chosen(prompts)
-        if not isinstance(prepared, Prefix if self.place == "front" else Matrices):
+        if not isinstance(prepared, Prefix if self.place == "front" or not prepared.prompts else Matrices):
             raise ValueError(
                 f"{type(prepared).__name__} was prepared for another architecture or place; prepare the prompts again"
             )

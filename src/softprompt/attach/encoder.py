@@ -307,14 +307,14 @@ class Encoder(Attachment):
     def _check_isolated(self) -> None:
         """Compare with the model's own forward under a mask that hides the text from the prompt, once a model."""
         model = self.backbone.model
-        if model in exact_isolated:
-            return
         accepted = inspect.signature(model.base_model.forward).parameters
         if not attention.takes_packing(model) or "position_ids" not in accepted or (self.head or self._words()) is None:
             raise ValueError(
                 f"{self.backbone.source} ({model.config.model_type}) does not hand positions and attention on, so its "
                 "prompts cannot be isolated; leave attend=joint, or choose a BERT or RoBERTa"
             )
+        if model in exact_isolated:
+            return
         table = self.backbone.host().embedding
         vectors = table[torch.arange(7, 12) % len(table)].to(self.backbone.device)
         ids = torch.tensor([[3, 17, 8]], device=self.backbone.device) % len(table)

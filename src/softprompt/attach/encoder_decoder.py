@@ -154,10 +154,14 @@ class EncoderDecoder(Attachment):
         prompts: Sequence[SoftPrompt] | Prepared | None = None,
         index: Int[Tensor, " batch"] | None = None,
     ) -> Iterator[Int[Tensor, " batch"]]:
-        """Token by token, greedy or sampled; a forced first token is given out like any other."""
+        """Token by token, greedy or sampled; a forced first token is given out like any other.
+
+        A row whose logits are no numbers finishes: with the first token of `stop`, or -1 where that is empty.
+        """
         ends = torch.tensor(self.end_of_sequence() if stop is None else list(stop), dtype=torch.long)
         ends = ends.to(input_ids.device)
         self._refuse_long_answer(max_new_tokens)
+        over = int(ends[0]) if len(ends) else -1
         choose = Chooser(sampling or Sampling(), input_ids.device)
         with torch.no_grad():
             read = self._read(input_ids, attention_mask, prompts, index)
@@ -167,13 +171,17 @@ class EncoderDecoder(Attachment):
         for step in range(max_new_tokens):
             with torch.no_grad():  # not around the yield: whoever asks for the tokens keeps its own mode
                 logits = self._decode(read, fed)[:, -1]
-                new = choose(logits) if step >= len(self._first) else torch.full_like(token, self._first[step])
+                if step < len(self._first):
+                    new = torch.full_like(token, self._first[step])
+                else:  # drawing from NaN, the largest of all, would fail; on a GPU together with all that comes after
+                    finite = logits.max(-1).values.isfinite()
+                    new = choose(logits.masked_fill(~finite[:, None], 0.0)).masked_fill(~finite, over)
                 token = torch.where(done, token, new)
-                done = done | torch.isin(token, ends)
+                done = done | torch.isin(token, ends) | (token < 0)
             yield token
             if bool(done.all()):
                 return
-            fed = token[:, None]
+            fed = token[:, None].clamp(min=0)
 
     @torch.no_grad()
     def beam(

@@ -6,6 +6,9 @@ from typing import final
 from softprompt.report.grid import Grid
 from softprompt.report.groups import Group, Interval, Spread
 
+NO_SPREAD = "no spread"
+"""The verdict where every seed differs by as much."""
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class Difference:
     def verdict(self) -> str:
         """`better`, `worse`, `no difference shown`, `one seed`, or `no spread` to measure the difference by."""
         if self.interval is None:
-            return "one seed" if len(self.seeds) == 1 else "no spread"
+            return "one seed" if len(self.seeds) == 1 else NO_SPREAD
         if self.interval.low > 0:
             return "better"
         return "worse" if self.interval.high < 0 else "no difference shown"

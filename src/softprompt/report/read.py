@@ -66,7 +66,7 @@ class LeftOut:
 def find(folders: Sequence[str | Path]) -> list[Path]:
     """Every run's folder among `folders` and anywhere below them, once, by path; a run is not searched for others.
 
-    Nor is the folder of a search, which stands for its trials unless it, or the one that it lies in, is given.
+    The folder of a search is there in place of its trials, unless it, or the one that it lies in, is given.
 
     Raises:
         FileNotFoundError: one of `folders` is not there.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from softprompt.report.compare import Difference
+from softprompt.report.compare import NO_SPREAD, Difference
 from softprompt.report.grid import Grid
 from softprompt.report.groups import Group, Interval
 from softprompt.report.read import printable
@@ -83,10 +83,12 @@ def comparison(found: Sequence[Difference], reference: str) -> Table:
         )
         for one in found
     ]
-    notes = (
+    notes: tuple[str, ...] = (
         "Test score minus the reference's, in percent points, paired by seed (equal seeds have equal rows).",
         "The interval is Student's t over the seeds; several comparisons are made, and it is not widened for that.",
     )
+    if any(one.verdict == NO_SPREAD for one in found):
+        notes += (f"{NO_SPREAD}: every seed differs by as much, so no interval can be drawn.",)
     head = ("task", "method", "difference", "95% seeds", "seeds", f"against {reference}")
     return Table(title=f"Against {reference}", head=head, rows=tuple(rows), words=2, notes=notes)
 

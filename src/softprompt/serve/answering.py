@@ -57,6 +57,8 @@ class Answer:
 
     async def _next(self, ticket: Ticket) -> int | None:
         """The engine ends a row at its deadline; one that is stuck does not."""
+        if not self._tokens.empty():  # where no time is left, `wait_for` gives up without looking
+            return self._tokens.get_nowait()
         left = None if ticket.deadline is None else ticket.deadline + _SLACK - time.monotonic()
         try:
             return await asyncio.wait_for(self._tokens.get(), left)

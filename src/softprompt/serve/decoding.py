@@ -75,6 +75,11 @@ class _Layer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing is left to do."""
 
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for another column."""
+        return self.length == self.keys.shape[2]
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **others: Any) -> tuple[Tensor, Tensor]:
         """All keys and values so far, the given ones last."""
         end = self.length + key_states.shape[2]
@@ -114,6 +119,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def part(self, rows: slice) -> "Batch":
+        """Neighbouring rows, in the same buffers: nothing is copied, and each part writes into its own rows."""
+        layers = [_Layer(layer.keys[rows], layer.values[rows], layer.length) for layer in self.layers]
+        return Batch(layers, self.mask[rows], self.texts[rows], self.prompts[rows])
+
 
 @final
 class Decoder:
@@ -152,8 +162,9 @@ class Decoder:
         """
         device = self.attachment.backbone.device
         longest, before = max(len(row.ids) for row in rows), max(row.state.length for row in rows)
-        if self.window is not None and longest + before > self.window:
-            raise ValueError(f"rows of {longest + before} columns exceed the window of {self.window}; read fewer")
+        wide = longest + before + room  # tokens that follow are fed at this width, prompt and text still apart
+        if self.window is not None and wide > self.window:
+            raise ValueError(f"rows of {wide} columns exceed the window of {self.window}; read fewer")
         layers = [
             self._prompts([row.state.layers[which] for row in rows], before, longest + room)
             for which in range(len(rows[0].state.layers))
@@ -172,10 +183,8 @@ class Decoder:
         return batch, logits
 
     def advance(self, batch: Batch, tokens: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
-        """The logits behind one more token a row; a pass that fails changes nothing."""
-        if batch.layers[0].length + 1 > batch.layers[0].keys.shape[2]:
-            wider = self.select(batch, range(len(batch)))
-            batch.layers, batch.mask = wider.layers, wider.mask
+        """The logits behind one more token a row; what fails can be tried again, with all rows or a part."""
+        self._widen(batch)
         mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], 1)
         logits = self._pass(batch, tokens[:, None], mask, keep=1)[:, 0]
         batch.mask, batch.texts = mask, batch.texts + 1
@@ -195,20 +204,28 @@ class Decoder:
         """Rows of several batches in one: their real columns moved to the end, pads in front."""
         places = [batch.mask[place].nonzero()[:, 0] for batch, place in rows]
         width = max(len(columns) for columns in places)
-        layers = []
-        for which, like in enumerate(rows[0][0].layers):
-            keys, values = (_blank(like.keys, len(rows), width + room) for _ in range(2))
-            for row, ((batch, place), columns) in enumerate(zip(rows, places, strict=True)):
-                start = width - len(columns)
-                layer = batch.layers[which]
-                keys[row, :, start:width] = layer.keys[place].index_select(1, columns)
-                values[row, :, start:width] = layer.values[place].index_select(1, columns)
-            layers.append(_Layer(keys, values, width))
-        mask = torch.zeros(len(rows), width, dtype=torch.long, device=places[0].device)
-        for row, columns in enumerate(places):
-            mask[row, width - len(columns) :] = 1
+        layers = [
+            _moved([(batch.layers[which], place) for batch, place in rows], places, width, room)
+            for which in range(len(rows[0][0].layers))
+        ]
         texts = torch.stack([batch.texts[place] for batch, place in rows])
-        return Batch(layers, mask, texts, [batch.prompts[place] for batch, place in rows])
+        return Batch(layers, _mask(places, width), texts, [batch.prompts[place] for batch, place in rows])
+
+    def _widen(self, batch: Batch) -> None:
+        """Room for further tokens, a layer at a time, so that only one layer is ever there twice.
+
+        Where memory runs out, the layers that have room have been moved; the next try moves the others, to where those
+        are. The mask stays that of the others until the last one has moved.
+        """
+        full = [which for which, layer in enumerate(batch.layers) if layer.full]
+        if not full:
+            return
+        places = [row.nonzero()[:, 0] for row in batch.mask]
+        width = max((layer.length for layer in batch.layers if not layer.full), default=max(map(len, places)))
+        mask = _mask(places, width)
+        for which in full:
+            batch.layers[which] = _moved([(batch.layers[which], row) for row in range(len(batch))], places, width, ROOM)
+        batch.mask = mask
 
     def _prompts(self, states: Sequence[tuple[Columns, Columns]], before: int, room: int) -> _Layer:
         """One layer's buffer with each row's prompt at the end of its first `before` columns."""
@@ -253,6 +270,24 @@ class Decoder:
         """Mask and explicit positions from column `start` on; models without the latter count the mask themselves."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
         return {"attention_mask": mask} | ({"position_ids": positions} if self._positions else {})
+
+
+def _moved(rows: Sequence[tuple[_Layer, int]], places: Sequence[Int[Tensor, " _"]], width: int, room: int) -> _Layer:
+    """One layer of these rows, the columns of `places` moved to the end of the first `width`."""
+    keys, values = (_blank(rows[0][0].keys, len(rows), width + room) for _ in range(2))
+    for row, ((layer, place), columns) in enumerate(zip(rows, places, strict=True)):
+        start = width - len(columns)
+        keys[row, :, start:width] = layer.keys[place].index_select(1, columns)
+        values[row, :, start:width] = layer.values[place].index_select(1, columns)
+    return _Layer(keys, values, width)
+
+
+def _mask(places: Sequence[Int[Tensor, " _"]], width: int) -> Int[Tensor, "row width"]:
+    """As many columns as a row has places, at the end."""
+    mask = torch.zeros(len(places), width, dtype=torch.long, device=places[0].device)
+    for row, columns in enumerate(places):
+        mask[row, width - len(columns) :] = 1
+    return mask
 
 
 def _blank(like: Tensor, rows: int, columns: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Many prompts, one backbone: rows of all prompts share batches, and each gets the answer that it would get alone."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,7 @@ class Engine:
             # Refuses a model that it is not exact for, before a thread begins.
             self._stop = tuple(bare(backbone).end_of_sequence())
         self._served: dict[str, Served] = {}
+        self._changing = threading.Lock()
         with torch.no_grad():
             self._worker = Worker(backbone, self.limits.max_batch, watch or (lambda done: None))
         self._turns = Turns(self._worker, self.limits)
@@ -96,25 +98,38 @@ class Engine:
         Raises:
             FileExistsError: the name is taken.
             ValueError, FileNotFoundError: it cannot be served; nothing has changed.
+            TimeoutError: the engine's thread is stuck; nothing has changed.
         """
+        ready = self.ready(name, source, over=over)
+        with self._changing:
+            self._refuse_taken(name, over)
+            self.serve(ready)
+        return ready
+
+    def ready(self, name: str, source: Path | str | SoftPrompt, *, over: bool = False) -> Served:
+        """What `add` would serve, computed and not served yet; raises what `add` raises."""
         self._refuse_taken(name, over)
         if isinstance(source, SoftPrompt):
             fresh = from_prompt(name, source, self.backbone)
         else:
             fresh = from_folder(name, Path(source).expanduser(), self.backbone)
 
-        def serve() -> Served:
-            decoder, ready = self._worker.decoder, fresh
-            if decoder is not None:
-                encode.refuse_long(self.backbone, fresh, 1)
-                ready = replace(fresh, state=decoder.prompt_state(fresh.prompt))
-                self._refuse_endless(ready)
-            self._refuse_taken(name, over)
-            self._served[name] = ready
+        def compute() -> Served:
+            decoder = self._worker.decoder
+            if decoder is None:
+                return fresh
+            encode.refuse_long(self.backbone, fresh, 1)
+            ready = replace(fresh, state=decoder.prompt_state(fresh.prompt))
+            self._refuse_endless(ready)
             return ready
 
-        served: Served = self._turns.do(serve)
-        return served
+        # Served by whoever asked: where that one has given up, it is not served later.
+        computed: Served = self._turns.do(compute)
+        return computed
+
+    def serve(self, ready: Served) -> None:
+        """Serve what `ready` gave, in the place of one of its name."""
+        self._served[ready.name] = ready
 
     def remove(self, name: str) -> None:
         """Serve it no longer; rows that wait still get their answer.

@@ -5,6 +5,8 @@ import threading
 import time
 from typing import final
 
+import torch
+
 from softprompt.serve.engine import Engine
 from softprompt.serve.metrics import Metrics
 from softprompt.serve.ticket import Closed, Unknown
@@ -13,6 +15,9 @@ from softprompt.serve.uploads import Shelf
 _log = logging.getLogger("softprompt.serve")
 Mark = tuple[tuple[str, int, int], ...]
 """Name, time and size of each file of a prompt: another one is another prompt."""
+
+_PASSES = (TimeoutError, MemoryError, torch.OutOfMemoryError)
+"""Errors that say nothing of the prompt itself."""
 
 
 @final
@@ -35,14 +40,21 @@ class Follower:
         self._thread.start()
 
     def look(self) -> None:
-        """Serve what is new or has changed, and no longer what is gone; what cannot be served is logged once."""
+        """Serve what is new or has changed, and no longer what is gone.
+
+        What cannot be served is logged once; for want of memory or time, it is tried again at the next look.
+        """
         there = {name: self._mark(name) for name in self._shelf.names()}
         for name, mark in there.items():
             if mark and self._known.get(name) != mark:
                 try:
                     self._engine.add(name, self._shelf.path(name), over=True)
-                except (ValueError, OSError) as error:  # an older one of that name goes on
-                    _log.error("the prompt %s cannot be served: %s", name, error)
+                except Closed:
+                    raise
+                except Exception as error:  # an older one of that name goes on, and so do the others
+                    _log.error("the prompt %s cannot be served: %s: %s", name, type(error).__name__, error)
+                    if isinstance(error, _PASSES):
+                        there[name] = ()
         for name in self._known.keys() - there.keys():
             try:
                 self._engine.remove(name)

@@ -159,8 +159,10 @@ def _prompts(engine: Engine, shelf: Shelf | None, metrics: Metrics) -> APIRouter
         prompt = read_prompt_bytes(content, engine.backbone)
         if shelf is None:
             return engine.add(name, prompt, over=over).describe()
-        with shelf.keeping(name, content):  # on the disk only if it is served, and served only if it could be kept
-            return engine.add(name, prompt, over=over).describe()
+        with shelf.keeping(name, content, over=over):  # kept only if it can be served, and served only if it was kept
+            ready = engine.ready(name, prompt, over=over)
+        engine.serve(ready)
+        return ready.describe()
 
     async def change(name: str, request: Request, over: bool) -> dict[str, Any]:
         content = await request.body()

@@ -5,7 +5,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError, wait
+from contextlib import suppress
 from typing import Any, final
 
 import torch
@@ -20,6 +21,10 @@ _ENTER = 8
 """Rows that enter a batch in writing at one step, so that those in it are not kept waiting."""
 _STUCK = 60.0
 """Seconds that a turn may last at least before the thread counts as stuck."""
+_LAST = 5.0
+"""Seconds for the turn in hand to end once all is given up; a thread that is stuck is left behind."""
+
+_SHUT = "the service shut down before the answer was there"
 
 
 @final
@@ -35,6 +40,7 @@ class Turns:
     def __init__(self, worker: Worker, limits: Limits) -> None:
         self._worker, self._limits = worker, limits
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._doing: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._waiting = Waiting(limits.max_waiting)
         self._taken: list[Ticket] = []
         self._since: float | None = None
@@ -46,8 +52,8 @@ class Turns:
     @property
     def alive(self) -> bool:
         """Whether the thread runs, and no turn has lasted longer than an answer may."""
-        since, most = self._since, max(self._limits.timeout, _STUCK)
-        return self._thread.is_alive() and (since is None or time.monotonic() - since < most)
+        since = self._since
+        return self._thread.is_alive() and (since is None or time.monotonic() - since < self._most)
 
     @property
     def closed(self) -> bool:
@@ -72,12 +78,17 @@ class Turns:
             self._wake.notify()
 
     def do(self, job: Callable[[], Any]) -> Any:
-        """What the job gives, done between two passes; raises what it raises, and `Closed`."""
+        """What the job gives, done between two passes; raises what it raises, `Closed`, and TimeoutError if stuck."""
         done: Future[Any] = Future()
         with self._wake:
             self._refuse_closed()
             self._jobs.append((job, done))
             self._wake.notify()
+        if not wait([done], self._most).done:
+            done.cancel()
+            raise TimeoutError(
+                f"the engine was busy for {self._most:g} seconds, and nothing has changed; try again later"
+            )
         return done.result()
 
     def close(self, grace: float) -> None:
@@ -89,14 +100,22 @@ class Turns:
         with self._wake:
             self._give_up = True
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(_LAST)
+        if self._thread.is_alive():
+            _log.error("the engine's thread is stuck and left behind")
+            self._fail_all(Closed(_SHUT))
+
+    @property
+    def _most(self) -> float:
+        """Seconds that a turn may last."""
+        return max(self._limits.timeout, _STUCK)
 
     def _refuse_closed(self) -> None:
         if self._closed:
             raise Closed("the service is shutting down; ask another one")
 
     def _run(self) -> None:
-        reason = "the service shut down before the answer was there"
+        reason = _SHUT
         try:
             with torch.no_grad():
                 while self._turn():
@@ -118,18 +137,23 @@ class Turns:
             if self._give_up:
                 return False
             self._since = now = time.monotonic()
-            jobs = [self._jobs.popleft() for _ in range(len(self._jobs))]
+            self._doing = [self._jobs.popleft() for _ in range(len(self._jobs))]
             for ticket in (*self._waiting.everyone(), *(one for w in self._worker.writers for one in w.tickets)):
                 ticket.expire(now)
             self._waiting.drop(lambda ticket: ticket.over)
             choices = self._waiting.take(Choice, self._worker.most_choices, alike=True) if self._choice_due() else []
             texts = self._waiting.take(Writing, min(_ENTER, self._worker.most - self._worker.active))
             self._taken = [*choices, *texts]
-        for job, done in jobs:
+        for job, done in self._doing:
+            if done.done():  # whoever asked has given up
+                continue
             try:
-                done.set_result(job())
+                found = job()
             except BaseException as error:
-                done.set_exception(error)
+                _settle(done.set_exception, error)
+            else:
+                _settle(done.set_result, found)
+        self._doing = []
         self._worker.drop()
         for run, tickets in ((self._worker.choose, choices), (self._worker.begin, texts)):
             if wanted := [ticket for ticket in tickets if not ticket.over]:
@@ -162,11 +186,15 @@ class Turns:
         with self._wake:
             self._closed = True
             writing = [ticket for writer in self._worker.writers for ticket in writer.tickets]
-            # Those that were taken and are in no batch yet are in nobody else's hands.
+            # What was taken and is in no batch yet, or not done yet, is in nobody else's hands.
             for ticket in (*self._waiting.everyone(), *writing, *self._taken):
                 ticket.fail(error)
             self._waiting.drop(lambda ticket: True)
-            for _, done in self._jobs:
-                if not done.done():
-                    done.set_exception(error)
+            for _, done in (*self._jobs, *self._doing):
+                _settle(done.set_exception, error)
             self._jobs.clear()
+
+
+def _settle(settle: Callable[[Any], None], value: Any) -> None:
+    with suppress(InvalidStateError):  # another thread was first
+        settle(value)

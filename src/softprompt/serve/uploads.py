@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, final
 
@@ -93,24 +93,31 @@ class Shelf:
         return self.folder / checked_name(name)
 
     @contextmanager
-    def keeping(self, name: str, content: bytes) -> Iterator[None]:
-        """Keep the file, in place of an older one, if the block ends well; else nothing has changed.
+    def keeping(self, name: str, content: bytes, *, over: bool = True) -> Iterator[None]:
+        """Keep the file, if the block ends well; else nothing has changed.
+
+        Args:
+            over: in place of one of that name.
 
         Raises:
+            FileExistsError: there is one, which another process may have put there.
             PermissionError: the name is a run's folder, or a link.
         """
         place = self.path(name)
         self._refuse_link(place)
         if place.is_dir() and not _ours(place):
             raise PermissionError(f"{name} is a run's folder and not ours to change; choose another name")
+        if not over and (place / _FILE).exists():
+            raise FileExistsError(f"the prompt name {name!r} is taken; choose another, or replace it")
         fresh = not place.is_dir()
         try:
             with files.replacing(place / _FILE) as draft:
                 draft.write_bytes(content)
                 yield
         except BaseException:
-            if fresh and place.is_dir():
-                shutil.rmtree(place)
+            if fresh:
+                with suppress(OSError):  # another copy's prompt is there meanwhile
+                    place.rmdir()
             raise
 
     def drop(self, name: str) -> None:

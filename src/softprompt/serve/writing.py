@@ -16,6 +16,9 @@ from softprompt.serve.scoring import distinct, examples, row_of
 from softprompt.serve.ticket import Ticket, Writing, overflow
 from softprompt.tasks import collate
 
+_OVERFLOW = -1
+"""In the place of a token: the model gave no numbers."""
+
 
 class Writer(ABC):
     """Rows that advance together. A step that fails leaves it as it was, so that its halves can go on instead."""
@@ -45,6 +48,8 @@ class CausalWriter(Writer):
         self._batch, logits = decoder.read([row_of(ticket) for ticket in tickets], room=1)
         self._logits: Tensor | None = logits
         self._last: list[int] = []
+        self._drawn: list[int] = []
+        """What the first rows have chosen in a step that broke off; a row that drew once more would draw another."""
         self._choosers = [_chooser(ticket, logits.device) for ticket in tickets]
 
     def step(self) -> list[int]:
@@ -61,11 +66,13 @@ class CausalWriter(Writer):
             if not is_number and not ticket.over:
                 raise overflow(ticket)
         best = likeliest.tolist()
-        self._last = [
-            best[row] if choose is None or self.tickets[row].over else int(choose(logits[row : row + 1]))
-            for row, choose in enumerate(self._choosers)
-        ]
-        self._logits = None
+        for row in range(len(self._drawn), len(self.tickets)):
+            choose = self._choosers[row]
+            if choose is None or self.tickets[row].over:
+                self._drawn.append(best[row])
+            else:
+                self._drawn.append(int(choose(logits[row : row + 1])))
+        self._last, self._drawn, self._logits = self._drawn, [], None
         return self._last
 
     def keep(self, places: Sequence[int]) -> None:
@@ -86,21 +93,24 @@ class CausalWriter(Writer):
         self._choosers = self._choosers + other._choosers
 
     def halves(self) -> tuple["CausalWriter", "CausalWriter"]:
-        """Each with its part of the keys and values."""
+        """Each with its part of the keys and values, where they are: memory may just have run out."""
         middle = len(self.tickets) // 2
-        return self._part(range(middle)), self._part(range(middle, len(self.tickets)))
+        first, second = self._part(slice(0, middle)), self._part(slice(middle, None))
+        self._batch.layers = []  # whoever still holds this one shall not keep memory that the halves give back
+        return first, second
 
-    def _part(self, places: Sequence[int]) -> "CausalWriter":
+    def _part(self, rows: slice) -> "CausalWriter":
         part = object.__new__(CausalWriter)
-        part._decoder, part._logits = self._decoder, self._logits
-        part._batch = self._decoder.select(self._batch, places)
-        part.tickets, part._last, part._choosers = self.tickets, self._last, self._choosers
-        part._pick(places)
+        part._decoder, part._batch = self._decoder, self._batch.part(rows)
+        part._logits = None if self._logits is None else self._logits[rows]
+        part.tickets, part._choosers = self.tickets[rows], self._choosers[rows]
+        part._last, part._drawn = self._last[rows], self._drawn[rows]
         return part
 
     def _pick(self, places: Sequence[int]) -> None:
         self.tickets = [self.tickets[place] for place in places]
         self._last = [self._last[place] for place in places] if self._last else []
+        self._drawn = [self._drawn[place] for place in places if place < len(self._drawn)]
         self._choosers = [self._choosers[place] for place in places]
         self._logits = None if self._logits is None else self._logits[list(places)]
 
@@ -120,10 +130,14 @@ class AttachedWriter(Writer):
             self.step()
 
     def step(self) -> list[int]:
-        """Of the rows that are still wanted."""
+        """Of the rows that are still wanted; one that overflows fails here."""
         tokens = next(self._tokens).tolist()
         self._steps += 1
-        return [tokens[place] for place in self._places]
+        found = [tokens[place] for place in self._places]
+        for ticket, token in zip(self.tickets, found, strict=True):
+            if token == _OVERFLOW:
+                ticket.fail(overflow(ticket))
+        return found
 
     def keep(self, places: Sequence[int]) -> None:
         """The others' tokens are computed on and not looked at."""
@@ -147,7 +161,7 @@ class AttachedWriter(Writer):
             inputs.attention_mask.to(backbone.device),
             max_new_tokens=max(work.max_new_tokens for work in works),
             sampling=works[0].sampling,
-            stop=(),  # whose row has ended is the engine's to say
+            stop=(_OVERFLOW,),  # whose row has ended otherwise is the engine's to say
             prompts=[one.prompt for one in prompts],
             index=torch.tensor(index, device=backbone.device),
         )

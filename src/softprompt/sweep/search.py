@@ -74,7 +74,8 @@ class _Pruning:
         if step not in self._reported:
             self._reported.add(step)
             self._trial.report(dev, step)
-        if self._prune and step < steps and self._trial.should_prune():
+        # Optuna judges by the last score reported, whichever is in hand; an earlier one was judged in its time.
+        if self._prune and step == max(self._reported) < steps and self._trial.should_prune():
             raise Pruned
 
 
@@ -105,7 +106,9 @@ def choose(cell: Experiment, search: Search, out: Path, held: Held, watch: Watch
     folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder):
         study = _study(folder / JOURNAL, name, search)
-        _refuse_other_rows(study, folder, held.rows(cell))
+        rows = held.rows_if_readable(cell, f"search {name}", watch)
+        if rows is not None:
+            _refuse_other_rows(study, folder, rows)
         fresh: set[int] = set()
         for number in range(search.trials):
             if number < len(study.trials) and study.trials[number].state.is_finished():

@@ -73,6 +73,18 @@ class Held:
             self._rows[key] = _fingerprint(task, read_splits(experiment, task).fingerprint)
         return self._rows[key]
 
+    def rows_if_readable(self, experiment: Experiment, of: str, watch: Watcher) -> str | None:
+        """The same; none, with a note on what they are `of`, where they cannot be read: finished work stands without.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        try:
+            return self.rows(experiment)
+        except OSError as error:
+            watch.note(f"{of}: whether its rows are still the same is not known: {sentence(error)}")
+            return None
+
 
 def _fingerprint(task: Task, rows: str) -> str:
     """Of all that a task says to the model and of its rows, by their own fingerprint."""
@@ -134,12 +146,8 @@ def _refuse_changed(run: Run, held: Held, watch: Watcher) -> None:
     Raises:
         ValueError: it is.
     """
-    try:
-        now = held.rows(run.experiment)
-    except OSError as error:
-        watch.note(f"{run.name}: whether its rows are still the same is not known: {sentence(error)}")
-        return
-    if now != _fingerprint(run.task, run.record["data"]):
+    now = held.rows_if_readable(run.experiment, run.name, watch)
+    if now is not None and now != _fingerprint(run.task, run.record["data"]):
         raise ValueError(
             f"{run.folder} was trained on another task or on other rows than there are now; move it away, or choose "
             "another --out"

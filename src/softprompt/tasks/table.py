@@ -31,7 +31,7 @@ def load_task(name: str, data: str | None = None) -> Task:
         data: a file that takes the place of the TOML file's `train`; a built-in task ignores it until `splits`.
 
     Raises:
-        FileNotFoundError: no such TOML or training file.
+        FileNotFoundError: no such TOML file, folder or training file.
         ValueError: an unknown name, or a file that is no task, naming the key.
     """
     if name.lower().endswith(".toml"):
@@ -43,6 +43,8 @@ def load_task(name: str, data: str | None = None) -> Task:
         return folder_task(Path(name))
     if Path(name).is_file():
         raise ValueError(f"{name} is no task; describe it in a .toml file with at least train, template and label")
+    if Path(name).is_absolute():
+        raise FileNotFoundError(f"there is no folder {name}; give a folder of images, or the path of a .toml file")
     raise ValueError(
         f"unknown task {name!r}; {suggest(first, TASKS)} (or give the path of a .toml file, or of a folder of images)"
     )

@@ -1,0 +1,90 @@
+"""A turn of the engine's thread that does not end."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from softprompt.serve import Closed, Engine, turns
+
+EngineOf = Callable[..., Engine]
+LABELS = ("yes", "no")
+
+
+def test_a_thread_that_is_stuck_is_noticed(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, go, stuck = engine_of(prompts=1, timeout=0.1), threading.Event(), threading.Event()
+    monkeypatch.setattr(turns, "_STUCK", 0.1)
+    monkeypatch.setattr(engine._worker, "choose", lambda _: (stuck.set(), go.wait(20)))
+    ticket = engine.classify("p0", ["a"], LABELS, timeout=0.1)[0]
+    assert stuck.wait(10)
+    time.sleep(0.2)
+    assert not engine.alive
+    assert not engine.status().ready
+    ticket.cancel()
+    go.set()
+    while not engine.alive:
+        time.sleep(0.01)
+
+
+def test_a_thread_that_is_stuck_can_be_shut_down(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, go, stuck = engine_of(prompts=1), threading.Event(), threading.Event()
+    monkeypatch.setattr(turns, "_LAST", 0.2, raising=False)
+    monkeypatch.setattr(engine._worker, "choose", lambda _: (stuck.set(), go.wait(30)))
+    found: list[BaseException] = []
+
+    def change() -> None:
+        try:
+            engine._turns.do(lambda: stuck.set() or go.wait(30))
+        except BaseException as error:
+            found.append(error)
+
+    changes = [threading.Thread(target=change, daemon=True) for _ in range(2)]  # one is done, one is in line
+    closing = threading.Thread(target=engine.close, args=(0.1,), daemon=True)
+    try:
+        for thread in changes:
+            thread.start()
+        assert stuck.wait(10)
+        tickets = [engine.classify("p0", ["a"], LABELS)[0], engine.generate("p0", "a")]
+        closing.start()
+        closing.join(10)
+        assert not closing.is_alive()
+        for ticket in tickets:
+            with pytest.raises(Closed, match="shut down"):
+                ticket.result(0.0)
+        for thread in changes:
+            thread.join(10)
+        assert [type(error) for error in found] == [Closed, Closed]
+        engine.close(0.0)
+    finally:
+        go.set()
+    engine._turns._thread.join(10)  # it comes back to a service that is closed
+    assert not engine._turns._thread.is_alive()
+
+
+def test_what_is_sent_to_a_stuck_thread_is_refused_in_time(
+    service_of: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    prompt_file: Callable[..., bytes],
+    error_of: Callable[..., Any],
+) -> None:
+    service, go, stuck = service_of(prompts=1, timeout=0.1), threading.Event(), threading.Event()
+    engine, content = service.engine, prompt_file(service.engine)
+    monkeypatch.setattr(turns, "_STUCK", 0.3)
+    monkeypatch.setattr(engine._worker, "choose", lambda _: (stuck.set(), go.wait(30)))
+    engine.classify("p0", ["a"], LABELS)
+    assert stuck.wait(10)
+    with service.admin() as client:
+        try:
+            for _ in range(2):  # the first one does not hold up the next
+                answer = client.put("/v1/prompts/new", content=content, timeout=10)
+                assert answer.status_code == 504
+                assert "try again" in error_of(answer)["message"]
+        finally:
+            go.set()
+        monkeypatch.setattr(turns, "_STUCK", 60.0)
+        assert engine._turns.do(lambda: "done") == "done"
+        assert not engine.serves("new")  # what was refused is not done later
+        assert not any(service.shelf.iterdir())
+        assert client.put("/v1/prompts/new", content=content).status_code == 200
