@@ -129,4 +129,5 @@ if __name__ == "__main__":
         Pair("isolated", "peft", same=False),
         Pair("isolated", "peft_dropout", same=False),
     ]
-    main(__file__, SIDES, PAIRS, Settings(tokens=(80,)), str(__doc__))
+    # T5 computes its loss in the model's dtype: near 11 a bfloat16 is a whole rounding of 0.06 wide on PEFT's side alone.
+    main(__file__, SIDES, PAIRS, Settings(tokens=(80,)), str(__doc__), roundings=2)

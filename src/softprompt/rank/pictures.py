@@ -15,6 +15,8 @@ _VIEWS = {"prompt": "prompt P", "centred": "P less its mean row", "update": "lea
 _RANKS = {"numerical": "numerical rank", "stable": "stable rank", "effective": "effective rank"}
 _MOST_NAMES = 10
 """Lines beyond which a legend says nothing more."""
+_TICKS = 10
+"""Ranks that are all named below the axis; of more, the powers of two and the last."""
 _COLUMNS = 3
 
 
@@ -145,16 +147,17 @@ def _score_panel(axes: Any, name: str, found: Functional) -> None:
     if found.paired is not None:
         axes.axvline(found.paired, color="C2", linestyle=":", label=f"no loss shown from {found.paired} on")
     axes.set_xscale("symlog", base=2, linthresh=1)
-    shown = sorted({rank for rank in ranks if rank & (rank - 1) == 0} | {ranks[-1]})  # 0, 1, 2, 4, ... and the last
+    powers = sorted({rank for rank in ranks if rank & (rank - 1) == 0} | {ranks[-1]})  # 0, 1, 2, 4, ... and the last
+    shown = ranks if len(ranks) <= _TICKS else powers
     axes.set_xticks(shown, [str(rank) for rank in shown])
     axes.minorticks_off()
-    axes.set_xlim(right=1.15 * ranks[-1] + 0.1)
+    axes.set_xlim(left=0.8 * ranks[0] if ranks[0] else -0.1, right=1.15 * ranks[-1] + 0.1)
     axes.set(
         xlabel=f"rank of the {found.part}",
         ylabel=f"{found.split} {found.full.metric} ({found.full.n} rows)",
         title=name,
     )
-    axes.legend(fontsize="x-small")
+    axes.legend(fontsize="x-small", loc="lower right")
 
 
 def _densities(axes: Any, pair: Pair, title: str) -> None:
