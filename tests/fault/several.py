@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from softprompt import Backbone, Experiment, Run, backbone, checkpoint, cli, resume, train
+from softprompt import Backbone, Experiment, backbone, checkpoint, cli, resume, runs, train
 from softprompt.optimise import Optimiser
 
 SECONDS = 60
@@ -35,7 +35,7 @@ SECONDS = 60
 
 def arm(kind: str, at: int) -> None:
     """Make it happen in this process before the end of step `at`."""
-    loss_sum, save, start, calls = Optimiser._loss_sum, checkpoint.save, Run.start, [0]
+    loss_sum, save, start, calls = Optimiser._loss_sum, checkpoint.save, runs.first_attachment, [0]
 
     def spoilt(self: Any, rows: Any) -> Any:
         calls[0] += 1
@@ -53,15 +53,15 @@ def arm(kind: str, at: int) -> None:
             raise OSError(errno.ENOSPC, "there is no room")
         save(run, saved)
 
-    def elsewhere(self: Run, loaded: Backbone, *, warm: bool = False) -> Any:
-        attachment = start(self, loaded, warm=warm)
+    def elsewhere(*given: Any, **also: Any) -> Any:
+        attachment = start(*given, **also)
         with torch.no_grad():
             for parameter in attachment.parameters():
                 parameter.neg_()
         return attachment
 
     if kind == "start":
-        Run.start = elsewhere  # type: ignore[method-assign]
+        runs.first_attachment = elsewhere
     elif kind == "full":
         checkpoint.save = no_room
     elif kind == "dtype":
