@@ -85,7 +85,7 @@ def work(job: dict[str, Any], out: Path, loaded: Backbone) -> int:
 def child(job: dict[str, Any], index: int, port: int, out: Path, loaded: Backbone) -> None:
     """One process of the job, which never returns."""
     signal.alarm(SECONDS)
-    place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": job["count"], "MASTER_PORT": port}
+    place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": job["count"], "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     if job["count"] > 1:  # as torchrun does
         os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     for number, stream in ((1, "out"), (2, "err")):
