@@ -38,6 +38,7 @@ bench: setup
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/score.py
 	$(BIN)/python benchmarks/mixed.py
+	$(BIN)/python benchmarks/together.py
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/t5_step.py

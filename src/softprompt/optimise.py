@@ -1,8 +1,13 @@
-"""One step of a training: the loss of a batch, its gradient over all processes, and AdamW at each group's rate."""
+"""One step of a training: the loss of a batch, its gradient over all processes, and AdamW at each group's rate.
+
+A training asks for the gradient of its rows and waits: whoever drives it (`together`) may compute it in one pass with
+those of other trainings on the same backbone.
+"""
 
 import math
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Generator, Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +17,32 @@ from softprompt.baseline import RATES
 from softprompt.experiment import Experiment
 from softprompt.predict import pad_id
 from softprompt.processes import Processes
+from softprompt.prompts import SoftPrompt
 from softprompt.tasks import Example, Task, answer_ids, answer_labels, collate
+
+T = TypeVar("T")
+
+
+@final
+@dataclass(frozen=True)
+class Wanted:
+    """Rows whose loss, summed and divided by `weight`, and whose gradient a training waits for."""
+
+    optimiser: "Optimiser"
+    rows: Sequence[Example]
+    weight: int
+
+
+class Given(NamedTuple):
+    """What it is given, once the gradient is in its parameters."""
+
+    loss: Tensor
+    seconds: float
+    """The training's share of the time that it took."""
+
+
+Steps = Generator[Wanted, Given, T]
+"""A training: it asks for gradients until it returns what came of it."""
 
 
 @final
@@ -29,7 +59,7 @@ class Optimiser:
             weight_decay=settings.weight_decay,
         )
 
-    def step(self, rows: Sequence[Example], rate: float, number: int) -> float:
+    def step(self, rows: Sequence[Example], rate: float, number: int) -> Steps[Given]:
         """One step at the learning rate `rate`; its loss.
 
         Args:
@@ -43,21 +73,45 @@ class Optimiser:
         for group in self.adamw.param_groups:
             group["lr"] = rate * group["rate"]
         weight = len(rows) if self._candidates else sum(len(self._target(row)) for row in rows)
-        loss = torch.zeros((), device=self.attachment.backbone.device)
+        loss, seconds = torch.zeros((), device=self.attachment.backbone.device), 0.0
         own = self.processes.share(rows)
-        with self.processes.part(), self.attachment.backbone.dropout(self.settings.dropout):
+        with self.processes.part():
             for part in range(self.settings.accumulate):
                 if piece := own[part :: self.settings.accumulate]:
-                    piece_loss = self._loss_sum(piece) / weight
-                    piece_loss.backward()  # type: ignore[no-untyped-call]
-                    loss += piece_loss.detach()
+                    given = yield Wanted(self, piece, weight)
+                    loss += given.loss
+                    seconds += given.seconds
         parameters = list(self.attachment.parameters())
         self.processes.total(loss, parameters)
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf)
         _refuse_not_finite(float(loss), float(norm), rate, number, rows)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        return float(loss)
+        return Given(loss, seconds)
+
+    @property
+    def kind(self) -> Hashable:
+        """Trainings of one kind may go through one pass: the rows of each differ in their prompt alone."""
+        attachment = self.attachment
+        if attachment.prompt is None or attachment.head is not None or self.settings.dropout:
+            return id(self)
+        words = answer_ids(self.task, attachment.backbone.tokenizer) if self._candidates else None
+        return id(attachment.backbone.model), attachment.place, attachment.attend, words
+
+    def losses(
+        self, rows: Sequence[Example], prompts: Sequence[SoftPrompt] | None = None, index: Tensor | None = None
+    ) -> Tensor:
+        """Each row's loss; of other prompts than the attachment's own, `index` says which is a row's."""
+        tokenizer, device = self.attachment.backbone.tokenizer, self.attachment.backbone.device
+        joined = not self._candidates and not self.attachment.closed
+        batch = collate(rows, pad_id=pad_id(tokenizer), side="left", with_answers=joined)
+        ids, mask = batch.inputs(device)
+        with self.attachment.backbone.dropout(self.settings.dropout):
+            if self._candidates:
+                scores = self.attachment.score(ids, mask, answer_ids(self.task, tokenizer), prompts, index)
+                return nn.functional.cross_entropy(scores, batch.classes.to(device), reduction="none")
+            labels = (batch.labels if joined else answer_labels([self._target(row) for row in rows])).to(device)
+            return self.attachment.losses(ids, mask, labels, prompts, index)
 
     @property
     def _candidates(self) -> bool:
@@ -67,18 +121,6 @@ class Optimiser:
 
     def _target(self, row: Example) -> tuple[int, ...]:
         return self.attachment.target(row.answer_ids)
-
-    def _loss_sum(self, rows: Sequence[Example]) -> Tensor:
-        tokenizer, device = self.attachment.backbone.tokenizer, self.attachment.backbone.device
-        joined = not self._candidates and not self.attachment.closed
-        batch = collate(rows, pad_id=pad_id(tokenizer), side="left", with_answers=joined)
-        ids, mask = batch.inputs(device)
-        if self._candidates:
-            scores = self.attachment.score(ids, mask, answer_ids(self.task, tokenizer))
-            return nn.functional.cross_entropy(scores, batch.classes.to(device), reduction="sum")
-        labels = (batch.labels if joined else answer_labels([self._target(row) for row in rows])).to(device)
-        loss: Tensor = self.attachment(ids, mask, labels).loss
-        return loss * (labels != -100).sum()
 
 
 def _refuse_not_finite(loss: float, norm: float, rate: float, number: int, rows: Sequence[Example]) -> None:

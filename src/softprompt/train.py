@@ -20,11 +20,12 @@ from softprompt.begin import Material
 from softprompt.checkpoint import Checkpoint
 from softprompt.evaluate import draw, score_answers
 from softprompt.experiment import Experiment
-from softprompt.optimise import Optimiser
+from softprompt.optimise import Optimiser, Steps
 from softprompt.predict import Answer, answer, input_limit
 from softprompt.processes import Processes
 from softprompt.runs import Run
 from softprompt.tasks import Example, Score, augmented, encode, schedule
+from softprompt.together import alone
 from softprompt.watch import Interrupted, Progress, Silent, Watcher, interruptible
 
 
@@ -50,7 +51,20 @@ def train(
         ValueError: settings, rows or backbone do not fit, or the loss is no number.
         Interrupted: Ctrl-C; a checkpoint is there to go on from.
     """
-    processes, told = _together(backbone, watch)
+    return alone(training(experiment, out=out, name=name, backbone=backbone, watch=watch, log_with=log_with))
+
+
+def training(
+    experiment: Experiment,
+    *,
+    out: str | Path = "runs",
+    name: str | None = None,
+    backbone: Backbone | None = None,
+    watch: Watcher | None = None,
+    log_with: str | None = None,
+) -> Steps[Run]:
+    """`train`, to be driven together with others."""
+    processes, told = _processes(backbone, watch)
     whole = experiment.located()
     found = processes.in_turn(lambda: begin.anew(whole, backbone, told))
     processes.refuse_different("the rows", found.rows.fingerprint)
@@ -58,7 +72,7 @@ def train(
     run = processes.from_main(
         lambda: runs.create(whole, found.task, found.backbone, Path(out), name, found.rows.fingerprint)
     )
-    return _work_on(run, found, processes, told, log_with)
+    return (yield from _work_on(run, found, processes, told, log_with))
 
 
 def resume(
@@ -69,28 +83,35 @@ def resume(
     Raises:
         ValueError: the rows or the backbone's weights are not those it was started with.
     """
-    processes, told = _together(backbone, watch)
+    return alone(resuming(folder, backbone=backbone, watch=watch, log_with=log_with))
+
+
+def resuming(
+    folder: str | Path, *, backbone: Backbone | None = None, watch: Watcher | None = None, log_with: str | None = None
+) -> Steps[Run]:
+    """`resume`, to be driven together with others."""
+    processes, told = _processes(backbone, watch)
     run = processes.from_main(lambda: runs.open_run(folder))
     if run.results is not None:
         return run
     found = processes.in_turn(lambda: begin.again(run, backbone, told))
-    return _work_on(run, found, processes, told, log_with)
+    return (yield from _work_on(run, found, processes, told, log_with))
 
 
-def _together(backbone: Backbone | None, watch: Watcher | None) -> tuple[Processes, Watcher]:
+def _processes(backbone: Backbone | None, watch: Watcher | None) -> tuple[Processes, Watcher]:
     """All that train this run, and who is told: the main process's watcher alone."""
     cpu = not torch.cuda.is_available() if backbone is None else backbone.device.type == "cpu"
     processes = Processes(cpu=cpu)
     return processes, watch if watch and processes.main else Silent()
 
 
-def _work_on(run: Run, found: Material, processes: Processes, watch: Watcher, log_with: str | None) -> Run:
+def _work_on(run: Run, found: Material, processes: Processes, watch: Watcher, log_with: str | None) -> Steps[Run]:
     with ExitStack() as held:
         processes.from_main(lambda: held.enter_context(files.locked(run.folder)))
         saved = processes.from_main(lambda: checkpoint.latest(run.folder))
         with processes.part():
-            training = _Training(run, found, saved, processes, watch, log_with)
-        return training.go()
+            work = _Training(run, found, saved, processes, watch, log_with)
+        return (yield from work.go())
 
 
 class _Training:
@@ -126,14 +147,14 @@ class _Training:
         if processes.main:
             run.rewind_metrics(self.done)
 
-    def go(self) -> Run:
+    def go(self) -> Steps[Run]:
         """Train to the end and write down what came of it."""
         before = self.backbone.hash
         self.processes.alike(self.attachment.state_dict().values())
         self.watch.stage("training")
         log_file = self.run.folder / runs.METRICS if self.processes.main else Path(os.devnull)
         with interruptible(twice=self.processes.count == 1) as interrupted, log_file.open("a", encoding="utf-8") as log:
-            self._loop(log, interrupted)
+            yield from self._loop(log, interrupted)
         self.attachment.load_state_dict(self.best)
         with self.processes.part():
             if self.attachment.tuned is None and self.backbone.checksum() != before:
@@ -142,24 +163,22 @@ class _Training:
                 )
         return self._finish()
 
-    def _loop(self, log: Any, interrupted: threading.Event) -> None:
+    def _loop(self, log: Any, interrupted: threading.Event) -> Steps[None]:
         settings = self.settings
         lengths = [len(example.input_ids) for example in self.train]
         order = schedule(lengths, settings.batch, self.run.experiment.seed, start=self.done)
         score: Score | None = None
         while self.done < settings.steps and not self._stale():
-            start = time.perf_counter()
             rows = [self.train[place] for place in next(order)[1]]
             rate = settings.rate(self.done)
-            loss = self.optimiser.step(rows, rate, self.done + 1)
-            speed = len(rows) / (time.perf_counter() - start)
+            given = yield from self.optimiser.step(rows, rate, self.done + 1)
+            loss, start = float(given.loss), time.perf_counter()
             self.done += 1
             line: dict[str, Any] = {"step": self.done, "loss": loss, "lr": rate}
             if self.done % settings.evaluate_every == 0 or self.done == settings.steps:
                 score = self._evaluate()
                 line["dev"] = score.value
-            seconds = time.perf_counter() - start
-            self.place["seconds"] += seconds
+            self.place["seconds"] += given.seconds + time.perf_counter() - start
             log.write(runs.json_line(line))
             log.flush()
             self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=self.done)
@@ -171,7 +190,7 @@ class _Training:
                     steps=settings.steps,
                     loss=loss,
                     lr=rate,
-                    rows_per_second=speed,
+                    rows_per_second=len(rows) / given.seconds,
                     dev=score,
                 )
             )

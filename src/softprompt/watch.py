@@ -52,30 +52,63 @@ class Silent:
         """Nothing."""
 
 
+@final
+class Named:
+    """One of several trainings at a time: its notes and development scores are told with its name."""
+
+    def __init__(self, name: str, watch: Watcher) -> None:
+        self._name, self._watch = name, watch
+        self._told: Score | None = None
+
+    def stage(self, text: str) -> None:
+        """Nothing: the others are in other parts of their work."""
+
+    def note(self, text: str) -> None:
+        """Tell it."""
+        self._watch.note(f"{self._name}: {text}")
+
+    def step(self, progress: Progress) -> None:
+        """Tell a new evaluation."""
+        if progress.dev is not None and progress.dev is not self._told:
+            self._told = progress.dev
+            score = f"dev {progress.dev.metric} {progress.dev.value:.3f}"
+            self._watch.note(f"{self._name}: step {progress.step}/{progress.steps}  loss {progress.loss:.3f}  {score}")
+
+
 class Interrupted(Exception):
     """Training was asked to stop; its message says how to go on."""
 
 
+_listening: list[threading.Event] = []
+"""The event of each that listens in the main thread, which is one and the same."""
+_before: dict[int, Any] = {}
+"""The handlers of signals before the first of them."""
+
+
 @contextmanager
 def interruptible(*, twice: bool = True) -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C (or SIGTERM) sets.
+    """An event that the first Ctrl-C (or SIGTERM) sets; of several trainings at a time all have the same.
 
     Args:
         twice: a second one stops at once. Not where a launcher, too, passes the terminal's signal on.
     """
-    asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield threading.Event()
         return
+    asked = _listening[0] if _listening else threading.Event()
 
     def ask(number: int, frame: Any) -> None:
         if twice and asked.is_set():
             raise KeyboardInterrupt
         asked.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    if not _listening:
+        _before.update((number, signal.signal(number, ask)) for number in (signal.SIGINT, signal.SIGTERM))
+    _listening.append(asked)
     try:
         yield asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _listening.pop()
+        if not _listening:
+            for number, handler in _before.items():
+                signal.signal(number, handler)

@@ -35,9 +35,9 @@ SECONDS = 60
 
 def arm(kind: str, at: int) -> None:
     """Make it happen in this process before the end of step `at`."""
-    loss_sum, save, start, calls = Optimiser._loss_sum, checkpoint.save, runs.first_attachment, [0]
+    losses, save, start, calls = Optimiser.losses, checkpoint.save, runs.first_attachment, [0]
 
-    def spoilt(self: Any, rows: Any) -> Any:
+    def spoilt(self: Any, *given: Any) -> Any:
         calls[0] += 1
         if calls[0] == at:
             if kind == "kill":
@@ -46,7 +46,7 @@ def arm(kind: str, at: int) -> None:
                 os.kill(os.getpid(), signal.SIGINT)
             if kind == "raise":
                 raise ValueError("its memory is full")
-        return loss_sum(self, rows)
+        return losses(self, *given)
 
     def no_room(run: Path, saved: Any) -> None:
         if saved.step == at:
@@ -67,7 +67,7 @@ def arm(kind: str, at: int) -> None:
     elif kind == "dtype":
         backbone.measured_dtype = lambda _: torch.bfloat16
     else:
-        Optimiser._loss_sum = spoilt  # type: ignore[method-assign]
+        Optimiser.losses = spoilt  # type: ignore[method-assign]
 
 
 def work(job: dict[str, Any], out: Path, loaded: Backbone) -> int:

@@ -20,6 +20,20 @@ class Prepared(ABC):
     prompts: Sequence[SoftPrompt]
 
 
+Ids = Int[Tensor, "batch seq"]
+"""A batch's tokens."""
+Mask = Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None
+"""1 at tokens, 0 at padding; none: all are tokens."""
+Labels = Int[Tensor, "batch target"]
+"""What a row should answer; -100 where it should nothing."""
+Candidates = Sequence[Sequence[int]]
+"""The tokens of each possible answer."""
+Prompts = Sequence[SoftPrompt] | Prepared | None
+"""Those of a call; none: the attachment's own."""
+Index = Int[Tensor, " batch"] | None
+"""Which of several prompts each row takes."""
+
+
 class Attachment(nn.Module, ABC):
     """A prompt in front of a frozen backbone, as a module whose only parameters are the prompt's and its head's.
 
@@ -82,36 +96,46 @@ class Attachment(nn.Module, ABC):
     @abstractmethod
     def forward(
         self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None = None,
-        labels: Int[Tensor, "batch target"] | None = None,
-        prompts: Sequence[SoftPrompt] | Prepared | None = None,
-        index: Int[Tensor, " batch"] | None = None,
+        input_ids: Ids,
+        attention_mask: Mask = None,
+        labels: Labels | None = None,
+        prompts: Prompts = None,
+        index: Index = None,
     ) -> Any:
         """A transformers ModelOutput with `logits`, and `loss` where `labels` are given (-100: no label)."""
 
     @abstractmethod
+    def labelled(
+        self, input_ids: Ids, attention_mask: Mask, labels: Labels, prompts: Prompts = None, index: Index = None
+    ) -> tuple[Float[Tensor, "batch kept classes"], Int[Tensor, "batch kept"]]:
+        """The logits that predict the labels, and what they should say; -100 where a row has no label of its own."""
+
+    def losses(
+        self, input_ids: Ids, attention_mask: Mask, labels: Labels, prompts: Prompts = None, index: Index = None
+    ) -> Float[Tensor, " batch"]:
+        """Each row's loss, float32: the sum of the cross-entropies at its labels."""
+        logits, targets = self.labelled(input_ids, attention_mask, labels, prompts, index)
+        at = targets != -100
+        each = nn.functional.cross_entropy(logits[at].float(), targets[at], reduction="none")
+        return each.new_zeros(len(targets)).index_add(0, at.nonzero()[:, 0], each)
+
+    @abstractmethod
     def score(
-        self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | None,
-        candidates: Sequence[Sequence[int]],
-        prompts: Sequence[SoftPrompt] | Prepared | None = None,
-        index: Int[Tensor, " batch"] | None = None,
+        self, input_ids: Ids, attention_mask: Mask, candidates: Candidates, prompts: Prompts = None, index: Index = None
     ) -> Float[Tensor, "batch candidate"]:
         """Log-probability, float32, of each candidate's tokens as the answer to each row."""
 
     @abstractmethod
     def generate(
         self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        input_ids: Ids,
+        attention_mask: Mask = None,
         *,
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
         stop: Sequence[int] | None = None,
-        prompts: Sequence[SoftPrompt] | Prepared | None = None,
-        index: Int[Tensor, " batch"] | None = None,
+        prompts: Prompts = None,
+        index: Index = None,
     ) -> Iterator[Int[Tensor, " batch"]]:
         """One token a row and step, as soon as it is known; a finished row repeats its stop token.
 
@@ -133,7 +157,7 @@ class Attachment(nn.Module, ABC):
         prompt = None if self.prompt is None else self.prompt.fold().to(self.backbone.device)
         return type(self)(self.backbone, prompt, self.head, self.tuned, self.place, self.attend)
 
-    def chosen(self, prompts: Sequence[SoftPrompt] | Prepared | None) -> Prepared:
+    def chosen(self, prompts: Prompts) -> Prepared:
         """`prompts` made ready, or the attachment's own."""
         if isinstance(prompts, Prepared):
             return prompts
@@ -142,11 +166,7 @@ class Attachment(nn.Module, ABC):
         return self.prepare(prompts)
 
     def shifted(
-        self,
-        prompts: Sequence[SoftPrompt],
-        index: Int[Tensor, " batch"] | None,
-        ids: Int[Tensor, "batch seq"],
-        positions: Int[Tensor, "batch seq"],
+        self, prompts: Sequence[SoftPrompt], index: Index, ids: Ids, positions: Int[Tensor, "batch seq"]
     ) -> Float[Tensor, "batch seq dim"]:
         """The rows' own embeddings, each as its prompt wants them, in the backbone's dtype."""
         embeds = self.backbone.model.get_input_embeddings()(ids)
@@ -196,3 +216,9 @@ class Attachment(nn.Module, ABC):
                 f"a row has {longest} positions with its prompt and answer, but {self.backbone.source} has {limit}; "
                 "shorten the rows (max_tokens) or the prompt (length)"
             )
+
+
+def mean_loss(logits: Float[Tensor, "batch kept classes"], targets: Int[Tensor, "batch kept"]) -> Float[Tensor, ""]:
+    """The mean cross-entropy, float32, at the targets other than -100."""
+    at = targets != -100
+    return nn.functional.cross_entropy(logits[at].float(), targets[at])

@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeGuard, final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
 from softprompt import attention, decoder
-from softprompt.attach.base import Attachment, Prepared
+from softprompt.attach.base import Attachment, Candidates, Ids, Index, Labels, Mask, Prepared, Prompts, mean_loss
 from softprompt.attach.exact import check_exact, refuse_unusual, sliding_window
 from softprompt.attach.inline import Matrices, matrices, whole
 from softprompt.attach.packed import packed_logits
@@ -95,11 +95,11 @@ class Causal(Attachment):
 
     def forward(
         self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None = None,
-        labels: Int[Tensor, "batch target"] | None = None,
-        prompts: Sequence[SoftPrompt] | Prepared | None = None,
-        index: Int[Tensor, " batch"] | None = None,
+        input_ids: Ids,
+        attention_mask: Mask = None,
+        labels: Labels | None = None,
+        prompts: Prompts = None,
+        index: Index = None,
     ) -> CausalLMOutput:
         """Logits and loss of the text after its prompt; the prompt itself has no logits.
 
@@ -108,15 +108,23 @@ class Causal(Attachment):
         positions alone: logits are `[batch, kept, vocab]`, one column for each place (after moving padding to the
         front) at which any row has a label.
         """
-        text = aligned(input_ids, checked_mask(input_ids, attention_mask))
         if labels is None:
+            text = aligned(input_ids, checked_mask(input_ids, attention_mask))
             found = self._read(text, self._prepared(prompts), index, keep=None).logits
             logits = torch.zeros(*input_ids.shape, found.shape[-1], dtype=found.dtype, device=found.device)
             return CausalLMOutput(logits=logits.scatter(1, text.order[..., None].expand_as(found), found))
+        logits, targets = self.labelled(input_ids, attention_mask, labels, prompts, index)
+        return CausalLMOutput(loss=mean_loss(logits, targets), logits=logits)
+
+    def labelled(
+        self, input_ids: Ids, attention_mask: Mask, labels: Labels, prompts: Prompts = None, index: Index = None
+    ) -> tuple[Float[Tensor, "batch kept vocab"], Int[Tensor, "batch kept"]]:
+        """The logits that predict the labels, and the labels, in `forward`'s columns."""
         if labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels are {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)}; make them equal"
             )
+        text = aligned(input_ids, checked_mask(input_ids, attention_mask))
         wanted = labels.gather(1, text.order).masked_fill(text.mask == 0, -100)
         columns = (wanted != -100).any(0).nonzero()[:, 0]
         if not len(columns):
@@ -125,16 +133,10 @@ class Causal(Attachment):
         targets = wanted[:, columns]
         if bare:  # nothing stands before the first token, so nothing predicts it
             targets = targets.masked_fill(text.first()[:, columns], -100)
-        at = targets != -100
-        return CausalLMOutput(loss=nn.functional.cross_entropy(logits[at].float(), targets[at]), logits=logits)
+        return logits, targets
 
     def score(
-        self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | None,
-        candidates: Sequence[Sequence[int]],
-        prompts: Sequence[SoftPrompt] | Prepared | None = None,
-        index: Int[Tensor, " batch"] | None = None,
+        self, input_ids: Ids, attention_mask: Mask, candidates: Candidates, prompts: Prompts = None, index: Index = None
     ) -> Float[Tensor, "batch candidate"]:
         """Log-probability of each candidate after each row: one pass over the text, shared by all candidates."""
         if not candidates or not all(candidates):
@@ -157,14 +159,14 @@ class Causal(Attachment):
 
     def generate(
         self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        input_ids: Ids,
+        attention_mask: Mask = None,
         *,
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
         stop: Sequence[int] | None = None,
-        prompts: Sequence[SoftPrompt] | Prepared | None = None,
-        index: Int[Tensor, " batch"] | None = None,
+        prompts: Prompts = None,
+        index: Index = None,
     ) -> Iterator[Int[Tensor, " batch"]]:
         """Token by token, greedy or sampled, from the keys and values of prompt and text."""
         stop = self.end_of_sequence() if stop is None else stop
@@ -192,15 +194,15 @@ class Causal(Attachment):
         """As it is: it goes on where the text stops."""
         return tuple(answer)
 
-    def _may_pack(self, prompts: Sequence[SoftPrompt] | Prepared | None) -> TypeGuard[Sequence[SoftPrompt] | None]:
+    def _may_pack(self, prompts: Prompts) -> TypeGuard[Sequence[SoftPrompt] | None]:
         return self.packs and not isinstance(prompts, Prepared)
 
     def _predicting(
         self,
         text: Rows,
         columns: Int[Tensor, " kept"],
-        prompts: Sequence[SoftPrompt] | Prepared | None,
-        index: Int[Tensor, " batch"] | None,
+        prompts: Prompts,
+        index: Index,
         labels: Int[Tensor, "batch seq"] | None = None,
     ) -> tuple[Float[Tensor, "batch kept vocab"], bool]:
         """The logits that predict the tokens in `columns`, and whether a row's first token has nothing before it.
@@ -228,7 +230,7 @@ class Causal(Attachment):
         which = row_index(index, max(len(prepared.prompts), 1), text.ids)
         return prepared.predicting(state.logits, text.first()[:, columns], which), prepared.logits is None
 
-    def _prepared(self, prompts: Sequence[SoftPrompt] | Prepared | None) -> Prefix | Matrices:
+    def _prepared(self, prompts: Prompts) -> Prefix | Matrices:
         prepared = self.chosen(prompts)
         if not isinstance(prepared, Prefix if self.place == "front" or not prepared.prompts else Matrices):
             raise ValueError(
@@ -245,7 +247,7 @@ class Causal(Attachment):
         self,
         text: Rows,
         prepared: Prefix | Matrices,
-        index: Int[Tensor, " batch"] | None,
+        index: Index,
         keep: Int[Tensor, " kept"] | None,
         room: int = 0,
         labels: Int[Tensor, "batch seq"] | None = None,
@@ -305,7 +307,7 @@ class Causal(Attachment):
         ids: Int[Tensor, "batch more"],
         positions: Int[Tensor, "batch more"],
         prompts: Sequence[SoftPrompt],
-        index: Int[Tensor, " batch"] | None,
+        index: Index,
         real: Int[Tensor, "batch more"] | None = None,
     ) -> _State:
         """Further tokens after a batch that has been read; `real` marks padding behind them."""
@@ -315,21 +317,12 @@ class Causal(Attachment):
         return _State(state.cache, mask, self._run(embeds, state.cache, mask, ids, 0))
 
     def _score_rest(
-        self,
-        state: _State,
-        text: Rows,
-        prepared: Prefix | Matrices,
-        index: Int[Tensor, " batch"] | None,
-        candidates: Sequence[Sequence[int]],
+        self, state: _State, text: Rows, prepared: Prefix | Matrices, index: Index, candidates: Candidates
     ) -> Float[Tensor, "batch candidate"]:
         """Log-probability of each candidate's second and later tokens, from the text's keys and values."""
         device, batch, count = text.ids.device, len(text.ids), len(candidates)
-        longest = max(len(candidate) for candidate in candidates)
-        padded = torch.zeros(count, longest, dtype=torch.long, device=device)
-        real = torch.zeros(count, longest, dtype=torch.long, device=device)
-        for which, candidate in enumerate(candidates):
-            padded[which, : len(candidate)] = torch.tensor(list(candidate), device=device)
-            real[which, : len(candidate)] = 1
+        given = nn.utils.rnn.pad_sequence([torch.tensor(list(one)) for one in candidates], True, -100).to(device)
+        padded, real, longest = given.clamp(min=0), (given != -100).long(), given.shape[1]
         state.cache.batch_repeat_interleave(count)
         wide = _State(state.cache, state.mask.repeat_interleave(count, 0), state.logits)
         place = text.mask.sum(1, keepdim=True).repeat_interleave(count, 0) + torch.arange(longest - 1, device=device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput
 
 from softprompt import attention
-from softprompt.attach.base import Attachment, Prepared
+from softprompt.attach.base import Attachment, Candidates, Ids, Index, Labels, Mask, Prompts, mean_loss
 from softprompt.attach.exact import exact, exact_isolated, refuse_different
 from softprompt.attach.inline import Matrices, Whole, chosen, isolated, matrices, whole
 from softprompt.attach.rows import Rows, aligned, checked_mask
@@ -101,11 +101,11 @@ class Encoder(Attachment):
 
     def forward(
         self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None = None,
-        labels: Int[Tensor, "batch target"] | None = None,
-        prompts: Sequence[SoftPrompt] | Prepared | None = None,
-        index: Int[Tensor, " batch"] | None = None,
+        input_ids: Ids,
+        attention_mask: Mask = None,
+        labels: Labels | None = None,
+        prompts: Prompts = None,
+        index: Index = None,
     ) -> MaskedLMOutput | SequenceClassifierOutput:
         """Logits at the mask, `[batch, 1, vocab]`, or the head's, `[batch, classes]`; the loss is a mean in float32.
 
@@ -114,26 +114,29 @@ class Encoder(Attachment):
         Raises:
             ValueError: several columns of labels, or no label at all.
         """
-        if labels is not None and (labels.shape[1] != 1 or not bool((labels != -100).any())):
+        loss = None
+        if labels is None:
+            logits = self._logits(input_ids, attention_mask, prompts, index)[:, None]
+        else:
+            logits, targets = self.labelled(input_ids, attention_mask, labels, prompts, index)
+            loss = mean_loss(logits, targets)
+        if self.head is not None:
+            return SequenceClassifierOutput(loss=loss, logits=logits[:, 0])
+        return MaskedLMOutput(loss=loss, logits=logits)
+
+    def labelled(
+        self, input_ids: Ids, attention_mask: Mask, labels: Labels, prompts: Prompts = None, index: Index = None
+    ) -> tuple[Float[Tensor, "batch 1 classes"], Int[Tensor, "batch 1"]]:
+        """The logits at the mask or of the head's classes, and the labels; raises as `forward` does."""
+        if labels.shape[1] != 1 or not bool((labels != -100).any()):
             raise ValueError(
                 f"labels of {self.backbone.source} are {tuple(labels.shape)}; an encoder answers with one token or "
                 "class, so give one column with at least one label (use answers of a single token)"
             )
-        logits = self._logits(input_ids, attention_mask, prompts, index)
-        loss = None
-        if labels is not None:
-            loss = nn.functional.cross_entropy(logits.float(), labels[:, 0])
-        if self.head is not None:
-            return SequenceClassifierOutput(loss=loss, logits=logits)
-        return MaskedLMOutput(loss=loss, logits=logits[:, None])
+        return self._logits(input_ids, attention_mask, prompts, index)[:, None], labels
 
     def score(
-        self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | None,
-        candidates: Sequence[Sequence[int]],
-        prompts: Sequence[SoftPrompt] | Prepared | None = None,
-        index: Int[Tensor, " batch"] | None = None,
+        self, input_ids: Ids, attention_mask: Mask, candidates: Candidates, prompts: Prompts = None, index: Index = None
     ) -> Float[Tensor, "batch candidate"]:
         """Log-probability of each candidate's token at the mask; with a head, of each class, whatever its tokens.
 
@@ -157,14 +160,14 @@ class Encoder(Attachment):
 
     def generate(
         self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        input_ids: Ids,
+        attention_mask: Mask = None,
         *,
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
         stop: Sequence[int] | None = None,
-        prompts: Sequence[SoftPrompt] | Prepared | None = None,
-        index: Int[Tensor, " batch"] | None = None,
+        prompts: Prompts = None,
+        index: Index = None,
     ) -> Iterator[Int[Tensor, " batch"]]:
         """Nothing: an encoder does not generate.
 
@@ -176,11 +179,7 @@ class Encoder(Attachment):
         )
 
     def _logits(
-        self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None,
-        prompts: Sequence[SoftPrompt] | Prepared | None,
-        index: Int[Tensor, " batch"] | None,
+        self, input_ids: Ids, attention_mask: Mask, prompts: Prompts, index: Index
     ) -> Float[Tensor, "batch answer"]:
         """Of the vocabulary at the mask, or of the head's classes."""
         prepared, model = chosen(self, prompts), self.backbone.model
@@ -199,9 +198,7 @@ class Encoder(Attachment):
             return words(self._states(rows)[each, at])
         return model(inputs_embeds=rows.embeds, attention_mask=rows.mask).logits[each, at]
 
-    def _isolated(
-        self, prepared: Matrices, index: Int[Tensor, " batch"] | None, text: Rows
-    ) -> Float[Tensor, "batch answer"]:
+    def _isolated(self, prepared: Matrices, index: Index, text: Rows) -> Float[Tensor, "batch answer"]:
         """`_logits` where prompts see themselves alone: each is run once, and the rows go on from it."""
         text = text if self.head is not None else self._masked(text)
         states = self._isolated_states(prepared, index, text)
@@ -211,9 +208,7 @@ class Encoder(Attachment):
         logits: Tensor = self._words()(states[torch.arange(len(at), device=at.device), at])
         return logits
 
-    def _isolated_states(
-        self, prepared: Matrices, index: Int[Tensor, " batch"] | None, text: Rows
-    ) -> Float[Tensor, "batch seq hidden"]:
+    def _isolated_states(self, prepared: Matrices, index: Index, text: Rows) -> Float[Tensor, "batch seq hidden"]:
         """The text's own last states; every token is in the place that it has in `[first; prompt; rest]`."""
         embeds, packing = isolated(self, prepared, index, text, self._limit())
         positions = packing.positions[0] + self._skipped()

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from softprompt import t5
-from softprompt.attach.base import Attachment, Prepared
+from softprompt.attach.base import Attachment, Candidates, Ids, Index, Labels, Mask, Prompts, mean_loss
 from softprompt.attach.exact import exact, refuse_different
 from softprompt.attach.inline import Matrices, Whole, chosen, isolated, matrices, whole
 from softprompt.attach.rows import Rows, aligned, checked_mask
@@ -86,11 +86,11 @@ class EncoderDecoder(Attachment):
 
     def forward(
         self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None = None,
-        labels: Int[Tensor, "batch target"] | None = None,
-        prompts: Sequence[SoftPrompt] | Prepared | None = None,
-        index: Int[Tensor, " batch"] | None = None,
+        input_ids: Ids,
+        attention_mask: Mask = None,
+        labels: Labels | None = None,
+        prompts: Prompts = None,
+        index: Index = None,
     ) -> Seq2SeqLMOutput:
         """Logits of the labels and their mean cross-entropy in float32; without labels, of the first token alone.
 
@@ -100,25 +100,26 @@ class EncoderDecoder(Attachment):
         Raises:
             ValueError: no label at all, or -100 in front of one.
         """
-        read = self._read(input_ids, attention_mask, prompts, index)
         if labels is None:
+            read = self._read(input_ids, attention_mask, prompts, index)
             return Seq2SeqLMOutput(logits=self._decode(read, self._begin(input_ids)))
+        logits, targets = self.labelled(input_ids, attention_mask, labels, prompts, index)
+        return Seq2SeqLMOutput(loss=mean_loss(logits, targets), logits=logits)
+
+    def labelled(
+        self, input_ids: Ids, attention_mask: Mask, labels: Labels, prompts: Prompts = None, index: Index = None
+    ) -> tuple[Float[Tensor, "batch target vocab"], Int[Tensor, "batch target"]]:
+        """The decoder's logits at each label, and the labels; raises as `forward` does."""
         wanted = labels != -100
         if not bool(wanted.any()):
             raise ValueError("no row has a label; give at least one label other than -100")
         if bool((wanted[:, 1:] & ~wanted[:, :-1]).any()):
             raise ValueError("labels have -100 in front of a token; put the labels' padding behind them")
-        decoder_ids = self.backbone.model.prepare_decoder_input_ids_from_labels(labels=labels)
-        logits = self._decode(read, decoder_ids)
-        return Seq2SeqLMOutput(loss=nn.functional.cross_entropy(logits[wanted].float(), labels[wanted]), logits=logits)
+        read = self._read(input_ids, attention_mask, prompts, index)
+        return self._decode(read, self.backbone.model.prepare_decoder_input_ids_from_labels(labels=labels)), labels
 
     def score(
-        self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | None,
-        candidates: Sequence[Sequence[int]],
-        prompts: Sequence[SoftPrompt] | Prepared | None = None,
-        index: Int[Tensor, " batch"] | None = None,
+        self, input_ids: Ids, attention_mask: Mask, candidates: Candidates, prompts: Prompts = None, index: Index = None
     ) -> Float[Tensor, "batch candidate"]:
         """Log-probability of each candidate and of the end of sequence behind it: one pass of the encoder for all.
 
@@ -145,14 +146,14 @@ class EncoderDecoder(Attachment):
 
     def generate(
         self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        input_ids: Ids,
+        attention_mask: Mask = None,
         *,
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
         stop: Sequence[int] | None = None,
-        prompts: Sequence[SoftPrompt] | Prepared | None = None,
-        index: Int[Tensor, " batch"] | None = None,
+        prompts: Prompts = None,
+        index: Index = None,
     ) -> Iterator[Int[Tensor, " batch"]]:
         """Token by token, greedy or sampled; a forced first token is given out like any other.
 
@@ -186,13 +187,13 @@ class EncoderDecoder(Attachment):
     @torch.no_grad()
     def beam(
         self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        input_ids: Ids,
+        attention_mask: Mask = None,
         *,
         beams: int = 4,
         max_new_tokens: int = 64,
-        prompts: Sequence[SoftPrompt] | Prepared | None = None,
-        index: Int[Tensor, " batch"] | None = None,
+        prompts: Prompts = None,
+        index: Index = None,
     ) -> Int[Tensor, "batch target"]:
         """The likeliest answer that transformers' beam search finds for each row, padded behind.
 
@@ -213,13 +214,7 @@ class EncoderDecoder(Attachment):
         answers: Tensor = found[:, 1:]  # without the decoder's start
         return answers
 
-    def _read(
-        self,
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None,
-        prompts: Sequence[SoftPrompt] | Prepared | None,
-        index: Int[Tensor, " batch"] | None,
-    ) -> _Read:
+    def _read(self, input_ids: Ids, attention_mask: Mask, prompts: Prompts, index: Index) -> _Read:
         """The encoder's states of prompts and text, and an empty cache for the decoder."""
         text = aligned(input_ids, checked_mask(input_ids, attention_mask), pads="behind")
         prepared = chosen(self, prompts)
@@ -228,7 +223,7 @@ class EncoderDecoder(Attachment):
         rows = whole(self, prepared, index, text, lead=self._lead(text), limit=self.backbone.max_positions)
         return self._encoded(rows)
 
-    def _isolated(self, prepared: Matrices, index: Int[Tensor, " batch"] | None, text: Rows) -> _Read:
+    def _isolated(self, prepared: Matrices, index: Index, text: Rows) -> _Read:
         """The same of prompts that see themselves alone: each is run once, and every row goes on from its states."""
         embeds, packing = isolated(self, prepared, index, text, self.backbone.max_positions)
         states = t5.run(self.backbone.model.get_encoder(), embeds, packing)
@@ -261,7 +256,7 @@ class EncoderDecoder(Attachment):
         ).logits
         return logits
 
-    def _begin(self, ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch 1"]:
+    def _begin(self, ids: Ids) -> Int[Tensor, "batch 1"]:
         """What the decoder is fed first: the model's shift of an end of sequence (mBART starts with it)."""
         labels = torch.full_like(ids[:, :1], (self.end_of_sequence() or [0])[0])
         start: Tensor = self.backbone.model.prepare_decoder_input_ids_from_labels(labels=labels)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from softprompt import vit
-from softprompt.attach.base import Attachment, Prepared
+from softprompt.attach.base import Attachment, Candidates, Index, Labels, Prepared, Prompts, mean_loss
 from softprompt.attach.exact import exact, refuse_different
 from softprompt.attach.rows import row_index
 from softprompt.backbone import Backbone
@@ -113,26 +113,39 @@ class Vision(Attachment):
         self,
         pixels: Float[Tensor, "batch channel height width"],
         attention_mask: Tensor | None = None,
-        labels: Int[Tensor, "batch one"] | None = None,
-        prompts: Sequence[SoftPrompt] | Prepared | None = None,
-        index: Int[Tensor, " batch"] | None = None,
+        labels: Labels | None = None,
+        prompts: Prompts = None,
+        index: Index = None,
     ) -> ImageClassifierOutput:
         """The head's logits, float32; the loss is a mean over the images whose label, one column, is not -100.
 
         Images have no padding, and an attention mask is refused.
         """
         _refuse_mask(attention_mask)
-        logits = self._logits(pixels, prompts, index)
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels[:, 0])
+        logits, loss = self._logits(pixels, prompts, index), None
+        if labels is not None:
+            loss = mean_loss(logits[:, None], labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
+
+    def labelled(
+        self,
+        pixels: Float[Tensor, "batch channel height width"],
+        attention_mask: Tensor | None,
+        labels: Labels,
+        prompts: Prompts = None,
+        index: Index = None,
+    ) -> tuple[Float[Tensor, "batch one classes"], Int[Tensor, "batch one"]]:
+        """The head's logits and the labels, which are one column."""
+        _refuse_mask(attention_mask)
+        return self._logits(pixels, prompts, index)[:, None], labels
 
     def score(
         self,
         pixels: Float[Tensor, "batch channel height width"],
         attention_mask: Tensor | None,
-        candidates: Sequence[Sequence[int]],
-        prompts: Sequence[SoftPrompt] | Prepared | None = None,
-        index: Int[Tensor, " batch"] | None = None,
+        candidates: Candidates,
+        prompts: Prompts = None,
+        index: Index = None,
     ) -> Float[Tensor, "batch candidate"]:
         """Log-probability of each class, whatever the candidates hold.
 
@@ -157,10 +170,7 @@ class Vision(Attachment):
         raise ValueError(f"{self.backbone.source} is a vision model and does not generate; choose a classification")
 
     def states(
-        self,
-        pixels: Float[Tensor, "batch channel height width"],
-        prompts: Sequence[SoftPrompt] | Prepared | None = None,
-        index: Int[Tensor, " batch"] | None = None,
+        self, pixels: Float[Tensor, "batch channel height width"], prompts: Prompts = None, index: Index = None
     ) -> Float[Tensor, "batch token hidden"]:
         """The model's normalised last states without the prompt's: leading tokens and patches."""
         prepared, model = self.chosen(prompts), self.backbone.model
@@ -185,10 +195,7 @@ class Vision(Attachment):
         return kept
 
     def _logits(
-        self,
-        pixels: Float[Tensor, "batch channel height width"],
-        prompts: Sequence[SoftPrompt] | Prepared | None,
-        index: Int[Tensor, " batch"] | None,
+        self, pixels: Float[Tensor, "batch channel height width"], prompts: Prompts, index: Index
     ) -> Float[Tensor, "batch classes"]:
         assert self.head is not None
         states = self.states(pixels, prompts, index).float()

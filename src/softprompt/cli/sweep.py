@@ -19,6 +19,7 @@ def sweep_(
     data: Path | None = None,
     dry_run: bool = False,
     engine: Engine = "local",
+    together: int = 1,
     address: str | None = None,
     cpus: float = 1.0,
     gpus: float = 0.0,
@@ -31,6 +32,7 @@ def sweep_(
         data: The folder in which the file's relative `data` begins; none: the file's own.
         dry_run: Only list the trials, and what is there of each.
         engine: This process, or a Ray cluster, where each trial is a task (extra sweep).
+        together: Trainings at a time in this process: one pass over the rows of all, each with its own everything.
         address: The cluster's, as ray.init takes it; none: one on this machine.
         cpus: Processors a trial, of Ray.
         gpus: Graphics processors a trial, of Ray; with 0 a trial is not counted on any.
@@ -42,8 +44,9 @@ def sweep_(
         console.print(f"{len(rows)} trials" + (f", after {plan.search.trials} for each choice" if plan.search else ""))
         return {"command": "sweep", "out": str(out), "trials": rows}
     terminal = Terminal()
+    engines: dict[str, Any] = {"engine": engine, "together": together, "address": address, "cpus": cpus, "gpus": gpus}
     try:
-        swept = sweep(file, out=out, data=data, engine=engine, address=address, cpus=cpus, gpus=gpus, watch=terminal)
+        swept = sweep(file, out=out, data=data, watch=terminal, **engines)
     finally:
         terminal.close()
     result = _listed(swept, out)

@@ -10,6 +10,7 @@ from typing import Any, Literal, final
 
 from softprompt import files
 from softprompt.experiment import Experiment
+from softprompt.optimise import Steps
 from softprompt.runs import RECORD
 from softprompt.sweep.engine import Each, Engine, opened
 from softprompt.sweep.plan import Plan, expand, read
@@ -58,6 +59,7 @@ def sweep(
     out: str | Path = "runs",
     data: str | Path | None = None,
     engine: Engine = "local",
+    together: int = 1,
     address: str | None = None,
     cpus: int | float = 1,
     gpus: int | float = 0,
@@ -73,6 +75,8 @@ def sweep(
         out: where the runs are kept; on a cluster, a folder that every machine has.
         data: the folder in which the file's relative `data` begins.
         engine: this process, or a Ray cluster (extra `sweep`), to the same results.
+        together: trainings at a time in this process, a step of each and one pass over the rows of all; to the results
+            of each by itself, but for rounding. More of them need more memory.
         address: the cluster's; none: one on this machine for the time of the sweep.
         cpus: processors a trial, of Ray.
         gpus: graphics processors a trial, of Ray.
@@ -84,12 +88,13 @@ def sweep(
         ModuleNotFoundError: the extra `sweep` is missing where it is needed.
     """
     _refuse_several_processes()
+    _refuse_together(together, engine)
     plan, watch, folder = read(file, data), watch or Silent(), Path(out).expanduser().resolve()
     if plan.search:
         need_optuna()
     if engine == "ray":
         _refuse_strangers(plan.experiments)
-    with opened(engine, watch, address=address, cpus=cpus, gpus=gpus) as each:
+    with opened(engine, watch, at_once=together, address=address, cpus=cpus, gpus=gpus) as each:
         try:
             searches = _searched(plan, folder, each, watch) if plan.search else ()
             trials = _by_backbone(_chosen(plan, searches))
@@ -134,7 +139,7 @@ def _cells(plan: Plan) -> Iterator[Experiment]:
 def _searched(plan: Plan, out: Path, each: Each, watch: Watcher) -> tuple[Found, ...]:
     assert plan.search is not None
     cells = {cell.hash: cell for cell in _cells(plan)}
-    work: Callable[[Experiment, Held, Watcher], Found] = partial(_search, plan.search, out)
+    work: Callable[[Experiment, Held, Watcher], Steps[Found]] = partial(_search, plan.search, out)
     found = {}
     for one in each(work, _by_backbone(cells.values()), partial(_lost_search, plan.search, out)):
         watch.note(f"search {one.study}: {one.values or 'nothing'} with development score {one.dev}")
@@ -143,13 +148,13 @@ def _searched(plan: Plan, out: Path, each: Each, watch: Watcher) -> tuple[Found,
 
 
 # At module level, and with the item first among what `each` gives: a cluster's workers import them by name.
-def _trial(out: Path, experiment: Experiment, held: Held, watch: Watcher) -> Outcome:
+def _trial(out: Path, experiment: Experiment, held: Held, watch: Watcher) -> Steps[Outcome]:
     return run_trial(experiment, out, held, watch)
 
 
-def _search(search: Search, out: Path, cell: Experiment, held: Held, watch: Watcher) -> Found:
+def _search(search: Search, out: Path, cell: Experiment, held: Held, watch: Watcher) -> Steps[Found]:
     try:
-        return choose(cell, search, out, held, watch)
+        return (yield from choose(cell, search, out, held, watch))
     except Interrupted:
         raise
     except Exception as error:
@@ -201,6 +206,13 @@ def _by_backbone(experiments: Any) -> list[Experiment]:
 def _refuse_several_processes() -> None:
     if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise ValueError(f"the sweep was started as {count} processes; start it alone, several trials at once need ray")
+
+
+def _refuse_together(together: int, engine: Engine) -> None:
+    if together < 1:
+        raise ValueError(f"together is {together}; it must be at least 1")
+    if together > 1 and engine == "ray":
+        raise ValueError("together is for trainings in this process, and ray has a process for each; leave one out")
 
 
 def _refuse_strangers(experiments: Sequence[Experiment]) -> None:

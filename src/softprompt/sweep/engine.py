@@ -1,25 +1,28 @@
 """Where trials run: one after another in this process, or as tasks of a Ray cluster."""
 
 import importlib.util
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
-from softprompt.sweep.trial import Held, sentence
-from softprompt.watch import Silent, Watcher
+from softprompt.experiment import Experiment
+from softprompt.optimise import Steps
+from softprompt.sweep.trial import Held, sentence, trial_name
+from softprompt.together import alone, together
+from softprompt.watch import Named, Silent, Watcher
 
 Engine = Literal["local", "ray"]
 """`local`: this process; `ray`: a cluster, each trial a task."""
 
-T = TypeVar("T")
 R = TypeVar("R")
-Work = Callable[[T, Held, Watcher], R]
-"""What is done with one item; it must be importable by name, to be found by the workers of a cluster."""
-Each = Callable[[Work[Any, Any], Sequence[Any], Callable[[Any, str], Any]], Iterator[Any]]
-"""Does the work on every item and yields what comes of it, as it comes.
+Work = Callable[[Experiment, Held, Watcher], Steps[R]]
+"""What is done with one experiment; it must be importable by name, to be found by the workers of a cluster."""
+Each = Callable[[Work[Any], Sequence[Experiment], Callable[[Experiment, str], Any]], Iterator[Any]]
+"""Does the work on every experiment and yields what comes of it, as it comes.
 
-The last argument makes an outcome of an item whose worker died, and the reason.
+The last argument makes an outcome of an experiment whose worker died, and the reason.
 """
 
 _HELD = Held()
@@ -28,13 +31,20 @@ _HELD = Held()
 
 @contextmanager
 def opened(
-    engine: Engine, watch: Watcher, *, address: str | None = None, cpus: int | float = 1, gpus: int | float = 0
+    engine: Engine,
+    watch: Watcher,
+    *,
+    at_once: int = 1,
+    address: str | None = None,
+    cpus: int | float = 1,
+    gpus: int | float = 0,
 ) -> Iterator[Each]:
     """An engine to work with, until the block ends.
 
     Args:
         engine: which.
         watch: who is told how a training in this process goes.
+        at_once: trainings that go on together in this process, on one backbone.
         address: of a running Ray cluster; none: one of this machine alone, for the time of the block.
         cpus: processors a trial, of Ray.
         gpus: graphics processors a trial, of Ray.
@@ -46,8 +56,10 @@ def opened(
     if engine == "local":
         held = Held()
 
-        def each(work: Work[T, R], items: Sequence[T], lost: Callable[[T, str], R]) -> Iterator[R]:
-            return (work(item, held, watch) for item in items)
+        def each(work: Work[R], items: Sequence[Experiment], lost: Callable[[Experiment, str], R]) -> Iterator[R]:
+            for _, group in itertools.groupby(items, key=lambda one: (one.backbone, one.backbone_dtype)):
+                told = ((one, watch if at_once == 1 else Named(trial_name(one), watch)) for one in group)
+                yield from together((work(one, held, watcher) for one, watcher in told), at_once)
 
         yield each
         return
@@ -83,7 +95,7 @@ def _ray_each(ray: Any, cpus: int | float, gpus: int | float) -> Each:
     # A task whose worker dies is started again; its run then goes on from its last checkpoint.
     remote = ray.remote(_remote).options(num_cpus=cpus, num_gpus=gpus, max_retries=2)
 
-    def each(work: Work[T, R], items: Sequence[T], lost: Callable[[T, str], R]) -> Iterator[R]:
+    def each(work: Work[R], items: Sequence[Experiment], lost: Callable[[Experiment, str], R]) -> Iterator[R]:
         waiting = {remote.remote(work, item): item for item in items}
         try:
             while waiting:
@@ -102,5 +114,5 @@ def _ray_each(ray: Any, cpus: int | float, gpus: int | float) -> Each:
     return each
 
 
-def _remote(work: Work[T, R], item: T) -> R:
-    return work(item, _HELD, Silent())
+def _remote(work: Work[R], item: Experiment) -> R:
+    return alone(work(item, _HELD, Silent()))

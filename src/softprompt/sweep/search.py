@@ -9,6 +9,7 @@ from typing import Any, final
 
 from softprompt import files
 from softprompt.experiment import Experiment
+from softprompt.optimise import Steps
 from softprompt.runs import Run
 from softprompt.sweep.settings import set_values
 from softprompt.sweep.space import Range, Search, Space
@@ -89,7 +90,7 @@ def need_optuna() -> None:
         raise ModuleNotFoundError("a search needs Optuna; install it with: pip install 'softprompt[sweep]'")
 
 
-def choose(cell: Experiment, search: Search, out: Path, held: Held, watch: Watcher) -> Found:
+def choose(cell: Experiment, search: Search, out: Path, held: Held, watch: Watcher) -> Steps[Found]:
     """Go on with the cell's study in `out/search` until it has all its trials; what its values raise ends a trial.
 
     Test scores are never looked at.
@@ -115,7 +116,7 @@ def choose(cell: Experiment, search: Search, out: Path, held: Held, watch: Watch
                 continue
             watch.note(f"search {name}: trial {number + 1} of {search.trials}")
             fresh.add(number)
-            _one(study, number, cell, search, folder, held, watch)
+            yield from _one(study, number, cell, search, folder, held, watch)
         return _found(study, cell, search, folder, name, fresh)
 
 
@@ -168,7 +169,9 @@ def _sampler(search: Search, number: int) -> Any:
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=search.warmup)
 
 
-def _one(study: Any, number: int, cell: Experiment, search: Search, folder: Path, held: Held, watch: Watcher) -> None:
+def _one(
+    study: Any, number: int, cell: Experiment, search: Search, folder: Path, held: Held, watch: Watcher
+) -> Steps[None]:
     import optuna
 
     space = search.fitting(cell)
@@ -181,7 +184,7 @@ def _one(study: Any, number: int, cell: Experiment, search: Search, folder: Path
     known = study.trials[number].intermediate_values
     try:
         experiment = set_values(cell, values)
-        run = _trained(experiment, folder, held, _Pruning(watch, trial, known, search.prune))
+        run = yield from _trained(experiment, folder, held, _Pruning(watch, trial, known, search.prune))
     except (Interrupted, OSError):
         raise
     except Pruned:
@@ -193,15 +196,15 @@ def _one(study: Any, number: int, cell: Experiment, search: Search, folder: Path
         study.tell(trial, float((run.results or {})["dev"]))
 
 
-def _trained(experiment: Experiment, folder: Path, held: Held, watch: _Pruning) -> Run:
+def _trained(experiment: Experiment, folder: Path, held: Held, watch: _Pruning) -> Steps[Run]:
     """The finished run; two trials with equal values share it."""
     run = begun(experiment, folder)
     if run is None:
-        return start(experiment, folder, held, watch)
+        return (yield from start(experiment, folder, held, watch))
     if run.results is not None:
         return run
     watch.go_on(run)
-    return go_on(run, held, watch)
+    return (yield from go_on(run, held, watch))
 
 
 def _drawn(study: Any, number: int, search: Search, space: Space) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from softprompt.backbone import Backbone, load
 from softprompt.choices import Dtype
 from softprompt.evaluate import read_splits
 from softprompt.experiment import Experiment
+from softprompt.optimise import Steps
 from softprompt.runs import RECORD, Run, open_run
 from softprompt.tasks import Task, load_task
-from softprompt.train import resume, train
+from softprompt.train import resuming, training
 from softprompt.watch import Interrupted, Watcher
 
 State = Literal["done", "skipped", "pruned", "failed"]
@@ -119,7 +120,7 @@ def begun(experiment: Experiment, out: Path) -> Run | None:
     return run
 
 
-def run_trial(experiment: Experiment, out: Path, held: Held, watch: Watcher) -> Outcome:
+def run_trial(experiment: Experiment, out: Path, held: Held, watch: Watcher) -> Steps[Outcome]:
     """Bring the experiment's run to its end; what goes wrong is an outcome, so that the others go on.
 
     Raises:
@@ -132,7 +133,7 @@ def run_trial(experiment: Experiment, out: Path, held: Held, watch: Watcher) -> 
             _refuse_changed(run, held, watch)
         if run is not None and run.results is not None:
             return Outcome(folder, experiment, "skipped", results=run.results)
-        run = go_on(run, held, watch) if run else start(experiment, out, held, watch)
+        run = yield from go_on(run, held, watch) if run else start(experiment, out, held, watch)
     except Interrupted:
         raise
     except Exception as error:
@@ -154,17 +155,17 @@ def _refuse_changed(run: Run, held: Held, watch: Watcher) -> None:
         )
 
 
-def start(experiment: Experiment, out: Path, held: Held, watch: Watcher) -> Run:
+def start(experiment: Experiment, out: Path, held: Held, watch: Watcher) -> Steps[Run]:
     """Train it from the first step; raises as `train` does."""
     backbone = held.get(experiment.backbone, experiment.backbone_dtype)
-    return train(experiment, out=out, name=trial_name(experiment), backbone=backbone, watch=watch)
+    return training(experiment, out=out, name=trial_name(experiment), backbone=backbone, watch=watch)
 
 
-def go_on(run: Run, held: Held, watch: Watcher) -> Run:
+def go_on(run: Run, held: Held, watch: Watcher) -> Steps[Run]:
     """Train it from its last checkpoint, or from the first step where there is none; raises as `resume` does."""
     backbone = held.get(run.experiment.backbone, run.experiment.backbone_dtype)
     fits = str(backbone.dtype).removeprefix("torch.") == run.record["backbone"]["dtype"]
-    return resume(run.folder, watch=watch, backbone=backbone if fits else None)
+    return resuming(run.folder, watch=watch, backbone=backbone if fits else None)
 
 
 def sentence(error: BaseException) -> str:

@@ -1,0 +1,269 @@
+"""Several trainings over one frozen backbone: each ends as it would have by itself, whatever the others are or do."""
+
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from softprompt import DPT, ADePT, Backbone, DePT, Experiment, Plain, Progress, Residual, Run, Training, open_run, train
+from softprompt.optimise import Optimiser, Steps, Wanted
+from softprompt.prompts import PromptConfig
+from softprompt.sweep import sweep
+from softprompt.together import together
+from softprompt.train import resuming, training
+from softprompt.watch import Interrupted, Silent
+
+MakeBackbone = Callable[[str], Backbone]
+
+
+def several(backbone: str, task: Path, **settings: Any) -> list[Experiment]:
+    """Methods, sizes, seeds, rates, batches, schedules and lengths of training, all different.
+
+    Rates are low: AdamW's first steps turn a rounding of a small gradient into a whole step.
+    """
+
+    def one(prompt: PromptConfig, seed: int = 0, **training: Any) -> Experiment:
+        whole = Training(evaluate_every=2, **training)
+        return Experiment(
+            backbone=backbone, task=str(task), dtype="float32", prompt=prompt, seed=seed, training=whole, **settings
+        )
+
+    return [
+        one(DPT(length=6, rank=2), steps=5, batch=8, lr=0.003),
+        one(Plain(length=3), seed=1, steps=3, batch=4, lr=0.001),
+        one(DePT(length=4, rank=2, positions=64), steps=4, batch=5, accumulate=2, lr=0.002),
+        one(Residual(length=5, width=8), seed=2, steps=4, batch=8, lr=0.001),
+        one(ADePT(length=4, width=3, dropout=0.5), steps=4, batch=6, lr=0.003),
+    ]
+
+
+def trained_together(experiments: Sequence[Experiment], backbone: Backbone, out: Path, count: int) -> list[Run]:
+    steps = [training(one, out=out, name=f"run-{at}", backbone=backbone) for at, one in enumerate(experiments)]
+    return sorted(together(steps, count), key=lambda run: run.name)
+
+
+def refuse_different(run: Run, by_itself: Run) -> None:
+    ours, theirs = list(run.metrics()), list(by_itself.metrics())
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    torch.testing.assert_close([line["loss"] for line in ours], [line["loss"] for line in theirs], rtol=1e-4, atol=1e-5)
+    tensors, others = (load_file(one.folder / "softprompt.safetensors") for one in (run, by_itself))
+    torch.testing.assert_close(tensors, others, rtol=1e-3, atol=1e-4)
+    assert run.results is not None
+    assert by_itself.results is not None
+    assert run.results["test"] == by_itself.results["test"]
+
+
+def table(folder: Path, head: str, lines: Iterable[str], answer: str) -> Path:
+    """A task's file, over a CSV of these lines."""
+    (folder / "rows.csv").write_text("\n".join([head, *lines]) + "\n")
+    file = folder / "task.toml"
+    file.write_text(f'train = "rows.csv"\ntemplate = "{{text}}:"\n{answer}\n')
+    return file
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {}),
+        ("gpt2", {}),
+        ("bloom", {"place": "behind"}),
+        ("t5", {}),
+        ("t5", {"attend": "isolated"}),
+        ("bert_mlm", {}),
+        ("bert", {}),
+    ],
+    ids=str,
+)
+def test_each_ends_as_by_itself(
+    kind: str, settings: dict[str, Any], tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
+) -> None:
+    backbone = tiny_backbone(kind)
+    if kind == "bert_mlm":  # its words are of one token each
+        lines = (f"{'xy'[n % 2] * (n % 5 + 1)},{'ab'[n % 2]}" for n in range(60))
+        ticket_task = table(tmp_path, "text,queue", lines, 'label = "queue"\nwords = { a = "a", b = "b" }')
+    experiments = several(kind, ticket_task, **settings)
+    found = trained_together(experiments, backbone, tmp_path / "together", 3)
+    for at, (experiment, run) in enumerate(zip(experiments, found, strict=True)):
+        refuse_different(run, train(experiment, out=tmp_path / "alone", name=f"run-{at}", backbone=backbone))
+
+
+def test_generating_trainings_share_a_pass_too(tiny_backbone: MakeBackbone, tmp_path: Path, passes: list[int]) -> None:
+    """Answers of other tokens and lengths in one batch."""
+    lines = (f"{'ab'[n % 2]} {n},{'abc' * (n % 3 + 1)}" for n in range(60))
+    task = table(tmp_path, "text,said", lines, 'target = "said"')
+    experiments = [one for at, one in enumerate(several("llama", task)) if at in (0, 1, 3)]
+    found = trained_together(experiments, tiny_backbone("llama"), tmp_path / "together", 3)
+    assert 3 in passes
+    for at, (experiment, run) in enumerate(zip(experiments, found, strict=True)):
+        refuse_different(
+            run, train(experiment, out=tmp_path / "alone", name=f"run-{at}", backbone=tiny_backbone("llama"))
+        )
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompts each pass had, as they come."""
+    found: list[int] = []
+    losses = Optimiser.losses
+
+    def counted(self: Optimiser, rows: Any, prompts: Any = None, index: Any = None) -> Any:
+        found.append(1 if prompts is None else len(prompts))
+        return losses(self, rows, prompts, index)
+
+    monkeypatch.setattr(Optimiser, "losses", counted)
+    return found
+
+
+def test_one_pass_is_for_all_that_draw_nothing(
+    tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path, passes: list[int]
+) -> None:
+    experiments = several("llama", ticket_task)
+    trained_together(experiments, tiny_backbone("llama"), tmp_path, 5)
+    # The first passes show who draws random numbers: the last one does, and has its own ever after.
+    assert passes[:5] == [1] * 5
+    assert passes[5:7] == [4, 1]
+    assert sum(passes) == sum(one.training.steps * one.training.accumulate for one in experiments)
+
+
+def test_each_draws_its_own_random_numbers(tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path) -> None:
+    backbone, drawing = tiny_backbone("llama"), several("llama", ticket_task)[-1]
+    experiments = [drawing, drawing.replace(seed=1)]
+    found = trained_together(experiments, backbone, tmp_path / "together", 2)
+    for at, (experiment, run) in enumerate(zip(experiments, found, strict=True)):
+        refuse_different(run, train(experiment, out=tmp_path / "alone", name=f"run-{at}", backbone=backbone))
+
+
+def test_no_more_than_asked_are_at_work(tmp_path: Path) -> None:
+    begun: list[int] = []
+
+    def steps(number: int) -> Steps[int]:
+        begun.append(number)
+        return number
+        yield
+
+    ended = [(number, list(begun)) for number in together((steps(number) for number in range(3)), 2)]
+    assert ended == [(0, [0]), (1, [0, 1]), (2, [0, 1, 2])]
+
+
+def test_who_diverges_falls_alone(tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path) -> None:
+    backbone, experiments = tiny_backbone("llama"), several("llama", ticket_task)[:3]
+    wild = experiments[0].replace(training=Training(steps=5, batch=8, lr=1e30, evaluate_every=5))
+    steps = [training(one, out=tmp_path, name=f"run-{at}", backbone=backbone) for at, one in enumerate(experiments[1:])]
+    problems: list[str] = []
+
+    def excused(one: Steps[Run]) -> Steps[Run | None]:
+        try:
+            return (yield from one)
+        except ValueError as error:
+            problems.append(str(error))
+            return None
+
+    every = [excused(training(wild, out=tmp_path, name="wild", backbone=backbone)), *map(excused, steps)]
+    found = [run for run in together(every, 3) if run is not None]
+    assert ["learning rate" in problem for problem in problems] == [True]
+    for at, (experiment, run) in enumerate(zip(experiments[1:], sorted(found, key=lambda one: one.name), strict=True)):
+        refuse_different(run, train(experiment, out=tmp_path / "alone", name=f"run-{at}", backbone=backbone))
+
+
+def test_what_fails_only_together_says_so(
+    tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = Optimiser.losses
+
+    def crowded(self: Optimiser, rows: Any, prompts: Any = None, index: Any = None) -> Any:
+        if prompts is not None:
+            raise RuntimeError("out of memory")
+        return losses(self, rows)
+
+    monkeypatch.setattr(Optimiser, "losses", crowded)
+    with pytest.raises(RuntimeError, match=r"^2 trainings at a time failed .*\(out of memory\); lower --together$"):
+        trained_together(several("llama", ticket_task)[:2], tiny_backbone("llama"), tmp_path, 2)
+
+
+def test_ctrl_c_stops_all_with_a_checkpoint_each(
+    tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, experiments = tiny_backbone("llama"), several("llama", ticket_task)
+    handler = signal.getsignal(signal.SIGINT)
+    pressed: list[int] = []
+
+    def press(self: object, progress: Progress) -> None:
+        if progress.step == 2 and not pressed:
+            pressed.append(progress.step)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Silent, "step", press)
+        with pytest.raises(Interrupted):
+            trained_together(experiments, backbone, tmp_path / "together", 3)
+    assert signal.getsignal(signal.SIGINT) is handler
+    begun = sorted(folder.name for folder in (tmp_path / "together").iterdir())
+    assert begun == ["run-0", "run-1", "run-2"]
+    again = [resuming(tmp_path / "together" / name, backbone=backbone) for name in begun]
+    for run in together(again, 3):
+        at = int(run.name[-1])
+        refuse_different(run, train(experiments[at], out=tmp_path / "alone", name=run.name, backbone=backbone))
+
+
+def test_an_error_leaves_the_others_unlocked(tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path) -> None:
+    backbone, experiments = tiny_backbone("llama"), several("llama", ticket_task)[:2]
+
+    def failing() -> Iterator[Wanted]:
+        yield from ()
+        raise OSError("the disk is full")
+
+    steps = [training(one, out=tmp_path, name=f"run-{at}", backbone=backbone) for at, one in enumerate(experiments)]
+    with pytest.raises(OSError, match="the disk is full"):
+        list(together([*steps, failing()], 3))  # type: ignore[list-item]
+    for at, experiment in enumerate(experiments):
+        [run] = together([resuming(tmp_path / f"run-{at}", backbone=backbone)], 1)
+        refuse_different(run, train(experiment, out=tmp_path / "alone", name=f"run-{at}", backbone=backbone))
+
+
+def test_a_sweep_together_is_the_sweep_by_itself(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
+    """With one trial that fails, and two searches whose studies go on together."""
+    file = tmp_path / "sweep.toml"
+    file.write_text(
+        f"""
+        backbone = "{llama_folder}"
+        task = "{ticket_task}"
+        dtype = "float32"
+        seed = [0, 1]
+        training = {{ steps = 4, batch = 8, evaluate_every = 2 }}
+        prompt.length = 4
+        [[method]]
+        name = "dpt"
+        [[method]]
+        name = "plain"
+        training.shots = 1000
+        [search]
+        trials = 2
+        [search.space]
+        "prompt.rank" = [1, 2]
+        """
+    )
+    one, other = (sweep(file, out=tmp_path / f"{count}", together=count) for count in (1, 3))
+    assert [(trial.name, trial.state) for trial in one.trials] == [(trial.name, trial.state) for trial in other.trials]
+    assert [found.values for found in one.searches] == [found.values for found in other.searches]
+    done = [trial for trial in other.trials if trial.state == "done"]
+    assert done
+    assert len(done) < len(other.trials)
+    for trial in done:
+        refuse_different(open_run(trial.folder), open_run(tmp_path / "1" / trial.name))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"together": 0}, "together is 0; it must be at least 1"),
+        ({"together": 2, "engine": "ray"}, "together is for trainings in this process"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        sweep(tmp_path / "sweep.toml", **settings)
