@@ -245,14 +245,14 @@ def packed_fused(
     scale: float,
     dropout: float,
 ) -> Float[Tensor, "one token head head_dim"]:
-    """The same through torch's fused kernel."""
+    """The same through torch's fused kernel; also of prompts that are kept."""
+    by_token = [states[0].transpose(0, 1) for states in (query, key, value)]
     found = []
-    for block in packing.blocks:
-        queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+    for block, keys, values in packing.views(*by_token[1:]):
         part = nn.functional.scaled_dot_product_attention(
-            block.padded(queries).transpose(1, 2),
-            packing.in_view(keys, block).transpose(1, 2),
-            packing.in_view(values, block).transpose(1, 2),
+            block.padded(by_token[0]).transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
             attn_mask=packing.seen(block),
             dropout_p=dropout,
             scale=scale,
@@ -277,7 +277,9 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     on_cpu = query.device.type == "cpu" and dropout == 0.0
     if packing is not None:
-        if on_cpu:
+        if packing.keeps:
+            packing.keep(key[0].transpose(0, 1), value[0].transpose(0, 1))
+        if on_cpu and not packing.outside:
             found = packed_attention(query, key, value, packing, scale)
         else:
             found = packed_fused(query, key, value, packing, scale, dropout)

@@ -1,6 +1,6 @@
 """Prompts and rows of any length, one behind another in one sequence without padding."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import final
 
@@ -66,6 +66,10 @@ class Block:
         return packed if self.even else packed.index_select(0, self._kept)
 
 
+States = tuple[Float[Tensor, "sequence longest head head_dim"], Float[Tensor, "sequence longest head head_dim"]]
+"""A layer's keys and values of several sequences, padded."""
+
+
 @final
 class Packing:
     """How packed tokens are laid out: every prompt, then every row; a row sees its prompt and its own past, or itself.
@@ -75,19 +79,33 @@ class Packing:
         rows: tokens of each row.
         index: the prompt of each row.
         causal: a token sees what stands before it; else all of its sequence, and a row all of its prompt.
+        kept: each layer's keys and values of the prompts, in the layers' order, where they were computed before; the
+            prompts are then not among the packed tokens, and the packing is for one pass.
+        keeps: the rows' own are wanted in `computed`, for later passes.
     """
 
     def __init__(
-        self, prompts: Sequence[int], rows: Sequence[int], index: Int[Tensor, " row"], *, causal: bool = True
+        self,
+        prompts: Sequence[int],
+        rows: Sequence[int],
+        index: Int[Tensor, " row"],
+        *,
+        causal: bool = True,
+        kept: Sequence[States] | None = None,
+        keeps: bool = False,
     ) -> None:
-        self.index, self.causal = index, causal
+        self.index, self.causal, self.keeps = index, causal, keeps
         self.prompts = Block(0, prompts, index.device) if prompts else None
-        self.rows = Block(sum(prompts), rows, index.device)
+        self.outside = kept is not None
+        self._kept: Iterator[States] = iter(kept or ())
+        self.rows = Block(0 if self.outside else sum(prompts), rows, index.device)
+        self.computed: list[States] = []
+        """Each layer's keys and values of the rows, where the packing keeps them, once a pass is through."""
 
     @property
     def blocks(self) -> list[Block]:
         """In their order."""
-        return [self.rows] if self.prompts is None else [self.prompts, self.rows]
+        return [self.rows] if self.prompts is None or self.outside else [self.prompts, self.rows]
 
     @cached_property
     def positions(self) -> Int[Tensor, "one token"]:
@@ -106,17 +124,37 @@ class Packing:
         before = self.prompts.ends[self.index] if self.prompts else self.rows.starts
         return torch.where(places < 0, before[:, None], self.rows.starts[:, None] + places)
 
-    def in_view(self, states: Float[Tensor, "token *width"], block: Block) -> Float[Tensor, "sequence some *width"]:
-        """Keys or values that a block's queries may see: `[prompt, padded; own, padded]`."""
-        own = block.padded(states)
-        if self.prompts is None or block is self.prompts:
-            return own
-        prompts = self.prompts.padded(states)
-        one = self.prompts.count == 1
-        return torch.cat([prompts.expand(block.count, *prompts.shape[1:]) if one else prompts[self.index], own], 1)
+    def views(
+        self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head head_dim"]
+    ) -> list[tuple[Block, Tensor, Tensor]]:
+        """Each block with the keys and values that its queries may see, `[prompt, padded; own, padded]`.
+
+        To be called once a layer, in the layers' order, where prompts are kept.
+        """
+        if self.outside:
+            key_of, value_of = next(self._kept)
+            return [(self.rows, self._behind(key_of, key), self._behind(value_of, value))]
+        found = []
+        for block in self.blocks:
+            keys, values = block.padded(key), block.padded(value)
+            if self.prompts is not None and block is self.rows:
+                keys, values = (self._behind(self.prompts.padded(states), states) for states in (key, value))
+            found.append((block, keys, values))
+        return found
+
+    def keep(self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head head_dim"]) -> None:
+        """Note a layer's keys and values of the rows; once a layer, in the layers' order."""
+        self.computed.append((self.rows.padded(key), self.rows.padded(value)))
+
+    def _behind(
+        self, prompts: Float[Tensor, "prompt longest *width"], states: Float[Tensor, "token *width"]
+    ) -> Float[Tensor, "row some *width"]:
+        rows = self.rows.count
+        one = prompts.expand(rows, *prompts.shape[1:]) if len(prompts) == 1 else prompts[self.index]
+        return torch.cat([one, self.rows.padded(states)], 1)
 
     def seen(self, block: Block) -> Bool[Tensor, "#sequence one #longest some"]:
-        """Which of those `in_view` they do see."""
+        """Which of the keys in a block's view its queries do see."""
         hidden = self.hidden(block)[0]
         before = 0 if self.prompts is None or block is self.prompts else self.prompts.longest
         return nn.functional.pad(~hidden, (before + block.longest - hidden.shape[-1], 0), value=True)

@@ -30,7 +30,7 @@ def run(encoder: Any, embeds: Float[Tensor, "token dim"], packing: Packing) -> F
     if encoder.training:
         raise ValueError("isolated prompts run without the model's own dropout; leave dropout off, or attend=joint")
     first = encoder.block[0].layer[0].SelfAttention
-    layouts = [(block, _bias(first, packing, block), packing.seen(block)) for block in packing.blocks]
+    layouts = [(_bias(first, packing, block), packing.seen(block)) for block in packing.blocks]
     hidden = embeds
     for layer in encoder.block:
         about, feed_forward = layer.layer
@@ -39,18 +39,20 @@ def run(encoder: Any, embeds: Float[Tensor, "token dim"], packing: Packing) -> F
         query, key, value = (
             part(normed).unflatten(1, (attention.n_heads, -1)) for part in (attention.q, attention.k, attention.v)
         )
+        if packing.keeps:
+            packing.keep(key, value)
         found = [
             block.flat(
                 grouped_attention(
                     block.padded(query).transpose(1, 2),
-                    packing.in_view(key, block).transpose(1, 2),
-                    packing.in_view(value, block).transpose(1, 2),
+                    keys.transpose(1, 2),
+                    values.transpose(1, 2),
                     mask,
                     attention.scaling,
                     bias,
                 ).transpose(1, 2)
             )
-            for block, bias, mask in layouts
+            for (block, keys, values), (bias, mask) in zip(packing.views(key, value), layouts, strict=True)
         ]
         hidden = hidden + attention.o(torch.cat(found).flatten(1))
         hidden = feed_forward(hidden)

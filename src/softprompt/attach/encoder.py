@@ -12,12 +12,14 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 from softprompt import attention
 from softprompt.attach.base import Attachment, Candidates, Ids, Index, Labels, Mask, Prompts, mean_loss
 from softprompt.attach.exact import exact, exact_isolated, refuse_different
-from softprompt.attach.inline import Matrices, Whole, chosen, isolated, matrices, whole
+from softprompt.attach.inline import Matrices, Whole, chosen, matrices, whole
+from softprompt.attach.isolated import Kept, kept, laid_out
 from softprompt.attach.rows import Rows, aligned, checked_mask
 from softprompt.attach.sampling import Sampling
 from softprompt.attach.vision import Pooling
 from softprompt.backbone import Backbone
 from softprompt.choices import Attend, Place, Pool
+from softprompt.packing import Packing
 from softprompt.prompts import Folded, SoftPrompt
 
 
@@ -91,8 +93,10 @@ class Encoder(Attachment):
         if attend == "isolated":
             self._check_isolated()
 
-    def prepare(self, prompts: Sequence[SoftPrompt]) -> Matrices:
-        """The prompts' vectors; everything else depends on the text."""
+    def prepare(self, prompts: Sequence[SoftPrompt]) -> Matrices | Kept:
+        """The prompts' vectors, since everything else depends on the text; isolated, their states in every layer."""
+        if self.attend == "isolated":
+            return kept(self, prompts, self._packed)
         return matrices(self, prompts)
 
     def target(self, answer: Sequence[int]) -> tuple[int, ...]:
@@ -182,10 +186,11 @@ class Encoder(Attachment):
         self, input_ids: Ids, attention_mask: Mask, prompts: Prompts, index: Index
     ) -> Float[Tensor, "batch answer"]:
         """Of the vocabulary at the mask, or of the head's classes."""
-        prepared, model = chosen(self, prompts), self.backbone.model
+        model = self.backbone.model
         text = aligned(input_ids, checked_mask(input_ids, attention_mask), pads="behind")
         if self.attend == "isolated":
-            return self._isolated(prepared, index, text)
+            return self._isolated(prompts, index, text)
+        prepared = chosen(self, prompts)
         if self.head is not None:
             rows = whole(self, prepared, index, text, lead=self._lead(text), limit=self._limit())
             return self.head(_mean(self._states(rows), rows.own))
@@ -198,29 +203,37 @@ class Encoder(Attachment):
             return words(self._states(rows)[each, at])
         return model(inputs_embeds=rows.embeds, attention_mask=rows.mask).logits[each, at]
 
-    def _isolated(self, prepared: Matrices, index: Index, text: Rows) -> Float[Tensor, "batch answer"]:
+    def _isolated(self, prompts: Prompts, index: Index, text: Rows) -> Float[Tensor, "batch answer"]:
         """`_logits` where prompts see themselves alone: each is run once, and the rows go on from it."""
         text = text if self.head is not None else self._masked(text)
-        states = self._isolated_states(prepared, index, text)
+        states = self._isolated_states(prompts, index, text)
         if self.head is not None:
             return self.head(_mean(states, text.mask.bool()))
         at = (text.ids == self.backbone.tokenizer.mask_token_id).long().argmax(1)
         logits: Tensor = self._words()(states[torch.arange(len(at), device=at.device), at])
         return logits
 
-    def _isolated_states(self, prepared: Matrices, index: Index, text: Rows) -> Float[Tensor, "batch seq hidden"]:
-        """The text's own last states; every token is in the place that it has in `[first; prompt; rest]`."""
-        embeds, packing = isolated(self, prepared, index, text, self._limit())
+    def _isolated_states(self, prompts: Prompts, index: Index, text: Rows) -> Float[Tensor, "batch seq hidden"]:
+        """The text's own last states."""
+        embeds, packing = laid_out(self, prompts, index, text, self._limit())
+        return packing.rows.padded(self._packed(embeds, packing))
+
+    def _packed(self, embeds: Float[Tensor, "token dim"], packing: Packing) -> Float[Tensor, "token hidden"]:
+        """The last states; every token is in the place that it has in `[first; prompt; rest]`."""
         positions = packing.positions[0] + self._skipped()
-        positions[: packing.rows.start] += 1
-        positions[packing.rows.starts] = self._skipped()
+        if packing.keeps:  # of prompts alone
+            positions += 1
+        else:
+            positions[: packing.rows.start] += 1
+            positions[packing.rows.starts] = self._skipped()
         output = self.backbone.model.base_model(
             inputs_embeds=embeds[None],
             attention_mask=attention.everything(embeds.device),
             position_ids=positions[None],
             packing=packing,
         )
-        return packing.rows.padded(output.last_hidden_state[0])
+        states: Tensor = output.last_hidden_state[0]
+        return states
 
     def _words(self) -> Any:
         """The vocabulary head where it is one module: it runs at the mask alone and not over the whole row."""
@@ -287,7 +300,7 @@ class Encoder(Attachment):
         own = model.get_input_embeddings()(ids[:1])
         embeds = torch.cat([own[:, :1], vectors[None].to(device, self.backbone.dtype), own[:, 1:2]], 1)
         alone = model(inputs_embeds=embeds)[0][0]
-        rows = whole(self, self.prepare([Folded(vectors)]), None, text, lead=1, limit=self._limit())
+        rows = whole(self, matrices(self, [Folded(vectors)]), None, text, lead=1, limit=self._limit())
         words = self._words()
         ours = (
             model(inputs_embeds=rows.embeds, attention_mask=rows.mask)[0]
@@ -320,8 +333,10 @@ class Encoder(Attachment):
         of_prompt = (place >= 1) & (place <= len(vectors))
         seen = ~of_prompt[:, None] | of_prompt[None]
         states = model.base_model(inputs_embeds=embeds, attention_mask=seen[None, None]).last_hidden_state[0]
-        ours = self._isolated_states(self.prepare([Folded(vectors)]), None, text)[0]
-        refuse_different(self.backbone, states[~of_prompt].float(), ours.float(), "isolated prompts", "states")
+        live = [Folded(vectors)]
+        for prompts in (live, self.prepare(live)):
+            ours = self._isolated_states(prompts, None, text)[0]
+            refuse_different(self.backbone, states[~of_prompt].float(), ours.float(), "isolated prompts", "states")
         exact_isolated.add(model)
 
 

@@ -1,6 +1,7 @@
 """Prompts in an encoder-decoder's input (T5, mT5, FLAN-T5, BART and their relatives)."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, final
 
 import torch
@@ -12,7 +13,8 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from softprompt import t5
 from softprompt.attach.base import Attachment, Candidates, Ids, Index, Labels, Mask, Prompts, mean_loss
 from softprompt.attach.exact import exact, refuse_different
-from softprompt.attach.inline import Matrices, Whole, chosen, isolated, matrices, whole
+from softprompt.attach.inline import Matrices, Whole, chosen, matrices, whole
+from softprompt.attach.isolated import Kept, kept, laid_out
 from softprompt.attach.rows import Rows, aligned, checked_mask
 from softprompt.attach.sampling import Chooser, Sampling
 from softprompt.backbone import Backbone
@@ -74,8 +76,10 @@ class EncoderDecoder(Attachment):
             )
         self._check_exact()
 
-    def prepare(self, prompts: Sequence[SoftPrompt]) -> Matrices:
-        """The prompts' vectors; the encoder's pass depends on the text."""
+    def prepare(self, prompts: Sequence[SoftPrompt]) -> Matrices | Kept:
+        """The prompts' vectors, since the encoder's pass depends on the text; isolated, their states in the encoder."""
+        if self.attend == "isolated":
+            return kept(self, prompts, partial(t5.run, self.backbone.model.get_encoder()))
         return matrices(self, prompts)
 
     def target(self, answer: Sequence[int]) -> tuple[int, ...]:
@@ -217,19 +221,20 @@ class EncoderDecoder(Attachment):
     def _read(self, input_ids: Ids, attention_mask: Mask, prompts: Prompts, index: Index) -> _Read:
         """The encoder's states of prompts and text, and an empty cache for the decoder."""
         text = aligned(input_ids, checked_mask(input_ids, attention_mask), pads="behind")
-        prepared = chosen(self, prompts)
         if self.attend == "isolated":
-            return self._isolated(prepared, index, text)
-        rows = whole(self, prepared, index, text, lead=self._lead(text), limit=self.backbone.max_positions)
+            return self._isolated(prompts, index, text)
+        rows = whole(self, chosen(self, prompts), index, text, lead=self._lead(text), limit=self.backbone.max_positions)
         return self._encoded(rows)
 
-    def _isolated(self, prepared: Matrices, index: Index, text: Rows) -> _Read:
+    def _isolated(self, prompts: Prompts, index: Index, text: Rows) -> _Read:
         """The same of prompts that see themselves alone: each is run once, and every row goes on from its states."""
-        embeds, packing = isolated(self, prepared, index, text, self.backbone.max_positions)
+        embeds, packing = laid_out(self, prompts, index, text, self.backbone.max_positions)
         states = t5.run(self.backbone.model.get_encoder(), embeds, packing)
         rows, mask = packing.rows.padded(states), text.mask
         if packing.prompts is not None:
-            rows = torch.cat([packing.prompts.padded(states)[packing.index], rows], 1)
+            before = prompts.last if isinstance(prompts, Kept) else packing.prompts.padded(states)
+            assert before is not None
+            rows = torch.cat([before[packing.index], rows], 1)
             mask = torch.cat([packing.prompts.real[packing.index].long(), mask], 1)
         return _Read(rows, mask, EncoderDecoderCache(DynamicCache(), DynamicCache()))
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from softprompt.attach.base import Attachment, Prepared
 from softprompt.attach.rows import Rows, row_index
-from softprompt.packing import Packing
 from softprompt.prompts import SoftPrompt
 
 
@@ -101,19 +100,3 @@ def whole(
     real = column < totals
     laid_out = nn.functional.embedding(places, table).to(embeds.dtype)
     return Whole(laid_out, real.long(), real & ~in_prompt)
-
-
-def isolated(
-    attachment: Attachment, prepared: Matrices, index: Int[Tensor, " batch"] | None, text: Rows, limit: int | None
-) -> tuple[Float[Tensor, "token dim"], Packing]:
-    """Every prompt once, then every row, packed: a prompt sees itself alone, a row its prompt and itself.
-
-    Args:
-        limit: positions that the model has.
-    """
-    rows, counts = row_index(index, max(len(prepared.prompts), 1), text.ids), text.mask.sum(1)
-    lengths = prepared.lengths.tolist() if prepared.prompts else []
-    attachment.refuse_long(int((counts + prepared.lengths[rows]).max()), limit)
-    own = attachment.shifted(prepared.prompts, index, text.ids, text.positions())[text.mask.bool()]
-    packing = Packing(lengths, counts.tolist(), rows, causal=False)
-    return torch.cat([prepared.vectors.to(own.dtype), own]), packing
