@@ -121,6 +121,11 @@ def _refuse_unfit(experiment: Experiment, attachment: Attachment) -> None:
             f"dropout is on, and isolated prompts of {backbone.source} ({backbone.architecture}) run without the "
             "model's own; leave dropout off, or attend=joint"
         )
+    if experiment.training.gradient_checkpointing and not attachment.recomputes:
+        raise ValueError(
+            f"gradient_checkpointing is on, and rows of {backbone.source} go on from a cache, which cannot be written "
+            "to twice; leave it off, or give place=front and a model whose attention is not its own"
+        )
 
 
 def _given(experiment: Experiment, settings: Callable[[Experiment], dict[str, Any]]) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from softprompt import recompute
 from softprompt.attention import grouped_attention, packed_backward, packed_forward
 from softprompt.packing import Packing
 
@@ -93,7 +94,7 @@ def run(
     cosine, sine = (part[0] for part in body.rotary_emb(embeds, packing.positions))
     hidden = embeds
     for layer in body.layers[:-1]:
-        hidden = _Layer.apply(hidden, cosine, sine, packing, _Weights.of(layer))  # type: ignore[no-untyped-call]
+        hidden = recompute.through(_Layer.apply, hidden, cosine, sine, packing, _Weights.of(layer))
     wanted = _last(_Weights.of(body.layers[-1]), body.layers[-1], hidden, cosine, sine, packing, places)
     logits: Tensor = model.lm_head(body.norm(wanted))
     return logits

@@ -5,7 +5,8 @@ those of other trainings on the same backbone.
 """
 
 import math
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar, final
 
@@ -18,6 +19,7 @@ from softprompt.experiment import Experiment
 from softprompt.predict import pad_id
 from softprompt.processes import Processes
 from softprompt.prompts import SoftPrompt
+from softprompt.recompute import recomputing
 from softprompt.tasks import Example, Task, answer_ids, answer_labels, collate
 
 T = TypeVar("T")
@@ -96,22 +98,33 @@ class Optimiser:
         if attachment.prompt is None or attachment.head is not None or self.settings.dropout:
             return id(self)
         words = answer_ids(self.task, attachment.backbone.tokenizer) if self._candidates else None
-        return id(attachment.backbone.model), attachment.place, attachment.attend, words
+        means = self.settings.gradient_checkpointing
+        return id(attachment.backbone.model), attachment.place, attachment.attend, words, means
+
+    @contextmanager
+    def modes(self) -> Iterator[None]:
+        """The backbone as it is while a loss is computed and while it is differentiated."""
+        backbone, settings = self.attachment.backbone, self.settings
+        with backbone.dropout(settings.dropout), recomputing(backbone.model, settings.gradient_checkpointing):
+            yield
 
     def losses(
         self, rows: Sequence[Example], prompts: Sequence[SoftPrompt] | None = None, index: Tensor | None = None
     ) -> Tensor:
-        """Each row's loss; of other prompts than the attachment's own, `index` says which is a row's."""
+        """Each row's loss, to be asked for and differentiated in its `modes`.
+
+        Args:
+            prompts: in place of the attachment's own; `index` says which is a row's.
+        """
         tokenizer, device = self.attachment.backbone.tokenizer, self.attachment.backbone.device
         joined = not self._candidates and not self.attachment.closed
         batch = collate(rows, pad_id=pad_id(tokenizer), side="left", with_answers=joined)
         ids, mask = batch.inputs(device)
-        with self.attachment.backbone.dropout(self.settings.dropout):
-            if self._candidates:
-                scores = self.attachment.score(ids, mask, answer_ids(self.task, tokenizer), prompts, index)
-                return nn.functional.cross_entropy(scores, batch.classes.to(device), reduction="none")
-            labels = (batch.labels if joined else answer_labels([self._target(row) for row in rows])).to(device)
-            return self.attachment.losses(ids, mask, labels, prompts, index)
+        if self._candidates:
+            scores = self.attachment.score(ids, mask, answer_ids(self.task, tokenizer), prompts, index)
+            return nn.functional.cross_entropy(scores, batch.classes.to(device), reduction="none")
+        labels = (batch.labels if joined else answer_labels([self._target(row) for row in rows])).to(device)
+        return self.attachment.losses(ids, mask, labels, prompts, index)
 
     @property
     def _candidates(self) -> bool:

@@ -3,12 +3,14 @@
 So a prompt's states do not depend on any row, and run once for all of them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from softprompt import recompute
 from softprompt.attention import grouped_attention
 from softprompt.packing import Block, Packing
 
@@ -33,30 +35,44 @@ def run(encoder: Any, embeds: Float[Tensor, "token dim"], packing: Packing) -> F
     layouts = [(_bias(first, packing, block), packing.seen(block)) for block in packing.blocks]
     hidden = embeds
     for layer in encoder.block:
-        about, feed_forward = layer.layer
-        normed = about.layer_norm(hidden)
-        attention = about.SelfAttention
-        query, key, value = (
-            part(normed).unflatten(1, (attention.n_heads, -1)) for part in (attention.q, attention.k, attention.v)
-        )
-        if packing.keeps:
-            packing.keep(key, value)
-        found = [
-            block.flat(
-                grouped_attention(
-                    block.padded(query).transpose(1, 2),
-                    keys.transpose(1, 2),
-                    values.transpose(1, 2),
-                    mask,
-                    attention.scaling,
-                    bias,
-                ).transpose(1, 2)
-            )
-            for (block, keys, values), (bias, mask) in zip(packing.views(key, value), layouts, strict=True)
-        ]
-        hidden = hidden + attention.o(torch.cat(found).flatten(1))
-        hidden = feed_forward(hidden)
+        if packing.keeps or packing.outside:  # which is noted once a layer
+            hidden = _through(layer, hidden, packing, layouts)
+        else:
+            hidden = recompute.through(_through, layer, hidden, packing, layouts)
     result: Tensor = encoder.final_layer_norm(hidden)
+    return result
+
+
+def _through(
+    layer: Any, hidden: Float[Tensor, "token dim"], packing: Packing, layouts: Sequence[tuple[Tensor, Tensor]]
+) -> Float[Tensor, "token dim"]:
+    """One layer.
+
+    Args:
+        layouts: bias and mask of each block.
+    """
+    about, feed_forward = layer.layer
+    normed = about.layer_norm(hidden)
+    attention = about.SelfAttention
+    query, key, value = (
+        part(normed).unflatten(1, (attention.n_heads, -1)) for part in (attention.q, attention.k, attention.v)
+    )
+    if packing.keeps:
+        packing.keep(key, value)
+    found = [
+        block.flat(
+            grouped_attention(
+                block.padded(query).transpose(1, 2),
+                keys.transpose(1, 2),
+                values.transpose(1, 2),
+                mask,
+                attention.scaling,
+                bias,
+            ).transpose(1, 2)
+        )
+        for (block, keys, values), (bias, mask) in zip(packing.views(key, value), layouts, strict=True)
+    ]
+    result: Tensor = feed_forward(hidden + attention.o(torch.cat(found).flatten(1)))
     return result
 
 

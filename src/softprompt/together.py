@@ -102,8 +102,9 @@ class _Going(Generic[T]):
         with self.randomness():
             before = _random_state()
             try:
-                loss = wanted.optimiser.losses(wanted.rows).sum() / wanted.weight
-                loss.backward()  # type: ignore[no-untyped-call]
+                with wanted.optimiser.modes():
+                    loss = wanted.optimiser.losses(wanted.rows).sum() / wanted.weight
+                    loss.backward()  # type: ignore[no-untyped-call]
                 self.given = Given(loss.detach(), time.perf_counter() - start)
             except Exception as error:
                 self.given = error
@@ -133,11 +134,12 @@ def _give_in_one_pass(going: Sequence[_Going[Any]]) -> None:
     parameters = [list(attachment.parameters()) for attachment in attachments]
     problem: Exception | None = None
     try:
-        each = wanted[0].optimiser.losses(rows, prompts, torch.arange(len(wanted)).repeat_interleave(counts))
-        sums = torch.split(each, counts.tolist())
-        losses = torch.stack([part.sum() / one.weight for part, one in zip(sums, wanted, strict=True)])
-        # Not `backward`: a pass that fails must leave no gradient behind.
-        found = torch.autograd.grad(losses.sum(), [one for own in parameters for one in own], allow_unused=True)
+        with wanted[0].optimiser.modes():
+            each = wanted[0].optimiser.losses(rows, prompts, torch.arange(len(wanted)).repeat_interleave(counts))
+            sums = torch.split(each, counts.tolist())
+            losses = torch.stack([part.sum() / one.weight for part, one in zip(sums, wanted, strict=True)])
+            # Not `backward`: a pass that fails must leave no gradient behind.
+            found = torch.autograd.grad(losses.sum(), [one for own in parameters for one in own], allow_unused=True)
     except Exception as error:
         problem = error
     if problem is not None or not all(bool(one.isfinite().all()) for one in (losses, *found) if one is not None):

@@ -53,6 +53,8 @@ class Attachment(nn.Module, ABC):
     """They can be trained with the model's own dropout on."""
     deep: ClassVar[bool] = False
     """Prompts of several layers fit; else only those that enter with the input."""
+    recomputes: bool = True
+    """Layers can be computed again in the backward pass (gradient checkpointing)."""
     head_rate: ClassVar[float] = 0.5
     """Learning rate of the group `head`, relative to the prompt's; MiniLM learned best with it of 0.02, 0.1, 0.5."""
 
@@ -111,7 +113,12 @@ class Attachment(nn.Module, ABC):
         """The logits that predict the labels, and what they should say; -100 where a row has no label of its own."""
 
     def losses(
-        self, input_ids: Ids, attention_mask: Mask, labels: Labels, prompts: Prompts = None, index: Index = None
+        self,
+        input_ids: Ids | Float[Tensor, "batch channel height width"],
+        attention_mask: Mask,
+        labels: Labels,
+        prompts: Prompts = None,
+        index: Index = None,
     ) -> Float[Tensor, " batch"]:
         """Each row's loss, float32: the sum of the cross-entropies at its labels."""
         logits, targets = self.labelled(input_ids, attention_mask, labels, prompts, index)

@@ -75,6 +75,7 @@ class Causal(Attachment):
         if place == "front":
             self.packs = "position_ids" in self._accepted and attention.takes_packing(backbone.model)
             self.packs = check_exact(self) and self.packs
+        self.recomputes = self.packs  # else rows go on from a cache, which would be written to twice
 
     def prepare(self, prompts: Sequence[SoftPrompt]) -> Prefix | Matrices:
         """The prompts' keys and values, or their vectors where text stands before them, for any number of calls."""

@@ -1,0 +1,96 @@
+"""Gradient checkpointing: the same numbers, computed again in place of being kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from softprompt import DPT, Backbone, Experiment, Training, attach, train
+from softprompt.attach import Attachment, fresh_head
+from softprompt.recompute import recomputing
+
+MakeBackbone = Callable[[str], Backbone]
+KINDS = [("llama", "joint"), ("qwen3", "joint"), ("gemma", "joint"), ("t5", "joint"), ("t5", "isolated")]
+KINDS += [("bart", "joint"), ("bert", "joint"), ("bert", "isolated"), ("roberta_mlm", "joint"), ("dinov2", "joint")]
+
+
+def attached(backbone: Backbone, attend: Any) -> Attachment:
+    generator = torch.Generator().manual_seed(0)
+    head = fresh_head(backbone, 3, generator)
+    return attach(backbone, DPT(length=12, rank=2).build(backbone.host(), generator), head=head, attend=attend)
+
+
+def loss_of(attachment: Attachment) -> Tensor:
+    if attachment.backbone.architecture == "vision":
+        pixels = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        return attachment.losses(pixels, None, torch.ones(6, 1, dtype=torch.long)).sum()
+    ids = torch.randint(3, 200, (6, 24), generator=torch.Generator().manual_seed(1))
+    if attachment.backbone.architecture == "causal":
+        return attachment.losses(ids, None, torch.where(torch.arange(24) < 20, -100, ids)).sum()
+    return attachment.losses(ids, None, torch.full((6, 1), 1 if attachment.head else 11)).sum()
+
+
+def kept(attachment: Attachment, on: bool) -> tuple[Tensor, list[Tensor], int]:
+    """Loss, gradients, and the numbers that the forward pass keeps for the backward one."""
+    sizes: dict[int, int] = {}
+    frozen = {one.data_ptr() for one in attachment.backbone.model.state_dict().values()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in frozen:
+            sizes[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with recomputing(attachment.backbone.model, on):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = loss_of(attachment)
+        found = torch.autograd.grad(loss, list(attachment.parameters()))
+    return loss.detach(), list(found), sum(sizes.values())
+
+
+@pytest.mark.parametrize(("kind", "attend"), KINDS)
+def test_the_same_numbers_with_less_kept(kind: str, attend: str, tiny_backbone: MakeBackbone) -> None:
+    attachment = attached(tiny_backbone(kind), attend)
+    forwards = [type(module).forward for module in attachment.backbone.model.modules()]
+    loss, gradients, numbers = kept(attachment, False)
+    again, others, fewer = kept(attachment, True)
+    torch.testing.assert_close(again, loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(others, gradients, rtol=1e-5, atol=1e-6)
+    assert fewer < 0.6 * numbers
+    assert [module.forward.__func__ for module in attachment.backbone.model.modules()] == forwards, "all put back"
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_training_comes_to_the_same(
+    dropout: bool, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
+) -> None:
+    backbone = tiny_backbone("t5")
+    tensors = []
+    for on in (False, True):
+        training = Training(steps=3, batch=8, lr=0.003, evaluate_every=3, dropout=dropout, gradient_checkpointing=on)
+        experiment = Experiment(
+            backbone="t5", task=str(ticket_task), prompt=DPT(length=6, rank=2), training=training, dtype="float32"
+        )
+        run = train(experiment, out=tmp_path, name=f"{on}", backbone=backbone)
+        tensors.append(load_file(run.folder / "softprompt.safetensors"))
+    torch.testing.assert_close(*tensors, rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_another_means_and_the_same_experiment() -> None:
+    one, other = (Experiment(training=Training(gradient_checkpointing=on)) for on in (False, True))
+    assert one.hash == other.hash
+
+
+@pytest.mark.parametrize(("kind", "place"), [("bloom", "front"), ("gemma2", "front"), ("llama", "behind")])
+def test_where_rows_go_on_from_a_cache_it_is_refused(
+    kind: str, place: Any, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
+) -> None:
+    experiment = Experiment(
+        backbone=kind, task=str(ticket_task), place=place, training=Training(gradient_checkpointing=True)
+    )
+    with pytest.raises(ValueError, match=r"gradient_checkpointing is on, and rows of .* go on from a cache"):
+        train(experiment, out=tmp_path, backbone=tiny_backbone(kind))
+    assert not list(tmp_path.iterdir())
