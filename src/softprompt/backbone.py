@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
-from softprompt import assets, attention, files, pixels, projections, vit
+from softprompt import assets, attention, files, gguf, pixels, projections, quantise, vit
 from softprompt.choices import Dtype
 from softprompt.prompts import Host
 
@@ -44,6 +44,8 @@ class Backbone:
     """What a run folder names as its base model: a hub id, or a folder's path."""
     architecture: Architecture
     """Which attachment fits."""
+    quantised: str = ""
+    """How its linear layers hold their weights, one of `quantise.KINDS`; empty: as `dtype` says."""
     note: str = ""
     """What a reader of a result should know of these weights; empty for most."""
     images: torch.Tensor | None = field(default=None, repr=False, compare=False)
@@ -66,6 +68,11 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
         return next(self.model.parameters()).dtype
+
+    @property
+    def precision(self) -> str:
+        """What `load` was told as `dtype`, and `auto` came to."""
+        return self.quantised or str(self.dtype).removeprefix("torch.")
 
     @property
     def device(self) -> torch.device:
@@ -170,20 +177,24 @@ def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbon
     Raises:
         FileNotFoundError: nothing is at `source`.
         ValueError: the model cannot take embeddings instead of ids, or dtype and model do not fit.
+        ModuleNotFoundError: `nf4` without the extra `quantise`.
     """
     place = _device(device)
     folder, base, note = _locate(source)
     config = _config(folder, source)
     architecture = _architecture(config)
-    kind = measured_dtype(place) if dtype == "auto" else getattr(torch, dtype)
+    quantised = dtype if dtype in quantise.KINDS else ""
+    kind = torch.bfloat16 if quantised else measured_dtype(place) if dtype == "auto" else getattr(torch, dtype)
     if kind is torch.float16 and config.model_type in ("t5", "mt5", "umt5", "longt5"):
         raise ValueError(f"{source} is a T5, which overflows in float16; use bfloat16 or float32")
     given = vit.without_pooler(config) if architecture == "vision" else {}
-    model = _loader(architecture, config).from_pretrained(folder, dtype=kind, **given).to(place)
+    given |= quantise.loading(dtype, place) if quantised else {}
+    model = _loader(architecture, config).from_pretrained(folder, dtype=kind, **given)
+    model = quantise.settled(model) if quantised else model.to(place)
     if architecture == "vision":
         vit.refuse_unknown(model, source)
-        return Backbone(model, pixels.processor(folder, config), source, base, architecture, note)
-    backbone = Backbone(model, _tokenizer(folder, source), source, base, architecture, note)
+        return Backbone(model, pixels.processor(folder, config), source, base, architecture, quantised, note)
+    backbone = Backbone(model, _tokenizer(folder, source), source, base, architecture, quantised, note)
     _check_embeddings(backbone)
     return backbone
 
@@ -208,13 +219,13 @@ def _locate(source: str) -> tuple[str, str, str]:
         if asset.kind != "model":
             raise ValueError(f"asset {source!r} is data, not a model; models are {', '.join(_models())}")
         path = assets.fetch(source)
-        folder = converted(path, asset.sha256) if path.suffix == ".gguf" else path
+        folder = gguf.converted(path, asset.sha256) if path.suffix == ".gguf" else path
         return str(folder), asset.base, asset.note
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"backbone {source!r} is not there; give the path of a .gguf file")
-        return str(converted(path, _sha256(path))), str(path.resolve()), "dequantised from a GGUF file"
+        return str(gguf.converted(path)), str(path.resolve()), "dequantised from a GGUF file"
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"folder {source!r} has no config.json; give a folder that transformers can load")
@@ -319,28 +330,3 @@ def _matmul_seconds(device: torch.device, dtype: torch.dtype) -> float:
         (left @ right).sum().item()
         best = min(best, time.perf_counter() - start)
     return best
-
-
-def converted(file: Path, digest: str) -> Path:
-    """The transformers folder of a `.gguf` file, made once and kept in the cache folder (float32)."""
-    folder = assets.cache_folder() / "backbones" / f"{file.stem}-{digest[:12]}"
-    if not folder.is_dir():
-        place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        unpacked = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            **place, dtype=torch.float32, quantization_config=unpacked
-        )
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-        try:
-            with files.replacing(folder) as draft:
-                model.save_pretrained(draft)
-                tokenizer.save_pretrained(draft)
-        except OSError:
-            if not (folder / "config.json").is_file():  # else another process was first, with the same bits
-                raise
-    return folder
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

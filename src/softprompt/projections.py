@@ -31,8 +31,13 @@ def query_key(model: Any, part: Any = None) -> QueryKey:
     The weights alone: biases, rotary positions and a norm before or after the projection stay out.
 
     Raises:
-        ValueError: the model has no attention whose layout is known.
+        ValueError: the model has no attention whose layout is known, or holds its weights in 4 or 8 bits.
     """
+    if not all(weights.is_floating_point() for weights in model.parameters()):
+        raise ValueError(
+            f"the projections of this {model.config.model_type} are quantised; give a --dtype of whole weights, such "
+            "as bfloat16"
+        )
     heads = int(model.config.get_text_config().num_attention_heads)
     for _, module in (model if part is None else part).named_modules():
         for names in _PAIRS:

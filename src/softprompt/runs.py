@@ -84,7 +84,7 @@ class Run:
                 f"{backbone.dim} wide; use the backbone it was trained on"
             )
         recorded = self.record["backbone"]
-        same_dtype = recorded["dtype"] == str(backbone.dtype).removeprefix("torch.")
+        same_dtype = recorded["dtype"] == backbone.precision
         if same_dtype and recorded["hash"] != backbone.hash:
             raise ValueError(
                 f"the weights of {backbone.source} are not those that run {self.folder} was trained on; "
@@ -184,7 +184,7 @@ def create(experiment: Experiment, task: Task, backbone: Backbone, out: Path, na
             "base": backbone.base,
             "dim": backbone.dim,
             "hash": backbone.hash,
-            "dtype": str(backbone.dtype).removeprefix("torch."),
+            "dtype": backbone.precision,
             "architecture": backbone.architecture,
             "note": backbone.note,
         },

@@ -50,6 +50,11 @@ class Vocab(Format):
                 f"{backbone.source} is a model of the kind {backbone.architecture}, whose answer does not come as text "
                 "behind a row; export to npz, or serve it with softprompt serve"
             )
+        if backbone.quantised:
+            return (
+                f"the backbone's weights are held as {backbone.quantised}, and a checkpoint needs them whole; train in "
+                "bfloat16, or export to npz"
+            )
         if embedding_scale(backbone) is None:
             return (
                 f"{backbone.source} does more to its embedding table than scale it, so no row of the table is the "

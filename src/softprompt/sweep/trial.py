@@ -164,7 +164,7 @@ def start(experiment: Experiment, out: Path, held: Held, watch: Watcher) -> Step
 def go_on(run: Run, held: Held, watch: Watcher) -> Steps[Run]:
     """Train it from its last checkpoint, or from the first step where there is none; raises as `resume` does."""
     backbone = held.get(run.experiment.backbone, run.experiment.backbone_dtype)
-    fits = str(backbone.dtype).removeprefix("torch.") == run.record["backbone"]["dtype"]
+    fits = backbone.precision == run.record["backbone"]["dtype"]
     return resuming(run.folder, watch=watch, backbone=backbone if fits else None)
 
 

@@ -1,0 +1,45 @@
+"""Frozen backbones whose linear layers hold 4 bits a weight (bitsandbytes, extra `quantise`).
+
+The prompt stays float32, and its gradient flows through the weights as they are held; embeddings, norms and the head
+are bfloat16. `nf4`: Dettmers et al. 2023, "QLoRA", section 3, with a scale for each 64 weights.
+
+Not `LLM.int8()`, which rounds a row's activations too: a prompt's shared prefix then gives other logits than the same
+prompt in the row.
+"""
+
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+
+KINDS = ("nf4",)
+
+
+def loading(kind: str, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` is told to load a model so, on `device`.
+
+    Raises:
+        ModuleNotFoundError: bitsandbytes is missing.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError(
+            f"dtype {kind} needs bitsandbytes; install it with: pip install 'softprompt[quantise]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that are elsewhere
+    held = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"quantization_config": held, "device_map": {"": device}}
+
+
+def settled(model: Any) -> Any:
+    """The same, its weights held in one way for good.
+
+    On some CPUs a 4-bit layer is packed anew, with scales of bfloat16, at the first forward that needs no gradient, and
+    unpacked where the weights are looked at: prompts would be trained and used on different weights.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model

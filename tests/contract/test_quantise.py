@@ -1,0 +1,113 @@
+"""Backbones of 4 bits a weight: prompts are trained, kept and used again in front of the weights as held."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from softprompt import DPT, Experiment, Run, Training, attach, evaluate, load_backbone, open_run, train
+from softprompt.export import FORMATS, export_runs
+from softprompt.projections import query_key
+from softprompt.quantise import KINDS
+
+QUANTISED = pytest.mark.parametrize("kind", KINDS)
+
+
+def experiment(folder: Path, task: Path, kind: Any, **settings: Any) -> Experiment:
+    training = Training(steps=6, batch=8, evaluate_every=3)
+    return Experiment(
+        backbone=str(folder), task=str(task), prompt=DPT(length=6, rank=2), training=training, dtype=kind, **settings
+    )
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(
+    request: pytest.FixtureRequest, llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    return train(experiment(llama_folder, ticket_task, request.param), out=tmp_path_factory.mktemp("runs"))
+
+
+@QUANTISED
+def test_the_model_is_its_own_forward_over_prompt_and_text(kind: Any, llama_folder: Path) -> None:
+    backbone = load_backbone(str(llama_folder), dtype=kind)
+    assert backbone.precision == kind
+    assert {weights.dtype for weights in backbone.model.model.layers.parameters()} >= {torch.bfloat16}
+    prompt = DPT(length=6, rank=2).build(backbone.host(), torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 200, (4, 9), generator=torch.Generator().manual_seed(1))
+    labels = torch.where(torch.arange(9) < 7, -100, ids)
+    ours = attach(backbone, prompt)(ids, None, labels).loss
+    front = prompt.prompt().to(backbone.dtype).expand(4, -1, -1)
+    embeds = torch.cat([front, backbone.model.get_input_embeddings()(ids)], 1)
+    theirs = backbone.model(inputs_embeds=embeds, labels=torch.cat([torch.full((4, 6), -100), labels], 1)).loss
+    parameters = list(prompt.parameters())
+    torch.testing.assert_close(ours, theirs.float(), rtol=2e-2, atol=2e-2)
+    for mine, its in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
+        assert float((mine - its).norm() / its.norm()) < 0.05
+
+
+@QUANTISED
+def test_the_weights_take_less_memory(kind: Any, llama_folder: Path) -> None:
+    sizes = []
+    for dtype in ("bfloat16", kind):
+        weights = load_backbone(str(llama_folder), dtype=dtype).model.model.layers[0].mlp.up_proj.weight
+        sizes.append(weights.numel() * weights.element_size())
+    assert sizes[0] / sizes[1] == {"nf4": 4}[kind]
+
+
+def test_a_run_says_what_it_was_trained_on_and_answers_the_same_again(run: Run) -> None:
+    assert run.record["backbone"]["dtype"] == run.experiment.dtype
+    assert run.results is not None
+    again = evaluate(open_run(run.folder))
+    assert again.value == run.results["test"]
+
+
+def test_other_weights_are_refused(run: Run) -> None:
+    other = load_backbone(run.experiment.backbone, dtype="float32")
+    other.model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    mine = load_backbone(run.experiment.backbone, dtype=run.experiment.dtype)
+    assert mine.hash == run.record["backbone"]["hash"]
+    assert other.hash != run.record["backbone"]["hash"]
+
+
+@QUANTISED
+def test_a_resumed_run_loads_the_same_weights(
+    kind: Any, llama_folder: Path, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from softprompt import resume
+    from softprompt.watch import Silent
+
+    class Stop(Exception):
+        pass
+
+    def stop(self: object, progress: Any) -> None:
+        if progress.step == 3:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Silent, "step", stop)
+        with pytest.raises(Stop):
+            train(experiment(llama_folder, ticket_task, kind), out=tmp_path, name="run")
+    assert resume(tmp_path / "run").results is not None
+
+
+def test_a_checkpoint_of_whole_weights_is_refused(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a checkpoint needs them whole; train in bfloat16"):
+        export_runs([run], FORMATS["vocab"], tmp_path / "checkpoint")
+    assert not list(tmp_path.iterdir())
+
+
+@QUANTISED
+def test_what_needs_whole_weights_says_so(kind: Any, llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="are quantised; give a --dtype of whole weights"):
+        query_key(load_backbone(str(llama_folder), dtype=kind).model)
+    with pytest.raises(ValueError, match="give --dtype float32"):
+        train(experiment(llama_folder, ticket_task, kind, baseline="full"), out=tmp_path)
+
+
+def test_without_the_extra_it_says_what_to_install(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    with pytest.raises(ModuleNotFoundError, match=r"dtype nf4 needs bitsandbytes; .*softprompt\[quantise\]"):
+        load_backbone(str(llama_folder), dtype="nf4")
