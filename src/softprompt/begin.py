@@ -7,7 +7,7 @@ from typing import Any, final
 
 import torch
 
-from softprompt import checkpoint, runs
+from softprompt import checkpoint, recompute, runs
 from softprompt.attach import Attachment, fresh_head
 from softprompt.attach.vision import refuse_unfit
 from softprompt.backbone import Backbone, load
@@ -121,10 +121,17 @@ def _refuse_unfit(experiment: Experiment, attachment: Attachment) -> None:
             f"dropout is on, and isolated prompts of {backbone.source} ({backbone.architecture}) run without the "
             "model's own; leave dropout off, or attend=joint"
         )
-    if experiment.training.gradient_checkpointing and not attachment.recomputes:
+    if not experiment.training.gradient_checkpointing:
+        return
+    if not attachment.recomputes:
         raise ValueError(
             f"gradient_checkpointing is on, and rows of {backbone.source} go on from a cache, which cannot be written "
             "to twice; leave it off, or give place=front and a model whose attention is not its own"
+        )
+    if not recompute.is_possible(backbone.model):
+        raise ValueError(
+            f"gradient_checkpointing is on, and {backbone.source} ({backbone.model.config.model_type}) has no layers "
+            "that can be computed again; leave it off, or give --accumulate"
         )
 
 

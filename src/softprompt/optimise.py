@@ -5,6 +5,7 @@ those of other trainings on the same backbone.
 """
 
 import math
+import time
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Given(NamedTuple):
 
     loss: Tensor
     seconds: float
-    """The training's share of the time that it took."""
+    """The training's share of the time that it took; of a step, with what it did itself."""
 
 
 Steps = Generator[Wanted, Given, T]
@@ -71,25 +72,28 @@ class Optimiser:
         Raises:
             ValueError: the loss or its gradient is no number.
         """
+        start, waited, seconds = time.perf_counter(), 0.0, 0.0
         self.attachment.train()  # a method's own dropout; the backbone stays in evaluation mode
         for group in self.adamw.param_groups:
             group["lr"] = rate * group["rate"]
         weight = len(rows) if self._candidates else sum(len(self._target(row)) for row in rows)
-        loss, seconds = torch.zeros((), device=self.attachment.backbone.device), 0.0
+        loss = torch.zeros((), device=self.attachment.backbone.device)
         own = self.processes.share(rows)
         with self.processes.part():
             for part in range(self.settings.accumulate):
                 if piece := own[part :: self.settings.accumulate]:
+                    asked = time.perf_counter()
                     given = yield Wanted(self, piece, weight)
-                    loss += given.loss
+                    waited += time.perf_counter() - asked
                     seconds += given.seconds
+                    loss += given.loss
         parameters = list(self.attachment.parameters())
         self.processes.total(loss, parameters)
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf)
         _refuse_not_finite(float(loss), float(norm), rate, number, rows)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        return Given(loss, seconds)
+        return Given(loss, seconds + time.perf_counter() - start - waited)
 
     @property
     def kind(self) -> Hashable:

@@ -28,16 +28,26 @@ def recomputing(model: Any, on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    before = _ON.set(True)
-    for layer in layers:
+    before, own = _ON.set(True), [(layer, layer.__dict__.get("forward")) for layer in _layers(model)]
+    for layer, _ in own:
         layer.forward = partial(through, layer.forward)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in own:
             del layer.forward  # the class's own again
+            if forward is not None:  # accelerate, for one, gives a layer its own
+                layer.forward = forward
         _ON.reset(before)
+
+
+def is_possible(model: Any) -> bool:
+    """Whether `model` has layers that can be computed again."""
+    return bool(_layers(model))
+
+
+def _layers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def through(layer: Callable[..., T], *given: Any, **also: Any) -> T:

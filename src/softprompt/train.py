@@ -1,5 +1,6 @@
 """The one training loop: step, evaluate, stop early, checkpoint, resume."""
 
+import dataclasses
 import math
 import os
 import threading
@@ -76,24 +77,39 @@ def training(
 
 
 def resume(
-    folder: str | Path, *, backbone: Backbone | None = None, watch: Watcher | None = None, log_with: str | None = None
+    folder: str | Path,
+    *,
+    means_of: Experiment | None = None,
+    backbone: Backbone | None = None,
+    watch: Watcher | None = None,
+    log_with: str | None = None,
 ) -> Run:
     """Go on with an unfinished run from its last checkpoint, to the same numbers as if it had never stopped.
+
+    Args:
+        means_of: an experiment that asks for gradient checkpointing, if the run's own did not: it ran out of memory.
 
     Raises:
         ValueError: the rows or the backbone's weights are not those it was started with.
     """
-    return alone(resuming(folder, backbone=backbone, watch=watch, log_with=log_with))
+    return alone(resuming(folder, means_of=means_of, backbone=backbone, watch=watch, log_with=log_with))
 
 
 def resuming(
-    folder: str | Path, *, backbone: Backbone | None = None, watch: Watcher | None = None, log_with: str | None = None
+    folder: str | Path,
+    *,
+    means_of: Experiment | None = None,
+    backbone: Backbone | None = None,
+    watch: Watcher | None = None,
+    log_with: str | None = None,
 ) -> Steps[Run]:
     """`resume`, to be driven together with others."""
     processes, told = _processes(backbone, watch)
     run = processes.from_main(lambda: runs.open_run(folder))
     if run.results is not None:
         return run
+    if means_of is not None:
+        run = dataclasses.replace(run, experiment=run.experiment.by_means_of(means_of))
     found = processes.in_turn(lambda: begin.again(run, backbone, told))
     return (yield from _work_on(run, found, processes, told, log_with))
 

@@ -1,5 +1,6 @@
 """Gradient checkpointing: the same numbers, computed again in place of being kept."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from softprompt import DPT, Backbone, Experiment, Training, attach, train
 from softprompt.attach import Attachment, fresh_head
+from softprompt.cli import main
+from softprompt.optimise import Optimiser
 from softprompt.recompute import recomputing
 
 MakeBackbone = Callable[[str], Backbone]
@@ -82,6 +85,72 @@ def test_a_training_comes_to_the_same(
 def test_it_is_another_means_and_the_same_experiment() -> None:
     one, other = (Experiment(training=Training(gradient_checkpointing=on)) for on in (False, True))
     assert one.hash == other.hash
+
+
+def test_a_layer_keeps_a_forward_of_its_own(tiny_backbone: MakeBackbone) -> None:
+    model = tiny_backbone("qwen3").model
+    layer, calls = model.model.layers[0], []
+    whole = layer.forward
+
+    def hooked(*given: Any, **also: Any) -> Any:
+        calls.append(1)
+        return whole(*given, **also)
+
+    layer.forward = hooked
+    try:
+        with recomputing(model, True):
+            pass
+        assert layer.forward is hooked
+    finally:
+        del layer.forward
+
+
+@pytest.mark.parametrize("kind", ["mpnet"])
+def test_a_model_without_such_layers_is_refused(
+    kind: str, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
+) -> None:
+    experiment = Experiment(backbone=kind, task=str(ticket_task), training=Training(gradient_checkpointing=True))
+    with pytest.raises(ValueError, match="has no layers that can be computed again; leave it off"):
+        train(experiment, out=tmp_path, backbone=tiny_backbone(kind))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_had_no_memory_goes_on_with_it(
+    llama_folder: Path, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command line, and by a sweep's file that was changed."""
+    file, seen = tmp_path / "sweep.toml", list[bool]()
+
+    def sweep(on: str) -> int:
+        file.write_text(
+            f'''
+            backbone = "{llama_folder}"
+            task = "{ticket_task}"
+            dtype = "float32"
+            training = {{ steps = 2, batch = 8, evaluate_every = 2, gradient_checkpointing = {on} }}
+            prompt.length = 4
+            prompt.rank = 2
+            '''
+        )
+        return main(["sweep", str(file), "--out", str(tmp_path / "out")])
+
+    losses = Optimiser.losses
+
+    def short(self: Optimiser, *given: Any) -> Any:
+        seen.append(self.settings.gradient_checkpointing)
+        if not seen[-1]:
+            raise RuntimeError("out of memory")
+        return losses(self, *given)
+
+    monkeypatch.setattr(Optimiser, "losses", short)
+    assert sweep("false") == 1
+    [run] = (tmp_path / "out").iterdir()
+    copy = shutil.copytree(run, tmp_path / "copy")
+    assert sweep("true") == 0
+    assert main(["train", "--resume", str(copy)]) == 1
+    assert main(["train", "--resume", str(copy), "--gradient-checkpointing"]) == 0
+    assert main(["train", "--resume", str(copy), "--steps", "3"]) != 0
+    assert seen == [False, True, True, False, True, True]
 
 
 @pytest.mark.parametrize(("kind", "place"), [("bloom", "front"), ("gemma2", "front"), ("llama", "behind")])

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from softprompt.prompts import PromptConfig
 from softprompt.sweep import sweep
 from softprompt.together import together
 from softprompt.train import resuming, training
-from softprompt.watch import Interrupted, Silent
+from softprompt.watch import Interrupted, Silent, interruptible
 
 MakeBackbone = Callable[[str], Backbone]
 
@@ -80,7 +82,12 @@ def table(folder: Path, head: str, lines: Iterable[str], answer: str) -> Path:
     ids=str,
 )
 def test_each_ends_as_by_itself(
-    kind: str, settings: dict[str, Any], tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
+    kind: str,
+    settings: dict[str, Any],
+    tiny_backbone: MakeBackbone,
+    ticket_task: Path,
+    tmp_path: Path,
+    passes: list[int],
 ) -> None:
     backbone = tiny_backbone(kind)
     if kind == "bert_mlm":  # its words are of one token each
@@ -88,6 +95,7 @@ def test_each_ends_as_by_itself(
         ticket_task = table(tmp_path, "text,queue", lines, 'label = "queue"\nwords = { a = "a", b = "b" }')
     experiments = several(kind, ticket_task, **settings)
     found = trained_together(experiments, backbone, tmp_path / "together", 3)
+    assert max(passes) == (1 if kind == "bert" else 3), "heads of their own need passes of their own"
     for at, (experiment, run) in enumerate(zip(experiments, found, strict=True)):
         refuse_different(run, train(experiment, out=tmp_path / "alone", name=f"run-{at}", backbone=backbone))
 
@@ -170,19 +178,30 @@ def test_who_diverges_falls_alone(tiny_backbone: MakeBackbone, ticket_task: Path
         refuse_different(run, train(experiment, out=tmp_path / "alone", name=f"run-{at}", backbone=backbone))
 
 
-def test_what_fails_only_together_says_so(
+def test_what_fails_only_together_goes_on_in_smaller_passes(
     tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = Optimiser.losses
+    backbone, experiments = tiny_backbone("llama"), several("llama", ticket_task)[:4]
+    losses, notes, passes, held = Optimiser.losses, list[str](), list[int](), list[weakref.ref[torch.Tensor]]()
 
     def crowded(self: Optimiser, rows: Any, prompts: Any = None, index: Any = None) -> Any:
-        if prompts is not None:
+        assert all(one() is None for one in held), "a pass that failed still holds its memory"
+        passes.append(1 if prompts is None else len(prompts))
+        found = losses(self, rows, prompts, index)
+        if passes[-1] > 2:
+            held.append(weakref.ref(found))
             raise RuntimeError("out of memory")
-        return losses(self, rows)
+        return found
 
-    monkeypatch.setattr(Optimiser, "losses", crowded)
-    with pytest.raises(RuntimeError, match=r"^2 trainings at a time failed .*\(out of memory\); lower --together$"):
-        trained_together(several("llama", ticket_task)[:2], tiny_backbone("llama"), tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimiser, "losses", crowded)
+        steps = [training(one, out=tmp_path, name=f"run-{at}", backbone=backbone) for at, one in enumerate(experiments)]
+        found = sorted(together(steps, 4, notes.append), key=lambda run: run.name)
+    assert passes[:11] == [1, 1, 1, 1, 4, 1, 1, 1, 1, 2, 2]
+    assert len(notes) == 1
+    assert notes[0].endswith("(out of memory); from here on at most 2 share one")
+    for at, (experiment, run) in enumerate(zip(experiments, found, strict=True)):
+        refuse_different(run, train(experiment, out=tmp_path / "alone", name=f"run-{at}", backbone=backbone))
 
 
 def test_ctrl_c_stops_all_with_a_checkpoint_each(
@@ -208,6 +227,87 @@ def test_ctrl_c_stops_all_with_a_checkpoint_each(
     for run in together(again, 3):
         at = int(run.name[-1])
         refuse_different(run, train(experiments[at], out=tmp_path / "alone", name=run.name, backbone=backbone))
+
+
+def test_ctrl_c_is_known_to_one_that_begins_another_run_after_it(tmp_path: Path) -> None:
+    """As a search's study does, whose trial has just ended for another reason."""
+    begun: list[str] = []
+
+    def stopped() -> Steps[str]:
+        with interruptible() as asked:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert asked.is_set()
+            raise Interrupted("stopped")
+        yield
+
+    def study() -> Steps[str]:
+        for trial in ("first", "second", "third"):
+            begun.append(trial)
+            with interruptible() as asked:
+                if asked.is_set():
+                    raise Interrupted("stopped")
+        return "all"
+        yield
+
+    with pytest.raises(Interrupted):
+        list(together([stopped(), study()], 2))
+    assert begun in ([], ["first"])
+
+
+def test_seconds_are_all_that_a_training_took(
+    tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it does itself, its share of a pass, and nothing of the others' work."""
+    backbone, step = tiny_backbone("llama"), torch.optim.AdamW.step
+
+    def slow(self: Any, *given: Any) -> Any:
+        time.sleep(0.2)
+        return step(self, *given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", slow)
+    experiments = [one.replace(training=Training(steps=5, evaluate_every=5)) for one in several("llama", ticket_task)]
+    started = time.perf_counter()
+    found = trained_together(experiments[:3], backbone, tmp_path, 3)
+    whole, seconds = time.perf_counter() - started, [float((run.results or {})["seconds"]) for run in found]
+    assert min(seconds) >= 1.0
+    assert sum(seconds) <= whole + 0.2  # each is rounded to a tenth
+
+
+def test_a_baseline_is_trained_by_itself(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
+    """Each has a copy of the whole backbone."""
+    file = tmp_path / "sweep.toml"
+    file.write_text(
+        f'''
+        backbone = "{llama_folder}"
+        task = "{ticket_task}"
+        dtype = "float32"
+        seed = [0, 1]
+        training = {{ steps = 2, batch = 8, evaluate_every = 2 }}
+        [[method]]
+        baseline = "full"
+        [[method]]
+        name = "dpt"
+        length = 4
+        rank = 2
+        '''
+    )
+    notes: list[str] = []
+
+    class Listening:
+        def stage(self, text: str) -> None:
+            notes.append(text)
+
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+        def step(self, progress: Progress) -> None:
+            pass
+
+    swept = sweep(file, out=tmp_path / "out", together=4, watch=Listening())
+    assert [trial.state for trial in swept.trials] == ["done"] * 4
+    ends = [note for note in notes if note.startswith(("trial ", "testing"))]
+    # Of the prompts, which share passes, no stage is told; of the baselines one after another.
+    assert [note.partition(":")[0] for note in ends[-4:]] == ["testing", "trial 3 of 4", "testing", "trial 4 of 4"]
 
 
 def test_an_error_leaves_the_others_unlocked(tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ class Attachment(nn.Module, ABC):
         logits, targets = self.labelled(input_ids, attention_mask, labels, prompts, index)
         at = targets != -100
         each = nn.functional.cross_entropy(logits[at].float(), targets[at], reduction="none")
-        return each.new_zeros(len(targets)).index_add(0, at.nonzero()[:, 0], each)
+        return each.new_zeros(targets.shape).masked_scatter(at, each).sum(1)
 
     @abstractmethod
     def score(

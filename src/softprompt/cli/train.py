@@ -52,9 +52,12 @@ def train_(
     terminal = Terminal()
     try:
         if resume_ is not None:
-            if experiment != Experiment() or prompt != Experiment().prompt or name is not None:
-                raise ValueError(f"--resume {resume_} takes every setting from the run; leave the other flags out")
-            run = resume(resume_, watch=terminal, log_with=log_with)
+            if experiment.replace(prompt=prompt).hash != Experiment().hash or name is not None:
+                raise ValueError(
+                    f"--resume {resume_} takes every setting from the run; leave the other flags out, apart from "
+                    "--gradient-checkpointing"
+                )
+            run = resume(resume_, means_of=experiment, watch=terminal, log_with=log_with)
         else:
             whole = experiment.replace(prompt=prompt)
             run = train(whole, out=out, name=name, watch=terminal, log_with=log_with)

@@ -57,9 +57,12 @@ def opened(
         held = Held()
 
         def each(work: Work[R], items: Sequence[Experiment], lost: Callable[[Experiment, str], R]) -> Iterator[R]:
-            for _, group in itertools.groupby(items, key=lambda one: (one.backbone, one.backbone_dtype)):
-                told = ((one, watch if at_once == 1 else Named(trial_name(one), watch)) for one in group)
-                yield from together((work(one, held, watcher) for one, watcher in told), at_once)
+            # A baseline has a copy of the whole backbone, so these are trained one by one.
+            ordered = sorted(items, key=_room) if at_once > 1 else items
+            for (*_, baseline), group in itertools.groupby(ordered, key=_room):
+                count = 1 if baseline else at_once
+                told = ((one, watch if count == 1 else Named(trial_name(one), watch)) for one in group)
+                yield from together((work(one, held, watcher) for one, watcher in told), count, watch.note)
 
         yield each
         return
@@ -67,6 +70,11 @@ def opened(
         raise ModuleNotFoundError("the engine ray needs Ray; install it with: pip install 'softprompt[sweep]'")
     with _cluster(address) as ray:
         yield _ray_each(ray, cpus, gpus)
+
+
+def _room(experiment: Experiment) -> tuple[str, str, bool]:
+    """What trainings at a time have in common."""
+    return experiment.backbone, experiment.backbone_dtype, experiment.baseline != "none"
 
 
 @contextmanager

@@ -204,7 +204,7 @@ def _trained(experiment: Experiment, folder: Path, held: Held, watch: _Pruning) 
     if run.results is not None:
         return run
     watch.go_on(run)
-    return (yield from go_on(run, held, watch))
+    return (yield from go_on(run, experiment, held, watch))
 
 
 def _drawn(study: Any, number: int, search: Search, space: Space) -> dict[str, Any]:

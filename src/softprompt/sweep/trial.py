@@ -133,7 +133,7 @@ def run_trial(experiment: Experiment, out: Path, held: Held, watch: Watcher) -> 
             _refuse_changed(run, held, watch)
         if run is not None and run.results is not None:
             return Outcome(folder, experiment, "skipped", results=run.results)
-        run = yield from go_on(run, held, watch) if run else start(experiment, out, held, watch)
+        run = yield from go_on(run, experiment, held, watch) if run else start(experiment, out, held, watch)
     except Interrupted:
         raise
     except Exception as error:
@@ -161,11 +161,15 @@ def start(experiment: Experiment, out: Path, held: Held, watch: Watcher) -> Step
     return training(experiment, out=out, name=trial_name(experiment), backbone=backbone, watch=watch)
 
 
-def go_on(run: Run, held: Held, watch: Watcher) -> Steps[Run]:
-    """Train it from its last checkpoint, or from the first step where there is none; raises as `resume` does."""
+def go_on(run: Run, experiment: Experiment, held: Held, watch: Watcher) -> Steps[Run]:
+    """Train it from its last checkpoint, or from the first step where there is none; raises as `resume` does.
+
+    Args:
+        experiment: as it is asked for now, whose means may be others than those that it was begun with.
+    """
     backbone = held.get(run.experiment.backbone, run.experiment.backbone_dtype)
     fits = backbone.precision == run.record["backbone"]["dtype"]
-    return resuming(run.folder, watch=watch, backbone=backbone if fits else None)
+    return resuming(run.folder, means_of=experiment, watch=watch, backbone=backbone if fits else None)
 
 
 def sentence(error: BaseException) -> str:
