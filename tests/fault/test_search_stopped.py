@@ -122,15 +122,16 @@ def test_a_worker_that_is_lost_without_a_word_has_a_problem() -> None:
     def get(_: object) -> None:
         raise RayError
 
-    task = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda work, item: f"ref of {item}"))
+    task = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda work, item: f"ref of {item.seed}"))
     ray = SimpleNamespace(
         remote=lambda _: task,
         wait=lambda waiting, num_returns: (waiting[:1], waiting[1:]),
         get=get,
         exceptions=SimpleNamespace(RayError=RayError),
     )
-    found = engine._ray_each(ray, 1, 0)(print, ["a", "b"], lambda item, problem: (item, problem))
-    assert list(found) == [("a", "its worker is lost: RayError"), ("b", "its worker is lost: RayError")]
+    items = [Experiment(seed=0), Experiment(seed=1)]
+    found = engine._ray_each(ray, 1, 0)(print, items, lambda item, problem: (item, problem))
+    assert list(found) == [(item, "its worker is lost: RayError") for item in items]
 
 
 def test_the_last_score_does_not_prune_when_an_earlier_one_is_gone_through_again(tmp_path: Path) -> None:
