@@ -130,6 +130,21 @@ def test_shots_are_few_and_disjoint(source, balanced: bool, group: str) -> None:
     assert texts(shots(task, whole, 8, seed=2, balanced=balanced))[0] != train
 
 
+def test_a_balanced_draw_does_not_hide_the_commonest_answer(source) -> None:
+    """Of 8 and 8 neither is, and the first of the two would be a majority that nobody has to beat."""
+    task = dataclasses.replace(REVIEW, words={"1": "positive", "0": "negative"}, source=source(rows=table(300)))
+    whole = splits(task)
+    assert list(task.words)[whole.majority] == "0"
+    assert shots(task, whole, 8, seed=1).majority == whole.majority
+
+
+def test_under_an_f1_the_majority_is_the_constant_answer_that_scores(source) -> None:
+    """Never saying the class that counts scores nothing, however rare it is."""
+    rows = source(rows=table(300))
+    assert splits(dataclasses.replace(REVIEW, source=rows)).majority == 0
+    assert splits(dataclasses.replace(REVIEW, source=rows, metrics=("f1", "accuracy"))).majority == 1
+
+
 def test_too_many_shots_are_refused(source) -> None:
     task = dataclasses.replace(REVIEW, source=source(rows=table(60)))
     with pytest.raises(ValueError, match=r"12 shots of task 'review' need more rows of class '1': \d+ are left for"):

@@ -15,7 +15,9 @@ from softprompt import pixels
 from softprompt.choices import Protocol
 from softprompt.tasks.base import READERS, Task, suggest
 from softprompt.tasks.images import pictures, without_broken
+from softprompt.tasks.metrics import METRICS
 from softprompt.tasks.rows import read_rows
+from softprompt.tasks.score import read_answers
 from softprompt.tasks.template import value_text
 
 _Key = TypeVar("_Key", int, str)
@@ -42,7 +44,8 @@ class Splits:
     fingerprint: str
     """sha256 over what the task reads of every row, split by split."""
     majority: int | str
-    """The training split's most frequent answer; the test split's where there is none."""
+    """The answer that scores best if it is always given, by the task's metric on the whole training split, whatever a
+    few-shot draw has of each; on the test split where there is no other. Unless the metric is an F1, the commonest."""
     warnings: tuple[str, ...] = ()
     """What works but looks wrong, a sentence each."""
     broken: tuple[str, ...] = ()
@@ -91,7 +94,23 @@ def splits(task: Task, data: str | None = None, seed: int = 0, protocol: Protoco
     wanted = {name: share for name, share in (("dev", DEV), ("test", TEST)) if name not in found}
     if wanted:
         found.update(cut(task, found["train"], wanted, "train", seed))
-    return _splits(task, found["train"], found["dev"], found["test"], broken)
+    majority = _majority(task, found["train"] if len(found["train"]) else found["test"])
+    return _splits(task, found["train"], found["dev"], found["test"], majority, broken)
+
+
+def _majority(task: Task, rows: Dataset) -> int | str:
+    golds = [task.answer(row) for row in rows]
+    counts = Counter(golds)
+    commonest = sorted(counts, key=lambda answer: (-counts[answer], answer))
+    metric = task.metrics[0]
+    if not task.is_classification or metric == "accuracy":
+        return commonest[0]
+    questions = list(rows[task.question]) if task.question else None
+
+    def value(answer: int | str) -> float:
+        return METRICS[metric](read_answers(task, metric, [answer] * len(golds), golds, questions))
+
+    return max(commonest, key=value)
 
 
 def _read(task: Task, data: str | None) -> tuple[dict[str, Dataset], tuple[str, ...]]:
@@ -193,13 +212,15 @@ def shots(task: Task, whole: Splits, k: int, seed: int, balanced: bool = True) -
     order = _order(range(len(answers)), seed)
     train = draw(order, "train")
     if whole.shared:
-        return _splits(task, whole.train.select(train), whole.dev, whole.test, whole.broken)
+        return _splits(task, whole.train.select(train), whole.dev, whole.test, whole.majority, whole.broken)
     used = {groups[index] for index in train}
     dev = draw([index for index in order if groups[index] not in used], "dev")
-    return _splits(task, whole.train.select(train), whole.train.select(dev), whole.test, whole.broken)
+    return _splits(task, whole.train.select(train), whole.train.select(dev), whole.test, whole.majority, whole.broken)
 
 
-def _splits(task: Task, train: Dataset, dev: Dataset, test: Dataset, broken: tuple[str, ...]) -> Splits:
+def _splits(
+    task: Task, train: Dataset, dev: Dataset, test: Dataset, majority: int | str, broken: tuple[str, ...]
+) -> Splits:
     counts = Counter(task.answer(row) for row in (train if len(train) else test))
     digest = hashlib.sha256()
     for name, rows in (("train", train), ("dev", dev), ("test", test)):
@@ -220,7 +241,7 @@ def _splits(task: Task, train: Dataset, dev: Dataset, test: Dataset, broken: tup
         dev=dev,
         test=test,
         fingerprint=digest.hexdigest(),
-        majority=min(counts, key=lambda answer: (-counts[answer], answer)),
+        majority=majority,
         warnings=(
             *(f"no training row of task {task.name!r} has the label {label!r}" for label in unused),
             *((f"{len(broken)} broken images were left out: {', '.join(broken)}",) if broken else ()),

@@ -21,7 +21,7 @@ class Score:
     n: int
     """Rows scored."""
     majority: float
-    """The same metric of always giving the training split's most frequent answer."""
+    """The same metric of always giving the answer that does best on the training split, `Splits.majority`."""
     low: float
     """Lower end of the 95 % interval of `value`: Wilson's, or a seeded bootstrap's."""
     high: float
@@ -49,7 +49,7 @@ def score(
         predictions: class indices or texts, one a row.
         golds: class indices, or (tuples of accepted) texts.
         questions: the rows' values of `task.question`, for grouped metrics.
-        majority: the training split's most frequent answer, `Splits.majority`.
+        majority: `Splits.majority`.
         resamples: of the bootstrap, in those metrics that need one.
         seed: of the bootstrap.
 
