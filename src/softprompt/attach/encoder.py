@@ -186,7 +186,6 @@ class Encoder(Attachment):
         self, input_ids: Ids, attention_mask: Mask, prompts: Prompts, index: Index
     ) -> Float[Tensor, "batch answer"]:
         """Of the vocabulary at the mask, or of the head's classes."""
-        model = self.backbone.model
         text = aligned(input_ids, checked_mask(input_ids, attention_mask), pads="behind")
         if self.attend == "isolated":
             return self._isolated(prompts, index, text)
@@ -201,7 +200,7 @@ class Encoder(Attachment):
         each = torch.arange(len(at), device=at.device)
         if (words := self._words()) is not None:
             return words(self._states(rows)[each, at])
-        return model(inputs_embeds=rows.embeds, attention_mask=rows.mask).logits[each, at]
+        return self.backbone.model(inputs_embeds=rows.embeds, attention_mask=rows.mask).logits[each, at]
 
     def _isolated(self, prompts: Prompts, index: Index, text: Rows) -> Float[Tensor, "batch answer"]:
         """`_logits` where prompts see themselves alone: each is run once, and the rows go on from it."""
@@ -232,8 +231,7 @@ class Encoder(Attachment):
             position_ids=positions[None],
             packing=packing,
         )
-        states: Tensor = output.last_hidden_state[0]
-        return states
+        return output.last_hidden_state[0]
 
     def _words(self) -> Any:
         """The vocabulary head where it is one module: it runs at the mask alone and not over the whole row."""
