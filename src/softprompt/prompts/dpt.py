@@ -50,13 +50,16 @@ class DPT(PromptConfig):
     Reference: Xiao et al. 2023, "Decomposed Prompt Tuning via Low-Rank Reparameterization"; `left` is their A
     and `right` their B, transposed as in their code (`[length, rank] @ [rank, dim]`).
     Differs: both factors are kept at unit size and a constant carries the product to the host's embedding RMS, so
-    that one learning rate fits every backbone; and it starts from the best rank-`rank` part of vocabulary rows.
+    that one learning rate fits every backbone; it starts from the best rank-`rank` part of vocabulary rows; and its
+    length is 20 and not 100, where rank 10 lost four points to the plain prompt (docs/results/study).
     `init=uniform` with `scale=1` is the published parameterisation: both factors U(-0.5, 0.5), nothing else.
 
     >>> DPT(length=100, rank=10).count(768)
     8680
     """
 
+    length: int = 20
+    """Virtual tokens in front of the input."""
     rank: int = 10
     """Width of the two factors."""
     init: Init = "vocab"
@@ -73,7 +76,7 @@ class DPT(PromptConfig):
         if self.rank > self.length:
             raise ValueError(
                 f"rank is {self.rank} and length is {self.length}; a prompt's rank cannot exceed its length, "
-                "lower the rank or use the method plain"
+                "raise the length, lower the rank, or use the method plain"
             )
         check_init(self.init, self.init_text)
         check_scale(self.scale)
