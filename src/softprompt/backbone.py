@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 import torch
 import transformers
@@ -179,6 +179,8 @@ def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbon
         ValueError: the model cannot take embeddings instead of ids, or dtype and model do not fit.
         ModuleNotFoundError: `nf4` without the extra `quantise`.
     """
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype is {dtype!r}; it must be {', '.join(get_args(Dtype))}")
     place = _device(device)
     folder, base, note = _locate(source)
     config = _config(folder, source)

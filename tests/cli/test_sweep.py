@@ -144,6 +144,30 @@ def test_several_processes(file: Path, tmp_path: Path, sweep: Sweep, monkeypatch
     assert "the sweep was started as 2 processes; start it alone" in shown
 
 
+def test_baselines_are_trained_one_by_one(file: Path, tmp_path: Path, sweep: Sweep) -> None:
+    """Each has a copy of the whole backbone; of prompts that share passes no stage is told."""
+    own = tmp_path / "sweep.toml"
+    own.write_text(file.read_text().replace('name = "plain"', 'baseline = "full"').replace("training.shots = 1000", ""))
+    code, result, shown = sweep(own, "--out", tmp_path / "out", "--together", 4)
+    assert (code, len(result["done"])) == (0, 4)
+    assert shown.count("testing ...") == 2
+    assert shown.index("note: trial 2 of 4") < shown.index("testing ...") < shown.index("note: trial 3 of 4")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--together", "0"], "together is 0; it must be at least 1"),
+        (["--together", "2", "--engine", "ray"], "together is for trainings in this process"),
+    ],
+)
+def test_what_cannot_go_together(flags: list[str], sentence: str, file: Path, tmp_path: Path, sweep: Sweep) -> None:
+    code, _, shown = sweep(file, "--out", tmp_path / "out", *flags)
+    assert code == 1
+    assert sentence in shown
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def two_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A Ray cluster of this machine with room for two trials at once."""

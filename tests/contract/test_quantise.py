@@ -64,11 +64,18 @@ def test_a_run_says_what_it_was_trained_on_and_answers_the_same_again(run: Run) 
 
 
 def test_other_weights_are_refused(run: Run) -> None:
-    other = load_backbone(run.experiment.backbone, dtype="float32")
-    other.model.model.layers[0].mlp.up_proj.weight.mul_(2)
-    mine = load_backbone(run.experiment.backbone, dtype=run.experiment.dtype)
-    assert mine.hash == run.record["backbone"]["hash"]
-    assert other.hash != run.record["backbone"]["hash"]
+    same, other = (load_backbone(run.experiment.backbone, dtype=run.experiment.dtype) for _ in range(2))
+    with torch.no_grad():
+        other.model.model.norm.weight.mul_(2)
+    assert len(run.prompt(same).prompt()) == 6
+    with pytest.raises(ValueError, match="are not those that run"):
+        run.prompt(other)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp4", ""])
+def test_what_is_no_dtype_is_refused_by_name(kind: Any, llama_folder: Path, unchecked: None) -> None:
+    with pytest.raises(ValueError, match=f"^dtype is '{kind}'; it must be auto, float32, bfloat16, float16, nf4$"):
+        load_backbone(str(llama_folder), dtype=kind)
 
 
 @QUANTISED

@@ -273,43 +273,6 @@ def test_seconds_are_all_that_a_training_took(
     assert sum(seconds) <= whole + 0.2  # each is rounded to a tenth
 
 
-def test_a_baseline_is_trained_by_itself(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
-    """Each has a copy of the whole backbone."""
-    file = tmp_path / "sweep.toml"
-    file.write_text(
-        f'''
-        backbone = "{llama_folder}"
-        task = "{ticket_task}"
-        dtype = "float32"
-        seed = [0, 1]
-        training = {{ steps = 2, batch = 8, evaluate_every = 2 }}
-        [[method]]
-        baseline = "full"
-        [[method]]
-        name = "dpt"
-        length = 4
-        rank = 2
-        '''
-    )
-    notes: list[str] = []
-
-    class Listening:
-        def stage(self, text: str) -> None:
-            notes.append(text)
-
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-        def step(self, progress: Progress) -> None:
-            pass
-
-    swept = sweep(file, out=tmp_path / "out", together=4, watch=Listening())
-    assert [trial.state for trial in swept.trials] == ["done"] * 4
-    ends = [note for note in notes if note.startswith(("trial ", "testing"))]
-    # Of the prompts, which share passes, no stage is told; of the baselines one after another.
-    assert [note.partition(":")[0] for note in ends[-4:]] == ["testing", "trial 3 of 4", "testing", "trial 4 of 4"]
-
-
 def test_an_error_leaves_the_others_unlocked(tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path) -> None:
     backbone, experiments = tiny_backbone("llama"), several("llama", ticket_task)[:2]
 
@@ -355,15 +318,3 @@ def test_a_sweep_together_is_the_sweep_by_itself(llama_folder: Path, ticket_task
     assert len(done) < len(other.trials)
     for trial in done:
         refuse_different(open_run(trial.folder), open_run(tmp_path / "1" / trial.name))
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"together": 0}, "together is 0; it must be at least 1"),
-        ({"together": 2, "engine": "ray"}, "together is for trainings in this process"),
-    ],
-)
-def test_what_cannot_be_is_refused(settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        sweep(tmp_path / "sweep.toml", **settings)

@@ -94,13 +94,10 @@ def splits(task: Task, data: str | None = None, seed: int = 0, protocol: Protoco
     wanted = {name: share for name, share in (("dev", DEV), ("test", TEST)) if name not in found}
     if wanted:
         found.update(cut(task, found["train"], wanted, "train", seed))
-    majority = _majority(task, found["train"] if len(found["train"]) else found["test"])
-    return _splits(task, found["train"], found["dev"], found["test"], majority, broken)
+    return _splits(task, found["train"], found["dev"], found["test"], broken)
 
 
-def _majority(task: Task, rows: Dataset) -> int | str:
-    golds = [task.answer(row) for row in rows]
-    counts = Counter(golds)
+def _majority(task: Task, rows: Dataset, golds: Sequence[int | str], counts: Mapping[int | str, int]) -> int | str:
     commonest = sorted(counts, key=lambda answer: (-counts[answer], answer))
     metric = task.metrics[0]
     if not task.is_classification or metric == "accuracy":
@@ -212,16 +209,24 @@ def shots(task: Task, whole: Splits, k: int, seed: int, balanced: bool = True) -
     order = _order(range(len(answers)), seed)
     train = draw(order, "train")
     if whole.shared:
-        return _splits(task, whole.train.select(train), whole.dev, whole.test, whole.majority, whole.broken)
+        return _splits(task, whole.train.select(train), whole.dev, whole.test, whole.broken, whole.majority)
     used = {groups[index] for index in train}
     dev = draw([index for index in order if groups[index] not in used], "dev")
-    return _splits(task, whole.train.select(train), whole.train.select(dev), whole.test, whole.majority, whole.broken)
+    return _splits(task, whole.train.select(train), whole.train.select(dev), whole.test, whole.broken, whole.majority)
 
 
 def _splits(
-    task: Task, train: Dataset, dev: Dataset, test: Dataset, majority: int | str, broken: tuple[str, ...]
+    task: Task,
+    train: Dataset,
+    dev: Dataset,
+    test: Dataset,
+    broken: tuple[str, ...],
+    majority: int | str | None = None,
 ) -> Splits:
-    counts = Counter(task.answer(row) for row in (train if len(train) else test))
+    """The splits; `majority` is given where `train` is a draw of the split that says it."""
+    known = train if len(train) else test
+    golds = [task.answer(row) for row in known]
+    counts = Counter(golds)
     digest = hashlib.sha256()
     for name, rows in (("train", train), ("dev", dev), ("test", test)):
         digest.update(f"{name} {len(rows)}\n".encode())
@@ -241,7 +246,7 @@ def _splits(
         dev=dev,
         test=test,
         fingerprint=digest.hexdigest(),
-        majority=majority,
+        majority=_majority(task, known, golds, counts) if majority is None else majority,
         warnings=(
             *(f"no training row of task {task.name!r} has the label {label!r}" for label in unused),
             *((f"{len(broken)} broken images were left out: {', '.join(broken)}",) if broken else ()),
