@@ -21,8 +21,9 @@ from softprompt.assets import ASSETS, Asset
 __all__ = ["cache", "wheel"]  # fixtures
 
 CHILD = """
-import json, sys
+import json, signal, sys
 from softprompt import assets
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell puts into the background
 asset = assets.Asset(**json.loads(sys.argv[1]))
 assets.ASSETS[asset.name] = asset
 print(assets.fetch(asset.name))
