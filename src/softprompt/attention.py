@@ -115,11 +115,12 @@ def packed_forward(
     scale: float,
 ) -> tuple[Float[Tensor, "token head head_dim"], list[Tensor | None]]:
     """Attention within each prompt, and within each row behind its prompt; and the weights of each block, if few."""
-    found, kept = [], []
+    found, kept, before = [], [], packing.before(key, value)
     for block in packing.blocks:
-        weights = _block_weights(query, key, packing, block, scale)
+        keys, values = before if before is not None and block is packing.rows else (None, None)
+        weights = _block_weights(query, key, keys, packing, block, scale)
         kept.append(weights if weights.shape[-1] <= MOST_KEPT else None)
-        answer = torch.bmm(weights, _seen(value, packing, block))
+        answer = torch.bmm(weights, _seen(value, values, packing, block))
         found.append(_ungrouped(answer, query, key, block))
     return torch.cat(found), kept
 
@@ -134,15 +135,16 @@ def packed_backward(
     grad: Float[Tensor, "token head head_dim"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; a row's view of its prompt, and weights not kept, are put together again."""
-    queries, keys, values = [], [], []
+    queries, keys, values, before = [], [], [], packing.before(key, value)
     for block, weights in zip(packing.blocks, kept, strict=True):
+        prompts = before if before is not None and block is packing.rows else (None, None)
         if weights is None:
-            weights = _block_weights(query, key, packing, block, scale)
+            weights = _block_weights(query, key, prompts[0], packing, block, scale)
         by_query, by_key, by_value = _gradients(
             weights,
             _grouped(query, key, block).mul_(scale),
-            _seen(key, packing, block),
-            _seen(value, packing, block),
+            _seen(key, prompts[0], packing, block),
+            _seen(value, prompts[1], packing, block),
             _grouped(grad, key, block, blank=True),
         )
         queries.append(_ungrouped(by_query.mul_(scale), query, key, block))
@@ -165,10 +167,12 @@ class _Packed(torch.autograd.Function):
         return (*packed_backward(query, key, value, ctx.packing, ctx.scale, kept, grad), None, None)
 
 
-def _block_weights(query: Tensor, key: Tensor, packing: Packing, block: Block, scale: float) -> Tensor:
+def _block_weights(
+    query: Tensor, key: Tensor, before: Tensor | None, packing: Packing, block: Block, scale: float
+) -> Tensor:
     wide = torch.promote_types(query.dtype, torch.float32)
     rows = _grouped(query, key, block, wide).mul_(scale)
-    keys = _seen(key, packing, block, wide)
+    keys = _seen(key, before, packing, block, wide)
     return _weights(rows, keys, packing.hidden(block), (key.shape[1], block.count)).to(query.dtype)
 
 
@@ -188,18 +192,19 @@ def _ungrouped(rows: Tensor, query: Tensor, key: Tensor, block: Block) -> Tensor
     return block.flat(part.reshape(block.count, block.longest, *query.shape[1:]))
 
 
-def _seen(states: Tensor, packing: Packing, block: Block, dtype: torch.dtype | None = None) -> Tensor:
-    """A copy of the keys or values that a block's queries can see: their prompt's, then their own."""
+def _seen(
+    states: Tensor, before: Tensor | None, packing: Packing, block: Block, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A copy of the keys or values that a block's queries can see: their prompt's out of `before`, then their own."""
     own = block.padded(states).permute(2, 0, 1, 3)
-    prompts = packing.prompts if block is packing.rows else None
-    before = prompts.longest if prompts else 0
+    length = 0 if before is None else before.shape[1]
     heads, count, longest, width = own.shape
-    seen = torch.empty(heads, count, before + longest, width, dtype=dtype or states.dtype, device=states.device)
-    seen[:, :, before:] = own
-    if prompts:
-        vectors = prompts.padded(states).permute(2, 0, 1, 3)
-        seen[:, :, :before] = vectors if prompts.count == 1 else vectors[:, packing.index]
-    return seen.view(heads * count, before + longest, width)
+    seen = torch.empty(heads, count, length + longest, width, dtype=dtype or states.dtype, device=states.device)
+    seen[:, :, length:] = own
+    if before is not None:
+        vectors = before.permute(2, 0, 1, 3)
+        seen[:, :, :length] = vectors if len(before) == 1 else vectors[:, packing.index]
+    return seen.view(heads * count, length + longest, width)
 
 
 def _unseen(grad: Tensor, states: Tensor, packing: Packing, block: Block) -> list[Tensor]:

@@ -153,10 +153,9 @@ def _last(
     at = packing.at(places)
     query = _rotated(_heads(weights.query(normed[at.flatten()]), weights), cosine[at.flatten()], sine[at.flatten()])
     seen, mask = [rows.padded(key), rows.padded(value)], torch.arange(rows.longest) <= places[..., None]
-    if prompts:
-        seen = [
-            torch.cat([prompts.padded(one)[packing.index], own], 1) for one, own in zip((key, value), seen, strict=True)
-        ]
+    before = packing.before(key, value)
+    if prompts and before:
+        seen = [torch.cat([one[packing.index], own], 1) for one, own in zip(before, seen, strict=True)]
         mask = torch.cat([prompts.real[packing.index][:, None].expand(-1, places.shape[1], -1), mask], 2)
     found = grouped_attention(
         query.view(*places.shape, *query.shape[1:]).transpose(1, 2),

@@ -124,21 +124,29 @@ class Packing:
         before = self.prompts.ends[self.index] if self.prompts else self.rows.starts
         return torch.where(places < 0, before[:, None], self.rows.starts[:, None] + places)
 
+    def before(
+        self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head head_dim"]
+    ) -> States | None:
+        """The prompts' own of a layer's keys and values; none without prompts.
+
+        To be called once a layer, in the layers' order, where prompts are kept.
+        """
+        if self.prompts is None:
+            return None
+        return next(self._kept) if self.outside else (self.prompts.padded(key), self.prompts.padded(value))
+
     def views(
         self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head head_dim"]
     ) -> list[tuple[Block, Tensor, Tensor]]:
         """Each block with the keys and values that its queries may see, `[prompt, padded; own, padded]`.
 
-        To be called once a layer, in the layers' order, where prompts are kept.
+        To be called as `before` is.
         """
-        if self.outside:
-            key_of, value_of = next(self._kept)
-            return [(self.rows, self._behind(key_of, key), self._behind(value_of, value))]
-        found = []
+        found, prompts = [], self.before(key, value)
         for block in self.blocks:
             keys, values = block.padded(key), block.padded(value)
-            if self.prompts is not None and block is self.rows:
-                keys, values = (self._behind(self.prompts.padded(states), states) for states in (key, value))
+            if prompts is not None and block is self.rows:
+                keys, values = self._behind(prompts[0], keys), self._behind(prompts[1], values)
             found.append((block, keys, values))
         return found
 
@@ -147,11 +155,10 @@ class Packing:
         self.computed.append((self.rows.padded(key), self.rows.padded(value)))
 
     def _behind(
-        self, prompts: Float[Tensor, "prompt longest *width"], states: Float[Tensor, "token *width"]
+        self, prompts: Float[Tensor, "prompt longest *width"], own: Float[Tensor, "row more *width"]
     ) -> Float[Tensor, "row some *width"]:
-        rows = self.rows.count
-        one = prompts.expand(rows, *prompts.shape[1:]) if len(prompts) == 1 else prompts[self.index]
-        return torch.cat([one, self.rows.padded(states)], 1)
+        one = prompts.expand(len(own), *prompts.shape[1:]) if len(prompts) == 1 else prompts[self.index]
+        return torch.cat([one, own], 1)
 
     def seen(self, block: Block) -> Bool[Tensor, "#sequence one #longest some"]:
         """Which of the keys in a block's view its queries do see."""

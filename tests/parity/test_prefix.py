@@ -13,6 +13,7 @@ import torch
 from cases import assert_near, gradients, padded, rows_of
 from torch import Tensor
 
+from softprompt import decoder as own_layers
 from softprompt.attach import Attachment, attach
 from softprompt.backbone import Backbone
 from softprompt.prompts import METHODS, Folded, SoftPrompt
@@ -26,10 +27,10 @@ TEXTS = (7, 1, 4, 9, 3)
 MakeBackbone = Callable[[str], Backbone]
 
 
-def prompts_of(backbone: Backbone) -> list[SoftPrompt]:
+def prompts_of(backbone: Backbone, lengths: Sequence[int] = LENGTHS) -> list[SoftPrompt]:
     host = backbone.host()
     return [
-        Plain(length=length).build(host, torch.Generator().manual_seed(seed)) for seed, length in enumerate(LENGTHS)
+        Plain(length=length).build(host, torch.Generator().manual_seed(seed)) for seed, length in enumerate(lengths)
     ]
 
 
@@ -200,3 +201,33 @@ def test_packed_and_prepared_prompts_score_alike(decoder: Backbone, prepared: bo
         for which, row in zip(INDEX, texts(), strict=True)
     ]
     assert_near(found, torch.stack(wanted))
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (6, 6, 6), (4,)])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_prepared_prompts_run_through_our_own_layers(
+    name: str, lengths: Sequence[int], tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logits of every token, a row's first one among them, which the prompt alone predicts."""
+    backbone, passes = tiny_backbone(name), 0
+    run = own_layers.run
+
+    def counted(*given: Any) -> Tensor:
+        nonlocal passes
+        passes += 1
+        return run(*given)
+
+    monkeypatch.setattr(own_layers, "run", counted)
+    prompts = prompts_of(backbone, lengths)
+    index = INDEX if len(lengths) > 1 else torch.zeros_like(INDEX)
+    attachment, rows = attach(backbone), texts()
+    ids, mask = padded(rows, "right", 2)
+    passes = 0  # attach has compared once
+    with torch.no_grad():
+        prepared = attachment.prepare(prompts)
+        found, targets = attachment.labelled(ids, mask, ids.masked_fill(mask == 0, -100), prepared, index)
+        again = attachment.score(ids, mask, [[5], [9]], prepared, index)
+        assert passes == 2
+        wanted = [concatenated(backbone, prompts[which], row) for which, row in zip(index, rows, strict=True)]
+    assert_near(found[targets != -100], torch.cat([one[:-1] for one in wanted]))
+    assert_near(again, torch.stack([one[-1].log_softmax(-1)[[5, 9]] for one in wanted]))

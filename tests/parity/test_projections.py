@@ -1,5 +1,6 @@
 """The first attention's query and key projections, against the attention that the model itself computes."""
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -46,7 +47,7 @@ def seen(model: Any, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def fresh(backbone: Backbone) -> Any:
     """A copy that attends in the open, without any sense of position in its attention."""
-    config = backbone.model.config
+    config = copy.deepcopy(backbone.model.config)  # from_config writes to it, and others go on with the model
     kind = {"causal": transformers.AutoModelForCausalLM, "encoder_decoder": transformers.AutoModelForSeq2SeqLM}
     model = kind.get(backbone.architecture, transformers.AutoModel).from_config(config, attn_implementation="eager")
     model.load_state_dict(backbone.model.state_dict())

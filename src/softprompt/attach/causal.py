@@ -3,8 +3,9 @@
 A causal model's prompt positions see prompt positions only, so running them once and letting every row see their keys
 and values is exact, gradients included. Prompts that are given as they are (in training) and their rows run packed, one
 behind another without padding (`packing.py`), where the model allows it. Prompts that were prepared (at inference) are
-keys and values already; a row is then `prompt, pads, text` with explicit positions. Either way padding on any side and
-of any length changes nothing.
+keys and values already: where the layers are our own (`decoder.py`) rows without continuation run packed behind them
+too; else a row is `prompt, pads, text` with explicit positions. Either way padding on any side and of any length
+changes nothing.
 
 Behind a text's first token, or behind the text, a prompt sees what stands before it: it is then run in every row.
 """
@@ -195,7 +196,9 @@ class Causal(Attachment):
         """As it is: it goes on where the text stops."""
         return tuple(answer)
 
-    def _may_pack(self, prompts: Prompts) -> TypeGuard[Sequence[SoftPrompt] | None]:
+    def _may_pack(self, prompts: Prompts) -> TypeGuard[Sequence[SoftPrompt] | Prefix | None]:
+        if isinstance(prompts, Prefix):
+            return self.packs and self._by_layer and not torch.is_grad_enabled()
         return self.packs and not isinstance(prompts, Prepared)
 
     def _predicting(
@@ -222,6 +225,10 @@ class Causal(Attachment):
                 lambda most: self._refuse_beyond(most, most),
                 by_layer=self._by_layer,
             )
+            if isinstance(live, Prefix):
+                which = row_index(index, max(len(live.prompts), 1), text.ids)
+                first = nn.functional.pad(text.first(), (0, 1))[:, columns]  # a column behind the text has none
+                return live.predicting(logits, first, which), live.logits is None
             return logits, not live
         prepared, seq = self._prepared(prompts), text.ids.shape[1]
         if isinstance(prepared, Matrices):

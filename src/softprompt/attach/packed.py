@@ -1,4 +1,4 @@
-"""Prompts and rows through a decoder in one pass without padding, for training: everything is computed at one time."""
+"""Rows through a decoder in one pass without padding: behind their prompts in training, else behind kept states."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from softprompt import attention, decoder
 from softprompt.attach.base import Attachment
+from softprompt.attach.prefix import Prefix
 from softprompt.attach.rows import Rows, row_index
 from softprompt.packing import Packing
 from softprompt.prompts import SoftPrompt
@@ -17,7 +18,7 @@ def packed_logits(
     attachment: Attachment,
     text: Rows,
     columns: Int[Tensor, " kept"],
-    prompts: Sequence[SoftPrompt],
+    prompts: Sequence[SoftPrompt] | Prefix,
     index: Int[Tensor, " batch"] | None,
     refuse_beyond: Callable[[int], None],
     *,
@@ -27,16 +28,20 @@ def packed_logits(
 
     Args:
         text: with padding in front.
+        prompts: of prepared ones `by_layer` alone, without gradients; a first token's logits are then any.
         refuse_beyond: told how many positions the longest row has with its prompt.
         by_layer: let `decoder.run` do what the model does.
     """
-    matrices = attachment.matrices(prompts)
-    rows, counts = row_index(index, max(len(matrices), 1), text.ids), text.mask.sum(1)
-    packing = Packing([len(matrix) for matrix in matrices], counts.tolist(), rows)
+    ready = prompts if isinstance(prompts, Prefix) else None
+    live = prompts.prompts if isinstance(prompts, Prefix) else prompts
+    matrices = [] if ready else attachment.matrices(live)
+    lengths = ready.lengths if ready else [len(matrix) for matrix in matrices]
+    rows, counts = row_index(index, max(len(live), 1), text.ids), text.mask.sum(1)
+    packing = Packing(lengths, counts.tolist(), rows, kept=ready.kept() if ready and lengths else None)
     refuse_beyond(int(packing.positions.max()) + 1)
-    own = attachment.shifted(prompts, index, text.ids, text.positions())[text.mask.bool()]
+    own = attachment.shifted(live, index, text.ids, text.positions())[text.mask.bool()]
     embeds = torch.cat([*(matrix.to(own.dtype) for matrix in matrices), own])
-    places = (columns - 1 - (text.ids.shape[1] - counts)[:, None]).clamp(min=-1)
+    places = (columns - 1 - (text.ids.shape[1] - counts)[:, None]).clamp(min=0 if ready else -1)
     model = attachment.backbone.model
     if by_layer and not model.training:  # it knows no dropout
         return decoder.run(model, embeds, packing, places)

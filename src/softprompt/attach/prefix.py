@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from softprompt.attach.base import Prepared
+from softprompt.packing import States
 from softprompt.prompts import SoftPrompt
 
 
@@ -25,6 +26,15 @@ class Prefix(Prepared):
     """1 where a prompt has a vector; `prompt` is 0 for a model without a prompt."""
     logits: Float[Tensor, "row vocab"] | None
     """What the model expects right after each prompt; none without a prompt."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Vectors of each prompt."""
+        return self.mask.sum(1).tolist() if self.prompts else []
+
+    def kept(self) -> list[States]:
+        """The same keys and values as packed rows see them."""
+        return [(key.transpose(1, 2), value.transpose(1, 2)) for key, value in self.layers]
 
     def cache(self, rows: Int[Tensor, " batch"]) -> DynamicCache:
         """What a batch continues from, each row from the prompt that `rows` says."""

@@ -4,6 +4,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar, final
 
 import torch
@@ -43,7 +44,7 @@ class Host:
         """Width of one input vector."""
         return self.embedding.shape[1]
 
-    @property
+    @cached_property
     def rms(self) -> float:
         """Root mean square of the embedding table: the unit in which a prompt is measured."""
         return float(self.embedding.square().mean().sqrt())

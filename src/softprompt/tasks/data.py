@@ -16,7 +16,7 @@ from softprompt.choices import Protocol
 from softprompt.tasks.base import READERS, Task, suggest
 from softprompt.tasks.images import pictures, without_broken
 from softprompt.tasks.metrics import METRICS
-from softprompt.tasks.rows import read_rows
+from softprompt.tasks.rows import read_rows, records
 from softprompt.tasks.score import read_answers
 from softprompt.tasks.template import value_text
 
@@ -146,7 +146,7 @@ def check(task: Task, rows: Dataset, origin: str) -> None:
             f"{origin} has no column {missing[0]!r}, which task {task.name!r} reads; "
             f"it has {', '.join(map(repr, rows.column_names))}"
         )
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(records(rows), start=1):
         where = f"row {number} of {origin}"
         if not any(text.strip() for is_field, text in task.pieces(row, where) if is_field):
             raise ValueError(f"{where} has nothing in any column of the template; take it out")
@@ -188,8 +188,8 @@ def shots(task: Task, whole: Splits, k: int, seed: int, balanced: bool = True) -
     """
     if k < 1:
         raise ValueError(f"the number of shots is {k}; it must be at least 1")
-    answers = [task.answer(row) for row in whole.train]
-    groups = [str(row[task.group]) if task.group else str(i) for i, row in enumerate(whole.train)]
+    answers = [task.answer(row) for row in records(whole.train)]
+    groups = list(map(str, whole.train[task.group] if task.group else range(len(answers))))
     classes: Sequence[Hashable] = answers if balanced and task.is_classification else [""] * len(answers)
 
     def draw(candidates: Iterable[int], what: str) -> list[int]:
@@ -225,15 +225,15 @@ def _splits(
 ) -> Splits:
     """The splits; `majority` is given where `train` is a draw of the split that says it."""
     known = train if len(train) else test
-    golds = [task.answer(row) for row in known]
+    golds = [task.answer(row) for row in records(known)]
     counts = Counter(golds)
     digest = hashlib.sha256()
     for name, rows in (("train", train), ("dev", dev), ("test", test)):
         digest.update(f"{name} {len(rows)}\n".encode())
-        for row in rows.select_columns(list(task.columns)):
-            if task.image:  # what is in the file counts, and not where it lies
-                row[task.image] = pixels.digest(row[task.image])
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        for row in records(rows.select_columns(list(task.columns))):
+            # What is in an image's file counts, and not where it lies.
+            read = {**row, task.image: pixels.digest(row[task.image])} if task.image else row
+            digest.update(json.dumps(read, sort_keys=True, default=str).encode() + b"\n")
     if task.is_classification and len(train) and len(counts) < 2:
         only = list(task.words)[int(next(iter(counts)))]
         raise ValueError(
@@ -270,8 +270,9 @@ def _by_group(task: Task, rows: Dataset, shares: Mapping[str, float], seed: int)
 
 def _by_class(task: Task, rows: Dataset, shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
     members: dict[Hashable, list[int]] = defaultdict(list)
+    classes = [task.answer(row) if task.is_classification else "" for row in records(rows)]
     for index in _order(range(len(rows)), seed):
-        members[task.answer(rows[index]) if task.is_classification else ""].append(index)
+        members[classes[index]].append(index)
     dealt: dict[str, list[int]] = {name: [] for name in shares}
     for indices in members.values():
         start, end = 0, 0.0

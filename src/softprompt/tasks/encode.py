@@ -6,6 +6,7 @@ from typing import Any, final
 
 from softprompt.pixels import Picture, Processor
 from softprompt.tasks.base import Task
+from softprompt.tasks.rows import records
 
 Tokenizer = Any
 """A fast `transformers` tokenizer: one that knows each token's place in the text."""
@@ -57,9 +58,9 @@ def encode(
     """
     refuse_other_input(task, tokenizer)
     if task.image:
-        return encode_pictures(task, tokenizer, list(rows), max_tokens, answers=answers), 0
+        return encode_pictures(task, tokenizer, list(records(rows)), max_tokens, answers=answers), 0
     _check_fast(tokenizer)
-    table = list(rows)
+    table = list(records(rows))
     pieces = [task.pieces(row, f"row {number}") for number, row in enumerate(table, start=1)]
     found = _tokens(tokenizer, [_join(parts) for parts in pieces], closing)
     words = answer_ids(task, tokenizer) if answers and task.is_classification else ()
