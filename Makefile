@@ -36,6 +36,8 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/llama_step.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/score.py
 	$(BIN)/python benchmarks/mixed.py
 	$(BIN)/python benchmarks/together.py

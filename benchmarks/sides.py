@@ -11,7 +11,8 @@ work is in the times), and per pair and case:
 - `ours_s`, `peer_s`: seconds, median over rounds of the median in a round. `ratio` is the median over rounds of the
   peer's seconds by ours in that round, above 1 where ours is faster; `spread` the smallest and the largest.
 - `ours_mb`, `peer_mb`: highest resident memory (`ru_maxrss`) while at work, MiB; `_over_mb`: what of it came on top of
-  the loaded model. `memory_ratio` and `memory_over_ratio` are ours by the peer's, below 1 where ours is smaller.
+  the loaded model; `_layers_mb`: what the model's linear layers but the head take. `memory_ratio` and
+  `memory_over_ratio` are ours by the peer's, below 1 where ours is smaller.
 - `floor_s`: `multiply_adds` that the work needs, by `rate`, the most a second that the backbone's widest layer reached
   on the batch's text alone, measured in the same processes; `over_floor` is `ours_s` by `floor_s`.
 - `profile`, where `over_floor` is above 1.5: what ours spends its time in, the shares of torch's operations, and how
@@ -131,6 +132,7 @@ class Measured:
     loss: float
     peak_mb: float
     over_mb: float
+    layers_mb: float
     multiply_adds: int
     rate: float
     threads: int
@@ -161,15 +163,18 @@ def matmul_rate(model: Any, rows: int) -> float:
     """Multiply-adds a second of the body's widest linear layer on `rows` vectors: the best of ten."""
     import torch
 
-    layer = max(linear_layers(model), key=lambda module: module.weight.numel())
-    vectors = torch.randn(rows, layer.in_features).to(layer.weight.dtype)
+    layer = max(linear_layers(model), key=lambda module: module.in_features * module.out_features)
+    vectors, weight = (  # weights of its own: the layer's may be quantised
+        torch.randn(count, layer.in_features).to(model.get_input_embeddings().weight.dtype)
+        for count in (rows, layer.out_features)
+    )
     best = float("inf")
     with torch.no_grad():
         for _ in range(10):
             start = time.perf_counter()
-            layer(vectors)
+            torch.nn.functional.linear(vectors, weight)
             best = min(best, time.perf_counter() - start)
-    return rows * layer.weight.numel() / best
+    return rows * weight.numel() / best
 
 
 def peak_mb() -> float:
@@ -221,6 +226,7 @@ def measure(work: Work, part: Part, tokens: int, *, explain: bool) -> Measured:
         loss=loss,
         peak_mb=peak,
         over_mb=peak - before,
+        layers_mb=sum(layer.weight.nbytes for layer in linear_layers(work.model)) / 2**20,
         multiply_adds=work.multiply_adds,
         rate=matmul_rate(work.model, part.batch * tokens),
         threads=torch.get_num_threads(),
@@ -267,7 +273,7 @@ def case(pair: Pair, part: Part, tokens: int, mine: Sequence[Measured], peer: Se
         return statistics.median(getattr(one, name) for one in runs)
 
     ratios = [theirs.seconds / our.seconds for our, theirs in zip(mine, peer, strict=True)]
-    names = {"s": "seconds", "mb": "peak_mb", "over_mb": "over_mb"}
+    names = {"s": "seconds", "mb": "peak_mb", "over_mb": "over_mb", "layers_mb": "layers_mb"}
     loss, peer_loss = median(mine, "loss"), median(peer, "loss")
     needed, rate = mine[0].multiply_adds, max(one.rate for one in mine)
     explained = [one.profile for one in mine if one.profile]

@@ -21,26 +21,41 @@ two layers' share), and everything that is no product: norms, rotations, softmax
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from sides import Pair, Part, Settings, Side, Work, generator, linear_layers, main
 
 BACKBONE = "smollm2-135m"
 LABELS = 2
+Load: TypeAlias = Callable[[Part], Any]
+"""The backbone that a side works on."""
 
 
-def ours(prompt_of: Callable[[Any, Part], Any]) -> Side:
-    """Our training step."""
+def smollm2(part: Part) -> Any:
+    """The catalogue's smallest decoder, with its own weights."""
+    from softprompt import load_backbone
+
+    return load_backbone(BACKBONE, dtype=part.dtype, device="cpu")
+
+
+def ours(prompt_of: Callable[[Any, Part], Any], load: Load = smollm2, *, recompute: bool = False) -> Side:
+    """Our training step; with gradient checkpointing if `recompute`."""
 
     def side(part: Part) -> Callable[[int], Work]:
-        from softprompt import attach, load_backbone
+        from softprompt import attach
+        from softprompt.recompute import recomputing
 
-        backbone = load_backbone(BACKBONE, dtype=part.dtype, device="cpu")
+        backbone = load(part)
 
         def ready(tokens: int) -> Work:
             attachment = attach(backbone, prompt_of(backbone, part))
             ids, mask, labels = batch(backbone.model, part, tokens)
-            run = training_step(lambda: attachment(ids, mask, labels).loss, list(attachment.parameters()))
+            step = training_step(lambda: attachment(ids, mask, labels).loss, list(attachment.parameters()))
+
+            def run() -> float:
+                with recomputing(backbone.model, recompute):
+                    return step()
+
             return Work(run, backbone.model, training_multiply_adds(backbone.model, part, tokens))
 
         return ready
@@ -48,13 +63,13 @@ def ours(prompt_of: Callable[[Any, Part], Any]) -> Side:
     return side
 
 
-def peft(**options: Any) -> Side:
+def peft(load: Load = smollm2, **options: Any) -> Side:
     """PEFT's training step, its model called with `options`."""
 
     def side(part: Part) -> Callable[[int], Work]:
         import torch
 
-        model, _ = peft_model(part)
+        model, _ = peft_model(part, load)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         initial = [parameter.detach().clone() for parameter in trained]
 
@@ -73,14 +88,12 @@ def peft(**options: Any) -> Side:
     return side
 
 
-def peft_model(part: Part) -> tuple[Any, Any]:
+def peft_model(part: Part, load: Load = smollm2) -> tuple[Any, Any]:
     """The backbone in PEFT's prompt tuning, in eval mode, with the same initial prompt as ours; and its tokenizer."""
     import torch
     from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 
-    from softprompt import load_backbone
-
-    backbone = load_backbone(BACKBONE, dtype=part.dtype, device="cpu")
+    backbone = load(part)
     backbone.model.set_attn_implementation("sdpa")  # as transformers loads it; ours brings its own attention
     config = PromptTuningConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -147,7 +160,7 @@ def widths(model: Any) -> tuple[int, int, int]:
     """Weights of the body's linear layers, of the head, and the width of all attention heads of all layers."""
     config = model.config
     head = model.get_output_embeddings().weight
-    body = sum(module.weight.numel() for module in linear_layers(model))
+    body = sum(module.in_features * module.out_features for module in linear_layers(model))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return body, head.numel(), config.num_hidden_layers * config.num_attention_heads * head_dim
 

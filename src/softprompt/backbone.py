@@ -97,11 +97,12 @@ class Backbone:
 
     @cached_property
     def _table(self) -> torch.Tensor:
-        # Through the module, not its weight: Gemma and BART scale inside the embedding.
         embeddings = self.model.get_input_embeddings()
-        with torch.no_grad():
+        if type(embeddings) is torch.nn.Embedding:
+            return embeddings.weight.detach().cpu()  # no copy where it lies there already
+        with torch.no_grad():  # through the module: Gemma and BART scale inside the embedding
             ids = torch.arange(embeddings.weight.shape[0], device=embeddings.weight.device)
-            return embeddings(ids).detach().float().cpu()
+            return embeddings(ids).detach().cpu()
 
     @cached_property
     def hash(self) -> str:

@@ -114,3 +114,16 @@ def test_one_step_moves_prompt_and_head_and_no_bit_of_the_backbone(
         assert not torch.equal(parameter, first[key]), key
     assert all(parameter.grad is None for parameter in backbone.model.parameters())
     assert backbone.checksum() == before
+
+
+@pytest.mark.parametrize(("name", "copied"), [("llama", False), ("t5", False), ("gemma", True), ("bart", True)])
+def test_a_host_knows_the_input_vectors_and_copies_none_that_lie_there(
+    name: str, copied: bool, tiny_backbone: MakeBackbone
+) -> None:
+    """Gemma and this BART scale what they read from the table; a copy of a large table would be another model's size."""
+    backbone = tiny_backbone(name)
+    module, host = backbone.model.get_input_embeddings(), backbone.host()
+    with torch.no_grad():
+        assert torch.equal(host.embedding, module(torch.arange(len(module.weight))))
+    assert (host.embedding.data_ptr() != module.weight.data_ptr()) == copied
+    assert math.isclose(host.rms, float(host.embedding.double().square().mean().sqrt()), rel_tol=1e-9)

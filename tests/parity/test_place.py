@@ -1,5 +1,7 @@
 """A prompt behind a text's first token, or behind the text, is what it is there: the same as a row written by hand."""
 
+import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -105,8 +107,12 @@ def greedy_by_hand(backbone: Backbone, prompt: SoftPrompt, row: Tensor, lead: in
 @pytest.mark.parametrize("closed", [False, True])
 @pytest.mark.parametrize("place", ["after_first", "behind"])
 def test_an_encoder_decoders_loss(tiny_backbone: MakeBackbone, name: str, place: Place, closed: bool) -> None:
-    """Behind the text, and in front of its end of sequence where it has one."""
-    backbone = tiny_backbone(name)
+    """Behind the text, and in front of its end of sequence where it has one.
+
+    In float64: T5 does not scale its attention, so that float32 may lose any number of digits in one row.
+    """
+    shared = tiny_backbone(name)
+    backbone = dataclasses.replace(shared, model=copy.deepcopy(shared.model).double(), _facts={})
     attachment, prompts, rows = attach(backbone, place=place), prompts_of(backbone), rows_of(TEXTS)
     [end] = attachment.end_of_sequence()
     if closed:
@@ -119,10 +125,10 @@ def test_an_encoder_decoders_loss(tiny_backbone: MakeBackbone, name: str, place:
         lead = lead_of(place, row[: len(row) - closed])
         embeds = by_hand(backbone, prompts[which], row, lead)
         losses.append(backbone.model(inputs_embeds=embeds, labels=labels[:1]).loss)
-    wanted = torch.stack(losses).mean()
+    wanted = torch.stack(losses).mean().float()
     assert_near(loss, wanted)
     for ours, theirs in zip(gradients(loss, prompts), gradients(wanted, prompts), strict=True):
-        assert_near(ours, theirs, 5e-4)  # T5 does not scale its attention, so that rounding is magnified
+        assert_near(ours, theirs, 1e-4)  # the loss and what comes before the model are float32 even so
 
 
 @pytest.mark.parametrize("closed", [False, True])

@@ -20,9 +20,9 @@ from softprompt.tasks import Task, answer_ids, encode
 
 DECODERS = ["llama", "gpt2", "gpt_neox", "opt", "gemma", "bloom"]
 SEQ2SEQ = ["t5", "t5_1.1", "mt5", "bart", "bart_forced"]
-UNSCALED = ("t5_1.1", "mt5")
-"""Neither their attention's scores nor their last states are scaled, so that float32 may lose any number of digits in
-one row: they are compared in float64 (an answer's score is float32 even so)."""
+UNSCALED = ("t5", "t5_1.1", "mt5")
+"""Their attention's scores, and the latter two's last states, are not scaled, so that float32 may lose any number of
+digits in one row: they are compared in float64 (an answer's score is float32 even so)."""
 METHODS = ("plain", "dpt", "residual")
 """Of three lengths."""
 ROWS = [{"text": text} for text in ("a a b", "c", "b b b a c c a", "a", "c b a c", "b")]

@@ -3,9 +3,8 @@
 A causal model's prompt positions see prompt positions only, so running them once and letting every row see their keys
 and values is exact, gradients included. Prompts that are given as they are (in training) and their rows run packed, one
 behind another without padding (`packing.py`), where the model allows it. Prompts that were prepared (at inference) are
-keys and values already: where the layers are our own (`decoder.py`) rows without continuation run packed behind them
-too; else a row is `prompt, pads, text` with explicit positions. Either way padding on any side and of any length
-changes nothing.
+keys and values already: where the layers are our own (`decoder.py`) scored rows run packed behind them too, else a row
+is `prompt, pads, text` with explicit positions. Either way padding on any side and of any length changes nothing.
 
 Behind a text's first token, or behind the text, a prompt sees what stands before it: it is then run in every row.
 """

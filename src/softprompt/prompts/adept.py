@@ -64,7 +64,7 @@ class AdaptivePrompt(SoftPrompt):
         self.eval()
         with torch.no_grad():
             # In parts: the table is the only thing of its size that is made.
-            parts = [self._network(part.to(self.up.device)) for part in torch.split(self.embedding, 8192)]
+            parts = [self._network(part.to(self.up)) for part in torch.split(self.embedding, 8192)]
         self.train(training)
         return Folded(self.prompt().detach().clone(), input_table=torch.cat(parts))
 

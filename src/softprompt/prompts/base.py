@@ -1,6 +1,7 @@
 """The one interface of a prompt method: what a host, an optimiser, a saver and a flag need to know of it."""
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class Host:
     """All that a method may know of the frozen model: no transformers type crosses this line."""
 
     embedding: Float[Tensor, "vocab dim"]
-    """The input embedding table, detached, float32."""
+    """The input embedding table, detached, in the dtype that the model has it in."""
     encode: Callable[[str], list[int]]
     """Text to token ids, without special tokens."""
     words: tuple[str, ...] = ()
@@ -47,18 +48,20 @@ class Host:
     @cached_property
     def rms(self) -> float:
         """Root mean square of the embedding table: the unit in which a prompt is measured."""
-        return float(self.embedding.square().mean().sqrt())
+        # In parts: a table may be as large as all else that is held.
+        squares = sum(float(part.double().square().sum()) for part in torch.split(self.embedding, 8192))
+        return math.sqrt(squares / self.embedding.numel())
 
     def sample(self, count: int, generator: torch.Generator) -> Float[Tensor, "count dim"]:
-        """`count` input vectors of ordinary tokens, drawn without replacement while they last."""
+        """`count` input vectors of ordinary tokens, float32, drawn without replacement while they last."""
         ordinary = torch.tensor([i for i in range(self.embedding.shape[0]) if i not in self.special])
         draws = torch.cat(
             [torch.randperm(len(ordinary), generator=generator) for _ in range(-(-count // len(ordinary)))]
         )
-        return self.embedding[ordinary[draws[:count]]]
+        return self.embedding[ordinary[draws[:count]]].float()
 
     def embed(self, text: str, count: int) -> Float[Tensor, "count dim"]:
-        """The vectors of `text`'s tokens, repeated or cut to `count` of them.
+        """The vectors of `text`'s tokens, float32, repeated or cut to `count` of them.
 
         Raises:
             ValueError: `text` has no tokens.
@@ -66,7 +69,7 @@ class Host:
         ids = self.encode(text)
         if not ids:
             raise ValueError(f"initial text {text!r} has no tokens; give at least one word")
-        return self.embedding[torch.tensor((ids * -(-count // len(ids)))[:count])]
+        return self.embedding[torch.tensor((ids * -(-count // len(ids)))[:count])].float()
 
 
 class SoftPrompt(nn.Module, ABC):
