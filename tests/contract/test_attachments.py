@@ -120,7 +120,7 @@ def test_one_step_moves_prompt_and_head_and_no_bit_of_the_backbone(
 def test_a_host_knows_the_input_vectors_and_copies_none_that_lie_there(
     name: str, copied: bool, tiny_backbone: MakeBackbone
 ) -> None:
-    """Gemma and this BART scale what they read from the table; a copy of a large table would be another model's size."""
+    """Gemma and this BART scale what they read from the table; a copy of a large one would take as much as a model."""
     backbone = tiny_backbone(name)
     module, host = backbone.model.get_input_embeddings(), backbone.host()
     with torch.no_grad():
