@@ -31,6 +31,10 @@ class Settings:
     out: Path = Path("speed.svg")
     """The picture, and beside it the same as .png."""
 
+    def __post_init__(self) -> None:
+        if not self.results:
+            raise ValueError("there is nothing to draw; give the files that benchmarks' stdout was kept in")
+
 
 def cases(file: Path) -> list[tuple[str, dict[str, Any]]]:
     """Each case with its name.
