@@ -56,7 +56,7 @@ def read_rows(path: Path) -> Dataset:
 
 
 def records(rows: Dataset | Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The rows one by one; a table's are read a thousand at a time, which is ten times as fast as going through it."""
+    """The rows one by one; a table's are read a thousand at a time, which is many times as fast as going through it."""
     if not isinstance(rows, Dataset):
         yield from rows
         return
