@@ -9,7 +9,8 @@ own size here and as it is there, so the peer's learning rate is ours times that
 side runs in a process of its own until an evaluation reaches the target; the seconds are those since the process
 started, imports, loading, tokenising and evaluations among them, and `training_s` what of them came after the first
 step began. The order of rows differs (each side draws its own), so the step that reaches the target may differ too:
-`steps` says which it was, and `per_step` the ratio of seconds by step.
+`steps` says which it was, `per_step` is the ratio of seconds by step, and `ratio_of_sums` that of all rounds' seconds,
+in which one seed's luck counts least.
 
 The last line of stdout is JSON.
 """
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, final
 
@@ -237,6 +239,11 @@ def started(side: str, settings: Settings, seed: int) -> dict[str, Any]:
     return found
 
 
+def total(rounds: Sequence[Mapping[str, Mapping[str, Any]]], side: str, name: str) -> float:
+    """Of all rounds."""
+    return sum(float(one[side][name]) for one in rounds)
+
+
 def main() -> None:
     """Compare the sides, or be one of them."""
     if sys.argv[1:2] == ["worker"]:
@@ -256,6 +263,7 @@ def main() -> None:
         "benchmark": "whole_run", "cores": os.cpu_count(), "load_before": busy, **asdict(settings), "runs": rounds,
         "ratio": statistics.median(ratios["s"]), "spread": [min(ratios["s"]), max(ratios["s"])],
         "training_ratio": statistics.median(ratios["training_s"]), "per_step": statistics.median(per_step),
+        "ratio_of_sums": total(rounds, "peft", "s") / total(rounds, "softprompt", "s"),
     }  # fmt: skip
     print(json.dumps(found))
     if not all(side["reached"] for one in rounds for side in one.values()):
