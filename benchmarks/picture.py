@@ -67,7 +67,7 @@ def picture(named: Sequence[tuple[str, dict[str, Any]]], out: Path) -> None:
         for place, (_, case) in zip(places, named, strict=True):
             axes.annotate(f" {case['ratio']:.1f}", (case["spread"][1], place), va="center")
         axes.axvline(1, color="#1b1d21", linewidth=0.8)
-        axes.set_yticks(places, [label for label, _ in named])
+        axes.set_yticks(places, [label for label, _ in named], fontsize="small")
         axes.set_xlim(0, 1.12 * max(case["spread"][1] for _, case in named))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
         axes.grid(visible=False, axis="y")
