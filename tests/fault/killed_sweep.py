@@ -41,6 +41,7 @@ def main(jobs: list[dict[str, Any]], log: Path) -> None:
     for job in jobs:
         child = os.fork()
         if child == 0:
+            torch.set_num_threads(1)  # torch's pool, made anew while there is one thread (several.py)
             if job["kill"]:
                 arm(*job["kill"])
             try:

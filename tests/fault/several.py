@@ -85,6 +85,9 @@ def work(job: dict[str, Any], out: Path, loaded: Backbone) -> int:
 def child(job: dict[str, Any], index: int, port: int, out: Path, loaded: Backbone) -> None:
     """One process of the job, which never returns."""
     signal.alarm(SECONDS)
+    # A fork leaves torch's thread pool to be made anew by whoever asks first; of several threads, such as those that
+    # load a model's weights, one may find none. So ask while there is one thread.
+    torch.set_num_threads(1)
     place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": job["count"], "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     if job["count"] > 1:  # as torchrun does
         os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
