@@ -8,6 +8,7 @@ is the median over rounds, its line the smallest and the largest, and 1 is the p
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,4 +81,7 @@ def picture(named: Sequence[tuple[str, dict[str, Any]]], out: Path) -> None:
 
 if __name__ == "__main__":
     settings = tyro.cli(Settings, description=__doc__)
-    picture([case for file in settings.results for case in cases(file)], settings.out)
+    try:
+        picture([case for file in settings.results for case in cases(file)], settings.out)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))

@@ -11,7 +11,7 @@ work is in the times), and per pair and case:
 - `ours_s`, `peer_s`: seconds, median over rounds of the median in a round. `ratio` is the median over rounds of the
   peer's seconds by ours in that round, above 1 where ours is faster; `spread` the smallest and the largest.
 - `ours_mb`, `peer_mb`: highest resident memory (`ru_maxrss`) while at work, MiB; `_over_mb`: what of it came on top of
-  the loaded model; `_layers_mb`: what the model's linear layers but the head take. `memory_ratio` and
+  the loaded model; `_layers_mb`: what the model's linear layers but the head take, scales included. `memory_ratio` and
   `memory_over_ratio` are ours by the peer's, below 1 where ours is smaller.
 - `floor_s`: `multiply_adds` that the work needs, by `rate`, the most a second that the backbone's widest layer reached
   on the batch's text alone, measured in the same processes; `over_floor` is `ours_s` by `floor_s`.
@@ -226,7 +226,7 @@ def measure(work: Work, part: Part, tokens: int, *, explain: bool) -> Measured:
         loss=loss,
         peak_mb=peak,
         over_mb=peak - before,
-        layers_mb=sum(layer.weight.nbytes for layer in linear_layers(work.model)) / 2**20,
+        layers_mb=sum(one.nbytes for layer in linear_layers(work.model) for one in layer.state_dict().values()) / 2**20,
         multiply_adds=work.multiply_adds,
         rate=matmul_rate(work.model, part.batch * tokens),
         threads=torch.get_num_threads(),
