@@ -1,5 +1,7 @@
 """What parity tests of attachments share: prompts, rows, batches, and how values and gradients are compared."""
 
+import copy
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -51,6 +53,11 @@ def gradients(value: Tensor, prompts: Sequence[SoftPrompt]) -> list[Tensor]:
     """Of every parameter of every prompt; zeros where `value` does not depend on it."""
     parameters = [parameter for prompt in prompts for parameter in prompt.parameters()]
     return list(torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True))
+
+
+def copy_of(backbone: Backbone, dtype: torch.dtype) -> Backbone:
+    """One of its own in `dtype`: a shared model's weights would come back from it rounded."""
+    return dataclasses.replace(backbone, model=copy.deepcopy(backbone.model).to(dtype), _facts={})
 
 
 def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 2e-5) -> None:

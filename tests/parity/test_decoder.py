@@ -1,11 +1,10 @@
 """The Llama layers with a backward pass of their own give what transformers' layers give, values and gradients."""
 
-import copy
-import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
+from cases import copy_of
 
 from softprompt import decoder
 from softprompt.attach import attach
@@ -55,8 +54,7 @@ def test_gradients_in_bfloat16_are_no_worse(
     tiny_backbone: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Error of the prompt's gradient against float32, beside that of transformers' layers in bfloat16."""
-    shared = tiny_backbone("llama")  # the other tests': bfloat16 and back would round its weights
-    backbone = dataclasses.replace(shared, model=copy.deepcopy(shared.model), _facts={})
+    backbone = copy_of(tiny_backbone("llama"), torch.float32)
     ids = torch.randint(3, 300, (8, 12), generator=torch.Generator().manual_seed(1))
     labels = torch.full_like(ids, -100)
     labels[:, -2:] = ids[:, -2:]

@@ -1,12 +1,10 @@
 """A prompt behind a text's first token, or behind the text, is what it is there: the same as a row written by hand."""
 
-import copy
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from cases import assert_near, gradients, padded, prompts_of, rows_of
+from cases import assert_near, copy_of, gradients, padded, prompts_of, rows_of
 from torch import Tensor
 
 from softprompt.attach import Attachment, attach
@@ -111,8 +109,7 @@ def test_an_encoder_decoders_loss(tiny_backbone: MakeBackbone, name: str, place:
 
     In float64: T5 does not scale its attention, so that float32 may lose any number of digits in one row.
     """
-    shared = tiny_backbone(name)
-    backbone = dataclasses.replace(shared, model=copy.deepcopy(shared.model).double(), _facts={})
+    backbone = copy_of(tiny_backbone(name), torch.float64)
     attachment, prompts, rows = attach(backbone, place=place), prompts_of(backbone), rows_of(TEXTS)
     [end] = attachment.end_of_sequence()
     if closed:

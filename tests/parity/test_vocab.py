@@ -1,7 +1,5 @@
 """A checkpoint whose vocabulary has the prompts says what the live runs say, and never says a prompt's token."""
 
-import copy
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -10,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import copy_of
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from softprompt import Attachment, Run, attach, load_backbone, runs
@@ -65,7 +64,7 @@ def test_a_checkpoint_says_what_the_runs_say(
     assert (backbone.checksum(), backbone.model.config.to_dict()) == (before, config), "the backbone is not touched"
 
     dtype = "float64" if kind in UNSCALED else "float32"
-    live = attach(dataclasses.replace(backbone, model=copy.deepcopy(backbone.model).to(getattr(torch, dtype))))
+    live = attach(copy_of(backbone, getattr(torch, dtype)))
     prompts = [run.prompt(backbone).fold() for run in trained]
     rows, index, (ids, mask) = laid_out(folder, live, trained[0].task, METHODS)
     decoder = backbone.architecture == "causal"
