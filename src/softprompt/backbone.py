@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
-from softprompt import assets, attention, files, gguf, pixels, projections, quantise, vit
+from softprompt import assets, attention, files, gguf, pixels, projections, quantise, sharding, vit
 from softprompt.choices import Dtype
 from softprompt.prompts import Host
 
@@ -50,7 +50,6 @@ class Backbone:
     """What a reader of a result should know of these weights; empty for most."""
     images: torch.Tensor | None = field(default=None, repr=False, compare=False)
     """Pixels of images that a vision model's input vectors are sampled from; none: noise."""
-    _facts: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.model.requires_grad_(False)
@@ -114,7 +113,7 @@ class Backbone:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
+            flat: Any = sharding.whole(tensor.detach()).contiguous().cpu().reshape(-1).view(torch.uint8)
             digest.update(memoryview(flat.numpy()))
         return digest.hexdigest()
 
@@ -162,7 +161,7 @@ class Backbone:
 
     def seeing(self, images: torch.Tensor) -> "Backbone":
         """The same model, whose input vectors are sampled from `images`: pixels as its processor makes them."""
-        return dataclasses.replace(self, images=images, _facts={})
+        return dataclasses.replace(self, images=images)
 
 
 def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbone:
@@ -314,6 +313,13 @@ def measured_dtype(device: torch.device) -> torch.dtype:
         with suppress(OSError):  # a cache that cannot be written costs a tenth of a second, no more
             files.write_text(file, json.dumps(known, indent=1))
     return torch.bfloat16 if known[key] == "bfloat16" else torch.float32
+
+
+def fitting_dtype(dtype: Dtype) -> Dtype:
+    """`dtype`, or what `auto` comes to on the first GPU, else on the CPU; also for a model that is elsewhere first."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if measured_dtype(_device("auto")) is torch.bfloat16 else "float32"
 
 
 def _processor() -> str:

@@ -10,7 +10,8 @@ import torch
 from softprompt import checkpoint, recompute, runs
 from softprompt.attach import Attachment, fresh_head
 from softprompt.attach.vision import refuse_unfit
-from softprompt.backbone import Backbone, load
+from softprompt.backbone import Backbone, fitting_dtype, load
+from softprompt.choices import Dtype
 from softprompt.evaluate import read_splits
 from softprompt.experiment import Experiment
 from softprompt.prompts import SoftPrompt
@@ -46,7 +47,7 @@ def anew(experiment: Experiment, backbone: Backbone | None, watch: Watcher) -> M
     for warning in rows.warnings:
         watch.note(warning)
     watch.stage(f"loading {experiment.backbone}")
-    backbone = backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
+    backbone = backbone or _loaded(experiment, experiment.backbone_dtype)
     backbone = seeing(backbone, experiment, task, rows)
     _refuse_pointless(experiment, task, backbone)
     attachment = runs.first_attachment(experiment, task, backbone, warm=True)
@@ -74,14 +75,23 @@ def again(run: Run, backbone: Backbone | None, watch: Watcher) -> Material:
             f"the rows of task {run.task.name} are not those {run.folder} was started with; start a new run"
         )
     watch.stage(f"loading {experiment.backbone}")
-    backbone = backbone or load(experiment.backbone, dtype=run.record["backbone"]["dtype"])
+    backbone = backbone or _loaded(experiment, run.record["backbone"]["dtype"])
     if backbone.hash != run.record["backbone"]["hash"]:
         raise ValueError(
             f"the weights of {experiment.backbone} are not those that {run.folder} was started with; start a new run"
         )
     backbone = seeing(backbone, experiment, run.task, rows)
     attachment = runs.first_attachment(experiment, run.task, backbone, warm=not checkpoint.steps(run.folder))
+    if experiment.training.shard:
+        _refuse_shards(experiment, attachment)
     return Material(run.task, rows, backbone, attachment)
+
+
+def _loaded(experiment: Experiment, dtype: Dtype) -> Backbone:
+    """The experiment's backbone; where it will be sharded, on the CPU, since a GPU has no room for all of it."""
+    if not experiment.training.shard:
+        return load(experiment.backbone, dtype=dtype)
+    return load(experiment.backbone, dtype=fitting_dtype(dtype), device="cpu")
 
 
 def seeing(backbone: Backbone, experiment: Experiment, task: Task, rows: Splits) -> Backbone:
@@ -121,6 +131,8 @@ def _refuse_unfit(experiment: Experiment, attachment: Attachment) -> None:
             f"dropout is on, and isolated prompts of {backbone.source} ({backbone.architecture}) run without the "
             "model's own; leave dropout off, or attend=joint"
         )
+    if experiment.training.shard:
+        _refuse_shards(experiment, attachment)
     if not experiment.training.gradient_checkpointing:
         return
     if not attachment.recomputes:
@@ -133,6 +145,21 @@ def _refuse_unfit(experiment: Experiment, attachment: Attachment) -> None:
             f"gradient_checkpointing is on, and {backbone.source} ({backbone.model.config.model_type}) has no layers "
             "that can be computed again; leave it off, or give --accumulate"
         )
+
+
+def _refuse_shards(experiment: Experiment, attachment: Attachment) -> None:
+    """Refuse what cannot be shared out among processes."""
+    backbone, why = attachment.backbone, ""
+    if experiment.baseline != "none":
+        why = f"the baseline {experiment.baseline} trains beside or in the layers"
+    elif backbone.quantised:
+        why = f"the weights are held as {backbone.quantised}"
+    elif not recompute.layers(backbone.model):
+        why = f"{backbone.source} ({backbone.model.config.model_type}) has no layers that can be told from the rest"
+    elif not attachment.shards:
+        why = f"isolated prompts of {backbone.source} ({backbone.architecture}) go past its layers' own call"
+    if why:
+        raise ValueError(f"shard is on, and {why}; leave it off")
 
 
 def _given(experiment: Experiment, settings: Callable[[Experiment], dict[str, Any]]) -> str | None:

@@ -46,6 +46,9 @@ class Training:
     gradient_checkpointing: bool = False
     """Compute each layer of the frozen model again in the backward pass instead of keeping what it needs; saves memory
     for about a third more time, and changes nothing else."""
+    shard: bool = False
+    """Each of several processes holds its part of the frozen model's layers, gathered whenever one runs (FSDP), and not
+    a copy of them all; saves memory, and changes nothing else."""
     evaluate_every: int = 50
     """Steps between two evaluations on the development split, each with a checkpoint."""
     patience: int = 0
@@ -217,7 +220,7 @@ class Experiment:
 _LATER = {"place": "front", "attend": "joint"}
 """Fields that experiments did not have at first, with the default, which is what was done then."""
 
-_MEANS = ("gradient_checkpointing",)
+_MEANS = ("gradient_checkpointing", "shard")
 """Settings of a training that change what it needs and not what comes of it."""
 
 

@@ -33,7 +33,7 @@ class Wanted:
 
     optimiser: "Optimiser"
     rows: Sequence[Example]
-    weight: int
+    weight: float
 
 
 class Given(NamedTuple):
@@ -76,17 +76,21 @@ class Optimiser:
         self.attachment.train()  # a method's own dropout; the backbone stays in evaluation mode
         for group in self.adamw.param_groups:
             group["lr"] = rate * group["rate"]
-        weight = len(rows) if self._candidates else sum(len(self._target(row)) for row in rows)
+        weight = float(len(rows) if self._candidates else sum(len(self._target(row)) for row in rows))
         loss = torch.zeros((), device=self.attachment.backbone.device)
         own = self.processes.share(rows)
-        with self.processes.part():
+        with self.processes.passes():
             for part in range(self.settings.accumulate):
-                if piece := own[part :: self.settings.accumulate]:
-                    asked = time.perf_counter()
-                    given = yield Wanted(self, piece, weight)
-                    waited += time.perf_counter() - asked
-                    seconds += given.seconds
-                    loss += given.loss
+                wanted = Wanted(self, own[part :: self.settings.accumulate], weight)
+                if not wanted.rows:
+                    if not self.processes.sharded:
+                        continue
+                    wanted = Wanted(self, rows[:1], math.inf)  # for the meeting; it counts for nothing
+                asked = time.perf_counter()
+                given = yield wanted
+                waited += time.perf_counter() - asked
+                seconds += given.seconds
+                loss += given.loss
         parameters = list(self.attachment.parameters())
         self.processes.total(loss, parameters)
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf)

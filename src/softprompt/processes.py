@@ -12,10 +12,17 @@ import torch.distributed
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from softprompt import sharding
+
 _T = TypeVar("_T")
 
 _PATIENCE = timedelta(hours=12)
 """How long one waits for another, who may be downloading a model; who has ended is noticed at once."""
+
+_ENDED = "another process of this training has ended; see what it said, and go on with: softprompt train --resume RUN"
+
+_MISSED = ("gloo", "NCCL", "Connection closed", "Connection reset")
+"""What torch's errors hold where one waits for another that is gone."""
 
 
 @final
@@ -25,7 +32,7 @@ class Processes:
     Where there are several every method is a meeting: each process calls the same ones in the same order.
 
     Raises:
-        ValueError: `accelerate launch` started one process where several were asked for.
+        ValueError: `accelerate launch` started one process where several were asked for, or is to shard by itself.
         RuntimeError: from any method, when another process has ended.
 
     >>> Processes(cpu=True).share([4, 5, 6])
@@ -33,20 +40,33 @@ class Processes:
     """
 
     def __init__(self, *, cpu: bool) -> None:
-        _refuse_one_of_several()
+        _refuse_launch()
         state = PartialState(cpu=cpu, timeout=_PATIENCE)
         self.count: int = state.num_processes
         self.index: int = state.process_index
-        self._device = state.device
+        self.device: torch.device = state.device
+        self.sharded = False
+        """Whether each holds a part of the backbone, so that every pass is a meeting."""
 
     @property
     def main(self) -> bool:
         """Whether this is the one that writes."""
         return self.index == 0
 
+    def shard(self, model: Any) -> None:
+        """Share out the layers of `model`; there are several processes."""
+        with self.passes():
+            sharding.shard(model, self.device)
+        self.sharded = True
+
     def share(self, rows: Sequence[_T]) -> Sequence[_T]:
         """Of rows that all have, those of this process; no meeting."""
         return rows[self.index :: self.count]
+
+    def evened(self, mine: Sequence[_T], rows: Sequence[_T]) -> Sequence[_T]:
+        """The share of this process; where passes are meetings, as long as any other. No meeting itself."""
+        fewer = self.sharded and len(mine) * self.count < len(rows)
+        return [*mine, rows[0]] if fewer else mine
 
     def own_seed(self, seed: int) -> int:
         """One for each process, the main one's being `seed`; no meeting."""
@@ -69,7 +89,7 @@ class Processes:
             if parameter.grad is None:  # a last batch may have fewer rows than there are processes
                 parameter.grad = torch.zeros_like(parameter)
         summed = [loss, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
-        flat = torch.cat([tensor.reshape(-1).float() for tensor in summed]).to(self._device)
+        flat = torch.cat([tensor.reshape(-1).float() for tensor in summed]).to(self.device)
         with _meeting():
             torch.distributed.all_reduce(flat)
         for tensor, values in zip(summed, torch.split(flat, [tensor.numel() for tensor in summed]), strict=True):
@@ -83,7 +103,7 @@ class Processes:
         if self.count == 1:
             return
         for tensor in tensors:
-            whole = tensor.detach().contiguous().to(self._device)
+            whole = tensor.detach().contiguous().to(self.device)
             with _meeting():
                 torch.distributed.broadcast(whole, 0)
             tensor.copy_(whole)
@@ -92,7 +112,7 @@ class Processes:
         """Whether it is so in any process."""
         if self.count == 1:
             return mine
-        flag = torch.tensor(int(mine), device=self._device)
+        flag = torch.tensor(int(mine), device=self.device)
         with _meeting():
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag.item())
@@ -127,6 +147,20 @@ class Processes:
             raise failure
         first = next(index for index, sentence in enumerate(sentences) if sentence)
         raise RuntimeError(f"process {first} of {self.count} failed: {sentences[first]}")
+
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """The backbone's passes over each process's rows: as a `part`, unless they are meetings themselves."""
+        if not self.sharded:
+            with self.part():
+                yield
+            return
+        try:
+            yield
+        except RuntimeError as error:  # in one process alone it ends, and the others miss it in the same pass
+            if any(sign in str(error) for sign in _MISSED):
+                raise RuntimeError(_ENDED) from error
+            raise
 
     def from_main(self, call: Callable[[], _T]) -> _T:
         """What `call` gives in the main process, which alone makes it."""
@@ -166,14 +200,20 @@ def _meeting() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # all that torch.distributed raises
-        raise RuntimeError(
-            "another process of this training has ended; see what it said, and go on with: "
-            "softprompt train --resume RUN"
-        ) from error
+        raise RuntimeError(_ENDED) from error
 
 
-def _refuse_one_of_several() -> None:
-    """Without MPI, `accelerate launch --cpu --num_processes 2` starts one process and says nothing."""
+def _refuse_launch() -> None:
+    """Refuse what the launcher would do without a word.
+
+    Without MPI, `accelerate launch --cpu --num_processes 2` starts one process; `--use_fsdp` is left to a `prepare`
+    that knows no frozen backbone.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError(
+            "accelerate launch is told to use FSDP, which is not how a frozen backbone is shared out here; leave "
+            "--use_fsdp out, and give softprompt train --shard"
+        )
     several = "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if several and not any(f"{name}SIZE" in os.environ for name in ("WORLD_", "PMI_", "OMPI_COMM_WORLD_")):
         raise ValueError(

@@ -28,7 +28,7 @@ def recomputing(model: Any, on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    before, own = _ON.set(True), [(layer, layer.__dict__.get("forward")) for layer in _layers(model)]
+    before, own = _ON.set(True), [(layer, layer.__dict__.get("forward")) for layer in layers(model)]
     for layer, _ in own:
         layer.forward = partial(through, layer.forward)
     try:
@@ -43,10 +43,11 @@ def recomputing(model: Any, on: bool) -> Iterator[None]:
 
 def is_possible(model: Any) -> bool:
     """Whether `model` has layers that can be computed again."""
-    return bool(_layers(model))
+    return bool(layers(model))
 
 
-def _layers(model: Any) -> list[Any]:
+def layers(model: Any) -> list[Any]:
+    """Those that can be computed again, one within another after it."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 

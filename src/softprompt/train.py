@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from softprompt import begin, checkpoint, files, finish, runs
+from softprompt import begin, checkpoint, files, finish, runs, sharding
 from softprompt.attach import Attachment, attach
 from softprompt.backbone import Backbone
 from softprompt.begin import Material
@@ -87,7 +87,8 @@ def resume(
     """Go on with an unfinished run from its last checkpoint, to the same numbers as if it had never stopped.
 
     Args:
-        means_of: an experiment that asks for gradient checkpointing, if the run's own did not: it ran out of memory.
+        means_of: an experiment that asks for gradient checkpointing or sharding, if the run's own did not and ran out
+            of memory.
 
     Raises:
         ValueError: the rows or the backbone's weights are not those it was started with.
@@ -116,6 +117,10 @@ def resuming(
 
 def _processes(backbone: Backbone | None, watch: Watcher | None) -> tuple[Processes, Watcher]:
     """All that train this run, and who is told: the main process's watcher alone."""
+    if backbone is not None and sharding.is_sharded(backbone.model):
+        raise ValueError(
+            f"{backbone.source} was shared out among processes by an earlier training (--shard); load it anew"
+        )
     cpu = not torch.cuda.is_available() if backbone is None else backbone.device.type == "cpu"
     processes = Processes(cpu=cpu)
     return processes, watch if watch and processes.main else Silent()
@@ -125,9 +130,22 @@ def _work_on(run: Run, found: Material, processes: Processes, watch: Watcher, lo
     with ExitStack() as held:
         processes.from_main(lambda: held.enter_context(files.locked(run.folder)))
         saved = processes.from_main(lambda: checkpoint.latest(run.folder))
+        if run.experiment.training.shard:
+            found = _sharded(found, processes, watch)
         with processes.part():
             work = _Training(run, found, saved, processes, watch, log_with)
         return (yield from work.go())
+
+
+def _sharded(found: Material, processes: Processes, watch: Watcher) -> Material:
+    """The same, the backbone's layers shared out among the processes for good."""
+    if processes.count == 1:
+        watch.note("one process holds the whole backbone (--shard); start several: torchrun --nproc-per-node 2 ...")
+        return found
+    processes.shard(found.backbone.model)
+    first = found.attachment.to(found.backbone.device)
+    attachment = attach(found.backbone, first.prompt, head=first.head, place=first.place, attend=first.attend)
+    return dataclasses.replace(found, attachment=attachment)
 
 
 class _Training:
@@ -172,7 +190,7 @@ class _Training:
         with interruptible(twice=self.processes.count == 1) as interrupted, log_file.open("a", encoding="utf-8") as log:
             yield from self._loop(log, interrupted)
         self.attachment.load_state_dict(self.best)
-        with self.processes.part():
+        with self.processes.passes():
             if self.attachment.tuned is None and self.backbone.checksum() != before:
                 raise RuntimeError(
                     f"the weights of {self.backbone.source} changed in training; this is a bug, report it"
@@ -232,9 +250,10 @@ class _Training:
     def _answers(self, attachment: Attachment, examples: Sequence[Example]) -> list[Answer]:
         """An answer an example, in their order; each process gives those of its share."""
         own: list[Answer] = []
-        with self.processes.part():
+        with self.processes.passes():
             mine = self.processes.share(examples)
-            own = answer(attachment, self.run.task, mine, max_new_tokens=self.settings.max_new_tokens)
+            given = self.processes.evened(mine, examples)
+            own = answer(attachment, self.run.task, given, max_new_tokens=self.settings.max_new_tokens)[: len(mine)]
         return self.processes.joined(own)
 
     def _stale(self) -> bool:

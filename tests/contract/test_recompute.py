@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from cases import attached, loss_of
 from safetensors.torch import load_file
 from torch import Tensor
 
-from softprompt import DPT, Backbone, Experiment, Training, attach, train
-from softprompt.attach import Attachment, fresh_head
+from softprompt import DPT, Backbone, Experiment, Training, train
+from softprompt.attach import Attachment
 from softprompt.cli import main
 from softprompt.optimise import Optimiser
 from softprompt.recompute import recomputing
@@ -19,22 +20,6 @@ from softprompt.recompute import recomputing
 MakeBackbone = Callable[[str], Backbone]
 KINDS = [("llama", "joint"), ("qwen3", "joint"), ("gemma", "joint"), ("t5", "joint"), ("t5", "isolated")]
 KINDS += [("bart", "joint"), ("bert", "joint"), ("bert", "isolated"), ("roberta_mlm", "joint"), ("dinov2", "joint")]
-
-
-def attached(backbone: Backbone, attend: Any) -> Attachment:
-    generator = torch.Generator().manual_seed(0)
-    head = fresh_head(backbone, 3, generator)
-    return attach(backbone, DPT(length=12, rank=2).build(backbone.host(), generator), head=head, attend=attend)
-
-
-def loss_of(attachment: Attachment) -> Tensor:
-    if attachment.backbone.architecture == "vision":
-        pixels = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-        return attachment.losses(pixels, None, torch.ones(6, 1, dtype=torch.long)).sum()
-    ids = torch.randint(3, 200, (6, 24), generator=torch.Generator().manual_seed(1))
-    if attachment.backbone.architecture == "causal":
-        return attachment.losses(ids, None, torch.where(torch.arange(24) < 20, -100, ids)).sum()
-    return attachment.losses(ids, None, torch.full((6, 1), 1 if attachment.head else 11)).sum()
 
 
 def kept(attachment: Attachment, on: bool) -> tuple[Tensor, list[Tensor], int]:

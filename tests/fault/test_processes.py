@@ -1,5 +1,6 @@
 """Two processes that share each batch train what one trains, and whatever befalls one of them ends both."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,9 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from softprompt import DPT, Experiment, Run, Training, open_run
+from softprompt.processes import Processes
 from softprompt.prompts import METHODS
 
 LABELS_OF = ("candidates", "vocabulary")
+FAULTS = ("kill", "raise", "stop")
+HOW = pytest.mark.parametrize("how", ["2", "sharded"])
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,8 @@ def ended(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> E
         )
         parted = experiment.replace(training=settings).to_json()
         jobs += [{"name": f"{objective}-{count}", "count": count, "experiment": parted} for count in (1, 2)]
+        sharded = experiment.replace(training=dataclasses.replace(settings, shard=True)).to_json()
+        jobs.append({"name": f"{objective}-sharded", "count": 2, "experiment": sharded})
     jobs += [
         {"name": "drawing", "count": 2, "experiment": drawing},
         {"name": "start", "count": 2, "experiment": drawing, "fault": ["start", 1, 0]},
@@ -67,7 +73,11 @@ def ended(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> E
         {"name": "resumed", "count": 2, "resume": "stopped"},
     ]
     jobs += [{"name": kind, "count": 2, "experiment": whole, "fault": [kind, 1, 3]} for kind in ("raise", "kill")]
+    sharded = experiment.replace(training=dataclasses.replace(experiment.training, shard=True)).to_json()
+    jobs += [{"name": f"{kind}-sharded", "count": 2, "experiment": sharded, "fault": [kind, 1, 3]} for kind in FAULTS]
     jobs += [
+        {"name": "resumed-sharded", "count": 2, "resume": "stop-sharded"},
+        {"name": "whole-sharded", "count": 2, "experiment": sharded},
         {"name": "full", "count": 2, "experiment": whole, "fault": ["full", 0, 4]},
         {"name": "dtype", "count": 2, "experiment": whole, "fault": ["dtype", 1, 0]},
     ]
@@ -96,11 +106,12 @@ def done(jobs: list[dict[str, Any]], out: Path) -> dict[str, list[int]]:
     return codes
 
 
+@HOW
 @pytest.mark.parametrize("objective", LABELS_OF)
-def test_two_train_what_one_trains(ended: Ended, objective: str) -> None:
+def test_two_train_what_one_trains(ended: Ended, objective: str, how: str) -> None:
     assert ended.codes[f"{objective}-1"] == [0]
-    assert ended.codes[f"{objective}-2"] == [0, 0], ended.errors(f"{objective}-2")
-    one, two = ended.run(f"{objective}-1"), ended.run(f"{objective}-2")
+    assert ended.codes[f"{objective}-{how}"] == [0, 0], ended.errors(f"{objective}-{how}")
+    one, two = ended.run(f"{objective}-1"), ended.run(f"{objective}-{how}")
     ours, theirs = list(two.metrics()), list(one.metrics())
     assert [line["step"] for line in ours] == [1, 2, 3, 4]
     assert [line["lr"] for line in ours] == [line["lr"] for line in theirs]
@@ -112,9 +123,10 @@ def test_two_train_what_one_trains(ended: Ended, objective: str) -> None:
         torch.testing.assert_close(load_file(two.folder / "softprompt.safetensors")[name], tensor, rtol=0, atol=1e-4)
 
 
+@HOW
 @pytest.mark.parametrize("objective", LABELS_OF)
-def test_two_answer_and_score_what_one_does(ended: Ended, objective: str) -> None:
-    one, two = ended.run(f"{objective}-1"), ended.run(f"{objective}-2")
+def test_two_answer_and_score_what_one_does(ended: Ended, objective: str, how: str) -> None:
+    one, two = ended.run(f"{objective}-1"), ended.run(f"{objective}-{how}")
     assert two.predictions() == one.predictions()
     assert one.results is not None
     assert two.results is not None
@@ -162,6 +174,36 @@ def test_one_that_is_killed_is_missed_at_once(ended: Ended) -> None:
         "RuntimeError: another process of this training has ended; see what it said, and go on with: "
         "softprompt train --resume RUN"
     )
+
+
+def test_where_they_meet_in_every_pass_a_missing_one_is_missed_in_the_pass(ended: Ended) -> None:
+    missed = ended.errors("kill")
+    assert ended.codes["kill-sharded"] == [1, -signal.SIGKILL]
+    assert ended.errors("kill-sharded") == missed
+    assert ended.codes["raise-sharded"] == [1, 1]
+    assert ended.errors("raise-sharded") == [*missed, "ValueError: its memory is full"]
+
+
+def test_a_sharded_one_that_is_stopped_goes_on_to_the_same_bits(ended: Ended) -> None:
+    assert ended.codes["stop-sharded"] == [1, 1]
+    assert ended.codes["resumed-sharded"] == [0, 0], ended.errors("resumed-sharded")
+    assert ended.codes["whole-sharded"] == [0, 0], ended.errors("whole-sharded")
+    for name in ("metrics.jsonl", "softprompt.safetensors", "predictions.jsonl"):
+        resumed, whole = ended.run("stop-sharded").folder / name, ended.run("whole-sharded").folder / name
+        assert resumed.read_bytes() == whole.read_bytes(), name
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_where_they_meet_in_every_pass_each_has_as_many_rows(count: int) -> None:
+    for rows in (list(range(number)) for number in range(10)):
+        given = []
+        for index in range(count):
+            one = Processes(cpu=True)
+            one.count, one.index, one.sharded = count, index, True
+            mine = one.share(rows)
+            given.append(one.evened(mine, rows))
+            assert given[-1][: len(mine)] == mine
+        assert len({len(some) for some in given}) == 1
 
 
 def test_a_full_disk_ends_both(ended: Ended) -> None:

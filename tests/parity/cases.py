@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from softprompt.attach import Attachment, attach, fresh_head
 from softprompt.backbone import Backbone
+from softprompt.choices import Attend
 from softprompt.prompts import SoftPrompt
 from softprompt.prompts.adept import ADePT
 from softprompt.prompts.dept import DePT
+from softprompt.prompts.dpt import DPT
 from softprompt.prompts.plain import Plain
 
 
@@ -57,7 +60,7 @@ def gradients(value: Tensor, prompts: Sequence[SoftPrompt]) -> list[Tensor]:
 
 def copy_of(backbone: Backbone, dtype: torch.dtype) -> Backbone:
     """One of its own in `dtype`: a shared model's weights would come back from it rounded."""
-    return dataclasses.replace(backbone, model=copy.deepcopy(backbone.model).to(dtype), _facts={})
+    return dataclasses.replace(backbone, model=copy.deepcopy(backbone.model).to(dtype))
 
 
 def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 2e-5) -> None:
@@ -72,3 +75,22 @@ def assert_same_gradients(ours: Tensor, theirs: Tensor, parameters: Sequence[Ten
         scale = float(reference.abs().max())
         assert scale > 0
         torch.testing.assert_close(found, reference, rtol=1e-3, atol=tolerance * scale)
+
+
+def attached(backbone: Backbone, attend: Attend) -> Attachment:
+    """A DPT prompt, and a head where the backbone has no words to answer with."""
+    generator = torch.Generator().manual_seed(0)
+    head = fresh_head(backbone, 3, generator)
+    return attach(backbone, DPT(length=12, rank=2).build(backbone.host(), generator), head=head, attend=attend)
+
+
+def loss_of(attachment: Attachment, count: int = 6, seed: int = 1) -> Tensor:
+    """Of `count` rows of 24 tokens, or small images, that answer something."""
+    draw = torch.Generator().manual_seed(seed)
+    if attachment.backbone.architecture == "vision":
+        pixels = torch.randn(count, 3, 32, 32, generator=draw)
+        return attachment.losses(pixels, None, torch.ones(count, 1, dtype=torch.long)).sum()
+    ids = torch.randint(3, 200, (count, 24), generator=draw)
+    if attachment.backbone.architecture == "causal":
+        return attachment.losses(ids, None, torch.where(torch.arange(24) < 20, -100, ids)).sum()
+    return attachment.losses(ids, None, torch.full((count, 1), 1 if attachment.head else 11)).sum()

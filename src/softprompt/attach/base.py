@@ -55,6 +55,8 @@ class Attachment(nn.Module, ABC):
     """Prompts of several layers fit; else only those that enter with the input."""
     recomputes: bool = True
     """Layers can be computed again in the backward pass (gradient checkpointing)."""
+    shards: bool = True
+    """Layers are run by their own call, so that each of several processes can hold a part of their weights."""
     head_rate: ClassVar[float] = 0.5
     """Learning rate of the group `head`, relative to the prompt's; MiniLM learned best with it of 0.02, 0.1, 0.5."""
 

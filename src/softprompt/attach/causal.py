@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
-from softprompt import attention, decoder
+from softprompt import attention, decoder, sharding
 from softprompt.attach.base import Attachment, Candidates, Ids, Index, Labels, Mask, Prepared, Prompts, mean_loss
 from softprompt.attach.exact import check_exact, refuse_unusual, sliding_window
 from softprompt.attach.inline import Matrices, matrices, whole
@@ -188,7 +188,7 @@ class Causal(Attachment):
                 token = torch.where(done, token, choose(state.logits[:, -1]))
                 done = done | torch.isin(token, ends)
             yield token
-            if bool(done.all()):
+            if sharding.all_done(self.backbone.model, done):
                 return
 
     def target(self, answer: Sequence[int]) -> tuple[int, ...]:

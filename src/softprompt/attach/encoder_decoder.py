@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from softprompt import t5
+from softprompt import sharding, t5
 from softprompt.attach.base import Attachment, Candidates, Ids, Index, Labels, Mask, Prompts, mean_loss
 from softprompt.attach.exact import exact, refuse_different
 from softprompt.attach.inline import Matrices, Whole, chosen, matrices, whole
@@ -74,6 +74,7 @@ class EncoderDecoder(Attachment):
                 f"{backbone.source} ({backbone.model.config.model_type}) is no T5 or mT5, whose prompts alone can be "
                 "isolated among encoder-decoders; leave attend=joint"
             )
+        self.shards = attend != "isolated"
         self._check_exact()
 
     def prepare(self, prompts: Sequence[SoftPrompt]) -> Matrices | Kept:
@@ -184,7 +185,7 @@ class EncoderDecoder(Attachment):
                 token = torch.where(done, token, new)
                 done = done | torch.isin(token, ends) | (token < 0)
             yield token
-            if bool(done.all()):
+            if sharding.all_done(self.backbone.model, done):
                 return
             fed = token[:, None].clamp(min=0)
 

@@ -1,0 +1,88 @@
+"""Backbones whole and shared out: `python shards.py BACKBONES` forks two processes, which meet in each pass.
+
+BACKBONES holds `{name: (backbone, attend)}`, saved by torch. Each process leaves `N.pt` beside it: by name its own
+rows' loss, gradients, scores and generated tokens, how many of the layers' numbers it holds, and the backbone's
+checksum: of the whole backbone, of the sharded one, and of that with layers computed again.
+"""
+
+import os
+import socket
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from cases import attached, loss_of
+from torch.distributed.tensor import DTensor
+
+from softprompt import Backbone, sharding
+from softprompt.attach import Attachment, attach
+from softprompt.recompute import layers, recomputing
+
+
+def said(attachment: Attachment, index: int, recompute: bool = False) -> dict[str, Any]:
+    """What comes of this process's own rows, of which each has another number."""
+    backbone = attachment.backbone
+    with recomputing(backbone.model, recompute):
+        loss = loss_of(attachment, 3 + index, seed=index)
+        gradients = torch.autograd.grad(loss, list(attachment.parameters()))
+    held = [weights for layer in layers(backbone.model) for weights in layer.parameters()]
+    found = {
+        "loss": loss.detach(),
+        "gradients": gradients,
+        "held": sum((one.to_local() if isinstance(one, DTensor) else one).numel() for one in held),
+        "checksum": backbone.checksum(),
+    }
+    if backbone.architecture != "vision":
+        ids = torch.randint(3, 200, (2 + index, 9 + index), generator=torch.Generator().manual_seed(9 + index))
+        answers = [[1], [2], [0]] if backbone.architecture == "encoder" else [[11, 12], [13], [14, 15, 16]]
+        scores = attachment.score(ids, None, answers)
+        found["scores"] = scores.detach(), torch.autograd.grad(scores[:, 0].sum(), list(attachment.parameters()))
+        if backbone.architecture in ("causal", "encoder_decoder"):
+            ever = torch.stack(list(attachment.generate(ids, max_new_tokens=6, stop=[])), 1)
+            stop = set(ever[:, 0].tolist()) if index == 0 else set()  # this one ends at once, the other never
+            found["tokens"], found["ever"] = list(attachment.generate(ids, max_new_tokens=6, stop=list(stop))), ever
+    return found
+
+
+def child(index: int, port: int, backbones: dict[str, tuple[Backbone, Any]], out: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=60), world_size=2, rank=index
+    )
+    found = {}
+    for name, (backbone, attend) in backbones.items():
+        whole = attached(backbone, attend)
+        before = said(whole, index)
+        sharding.shard(backbone.model, torch.device("cpu"))
+        parts = attach(backbone, whole.prompt, head=whole.head, attend=attend)
+        found[name] = before, said(parts, index), said(parts, index, recompute=True)
+    torch.save(found, out / f"{index}.pt")
+
+
+def main(file: Path) -> None:
+    backbones = torch.load(file, weights_only=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for index in range(2):
+        if (process := os.fork()) == 0:
+            code = 1
+            try:
+                child(index, port, backbones, file.parent)
+                code = 0
+            except Exception:
+                traceback.print_exc()
+            os._exit(code)
+        processes.append(process)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    sys.exit(max(map(abs, codes)))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

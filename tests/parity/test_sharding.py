@@ -1,0 +1,130 @@
+"""A backbone whose layers are shared out among processes gives what the whole one gives."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import copy_of
+
+from softprompt import DPT, Experiment, Training, sharding, train
+from softprompt.backbone import Backbone
+from softprompt.watch import Silent
+
+Said = dict[str, Any]
+KINDS = [("llama", "joint"), ("qwen3", "joint"), ("gemma2", "joint"), ("bloom", "joint"), ("t5", "joint")]
+KINDS += [("bart", "joint"), ("bert", "joint"), ("bert", "isolated"), ("roberta_mlm", "joint"), ("dinov2", "joint")]
+
+
+@pytest.fixture(scope="module")
+def processes(
+    tiny_backbone: Callable[[str], Backbone], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, tuple[Said, ...]]]:
+    """What each of two processes says of each backbone: whole, sharded, and sharded with layers computed again."""
+    file = tmp_path_factory.mktemp("shards") / "backbones.pt"
+    torch.save(
+        {f"{kind}-{attend}": (copy_of(tiny_backbone(kind), torch.float64), attend) for kind, attend in KINDS}, file
+    )
+    ended = subprocess.run(
+        [sys.executable, Path(__file__).with_name("shards.py"), file],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return [torch.load(file.with_name(f"{index}.pt")) for index in range(2)]
+
+
+@pytest.mark.parametrize(("kind", "attend"), KINDS)
+def test_loss_gradients_and_answers_are_those_of_the_whole(
+    kind: str, attend: str, processes: list[dict[str, tuple[Said, ...]]]
+) -> None:
+    for said in processes:
+        whole, *sharded = said[f"{kind}-{attend}"]
+        for parts in sharded:
+            assert parts["checksum"] == whole["checksum"]
+            for name in whole.keys() & {"loss", "gradients", "scores", "ever"}:
+                # Norms are float32, and the Llama runs through our own layers while it is whole.
+                torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "attend"), KINDS)
+def test_each_holds_its_part(kind: str, attend: str, processes: list[dict[str, tuple[Said, ...]]]) -> None:
+    name = f"{kind}-{attend}"
+    all_of, parts = processes[0][name][0]["held"], [said[name][1]["held"] for said in processes]
+    tables = 2 * 32 * 4 if kind == "t5" else 0  # the relative bias, whole in each
+    assert sum(parts) == all_of + tables
+    assert max(parts) < 0.51 * all_of + tables
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "bloom", "t5", "bart"])
+def test_generation_goes_on_until_all_are_done(kind: str, processes: list[dict[str, tuple[Said, ...]]]) -> None:
+    for index, said in enumerate(processes):
+        whole, sharded, _ = said[f"{kind}-joint"]
+        assert len(whole["tokens"]) == (6 if index else 1)
+        assert len(sharded["tokens"]) == 6
+        torch.testing.assert_close(sharded["tokens"][: len(whole["tokens"])], whole["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "why"),
+    [
+        ("llama", {"baseline": "lora"}, "the baseline lora trains beside or in the layers"),
+        ("mpnet", {}, "has no layers that can be told from the rest"),
+        ("t5", {"attend": "isolated"}, "isolated prompts of t5 .* go past its layers' own call"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(
+    kind: str, changes: Any, why: str, tiny_backbone: Callable[[str], Backbone], ticket_task: Path, tmp_path: Path
+) -> None:
+    experiment = Experiment(backbone=kind, task=str(ticket_task), training=Training(shard=True), **changes)
+    with pytest.raises(ValueError, match=f"^shard is on, and .*{why}; leave it off$"):
+        train(experiment, out=tmp_path, backbone=tiny_backbone(kind))
+    assert not list(tmp_path.iterdir())
+
+
+def test_four_bits_are_refused(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
+    experiment = Experiment(
+        backbone=str(llama_folder), task=str(ticket_task), training=Training(shard=True), dtype="nf4"
+    )
+    with pytest.raises(ValueError, match=r"^shard is on, and the weights are held as nf4; leave it off$"):
+        train(experiment, out=tmp_path)
+
+
+def test_a_backbone_of_an_earlier_training_is_refused(
+    tiny_backbone: Callable[[str], Backbone], ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny_backbone("llama")
+    monkeypatch.setattr(sharding, "_sharded", {backbone.model})
+    with pytest.raises(
+        ValueError, match=r"^llama was shared out among processes by an earlier training .*load it anew"
+    ):
+        train(Experiment(backbone="llama", task=str(ticket_task)), out=tmp_path, backbone=backbone)
+
+
+def test_one_process_is_told_that_it_holds_the_whole(
+    tiny_backbone: Callable[[str], Backbone], ticket_task: Path, tmp_path: Path
+) -> None:
+    class Told(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    notes: list[str] = []
+    training = Training(steps=2, batch=4, evaluate_every=2, shard=True)
+    experiment = Experiment(backbone="llama", task=str(ticket_task), prompt=DPT(length=4, rank=2), training=training)
+    assert train(experiment, out=tmp_path, backbone=tiny_backbone("llama"), watch=Told()).results is not None
+    assert any(note.startswith("one process holds the whole backbone (--shard)") for note in notes)
+
+
+def test_accelerate_is_not_left_to_shard_by_itself(
+    ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="leave --use_fsdp out, and give softprompt train --shard"):
+        train(Experiment(task=str(ticket_task)), out=tmp_path)
