@@ -30,7 +30,8 @@ def shard(model: Any, device: torch.device) -> None:
         # Each is a root of its own: attachments call layers one by one, and parts of the model.
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=tables)
         layer.register_forward_hook(_watch_cache, with_kwargs=True)
-    model.to(device)
+    if device.type != "cpu":  # to "cpu:0", as some call it, all would be copied
+        model.to(device)
     _sharded.add(model)
 
 

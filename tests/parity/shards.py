@@ -1,8 +1,8 @@
 """Backbones whole and shared out: `python shards.py BACKBONES` forks two processes, which meet in each pass.
 
 BACKBONES holds `{name: (backbone, attend)}`, saved by torch. Each process leaves `N.pt` beside it: by name its own
-rows' loss, gradients, scores and generated tokens, how many of the layers' numbers it holds, and the backbone's
-checksum: of the whole backbone, of the sharded one, and of that with layers computed again.
+rows' loss, gradients, scores and generated tokens, how many of the layers' numbers it holds, where the rest lies, and
+the backbone's checksum: of the whole backbone, of the sharded one, and of that with layers computed again.
 """
 
 import os
@@ -34,6 +34,7 @@ def said(attachment: Attachment, index: int, recompute: bool = False) -> dict[st
         "loss": loss.detach(),
         "gradients": gradients,
         "held": sum((one.to_local() if isinstance(one, DTensor) else one).numel() for one in held),
+        "rest": next(backbone.model.parameters()).data_ptr(),
         "checksum": backbone.checksum(),
     }
     if backbone.architecture != "vision":
@@ -57,7 +58,7 @@ def child(index: int, port: int, backbones: dict[str, tuple[Backbone, Any]], out
     for name, (backbone, attend) in backbones.items():
         whole = attached(backbone, attend)
         before = said(whole, index)
-        sharding.shard(backbone.model, torch.device("cpu"))
+        sharding.shard(backbone.model, torch.device("cpu", 0))
         parts = attach(backbone, whole.prompt, head=whole.head, attend=attend)
         found[name] = before, said(parts, index), said(parts, index, recompute=True)
     torch.save(found, out / f"{index}.pt")

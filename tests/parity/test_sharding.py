@@ -61,6 +61,8 @@ def test_each_holds_its_part(kind: str, attend: str, processes: list[dict[str, t
     tables = 2 * 32 * 4 if kind == "t5" else 0  # the relative bias, whole in each
     assert sum(parts) == all_of + tables
     assert max(parts) < 0.51 * all_of + tables
+    for said in processes:
+        assert said[name][1]["rest"] == said[name][0]["rest"], "what is in no layer is not copied"
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "bloom", "t5", "bart"])

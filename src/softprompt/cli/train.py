@@ -55,7 +55,7 @@ def train_(
             if experiment.replace(prompt=prompt).hash != Experiment().hash or name is not None:
                 raise ValueError(
                     f"--resume {resume_} takes every setting from the run; leave the other flags out, apart from "
-                    "--gradient-checkpointing"
+                    "--gradient-checkpointing and --shard"
                 )
             run = resume(resume_, means_of=experiment, watch=terminal, log_with=log_with)
         else:
