@@ -2,8 +2,9 @@
 
 Autograd runs some two hundred small operations a layer, one pass over memory each, and keeps what only a weight's
 gradient would need. Here a layer is one step: products go straight into the residual, rotations and norms take three
-and five passes, and what is kept is what the gradient of the layer's input needs. The last layer does all but its keys
-and values at the places alone whose logits are wanted. Same formulas as transformers' layers; roundings differ.
+and five passes, and what is kept is what the gradient of the layer's input needs. Weights of 4 bits are made whole one
+matrix at a time, for each product again. The last layer does all but its keys and values at the places alone whose
+logits are wanted. Same formulas as transformers' layers; roundings differ.
 """
 
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from softprompt import recompute
+from softprompt import quantise, recompute
 from softprompt.attention import grouped_attention, packed_backward, packed_forward
 from softprompt.packing import Packing
+from softprompt.quantise import matrix
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 """transformers' layers that are RMSNorm, rotary attention, RMSNorm, SwiGLU, each added to its input."""
@@ -30,11 +32,11 @@ class _Weights:
     query: nn.Linear
     key: nn.Linear
     value: nn.Linear
-    out: Float[Tensor, "dim heads"]
+    out: nn.Linear
     between: Float[Tensor, " dim"]
-    gate: Float[Tensor, "width dim"]
-    up: Float[Tensor, "width dim"]
-    down: Float[Tensor, "dim width"]
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
     epsilon: float
     head_dim: int
     scale: float
@@ -47,11 +49,11 @@ class _Weights:
             attention.q_proj,
             attention.k_proj,
             attention.v_proj,
-            attention.o_proj.weight,
+            attention.o_proj,
             layer.post_attention_layernorm.weight,
-            mlp.gate_proj.weight,
-            mlp.up_proj.weight,
-            mlp.down_proj.weight,
+            mlp.gate_proj,
+            mlp.up_proj,
+            mlp.down_proj,
             layer.input_layernorm.variance_epsilon,
             attention.head_dim,
             attention.scaling,
@@ -66,7 +68,7 @@ def is_known(model: Any) -> bool:
         return False
     return all(
         type(layer).__name__ in LAYERS
-        and all(type(module) is nn.Linear for module in _linear(layer))
+        and all(quantise.has_matrix(module) for module in _linear(layer))
         and all(module.bias is None for module in _linear(layer)[3:])
         and layer.mlp.act_fn(torch.ones(1)) == nn.functional.silu(torch.ones(1))
         for layer in layers
@@ -112,27 +114,27 @@ class _Layer(torch.autograd.Function):
         key = _rotated(_heads(weights.key(normed), weights), cosine, sine)
         value = _heads(weights.value(normed), weights)
         found, kept = packed_forward(query, key, value, packing, weights.scale)
-        middle = torch.addmm(hidden, found.flatten(1), weights.out.t())
+        middle = torch.addmm(hidden, found.flatten(1), matrix(weights.out).t())
         normed, middle_unit = _norm(middle, weights.between, weights.epsilon)
-        gate, up = normed @ weights.gate.t(), normed @ weights.up.t()
+        gate, up = normed @ matrix(weights.gate).t(), normed @ matrix(weights.up).t()
         ctx.save_for_backward(hidden, unit, query, key, value, middle, middle_unit, gate, up, cosine, sine, *kept)
         ctx.packing, ctx.weights = packing, weights
-        return torch.addmm(middle, nn.functional.silu(gate).mul_(up), weights.down.t())
+        return torch.addmm(middle, nn.functional.silu(gate).mul_(up), matrix(weights.down).t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, unit, query, key, value, middle, middle_unit, gate, up, cosine, sine, *kept = ctx.saved_tensors
         weights: _Weights = ctx.weights
-        product = grad @ weights.down
+        product = grad @ matrix(weights.down)
         up_grad = nn.functional.silu(gate).mul_(product)
         gate_grad = torch.ops.aten.silu_backward(product.mul_(up), gate)
-        inner = (gate_grad @ weights.gate).addmm_(up_grad, weights.up)
+        inner = (gate_grad @ matrix(weights.gate)).addmm_(up_grad, matrix(weights.up))
         middle_grad = _norm_gradient(inner, middle, middle_unit, weights.between).add_(grad)
-        found = (middle_grad @ weights.out).view_as(query)
+        found = (middle_grad @ matrix(weights.out)).view_as(query)
         grads = packed_backward(query, key, value, ctx.packing, weights.scale, kept, found)
         turned = (_rotated(grads[0], cosine, -sine), _rotated(grads[1], cosine, -sine), grads[2])
-        inner = turned[0].flatten(1) @ weights.query.weight
-        inner.addmm_(turned[1].flatten(1), weights.key.weight).addmm_(turned[2].flatten(1), weights.value.weight)
+        inner = turned[0].flatten(1) @ matrix(weights.query)
+        inner.addmm_(turned[1].flatten(1), matrix(weights.key)).addmm_(turned[2].flatten(1), matrix(weights.value))
         return _norm_gradient(inner, hidden, unit, weights.before).add_(middle_grad), None, None, None, None
 
 

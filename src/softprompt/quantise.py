@@ -12,6 +12,8 @@ import logging
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 KINDS = ("nf4",)
 
@@ -43,3 +45,18 @@ def settled(model: Any) -> Any:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def has_matrix(linear: Any) -> bool:
+    """Whether `matrix` knows how `linear` holds its weights."""
+    return type(linear) is torch.nn.Linear or type(linear).__name__ == "Linear4bit"
+
+
+def matrix(linear: Any) -> Float[Tensor, "out in"]:
+    """The weights of a linear layer: its own, or a whole copy of those that it holds in 4 bits."""
+    weights: Tensor = linear.weight
+    if type(linear) is not torch.nn.Linear:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weights = dequantize_4bit(weights.data, linear.weight.quant_state)
+    return weights

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from softprompt import DPT, Experiment, Run, Training, attach, evaluate, load_backbone, open_run, train
+from softprompt import DPT, Experiment, Run, Training, attach, decoder, evaluate, load_backbone, open_run, train
 from softprompt.export import FORMATS, export_runs
 from softprompt.projections import query_key
-from softprompt.quantise import KINDS
+from softprompt.quantise import KINDS, matrix
 
 QUANTISED = pytest.mark.parametrize("kind", KINDS)
 
@@ -45,6 +45,28 @@ def test_the_model_is_its_own_forward_over_prompt_and_text(kind: Any, llama_fold
     torch.testing.assert_close(ours, theirs.float(), rtol=2e-2, atol=2e-2)
     for mine, its in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
         assert float((mine - its).norm() / its.norm()) < 0.05
+
+
+@QUANTISED
+def test_our_layers_compute_with_the_weights_as_held(kind: Any, llama_folder: Path) -> None:
+    """To the bit what they give with the same weights made whole for good."""
+    backbone = load_backbone(str(llama_folder), dtype=kind)
+    assert decoder.is_known(backbone.model)
+    ids = torch.randint(3, 200, (4, 9), generator=torch.Generator().manual_seed(1))
+    labels = torch.where(torch.arange(9) < 7, -100, ids)
+    found = []
+    for _ in range(2):
+        prompt = DPT(length=6, rank=2).build(backbone.host(), torch.Generator().manual_seed(0))
+        loss = attach(backbone, prompt)(ids, None, labels).loss
+        found.append([loss, *torch.autograd.grad(loss, list(prompt.parameters()))])
+        for layer in backbone.model.model.layers:
+            for part in (layer.self_attn, layer.mlp):
+                for name, linear in list(part.named_children()):
+                    if isinstance(linear, torch.nn.Linear):
+                        whole = torch.nn.Linear(linear.in_features, linear.out_features, bias=False)
+                        whole.weight = torch.nn.Parameter(matrix(linear), requires_grad=False)
+                        setattr(part, name, whole)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @QUANTISED
