@@ -14,6 +14,7 @@ from softprompt.backbone import Backbone, fitting_dtype, load
 from softprompt.choices import Dtype
 from softprompt.evaluate import read_splits
 from softprompt.experiment import Experiment
+from softprompt.predict import input_limit
 from softprompt.prompts import SoftPrompt
 from softprompt.runs import Run
 from softprompt.tasks import Splits, Task, load_task, refuse_other_input, sample
@@ -52,6 +53,7 @@ def anew(experiment: Experiment, backbone: Backbone | None, watch: Watcher) -> M
     _refuse_pointless(experiment, task, backbone)
     attachment = runs.first_attachment(experiment, task, backbone, warm=True)
     _refuse_unfit(experiment, attachment)
+    input_limit(attachment, task, experiment.training)
     if experiment.start is not None and attachment.prompt is not None:
         start = runs.read_prompt(Path(experiment.start), backbone)
         watch.note(_start_note(experiment.start, attachment.prompt, start))

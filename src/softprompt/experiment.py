@@ -172,12 +172,12 @@ class Experiment:
         """sha256 of the canonical JSON, without later fields at their defaults: earlier runs are still known by it."""
         values = self.to_json()
         kept = {name: value for name, value in values.items() if _LATER.get(name, ...) != value}
-        kept["training"] = {name: value for name, value in values["training"].items() if name not in _MEANS}
+        kept["training"] = {name: value for name, value in values["training"].items() if name not in MEANS}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def by_means_of(self, other: "Experiment") -> "Experiment":
         """The same experiment, with every means that either asks for: those save memory and change no result."""
-        means = {name: getattr(self.training, name) or getattr(other.training, name) for name in _MEANS}
+        means = {name: getattr(self.training, name) or getattr(other.training, name) for name in MEANS}
         return self.replace(training=dataclasses.replace(self.training, **means))
 
     def located(self) -> "Experiment":
@@ -220,7 +220,7 @@ class Experiment:
 _LATER = {"place": "front", "attend": "joint"}
 """Fields that experiments did not have at first, with the default, which is what was done then."""
 
-_MEANS = ("gradient_checkpointing", "shard")
+MEANS = ("gradient_checkpointing", "shard")
 """Settings of a training that change what it needs and not what comes of it."""
 
 

@@ -71,17 +71,25 @@ def input_limit(attachment: Attachment, task: Task, training: Training) -> int:
     Of an image it is its side in pixels: what was asked for, else what the backbone was made for.
 
     Raises:
-        ValueError: prompt and answer alone fill the backbone's positions.
+        ValueError: prompt and answer alone fill the backbone's positions, or the answer those that the prompt knows.
     """
     if task.image:
         return training.image_size or int(attachment.backbone.tokenizer.size)
     limit = training.max_tokens or task.max_tokens or 512
+    words = answer_ids(task, attachment.backbone.tokenizer) if task.is_classification else ()
+    longest = max(map(len, words), default=training.max_new_tokens)
+    if attachment.prompt is not None and (reach := attachment.prompt.reach) is not None:
+        left = reach if attachment.closed else reach - longest
+        if left < 1:
+            raise ValueError(
+                f"the prompt has offsets for {reach} tokens, of which an answer of {longest} leaves none to the input; "
+                "give it more positions, or lower max_new_tokens"
+            )
+        limit = min(limit, left)
     most = attachment.backbone.max_positions
     if most is None:
         return limit
     length = 0 if attachment.prompt is None else len(attachment.prompt.prompt())
-    words = answer_ids(task, attachment.backbone.tokenizer) if task.is_classification else ()
-    longest = max(map(len, words), default=training.max_new_tokens)
     if length + longest >= most:
         raise ValueError(
             f"a prompt of {length} and an answer of {longest} tokens leave no room in the {most} positions of "

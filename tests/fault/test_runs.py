@@ -5,9 +5,11 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from softprompt import (
@@ -23,8 +25,10 @@ from softprompt import (
     predict,
     train,
 )
+from softprompt.backbone import Backbone
 from softprompt.cli import main
 from softprompt.predict import input_limit
+from softprompt.prompts import METHODS
 from softprompt.tasks import encode, load_task
 
 PROMPT = DPT(length=6, rank=2)
@@ -109,8 +113,11 @@ def long_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_rows_that_with_the_prompt_exceed_the_positions_are_cut_and_told(
-    whole: Run, long_task: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("method", "settings", "room"), [("dpt", {"length": 100}, 156), ("dept", {"positions": 50}, 50)]
+)
+def test_rows_that_exceed_the_positions_of_the_model_or_the_prompt_are_cut_and_told(
+    whole: Run, long_task: Path, tmp_path: Path, method: str, settings: dict[str, int], room: int
 ) -> None:
     notes: list[str] = []
 
@@ -122,13 +129,13 @@ def test_rows_that_with_the_prompt_exceed_the_positions_are_cut_and_told(
 
         def step(self, progress: Progress) -> None: ...
 
-    prompt = DPT(length=100, rank=2)
+    prompt = METHODS[method](rank=2, **settings)
     run = train(whole.experiment.replace(task=str(long_task), prompt=prompt), out=tmp_path, watch=Listener())
     backbone, task = load_backbone(whole.experiment.backbone, dtype="float32"), load_task(str(long_task))
     attachment = run.attachment(backbone)
     longest = max(len(backbone.tokenizer(word, add_special_tokens=False)["input_ids"]) for word in task.answers)
     limit = input_limit(attachment, task, TRAINING)
-    assert limit == 256 - 100 - longest
+    assert limit == room - longest
     assert [note.endswith(f"train rows were cut to {limit} tokens (--max-tokens)") for note in notes].count(True) == 1
     rows = [{"text": "a " * 400}]
     [example] = encode(task, backbone.tokenizer, rows, limit, answers=False)[0]
@@ -151,6 +158,21 @@ def test_rows_that_with_the_prompt_exceed_the_positions_are_cut_and_told(
 def test_a_prompt_that_leaves_no_room_is_refused(whole: Run, tmp_path: Path, length: int, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         train(whole.experiment.replace(prompt=DPT(length=length, rank=2)), out=tmp_path)
+
+
+def test_a_prompt_with_offsets_for_fewer_tokens_than_an_answer_has_is_refused(whole: Run, tmp_path: Path) -> None:
+    sentence = "has offsets for 1 tokens, of which an answer of . leaves none to the input; give it more positions"
+    with pytest.raises(ValueError, match=sentence):
+        train(whole.experiment.replace(prompt=METHODS["dept"](length=6, positions=1)), out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_answer_apart_from_the_input_takes_none_of_its_offsets(
+    tiny_backbone: Callable[[str], Backbone], ticket_task: Path
+) -> None:
+    backbone, config = tiny_backbone("t5"), METHODS["dept"](length=6, positions=30)
+    prompt = config.build(backbone.host(), torch.Generator().manual_seed(0))
+    assert input_limit(attach(backbone, prompt), load_task(str(ticket_task)), TRAINING) == 30
 
 
 def flags(experiment: Experiment, out: Path) -> list[str]:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from softprompt import DPT, ADePT, Experiment, Plain, Training
+from softprompt.experiment import MEANS
 from softprompt.report import Report, formats, report, tables
 from softprompt.report.compare import differences
 from softprompt.report.grid import Grid, arrange
@@ -34,8 +35,10 @@ def another(field: "dataclasses.Field[Any]") -> Any:
     return not field.default if isinstance(field.default, bool) else type(field.default)(field.default * 0.5 + 7)
 
 
-# Not those that score one thing more and train the same.
-SETTINGS = {field.name: another(field) for field in dataclasses.fields(Training) if field.name != "untouched"}
+OTHERS = {field.name: another(field) for field in dataclasses.fields(Training)}
+SAME = ("untouched", *MEANS)
+"""Settings that score one thing more, or need less, and train the same."""
+SETTINGS = {name: value for name, value in OTHERS.items() if name not in SAME}
 
 
 def made(tmp_path: Path, **options: Any) -> Report:
@@ -83,6 +86,14 @@ def test_a_setting_that_differs_makes_another_row(name: str, write: Write, tmp_p
     assert len(found.rows) == 2
     assert all(f"{name}=" in label for label in labels(tmp_path))
     assert sorted(cell["test"] for cell in formats.cells(found)) == [0.5, 0.7]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_setting_that_changes_nothing_of_what_comes_makes_none(name: str, write: Write, tmp_path: Path) -> None:
+    write(training=Training(steps=6), test=0.5)
+    write(training=dataclasses.replace(Training(steps=6), **{name: OTHERS[name]}), test=0.7, seed=1)
+    [cell] = formats.cells(tabled(tmp_path))
+    assert cell["test"] == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ class Concatenation(Several):
                 f"a prompt for {depth} layers cannot be concatenated; give prompts that enter with the input"
             )
         self.parts = nn.ModuleList(parts)
+        self.reach = min((part.reach for part in parts if part.reach is not None), default=None)
 
     def shift(
         self,

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from softprompt.prompts.base import Beyond, Folded, Host, PromptConfig, SoftPrompt, add_by_position, at_least
+from softprompt.prompts.base import Beyond, Folded, Host, PromptConfig, SoftPrompt, add_by_position, at_least, reach
 from softprompt.prompts.init import Init, check_init, check_scale, initial_matrix
 
 
@@ -34,6 +34,7 @@ class OffsetPrompt(SoftPrompt):
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
         self.register_buffer("gain", torch.tensor(gain, dtype=torch.float32))
         self.beyond = beyond
+        self.reach = reach(left, beyond)
 
     def prompt(self) -> Float[Tensor, "prompt dim"]:
         """The short prompt in the host's units."""
@@ -91,7 +92,7 @@ class DePT(PromptConfig):
     positions: int = 256
     """Input tokens that have an offset."""
     beyond: Beyond = "refuse"
-    """What a token past `positions` gets: an error, or no offset."""
+    """What a token past `positions` gets: an error (rows of a task are cut to them), or no offset."""
     alpha: float = 8.0
     """The offset is multiplied by `alpha / sqrt(rank)`."""
     offset_rate: float = 0.01

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-from softprompt.experiment import Experiment, Training
+from softprompt.experiment import MEANS, Experiment, Training
 from softprompt.report.read import LeftOut, Result, printable
 from softprompt.tasks import TASKS, Task
 
@@ -163,7 +163,8 @@ WAYS = tuple(field.name for field in dataclasses.fields(Experiment) if field.nam
 def _settings(result: Result) -> dict[str, Any]:
     experiment, backbone = result.run.experiment, result.run.record["backbone"]
     settings = {**own_settings(experiment), **dataclasses.asdict(experiment.training)}
-    del settings["untouched"]  # scoring the model without a prompt too changes nothing of the training
+    for name in ("untouched", *MEANS):  # what changes nothing of what comes of the training
+        del settings[name]
     return {
         # 1 and 1.0 are one value, whichever was written.
         **{name: _whole(value) for name, value in settings.items()},
