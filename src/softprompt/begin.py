@@ -16,6 +16,7 @@ from softprompt.evaluate import read_splits
 from softprompt.experiment import Experiment
 from softprompt.predict import input_limit
 from softprompt.prompts import SoftPrompt
+from softprompt.quantise import KINDS
 from softprompt.runs import Run
 from softprompt.tasks import Splits, Task, load_task, refuse_other_input, sample
 from softprompt.watch import Watcher
@@ -93,6 +94,8 @@ def _loaded(experiment: Experiment, dtype: Dtype) -> Backbone:
     """The experiment's backbone; where it will be sharded, on the CPU, since a GPU has no room for all of it."""
     if not experiment.training.shard:
         return load(experiment.backbone, dtype=dtype)
+    if dtype in KINDS:
+        raise ValueError(f"shard is on, and the weights are held as {dtype}; leave it off")
     return load(experiment.backbone, dtype=fitting_dtype(dtype), device="cpu")
 
 
@@ -152,10 +155,14 @@ def _refuse_unfit(experiment: Experiment, attachment: Attachment) -> None:
 def _refuse_shards(experiment: Experiment, attachment: Attachment) -> None:
     """Refuse what cannot be shared out among processes."""
     backbone, why = attachment.backbone, ""
-    if experiment.baseline != "none":
-        why = f"the baseline {experiment.baseline} trains beside or in the layers"
-    elif backbone.quantised:
+    if backbone.quantised:
         why = f"the weights are held as {backbone.quantised}"
+    elif experiment.baseline != "none":
+        why = f"the baseline {experiment.baseline} trains beside or in the layers"
+    elif experiment.training.dropout and any(
+        value for name, value in backbone.model.config.to_dict().items() if name.endswith("layerdrop")
+    ):
+        why = f"dropout makes each process leave out other layers of {backbone.source}"
     elif not recompute.layers(backbone.model):
         why = f"{backbone.source} ({backbone.model.config.model_type}) has no layers that can be told from the rest"
     elif not attachment.shards:

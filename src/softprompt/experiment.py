@@ -48,7 +48,7 @@ class Training:
     for about a third more time, and changes nothing else."""
     shard: bool = False
     """Each of several processes holds its part of the frozen model's layers, gathered whenever one runs (FSDP), and not
-    a copy of them all; saves memory, and changes nothing else."""
+    a copy of them all; saves memory, and changes nothing else but what a method itself draws."""
     evaluate_every: int = 50
     """Steps between two evaluations on the development split, each with a checkpoint."""
     patience: int = 0

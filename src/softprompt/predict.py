@@ -79,7 +79,7 @@ def input_limit(attachment: Attachment, task: Task, training: Training) -> int:
     words = answer_ids(task, attachment.backbone.tokenizer) if task.is_classification else ()
     longest = max(map(len, words), default=training.max_new_tokens)
     if attachment.prompt is not None and (reach := attachment.prompt.reach) is not None:
-        left = reach if attachment.closed else reach - longest
+        left = reach - longest if attachment.within else reach
         if left < 1:
             raise ValueError(
                 f"the prompt has offsets for {reach} tokens, of which an answer of {longest} leaves none to the input; "

@@ -21,8 +21,13 @@ _PATIENCE = timedelta(hours=12)
 
 _ENDED = "another process of this training has ended; see what it said, and go on with: softprompt train --resume RUN"
 
-_MISSED = ("gloo", "NCCL", "Connection closed", "Connection reset")
+_MISSED = ("gloo", "remote process", "Connection closed", "Connection reset")
 """What torch's errors hold where one waits for another that is gone."""
+
+
+@final
+class Alone(RuntimeError):
+    """One of several processes has failed and cannot tell the others why: whoever it is says it itself."""
 
 
 @final
@@ -54,10 +59,12 @@ class Processes:
         return self.index == 0
 
     def shard(self, model: Any) -> None:
-        """Share out the layers of `model`; there are several processes."""
-        with self.passes():
-            sharding.shard(model, self.device)
-        self.sharded = True
+        """Share out the layers of `model`, which one process keeps whole, and bring it to the processes' devices."""
+        if self.count > 1:
+            sharding.shard(model, self.device.type)
+            self.sharded = True
+        if self.device.type != "cpu":  # to "cpu:0", as accelerate has it, all would be copied
+            model.to(self.device)
 
     def share(self, rows: Sequence[_T]) -> Sequence[_T]:
         """Of rows that all have, those of this process; no meeting."""
@@ -150,17 +157,21 @@ class Processes:
 
     @contextmanager
     def passes(self) -> Iterator[None]:
-        """The backbone's passes over each process's rows: as a `part`, unless they are meetings themselves."""
+        """The backbone's passes over each process's rows: as a `part`, unless they are meetings themselves.
+
+        Raises:
+            Alone: where they are, this process has failed; the others miss it in the same pass.
+        """
         if not self.sharded:
             with self.part():
                 yield
             return
         try:
             yield
-        except RuntimeError as error:  # in one process alone it ends, and the others miss it in the same pass
-            if any(sign in str(error) for sign in _MISSED):
+        except Exception as error:
+            if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _MISSED):
                 raise RuntimeError(_ENDED) from error
-            raise
+            raise Alone(f"process {self.index} of {self.count} failed: {error or type(error).__name__}") from error
 
     def from_main(self, call: Callable[[], _T]) -> _T:
         """What `call` gives in the main process, which alone makes it."""

@@ -20,9 +20,9 @@ from softprompt.recompute import layers
 _sharded: WeakSet[Any] = WeakSet()
 
 
-def shard(model: Any, device: torch.device) -> None:
-    """Keep this process's part of each layer of `model`, and bring it to `device`: a meeting of all processes."""
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+def shard(model: Any, device: str) -> None:
+    """Keep this process's part of each layer of `model`, on its `device` (cpu, cuda): a meeting of all processes."""
+    mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     for layer in reversed(layers(model)):  # inner ones first
         # A table in a layer (T5's relative bias) is looked at from outside.
         inner = [module for module in layer.modules() if isinstance(module, nn.Embedding)]
@@ -30,8 +30,6 @@ def shard(model: Any, device: torch.device) -> None:
         # Each is a root of its own: attachments call layers one by one, and parts of the model.
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=tables)
         layer.register_forward_hook(_watch_cache, with_kwargs=True)
-    if device.type != "cpu":  # to "cpu:0", as some call it, all would be copied
-        model.to(device)
     _sharded.add(model)
 
 
@@ -39,7 +37,7 @@ def _watch_cache(layer: Any, given: tuple[Any, ...], also: dict[str, Any], outpu
     """Gather the layer for the gradient of keys and values that it wrote to a cache, as is done for its output's."""
     for cache in (one for one in (*given, *also.values()) if isinstance(one, DynamicCache)):
         places = {module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")}
-        for part in (cache.layers[place] for place in places):
+        for part in (cache.layers[place] for place in places if place < len(cache.layers)):  # some share another's
             for states in (part.keys, part.values):
                 if states.requires_grad:
                     states.register_hook(lambda _: layer.unshard())

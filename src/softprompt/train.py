@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from softprompt import begin, checkpoint, files, finish, runs, sharding
-from softprompt.attach import Attachment, attach
+from softprompt.attach import Attachment, attach, exact
 from softprompt.backbone import Backbone
 from softprompt.begin import Material
 from softprompt.checkpoint import Checkpoint
@@ -138,13 +138,16 @@ def _work_on(run: Run, found: Material, processes: Processes, watch: Watcher, lo
 
 
 def _sharded(found: Material, processes: Processes, watch: Watcher) -> Material:
-    """The same, the backbone's layers shared out among the processes for good."""
+    """The same, the backbone's layers shared out among the processes for good, and compared anew as they now run."""
     if processes.count == 1:
         watch.note("one process holds the whole backbone (--shard); start several: torchrun --nproc-per-node 2 ...")
-        return found
-    processes.shard(found.backbone.model)
-    first = found.attachment.to(found.backbone.device)
-    attachment = attach(found.backbone, first.prompt, head=first.head, place=first.place, attend=first.attend)
+    backbone, first = found.backbone, found.attachment
+    processes.refuse_different("the layers' ways to run", first.recomputes)
+    processes.shard(backbone.model)
+    first.to(backbone.device)
+    exact.forget(backbone.model)
+    with processes.passes():
+        attachment = attach(backbone, first.prompt, head=first.head, place=first.place, attend=first.attend)
     return dataclasses.replace(found, attachment=attachment)
 
 
@@ -317,7 +320,8 @@ class _Training:
         run = self.processes.from_main(
             lambda: finish.written(self.run, self.attachment, self.rows, test, answers, {**results, **progress})
         )
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # not `end_training`, after which processes cannot meet again
+            tracker.finish()
         return run
 
 

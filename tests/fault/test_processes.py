@@ -33,6 +33,15 @@ def experiment(llama_folder: Path, ticket_task: Path) -> Experiment:
     )
 
 
+def writing(folder: Path) -> Path:
+    """A task whose answers are texts, so that every row may end at another token."""
+    lines = [f"{' '.join(['abcdef'[row % 6]] * (2 + row % 7))},{'abcdef'[row % 6]}" for row in range(60)]
+    (folder / "said.csv").write_text("\n".join(["text,said", *lines]))
+    file = folder / "said.toml"
+    file.write_text('train = "said.csv"\ntemplate = "Ticket: {text}\\nQueue:"\ntarget = "said"\n')
+    return file
+
+
 class Ended:
     """What the processes of all jobs left."""
 
@@ -62,6 +71,8 @@ def ended(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> E
         settings = Training(
             steps=4, batch=83, evaluate_every=2, lr=0.1, objective=objective, accumulate=2, untouched=True
         )
+        # And of odd numbers of rows to score, one process has one more.
+        settings = dataclasses.replace(settings, dev_rows=11, test_rows=23)
         parted = experiment.replace(training=settings).to_json()
         jobs += [{"name": f"{objective}-{count}", "count": count, "experiment": parted} for count in (1, 2)]
         sharded = experiment.replace(training=dataclasses.replace(settings, shard=True)).to_json()
@@ -73,6 +84,15 @@ def ended(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> E
         {"name": "resumed", "count": 2, "resume": "stopped"},
     ]
     jobs += [{"name": kind, "count": 2, "experiment": whole, "fault": [kind, 1, 3]} for kind in ("raise", "kill")]
+    written = experiment.replace(
+        task=str(writing(out)), training=Training(steps=2, batch=8, evaluate_every=2, dev_rows=3, max_new_tokens=9)
+    )
+    of_parts = written.replace(training=dataclasses.replace(written.training, shard=True))
+    jobs += [
+        {"name": "written-1", "count": 1, "experiment": written.to_json()},
+        {"name": "written-2", "count": 2, "experiment": written.to_json(), "more": ["written-again"]},
+        {"name": "written-sharded", "count": 2, "experiment": of_parts.to_json()},
+    ]
     sharded = experiment.replace(training=dataclasses.replace(experiment.training, shard=True)).to_json()
     jobs += [{"name": f"{kind}-sharded", "count": 2, "experiment": sharded, "fault": [kind, 1, 3]} for kind in FAULTS]
     jobs += [
@@ -88,6 +108,8 @@ def ended(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> E
         {"name": "cli", "count": 2, "arguments": ["train", *where, *settings_, "--name", "cli", *prompt]},
         {"name": "wrong", "count": 2, "arguments": ["train", *where, "--name", "a/b", *prompt]},
     ]
+    parts = ["train", *where, *settings_, "--name", "cli-parts", "--shard", *prompt]
+    jobs.append({"name": "cli-parts", "count": 2, "arguments": parts, "fault": ["raise", 1, 2]})
     return Ended(out, done(jobs, out))
 
 
@@ -181,7 +203,20 @@ def test_where_they_meet_in_every_pass_a_missing_one_is_missed_in_the_pass(ended
     assert ended.codes["kill-sharded"] == [1, -signal.SIGKILL]
     assert ended.errors("kill-sharded") == missed
     assert ended.codes["raise-sharded"] == [1, 1]
-    assert ended.errors("raise-sharded") == [*missed, "ValueError: its memory is full"]
+    own = "process 1 of 2 failed: its memory is full"
+    assert ended.errors("raise-sharded") == [*missed, f"Alone: {own}"]
+    first, second = ended.said("cli-parts", "err")
+    assert missed[0].endswith(first.splitlines()[-1].removeprefix("softprompt: "))
+    assert second == f"softprompt: {own}\n"
+
+
+@pytest.mark.parametrize("name", ["written-2", "written-again", "written-sharded"])
+def test_texts_too(ended: Ended, name: str) -> None:
+    assert ended.codes["written-2"] == ended.codes["written-sharded"] == [0, 0], ended.errors(name)
+    one, two = ended.run("written-1"), ended.run(name)
+    assert two.predictions() == one.predictions()
+    losses = [[line["loss"] for line in run.metrics()] for run in (two, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_a_sharded_one_that_is_stopped_goes_on_to_the_same_bits(ended: Ended) -> None:

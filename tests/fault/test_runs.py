@@ -167,12 +167,17 @@ def test_a_prompt_with_offsets_for_fewer_tokens_than_an_answer_has_is_refused(wh
     assert not list(tmp_path.iterdir())
 
 
-def test_an_answer_apart_from_the_input_takes_none_of_its_offsets(
-    tiny_backbone: Callable[[str], Backbone], ticket_task: Path
+@pytest.mark.parametrize(("kind", "limit"), [("t5", 30), ("roberta_mlm", 29)])
+def test_an_answer_apart_from_the_input_takes_none_of_its_offsets_and_a_mask_takes_one(
+    kind: str, limit: int, tiny_backbone: Callable[[str], Backbone], ticket_task: Path
 ) -> None:
-    backbone, config = tiny_backbone("t5"), METHODS["dept"](length=6, positions=30)
-    prompt = config.build(backbone.host(), torch.Generator().manual_seed(0))
-    assert input_limit(attach(backbone, prompt), load_task(str(ticket_task)), TRAINING) == 30
+    backbone, config = tiny_backbone(kind), METHODS["dept"](length=6, positions=30)
+    attachment = attach(backbone, config.build(backbone.host(), torch.Generator().manual_seed(0)))
+    task = load_task(str(ticket_task))
+    assert input_limit(attachment, task, TRAINING) == limit
+    [example] = encode(task, backbone.tokenizer, [{"text": "a " * 99}], limit, closing=True, answers=False)[0]
+    assert len(example.input_ids) == limit
+    attachment.score(torch.tensor([example.input_ids]), None, [[5], [6]])
 
 
 def flags(experiment: Experiment, out: Path) -> list[str]:

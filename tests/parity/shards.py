@@ -58,7 +58,7 @@ def child(index: int, port: int, backbones: dict[str, tuple[Backbone, Any]], out
     for name, (backbone, attend) in backbones.items():
         whole = attached(backbone, attend)
         before = said(whole, index)
-        sharding.shard(backbone.model, torch.device("cpu", 0))
+        sharding.shard(backbone.model, "cpu")
         parts = attach(backbone, whole.prompt, head=whole.head, attend=attend)
         found[name] = before, said(parts, index), said(parts, index, recompute=True)
     torch.save(found, out / f"{index}.pt")

@@ -11,8 +11,9 @@ import pytest
 import torch
 from cases import copy_of
 
-from softprompt import DPT, Experiment, Training, sharding, train
+from softprompt import DPT, Experiment, Training, begin, sharding, train
 from softprompt.backbone import Backbone
+from softprompt.processes import Processes
 from softprompt.watch import Silent
 
 Said = dict[str, Any]
@@ -122,6 +123,39 @@ def test_one_process_is_told_that_it_holds_the_whole(
     experiment = Experiment(backbone="llama", task=str(ticket_task), prompt=DPT(length=4, rank=2), training=training)
     assert train(experiment, out=tmp_path, backbone=tiny_backbone("llama"), watch=Told()).results is not None
     assert any(note.startswith("one process holds the whole backbone (--shard)") for note in notes)
+
+
+def test_on_a_gpu_the_whole_is_loaded_beside_it_and_brought_there(
+    llama_folder: Path, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as it can be seen without one: `meta` is the other device."""
+    found: dict[str, Any] = {}
+
+    def load(source: str, **given: Any) -> Backbone:
+        found.update(given)
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(begin, "load", load)
+    experiment = Experiment(backbone=str(llama_folder), task=str(ticket_task), training=Training(shard=True))
+    with pytest.raises(RuntimeError, match="seen"):
+        train(experiment, out=tmp_path)
+    assert found["device"] == "cpu"
+    assert found["dtype"] in ("float32", "bfloat16"), "what auto comes to on the device that computes"
+    processes = Processes(cpu=True)
+    processes.device = torch.device("meta")
+    model = torch.nn.Linear(2, 2)
+    processes.shard(model)
+    assert model.weight.device.type == "meta"
+
+
+def test_layers_that_each_process_leaves_out_by_chance_are_refused(
+    tiny_backbone: Callable[[str], Backbone], ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny_backbone("bart")
+    monkeypatch.setattr(backbone.model.config, "encoder_layerdrop", 0.1)
+    experiment = Experiment(backbone="bart", task=str(ticket_task), training=Training(shard=True, dropout=True))
+    with pytest.raises(ValueError, match="dropout makes each process leave out other layers of bart; leave it off"):
+        train(experiment, out=tmp_path, backbone=backbone)
 
 
 def test_accelerate_is_not_left_to_shard_by_itself(

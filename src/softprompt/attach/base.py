@@ -45,6 +45,8 @@ class Attachment(nn.Module, ABC):
 
     closed: ClassVar[bool]
     """The text ends with the tokenizer's closing tokens, and the answer stands apart from it; else it goes on there."""
+    within: bool = False
+    """The answer's tokens are among the input's own: behind the text, or at a mask in it."""
     places: ClassVar[tuple[Place, ...]] = ("front",)
     """Where a prompt may stand."""
     isolates: ClassVar[bool] = False
@@ -56,7 +58,7 @@ class Attachment(nn.Module, ABC):
     recomputes: bool = True
     """Layers can be computed again in the backward pass (gradient checkpointing)."""
     shards: bool = True
-    """Layers are run by their own call, so that each of several processes can hold a part of their weights."""
+    """Layers can be run by their own call, so that each of several processes may hold a part of their weights."""
     head_rate: ClassVar[float] = 0.5
     """Learning rate of the group `head`, relative to the prompt's; MiniLM learned best with it of 0.02, 0.1, 0.5."""
 

@@ -52,6 +52,7 @@ class Causal(Attachment):
     """
 
     closed = False
+    within = True
     places = ("front", "after_first", "behind")
 
     def __init__(
@@ -216,13 +217,7 @@ class Causal(Attachment):
             own = [] if self.prompt is None else [self.prompt]
             live = own if prompts is None else prompts
             logits = packed_logits(
-                self,
-                text,
-                columns,
-                live,
-                index,
-                lambda most: self._refuse_beyond(most, most),
-                by_layer=self._by_layer,
+                self, text, columns, live, index, lambda most: self._refuse_beyond(most, most), by_layer=self._by_layer
             )
             if isinstance(live, Prefix):
                 which = row_index(index, max(len(live.prompts), 1), text.ids)

@@ -89,6 +89,7 @@ class Encoder(Attachment):
             )
         if head is None and backbone.tokenizer.mask_token_id is None:
             raise ValueError(f"the tokenizer of {backbone.source} has no mask token to answer at; give a head to train")
+        self.within = head is None
         self._check_exact()
         if attend == "isolated":
             self._check_isolated()

@@ -19,6 +19,12 @@ _apart: WeakSet[Any] = WeakSet()
 """Those among them that give other outputs for packed tokens, whose prompts and rows must run one after the other."""
 
 
+def forget(model: Any) -> None:
+    """Compare `model` anew where it is attached next: its layers will run in another way."""
+    for known in (exact, exact_isolated, _apart):
+        known.discard(model)
+
+
 def sliding_window(backbone: Backbone) -> int | None:
     """The narrowest attention window of any layer, where there is one."""
     config = backbone.model.config

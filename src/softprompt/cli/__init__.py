@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
-        if speaks():
+        if speaks() or type(error).__name__ == "Alone":  # by name: where it is from takes seconds to import
             print(f"softprompt: {_sentence(error)}", file=sys.stderr)
         return 1
     if speaks():
