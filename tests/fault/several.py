@@ -1,8 +1,8 @@
 """Trainings of several processes: `python several.py JOBS.json` forks each job's processes and waits for them.
 
 A job has a `name`, a `count` of processes, and either `arguments` of the command line, an `experiment` to train, which
-it does under each of the names in `more` too, or the name of a run to `resume`. Its `fault` names a kind, the process it
-happens to, and the step before whose end it does:
+it does under each of the names in `more` too, or the name of a run to `resume`. Its `fault` names a kind, the process
+it happens to, and the step before whose end it does:
 
     raise     an error in the process's own part of a step,
     kill      kill -9,
