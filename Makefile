@@ -33,6 +33,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/make.py --check
 
 bench: setup
 	$(BIN)/python benchmarks/train_step.py

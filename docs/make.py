@@ -1,14 +1,15 @@
-"""Write the reference pages from the code, so that they cannot drift: methods, tasks, assets and commands."""
+"""Write the reference pages from the code: methods, tasks, assets, commands. `--check` says which have drifted."""
 
 import contextlib
 import dataclasses
 import io
 import os
 import re
+import sys
 from inspect import cleandoc
 from pathlib import Path
 
-os.environ.setdefault("COLUMNS", "100")
+os.environ["COLUMNS"] = "100"  # the same pages in every terminal
 
 from softprompt import assets
 from softprompt.cli import COMMANDS, main
@@ -58,11 +59,22 @@ def commands() -> str:
     return "\n".join(parts)
 
 
-def write() -> None:
-    """All pages."""
-    for name, page in (("methods", methods), ("tasks", tasks), ("assets", asset_table), ("commands", commands)):
-        (HERE / f"{name}.md").write_text(page(), encoding="utf-8")
+def pages() -> dict[Path, str]:
+    """Each page's file and text."""
+    made = {"methods": methods, "tasks": tasks, "assets": asset_table, "commands": commands}
+    return {HERE / f"{name}.md": page() for name, page in made.items()}
+
+
+def run(arguments: list[str]) -> None:
+    """Write them; with `--check`, say which of them the code has left behind."""
+    found = pages()
+    if arguments == ["--check"]:
+        if stale := [file.name for file, text in found.items() if file.read_text(encoding="utf-8") != text]:
+            sys.exit(f"{', '.join(stale)} in docs say something else than the code; run: make docs")
+        return
+    for file, text in found.items():
+        file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write()
+    run(sys.argv[1:])
