@@ -16,7 +16,6 @@ from softprompt.evaluate import read_splits
 from softprompt.experiment import Experiment
 from softprompt.predict import input_limit
 from softprompt.prompts import SoftPrompt
-from softprompt.quantise import KINDS
 from softprompt.runs import Run
 from softprompt.tasks import Splits, Task, load_task, refuse_other_input, sample
 from softprompt.watch import Watcher
@@ -54,7 +53,7 @@ def anew(experiment: Experiment, backbone: Backbone | None, watch: Watcher) -> M
     _refuse_pointless(experiment, task, backbone)
     attachment = runs.first_attachment(experiment, task, backbone, warm=True)
     _refuse_unfit(experiment, attachment)
-    input_limit(attachment, task, experiment.training)
+    input_limit(attachment, task, experiment.training)  # which refuses prompt and answer that leave no room
     if experiment.start is not None and attachment.prompt is not None:
         start = runs.read_prompt(Path(experiment.start), backbone)
         watch.note(_start_note(experiment.start, attachment.prompt, start))
@@ -94,8 +93,6 @@ def _loaded(experiment: Experiment, dtype: Dtype) -> Backbone:
     """The experiment's backbone; where it will be sharded, on the CPU, since a GPU has no room for all of it."""
     if not experiment.training.shard:
         return load(experiment.backbone, dtype=dtype)
-    if dtype in KINDS:
-        raise ValueError(f"shard is on, and the weights are held as {dtype}; leave it off")
     return load(experiment.backbone, dtype=fitting_dtype(dtype), device="cpu")
 
 
@@ -145,7 +142,7 @@ def _refuse_unfit(experiment: Experiment, attachment: Attachment) -> None:
             f"gradient_checkpointing is on, and rows of {backbone.source} go on from a cache, which cannot be written "
             "to twice; leave it off, or give place=front and a model whose attention is not its own"
         )
-    if not recompute.is_possible(backbone.model):
+    if not recompute.layers(backbone.model):
         raise ValueError(
             f"gradient_checkpointing is on, and {backbone.source} ({backbone.model.config.model_type}) has no layers "
             "that can be computed again; leave it off, or give --accumulate"

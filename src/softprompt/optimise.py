@@ -81,13 +81,12 @@ class Optimiser:
         own = self.processes.share(rows)
         with self.processes.passes():
             for part in range(self.settings.accumulate):
-                wanted = Wanted(self, own[part :: self.settings.accumulate], weight)
-                if not wanted.rows:
-                    if not self.processes.sharded:
-                        continue
-                    wanted = Wanted(self, rows[:1], math.inf)  # for the meeting; it counts for nothing
+                piece = own[part :: self.settings.accumulate]
+                if not piece and not self.processes.sharded:
+                    continue
                 asked = time.perf_counter()
-                given = yield wanted
+                # A pass that others meet in is made without rows too, over one that counts for nothing.
+                given = yield Wanted(self, piece or rows[:1], weight if piece else math.inf)
                 waited += time.perf_counter() - asked
                 seconds += given.seconds
                 loss += given.loss

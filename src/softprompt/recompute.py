@@ -41,13 +41,8 @@ def recomputing(model: Any, on: bool) -> Iterator[None]:
         _ON.reset(before)
 
 
-def is_possible(model: Any) -> bool:
-    """Whether `model` has layers that can be computed again."""
-    return bool(layers(model))
-
-
 def layers(model: Any) -> list[Any]:
-    """Those that can be computed again, one within another after it."""
+    """The layers of `model`, as transformers marks them: they can be computed again. One within another is after it."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 

@@ -56,8 +56,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def all_done(model: Any, done: Tensor) -> bool:
     """Whether every row is done; where `model` is sharded, those of all processes, which then stop together."""
+    every = done.all().int()
     if model in _sharded:
-        done = done.all()
-        torch.distributed.all_reduce(every := done.int(), torch.distributed.ReduceOp.MIN)
-        return bool(every.item())
-    return bool(done.all())
+        torch.distributed.all_reduce(every, torch.distributed.ReduceOp.MIN)
+    return bool(every)

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
-        if speaks() or type(error).__name__ == "Alone":  # by name: where it is from takes seconds to import
+        if speaks() or _is_alone(error):
             print(f"softprompt: {_sentence(error)}", file=sys.stderr)
         return 1
     if speaks():
@@ -67,6 +67,13 @@ def speaks() -> bool:
     ranks = {"WORLD_SIZE": "RANK", "PMI_SIZE": "PMI_RANK", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK"}
     together = [rank for size, rank in ranks.items() if os.environ.get(size, "1") != "1"]
     return all(os.environ.get(rank, "0") == "0" for rank in together)
+
+
+def _is_alone(error: BaseException) -> bool:
+    """Whether the first process cannot tell this error, since it does not know of it."""
+    from softprompt.processes import Alone  # asked only beside another process, where it is imported already
+
+    return isinstance(error, Alone)
 
 
 def _run(command: str, argv: list[str]) -> Any:
