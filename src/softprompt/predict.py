@@ -1,11 +1,14 @@
 """Rows in, answers out."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
+from torch import Tensor
 
+from softprompt import beginnings
 from softprompt.attach import Attachment, Prepared
 from softprompt.backbone import Backbone, load
 from softprompt.experiment import Training
@@ -50,18 +53,31 @@ def predict(run: Run, rows: Sequence[Mapping[str, Any]], *, backbone: Backbone |
 def answer(
     attachment: Attachment, task: Task, examples: Sequence[Example], *, batch: int = 32, max_new_tokens: int
 ) -> list[Answer]:
-    """An answer an example, in their order; the prompt's share is computed once, rows of like length run together."""
+    """An answer an example, in their order.
+
+    The prompt's share is computed once, and where the model allows it what texts begin with alike is once too; rows of
+    like length run together.
+    """
     prepared = attachment.prepare([] if attachment.prompt is None else [attachment.prompt])
-    order = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
+    texts = [example.input_ids for example in examples]
+    if attachment.extends and (shared := beginnings.common(texts)):
+        prepared = attachment.extended(prepared, [shared])
+        texts = [text[len(shared) :] for text in texts]
     answers: dict[int, Answer] = {}
-    for start in range(0, len(order), batch):
-        places = order[start : start + batch]
-        part = [examples[place] for place in places]
-        if task.is_classification:
-            found = _classify(attachment, prepared, task, part)
-        else:
-            found = _generate(attachment, prepared, part, max_new_tokens)
-        answers.update(zip(places, found, strict=True))
+    for reading in beginnings.readings(texts, batch, apart=not attachment.extends):
+        ready = attachment.extended(prepared, reading.beginnings) if any(reading.beginnings) else prepared
+        for start in range(0, len(reading.texts), batch):
+            part = reading.texts[start : start + batch]
+            which = torch.tensor([beginning for _, beginning in part], device=attachment.backbone.device)
+            rows = [
+                dataclasses.replace(examples[place], input_ids=texts[place][len(reading.beginnings[beginning]) :])
+                for place, beginning in part
+            ]
+            if task.is_classification:
+                found = _classify(attachment, ready, task, rows, which)
+            else:
+                found = _generate(attachment, ready, rows, which, max_new_tokens)
+            answers.update(zip([place for place, _ in part], found, strict=True))
     return [answers[place] for place in range(len(examples))]
 
 
@@ -98,10 +114,12 @@ def input_limit(attachment: Attachment, task: Task, training: Training) -> int:
     return min(limit, most - length - longest)
 
 
-def _classify(attachment: Attachment, prepared: Prepared, task: Task, part: Sequence[Example]) -> list[Answer]:
+def _classify(
+    attachment: Attachment, prepared: Prepared, task: Task, part: Sequence[Example], which: Tensor
+) -> list[Answer]:
     tokenizer, device = attachment.backbone.tokenizer, attachment.backbone.device
     inputs = collate(part, pad_id=pad_id(tokenizer), side="left", with_answers=False)
-    scores = attachment.score(*inputs.inputs(device), answer_ids(task, tokenizer), prompts=prepared)
+    scores = attachment.score(*inputs.inputs(device), answer_ids(task, tokenizer), prepared, which)
     labels, words = list(task.words), list(task.words.values())
     result = []
     for example, chances in zip(part, scores.softmax(-1).tolist(), strict=True):
@@ -118,12 +136,13 @@ def _classify(attachment: Attachment, prepared: Prepared, task: Task, part: Sequ
     return result
 
 
-def _generate(attachment: Attachment, prepared: Prepared, part: Sequence[Example], max_new_tokens: int) -> list[Answer]:
+def _generate(
+    attachment: Attachment, prepared: Prepared, part: Sequence[Example], which: Tensor, max_new_tokens: int
+) -> list[Answer]:
     tokenizer, device = attachment.backbone.tokenizer, attachment.backbone.device
     inputs = collate(part, pad_id=pad_id(tokenizer), side="left", with_answers=False)
-    steps = attachment.generate(
-        inputs.input_ids.to(device), inputs.attention_mask.to(device), max_new_tokens=max_new_tokens, prompts=prepared
-    )
+    ids, mask = inputs.input_ids.to(device), inputs.attention_mask.to(device)
+    steps = attachment.generate(ids, mask, max_new_tokens=max_new_tokens, prompts=prepared, index=which)
     tokens = torch.stack(list(steps), 1).tolist()
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [Answer(row=example.row, text=text.strip()) for example, text in zip(part, texts, strict=True)]

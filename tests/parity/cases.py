@@ -52,6 +52,14 @@ def padded(rows: Sequence[Tensor], side: str, extra: int, fill: int = 2) -> tupl
     return ids, mask
 
 
+def concatenated(backbone: Backbone, prompt: SoftPrompt, text: Tensor) -> Tensor:
+    """Logits of `[prompt; text]` from the prompt's last vector on: what predicts each token, and what follows."""
+    table = backbone.model.get_input_embeddings()
+    embeds = prompt.shift(table(text)[None], text[None], torch.arange(len(text))[None])
+    whole = backbone.model(inputs_embeds=torch.cat([prompt.prompt()[None], embeds], 1)).logits[0]
+    return whole[len(prompt.prompt()) - 1 :]
+
+
 def gradients(value: Tensor, prompts: Sequence[SoftPrompt]) -> list[Tensor]:
     """Of every parameter of every prompt; zeros where `value` does not depend on it."""
     parameters = [parameter for prompt in prompts for parameter in prompt.parameters()]

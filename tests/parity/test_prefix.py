@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cases import assert_near, gradients, padded, rows_of
+from cases import assert_near, concatenated, gradients, padded, rows_of
 from torch import Tensor
 
 from softprompt import decoder as own_layers
@@ -36,14 +36,6 @@ def prompts_of(backbone: Backbone, lengths: Sequence[int] = LENGTHS) -> list[Sof
 
 def texts() -> list[Tensor]:
     return rows_of(TEXTS, first=3)
-
-
-def concatenated(backbone: Backbone, prompt: SoftPrompt, text: Tensor) -> Tensor:
-    """Logits of `[prompt; text]` from the prompt's last vector on: what predicts each token, and what follows."""
-    table = backbone.model.get_input_embeddings()
-    embeds = prompt.shift(table(text)[None], text[None], torch.arange(len(text))[None])
-    whole = backbone.model(inputs_embeds=torch.cat([prompt.prompt()[None], embeds], 1)).logits[0]
-    return whole[len(prompt.prompt()) - 1 :]
 
 
 @pytest.mark.parametrize("extra", [0, 1, 40])

@@ -59,6 +59,8 @@ class Attachment(nn.Module, ABC):
     """Layers can be computed again in the backward pass (gradient checkpointing)."""
     shards: bool = True
     """Layers can be run by their own call, so that each of several processes may hold a part of their weights."""
+    extends: bool = False
+    """Beginnings that texts share can be read once for all of them, `extended`."""
     head_rate: ClassVar[float] = 0.5
     """Learning rate of the group `head`, relative to the prompt's; MiniLM learned best with it of 0.02, 0.1, 0.5."""
 
@@ -98,6 +100,24 @@ class Attachment(nn.Module, ABC):
 
         Pass the result as `prompts` to answer many calls from one computation.
         """
+
+    def extended(self, prepared: Prepared, beginnings: Sequence[Sequence[int]], index: Index = None) -> Prepared:
+        """Prompts with beginnings of texts behind them, made ready: to be given with what is left of the texts.
+
+        Args:
+            prepared: by this attachment, extended before or not.
+            beginnings: at least one token each.
+            index: which of several prepared each beginning stands behind.
+
+        Raises:
+            ValueError: it cannot do that (`extends`), or a beginning is empty.
+        """
+        if self.extends and isinstance(prepared, Prepared):
+            raise ValueError(f"the beginnings are {list(beginnings)}; give at least one, each with at least one token")
+        raise ValueError(
+            f"in {self.backbone.source} ({self.backbone.architecture}) the prompt and a text's beginning are not read "
+            "apart from its rest; give the whole text"
+        )
 
     @abstractmethod
     def forward(

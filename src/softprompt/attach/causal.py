@@ -11,7 +11,7 @@ Behind a text's first token, or behind the text, a prompt sees what stands befor
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeGuard, final
+from typing import Any, TypeGuard, final
 
 import torch
 from jaxtyping import Float, Int
@@ -25,19 +25,12 @@ from softprompt.attach.exact import check_exact, refuse_unusual, sliding_window
 from softprompt.attach.inline import Matrices, matrices, whole
 from softprompt.attach.packed import packed_logits
 from softprompt.attach.prefix import Prefix
-from softprompt.attach.rows import Rows, aligned, checked_mask, row_index
+from softprompt.attach.rows import Rows, aligned, checked_mask, row_index, side_by_side
 from softprompt.attach.sampling import Chooser, Sampling
+from softprompt.attach.state import State
 from softprompt.backbone import Backbone
 from softprompt.choices import Attend, Place
 from softprompt.prompts import SoftPrompt
-
-
-class _State(NamedTuple):
-    """A batch in the middle of being read: cache, the whole mask so far, and the logits asked for."""
-
-    cache: Any
-    mask: Int[Tensor, "batch total"]
-    logits: Float[Tensor, "batch kept vocab"]
 
 
 @final
@@ -76,6 +69,7 @@ class Causal(Attachment):
         if place == "front":
             self.packs = "position_ids" in self._accepted and attention.takes_packing(backbone.model)
             self.packs = check_exact(self) and self.packs
+        self.extends = place == "front" and self._window is None and not sharding.is_sharded(backbone.model)
         self.recomputes = self.packs  # else rows go on from a cache, which would be written to twice
 
     def prepare(self, prompts: Sequence[SoftPrompt]) -> Prefix | Matrices:
@@ -84,7 +78,8 @@ class Causal(Attachment):
             return matrices(self, prompts)
         device, found = self.backbone.device, self.matrices(prompts)
         if not found:
-            return Prefix([], (), torch.ones(1, 0, dtype=torch.long, device=device), None)
+            empty = torch.ones(1, 0, dtype=torch.long, device=device)
+            return Prefix([], (), empty, None, empty.sum(1))
         longest = max(len(matrix) for matrix in found)
         rows = torch.stack([nn.functional.pad(matrix, (0, 0, 0, longest - len(matrix))) for matrix in found])
         lengths = torch.tensor([len(matrix) for matrix in found], device=device)
@@ -93,7 +88,17 @@ class Causal(Attachment):
         last = torch.unique(lengths) - 1
         logits = self._run(rows.to(self.backbone.dtype), cache, mask, mask, last)
         logits = logits[torch.arange(len(rows)), torch.searchsorted(last, lengths - 1)]
-        return Prefix(list(prompts), tuple((layer.keys, layer.values) for layer in cache.layers), mask, logits)
+        return Prefix.of(list(prompts), cache, mask, logits, torch.zeros_like(lengths))
+
+    def extended(self, prepared: Prepared, beginnings: Sequence[Sequence[int]], index: Index = None) -> Prepared:
+        """Prompts with beginnings of texts behind them, whose keys and values are computed once too."""
+        if not self.extends or not isinstance(prepared, Prefix) or not beginnings or not all(beginnings):
+            return super().extended(prepared, beginnings, index)
+        text = aligned(*side_by_side(beginnings, self.backbone.device))
+        which = row_index(index, len(prepared.mask), text.ids)
+        state = self._read(text, prepared, which, keep=torch.tensor([-1], device=text.ids.device))
+        prompts = [prepared.prompts[row] for row in which.tolist()] if prepared.prompts else []
+        return Prefix.of(prompts, state.cache, state.mask, state.logits[:, -1], state.place[:, 0])
 
     def forward(
         self,
@@ -131,7 +136,8 @@ class Causal(Attachment):
         columns = (wanted != -100).any(0).nonzero()[:, 0]
         if not len(columns):
             raise ValueError("no row has a label; give at least one label other than -100")
-        logits, bare = self._predicting(text, columns, prompts, index, wanted)
+        read = text.until(int(columns[-1]))  # a row's last answer predicts nothing
+        logits, bare = self._predicting(read, columns, prompts, index, wanted[:, : read.ids.shape[1]])
         targets = wanted[:, columns]
         if bare:  # nothing stands before the first token, so nothing predicts it
             targets = targets.masked_fill(text.first()[:, columns], -100)
@@ -149,14 +155,14 @@ class Causal(Attachment):
             end = torch.tensor([text.ids.shape[1]], device=text.ids.device)
             logits = self._predicting(text, end, prompts, index)[0][:, 0]
             return logits.float().log_softmax(-1)[:, [candidate[0] for candidate in candidates]]
-        prepared = self._prepared(prompts)
-        state = self._read(text, prepared, index, keep=torch.tensor([-1], device=text.ids.device), room=longest - 1)
+        last = torch.tensor([-1], device=text.ids.device)
+        state = self._read(text, self._prepared(prompts), index, keep=last, room=longest - 1)
         first = torch.tensor([candidate[0] for candidate in candidates], device=text.ids.device)
         scores = state.logits[:, 0].float().log_softmax(-1)[:, first]
         more = [which for which, candidate in enumerate(candidates) if len(candidate) > 1]
         if not more:
             return scores
-        rest = self._score_rest(state, text, prepared, index, [candidates[which] for which in more])
+        rest = self._score_rest(state, [candidates[which] for which in more])
         return scores.index_add(1, torch.tensor(more, device=scores.device), rest)
 
     def generate(
@@ -174,18 +180,16 @@ class Causal(Attachment):
         stop = self.end_of_sequence() if stop is None else stop
         choose = Chooser(sampling or Sampling(), input_ids.device)
         with torch.no_grad():
-            prepared = self._prepared(prompts)
             text = aligned(input_ids, checked_mask(input_ids, attention_mask))
             last = torch.tensor([-1], device=text.ids.device)
-            state = self._read(text, prepared, index, keep=last, room=max_new_tokens)
-            place = text.mask.sum(1, keepdim=True)
+            state = self._read(text, self._prepared(prompts), index, keep=last, room=max_new_tokens)
             done = torch.zeros(len(text.ids), dtype=torch.bool, device=text.ids.device)
             token = torch.zeros(len(text.ids), dtype=torch.long, device=text.ids.device)
             ends = torch.tensor(list(stop), dtype=torch.long, device=token.device)
         for step in range(max_new_tokens):
             with torch.no_grad():  # not around the yield: whoever asks for the tokens keeps its own mode
                 if step:
-                    state = self._continue(state, token[:, None], place + step - 1, prepared.prompts, index)
+                    state = self._continue(state, token[:, None])
                 token = torch.where(done, token, choose(state.logits[:, -1]))
                 done = done | torch.isin(token, ends)
             yield token
@@ -211,8 +215,9 @@ class Causal(Attachment):
     ) -> tuple[Float[Tensor, "batch kept vocab"], bool]:
         """The logits that predict the tokens in `columns`, and whether a row's first token has nothing before it.
 
-        A token is predicted one place earlier, and a row's first token by its prompt.
+        A token is predicted one place earlier, and a row's first token by its prompt; the one behind the text too.
         """
+        first = nn.functional.pad(text.first(), (0, 1))[:, columns]
         if self._may_pack(prompts):
             own = [] if self.prompt is None else [self.prompt]
             live = own if prompts is None else prompts
@@ -220,8 +225,7 @@ class Causal(Attachment):
                 self, text, columns, live, index, lambda most: self._refuse_beyond(most, most), by_layer=self._by_layer
             )
             if isinstance(live, Prefix):
-                which = row_index(index, max(len(live.prompts), 1), text.ids)
-                first = nn.functional.pad(text.first(), (0, 1))[:, columns]  # a column behind the text has none
+                which = row_index(index, len(live.mask), text.ids)
                 return live.predicting(logits, first, which), live.logits is None
             return logits, not live
         prepared, seq = self._prepared(prompts), text.ids.shape[1]
@@ -229,8 +233,8 @@ class Causal(Attachment):
             state = self._read(text, prepared, index, keep=columns - 1 - seq, labels=labels)
             return state.logits, self.place == "after_first"
         state = self._read(text, prepared, index, keep=(columns - 1).clamp(min=0) - seq)
-        which = row_index(index, max(len(prepared.prompts), 1), text.ids)
-        return prepared.predicting(state.logits, text.first()[:, columns], which), prepared.logits is None
+        which = row_index(index, len(prepared.mask), text.ids)
+        return prepared.predicting(state.logits, first, which), prepared.logits is None
 
     def _prepared(self, prompts: Prompts) -> Prefix | Matrices:
         prepared = self.chosen(prompts)
@@ -253,14 +257,14 @@ class Causal(Attachment):
         keep: Int[Tensor, " kept"] | None,
         room: int = 0,
         labels: Int[Tensor, "batch seq"] | None = None,
-    ) -> _State:
+    ) -> State:
         """The text with its prompt, from the prompt's keys and values where it stands in front.
 
         Args:
             keep: places of the head, counted from the end and so negative; none: at each of the text's tokens.
             labels: those of `text`, in front of the first of which a prompt behind the text stands.
         """
-        everywhere = 0 if keep is None else keep
+        everywhere, place = 0 if keep is None else keep, text.mask.sum(1, keepdim=True)
         if isinstance(prepared, Matrices):
             behind = aligned(text.ids, text.mask, pads="behind")
             rows = whole(self, prepared, index, behind, self._lead(text, labels), None).padded_in_front()
@@ -269,13 +273,15 @@ class Causal(Attachment):
             output = self._run(rows.embeds, cache, mask, mask, everywhere)
             if keep is None:
                 own = rows.own.long().argsort(dim=1, stable=True)[:, -text.ids.shape[1] :]
-                return _State(cache, mask, output.gather(1, own[..., None].expand(-1, -1, output.shape[-1])))
-            return _State(cache, mask, output)
-        which = row_index(index, max(len(prepared.prompts), 1), text.ids)
+                output = output.gather(1, own[..., None].expand(-1, -1, output.shape[-1]))
+            return State(cache, mask, output, place, prepared.prompts, index)
+        which = row_index(index, len(prepared.mask), text.ids)
         cache, mask = prepared.cache(which), torch.cat([prepared.mask[which], text.mask], 1)
         self._refuse_beyond(int(mask.sum(1).max()) + room, mask.shape[1] + room)
-        embeds = self.shifted(prepared.prompts, index, text.ids, text.positions())
-        return _State(cache, mask, self._run(embeds, cache, mask, text.mask, everywhere))
+        before = prepared.read[which][:, None]
+        embeds = self.shifted(prepared.prompts, which, text.ids, before + text.positions())
+        logits = self._run(embeds, cache, mask, text.mask, everywhere)
+        return State(cache, mask, logits, before + place, prepared.prompts, which)
 
     def _lead(self, text: Rows, labels: Int[Tensor, "batch seq"] | None) -> int | Int[Tensor, "batch 1"]:
         """Each row's tokens in front of its prompt: its first one, or all before its first label."""
@@ -304,34 +310,22 @@ class Causal(Attachment):
         return logits
 
     def _continue(
-        self,
-        state: _State,
-        ids: Int[Tensor, "batch more"],
-        positions: Int[Tensor, "batch more"],
-        prompts: Sequence[SoftPrompt],
-        index: Index,
-        real: Int[Tensor, "batch more"] | None = None,
-    ) -> _State:
+        self, state: State, ids: Int[Tensor, "batch more"], real: Int[Tensor, "batch more"] | None = None
+    ) -> State:
         """Further tokens after a batch that has been read; `real` marks padding behind them."""
-        real = torch.ones_like(ids) if real is None else real
-        mask = torch.cat([state.mask, real], 1)
-        embeds = self.shifted(prompts, index, ids, positions)
-        return _State(state.cache, mask, self._run(embeds, state.cache, mask, ids, 0))
+        more = ids.shape[1]
+        mask = torch.cat([state.mask, torch.ones_like(ids) if real is None else real], 1)
+        embeds = self.shifted(state.prompts, state.rows, ids, state.place + torch.arange(more, device=ids.device))
+        logits = self._run(embeds, state.cache, mask, ids, 0)
+        return state._replace(mask=mask, logits=logits, place=state.place + more)
 
-    def _score_rest(
-        self, state: _State, text: Rows, prepared: Prefix | Matrices, index: Index, candidates: Candidates
-    ) -> Float[Tensor, "batch candidate"]:
+    def _score_rest(self, state: State, candidates: Candidates) -> Float[Tensor, "batch candidate"]:
         """Log-probability of each candidate's second and later tokens, from the text's keys and values."""
-        device, batch, count = text.ids.device, len(text.ids), len(candidates)
-        given = nn.utils.rnn.pad_sequence([torch.tensor(list(one)) for one in candidates], True, -100).to(device)
-        padded, real, longest = given.clamp(min=0), (given != -100).long(), given.shape[1]
-        state.cache.batch_repeat_interleave(count)
-        wide = _State(state.cache, state.mask.repeat_interleave(count, 0), state.logits)
-        place = text.mask.sum(1, keepdim=True).repeat_interleave(count, 0) + torch.arange(longest - 1, device=device)
-        wide_index = None if index is None else index.repeat_interleave(count, 0)
+        batch, count = len(state.mask), len(candidates)
+        padded, real = side_by_side(candidates, state.mask.device)
         fed, fed_real = padded[:, :-1].repeat(batch, 1), real[:, :-1].repeat(batch, 1)
-        read = self._continue(wide, fed, place, prepared.prompts, wide_index, fed_real)
-        logp = read.logits.float().log_softmax(-1).view(batch, count, longest - 1, -1)
+        read = self._continue(state.repeated(count), fed, fed_real)
+        logp = read.logits.float().log_softmax(-1).view(batch, count, *padded[0, 1:].shape, -1)
         targets = padded[:, 1:].expand(batch, -1, -1)[..., None]
         return (logp.gather(-1, targets)[..., 0] * real[:, 1:]).sum(-1)
 

@@ -36,13 +36,23 @@ def packed_logits(
     live = prompts.prompts if isinstance(prompts, Prefix) else prompts
     matrices = [] if ready else attachment.matrices(live)
     lengths = ready.lengths if ready else [len(matrix) for matrix in matrices]
-    rows, counts = row_index(index, max(len(live), 1), text.ids), text.mask.sum(1)
-    packing = Packing(lengths, counts.tolist(), rows, kept=ready.kept() if ready and lengths else None)
-    refuse_beyond(int(packing.positions.max()) + 1)
-    own = attachment.shifted(live, index, text.ids, text.positions())[text.mask.bool()]
-    embeds = torch.cat([*(matrix.to(own.dtype) for matrix in matrices), own])
+    every = len(ready.mask) if ready else max(len(live), 1)
+    rows, counts, positions = row_index(index, every, text.ids), text.mask.sum(1), text.positions()
     places = (columns - 1 - (text.ids.shape[1] - counts)[:, None]).clamp(min=0 if ready else -1)
     model = attachment.backbone.model
+    begun = 0
+    if ready:
+        positions = positions + ready.read[rows][:, None]
+    elif len(counts) > every and not model.training:  # dropout is each row's own
+        begun = text.beginning(min(int(places.min()) + 1, int(counts.min()) - 1))
+    own = attachment.shifted(live, rows, text.ids, positions)
+    own = own[(text.mask.cumsum(1) > begun) & (text.mask == 1)]
+    if begun:
+        matrices = _begun(attachment, matrices, live, text, begun)
+        lengths, counts, places = [len(matrix) for matrix in matrices], counts - begun, places - begun
+    packing = Packing(lengths, counts.tolist(), rows, kept=ready.kept() if ready and lengths else None)
+    refuse_beyond(int(packing.positions.max()) + 1)
+    embeds = torch.cat([*(matrix.to(own.dtype) for matrix in matrices), own])
     if by_layer and not model.training:  # it knows no dropout
         return decoder.run(model, embeds, packing, places)
     keep = packing.at(places)
@@ -56,3 +66,22 @@ def packed_logits(
     )
     logits: Tensor = output.logits[0].unflatten(0, keep.shape)
     return logits
+
+
+def _begun(
+    attachment: Attachment,
+    matrices: Sequence[Float[Tensor, "_ dim"]],
+    prompts: Sequence[SoftPrompt],
+    text: Rows,
+    count: int,
+) -> list[Float[Tensor, "_ dim"]]:
+    """Each prompt with the first `count` tokens behind it, in which all rows begin alike; without prompts those alone.
+
+    What a causal model makes of them is the same in every row of a prompt, so they run once, as the prompt does.
+    """
+    every = max(len(prompts), 1)
+    ids = text.ids[0, text.mask[0] == 1][:count].expand(every, -1)
+    index = torch.arange(every, device=ids.device)
+    found = attachment.shifted(prompts, index, ids, torch.arange(count, device=ids.device).expand(every, -1))
+    fronts = matrices or [found[0, :0]]
+    return [torch.cat([front.to(own.dtype), own]) for front, own in zip(fronts, found, strict=True)]

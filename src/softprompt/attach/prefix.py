@@ -1,4 +1,7 @@
-"""Prompts in front of a decoder as what its layers keep of them: keys and values, computed once."""
+"""Prompts in front of a decoder as what its layers keep of them: keys and values, computed once.
+
+A beginning that texts share can stand behind a prompt and be part of what is kept.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,20 +20,44 @@ from softprompt.prompts import SoftPrompt
 @final
 @dataclass(frozen=True)
 class Prefix(Prepared):
-    """Several prompts' keys and values, computed once, shorter prompts padded at their end."""
+    """Several prompts' keys and values, computed once, shorter ones padded at their end."""
 
     prompts: Sequence[SoftPrompt]
+    """A row's each, and so one several times where several beginnings stand behind it; none for a bare model."""
     layers: tuple[tuple[Float[Tensor, "row head prompt head_dim"], Float[Tensor, "row head prompt head_dim"]], ...]
-    """Keys and values of each layer, a row a prompt."""
+    """Keys and values of each layer, a row a prompt with its beginning; no layers where there is neither."""
     mask: Int[Tensor, "row prompt"]
-    """1 where a prompt has a vector; `prompt` is 0 for a model without a prompt."""
+    """1 where a row has keys and values; one row of none for a model without a prompt."""
     logits: Float[Tensor, "row vocab"] | None
-    """What the model expects right after each prompt; none without a prompt."""
+    """What the model expects right after each; none where there is nothing before the text."""
+    read: Int[Tensor, " row"]
+    """Tokens of a text's beginning that stand behind each prompt and are in the keys and values too."""
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Sequence[SoftPrompt],
+        cache: DynamicCache,
+        mask: Int[Tensor, "row total"],
+        logits: Float[Tensor, "row vocab"],
+        read: Int[Tensor, " row"],
+    ) -> "Prefix":
+        """What a pass left in its cache, with all padding moved to the end."""
+        order = (1 - mask).argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
+        at = order[:, None, :, None]
+
+        def moved(states: Tensor) -> Tensor:
+            if bool(mask.all()):
+                return states
+            return states.gather(2, at.expand(-1, states.shape[1], -1, states.shape[3]))
+
+        layers = tuple((moved(layer.keys), moved(layer.values)) for layer in cache.layers)
+        return cls(prompts, layers, mask.gather(1, order), logits, read)
 
     @property
     def lengths(self) -> list[int]:
-        """Vectors of each prompt."""
-        return self.mask.sum(1).tolist() if self.prompts else []
+        """Vectors and tokens of each; none at all where nothing stands before the text."""
+        return self.mask.sum(1).tolist() if self.layers else []
 
     def kept(self) -> list[States]:
         """The same keys and values as packed rows see them."""

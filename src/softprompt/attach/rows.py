@@ -1,10 +1,11 @@
 """How a batch of rows is laid out: masks checked, padding moved to one side, a prompt for each row."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Rows(NamedTuple):
@@ -22,6 +23,20 @@ class Rows(NamedTuple):
         """Where each row's first token is."""
         return (self.mask.cumsum(1) == 1) & (self.mask == 1)
 
+    def until(self, column: int) -> "Rows":
+        """The rows without what stands in `column` and behind it; whole where that would leave a row empty."""
+        if not bool(self.mask[:, :column].any(1).all()):
+            return self
+        return Rows(*(part[:, :column] for part in self))
+
+    def beginning(self, most: int) -> int:
+        """How many of their first tokens all rows have in common, `most` at most; padding stands in front."""
+        if most < 1:
+            return 0
+        starts = self.ids.shape[1] - self.mask.sum(1, keepdim=True)
+        first = self.ids.gather(1, starts + torch.arange(most, device=self.ids.device))
+        return int((first == first[:1]).all(0).long().cumprod(0).sum())
+
 
 def aligned(
     ids: Int[Tensor, "batch seq"], mask: Int[Tensor, "batch seq"], pads: Literal["front", "behind"] = "front"
@@ -33,6 +48,14 @@ def aligned(
     else:
         order = (1 - mask).argsort(dim=1, stable=True)[:, :widest]
     return Rows(ids.gather(1, order), mask.gather(1, order), order)
+
+
+def side_by_side(
+    rows: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Int[Tensor, "batch longest"], Int[Tensor, "batch longest"]]:
+    """Rows of tokens as one batch, shorter ones padded behind, and its mask."""
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(list(row)) for row in rows], True, -1).to(device)
+    return ids.clamp(min=0), (ids != -1).long()
 
 
 def row_index(index: Int[Tensor, " batch"] | None, count: int, ids: Int[Tensor, "batch seq"]) -> Int[Tensor, " batch"]:
