@@ -110,7 +110,7 @@ def draw(task: Task, table: Dataset, examples: Sequence[Example], count: int, se
     chooser = random.Random(seed)
     if not task.question:
         return [examples[place] for place in sorted(chooser.sample(range(len(examples)), count))]
-    questions = table[task.question]
+    questions = table[task.question][:]
     members: dict[Any, list[int]] = {}
     for place, example in enumerate(examples):
         members.setdefault(questions[example.row], []).append(place)

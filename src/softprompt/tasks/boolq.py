@@ -34,7 +34,7 @@ def _read(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
     seen: set[int] = set()
     train: list[int] = []
     validation: list[int] = []
-    for place, (idx, label) in enumerate(zip(rows["idx"], rows["label"], strict=True)):
+    for place, (idx, label) in enumerate(zip(rows["idx"][:], rows["label"][:], strict=True)):
         if label is None:
             continue
         earlier_is_validation = idx < _VALIDATION and bool(_EARLIER_IS_VALIDATION[idx // 8] >> idx % 8 & 1)

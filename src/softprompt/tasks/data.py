@@ -102,7 +102,7 @@ def _majority(task: Task, rows: Dataset, golds: Sequence[int | str], counts: Map
     metric = task.metrics[0]
     if not task.is_classification or metric == "accuracy":
         return commonest[0]
-    questions = list(rows[task.question]) if task.question else None
+    questions = rows[task.question][:] if task.question else None
 
     def value(answer: int | str) -> float:
         return METRICS[metric](read_answers(task, metric, [answer] * len(golds), golds, questions))
@@ -189,7 +189,7 @@ def shots(task: Task, whole: Splits, k: int, seed: int, balanced: bool = True) -
     if k < 1:
         raise ValueError(f"the number of shots is {k}; it must be at least 1")
     answers = [task.answer(row) for row in records(whole.train)]
-    groups = list(map(str, whole.train[task.group] if task.group else range(len(answers))))
+    groups = list(map(str, whole.train[task.group][:] if task.group else range(len(answers))))
     classes: Sequence[Hashable] = answers if balanced and task.is_classification else [""] * len(answers)
 
     def draw(candidates: Iterable[int], what: str) -> list[int]:
@@ -257,7 +257,7 @@ def _splits(
 
 def _by_group(task: Task, rows: Dataset, shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
     members: dict[str, list[int]] = defaultdict(list)
-    for index, value in enumerate(rows[task.group]):
+    for index, value in enumerate(rows[task.group][:]):
         members[str(value)].append(index)
     order = iter(_order(members, seed))
     dealt: dict[str, list[int]] = {}

@@ -14,7 +14,7 @@ def _read(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
     """The reviews; the plots among them, the third category, are no opinions."""
     refuse_folder(task, folder)
     rows = read_rows(assets.fetch("rotten-tomatoes"))
-    reviews = [index for index, category in enumerate(rows["category"]) if category in task.words]
+    reviews = [index for index, category in enumerate(rows["category"][:]) if category in task.words]
     return {"rows": rows.select(reviews)}
 
 

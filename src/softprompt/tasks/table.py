@@ -135,7 +135,7 @@ def _own_words(file: str, label: str) -> dict[str, str]:
             f"{path} has no column {label!r} for the label; it has {', '.join(map(repr, rows.column_names))}"
         )
     found = set()
-    for number, value in enumerate(rows[label], start=1):
+    for number, value in enumerate(rows[label][:], start=1):
         text = value_text(value, label, f"row {number} of {path}")
         if not text.strip():
             raise ValueError(
