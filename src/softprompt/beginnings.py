@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import final
 
 Tokens = tuple[int, ...]
+Group = tuple[int, list[int]]
+"""How many tokens texts share, and which texts."""
 
 WORTH = 200
 """Tokens that must be saved to pay for a pass of its own; on a CPU a pass of few tokens costs as one of a hundred."""
-MOST = 4096
-"""Tokens of beginnings whose keys and values are held at a time, so that memory stays that of a batch."""
+MOST = 8192
+"""Tokens of beginnings, padded, whose keys and values are held at a time, so that memory stays that of a batch."""
 
 
 @final
@@ -35,34 +37,34 @@ def common(texts: Sequence[Tokens]) -> Tokens:
     return shared if len(shared) * (len(texts) - 1) >= WORTH else ()
 
 
-def readings(texts: Sequence[Tokens], batch: int, *, apart: bool = False) -> list[Reading]:
+def readings(texts: Sequence[Tokens], batch: int, *, share: bool = True) -> list[Reading]:
     """All texts, once each: those that share a beginning where that pays, and the others by length, `batch` at a time.
 
-    A reading with beginnings has `batch` texts or a few more; one with a beginning of many texts has them all.
+    A reading has at most `batch` texts, or all those of one beginning.
 
     Args:
-        apart: share nothing.
+        share: read beginnings once; else every text is read whole.
     """
-    found, alone = list[Reading](), list[int]()
-    groups = []
-    for beginning, members in _groups(texts) if not apart else [((), [text]) for text in range(len(texts))]:
-        if len(members) > 1:
-            groups.append((beginning, members))
-        else:
-            alone += members
-    groups.sort(key=lambda group: len(group[0]))
+    groups = _groups(texts) if share else []
+    grouped = {text for _, members in groups for text in members}
+    alone = [text for text in range(len(texts)) if text not in grouped]
+    found = []
+    groups.sort(key=lambda group: group[0])
     while groups:
-        taken, rows, held = list[tuple[Tokens, list[int]]](), 0, 0
-        while groups and rows < batch and (not taken or held + len(groups[-1][0]) <= MOST):
+        longest, members = groups.pop()
+        taken, rows = [(longest, members)], len(members)
+        # Beginnings run side by side, padded to the longest.
+        while groups and 2 * groups[-1][0] >= longest and (len(taken) + 1) * longest <= MOST:
+            if rows + len(groups[-1][1]) > batch:
+                break
             taken.append(groups.pop())
             rows += len(taken[-1][1])
-            held += len(taken[-1][0])
-        if sum(len(beginning) * (len(members) - 1) for beginning, members in taken) < WORTH:
+        if sum(_saving(*group) for group in taken) < WORTH:
             alone += [text for _, members in taken for text in members]
             continue
         placed = [(text, which) for which, (_, members) in enumerate(taken) for text in members]
-        placed.sort(key=lambda one: len(texts[one[0]]) - len(taken[one[1]][0]))
-        found.append(Reading(tuple(beginning for beginning, _ in taken), tuple(placed)))
+        placed.sort(key=lambda one: len(texts[one[0]]) - taken[one[1]][0])
+        found.append(Reading(tuple(texts[members[0]][:length] for length, members in taken), tuple(placed)))
     alone.sort(key=lambda text: len(texts[text]))
     found += [
         Reading(((),), tuple((text, 0) for text in alone[start : start + batch]))
@@ -71,23 +73,48 @@ def readings(texts: Sequence[Tokens], batch: int, *, apart: bool = False) -> lis
     return found
 
 
-def _groups(texts: Sequence[Tokens]) -> list[tuple[Tokens, list[int]]]:
-    """Texts that begin alike, with what they begin with; each is left one token at least.
+def _groups(texts: Sequence[Tokens]) -> list[Group]:
+    """Disjoint groups of two texts or more that begin alike, of which together the most tokens are read but once.
 
-    In alphabetical order a text shares most with its neighbours. It joins those before it where all together are then
-    fewer tokens than with it apart.
+    Texts in alphabetical order are the leaves of a tree, and those below a branch share as many tokens as it is deep.
+    Each branch is one group, or what its branches are, whichever saves more. A text is left one token at least.
     """
-    found: list[tuple[Tokens, list[int]]] = []
-    for text in sorted(range(len(texts)), key=texts.__getitem__):
-        whole = texts[text]
-        if found:
-            beginning, members = found[-1]
-            shared = _shared(beginning, whole[:-1])
-            if len(shared) > (len(members) - 1) * (len(beginning) - len(shared)):
-                found[-1] = shared, [*members, text]
-                continue
-        found.append((whole[:-1], [text]))
-    return found
+    order = sorted(range(len(texts)), key=texts.__getitem__)
+    branches: list[_Branch] = []
+    for place, text in enumerate(order):
+        done = _Branch(0, place)
+        after = order[place + 1] if place + 1 < len(order) else None
+        depth = 0 if after is None else len(_shared(texts[text][:-1], texts[after][:-1]))
+        while branches and branches[-1].depth > depth:
+            branches[-1].absorb(done)
+            done = branches.pop()
+            done.settle(order[done.start : place + 1])
+        if not branches or branches[-1].depth < depth:
+            branches.append(_Branch(depth, done.start))
+        branches[-1].absorb(done)
+    return branches[0].groups if branches else []
+
+
+class _Branch:
+    """Neighbouring texts from the place `start` on that share `depth` tokens, and the best groups among them so far."""
+
+    def __init__(self, depth: int, start: int) -> None:
+        self.depth, self.start = depth, start
+        self.saving, self.groups = 0, list[Group]()
+
+    def absorb(self, part: "_Branch") -> None:
+        """Texts that come next."""
+        self.saving += part.saving
+        self.groups += part.groups
+
+    def settle(self, members: list[int]) -> None:
+        """All `members` are one group where that saves more."""
+        if (whole := _saving(self.depth, members)) > self.saving:
+            self.saving, self.groups = whole, [(self.depth, members)]
+
+
+def _saving(length: int, members: Sequence[int]) -> int:
+    return length * (len(members) - 1)
 
 
 def _shared(one: Tokens, other: Tokens) -> Tokens:

@@ -64,7 +64,7 @@ def answer(
         prepared = attachment.extended(prepared, [shared])
         texts = [text[len(shared) :] for text in texts]
     answers: dict[int, Answer] = {}
-    for reading in beginnings.readings(texts, batch, apart=not attachment.extends):
+    for reading in beginnings.readings(texts, batch, share=attachment.extends):
         ready = attachment.extended(prepared, reading.beginnings) if any(reading.beginnings) else prepared
         for start in range(0, len(reading.texts), batch):
             part = reading.texts[start : start + batch]

@@ -15,6 +15,8 @@ from softprompt.backbone import Backbone
 from softprompt.packing import Packing
 from softprompt.predict import answer
 from softprompt.prompts import SoftPrompt
+from softprompt.prompts.adept import ADePT
+from softprompt.recompute import recomputing
 from softprompt.tasks import Example, Task
 
 MakeBackbone = Callable[[str], Backbone]
@@ -96,6 +98,36 @@ def test_one_row_a_prompt_shares_nothing(tiny_backbone: MakeBackbone, packings: 
     assert packings[-1].rows.lengths == (6, 8, 7)
 
 
+def test_a_beginning_that_is_shifted_by_chance_is_each_rows_own(
+    tiny_backbone: MakeBackbone, packings: list[Packing]
+) -> None:
+    """ADePT's dropout, which is on while the prompt trains and the backbone does not."""
+    backbone, rows = tiny_backbone("llama"), rows_of([3, 5, 4], front=BEGINNING)
+    prompt = ADePT(length=3, width=4, dropout=0.5).build(backbone.host(), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in prompt.parameters():  # fresh ones shift nothing
+            parameter += 0.3
+    attachment = attach(backbone, prompt)
+    attachment.train()
+    attachment(*answered(rows, 1))
+    assert packings[-1].rows.lengths == (6, 8, 7)
+    attachment.eval()
+    attachment(*answered(rows, 1))
+    assert packings[-1].rows.lengths == (2, 4, 3)
+
+
+def test_layers_that_are_computed_again(tiny_backbone: MakeBackbone, packings: list[Packing]) -> None:
+    backbone, rows = tiny_backbone("llama"), rows_of([3, 5, 4], front=BEGINNING)
+    prompts, attachment = prompts_of(backbone)[1:2], attach(backbone)
+    found = []
+    for on in (False, True):
+        with recomputing(backbone.model, on):
+            found.append(gradients(attachment(*answered(rows, 1), prompts=prompts).loss, prompts))
+    assert packings[-1].rows.lengths == (2, 4, 3)
+    for ours, theirs in zip(*found, strict=True):
+        assert_near(ours, theirs, 1e-5)
+
+
 def extended(attachment: Attachment, prompts: Sequence[SoftPrompt]) -> tuple[Any, list[Tensor], list[int]]:
     """Two beginnings behind each prompt, one of them read in two parts, and what each has in all."""
     first = attachment.extended(attachment.prepare(prompts), [[11]] * 3, torch.arange(3))
@@ -137,6 +169,21 @@ def test_texts_behind_beginnings_that_were_read_before(
         assert_near(logits[place][targets[place] != -100], concatenated(decoder, prompt, text)[lead:-1])
         made = torch.cat([text, tokens[place]])
         assert torch.equal(concatenated(decoder, prompt, made)[len(text) : -1].argmax(-1), tokens[place])
+
+
+def test_a_bare_model_reads_beginnings_too(decoder: Backbone) -> None:
+    attachment, rest = attach(decoder), rows_of([3, 1])
+    if not attachment.extends:
+        return
+    ids, mask = padded(rest, "left", 1)
+    ready = attachment.extended(None, [BEGINNING, BEGINNING[:1]])
+    scores = attachment.score(ids, mask, [[5], [7, 8]], ready, torch.tensor([0, 1]))
+    for found, lead, own in zip(scores, (4, 1), rest, strict=True):
+        text = torch.cat([torch.tensor(BEGINNING[:lead]), own])
+        for chance, candidate in zip(found, ([5], [7, 8]), strict=True):
+            logits = decoder.model(input_ids=torch.cat([text, torch.tensor(candidate)])[None]).logits[0]
+            wanted = logits[len(text) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(candidate)[:, None])
+            assert_near(chance, wanted.sum(), 1e-4)
 
 
 CLASSES = Task(name="t", template="{x}", label="y", words={"a": "one", "b": "two"}, metrics=("accuracy",))

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softprompt.beginnings import MOST, WORTH, common, readings
+from softprompt.beginnings import MOST, WORTH, _groups, common, readings
 
 SHARED = st.lists(st.integers(0, 2), max_size=400)
 """Of few different tokens, so that texts drawn apart begin alike too."""
@@ -17,9 +17,9 @@ def texts(draw: st.DrawFn) -> list[tuple[int, ...]]:
     return [(*passages[which % len(passages)], *rest) for which, rest in rests]
 
 
-@given(given=texts(), batch=st.integers(1, 40), apart=st.booleans())
-def test_readings(given: list[tuple[int, ...]], batch: int, apart: bool) -> None:
-    found = readings(given, batch, apart=apart)
+@given(given=texts(), batch=st.integers(1, 40), share=st.booleans())
+def test_readings(given: list[tuple[int, ...]], batch: int, share: bool) -> None:
+    found = readings(given, batch, share=share)
     assert sorted(text for reading in found for text, _ in reading.texts) == list(range(len(given)))
     for reading in found:
         for text, which in reading.texts:
@@ -29,14 +29,16 @@ def test_readings(given: list[tuple[int, ...]], batch: int, apart: bool) -> None
         if not any(reading.beginnings):
             assert len(reading.texts) <= batch
             continue
-        assert not apart
+        assert share
         assert all(reading.beginnings)
         whole = sum(len(given[text]) for text, _ in reading.texts)
         rests = sum(len(given[text]) - len(reading.beginnings[which]) for text, which in reading.texts)
         assert whole - rests - sum(map(len, reading.beginnings)) >= WORTH
-        assert len(reading.beginnings) == 1 or sum(map(len, reading.beginnings)) <= MOST
-        last = max(which for _, which in reading.texts)
-        assert sum(which != last for _, which in reading.texts) < batch, "no more beginnings than fill a batch"
+        if len(reading.beginnings) > 1:
+            longest = max(map(len, reading.beginnings))
+            assert len(reading.beginnings) * longest <= MOST
+            assert 2 * min(map(len, reading.beginnings)) >= longest
+            assert len(reading.texts) <= batch
 
 
 @given(given=texts())
@@ -46,14 +48,44 @@ def test_what_all_begin_with(given: list[tuple[int, ...]]) -> None:
     assert not found or len(found) * (len(given) - 1) >= WORTH
 
 
+def best(texts: list[tuple[int, ...]], depth: int = 0) -> int:
+    """Most tokens that groups of these texts, which share `depth` tokens, can save; each is left one token."""
+    parts: dict[int, list[tuple[int, ...]]] = {}
+    for text in texts:
+        if len(text) > depth + 1:
+            parts.setdefault(text[depth], []).append(text)
+    within = sum(best(part, depth + 1) for part in parts.values() if len(part) > 1)
+    return max(depth * (len(texts) - 1), within)
+
+
+@given(given=texts())
+def test_groups_save_the_most_tokens(given: list[tuple[int, ...]]) -> None:
+    found = _groups(given)
+    members = [text for _, group in found for text in group]
+    assert len(members) == len(set(members))
+    for length, group in found:
+        assert len(group) > 1
+        assert len({given[text][:length] for text in group}) == 1
+        assert min(len(given[text]) for text in group) > length
+    assert sum(length * (len(group) - 1) for length, group in found) == best(given)
+
+
 def test_questions_about_passages() -> None:
-    """Each passage is read once, also where its questions are more than a batch, and next to one that has one alone."""
-    passages = [(place,) * 300 for place in range(4)]
-    asked = [0] * 50 + [1] * 3 + [2] * 4 + [3]
+    """Each is read once, though all begin with one token, one has a single question and one more than a batch."""
+    passages = [(1, *(2 + place,) * 300) for place in range(4)]
+    asked = [0, *[1] * 50, *[2] * 3, *[3] * 4]
     given = [(*passages[which], place) for place, which in enumerate(asked)]
     found = readings(given, 32)
-    assert sum(len(beginning) for reading in found for beginning in reading.beginnings) == 900
-    assert len(found[-1].texts) == 1
+    assert sum(len(beginning) for reading in found for beginning in reading.beginnings) == 903
+    assert [len(reading.texts) for reading in found] in ([50, 7, 1], [7, 50, 1])
+
+
+def test_readings_fill_batches() -> None:
+    """Seven passages with five questions each are 30 and 5 rows, and not 32 and 3; one much longer runs apart."""
+    given = [(place,) * 100 + (other,) for place in range(7) for other in range(5)]
+    assert [len(reading.texts) for reading in readings(given, 32)] == [30, 5]
+    longer = [(9,) * 900 + (other,) for other in range(5)]
+    assert [len(reading.texts) for reading in readings(given + longer, 32)] == [5, 30, 5]
 
 
 def test_an_instruction_for_all() -> None:

@@ -14,18 +14,22 @@ from softprompt.serve.decoding import Batch, Decoder, Row
 METHODS = ("plain", "dpt", "dept", "adept")
 
 
+@pytest.mark.parametrize("begun", [0, 2])
 @torch.no_grad()
-def test_logits_through_reading_joining_and_leaving(decoder: Backbone, prompt_of: Callable[..., SoftPrompt]) -> None:
+def test_logits_through_reading_joining_and_leaving(
+    decoder: Backbone, prompt_of: Callable[..., SoftPrompt], begun: int
+) -> None:
+    """With `begun`, the first tokens of the longer rows were read with their prompts."""
     attachment = attach(decoder, None)
     service = Decoder(attachment)
     prompts = [prompt_of(decoder, seed, method).fold() for seed, method in enumerate(METHODS)]
     draw = torch.Generator().manual_seed(0)
-    rows = [
-        Row(torch.randint(5, 300, (count,), generator=draw).tolist(), prompt, service.prompt_state(prompt))
-        for prompt, count in zip(prompts, (3, 9, 1, 6), strict=True)
-    ]
+    texts = [torch.randint(5, 300, (count,), generator=draw).tolist() for count in (3, 9, 1, 6)]
+    rows = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        state, read = service.prompt_state(prompt), min(begun, len(text) - 1)
+        rows.append(Row(text[read:], prompt, service.begun(prompt, state, text[:read]) if read else state))
     tokens = torch.randint(5, 300, (4, 12), generator=draw)
-    texts = [list(row.ids) for row in rows]
 
     def check(logits: Tensor, which: list[int]) -> None:
         for ours, row in zip(logits, which, strict=True):

@@ -14,6 +14,7 @@ from softprompt.attach import Sampling, attach
 from softprompt.backbone import load
 from softprompt.prompts import SoftPrompt
 from softprompt.serve import Cancelled, Engine, Full, Limits
+from softprompt.serve import encode as serve_encode
 from softprompt.tasks import answer_ids, encode
 from softprompt.tasks.base import Task
 
@@ -96,13 +97,18 @@ def test_an_encoder_answers_in_words(engine_of: EngineOf, name: str) -> None:
         engine.generate("p0", "a")
 
 
-def test_two_runs_answer_as_predict_does(run_folders: list[Path]) -> None:
+@pytest.mark.parametrize("worth", [16, 1])
+def test_two_runs_answer_as_predict_does(run_folders: list[Path], worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a row's first words, the template's own, were read when its prompt came."""
+    monkeypatch.setattr(serve_encode, "_BEGINNING", worth)
     runs = [open_run(folder) for folder in run_folders]
     backbone = load(runs[0].experiment.backbone, dtype="float32")
     rows = [{"text": " ".join("abcdef"[i % 6] * (1 + i % 4))} for i in range(14)]
     with Engine(backbone, Limits(max_wait=100.0)) as engine:
         for run in runs:
-            engine.add(run.name, run.folder)
+            served = engine.add(run.name, run.folder)
+            assert (served.begun is not None) == (worth == 1)
+            assert served.describe()["bytes"] == sum(state.bytes for state in served.states)
         tickets = [(run, engine.classify(run.name, rows)) for run in runs]
         for run, asked in tickets:
             for ticket, answer in zip(asked, predict(run, rows, backbone=backbone), strict=True):

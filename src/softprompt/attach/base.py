@@ -101,19 +101,17 @@ class Attachment(nn.Module, ABC):
         Pass the result as `prompts` to answer many calls from one computation.
         """
 
-    def extended(self, prepared: Prepared, beginnings: Sequence[Sequence[int]], index: Index = None) -> Prepared:
+    def extended(self, prompts: Prompts, beginnings: Sequence[Sequence[int]], index: Index = None) -> Prepared:
         """Prompts with beginnings of texts behind them, made ready: to be given with what is left of the texts.
 
         Args:
-            prepared: by this attachment, extended before or not.
+            prompts: as in every call, and what was extended before too.
             beginnings: at least one token each.
-            index: which of several prepared each beginning stands behind.
+            index: which of several prompts each beginning stands behind.
 
         Raises:
             ValueError: it cannot do that (`extends`), or a beginning is empty.
         """
-        if self.extends and isinstance(prepared, Prepared):
-            raise ValueError(f"the beginnings are {list(beginnings)}; give at least one, each with at least one token")
         raise ValueError(
             f"in {self.backbone.source} ({self.backbone.architecture}) the prompt and a text's beginning are not read "
             "apart from its rest; give the whole text"
@@ -203,7 +201,7 @@ class Attachment(nn.Module, ABC):
         embeds = self.backbone.model.get_input_embeddings()(ids)
         if not prompts:
             return embeds
-        if len(prompts) == 1:
+        if all(prompt is prompts[0] for prompt in prompts):
             return prompts[0].shift(embeds.float(), ids, positions).to(embeds.dtype)
         rows = row_index(index, len(prompts), ids)
         result = embeds.float()

@@ -90,15 +90,18 @@ class Causal(Attachment):
         logits = logits[torch.arange(len(rows)), torch.searchsorted(last, lengths - 1)]
         return Prefix.of(list(prompts), cache, mask, logits, torch.zeros_like(lengths))
 
-    def extended(self, prepared: Prepared, beginnings: Sequence[Sequence[int]], index: Index = None) -> Prepared:
+    def extended(self, prompts: Prompts, beginnings: Sequence[Sequence[int]], index: Index = None) -> Prepared:
         """Prompts with beginnings of texts behind them, whose keys and values are computed once too."""
-        if not self.extends or not isinstance(prepared, Prefix) or not beginnings or not all(beginnings):
-            return super().extended(prepared, beginnings, index)
+        prepared = self._prepared(prompts)
+        if not self.extends or not isinstance(prepared, Prefix):
+            return super().extended(prompts, beginnings, index)
+        if not beginnings or not all(beginnings):
+            raise ValueError(f"the beginnings are {list(beginnings)}; give at least one, each with at least one token")
         text = aligned(*side_by_side(beginnings, self.backbone.device))
         which = row_index(index, len(prepared.mask), text.ids)
         state = self._read(text, prepared, which, keep=torch.tensor([-1], device=text.ids.device))
-        prompts = [prepared.prompts[row] for row in which.tolist()] if prepared.prompts else []
-        return Prefix.of(prompts, state.cache, state.mask, state.logits[:, -1], state.place[:, 0])
+        behind = [prepared.prompts[row] for row in which.tolist()] if prepared.prompts else []
+        return Prefix.of(behind, state.cache, state.mask, state.logits[:, -1], state.place[:, 0])
 
     def forward(
         self,
@@ -321,11 +324,11 @@ class Causal(Attachment):
 
     def _score_rest(self, state: State, candidates: Candidates) -> Float[Tensor, "batch candidate"]:
         """Log-probability of each candidate's second and later tokens, from the text's keys and values."""
-        batch, count = len(state.mask), len(candidates)
         padded, real = side_by_side(candidates, state.mask.device)
+        (count, longest), batch = padded.shape, len(state.mask)
         fed, fed_real = padded[:, :-1].repeat(batch, 1), real[:, :-1].repeat(batch, 1)
         read = self._continue(state.repeated(count), fed, fed_real)
-        logp = read.logits.float().log_softmax(-1).view(batch, count, *padded[0, 1:].shape, -1)
+        logp = read.logits.float().log_softmax(-1).view(batch, count, longest - 1, -1)
         targets = padded[:, 1:].expand(batch, -1, -1)[..., None]
         return (logp.gather(-1, targets)[..., 0] * real[:, 1:]).sum(-1)
 

@@ -40,15 +40,15 @@ def packed_logits(
     rows, counts, positions = row_index(index, every, text.ids), text.mask.sum(1), text.positions()
     places = (columns - 1 - (text.ids.shape[1] - counts)[:, None]).clamp(min=0 if ready else -1)
     model = attachment.backbone.model
-    begun = 0
     if ready:
         positions = positions + ready.read[rows][:, None]
-    elif len(counts) > every and not model.training:  # dropout is each row's own
-        begun = text.beginning(min(int(places.min()) + 1, int(counts.min()) - 1))
     own = attachment.shifted(live, rows, text.ids, positions)
+    begun = 0
+    if not ready and len(counts) > every and not model.training:  # the model's dropout is each row's own
+        most = text.beginning(min(int(places.min()) + 1, int(counts.min()) - 1))
+        begun, matrices = _with_beginning(matrices, own, text, rows, most)
     own = own[(text.mask.cumsum(1) > begun) & (text.mask == 1)]
     if begun:
-        matrices = _begun(attachment, matrices, live, text, begun)
         lengths, counts, places = [len(matrix) for matrix in matrices], counts - begun, places - begun
     packing = Packing(lengths, counts.tolist(), rows, kept=ready.kept() if ready and lengths else None)
     refuse_beyond(int(packing.positions.max()) + 1)
@@ -68,20 +68,28 @@ def packed_logits(
     return logits
 
 
-def _begun(
-    attachment: Attachment,
+def _with_beginning(
     matrices: Sequence[Float[Tensor, "_ dim"]],
-    prompts: Sequence[SoftPrompt],
+    own: Float[Tensor, "batch seq dim"],
     text: Rows,
+    rows: Int[Tensor, " batch"],
     count: int,
-) -> list[Float[Tensor, "_ dim"]]:
-    """Each prompt with the first `count` tokens behind it, in which all rows begin alike; without prompts those alone.
+) -> tuple[int, list[Float[Tensor, "_ dim"]]]:
+    """`count` and each prompt with the tokens behind it in which all rows begin alike; or 0 and the prompts.
 
-    What a causal model makes of them is the same in every row of a prompt, so they run once, as the prompt does.
+    What a causal model makes of those is the same in every row of a prompt, so they run once, as the prompt does; but
+    not where a method shifts them by chance (ADePT's dropout), each row's by its own.
     """
-    every = max(len(prompts), 1)
-    ids = text.ids[0, text.mask[0] == 1][:count].expand(every, -1)
-    index = torch.arange(every, device=ids.device)
-    found = attachment.shifted(prompts, index, ids, torch.arange(count, device=ids.device).expand(every, -1))
-    fronts = matrices or [found[0, :0]]
-    return [torch.cat([front.to(own.dtype), own]) for front, own in zip(fronts, found, strict=True)]
+    if not count:
+        return 0, list(matrices)
+    starts = text.ids.shape[1] - text.mask.sum(1, keepdim=True)
+    places = starts + torch.arange(count, device=own.device)
+    found = own.gather(1, places[..., None].expand(-1, -1, own.shape[-1]))
+    fronts = list(matrices) or [found[0, :0]]
+    members = [(rows == which).nonzero()[:, 0] for which in range(len(fronts))]
+    if any(bool((found[some] != found[some[:1]]).any()) for some in members):
+        return 0, list(matrices)
+    return count, [
+        torch.cat([front.to(own.dtype), found[some[0]]]) if len(some) else front
+        for front, some in zip(fronts, members, strict=True)
+    ]

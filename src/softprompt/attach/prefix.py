@@ -43,15 +43,16 @@ class Prefix(Prepared):
         read: Int[Tensor, " row"],
     ) -> "Prefix":
         """What a pass left in its cache, with all padding moved to the end."""
+        layers = tuple((layer.keys, layer.values) for layer in cache.layers)
+        if bool((mask.diff(dim=1) <= 0).all()):  # it stands there already
+            return cls(prompts, layers, mask, logits, read)
         order = (1 - mask).argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
         at = order[:, None, :, None]
 
         def moved(states: Tensor) -> Tensor:
-            if bool(mask.all()):
-                return states
             return states.gather(2, at.expand(-1, states.shape[1], -1, states.shape[3]))
 
-        layers = tuple((moved(layer.keys), moved(layer.values)) for layer in cache.layers)
+        layers = tuple((moved(keys), moved(values)) for keys, values in layers)
         return cls(prompts, layers, mask.gather(1, order), logits, read)
 
     @property

@@ -25,8 +25,8 @@ class State(NamedTuple):
     """Which of the prompts each row has."""
 
     def repeated(self, count: int) -> "State":
-        """Each row `count` times."""
+        """Each row `count` times, in the same cache and without its logits."""
         self.cache.batch_repeat_interleave(count)
         rows = None if self.rows is None else self.rows.repeat_interleave(count, 0)
         mask, place = (part.repeat_interleave(count, 0) for part in (self.mask, self.place))
-        return self._replace(mask=mask, place=place, rows=rows)
+        return self._replace(mask=mask, logits=self.logits[:0], place=place, rows=rows)

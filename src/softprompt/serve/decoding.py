@@ -30,10 +30,12 @@ class PromptState:
     """A prompt's keys and values, without padding: what serving one more prompt costs."""
 
     layers: tuple[tuple[Columns, Columns], ...]
+    read: tuple[int, ...] = ()
+    """Tokens with which texts begin, and whose keys and values come behind the prompt's."""
 
     @property
     def length(self) -> int:
-        """Virtual tokens."""
+        """Columns: virtual tokens, and those that were read."""
         return int(self.layers[0][0].shape[1])
 
     @property
@@ -50,7 +52,7 @@ class PromptState:
 @final
 @dataclass(frozen=True)
 class Row:
-    """A text to be read behind its prompt."""
+    """A text to be read behind its prompt, and behind what the state has read of it."""
 
     ids: Sequence[int]
     prompt: Folded
@@ -150,6 +152,12 @@ class Decoder:
         )
         return PromptState(tuple((layer.keys[0].clone(), layer.values[0].clone()) for layer in cache.layers))
 
+    def begun(self, prompt: Folded, state: PromptState, ids: Sequence[int]) -> PromptState:
+        """The same for texts that begin with `ids`."""
+        batch, _ = self.read([Row(ids, prompt, state)])
+        kept = [(layer.keys[0, :, : layer.length], layer.values[0, :, : layer.length]) for layer in batch.layers]
+        return PromptState(tuple((keys.clone(), values.clone()) for keys, values in kept), tuple(ids))
+
     def read(self, rows: Sequence[Row], room: int = 0) -> tuple[Batch, Float[Tensor, "row vocab"]]:
         """The rows in one pass, and the logits behind each.
 
@@ -176,10 +184,10 @@ class Decoder:
             mask[place, before - row.state.length : before] = 1
             mask[place, before + longest - len(row.ids) :] = 1
         ids, mask = ids.to(device), mask.to(device)
-        texts = torch.tensor([len(row.ids) for row in rows], device=device)
-        batch = Batch(layers, mask[:, :before], torch.zeros_like(texts), [row.prompt for row in rows])
+        read = torch.tensor([len(row.state.read) for row in rows], device=device)
+        batch = Batch(layers, mask[:, :before], read, [row.prompt for row in rows])
         logits = self._pass(batch, ids, mask, keep=1)[:, 0]
-        batch.mask, batch.texts = mask, texts
+        batch.mask, batch.texts = mask, read + torch.tensor([len(row.ids) for row in rows], device=device)
         return batch, logits
 
     def advance(self, batch: Batch, tokens: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:

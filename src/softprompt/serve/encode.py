@@ -17,6 +17,7 @@ from softprompt.pixels import Picture
 from softprompt.serve.served import Served, called
 from softprompt.serve.ticket import Choice
 from softprompt.tasks import Task, answer_ids
+from softprompt.tasks import beginning as task_beginning
 from softprompt.tasks import encode as encode_rows
 
 _tokenizing = threading.Lock()
@@ -25,6 +26,8 @@ _PLAIN = Task(name="text", template="{text}", target="answer", metrics=("exact_m
 _NO_LIMIT = 1_000_000_000
 _MAX_PIXELS = 40_000_000
 """Of an image that is sent: a small file may unfold to any size."""
+_BEGINNING = 16
+"""Least tokens of a template's beginning that are worth keys and values of their own, beside the prompt's."""
 _MAX_LABEL = 32
 """Tokens of a label that a request brings: each costs a row of the vocabulary's logits for every row and label."""
 
@@ -60,6 +63,15 @@ def choices(
             answers=False,
         )[0]
     return [(_some(example.input_ids), Choice(candidates=served.candidates)) for example in found]
+
+
+def beginning(backbone: Backbone, served: Served) -> tuple[int, ...]:
+    """The tokens that rows of the prompt's task begin with, where reading them when the prompt comes pays."""
+    if served.task is None or sliding_window(backbone) is not None:  # in a window they would stand in others' way
+        return ()
+    with _tokenizing:
+        found = task_beginning(served.task, backbone.tokenizer)
+    return found if _BEGINNING <= len(found) < (served.max_tokens or 0) else ()
 
 
 def own_choice(served: Served, labels: Sequence[str] | None) -> Choice:

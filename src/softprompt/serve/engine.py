@@ -119,7 +119,9 @@ class Engine:
             if decoder is None:
                 return fresh
             encode.refuse_long(self.backbone, fresh, 1)
-            ready = replace(fresh, state=decoder.prompt_state(fresh.prompt))
+            ready = replace(fresh, state=(state := decoder.prompt_state(fresh.prompt)))
+            if begins := encode.beginning(self.backbone, fresh):
+                ready = replace(ready, begun=decoder.begun(fresh.prompt, state, begins))
             self._refuse_endless(ready)
             return ready
 
@@ -232,7 +234,7 @@ class Engine:
 
     def _refuse_endless(self, served: Served) -> None:
         """A file may hold numbers that are finite and overflow in the backbone, for every row of the prompt."""
-        if served.state is not None and not served.state.finite:
+        if not all(state.finite for state in served.states):
             raise ValueError(
                 f"prompt {served.name!r} overflows in {called(self.backbone)}: its numbers are too large; train it "
                 "again"

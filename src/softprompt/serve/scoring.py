@@ -157,9 +157,12 @@ def candidates_of(ticket: Ticket) -> tuple[tuple[int, ...], ...]:
 
 
 def row_of(ticket: Ticket) -> Row:
-    """The row as a decoder reads it."""
-    assert ticket.served.state is not None
-    return Row(ticket.ids, ticket.served.prompt, ticket.served.state)
+    """The row as a decoder reads it: behind the beginning that was read when its prompt came, if it has that."""
+    served, begun = ticket.served, ticket.served.begun
+    assert served.state is not None
+    if begun is not None and len(ticket.ids) > (read := len(begun.read)) and tuple(ticket.ids[:read]) == begun.read:
+        return Row(ticket.ids[read:], served.prompt, begun)
+    return Row(ticket.ids, served.prompt, served.state)
 
 
 def distinct(tickets: Sequence[Ticket]) -> tuple[list[Served], list[int]]:

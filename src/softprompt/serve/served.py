@@ -41,6 +41,8 @@ class Served:
     """What an encoder without words answers through."""
     state: PromptState | None = None
     """Its keys and values, in front of a decoder."""
+    begun: PromptState | None = None
+    """The same with the words that its template begins with, where those are many."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
 
@@ -48,6 +50,11 @@ class Served:
     def length(self) -> int:
         """Virtual tokens."""
         return len(self.prompt.prompt())
+
+    @property
+    def states(self) -> tuple[PromptState, ...]:
+        """All keys and values that are held."""
+        return tuple(state for state in (self.state, self.begun) if state is not None)
 
     @property
     def classifies(self) -> bool:
@@ -76,7 +83,7 @@ class Served:
             "labels": list(task.words) if task is not None and task.is_classification else [],
             "words": dict(task.words) if task is not None and task.is_classification else {},
             "max_new_tokens": self.max_new_tokens,
-            "bytes": 0 if self.state is None else self.state.bytes,
+            "bytes": sum(state.bytes for state in self.states),
             "created": self.created,
         }
 

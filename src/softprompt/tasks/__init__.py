@@ -4,7 +4,7 @@ from softprompt.tasks import boolq, glue, sentiment, superglue  # noqa: F401  (e
 from softprompt.tasks.base import READERS, TASKS, Task, Template, register
 from softprompt.tasks.batch import IGNORED, Batch, answer_labels, batches, collate, schedule
 from softprompt.tasks.data import SAME_ROWS, Splits, check, cut, shots, splits
-from softprompt.tasks.encode import Example, answer_ids, encode, refuse_other_input
+from softprompt.tasks.encode import Example, answer_ids, beginning, encode, refuse_other_input
 from softprompt.tasks.images import augmented, sample, unlabelled
 from softprompt.tasks.metrics import METRICS, Answers, Metric
 from softprompt.tasks.rows import read_rows
@@ -31,6 +31,7 @@ __all__ = [
     "answer_labels",
     "augmented",
     "batches",
+    "beginning",
     "check",
     "collate",
     "cut",

@@ -169,7 +169,7 @@ def cut(task: Task, rows: Dataset, shares: Mapping[str, float], rest: str, seed:
     taken = {index for indices in dealt.values() for index in indices}
     dealt[rest] = [index for index in range(len(rows)) if index not in taken]
     if empty := [name for name, indices in dealt.items() if not indices]:
-        what = f"{len(set(rows[task.group]))} groups" if task.group else f"{len(rows)} rows"
+        what = f"{len(set(rows[task.group][:]))} groups" if task.group else f"{len(rows)} rows"
         raise ValueError(
             f"{what} of task {task.name!r} are too few to cut {', '.join(dealt)} from: {empty[0]} would be empty; "
             "give more rows, or a file for each split"

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, final
 
 from softprompt.pixels import Picture, Processor
 from softprompt.tasks.base import Task
 from softprompt.tasks.rows import records
+from softprompt.tasks.template import parse
 
 Tokenizer = Any
 """A fast `transformers` tokenizer: one that knows each token's place in the text."""
@@ -79,6 +81,16 @@ def encode(
                 answer = _ended(tokenizer, _answer(tokenizer, task.lead + given))
         examples.append(Example(tuple(ids), answer, label, number))
     return examples, shortened
+
+
+def beginning(task: Task, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that rows begin with: those of the template's words before its first column.
+
+    The last one is left out, which may become another with what is in the column. So may the others in rare cases:
+    compare before relying on them.
+    """
+    words = takewhile(lambda part: not part[0], parse(task.template))
+    return tuple(_tokens(tokenizer, [_join(list(words))], closing=False)[0][0][:-1])
 
 
 def refuse_other_input(task: Task, tokenizer: Tokenizer) -> None:

@@ -165,7 +165,7 @@ def _read_hub(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
 
 def _hidden(rows: Dataset, label: str) -> bool:
     """Whether no label is told, as of a benchmark's own test rows: `datasets` then writes -1."""
-    return isinstance(rows.features[label], datasets.ClassLabel) and set(rows[label]) <= {-1}
+    return isinstance(rows.features[label], datasets.ClassLabel) and set(rows[label][:]) <= {-1}
 
 
 def _halved(found: dict[str, Dataset]) -> dict[str, Dataset]:
@@ -179,9 +179,9 @@ def _undecoded(task: Task, rows: Dataset, where: str) -> Dataset:
     """Image and label alone: the image as its bytes, the label as its name."""
     label = rows.features[task.label]
     named = isinstance(label, datasets.ClassLabel)
-    if named and -1 in (given := rows[task.label]):
+    if named and -1 in (given := rows[task.label][:]):
         raise ValueError(f"row {given.index(-1) + 1} of {where} has no label; choose a dataset whose rows have one")
-    labels = [label.int2str(value) if named else str(value) for value in rows[task.label]]
+    labels = [label.int2str(value) if named else str(value) for value in rows[task.label][:]]
     kept = rows.select_columns([task.image])
     if isinstance(rows.features[task.image], datasets.Image):
         kept = kept.cast_column(task.image, datasets.Image(decode=False))
@@ -223,7 +223,7 @@ def _own_words(place: Path, label: str | None) -> dict[str, str]:
         rows = read_rows(place)
         if label not in rows.column_names:
             raise ValueError(f"{place} has no column {label!r} for the label; it has {', '.join(rows.column_names)}")
-        names = sorted({str(value) for value in rows[label]} - {""})
+        names = sorted({str(value) for value in rows[label][:]} - {""})
     if len(names) < 2:
         raise ValueError(f"{place} has {len(names)} classes ({', '.join(names)}); there must be two or more")
     return {one: one.strip() for one in names}
