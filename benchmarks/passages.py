@@ -37,7 +37,7 @@ def ours(*, extends: bool) -> Callable[[Part], Callable[[int], Work]]:
         backbone = load_backbone(BACKBONE, dtype=part.dtype, device="cpu")
         attachment = attach(backbone, decomposed(backbone, part).fold())
         attachment.extends = attachment.extends and extends
-        task = Task(name="passages", template="{x}", label="y", words={one: one for one in ANSWERS})
+        task = Task(name="passages", template="{x}", label="y", words={one.strip(): one.strip() for one in ANSWERS})
 
         def ready(tokens: int) -> Work:
             ids = rows(backbone.model, part, tokens)

@@ -115,6 +115,8 @@ def test_two_runs_answer_as_predict_does(run_folders: list[Path], worth: int, mo
                 chances = torch.tensor(ticket.result(30.0).scores).softmax(0).tolist()
                 assert chances == pytest.approx(list(answer.probabilities.values()), abs=1e-5)
                 assert max(range(len(chances)), key=chances.__getitem__) == answer.index
+        other = engine.classify(runs[0].name, ["no words of the template"], LABELS)[0].result(30.0).scores
+        assert other == pytest.approx(alone(engine, runs[0].name, "no words of the template"), abs=1e-5)
 
 
 def test_a_peft_folder_is_served_as_the_prompt_in_it(run_folders: list[Path], tmp_path: Path) -> None:
