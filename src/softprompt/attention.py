@@ -6,7 +6,7 @@ over real tokens alone and once; attention itself keeps them apart and lets each
 On a CPU the backward pass of torch's fused kernel runs at about a tenth of the rate of a matrix product, and
 transformers repeats keys and values for every group of query heads before it. Here the query heads of one key-value
 head are rows of one product, nothing is repeated, and the weights are kept for the backward pass up to `MOST_KEPT`
-keys, and computed again above it.
+keys, and computed again above it. Its forward pass alone is the faster one, the more so the longer the rows.
 """
 
 from collections.abc import Sequence
@@ -113,13 +113,24 @@ def packed_forward(
     value: Float[Tensor, "token kv_head head_dim"],
     packing: Packing,
     scale: float,
+    *,
+    differentiated: bool,
 ) -> tuple[Float[Tensor, "token head head_dim"], list[Tensor | None]]:
-    """Attention within each prompt, and within each row behind its prompt; and the weights of each block, if few."""
-    found, kept, before = [], [], packing.before(key, value)
+    """Attention within each prompt, and within each row behind its prompt; and each block's weights, where kept.
+
+    Args:
+        differentiated: there will be a backward pass, which wants the weights. Where there is none, and where they are
+            too many to keep, torch's fused kernel is faster, whose forward pass needs none of them.
+    """
+    found, kept, prompts = list[Tensor](), list[Tensor | None](), packing.before(key, value)
     for block in packing.blocks:
-        keys, values = before if before is not None and block is packing.rows else (None, None)
+        keys, values = prompts if prompts is not None and block is packing.rows else (None, None)
+        if not differentiated or block.longest + (0 if keys is None else keys.shape[1]) > MOST_KEPT:
+            found.append(_fused(query, *packing.view(block, key, value, prompts), packing, block, scale))
+            kept.append(None)
+            continue
         weights = _block_weights(query, key, keys, packing, block, scale)
-        kept.append(weights if weights.shape[-1] <= MOST_KEPT else None)
+        kept.append(weights)
         answer = torch.bmm(weights, _seen(value, values, packing, block))
         found.append(_ungrouped(answer, query, key, block))
     return torch.cat(found), kept
@@ -156,7 +167,7 @@ def packed_backward(
 class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
-        found, kept = packed_forward(query, key, value, packing, scale)
+        found, kept = packed_forward(query, key, value, packing, scale, differentiated=any(ctx.needs_input_grad))
         ctx.save_for_backward(query, key, value, *kept)
         ctx.packing, ctx.scale = packing, scale
         return found
@@ -252,19 +263,27 @@ def packed_fused(
 ) -> Float[Tensor, "one token head head_dim"]:
     """The same through torch's fused kernel; also of prompts that are kept."""
     by_token = [states[0].transpose(0, 1) for states in (query, key, value)]
-    found = []
-    for block, keys, values in packing.views(*by_token[1:]):
-        part = nn.functional.scaled_dot_product_attention(
-            block.padded(by_token[0]).transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=packing.seen(block),
-            dropout_p=dropout,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        found.append(block.flat(part.transpose(1, 2)))
+    found = [
+        _fused(by_token[0], keys, values, packing, block, scale, dropout)
+        for block, keys, values in packing.views(*by_token[1:])
+    ]
     return torch.cat(found)[None]
+
+
+def _fused(
+    query: Tensor, keys: Tensor, values: Tensor, packing: Packing, block: Block, scale: float, dropout: float = 0.0
+) -> Float[Tensor, "token head head_dim"]:
+    """One block's, from its view of the keys and values."""
+    found = nn.functional.scaled_dot_product_attention(
+        block.padded(query).transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=packing.seen(block),
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=query.shape[1] != keys.shape[2],
+    )
+    return block.flat(found.transpose(1, 2))
 
 
 def _attention(

@@ -113,7 +113,8 @@ class _Layer(torch.autograd.Function):
         query = _rotated(_heads(weights.query(normed), weights), cosine, sine)
         key = _rotated(_heads(weights.key(normed), weights), cosine, sine)
         value = _heads(weights.value(normed), weights)
-        found, kept = packed_forward(query, key, value, packing, weights.scale)
+        trains = ctx.needs_input_grad[0]
+        found, kept = packed_forward(query, key, value, packing, weights.scale, differentiated=trains)
         middle = torch.addmm(hidden, found.flatten(1), matrix(weights.out).t())
         normed, middle_unit = _norm(middle, weights.between, weights.epsilon)
         gate, up = normed @ matrix(weights.gate).t(), normed @ matrix(weights.up).t()

@@ -142,13 +142,21 @@ class Packing:
 
         To be called as `before` is.
         """
-        found, prompts = [], self.before(key, value)
-        for block in self.blocks:
-            keys, values = block.padded(key), block.padded(value)
-            if prompts is not None and block is self.rows:
-                keys, values = self._behind(prompts[0], keys), self._behind(prompts[1], values)
-            found.append((block, keys, values))
-        return found
+        prompts = self.before(key, value)
+        return [(block, *self.view(block, key, value, prompts)) for block in self.blocks]
+
+    def view(
+        self,
+        block: Block,
+        key: Float[Tensor, "token head head_dim"],
+        value: Float[Tensor, "token head head_dim"],
+        prompts: States | None,
+    ) -> tuple[Float[Tensor, "row some head head_dim"], Float[Tensor, "row some head head_dim"]]:
+        """The keys and values of one block's `views`; `prompts` is what `before` gave for the layer."""
+        keys, values = block.padded(key), block.padded(value)
+        if prompts is None or block is not self.rows:
+            return keys, values
+        return self._behind(prompts[0], keys), self._behind(prompts[1], values)
 
     def keep(self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head head_dim"]) -> None:
         """Note a layer's keys and values of the rows; once a layer, in the layers' order."""
