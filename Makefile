@@ -40,6 +40,7 @@ bench: setup
 	$(BIN)/python benchmarks/llama_step.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/score.py
+	$(BIN)/python benchmarks/passages.py
 	$(BIN)/python benchmarks/mixed.py
 	$(BIN)/python benchmarks/together.py
 	$(BIN)/python benchmarks/generate.py
