@@ -92,11 +92,12 @@ class Causal(Attachment):
 
     def extended(self, prompts: Prompts, beginnings: Sequence[Sequence[int]], index: Index = None) -> Prepared:
         """Prompts with beginnings of texts behind them, whose keys and values are computed once too."""
-        prepared = self._prepared(prompts)
-        if not self.extends or not isinstance(prepared, Prefix):
+        if not self.extends:
             return super().extended(prompts, beginnings, index)
         if not beginnings or not all(beginnings):
             raise ValueError(f"the beginnings are {list(beginnings)}; give at least one, each with at least one token")
+        prepared = self._prepared(prompts)
+        assert isinstance(prepared, Prefix)  # as all in front
         text = aligned(*side_by_side(beginnings, self.backbone.device))
         which = row_index(index, len(prepared.mask), text.ids)
         state = self._read(text, prepared, which, keep=torch.tensor([-1], device=text.ids.device))

@@ -82,9 +82,7 @@ def _with_beginning(
     """
     if not count:
         return 0, list(matrices)
-    starts = text.ids.shape[1] - text.mask.sum(1, keepdim=True)
-    places = starts + torch.arange(count, device=own.device)
-    found = own.gather(1, places[..., None].expand(-1, -1, own.shape[-1]))
+    found = own.gather(1, text.leading(count)[..., None].expand(-1, -1, own.shape[-1]))
     fronts = list(matrices) or [found[0, :0]]
     members = [(rows == which).nonzero()[:, 0] for which in range(len(fronts))]
     if any(bool((found[some] != found[some[:1]]).any()) for some in members):

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from softprompt.attach.base import Prepared
+from softprompt.attach.rows import aligned
 from softprompt.packing import States
 from softprompt.prompts import SoftPrompt
 
@@ -46,14 +47,14 @@ class Prefix(Prepared):
         layers = tuple((layer.keys, layer.values) for layer in cache.layers)
         if bool((mask.diff(dim=1) <= 0).all()):  # it stands there already
             return cls(prompts, layers, mask, logits, read)
-        order = (1 - mask).argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
-        at = order[:, None, :, None]
+        rows = aligned(mask, mask, pads="behind")
+        at = rows.order[:, None, :, None]
 
         def moved(states: Tensor) -> Tensor:
             return states.gather(2, at.expand(-1, states.shape[1], -1, states.shape[3]))
 
         layers = tuple((moved(keys), moved(values)) for keys, values in layers)
-        return cls(prompts, layers, mask.gather(1, order), logits, read)
+        return cls(prompts, layers, rows.mask, logits, read)
 
     @property
     def lengths(self) -> list[int]:

@@ -33,9 +33,13 @@ class Rows(NamedTuple):
         """How many of their first tokens all rows have in common, `most` at most; padding stands in front."""
         if most < 1:
             return 0
-        starts = self.ids.shape[1] - self.mask.sum(1, keepdim=True)
-        first = self.ids.gather(1, starts + torch.arange(most, device=self.ids.device))
+        first = self.ids.gather(1, self.leading(most))
         return int((first == first[:1]).all(0).long().cumprod(0).sum())
+
+    def leading(self, count: int) -> Int[Tensor, "batch count"]:
+        """The columns of each row's first `count` tokens; padding stands in front."""
+        starts = self.ids.shape[1] - self.mask.sum(1, keepdim=True)
+        return starts + torch.arange(count, device=self.ids.device)
 
 
 def aligned(
@@ -54,8 +58,9 @@ def side_by_side(
     rows: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Int[Tensor, "batch longest"], Int[Tensor, "batch longest"]]:
     """Rows of tokens as one batch, shorter ones padded behind, and its mask."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(list(row)) for row in rows], True, -1).to(device)
-    return ids.clamp(min=0), (ids != -1).long()
+    given = [torch.tensor(list(row), dtype=torch.long, device=device) for row in rows]
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in given], True)
+    return nn.utils.rnn.pad_sequence(given, True), mask
 
 
 def row_index(index: Int[Tensor, " batch"] | None, count: int, ids: Int[Tensor, "batch seq"]) -> Int[Tensor, " batch"]:

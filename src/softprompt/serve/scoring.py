@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from softprompt.attach import Attachment
+from softprompt.attach.rows import side_by_side
 from softprompt.backbone import Backbone
 from softprompt.predict import pad_id
 from softprompt.serve.decoding import Batch, Decoder, Row
@@ -52,12 +53,11 @@ class CausalScorer(Scorer):
 
     def _rest(self, batch: Batch, rows: Sequence[int], candidates: Sequence[Sequence[int]]) -> list[float]:
         """Log-probability of all tokens but the first."""
-        device = batch.mask.device
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(list(one)) for one in candidates], True, -1).to(device)
-        fed, real = ids[:, :-1].clamp(min=0), (ids[:, 1:] != -1).long()
+        ids, there = side_by_side(candidates, batch.mask.device)
+        fed, real = ids[:, :-1], there[:, 1:]
         wide = self._decoder.select(batch, rows, room=fed.shape[1])
         logp = self._decoder.follow(wide, fed, real).float().log_softmax(-1)
-        found: list[float] = (logp.gather(-1, ids[:, 1:, None].clamp(min=0))[..., 0] * real).sum(-1).tolist()
+        found: list[float] = (logp.gather(-1, ids[:, 1:, None])[..., 0] * real).sum(-1).tolist()
         return found
 
 
