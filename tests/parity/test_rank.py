@@ -1,4 +1,4 @@
-"""Ranks, cuts and comparisons, each against numpy, scipy or a few lines of its own definition."""
+"""Ranks and cuts, each against numpy, scipy or a few lines of its own definition."""
 
 import dataclasses
 from collections.abc import Callable
@@ -33,7 +33,6 @@ from softprompt.rank import (
     Spectrum,
     Subject,
     best_part,
-    drop,
     functional_rank,
     measure,
     ranks_up_to,
@@ -42,7 +41,6 @@ from softprompt.rank import (
     views,
 )
 from softprompt.runs import first_attachment
-from softprompt.tasks import METRICS, Answers
 
 MakeBackbone = Callable[[str], Backbone]
 
@@ -125,60 +123,6 @@ def test_the_ranks_tried_rise_to_the_full_one(most: int) -> None:
     assert found[: min(most, 8)] == list(range(1, min(most, 8) + 1))
     assert found[-1] == most
     assert all(later <= 1.51 * former for former, later in pairwise(found[1:]))
-
-
-# Paired comparison
-
-
-def labels(given: Any, golds: Any, questions: Any = None) -> Answers:
-    return Answers(predictions=list(given), golds=list(golds), questions=questions)
-
-
-@pytest.mark.parametrize(("lost", "won"), [(8, 1), (6, 0), (5, 0), (3, 3), (0, 4), (20, 6)])
-def test_the_chance_is_mcnemars(lost: int, won: int) -> None:
-    golds = np.ones(100, int)
-    before, after = golds.copy(), golds.copy()
-    after[:lost], before[lost : lost + won] = 0, 0
-    found = drop(METRICS["accuracy"], labels(before, golds), labels(after, golds))
-    exact = stats.binomtest(lost, lost + won, alternative="greater").pvalue
-    # 1,000 tosses: three standard errors of a share of one half are 0.047, and of 0.016 they are 0.012.
-    assert found.chance == pytest.approx(exact, abs=3 * np.sqrt(max(exact * (1 - exact), 0.001) / 1000) + 0.001)
-    assert found.value == pytest.approx((lost - won) / 100)
-    assert found.low <= found.value <= found.high
-    assert found.shown == (exact <= 0.025)
-
-
-def test_the_intervals_width_is_that_of_the_mean_difference() -> None:
-    draw = np.random.default_rng(0)
-    golds = np.ones(400, int)
-    before, after = draw.integers(2, size=400), draw.integers(2, size=400)
-    found = drop(METRICS["accuracy"], labels(before, golds), labels(after, golds))
-    width = 2 * 1.96 * np.std(before - after) / np.sqrt(400)
-    assert found.high - found.low == pytest.approx(width, rel=0.1)  # percentiles of 1,000 draws
-
-
-def test_equal_answers_lose_nothing() -> None:
-    one, same = (labels([0, 1, 1], [1, 1, 0]) for _ in range(2))
-    assert drop(METRICS["accuracy"], one, same) == Drop(value=0.0, low=0.0, high=0.0, chance=1.0)
-
-
-def test_questions_are_swapped_whole() -> None:
-    """Six questions of four rows, each lost by two of them: six coins, where a coin a row would mix the two."""
-    golds, questions = [1, 0, 1, 0] * 6, [number // 4 for number in range(24)]
-    after = [0, 1, 1, 0] * 6
-    metric = METRICS["question_match"]
-    found = drop(metric, labels(golds, golds, questions), labels(after, golds, questions))
-    assert (found.value, found.low, found.high) == (1, 1, 1)
-    assert found.chance == pytest.approx(1 / 64, abs=0.013)
-
-
-def test_texts_are_compared_as_texts() -> None:
-    metric, golds = METRICS["exact_match"], [("a", "b")] * 8
-    found = drop(metric, labels(["a"] * 8, golds), labels(["c"] * 7 + [None], golds))
-    assert found.value == 1
-    assert found.shown
-    with pytest.raises(ValueError, match="8 rows and 1; compare answers to the same rows"):
-        drop(metric, labels(["a"] * 8, golds), labels(["a"], golds[:1]))
 
 
 # Functional rank
