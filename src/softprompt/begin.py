@@ -1,6 +1,6 @@
 """The beginning of a training: its rows and its backbone, refused before there is a folder where they do not fit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -12,12 +12,12 @@ from softprompt.attach import Attachment, fresh_head
 from softprompt.attach.vision import refuse_unfit
 from softprompt.backbone import Backbone, fitting_dtype, load
 from softprompt.choices import Dtype
-from softprompt.evaluate import read_splits
+from softprompt.evaluate import draw, read_splits
 from softprompt.experiment import Experiment
 from softprompt.predict import input_limit
 from softprompt.prompts import SoftPrompt
 from softprompt.runs import Run
-from softprompt.tasks import Splits, Task, load_task, refuse_other_input, sample
+from softprompt.tasks import Example, Splits, Task, augmented, encode, load_task, refuse_other_input, sample
 from softprompt.watch import Watcher
 
 
@@ -31,6 +31,12 @@ class Material:
     backbone: Backbone
     attachment: Attachment
     """What will be trained, before its first step."""
+    train: Sequence[Example]
+    """The training rows as tokens, or with their images, as often augmented as the experiment says."""
+    dev: Sequence[Example]
+    """The development rows that are looked at in training."""
+    test: Sequence[Example]
+    """The test rows that are scored at the end."""
 
 
 def anew(experiment: Experiment, backbone: Backbone | None, watch: Watcher) -> Material:
@@ -57,7 +63,7 @@ def anew(experiment: Experiment, backbone: Backbone | None, watch: Watcher) -> M
     if experiment.start is not None and attachment.prompt is not None:
         start = runs.read_prompt(Path(experiment.start), backbone)
         watch.note(_start_note(experiment.start, attachment.prompt, start))
-    return Material(task, rows, backbone, attachment)
+    return _encoded(experiment, task, rows, attachment, watch)
 
 
 def again(run: Run, backbone: Backbone | None, watch: Watcher) -> Material:
@@ -86,7 +92,49 @@ def again(run: Run, backbone: Backbone | None, watch: Watcher) -> Material:
     attachment = runs.first_attachment(experiment, run.task, backbone, warm=not checkpoint.steps(run.folder))
     if experiment.training.shard:
         _refuse_shards(experiment, attachment)
-    return Material(run.task, rows, backbone, attachment)
+    return _encoded(experiment, run.task, rows, attachment, watch)
+
+
+def _encoded(experiment: Experiment, task: Task, rows: Splits, attachment: Attachment, watch: Watcher) -> Material:
+    """The material with every row that will be used as tokens, each one checked: here, before there is a folder.
+
+    Raises:
+        ValueError: a row that does not fit the model, by its number and split.
+    """
+    settings, backbone = experiment.training, attachment.backbone
+    watch.stage("tokenising")
+    limit = input_limit(attachment, task, settings)
+
+    def encoded(split: str, count: int, seed: int) -> list[Example]:
+        table = getattr(rows, split)
+        examples, shortened = encode(task, backbone.tokenizer, table, limit, closing=attachment.closed)
+        if shortened:
+            watch.note(f"{shortened} of {len(examples)} {split} rows were cut to {limit} tokens (--max-tokens)")
+        used = draw(task, table, examples, count, seed)
+        for example in used:
+            if example.picture is None:
+                where = f"row {example.row + 1} of the {split} split"
+                attachment.check_row(example.input_ids, example.answer_ids, where)
+        return used
+
+    train = encoded("train", 0, 0)
+    dev = encoded("dev", 0 if rows.shared else settings.dev_rows, experiment.seed)
+    test = encoded("test", settings.test_rows, 0)
+    if not task.is_classification and (note := _too_long_to_write([*dev, *test], settings.max_new_tokens)):
+        watch.note(note)
+    return Material(task, rows, backbone, attachment, augmented(train, settings.augment), dev, test)
+
+
+def _too_long_to_write(examples: Sequence[Example], max_new_tokens: int) -> str:
+    """What to say of answers that no generation can reach, and that count as wrong; empty where there are none."""
+    lengths = [len(example.answer_ids) - 1 for example in examples]  # the end of sequence need not be written
+    over = sum(length > max_new_tokens for length in lengths)
+    if not over:
+        return ""
+    return (
+        f"{over} of {len(lengths)} development and test answers are longer than the {max_new_tokens} tokens that are "
+        f"written, so they can never be right; give --max-new-tokens {max(lengths)}"
+    )
 
 
 def _loaded(experiment: Experiment, dtype: Dtype) -> Backbone:

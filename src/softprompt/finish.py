@@ -1,5 +1,6 @@
 """The end of a training: what was trained is tested, and written down with the record last."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,16 +26,13 @@ def tested(
     chosen = score_answers(run.task, rows, "dev", dev, answers_of(finished, dev))
     answers = answers_of(finished, test)
     score = score_answers(run.task, rows, "test", test, answers)
-    results = {
-        "metric": score.metric,
+    # Whatever else a score says of itself (its interval, further metrics, a warning) is kept under its own name.
+    said = {name: value for name, value in dataclasses.asdict(score).items() if name not in ("value", "n")}
+    results = said | {
         "dev": chosen.value,
         "test": score.value,
         "n_dev": chosen.n,
         "n_test": score.n,
-        "majority": score.majority,
-        "low": score.low,
-        "high": score.high,
-        "others": score.others,
         "protocol": run.experiment.protocol,
         "trainable": sum(parameter.numel() for parameter in trained.parameters()),
     }

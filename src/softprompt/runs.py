@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -172,8 +173,7 @@ def create(experiment: Experiment, task: Task, backbone: Backbone, out: Path, na
         FileExistsError: `name` is given and taken.
         ValueError: `name` is no plain folder name.
     """
-    if name is not None and (not name or name != Path(name).name or name.startswith(".")):
-        raise ValueError(f"run name {name!r} is no plain folder name; leave out slashes and leading dots")
+    check_place(out, name)
     record = {
         "format": _FORMAT,
         "hash": experiment.hash,
@@ -194,6 +194,31 @@ def create(experiment: Experiment, task: Task, backbone: Backbone, out: Path, na
     }
     stem = f"{task.name}-{experiment.method}-{experiment.seed}"
     return Run(_claim(out, name, stem, json.dumps(record, indent=1)), experiment, task, record)
+
+
+def check_place(out: Path, name: str | None) -> None:
+    """Refuse what `create` could not make, before a backbone is loaded for it.
+
+    Raises:
+        FileExistsError: `name` is given and taken.
+        ValueError: `name` is no plain folder name.
+        OSError: nothing can be written in `out`.
+    """
+    if name is not None and (not name or name != Path(name).name or name.startswith(".")):
+        raise ValueError(f"run name {name!r} is no plain folder name; leave out slashes and leading dots")
+    if name is not None and (out / name).exists():
+        raise FileExistsError(_taken(out / name))
+    above = out.expanduser().absolute()
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise OSError(
+            f"{out} cannot be written in ({above} is no folder that this user may write to); choose another --out"
+        )
+
+
+def _taken(folder: Path) -> str:
+    return f"run {folder} exists and is never overwritten; choose another --name, or use --resume {folder}"
 
 
 def open_run(folder: str | Path) -> Run:
@@ -283,9 +308,7 @@ def _claim(out: Path, name: str | None, stem: str, record: str) -> Path:
             if error.errno not in _TAKEN or not folder.exists():
                 raise
             if name is not None:
-                raise FileExistsError(
-                    f"run {folder} exists and is never overwritten; choose another --name, or use --resume {folder}"
-                ) from None
+                raise FileExistsError(_taken(folder)) from None
         else:
             return folder
     raise FileExistsError(f"{out} has 9,999 runs named {stem}; give a --name")

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -19,14 +20,15 @@ from softprompt.attach import Attachment, attach, exact
 from softprompt.backbone import Backbone
 from softprompt.begin import Material
 from softprompt.checkpoint import Checkpoint
-from softprompt.evaluate import draw, score_answers
+from softprompt.evaluate import score_answers
 from softprompt.experiment import Experiment
 from softprompt.optimise import Optimiser, Steps
-from softprompt.predict import Answer, answer, input_limit
+from softprompt.predict import Answer, answer
 from softprompt.processes import Processes
 from softprompt.runs import Run
-from softprompt.tasks import Example, Score, augmented, encode, schedule
+from softprompt.tasks import Example, Score, schedule
 from softprompt.together import alone
+from softprompt.tracking import TrackerFailed, check_tracker, start_tracker
 from softprompt.watch import Interrupted, Progress, Silent, Watcher, interruptible
 
 
@@ -65,6 +67,8 @@ def training(
     log_with: str | None = None,
 ) -> Steps[Run]:
     """`train`, to be driven together with others."""
+    check_tracker(log_with)
+    runs.check_place(Path(out), name)
     processes, told = _processes(backbone, watch)
     whole = experiment.located()
     found = processes.in_turn(lambda: begin.anew(whole, backbone, told))
@@ -73,7 +77,12 @@ def training(
     run = processes.from_main(
         lambda: runs.create(whole, found.task, found.backbone, Path(out), name, found.rows.fingerprint)
     )
-    return (yield from _work_on(run, found, processes, told, log_with))
+    try:
+        return (yield from _work_on(run, found, processes, told, log_with))
+    except TrackerFailed:
+        if processes.main:  # there is nothing in it yet but its settings
+            shutil.rmtree(run.folder, ignore_errors=True)
+        raise
 
 
 def resume(
@@ -85,6 +94,8 @@ def resume(
     log_with: str | None = None,
 ) -> Run:
     """Go on with an unfinished run from its last checkpoint, to the same numbers as if it had never stopped.
+
+    A finished run is returned as it is, with a note.
 
     Args:
         means_of: an experiment that asks for gradient checkpointing or sharding, if the run's own did not and ran out
@@ -105,9 +116,14 @@ def resuming(
     log_with: str | None = None,
 ) -> Steps[Run]:
     """`resume`, to be driven together with others."""
+    check_tracker(log_with)
     processes, told = _processes(backbone, watch)
     run = processes.from_main(lambda: runs.open_run(folder))
     if run.results is not None:
+        told.note(
+            f"run {run.folder} is finished after {run.results['steps']} steps; to train it further, start a new run "
+            f"from its prompt (--start {run.folder}) with the steps that are wanted"
+        )
         return run
     if means_of is not None:
         run = dataclasses.replace(run, experiment=run.experiment.by_means_of(means_of))
@@ -164,17 +180,16 @@ class _Training:
         log_with: str | None,
     ) -> None:
         self.run, self.processes, self.watch = run, processes, watch
-        self.backbone, self.rows = backbone, rows = found.backbone, found.rows
+        self.backbone, self.rows = found.backbone, found.rows
         self.settings = run.experiment.training
-        self.accelerator = Accelerator(log_with=log_with, project_dir=run.folder, cpu=backbone.device.type == "cpu")
-        if log_with:
-            self.accelerator.init_trackers("softprompt", config=_flat(run.experiment.to_json()))
+        self.accelerator = Accelerator(
+            log_with=log_with, project_dir=run.folder, cpu=self.backbone.device.type == "cpu"
+        )
+        start_tracker(self.accelerator, log_with, _flat(run.experiment.to_json()))
         self.attachment = found.attachment
         # What a method and the model's dropout draw in training: other numbers for the rows of other processes.
         torch.manual_seed(processes.own_seed(run.experiment.seed))
-        watch.stage("tokenising")
-        self.train = augmented(self._encoded("train"), self.settings.augment)
-        self.dev = self._drawn("dev", 0 if rows.shared else self.settings.dev_rows, run.experiment.seed)
+        self.train, self.dev, self.test = found.train, found.dev, found.test
         self.optimiser = Optimiser(self.attachment, run.experiment, run.task, processes)
         self.done = 0
         self.best: dict[str, Tensor] = {}
@@ -204,7 +219,6 @@ class _Training:
         settings = self.settings
         lengths = [len(example.input_ids) for example in self.train]
         order = schedule(lengths, settings.batch, self.run.experiment.seed, start=self.done)
-        score: Score | None = None
         while self.done < settings.steps and not self._stale():
             rows = [self.train[place] for place in next(order)[1]]
             rate = settings.rate(self.done)
@@ -212,6 +226,7 @@ class _Training:
             loss, start = float(given.loss), time.perf_counter()
             self.done += 1
             line: dict[str, Any] = {"step": self.done, "loss": loss, "lr": rate}
+            score: Score | None = None
             if self.done % settings.evaluate_every == 0 or self.done == settings.steps:
                 score = self._evaluate()
                 line["dev"] = score.value
@@ -290,25 +305,14 @@ class _Training:
         self.done, self.place = saved.step, dict(saved.place)
         self.best = {name: tensor.to(device) for name, tensor in saved.best.items()}
 
-    def _encoded(self, split: str) -> list[Example]:
-        limit = input_limit(self.attachment, self.run.task, self.settings)
-        rows, closing = getattr(self.rows, split), self.attachment.closed
-        examples, shortened = encode(self.run.task, self.backbone.tokenizer, rows, limit, closing=closing)
-        if shortened:
-            self.watch.note(f"{shortened} of {len(examples)} {split} rows were cut to {limit} tokens (--max-tokens)")
-        return examples
-
-    def _drawn(self, split: str, count: int, seed: int) -> list[Example]:
-        return draw(self.run.task, getattr(self.rows, split), self._encoded(split), count, seed)
-
     def _finish(self) -> Run:
         """Test what was trained, and write it down."""
         self.watch.stage("testing")
-        test = self._drawn("test", self.settings.test_rows, 0)
+        test = self.test
         progress = {
             "steps": self.done,
             "best_step": self.place["best_step"],
-            "seconds": round(self.place["seconds"], 1),
+            "seconds": round(self.place["seconds"], 3),
         }
         results, answers = finish.tested(self.run, self.attachment, self.rows, self.dev, test, self._answers)
         if caution := results.get("caution"):

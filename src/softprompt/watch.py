@@ -21,7 +21,7 @@ class Progress:
     lr: float
     rows_per_second: float
     dev: Score | None = None
-    """Of the latest evaluation."""
+    """Of the evaluation at this very step; none at a step without one."""
 
 
 @runtime_checkable
@@ -58,7 +58,6 @@ class Named:
 
     def __init__(self, name: str, watch: Watcher) -> None:
         self._name, self._watch = name, watch
-        self._told: Score | None = None
 
     def stage(self, text: str) -> None:
         """Nothing: the others are in other parts of their work."""
@@ -68,9 +67,8 @@ class Named:
         self._watch.note(f"{self._name}: {text}")
 
     def step(self, progress: Progress) -> None:
-        """Tell a new evaluation."""
-        if progress.dev is not None and progress.dev is not self._told:
-            self._told = progress.dev
+        """Tell an evaluation."""
+        if progress.dev is not None:
             score = f"dev {progress.dev.metric} {progress.dev.value:.3f}"
             self._watch.note(f"{self._name}: step {progress.step}/{progress.steps}  loss {progress.loss:.3f}  {score}")
 

@@ -232,6 +232,13 @@ class Attachment(nn.Module, ABC):
                 )
         return found
 
+    def check_row(self, input_ids: Sequence[int], answer_ids: Sequence[int], where: str) -> None:
+        """Refuse a row that this model cannot take, before anything is trained.
+
+        Raises:
+            ValueError: naming the row by `where`.
+        """
+
     def end_of_sequence(self) -> list[int]:
         """The ids that end a generation, as the backbone says; none where it says nothing."""
         config = getattr(self.backbone.model, "generation_config", None) or self.backbone.model.config

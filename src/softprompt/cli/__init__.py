@@ -31,6 +31,15 @@ _OWN_FILES = ("export", "rank", "report", "serve", "sweep", "train")
 """Commands with a module of their own; `commands.py` has the others. Each is a function `NAME_`."""
 
 
+_typed: list[str] = []
+"""The words of the command that is run, behind its name."""
+
+
+def typed() -> list[str]:
+    """The words that were typed behind the command's name: a setting that is at its default may have been asked for."""
+    return list(_typed)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; what it returns is printed as the last line of stdout."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
@@ -82,6 +91,7 @@ def _run(command: str, argv: list[str]) -> Any:
     import tyro
 
     argv = _with_prompt_modules(argv)
+    _typed[:] = argv
     module = importlib.import_module(f"softprompt.cli.{command if command in _OWN_FILES else 'commands'}")
     function: Callable[..., Any] = getattr(module, f"{command}_")
 

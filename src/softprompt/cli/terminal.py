@@ -1,5 +1,6 @@
 """What a person sees of a training: a progress bar on a terminal, plain lines elsewhere, all on stderr."""
 
+import time
 from typing import final
 
 from rich.progress import (
@@ -15,6 +16,9 @@ from rich.progress import (
 from softprompt.cli.console import console, show_table
 from softprompt.watch import Progress as Step
 
+_QUIET = 10.0
+"""Seconds after which a line is printed even though nothing happened but further steps."""
+
 __all__ = ["Terminal", "console", "show_table"]
 
 
@@ -25,6 +29,11 @@ class Terminal:
     def __init__(self) -> None:
         self._bar: Progress | None = None
         self._task = TaskID(0)
+        self._dev = ""
+        """The latest development score with the step that it is of, for the bar."""
+        self._first: tuple[int, float] | None = None
+        """The first step that was seen, and when: what the time left is reckoned from."""
+        self._printed = 0.0
 
     def stage(self, text: str) -> None:
         """Close the bar, if there is one, and say what begins."""
@@ -36,12 +45,18 @@ class Terminal:
         console.print(f"note: {text}")
 
     def step(self, progress: Step) -> None:
-        """Move the bar; where stderr is no terminal, print a line every 25 steps."""
-        dev = "" if progress.dev is None else f"dev {progress.dev.metric} {progress.dev.value:.3f}"
-        words = f"loss {progress.loss:.3f}  {dev}  {progress.rows_per_second:.1f} rows/s"
+        """Move the bar; where stderr is no terminal, print the first step, each evaluation, and a line now and then."""
+        dev = "" if progress.dev is None else f"  dev {progress.dev.metric} {progress.dev.value:.3f}"
+        words = f"loss {progress.loss:.3f}{{}}  {progress.rows_per_second:.1f} rows/s"
         if not console.is_terminal:
-            if progress.step % 25 == 0 or progress.step == progress.steps:
-                console.print(f"step {progress.step}/{progress.steps}  {words}")
+            now = time.monotonic()
+            first = self._first is None
+            self._first = self._first or (progress.step, now)
+            last = progress.step == progress.steps
+            if first or last or dev or progress.step % 25 == 0 or now - self._printed >= _QUIET:
+                self._printed = now
+                left = "" if first or last else self._left(progress, now)
+                console.print(f"step {progress.step}/{progress.steps}  {words.format(dev)}{left}")
             return
         if self._bar is None:
             self._bar = Progress(
@@ -55,10 +70,20 @@ class Terminal:
             )
             self._bar.start()
             self._task = self._bar.add_task("", total=progress.steps, completed=progress.step - 1)
-        self._bar.update(self._task, completed=progress.step, description=words)
+        if dev:
+            self._dev = f"{dev} (step {progress.step})"
+        self._bar.update(self._task, completed=progress.step, description=words.format(self._dev))
+
+    def _left(self, progress: Step, now: float) -> str:
+        """The time left at the pace since the first step."""
+        assert self._first is not None
+        step, start = self._first
+        seconds = (now - start) / max(progress.step - step, 1) * (progress.steps - progress.step)
+        return f"  {seconds / 60:.0f} min left" if seconds >= 90 else f"  {seconds:.0f} s left"
 
     def close(self) -> None:
         """Leave the bar as it is and go on below it."""
+        self._first, self._dev = None, ""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

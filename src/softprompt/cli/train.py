@@ -1,10 +1,12 @@
 """`softprompt train`: a prompt is trained, or an unfinished run goes on."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import tyro
 
+from softprompt.cli import typed
 from softprompt.cli.console import console, show_table
 from softprompt.experiment import Experiment
 from softprompt.prompts import METHODS
@@ -42,7 +44,7 @@ def train_(
         out: Folder that holds the runs.
         name: The run's folder in it; none: made from task, method and seed.
         resume_: Go on with this unfinished run instead; its settings are in its folder.
-        show: Show so many test rows that it got wrong.
+        show: How many of the test rows that it got wrong are shown.
         log_with: A tracker that accelerate knows: tensorboard, wandb, mlflow and others.
     """
     # Not above: what trains takes seconds to import, which the help need not wait for.
@@ -52,11 +54,7 @@ def train_(
     terminal = Terminal()
     try:
         if resume_ is not None:
-            if experiment.replace(prompt=prompt).hash != Experiment().hash or name is not None:
-                raise ValueError(
-                    f"--resume {resume_} takes every setting from the run; leave the other flags out, apart from "
-                    "--gradient-checkpointing and --shard"
-                )
+            _refuse_settings(resume_, typed())
             run = resume(resume_, means_of=experiment, watch=terminal, log_with=log_with)
         else:
             whole = experiment.replace(prompt=prompt)
@@ -78,27 +76,69 @@ def train_(
     }
 
 
+_BESIDE_RESUME = {"--resume", "--show", "--log-with", "--gradient-checkpointing", "--shard"}
+"""What may be said beside a run that is resumed: none of it changes the run's numbers."""
+
+
+def _refuse_settings(run: Path, words: Sequence[str]) -> None:
+    """Refuse every flag that `run` has its own value for, also one that is typed at its default.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    flags = [word.partition("=")[0].replace("_", "-") for word in words]
+    for position, flag in enumerate(flags):
+        is_method = flag in METHODS and (position == 0 or not flags[position - 1].startswith("--"))
+        is_setting = flag.startswith("--") and flag.replace("--no-", "--", 1) not in _BESIDE_RESUME
+        if is_method or is_setting:
+            raise ValueError(
+                f"{flag} is given beside --resume {run}, and a resumed run keeps every setting of its own; leave it "
+                f"out, or start a new run from its prompt: softprompt train --start {run} ..."
+            )
+
+
 def _show_result(run: "Run") -> None:
+    """Every metric of the test rows, beside what the majority answer (and the zero-shot model) would score."""
     results = run.results or {}
-    rows = [
-        {
-            "": f"{run.experiment.method}, {results['trainable']:,} numbers",
-            results["metric"]: f"{results['test']:.3f}",
-        }
-    ]
+    metric, others = results["metric"], results["others"]
+    row: dict[str, Any] = {"": f"{run.experiment.method}, {results['trainable']:,} trainable parameters"}
+    row |= {metric: f"{results['test']:.3f}"} | {name: f"{value:.3f}" for name, value in others.items()}
+    rows = [row]
     if "untouched" in results:
-        rows.insert(0, {"": "untouched model, same template", results["metric"]: f"{results['untouched']:.3f}"})
-    rows.insert(0, {"": "always the majority answer", results["metric"]: f"{results['majority']:.3f}"})
-    console.print(f"test: {results['n_test']} rows, 95% interval {results['low']:.3f} to {results['high']:.3f}")
+        rows.insert(0, {"": "untouched model, same template", metric: f"{results['untouched']:.3f}"})
+    rows.insert(0, {"": _majority(results), metric: f"{results['majority']:.3f}"})
+    console.print(
+        f"test: {results['n_test']} rows, 95% interval {results['low']:.3f} to {results['high']:.3f} ({metric})"
+    )
     show_table(rows)
-    console.print(f"kept in {run.folder}")
+    if warning := results.get("warning"):
+        console.print(f"note: {warning}", soft_wrap=True)
+    console.print(f"kept in {run.folder}", soft_wrap=True)
+
+
+def _majority(results: Mapping[str, Any]) -> str:
+    """What the majority answer is, and on which rows it is the best constant one."""
+    answer, source = results.get("majority_answer"), results.get("majority_source")
+    said = "always the majority answer"
+    return said if answer is None or source is None else f"{said} ({answer!r}, best on the {source} rows)"
 
 
 def _show_mistakes(run: "Run", count: int) -> None:
     from softprompt.evaluate import read_splits
 
     rows = read_splits(run.experiment, run.task).test
-    wrong = [found for found in run.predictions() if found["answer"] != found["gold"]][:count]
-    console.print(f"{len(wrong)} of the rows it got wrong:")
-    for found in wrong:
-        console.print(f"- said {found['answer']}, is {found['gold']}: {run.task.render(rows[found['row']])!r}")
+    wrong = [line for line in run.predictions() if _is_wrong(line["answer"], line["gold"])]
+    console.print(f"{min(count, len(wrong))} of {len(wrong)} test rows it got wrong:")
+    for line in wrong[:count]:
+        gold = line["gold"] if isinstance(line["gold"], str) else " or ".join(line["gold"])
+        text = run.task.render(rows[line["row"]])
+        console.print(f"- said {line['answer']}, is {gold}: {text!r}", soft_wrap=True)
+
+
+def _is_wrong(answer: str, gold: str | Sequence[str]) -> bool:
+    """Whether it is another label than the gold one, or a text that equals no accepted one (as SQuAD compares)."""
+    if isinstance(gold, str):
+        return answer != gold
+    from softprompt.tasks.metrics import normalise
+
+    return normalise(answer) not in {normalise(text) for text in gold}

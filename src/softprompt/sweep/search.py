@@ -14,7 +14,6 @@ from softprompt.runs import Run
 from softprompt.sweep.settings import set_values
 from softprompt.sweep.space import Range, Search, Space
 from softprompt.sweep.trial import Held, Outcome, State, begun, go_on, sentence, start, trial_name
-from softprompt.tasks import Score
 from softprompt.watch import Interrupted, Progress, Watcher
 
 JOURNAL = "study.journal"
@@ -46,7 +45,6 @@ class _Pruning:
 
     def __init__(self, watch: Watcher, trial: Any, reported: Iterable[int], prune: bool) -> None:
         self._watch, self._trial, self._reported, self._prune = watch, trial, set(reported), prune
-        self._last: Score | None = None
 
     def stage(self, text: str) -> None:
         """Pass it on."""
@@ -59,9 +57,8 @@ class _Pruning:
     def step(self, progress: Progress) -> None:
         """Judge by a new score."""
         self._watch.step(progress)
-        if progress.dev is None or progress.dev is self._last:
+        if progress.dev is None:
             return
-        self._last = progress.dev
         self._judge(progress.step, progress.dev.value, progress.steps)
 
     def go_on(self, run: Run) -> None:
