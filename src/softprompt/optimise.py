@@ -1,15 +1,11 @@
-"""One step of a training: the loss of a batch, its gradient over all processes, and AdamW at each group's rate.
-
-A training asks for the gradient of its rows and waits: whoever drives it (`together`) may compute it in one pass with
-those of other trainings on the same backbone.
-"""
+"""One step of a training: forward, loss, backward, clipping, and AdamW at each group's rate."""
 
 import math
 import time
-from collections.abc import Generator, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar, final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +19,11 @@ from softprompt.prompts import SoftPrompt
 from softprompt.recompute import recomputing
 from softprompt.tasks import Example, Task, answer_ids, answer_labels, collate
 
-T = TypeVar("T")
-
 
 @final
 @dataclass(frozen=True)
 class Wanted:
-    """Rows whose loss, summed and divided by `weight`, and whose gradient a training waits for."""
+    """Rows whose loss is summed, divided by `weight` and differentiated."""
 
     optimiser: "Optimiser"
     rows: Sequence[Example]
@@ -37,24 +31,52 @@ class Wanted:
 
 
 class Given(NamedTuple):
-    """What it is given, once the gradient is in its parameters."""
+    """What came of it, once the gradient has been added to the parameters' own."""
 
     loss: Tensor
     seconds: float
-    """The training's share of the time that it took; of a step, with what it did itself."""
+    """The training's share of the time that it took."""
 
 
-Steps = Generator[Wanted, Given, T]
-"""A training: it asks for gradients until it returns what came of it."""
+Differentiate = Callable[[Wanted], Given]
+"""Computes a loss and its gradient: `differentiate`, or one that serves several trainings in one pass."""
+
+
+def differentiate(wanted: Wanted) -> Given:
+    """Forward, loss and backward of one training's rows."""
+    start, optimiser = time.perf_counter(), wanted.optimiser
+    with optimiser.modes():
+        loss = optimiser.losses(wanted.rows).sum() / wanted.weight
+        loss.backward()  # type: ignore[no-untyped-call]
+    wait_for_device(loss)
+    return Given(loss.detach(), time.perf_counter() - start)
+
+
+def wait_for_device(loss: Tensor) -> None:
+    """Until a GPU has done what it was given, so that seconds are those of the work."""
+    if loss.is_cuda:
+        torch.cuda.synchronize(loss.device)
 
 
 @final
 class Optimiser:
-    """AdamW over what an attachment trains; a step's loss is the mean over the whole batch, however it is cut up."""
+    """AdamW over what an attachment trains; a step's loss is the mean over the whole batch, however it is cut up.
 
-    def __init__(self, attachment: Attachment, experiment: Experiment, task: Task, processes: Processes) -> None:
+    Args:
+        differentiate: who computes losses and gradients; other than the default where trainings share a pass.
+    """
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        experiment: Experiment,
+        task: Task,
+        processes: Processes,
+        differentiate: Differentiate = differentiate,
+    ) -> None:
         self.attachment, self.task, self.processes = attachment, task, processes
         self.settings = settings = experiment.training
+        self._differentiate = differentiate
         rates = experiment.prompt.rates() | {"head": attachment.head_rate, "tuned": RATES[experiment.baseline]}
         self.adamw = torch.optim.AdamW(
             [{"params": group, "rate": rates[name]} for name, group in attachment.groups().items()],
@@ -62,41 +84,44 @@ class Optimiser:
             weight_decay=settings.weight_decay,
         )
 
-    def step(self, rows: Sequence[Example], rate: float, number: int) -> Steps[Given]:
-        """One step at the learning rate `rate`; its loss.
+    def step(self, rows: Sequence[Example], rate: float, number: int) -> Given:
+        """One step over `rows`, the whole batch, at the learning rate `rate`; its loss, and the time that it took.
 
         Args:
-            rows: the whole batch.
             number: of the step, for an error.
 
         Raises:
             ValueError: the loss or its gradient is no number.
         """
-        start, waited, seconds = time.perf_counter(), 0.0, 0.0
+        start, shared = time.perf_counter(), 0.0
         self.attachment.train()  # a method's own dropout; the backbone stays in evaluation mode
         for group in self.adamw.param_groups:
             group["lr"] = rate * group["rate"]
-        weight = float(len(rows) if self._candidates else sum(len(self._target(row)) for row in rows))
         loss = torch.zeros((), device=self.attachment.backbone.device)
-        own = self.processes.share(rows)
         with self.processes.passes():
-            for part in range(self.settings.accumulate):
-                piece = own[part :: self.settings.accumulate]
-                if not piece and not self.processes.sharded:
-                    continue
+            for wanted in self._parts(rows):
                 asked = time.perf_counter()
-                # A pass that others meet in is made without rows too, over one that counts for nothing.
-                given = yield Wanted(self, piece or rows[:1], weight if piece else math.inf)
-                waited += time.perf_counter() - asked
-                seconds += given.seconds
+                given = self._differentiate(wanted)  # forward, loss, backward
                 loss += given.loss
+                shared += given.seconds - (time.perf_counter() - asked)
         parameters = list(self.attachment.parameters())
         self.processes.total(loss, parameters)
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf)
         _refuse_not_finite(float(loss), float(norm), rate, number, rows)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        return Given(loss, seconds + time.perf_counter() - start - waited)
+        return Given(loss, time.perf_counter() - start + shared)
+
+    def _parts(self, rows: Sequence[Example]) -> Iterator[Wanted]:
+        """The process's share of the batch, cut for gradient accumulation; each part weighs as in the whole batch."""
+        weight = float(len(rows) if self._candidates else sum(len(self._target(row)) for row in rows))
+        own = self.processes.share(rows)
+        for part in range(self.settings.accumulate):
+            if piece := own[part :: self.settings.accumulate]:
+                yield Wanted(self, piece, weight)
+            elif self.processes.sharded:
+                # A pass that others meet in is made without rows too, over one that counts for nothing.
+                yield Wanted(self, rows[:1], math.inf)
 
     @property
     def kind(self) -> Hashable:

@@ -1,9 +1,12 @@
-"""Trainings driven to their ends, one or several at a time: a step of each, and one pass over the rows of all.
+"""Several trainings at a time over one frozen backbone: a step of each, and one pass over the rows of all.
 
-Each keeps its own prompt, optimiser, schedule, rows, checkpoints and random numbers, so that its result is that of a
-run by itself, but for the rounding of products over more rows. What is shared is the frozen backbone and its pass.
+Each runs the ordinary loop in a thread of its own, one thread at a time, with its own prompt, optimiser, schedule,
+rows, checkpoints and random numbers, so that its result is that of a run by itself, but for the rounding of products
+over more rows. What is shared is the frozen backbone and its pass: where a training would compute a gradient it waits
+instead, until all of them do, and one pass gives each its own.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -14,19 +17,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softprompt.optimise import Given, Steps, Wanted
+from softprompt.optimise import Differentiate, Given, Wanted, differentiate, wait_for_device
 from softprompt.watch import Interrupted, interruptible
 
 T = TypeVar("T")
 
-
-def alone(training: Steps[T]) -> T:
-    """What `training` returns, driven by itself."""
-    [result] = together([training], 1)
-    return result
+Work = Callable[[Differentiate], T]
+"""A training from its beginning to its end, given who computes its gradients."""
 
 
-def together(trainings: Iterable[Steps[T]], count: int, note: Callable[[str], None] = lambda text: None) -> Iterator[T]:
+def together(works: Iterable[Work[T]], count: int, note: Callable[[str], None] = lambda text: None) -> Iterator[T]:
     """What each training returns, as it ends; up to `count` are at work at a time, and the next begins where one ends.
 
     Args:
@@ -36,18 +36,21 @@ def together(trainings: Iterable[Steps[T]], count: int, note: Callable[[str], No
         Interrupted: one of them was; all that are at work have then saved what they have, or ended.
         Exception: what a training raises; the others are left where they are.
     """
-    waiting, passes = map(_Going, trainings), _Passes(note)
+    if count == 1:
+        for work in works:
+            yield work(differentiate)
+        return
+    waiting, passes = map(_Going, works), _Passes(note)
     stepped: deque[_Going[T]] = deque()
     going: list[_Going[T]] = []
     stopped: Interrupted | None = None
 
     def close() -> None:
         for one in (*stepped, *going):
-            one.training.close()
+            one.close()
 
     with ExitStack() as held:
-        if count > 1:  # so that a Ctrl-C is known to all, also to one that begins another run after it
-            held.enter_context(interruptible())
+        held.enter_context(interruptible())  # so that a Ctrl-C is known to all, also to one that begins after it
         held.callback(close)
         while True:
             passes.give(going)
@@ -58,39 +61,63 @@ def together(trainings: Iterable[Steps[T]], count: int, note: Callable[[str], No
                     break
                 going.append(one)
                 try:
-                    one.advance()
-                except StopIteration as end:
-                    going.remove(one)
-                    yield end.value
+                    ended = one.advance()
                 except Interrupted as error:
                     going.remove(one)
                     stopped = error
+                    continue
+                except BaseException:
+                    going.remove(one)
+                    raise
+                if ended:
+                    going.remove(one)
+                    yield one.result
             if not going:
                 break
     if stopped is not None:
         raise stopped
 
 
+class _Closed(BaseException):
+    """Ends a training that nobody waits for any more, in its thread; no training catches it."""
+
+
 @final
 class _Going(Generic[T]):
-    """A training that has been begun."""
+    """A training in a thread of its own, which works only while `advance` waits for it."""
 
-    def __init__(self, training: Steps[T]) -> None:
-        self.training = training
+    result: T
+
+    def __init__(self, work: Work[T]) -> None:
         self.wanted: Wanted | None = None
         self.given: Given | Exception | None = None
         self.draws: bool | None = None
         """Whether its pass takes random numbers; not known before its first."""
         self._random: tuple[Tensor, list[Tensor]] | None = None
+        self._work = work
+        self._error: BaseException | None = None
+        self._ended = self._closing = False
+        self._its_turn, self._our_turn = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, name="softprompt-training", daemon=True)
 
-    def advance(self) -> None:
-        """Give it what it waits for, and let it work up to the next time that it waits."""
-        given, self.given, self.wanted = self.given, None, None
+    def advance(self) -> bool:
+        """Give it what it waits for, and let it work up to the next time that it waits; whether it has ended.
+
+        Raises:
+            Exception: what the training raises.
+        """
+        self.wanted = None
         with self.randomness():
-            if isinstance(given, Exception):
-                self.wanted = self.training.throw(given)
-            else:
-                self.wanted = self.training.send(given)  # type: ignore[arg-type]
+            self._let_work()
+        if self._error is not None:
+            raise self._error
+        return self._ended
+
+    def close(self) -> None:
+        """End it where it is: its files are closed and its locks let go."""
+        self._closing = True
+        if self._thread.ident is not None and not self._ended:
+            self._let_work()
 
     @contextmanager
     def randomness(self) -> Iterator[None]:
@@ -107,18 +134,44 @@ class _Going(Generic[T]):
     def alone(self) -> None:
         """Compute what it wants by itself."""
         assert self.wanted is not None
-        wanted, start = self.wanted, time.perf_counter()
         with self.randomness():
             before = _random_state()
             try:
-                with wanted.optimiser.modes():
-                    loss = wanted.optimiser.losses(wanted.rows).sum() / wanted.weight
-                    loss.backward()  # type: ignore[no-untyped-call]
-                _wait(loss)
-                self.given = Given(loss.detach(), time.perf_counter() - start)
+                self.given = differentiate(self.wanted)
             except Exception as error:
                 self.given = error
             self.draws = not _same(before, _random_state())
+
+    def _let_work(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._its_turn.release()
+        self._our_turn.acquire()
+
+    def _run(self) -> None:
+        try:
+            self.result = self._work(self._wait_for)
+        except _Closed:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._ended = True
+            self._our_turn.release()
+
+    def _wait_for(self, wanted: Wanted) -> Given:
+        """In the training's thread, where it wants a gradient."""
+        self.wanted = wanted
+        self._our_turn.release()
+        self._its_turn.acquire()
+        if self._closing:
+            raise _Closed
+        given, self.given = self.given, None
+        if isinstance(given, Exception):
+            raise given
+        assert given is not None
+        return given
 
 
 @final
@@ -166,7 +219,7 @@ def _give_in_one_pass(going: Sequence[_Going[Any]]) -> str | None:
         return " ".join(str(error).split()) or type(error).__name__
     if not all(bool(one.isfinite().all()) for one in (losses, *found) if one is not None):
         return ""  # whose it is will be seen
-    _wait(losses)
+    wait_for_device(losses)
     seconds, rows = time.perf_counter() - start, sum(len(one.rows) for one in wanted)
     gradients = iter(found)
     for one, own, loss, want in zip(going, parameters, losses, wanted, strict=True):
@@ -191,12 +244,6 @@ def _differentiated(
         losses = torch.stack([part.sum() / one.weight for part, one in zip(sums, wanted, strict=True)])
         # Not `backward`: a pass that fails must leave no gradient behind.
         return losses.detach(), torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
-
-
-def _wait(loss: Tensor) -> None:
-    """Until a GPU has done what it was given, so that seconds are those of the work."""
-    if loss.is_cuda:
-        torch.cuda.synchronize(loss.device)
 
 
 def _random_state() -> tuple[Tensor, list[Tensor]]:

@@ -22,12 +22,11 @@ from softprompt.begin import Material
 from softprompt.checkpoint import Checkpoint
 from softprompt.evaluate import score_answers
 from softprompt.experiment import Experiment
-from softprompt.optimise import Optimiser, Steps
+from softprompt.optimise import Differentiate, Optimiser, differentiate
 from softprompt.predict import Answer, answer
 from softprompt.processes import Processes
 from softprompt.runs import Run
 from softprompt.tasks import Example, Score, schedule
-from softprompt.together import alone
 from softprompt.tracking import TrackerFailed, check_tracker, start_tracker
 from softprompt.watch import Interrupted, Progress, Silent, Watcher, interruptible
 
@@ -40,6 +39,7 @@ def train(
     backbone: Backbone | None = None,
     watch: Watcher | None = None,
     log_with: str | None = None,
+    differentiate: Differentiate = differentiate,
 ) -> Run:
     """Train the experiment's prompt and keep it in a new folder `out/name`.
 
@@ -49,24 +49,12 @@ def train(
         backbone: the experiment's own, if it is loaded already; it stays as it is.
         watch: who is told how it goes.
         log_with: a tracker that accelerate knows (`tensorboard`, `wandb`, ...).
+        differentiate: who computes losses and gradients; other than the default where trainings share a pass.
 
     Raises:
         ValueError: settings, rows or backbone do not fit, or the loss is no number.
         Interrupted: Ctrl-C; a checkpoint is there to go on from.
     """
-    return alone(training(experiment, out=out, name=name, backbone=backbone, watch=watch, log_with=log_with))
-
-
-def training(
-    experiment: Experiment,
-    *,
-    out: str | Path = "runs",
-    name: str | None = None,
-    backbone: Backbone | None = None,
-    watch: Watcher | None = None,
-    log_with: str | None = None,
-) -> Steps[Run]:
-    """`train`, to be driven together with others."""
     check_tracker(log_with)
     runs.check_place(Path(out), name)
     processes, told = _processes(backbone, watch)
@@ -78,7 +66,7 @@ def training(
         lambda: runs.create(whole, found.task, found.backbone, Path(out), name, found.rows.fingerprint)
     )
     try:
-        return (yield from _work_on(run, found, processes, told, log_with))
+        return _work_on(run, found, processes, told, log_with, differentiate)
     except TrackerFailed:
         if processes.main:  # there is nothing in it yet but its settings
             shutil.rmtree(run.folder, ignore_errors=True)
@@ -92,6 +80,7 @@ def resume(
     backbone: Backbone | None = None,
     watch: Watcher | None = None,
     log_with: str | None = None,
+    differentiate: Differentiate = differentiate,
 ) -> Run:
     """Go on with an unfinished run from its last checkpoint, to the same numbers as if it had never stopped.
 
@@ -100,22 +89,11 @@ def resume(
     Args:
         means_of: an experiment that asks for gradient checkpointing or sharding, if the run's own did not and ran out
             of memory.
+        differentiate: as of `train`.
 
     Raises:
         ValueError: the rows or the backbone's weights are not those it was started with.
     """
-    return alone(resuming(folder, means_of=means_of, backbone=backbone, watch=watch, log_with=log_with))
-
-
-def resuming(
-    folder: str | Path,
-    *,
-    means_of: Experiment | None = None,
-    backbone: Backbone | None = None,
-    watch: Watcher | None = None,
-    log_with: str | None = None,
-) -> Steps[Run]:
-    """`resume`, to be driven together with others."""
     check_tracker(log_with)
     processes, told = _processes(backbone, watch)
     run = processes.from_main(lambda: runs.open_run(folder))
@@ -128,7 +106,7 @@ def resuming(
     if means_of is not None:
         run = dataclasses.replace(run, experiment=run.experiment.by_means_of(means_of))
     found = processes.in_turn(lambda: begin.again(run, backbone, told))
-    return (yield from _work_on(run, found, processes, told, log_with))
+    return _work_on(run, found, processes, told, log_with, differentiate)
 
 
 def _processes(backbone: Backbone | None, watch: Watcher | None) -> tuple[Processes, Watcher]:
@@ -142,15 +120,22 @@ def _processes(backbone: Backbone | None, watch: Watcher | None) -> tuple[Proces
     return processes, watch if watch and processes.main else Silent()
 
 
-def _work_on(run: Run, found: Material, processes: Processes, watch: Watcher, log_with: str | None) -> Steps[Run]:
+def _work_on(
+    run: Run,
+    found: Material,
+    processes: Processes,
+    watch: Watcher,
+    log_with: str | None,
+    differentiate: Differentiate,
+) -> Run:
     with ExitStack() as held:
         processes.from_main(lambda: held.enter_context(files.locked(run.folder)))
         saved = processes.from_main(lambda: checkpoint.latest(run.folder))
         if run.experiment.training.shard:
             found = _sharded(found, processes, watch)
         with processes.part():
-            work = _Training(run, found, saved, processes, watch, log_with)
-        return (yield from work.go())
+            work = _Training(run, found, saved, processes, watch, log_with, differentiate)
+        return work.go()
 
 
 def _sharded(found: Material, processes: Processes, watch: Watcher) -> Material:
@@ -178,6 +163,7 @@ class _Training:
         processes: Processes,
         watch: Watcher,
         log_with: str | None,
+        differentiate: Differentiate,
     ) -> None:
         self.run, self.processes, self.watch = run, processes, watch
         self.backbone, self.rows = found.backbone, found.rows
@@ -190,7 +176,7 @@ class _Training:
         # What a method and the model's dropout draw in training: other numbers for the rows of other processes.
         torch.manual_seed(processes.own_seed(run.experiment.seed))
         self.train, self.dev, self.test = found.train, found.dev, found.test
-        self.optimiser = Optimiser(self.attachment, run.experiment, run.task, processes)
+        self.optimiser = Optimiser(self.attachment, run.experiment, run.task, processes, differentiate)
         self.done = 0
         self.best: dict[str, Tensor] = {}
         self.place: dict[str, Any] = {"best": -math.inf, "best_step": 0, "stale": 0, "seconds": 0.0}
@@ -199,14 +185,14 @@ class _Training:
         if processes.main:
             run.rewind_metrics(self.done)
 
-    def go(self) -> Steps[Run]:
+    def go(self) -> Run:
         """Train to the end and write down what came of it."""
         before = self.backbone.hash
         self.processes.alike(self.attachment.state_dict().values())
         self.watch.stage("training")
         log_file = self.run.folder / runs.METRICS if self.processes.main else Path(os.devnull)
         with interruptible(twice=self.processes.count == 1) as interrupted, log_file.open("a", encoding="utf-8") as log:
-            yield from self._loop(log, interrupted)
+            self._loop(log, interrupted)
         self.attachment.load_state_dict(self.best)
         with self.processes.passes():
             if self.attachment.tuned is None and self.backbone.checksum() != before:
@@ -215,14 +201,14 @@ class _Training:
                 )
         return self._finish()
 
-    def _loop(self, log: Any, interrupted: threading.Event) -> Steps[None]:
+    def _loop(self, log: Any, interrupted: threading.Event) -> None:
         settings = self.settings
         lengths = [len(example.input_ids) for example in self.train]
         order = schedule(lengths, settings.batch, self.run.experiment.seed, start=self.done)
         while self.done < settings.steps and not self._stale():
             rows = [self.train[place] for place in next(order)[1]]
             rate = settings.rate(self.done)
-            given = yield from self.optimiser.step(rows, rate, self.done + 1)
+            given = self.optimiser.step(rows, rate, self.done + 1)
             loss, start = float(given.loss), time.perf_counter()
             self.done += 1
             line: dict[str, Any] = {"step": self.done, "loss": loss, "lr": rate}

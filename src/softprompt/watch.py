@@ -91,7 +91,8 @@ def interruptible(*, twice: bool = True) -> Iterator[threading.Event]:
         twice: a second one stops at once. Not where a launcher, too, passes the terminal's signal on.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield threading.Event()
+        # A training beside others, in a thread of its own, stops when the main thread's Ctrl-C asks all to.
+        yield _listening[0] if _listening else threading.Event()
         return
     asked = _listening[0] if _listening else threading.Event()
 

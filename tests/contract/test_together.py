@@ -2,9 +2,11 @@
 
 import os
 import signal
+import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from softprompt import DPT, ADePT, Backbone, DePT, Experiment, Plain, Progress, Residual, Run, Training, open_run, train
-from softprompt.optimise import Optimiser, Steps, Wanted
+from softprompt import (
+    DPT,
+    ADePT,
+    Backbone,
+    DePT,
+    Experiment,
+    Plain,
+    Progress,
+    Residual,
+    Run,
+    Training,
+    open_run,
+    resume,
+    train,
+)
+from softprompt.optimise import Differentiate, Optimiser
 from softprompt.prompts import PromptConfig
 from softprompt.sweep import sweep
 from softprompt.together import together
-from softprompt.train import resuming, training
 from softprompt.watch import Interrupted, Silent, interruptible
 
 MakeBackbone = Callable[[str], Backbone]
@@ -45,8 +60,18 @@ def several(backbone: str, task: Path, **settings: Any) -> list[Experiment]:
 
 
 def trained_together(experiments: Sequence[Experiment], backbone: Backbone, out: Path, count: int) -> list[Run]:
-    steps = [training(one, out=out, name=f"run-{at}", backbone=backbone) for at, one in enumerate(experiments)]
-    return sorted(together(steps, count), key=lambda run: run.name)
+    return sorted(together(works(experiments, backbone, out), count), key=lambda run: run.name)
+
+
+def works(experiments: Sequence[Experiment], backbone: Backbone, out: Path) -> list[Callable[[Differentiate], Run]]:
+    def work(at: int, experiment: Experiment, differentiate: Differentiate) -> Run:
+        return train(experiment, out=out, name=f"run-{at}", backbone=backbone, differentiate=differentiate)
+
+    return [partial(work, at, experiment) for at, experiment in enumerate(experiments)]
+
+
+def resuming(folder: Path, backbone: Backbone) -> Callable[[Differentiate], Run]:
+    return lambda differentiate: resume(folder, backbone=backbone, differentiate=differentiate)
 
 
 def refuse_different(run: Run, by_itself: Run) -> None:
@@ -149,29 +174,28 @@ def test_each_draws_its_own_random_numbers(tiny_backbone: MakeBackbone, ticket_t
 def test_no_more_than_asked_are_at_work(tmp_path: Path) -> None:
     begun: list[int] = []
 
-    def steps(number: int) -> Steps[int]:
+    def work(number: int, differentiate: Differentiate) -> int:
         begun.append(number)
         return number
-        yield
 
-    ended = [(number, list(begun)) for number in together((steps(number) for number in range(3)), 2)]
+    ended = [(number, list(begun)) for number in together((partial(work, number) for number in range(3)), 2)]
     assert ended == [(0, [0]), (1, [0, 1]), (2, [0, 1, 2])]
 
 
 def test_who_diverges_falls_alone(tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path) -> None:
     backbone, experiments = tiny_backbone("llama"), several("llama", ticket_task)[:3]
     wild = experiments[0].replace(training=Training(steps=5, batch=8, lr=1e30, evaluate_every=5))
-    steps = [training(one, out=tmp_path, name=f"run-{at}", backbone=backbone) for at, one in enumerate(experiments[1:])]
     problems: list[str] = []
 
-    def excused(one: Steps[Run]) -> Steps[Run | None]:
+    def excused(one: Experiment, name: str, differentiate: Differentiate) -> Run | None:
         try:
-            return (yield from one)
+            return train(one, out=tmp_path, name=name, backbone=backbone, differentiate=differentiate)
         except ValueError as error:
             problems.append(str(error))
             return None
 
-    every = [excused(training(wild, out=tmp_path, name="wild", backbone=backbone)), *map(excused, steps)]
+    names = ["wild", "run-0", "run-1"]
+    every = [partial(excused, one, name) for one, name in zip([wild, *experiments[1:]], names, strict=True)]
     found = [run for run in together(every, 3) if run is not None]
     assert ["learning rate" in problem for problem in problems] == [True]
     for at, (experiment, run) in enumerate(zip(experiments[1:], sorted(found, key=lambda one: one.name), strict=True)):
@@ -195,8 +219,7 @@ def test_what_fails_only_together_goes_on_in_smaller_passes(
 
     with monkeypatch.context() as patch:
         patch.setattr(Optimiser, "losses", crowded)
-        steps = [training(one, out=tmp_path, name=f"run-{at}", backbone=backbone) for at, one in enumerate(experiments)]
-        found = sorted(together(steps, 4, notes.append), key=lambda run: run.name)
+        found = sorted(together(works(experiments, backbone, tmp_path), 4, notes.append), key=lambda run: run.name)
     assert passes[:11] == [1, 1, 1, 1, 4, 1, 1, 1, 1, 2, 2]
     assert len(notes) == 1
     assert notes[0].endswith("(out of memory); from here on at most 2 share one")
@@ -233,24 +256,22 @@ def test_ctrl_c_is_known_to_one_that_begins_another_run_after_it(tmp_path: Path)
     """As a search's study does, whose trial has just ended for another reason."""
     begun: list[str] = []
 
-    def stopped() -> Steps[str]:
+    def stopped(differentiate: Differentiate) -> str:
         with interruptible() as asked:
             os.kill(os.getpid(), signal.SIGINT)
-            assert asked.is_set()
+            assert asked.wait(10)
             raise Interrupted("stopped")
-        yield
 
-    def study() -> Steps[str]:
+    def study(differentiate: Differentiate) -> str:
         for trial in ("first", "second", "third"):
             begun.append(trial)
             with interruptible() as asked:
                 if asked.is_set():
                     raise Interrupted("stopped")
         return "all"
-        yield
 
     with pytest.raises(Interrupted):
-        list(together([stopped(), study()], 2))
+        list(together([stopped, study], 2))
     assert begun in ([], ["first"])
 
 
@@ -276,15 +297,15 @@ def test_seconds_are_all_that_a_training_took(
 def test_an_error_leaves_the_others_unlocked(tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path) -> None:
     backbone, experiments = tiny_backbone("llama"), several("llama", ticket_task)[:2]
 
-    def failing() -> Iterator[Wanted]:
-        yield from ()
+    def failing(differentiate: Differentiate) -> Run:
         raise OSError("the disk is full")
 
-    steps = [training(one, out=tmp_path, name=f"run-{at}", backbone=backbone) for at, one in enumerate(experiments)]
+    threads = threading.active_count()
     with pytest.raises(OSError, match="the disk is full"):
-        list(together([*steps, failing()], 3))  # type: ignore[list-item]
+        list(together([*works(experiments, backbone, tmp_path), failing], 3))
+    assert threading.active_count() == threads, "nobody waits for ever in a thread that is left behind"
     for at, experiment in enumerate(experiments):
-        [run] = together([resuming(tmp_path / f"run-{at}", backbone=backbone)], 1)
+        run = resume(tmp_path / f"run-{at}", backbone=backbone)
         refuse_different(run, train(experiment, out=tmp_path / "alone", name=f"run-{at}", backbone=backbone))
 
 

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,9 +10,9 @@ from typing import Any, Literal, final
 
 from softprompt import files
 from softprompt.experiment import Experiment
-from softprompt.optimise import Steps
+from softprompt.optimise import Differentiate
 from softprompt.runs import RECORD
-from softprompt.sweep.engine import Each, Engine, opened
+from softprompt.sweep.engine import Each, Engine, Work, opened
 from softprompt.sweep.plan import Plan, expand, read
 from softprompt.sweep.search import Found, choose, need_optuna
 from softprompt.sweep.settings import set_values
@@ -139,7 +139,7 @@ def _cells(plan: Plan) -> Iterator[Experiment]:
 def _searched(plan: Plan, out: Path, each: Each, watch: Watcher) -> tuple[Found, ...]:
     assert plan.search is not None
     cells = {cell.hash: cell for cell in _cells(plan)}
-    work: Callable[[Experiment, Held, Watcher], Steps[Found]] = partial(_search, plan.search, out)
+    work: Work[Found] = partial(_search, plan.search, out)
     found = {}
     for one in each(work, _by_backbone(cells.values()), partial(_lost_search, plan.search, out)):
         watch.note(f"search {one.study}: {one.values or 'nothing'} with development score {one.dev}")
@@ -148,13 +148,15 @@ def _searched(plan: Plan, out: Path, each: Each, watch: Watcher) -> tuple[Found,
 
 
 # At module level, and with the item first among what `each` gives: a cluster's workers import them by name.
-def _trial(out: Path, experiment: Experiment, held: Held, watch: Watcher) -> Steps[Outcome]:
-    return run_trial(experiment, out, held, watch)
+def _trial(out: Path, experiment: Experiment, held: Held, watch: Watcher, differentiate: Differentiate) -> Outcome:
+    return run_trial(experiment, out, held, watch, differentiate)
 
 
-def _search(search: Search, out: Path, cell: Experiment, held: Held, watch: Watcher) -> Steps[Found]:
+def _search(
+    search: Search, out: Path, cell: Experiment, held: Held, watch: Watcher, differentiate: Differentiate
+) -> Found:
     try:
-        return (yield from choose(cell, search, out, held, watch))
+        return choose(cell, search, out, held, watch, differentiate)
     except Interrupted:
         raise
     except Exception as error:

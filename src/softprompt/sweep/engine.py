@@ -5,19 +5,20 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from softprompt.experiment import Experiment
-from softprompt.optimise import Steps
+from softprompt.optimise import Differentiate, differentiate
 from softprompt.sweep.trial import Held, sentence, trial_name
-from softprompt.together import alone, together
+from softprompt.together import together
 from softprompt.watch import Named, Silent, Watcher
 
 Engine = Literal["local", "ray"]
 """`local`: this process; `ray`: a cluster, each trial a task."""
 
 R = TypeVar("R")
-Work = Callable[[Experiment, Held, Watcher], Steps[R]]
+Work = Callable[[Experiment, Held, Watcher, Differentiate], R]
 """What is done with one experiment; it must be importable by name, to be found by the workers of a cluster."""
 Each = Callable[[Work[Any], Sequence[Experiment], Callable[[Experiment, str], Any]], Iterator[Any]]
 """Does the work on every experiment and yields what comes of it, as it comes.
@@ -62,7 +63,8 @@ def opened(
             for (*_, baseline), group in itertools.groupby(ordered, key=_room):
                 count = 1 if baseline else at_once
                 told = ((one, watch if count == 1 else Named(trial_name(one), watch)) for one in group)
-                yield from together((work(one, held, watcher) for one, watcher in told), count, watch.note)
+                works = (partial(work, one, held, watcher) for one, watcher in told)
+                yield from together(works, count, watch.note)
 
         yield each
         return
@@ -123,4 +125,4 @@ def _ray_each(ray: Any, cpus: int | float, gpus: int | float) -> Each:
 
 
 def _remote(work: Work[R], item: Experiment) -> R:
-    return alone(work(item, _HELD, Silent()))
+    return work(item, _HELD, Silent(), differentiate)

@@ -9,7 +9,7 @@ from typing import Any, final
 
 from softprompt import files
 from softprompt.experiment import Experiment
-from softprompt.optimise import Steps
+from softprompt.optimise import Differentiate
 from softprompt.runs import Run
 from softprompt.sweep.settings import set_values
 from softprompt.sweep.space import Range, Search, Space
@@ -87,7 +87,9 @@ def need_optuna() -> None:
         raise ModuleNotFoundError("a search needs Optuna; install it with: pip install 'softprompt[sweep]'")
 
 
-def choose(cell: Experiment, search: Search, out: Path, held: Held, watch: Watcher) -> Steps[Found]:
+def choose(
+    cell: Experiment, search: Search, out: Path, held: Held, watch: Watcher, differentiate: Differentiate
+) -> Found:
     """Go on with the cell's study in `out/search` until it has all its trials; what its values raise ends a trial.
 
     Test scores are never looked at.
@@ -113,7 +115,7 @@ def choose(cell: Experiment, search: Search, out: Path, held: Held, watch: Watch
                 continue
             watch.note(f"search {name}: trial {number + 1} of {search.trials}")
             fresh.add(number)
-            yield from _one(study, number, cell, search, folder, held, watch)
+            _one(study, number, cell, search, folder, held, watch, differentiate)
         return _found(study, cell, search, folder, name, fresh)
 
 
@@ -167,8 +169,15 @@ def _sampler(search: Search, number: int) -> Any:
 
 
 def _one(
-    study: Any, number: int, cell: Experiment, search: Search, folder: Path, held: Held, watch: Watcher
-) -> Steps[None]:
+    study: Any,
+    number: int,
+    cell: Experiment,
+    search: Search,
+    folder: Path,
+    held: Held,
+    watch: Watcher,
+    differentiate: Differentiate,
+) -> None:
     import optuna
 
     space = search.fitting(cell)
@@ -181,7 +190,7 @@ def _one(
     known = study.trials[number].intermediate_values
     try:
         experiment = set_values(cell, values)
-        run = yield from _trained(experiment, folder, held, _Pruning(watch, trial, known, search.prune))
+        run = _trained(experiment, folder, held, _Pruning(watch, trial, known, search.prune), differentiate)
     except (Interrupted, OSError):
         raise
     except Pruned:
@@ -193,15 +202,15 @@ def _one(
         study.tell(trial, float((run.results or {})["dev"]))
 
 
-def _trained(experiment: Experiment, folder: Path, held: Held, watch: _Pruning) -> Steps[Run]:
+def _trained(experiment: Experiment, folder: Path, held: Held, watch: _Pruning, differentiate: Differentiate) -> Run:
     """The finished run; two trials with equal values share it."""
     run = begun(experiment, folder)
     if run is None:
-        return (yield from start(experiment, folder, held, watch))
+        return start(experiment, folder, held, watch, differentiate)
     if run.results is not None:
         return run
     watch.go_on(run)
-    return (yield from go_on(run, experiment, held, watch))
+    return go_on(run, experiment, held, watch, differentiate)
 
 
 def _drawn(study: Any, number: int, search: Search, space: Space) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from softprompt.backbone import Backbone, load
 from softprompt.choices import Dtype
 from softprompt.evaluate import read_splits
 from softprompt.experiment import Experiment
-from softprompt.optimise import Steps
+from softprompt.optimise import Differentiate
 from softprompt.runs import RECORD, Run, open_run
 from softprompt.tasks import Task, load_task
-from softprompt.train import resuming, training
+from softprompt.train import resume, train
 from softprompt.watch import Interrupted, Watcher
 
 State = Literal["done", "skipped", "pruned", "failed"]
@@ -120,7 +120,7 @@ def begun(experiment: Experiment, out: Path) -> Run | None:
     return run
 
 
-def run_trial(experiment: Experiment, out: Path, held: Held, watch: Watcher) -> Steps[Outcome]:
+def run_trial(experiment: Experiment, out: Path, held: Held, watch: Watcher, differentiate: Differentiate) -> Outcome:
     """Bring the experiment's run to its end; what goes wrong is an outcome, so that the others go on.
 
     Raises:
@@ -133,7 +133,10 @@ def run_trial(experiment: Experiment, out: Path, held: Held, watch: Watcher) -> 
             _refuse_changed(run, held, watch)
         if run is not None and run.results is not None:
             return Outcome(folder, experiment, "skipped", results=run.results)
-        run = yield from go_on(run, experiment, held, watch) if run else start(experiment, out, held, watch)
+        if run is None:
+            run = start(experiment, out, held, watch, differentiate)
+        else:
+            run = go_on(run, experiment, held, watch, differentiate)
     except Interrupted:
         raise
     except Exception as error:
@@ -155,13 +158,14 @@ def _refuse_changed(run: Run, held: Held, watch: Watcher) -> None:
         )
 
 
-def start(experiment: Experiment, out: Path, held: Held, watch: Watcher) -> Steps[Run]:
+def start(experiment: Experiment, out: Path, held: Held, watch: Watcher, differentiate: Differentiate) -> Run:
     """Train it from the first step; raises as `train` does."""
     backbone = held.get(experiment.backbone, experiment.backbone_dtype)
-    return training(experiment, out=out, name=trial_name(experiment), backbone=backbone, watch=watch)
+    name = trial_name(experiment)
+    return train(experiment, out=out, name=name, backbone=backbone, watch=watch, differentiate=differentiate)
 
 
-def go_on(run: Run, experiment: Experiment, held: Held, watch: Watcher) -> Steps[Run]:
+def go_on(run: Run, experiment: Experiment, held: Held, watch: Watcher, differentiate: Differentiate) -> Run:
     """Train it from its last checkpoint, or from the first step where there is none; raises as `resume` does.
 
     Args:
@@ -169,7 +173,13 @@ def go_on(run: Run, experiment: Experiment, held: Held, watch: Watcher) -> Steps
     """
     backbone = held.get(run.experiment.backbone, run.experiment.backbone_dtype)
     fits = backbone.precision == run.record["backbone"]["dtype"]
-    return resuming(run.folder, means_of=experiment, watch=watch, backbone=backbone if fits else None)
+    return resume(
+        run.folder,
+        means_of=experiment,
+        watch=watch,
+        backbone=backbone if fits else None,
+        differentiate=differentiate,
+    )
 
 
 def sentence(error: BaseException) -> str:
