@@ -25,7 +25,7 @@ from softprompt.optimise import Optimiser, Steps
 from softprompt.predict import Answer, answer, input_limit
 from softprompt.processes import Processes
 from softprompt.runs import Run
-from softprompt.tasks import Example, Score, augmented, encode, schedule
+from softprompt.tasks import Example, Examples, Score, augmented, encode, input_lengths, schedule
 from softprompt.together import alone
 from softprompt.watch import Interrupted, Progress, Silent, Watcher, interruptible
 
@@ -202,8 +202,7 @@ class _Training:
 
     def _loop(self, log: Any, interrupted: threading.Event) -> Steps[None]:
         settings = self.settings
-        lengths = [len(example.input_ids) for example in self.train]
-        order = schedule(lengths, settings.batch, self.run.experiment.seed, start=self.done)
+        order = schedule(input_lengths(self.train), settings.batch, self.run.experiment.seed, start=self.done)
         score: Score | None = None
         while self.done < settings.steps and not self._stale():
             rows = [self.train[place] for place in next(order)[1]]
@@ -242,7 +241,7 @@ class _Training:
         """Score the development rows, and keep the best prompt."""
         self.attachment.eval()
         answers = self._answers(self.attachment, self.dev)
-        score = score_answers(self.run.task, self.rows, "dev", self.dev, answers)
+        score = score_answers(self.run.task, self.rows, "dev", self.dev, answers, self.backbone.tokenizer)
         if score.value > self.place["best"]:
             self.place.update(best=score.value, best_step=self.done, stale=0)
             self.best = {name: tensor.detach().clone() for name, tensor in self.attachment.state_dict().items()}
@@ -290,15 +289,20 @@ class _Training:
         self.done, self.place = saved.step, dict(saved.place)
         self.best = {name: tensor.to(device) for name, tensor in saved.best.items()}
 
-    def _encoded(self, split: str) -> list[Example]:
+    def _encoded(self, split: str) -> Sequence[Example]:
         limit = input_limit(self.attachment, self.run.task, self.settings)
         rows, closing = getattr(self.rows, split), self.attachment.closed
         examples, shortened = encode(self.run.task, self.backbone.tokenizer, rows, limit, closing=closing)
         if shortened:
             self.watch.note(f"{shortened} of {len(examples)} {split} rows were cut to {limit} tokens (--max-tokens)")
+        if isinstance(examples, Examples) and examples.answers_ended:
+            self.watch.note(
+                f"{examples.answers_ended} of {len(examples)} {split} answers end with the tokenizer's own "
+                f"{self.backbone.tokenizer.eos_token}, which is left out: an answer is given its end anyway"
+            )
         return examples
 
-    def _drawn(self, split: str, count: int, seed: int) -> list[Example]:
+    def _drawn(self, split: str, count: int, seed: int) -> Sequence[Example]:
         return draw(self.run.task, getattr(self.rows, split), self._encoded(split), count, seed)
 
     def _finish(self) -> Run:
@@ -316,7 +320,9 @@ class _Training:
         if self.settings.untouched:
             self.watch.stage("testing the untouched model")
             bare = self._answers(attach(self.backbone), test)
-            results["untouched"] = score_answers(self.run.task, self.rows, "test", test, bare).value
+            results["untouched"] = score_answers(
+                self.run.task, self.rows, "test", test, bare, self.backbone.tokenizer
+            ).value
         run = self.processes.from_main(
             lambda: finish.written(self.run, self.attachment, self.rows, test, answers, {**results, **progress})
         )
