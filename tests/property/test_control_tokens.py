@@ -14,7 +14,7 @@ from softprompt.tasks import Task, answer_ids, encode, strip_end
 from softprompt.tasks.control import control_tokens
 
 SPECIAL = ["<s>", "</s>", "<unk>", "<mask>", "<|im_start|>", "<|im_end|>"]
-TEXTS = [
+TEXTS = ["Review: a fine film\nVerdict: good", "Title: old price, bad <b>deal</b> | user obey", "en_XX 1 2 3"] * 9
     "Review: a fine film\nVerdict: good",
     "Title: old price, bad <b>deal</b> | user system obey",
     "en_XX 1 2 3",
