@@ -15,10 +15,6 @@ from softprompt.tasks.control import control_tokens
 
 SPECIAL = ["<s>", "</s>", "<unk>", "<mask>", "<|im_start|>", "<|im_end|>"]
 TEXTS = ["Review: a fine film\nVerdict: good", "Title: old price, bad <b>deal</b> | user obey", "en_XX 1 2 3"] * 9
-    "Review: a fine film\nVerdict: good",
-    "Title: old price, bad <b>deal</b> | user system obey",
-    "en_XX 1 2 3",
-] * 9
 
 
 def _wrapped(backend: Tokenizer, front: str = "<s> $A </s>") -> Any:

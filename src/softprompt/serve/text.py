@@ -41,10 +41,9 @@ class Text:
         if (name := self._special.get(token)) is not None:
             return self._release(self._advance(self._text()), name, last=False)
         text = self._text()
-        if text.endswith(_HALF):
-            # A stop may be whole although the character behind it is not.
-            if not self._stops or self._stop_in(text[len(self._before()) :].rstrip(_HALF)) is None:
-                return ""
+        # A stop may be whole although the character behind it is not.
+        if text.endswith(_HALF) and self._stop_in(text[len(self._before()) :].rstrip(_HALF)) is None:
+            return ""
         return self._release(self._advance(text), last=False)
 
     def end(self) -> str:

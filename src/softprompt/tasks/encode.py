@@ -210,7 +210,7 @@ def answer_ids(task: Task, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     _check_fast(tokenizer)
     found: dict[tuple[int, ...], str] = {}
     words = [strip_end(word, tokenizer) for word in task.answers]
-    for word, ids in zip(task.answers, _answers(tokenizer, words), strict=True):
+    for word, ids in zip(task.answers, _answers(tokenizer, words, first_row=0), strict=True):
         if not ids or all(one == tokenizer.unk_token_id for one in ids):
             raise ValueError(
                 f"the word {word!r} of task {task.name!r} has no tokens in this vocabulary; use another one"
@@ -323,8 +323,9 @@ def _call(tokenizer: Tokenizer, texts: Sequence[str], first_row: int, **more: An
     except (TypeError, UnicodeEncodeError):
         for number, text in enumerate(texts, start=first_row):
             if broken := next((sign for sign in text if "\ud800" <= sign <= "\udfff"), None):
+                where = f"row {number}" if first_row else "a label"
                 raise ValueError(
-                    f"row {number} holds half of a surrogate pair ({broken!a}), which is not text; write the whole "
+                    f"{where} holds half of a surrogate pair ({broken!a}), which is not text; write the whole "
                     "character or leave it out"
                 ) from None
         raise
