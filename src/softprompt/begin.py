@@ -17,7 +17,7 @@ from softprompt.experiment import Experiment
 from softprompt.predict import input_limit
 from softprompt.prompts import SoftPrompt
 from softprompt.runs import Run
-from softprompt.tasks import Example, Splits, Task, augmented, encode, load_task, refuse_other_input, sample
+from softprompt.tasks import Example, Examples, Splits, Task, augmented, encode, load_task, refuse_other_input, sample
 from softprompt.watch import Watcher
 
 
@@ -105,11 +105,16 @@ def _encoded(experiment: Experiment, task: Task, rows: Splits, attachment: Attac
     watch.stage("tokenising")
     limit = input_limit(attachment, task, settings)
 
-    def encoded(split: str, count: int, seed: int) -> list[Example]:
+    def encoded(split: str, count: int, seed: int) -> Sequence[Example]:
         table = getattr(rows, split)
         examples, shortened = encode(task, backbone.tokenizer, table, limit, closing=attachment.closed)
         if shortened:
             watch.note(f"{shortened} of {len(examples)} {split} rows were cut to {limit} tokens (--max-tokens)")
+        if isinstance(examples, Examples) and examples.answers_ended:
+            watch.note(
+                f"{examples.answers_ended} of {len(examples)} {split} answers end with the tokenizer's own "
+                f"{backbone.tokenizer.eos_token}, which is left out: an answer is given its end anyway"
+            )
         used = draw(task, table, examples, count, seed)
         for example in used:
             if example.picture is None:

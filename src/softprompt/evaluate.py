@@ -11,7 +11,19 @@ from softprompt.backbone import Backbone, load
 from softprompt.experiment import Experiment
 from softprompt.predict import Answer, answer, input_limit
 from softprompt.runs import Run
-from softprompt.tasks import Example, Prediction, Score, Splits, Task, encode, load_task, score, shots, splits
+from softprompt.tasks import (
+    Example,
+    Prediction,
+    Score,
+    Splits,
+    Task,
+    encode,
+    load_task,
+    score,
+    shots,
+    splits,
+    strip_end,
+)
 
 
 def evaluate(
@@ -75,38 +87,45 @@ def score_examples(
 ) -> tuple[Score, list[Answer]]:
     """The attachment's score on `examples` of a split, and its answers."""
     answers = answer(attachment, task, examples, max_new_tokens=max_new_tokens)
-    return score_answers(task, rows, split, examples, answers), answers
+    return score_answers(task, rows, split, examples, answers, attachment.backbone.tokenizer), answers
 
 
 def score_answers(
-    task: Task, rows: Splits, split: str, examples: Sequence[Example], answers: Sequence[Answer]
+    task: Task, rows: Splits, split: str, examples: Sequence[Example], answers: Sequence[Answer], tokenizer: Any
 ) -> Score:
     """The score of answers that are there already, one an example."""
-    given, golds, questions = beside_golds(task, getattr(rows, split), examples, answers)
-    return score(task, given, golds, questions, majority=rows.majority)
+    given, golds, questions = beside_golds(task, getattr(rows, split), examples, answers, tokenizer)
+    majority = rows.majority if isinstance(rows.majority, int) else strip_end(rows.majority, tokenizer)
+    return score(task, given, golds, questions, majority=majority)
 
 
 def beside_golds(
-    task: Task, table: Dataset, examples: Sequence[Example], answers: Sequence[Answer]
+    task: Task, table: Dataset, examples: Sequence[Example], answers: Sequence[Answer], tokenizer: Any
 ) -> tuple[list[Prediction], list[Any], list[Any] | None]:
-    """What was answered, what is right, and where the task has questions the question of each row."""
+    """What was answered, what is right, and where the task has questions the question of each row.
+
+    What is right in a generation is without the end of sequence that the row's text may end with.
+    """
     golds: list[Any] = []
     questions: list[Any] = []
     for example in examples:
-        golds.append(task.golds(table[example.row]) if example.label is None else example.label)
+        if example.label is None:
+            golds.append(tuple(strip_end(text, tokenizer) for text in task.golds(table[example.row])))
+        else:
+            golds.append(example.label)
         questions.append(table[example.row][task.question] if task.question else None)
     given: list[Prediction] = [found.index if task.is_classification else found.text for found in answers]
     return given, golds, questions if task.question else None
 
 
-def draw(task: Task, table: Dataset, examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+def draw(task: Task, table: Dataset, examples: Sequence[Example], count: int, seed: int) -> Sequence[Example]:
     """`count` of the examples (0: all), drawn without replacement by `seed`, in their order.
 
     Where the task has questions they are drawn whole, until there are `count` rows: a metric of whole questions would
     otherwise find it easy to be right about what is left of one.
     """
     if not count or count >= len(examples):
-        return list(examples)
+        return examples
     chooser = random.Random(seed)
     if not task.question:
         return [examples[place] for place in sorted(chooser.sample(range(len(examples)), count))]

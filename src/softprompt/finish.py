@@ -6,7 +6,7 @@ from typing import Any
 
 from softprompt import card, files, runs
 from softprompt.attach import Attachment
-from softprompt.evaluate import score_answers
+from softprompt.evaluate import beside_golds, score_answers
 from softprompt.export import export_attachment
 from softprompt.predict import Answer
 from softprompt.runs import Run
@@ -23,9 +23,9 @@ def tested(
 ) -> tuple[dict[str, Any], list[Answer]]:
     """The results of the folded prompt, and its answers on the test rows."""
     finished = trained.folded()
-    chosen = score_answers(run.task, rows, "dev", dev, answers_of(finished, dev))
+    chosen = score_answers(run.task, rows, "dev", dev, answers_of(finished, dev), trained.backbone.tokenizer)
     answers = answers_of(finished, test)
-    score = score_answers(run.task, rows, "test", test, answers)
+    score = score_answers(run.task, rows, "test", test, answers, trained.backbone.tokenizer)
     # Whatever else a score says of itself (its interval, further metrics, a warning) is kept under its own name.
     said = {name: value for name, value in dataclasses.asdict(score).items() if name not in ("value", "n")}
     results = said | {
@@ -48,12 +48,17 @@ def written(
     results: Mapping[str, Any],
 ) -> Run:
     """Everything that a finished run's folder holds."""
-    files.write_text(run.folder / runs.PREDICTIONS, "".join(_lines(run.task, rows, test, answers)))
+    files.write_text(
+        run.folder / runs.PREDICTIONS, "".join(_lines(run.task, rows, test, answers, trained.backbone.tokenizer))
+    )
     card.write(run, trained, results, export_attachment(trained.folded(), run.folder))
     return run.finish(trained, results)
 
 
-def _lines(task: Task, rows: Splits, examples: Sequence[Example], answers: Sequence[Answer]) -> Iterator[str]:
-    for example, found in zip(examples, answers, strict=True):
-        gold = list(task.words)[example.label] if example.label is not None else task.golds(rows.test[example.row])
+def _lines(
+    task: Task, rows: Splits, examples: Sequence[Example], answers: Sequence[Answer], tokenizer: Any
+) -> Iterator[str]:
+    golds = beside_golds(task, rows.test, examples, answers, tokenizer)[1]
+    for example, found, right in zip(examples, answers, golds, strict=True):
+        gold = right if example.label is None else list(task.words)[example.label]
         yield runs.json_line({"row": example.row, "answer": found.label or found.text, "gold": gold})

@@ -26,7 +26,7 @@ from softprompt.optimise import Differentiate, Optimiser, differentiate
 from softprompt.predict import Answer, answer
 from softprompt.processes import Processes
 from softprompt.runs import Run
-from softprompt.tasks import Example, Score, schedule
+from softprompt.tasks import Example, Score, input_lengths, schedule
 from softprompt.tracking import TrackerFailed, check_tracker, start_tracker
 from softprompt.watch import Interrupted, Progress, Silent, Watcher, interruptible
 
@@ -203,8 +203,7 @@ class _Training:
 
     def _loop(self, log: Any, interrupted: threading.Event) -> None:
         settings = self.settings
-        lengths = [len(example.input_ids) for example in self.train]
-        order = schedule(lengths, settings.batch, self.run.experiment.seed, start=self.done)
+        order = schedule(input_lengths(self.train), settings.batch, self.run.experiment.seed, start=self.done)
         while self.done < settings.steps and not self._stale():
             rows = [self.train[place] for place in next(order)[1]]
             rate = settings.rate(self.done)
@@ -243,7 +242,7 @@ class _Training:
         """Score the development rows, and keep the best prompt."""
         self.attachment.eval()
         answers = self._answers(self.attachment, self.dev)
-        score = score_answers(self.run.task, self.rows, "dev", self.dev, answers)
+        score = score_answers(self.run.task, self.rows, "dev", self.dev, answers, self.backbone.tokenizer)
         if score.value > self.place["best"]:
             self.place.update(best=score.value, best_step=self.done, stale=0)
             self.best = {name: tensor.detach().clone() for name, tensor in self.attachment.state_dict().items()}
@@ -306,7 +305,9 @@ class _Training:
         if self.settings.untouched:
             self.watch.stage("testing the untouched model")
             bare = self._answers(attach(self.backbone), test)
-            results["untouched"] = score_answers(self.run.task, self.rows, "test", test, bare).value
+            results["untouched"] = score_answers(
+                self.run.task, self.rows, "test", test, bare, self.backbone.tokenizer
+            ).value
         run = self.processes.from_main(
             lambda: finish.written(self.run, self.attachment, self.rows, test, answers, {**results, **progress})
         )

@@ -25,7 +25,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}as
 
 def test_openais_client_lists_completes_streams_and_chats(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     client, tokenizer = service.openai(), service.engine.backbone.tokenizer
-    assert [model.id for model in client.models.list()] == ["p0", "p1", "p2"]
+    assert [model.id for model in client.models.list()] == ["p0", "p1", "p2", "base"]
     assert client.models.retrieve("p1").owned_by == "softprompt"
     tokens = service.engine.generate("p1", "a b", max_new_tokens=12).result(30.0).tokens
     expected = tokenizer.decode(tokens, skip_special_tokens=True)

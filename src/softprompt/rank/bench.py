@@ -87,7 +87,9 @@ class Bench:
         )
         rows, split, task = self.splits, self.split, self.task
         found, answers = score_examples(attached, task, rows, split, self.examples, self.max_new_tokens)
-        given, golds, questions = beside_golds(task, getattr(rows, split), self.examples, answers)
+        given, golds, questions = beside_golds(
+            task, getattr(rows, split), self.examples, answers, own.backbone.tokenizer
+        )
         return found, read_answers(task, found.metric, given, golds, questions)
 
 

@@ -44,12 +44,19 @@ class Answer:
                 yield piece
             if self._text.stopped:
                 self.finish = "stop"
+                self._counted()
                 self.ticket.cancel()
                 return
         result = self.ticket.result(0.0)
         if piece := self._text.end():
             yield piece
+        self._counted()
         self.finish = "stop" if self._text.stopped else result.finish
+
+    def _counted(self) -> None:
+        """What the answer is billed by: the engine may have written on behind a stop."""
+        assert self.ticket is not None
+        self.ticket.counted = self._text.count
 
     async def whole(self) -> str:
         """All of it."""

@@ -20,6 +20,10 @@ from softprompt.serve.ticket import Ticket
 
 Input = str | Sequence[int] | Mapping[str, Any]
 Kind = Literal["text_completion", "chat.completion"]
+_OTHER_TEMPLATE = (
+    "chat uses the model's chat template and not the template that prompt {} was trained with; for that one send its "
+    "columns as row to /v1/completions, or to /v1/classify"
+)
 
 
 def routes(engine: Engine) -> APIRouter:
@@ -33,11 +37,12 @@ def routes(engine: Engine) -> APIRouter:
 
     @router.post("/v1/chat/completions", summary="Answer a conversation")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        engine.get(body.model)
+        served = engine.get(body.model)
         messages = [message.plain() for message in body.messages]
         ids = await asyncio.to_thread(encode.chat, engine.backbone, messages)
         most = body.max_completion_tokens or body.max_tokens
-        return await _answer(engine, request, "chat.completion", body, [ids], most)
+        note = "" if served.task is None else _OTHER_TEMPLATE.format(served.name)
+        return await _answer(engine, request, "chat.completion", body, [ids], most, note)
 
     return router
 
@@ -85,6 +90,7 @@ async def _answer(
     body: CompletionRequest | ChatRequest,
     inputs: Sequence[Input],
     most: int | None,
+    note: str = "",
 ) -> Response:
     record = record_of(request)
     record.prompt = engine.get(body.model).name
@@ -101,17 +107,19 @@ async def _answer(
         int(time.time()),
     )
     asks = [_asking(engine, body, one, most, seed + place) for one in inputs for place in range(times)]
-    record.rows, record.texts = len(asks), list(inputs)
+    record.rows, record.texts, record.answers_each = len(asks), list(inputs), times
     await asyncio.to_thread(_begin, job, asks)
+    headers = {"Softprompt-Note": note} if note else {}
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return StreamingResponse(_stream(job, usage), media_type="text/event-stream")
+        return StreamingResponse(_stream(job, usage), media_type="text/event-stream", headers=headers)
     texts = await settled(request, engine, asyncio.gather(*(answer.whole() for answer in job.answers)))
     choices = [
         job.choice(index, text, answer.finish)
         for index, (text, answer) in enumerate(zip(texts, job.answers, strict=True))
     ]
-    return JSONResponse({**job.envelope(choices, chunk=False), "usage": job.usage()})
+    told = {"note": note} if note else {}
+    return JSONResponse({**job.envelope(choices, chunk=False), "usage": job.usage(), **told}, headers=headers)
 
 
 def _asking(

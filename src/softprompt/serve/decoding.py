@@ -144,6 +144,9 @@ class Decoder:
         Raises:
             ValueError: a prompt as wide as another backbone's embeddings.
         """
+        if not len(prompt.prompt()):  # what a pass of one token leaves, without its column
+            one = self.prompt_state(Folded(prompt.prompt().new_zeros(1, prompt.prompt().shape[1])))
+            return PromptState(tuple((keys[:, :0].clone(), values[:, :0].clone()) for keys, values in one.layers))
         matrix = self.attachment.matrices([prompt])[0]
         cache, mask = DynamicCache(), torch.ones(1, len(matrix), dtype=torch.long, device=matrix.device)
         embeds = matrix[None].to(self.attachment.backbone.dtype)

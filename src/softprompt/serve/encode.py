@@ -139,7 +139,7 @@ def text(
     if backbone.architecture in ("encoder", "vision"):
         raise ValueError(f"{called(backbone)} ({backbone.architecture}) writes no text; classify instead")
     if isinstance(given, str):
-        ids = _tokens(backbone, given)
+        ids = _tokens(backbone, _PLAIN, {"text": given})
     elif isinstance(given, Mapping):
         if served.task is None:
             raise ValueError(f"prompt {served.name!r} has no template for a row; give the text itself")
@@ -167,6 +167,8 @@ def text(
 def chat(backbone: Backbone, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
     """The tokens of a conversation, as the tokenizer's chat template writes it.
 
+    Control tokens are those that the template writes; in a message their names are text.
+
     Raises:
         ValueError: there is no chat template, or it refuses the conversation.
     """
@@ -175,12 +177,14 @@ def chat(backbone: Backbone, messages: Sequence[Mapping[str, str]]) -> tuple[int
         raise ValueError(f"{called(backbone)} has no chat template; ask for a completion")
     with _tokenizing:
         try:
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            made = tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, sanitize_control_tokens=True, return_dict=True
+            )
         except ImportError:
             raise
         except Exception as error:  # a template is a program of the model's author, and raises what it likes
             raise ValueError(f"the chat template of {called(backbone)} refuses the messages: {error}") from error
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tuple(made["input_ids"])
 
 
 def row_of(served: Served, row: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -238,22 +242,23 @@ def _with_labels(
         raise ValueError(f"a label has {longest} tokens, and an encoder's mask holds one; choose shorter labels")
     found = []
     for row in rows:
-        given = row if isinstance(row, str) else served.task.render(row) if served.task else row.get("text")
-        if not isinstance(given, str):
+        if served.task is not None and not isinstance(row, str):
+            ids = _some(_tokens(backbone, served.task, row))
+        elif isinstance(given := row if isinstance(row, str) else row.get("text"), str):
+            ids = _some(_tokens(backbone, _PLAIN, {"text": given}))
+        else:
             raise ValueError(f"prompt {served.name!r} has no template; send each row as a text")
-        ids = _some(_tokens(backbone, given))
         _refuse_beyond(len(ids), max_tokens)
         refuse_long(backbone, served, len(ids) + longest)
         found.append((ids, work))
     return found
 
 
-def _tokens(backbone: Backbone, given: str) -> tuple[int, ...]:
+def _tokens(backbone: Backbone, task: Task, row: Mapping[str, Any]) -> tuple[int, ...]:
     with _tokenizing:
         closing = backbone.architecture != "causal"
-        return encode_rows(_PLAIN, backbone.tokenizer, [{"text": given}], _NO_LIMIT, closing=closing, answers=False)[0][
-            0
-        ].input_ids
+        found = encode_rows(task, backbone.tokenizer, [row], _NO_LIMIT, closing=closing, answers=False)[0]
+        return found[0].input_ids
 
 
 def _some(ids: Sequence[int]) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Many prompts, one backbone: rows of all prompts share batches, and each gets the answer that it would get alone."""
 
+import difflib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,16 @@ from softprompt.backbone import Backbone
 from softprompt.prompts import SoftPrompt
 from softprompt.serve import encode
 from softprompt.serve.limits import Limits, Status
-from softprompt.serve.served import Served, bare, called, from_folder, from_prompt, needs_head
+from softprompt.serve.served import (
+    BASE,
+    Served,
+    bare,
+    called,
+    from_folder,
+    from_prompt,
+    needs_head,
+    without_prompt,
+)
 from softprompt.serve.ticket import Ticket, Unknown, Writing
 from softprompt.serve.turns import Turns
 from softprompt.serve.worker import BatchDone, Worker
@@ -50,6 +60,9 @@ class Engine:
         self._changing = threading.Lock()
         with torch.no_grad():
             self._worker = Worker(backbone, self.limits.max_batch, watch or (lambda done: None))
+            self._base = None if needs_head(backbone) else without_prompt(backbone)
+            if self._base is not None and self._worker.decoder is not None:
+                self._base = replace(self._base, state=self._worker.decoder.prompt_state(self._base.prompt))
         self._turns = Turns(self._worker, self.limits)
 
     def __enter__(self) -> "Engine":
@@ -65,6 +78,11 @@ class Engine:
         return [served[name] for name in sorted(served)]
 
     @property
+    def models(self) -> list[Served]:
+        """What can be asked: the prompts, and the model without one where that says anything."""
+        return self.prompts if self._base is None else [*self.prompts, self._base]
+
+    @property
     def alive(self) -> bool:
         """Whether its thread runs and is not stuck."""
         return self._turns.alive
@@ -75,15 +93,26 @@ class Engine:
         return self._turns.closed
 
     def get(self, name: str) -> Served:
-        """The prompt of that name.
+        """The prompt of that name; `base` is the model without one.
 
         Raises:
             Unknown: there is none.
         """
-        try:
-            return self._served[name]
-        except KeyError:
-            raise Unknown(f"there is no prompt {name!r}; see the list of prompts") from None
+        found = self._served.get(name)
+        if found is None and name == BASE:
+            if self._base is None:
+                raise Unknown(
+                    f"{called(self.backbone)} answers through a head that is trained with a prompt, and has no "
+                    f"{BASE!r} to ask; name a prompt"
+                )
+            found = self._base
+        if found is None:
+            near = difflib.get_close_matches(name, [*self._served.copy(), BASE], n=3)
+            names = " or ".join(map(repr, near))
+            raise Unknown(
+                f"there is no prompt {name!r}; " + (f"did you mean {names}?" if near else "see the list of prompts")
+            )
+        return found
 
     def serves(self, name: str) -> bool:
         """Whether there is a prompt of that name."""
@@ -139,8 +168,18 @@ class Engine:
         Raises:
             Unknown: there is none of that name.
         """
+        self.refuse_base(name)
         self.get(name)
         self._served.pop(name, None)
+
+    def refuse_base(self, name: str) -> None:
+        """Refuse to change the model without a prompt.
+
+        Raises:
+            ValueError: it is meant.
+        """
+        if name == BASE:
+            raise ValueError(f"{BASE!r} is the model without a prompt, and stays; take another name for a prompt")
 
     def classify(
         self,
@@ -227,6 +266,7 @@ class Engine:
         self._turns.close(grace)
 
     def _refuse_taken(self, name: str, over: bool) -> None:
+        self.refuse_base(name)
         if name in self._served and not over:
             raise FileExistsError(f"the prompt name {name!r} is taken; choose another, or replace it")
         if name not in self._served and len(self._served) >= self.limits.max_prompts:

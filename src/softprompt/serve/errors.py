@@ -1,7 +1,7 @@
 """What goes wrong, in OpenAI's shape."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -62,9 +62,62 @@ def response(error: BaseException) -> JSONResponse:
     return JSONResponse(body, status, headers)
 
 
+_KINDS_OF_VALUE = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+}
+"""pydantic's errors of a value of another kind, as which a field of several kinds gives one for each."""
+
+
 def _validation(error: RequestValidationError) -> str:
-    """The first thing that is wrong; what was sent is not repeated."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first.get("loc", ()) if part != "body")[:200]
-    reason = str(first.get("msg", "it cannot be read"))[:300]
-    return f"{place}: {reason}" if place else reason
+    """The first thing that is wrong; what was sent is not repeated.
+
+    Where a field may be of several kinds, pydantic tells of each why it is none; the error that counts is that of the
+    kind which fits the body furthest.
+    """
+    whole = error.errors()
+    if whole[0].get("type") == "json_invalid":
+        reason = str(whole[0].get("ctx", {}).get("error", "it cannot be read"))
+        return f"the body is not JSON: {reason} at character {whole[0]['loc'][-1]}"
+    places = [_place(one, error.body) for one in whole]
+    first = places[0][:1]
+    about = [(one, place) for one, place in zip(whole, places, strict=True) if place[:1] == first]
+    furthest = max((_progress(place) for _, place in about))
+    about = [(one, place) for one, place in about if _progress(place) == furthest]
+    kinds = [_KINDS_OF_VALUE.get(one["type"]) for one, _ in about]
+    at = next((at for at, kind in enumerate(kinds) if kind is None), 0)  # a value of the right kind, otherwise wrong
+    reason = str(about[at][0].get("msg", "it cannot be read")).removeprefix("Value error, ")[:300]
+    if None not in kinds and len(wanted := list(dict.fromkeys(map(str, kinds)))) > 1:
+        reason = f"Input should be {', '.join(wanted[:-1])} or {wanted[-1]}"
+    name = ".".join(map(str, about[at][1]))[:200]
+    return f"{name}: {reason}" if name else reason
+
+
+def _place(error: Mapping[str, Any], body: Any) -> tuple[str | int, ...]:
+    """Where in the body an error is, without the names of the kinds that pydantic tried."""
+    parts = [part for part in error.get("loc", ()) if part != "body"]
+    found: list[str | int] = []
+    for number, part in enumerate(parts, start=1):
+        inside = (isinstance(body, dict) and part in body) or (
+            isinstance(body, list) and isinstance(part, int) and part < len(body)
+        )
+        if inside:
+            body = body[part]
+        if inside or not found or (error.get("type") == "missing" and number == len(parts)):
+            found.append(part)
+    return tuple(found)
+
+
+def _progress(place: Sequence[str | int]) -> tuple[int, tuple[int, ...]]:
+    """How far the body was read: the deeper the further, and in a list the later."""
+    return len(place), tuple(part for part in place if isinstance(part, int))

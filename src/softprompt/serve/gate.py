@@ -80,16 +80,18 @@ class Record:
     tickets: list[Ticket] = field(default_factory=list)
     """Given up when the request is over, however it ends."""
     texts: list[Any] = field(default_factory=list)
+    answers_each: int = 1
+    """Answers to each input, whose tickets are neighbours."""
 
     @property
     def read(self) -> int:
-        """Tokens of the input."""
-        return sum(len(ticket.ids) for ticket in self.tickets)
+        """Tokens of the input, each input counted once."""
+        return sum(len(ticket.ids) for ticket in self.tickets[:: self.answers_each])
 
     @property
     def written(self) -> int:
         """Tokens of the answer."""
-        return sum(len(ticket.tokens) for ticket in self.tickets)
+        return sum(ticket.written for ticket in self.tickets)
 
 
 @final

@@ -111,9 +111,9 @@ def _health(engine: Engine, metrics: Metrics) -> APIRouter:
 def _asking(engine: Engine) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/v1/models", summary="Every prompt, as OpenAI's clients list models")
+    @router.get("/v1/models", summary="Every prompt and the model without one, as OpenAI's clients list models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(served) for served in engine.prompts]}
+        return {"object": "list", "data": [_model(served) for served in engine.models]}
 
     @router.get("/v1/models/{name}", summary="One prompt")
     async def model(name: str) -> dict[str, Any]:
@@ -188,6 +188,7 @@ def _prompts(engine: Engine, shelf: Shelf | None, metrics: Metrics) -> APIRouter
     @router.delete("/v1/prompts/{name}", summary="Remove a prompt")
     async def remove(name: str) -> dict[str, Any]:
         async with changing:
+            engine.refuse_base(name)
             engine.get(name)
             if shelf is not None:
                 await asyncio.to_thread(shelf.drop, name)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from torch import nn
 
 from softprompt.attach import Attachment, attach
@@ -17,6 +18,8 @@ from softprompt.serve.decoding import PromptState
 from softprompt.tasks import Task, answer_ids
 from softprompt.tasks.template import parse
 
+BASE = "base"
+"""The model without a prompt, under the name by which it is asked."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -28,7 +31,7 @@ class Served:
     name: str
     prompt: Folded
     source: str
-    """`run`, `peft` or `sent`."""
+    """`run`, `peft` or `sent`; `base` without a prompt."""
     task: Task | None = None
     """What it was trained for, where that is known."""
     candidates: tuple[tuple[int, ...], ...] = ()
@@ -156,6 +159,12 @@ def from_prompt(name: str, prompt: SoftPrompt, backbone: Backbone, source: str =
             "backbone"
         )
     return Served(name=checked_name(name), prompt=folded, source=source)
+
+
+def without_prompt(backbone: Backbone) -> Served:
+    """The zero-shot model: a prompt of no virtual tokens and no task."""
+    matrix = torch.zeros(0, backbone.dim, device=backbone.device)
+    return Served(name=BASE, prompt=Folded(matrix), source=BASE)
 
 
 def needs_head(backbone: Backbone) -> bool:

@@ -102,7 +102,14 @@ class Ticket:
         self.deadline = None if timeout is None else self.arrived + timeout
         self.future: Future[Any] = Future()
         self.tokens: list[int] = []
+        self.counted: int | None = None
+        """Tokens up to the stop that ended the text, where the engine had written more."""
         self._on_token = on_token
+
+    @property
+    def written(self) -> int:
+        """Tokens of its answer."""
+        return len(self.tokens) if self.counted is None else self.counted
 
     @property
     def over(self) -> bool:

@@ -4,7 +4,16 @@ from softprompt.tasks import boolq, glue, sentiment, superglue  # noqa: F401  (e
 from softprompt.tasks.base import READERS, TASKS, Task, Template, register
 from softprompt.tasks.batch import IGNORED, Batch, answer_labels, batches, collate, schedule
 from softprompt.tasks.data import SAME_ROWS, Splits, check, cut, shots, splits
-from softprompt.tasks.encode import Example, answer_ids, beginning, encode, refuse_other_input
+from softprompt.tasks.encode import (
+    Example,
+    Examples,
+    answer_ids,
+    beginning,
+    encode,
+    input_lengths,
+    refuse_other_input,
+    strip_end,
+)
 from softprompt.tasks.images import augmented, sample, unlabelled
 from softprompt.tasks.metrics import METRICS, Answers, Metric
 from softprompt.tasks.rows import read_rows
@@ -20,6 +29,7 @@ __all__ = [
     "Answers",
     "Batch",
     "Example",
+    "Examples",
     "Metric",
     "Prediction",
     "Protocol",
@@ -36,6 +46,7 @@ __all__ = [
     "collate",
     "cut",
     "encode",
+    "input_lengths",
     "load_task",
     "read_answers",
     "read_rows",
@@ -46,5 +57,6 @@ __all__ = [
     "score",
     "shots",
     "splits",
+    "strip_end",
     "unlabelled",
 ]

@@ -1,17 +1,19 @@
 """Rows as token ids: the rendered template, shortened inside a field where it is too long, and the answer."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, final
+from typing import Any, final, overload
 
 from softprompt.pixels import Picture, Processor
 from softprompt.tasks.base import Task
+from softprompt.tasks.control import Part, Span, Tokenizer, control_tokens
 from softprompt.tasks.rows import records
 from softprompt.tasks.template import parse
 
-Tokenizer = Any
-"""A fast `transformers` tokenizer: one that knows each token's place in the text."""
+_ROWS, _CHARACTERS = 1000, 1 << 18
+"""Most rows and characters that are tokenised at a time, so that memory is that of the ids that are kept."""
 
 
 @final
@@ -30,6 +32,61 @@ class Example:
     """The image, where that is the input; it is decoded when a batch is made."""
 
 
+@final
+class Examples(Sequence[Example]):
+    """Examples of text at four bytes a token; each is made when it is asked for, and a slice shares the tokens."""
+
+    def __init__(self) -> None:
+        self._ids, self._ends = array("i"), array("q", [0])
+        self._answers, self._answer_ends = array("i"), array("q", [0])
+        self._labels = array("i")
+        self._order: range | array[int] = range(0)
+        self.answers_ended = 0
+        """Answers whose own end-of-sequence text was dropped."""
+
+    def append(self, input_ids: Sequence[int], answer_ids: Sequence[int], label: int | None) -> None:
+        """Another row, behind those that are there."""
+        self._ids.extend(input_ids)
+        self._ends.append(len(self._ids))
+        self._answers.extend(answer_ids)
+        self._answer_ends.append(len(self._answers))
+        self._labels.append(-1 if label is None else label)
+        self._order = range(len(self._labels))
+
+    def lengths(self) -> list[int]:
+        """Tokens of each input."""
+        return [self._ends[row + 1] - self._ends[row] for row in self._order]
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Examples": ...
+    def __getitem__(self, index: int | slice) -> "Example | Examples":
+        """One row, or some of them in their order."""
+        if isinstance(index, slice):
+            part = object.__new__(Examples)
+            part.__dict__.update(self.__dict__, _order=self._order[index])
+            return part
+        row = self._order[index]
+        return Example(
+            tuple(self._ids[self._ends[row] : self._ends[row + 1]]),
+            tuple(self._answers[self._answer_ends[row] : self._answer_ends[row + 1]]),
+            None if self._labels[row] < 0 else self._labels[row],
+            row,
+        )
+
+
+def input_lengths(examples: Sequence[Example]) -> list[int]:
+    """Tokens of each input."""
+    if isinstance(examples, Examples):
+        return examples.lengths()
+    return [len(example.input_ids) for example in examples]
+
+
 def encode(
     task: Task,
     tokenizer: Tokenizer,
@@ -38,12 +95,15 @@ def encode(
     *,
     closing: bool = False,
     answers: bool = True,
-) -> tuple[list[Example], int]:
+) -> tuple[Sequence[Example], int]:
     """Examples of all rows in their order, and how many of them had to be shortened.
 
     A row of more than `max_tokens` loses the end of its longest field, so the template's own words survive, the cue
     for the answer in front of all. An answer never counts: it comes on top. A generated answer ends with the
-    tokenizer's end of sequence, so that generating stops; a label's word has no end.
+    tokenizer's end of sequence, so that generating stops, and not twice where its text ends with that already; a
+    label's word has no end.
+
+    What a row holds is text: control tokens (`<|im_end|>`, `<mask>`) are such only where the template has them.
 
     Rows of images become examples whose image is decoded when a batch is made of them; none is ever shortened.
 
@@ -56,31 +116,45 @@ def encode(
         answers: read the answers; without, rows need none.
 
     Raises:
-        ValueError: a row that does not render, a template longer than `max_tokens`, or a tokenizer that is not fast.
+        ValueError: a row that does not render or is not whole text, a template longer than `max_tokens`, or a
+            tokenizer that is not fast.
     """
     refuse_other_input(task, tokenizer)
     if task.image:
         return encode_pictures(task, tokenizer, list(records(rows)), max_tokens, answers=answers), 0
     _check_fast(tokenizer)
-    table = list(records(rows))
-    pieces = [task.pieces(row, f"row {number}") for number, row in enumerate(table, start=1)]
-    found = _tokens(tokenizer, [_join(parts) for parts in pieces], closing)
     words = answer_ids(task, tokenizer) if answers and task.is_classification else ()
-    examples, shortened = [], 0
-    for number, (row, parts, (ids, _)) in enumerate(zip(table, pieces, found, strict=True)):
-        if len(ids) > max_tokens:
-            ids = _shorten(task, tokenizer, parts, max_tokens, closing)
-            shortened += 1
-        label: int | None = None
-        answer: tuple[int, ...] = ()
-        if answers:
-            given = task.answer(row, f"row {number + 1}")
-            if isinstance(given, int):
-                label, answer = given, words[given]
-            else:
-                answer = _ended(tokenizer, _answer(tokenizer, task.lead + given))
-        examples.append(Example(tuple(ids), answer, label, number))
+    examples, shortened = Examples(), 0
+    ended = any(strip_end(word, tokenizer) != word for word in task.answers)
+    for chunk in _chunks(task, rows):
+        found = _tokens(tokenizer, [parts for _, parts in chunk], closing, first_row=len(examples) + 1)
+        labels: list[int | None] = [None] * len(chunk)
+        targets: Sequence[tuple[int, ...]] = [()] * len(chunk)
+        if answers and task.is_classification:
+            labels = [int(task.answer(row, f"row {len(examples) + at}")) for at, (row, _) in enumerate(chunk, 1)]
+            targets = [words[label] for label in labels if label is not None]
+            examples.answers_ended += len(chunk) * ended
+        elif answers:
+            targets = _targets(task, tokenizer, [row for row, _ in chunk], examples)
+        for (_, parts), ids, target, label in zip(chunk, found, targets, labels, strict=True):
+            if len(ids) > max_tokens:
+                ids = _shorten(task, tokenizer, parts, max_tokens, closing, len(examples) + 1)
+                shortened += 1
+            examples.append(ids, target, label)
     return examples, shortened
+
+
+def strip_end(text: str, tokenizer: Tokenizer) -> str:
+    """An answer without the tokenizer's end of sequence (`</s>`) that its text ends with, as some tutorials write it.
+
+    >>> from types import SimpleNamespace
+    >>> strip_end("good</s>", SimpleNamespace(eos_token="</s>"))
+    'good'
+    """
+    end = tokenizer.eos_token
+    while end and text.rstrip().endswith(end):
+        text = text.rstrip().removesuffix(end)
+    return text
 
 
 def beginning(task: Task, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -90,7 +164,7 @@ def beginning(task: Task, tokenizer: Tokenizer) -> tuple[int, ...]:
     compare before relying on them.
     """
     words = takewhile(lambda part: not part[0], parse(task.template))
-    return tuple(_tokens(tokenizer, [_join(list(words))], closing=False)[0][0][:-1])
+    return tuple(_tokens(tokenizer, [list(words)], closing=False)[0][:-1])
 
 
 def refuse_other_input(task: Task, tokenizer: Tokenizer) -> None:
@@ -135,8 +209,8 @@ def answer_ids(task: Task, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
         return tuple((index,) for index in range(len(task.words)))
     _check_fast(tokenizer)
     found: dict[tuple[int, ...], str] = {}
-    for word in task.answers:
-        ids = _answer(tokenizer, word)
+    words = [strip_end(word, tokenizer) for word in task.answers]
+    for word, ids in zip(task.answers, _answers(tokenizer, words, first_row=0), strict=True):
         if not ids or all(one == tokenizer.unk_token_id for one in ids):
             raise ValueError(
                 f"the word {word!r} of task {task.name!r} has no tokens in this vocabulary; use another one"
@@ -164,46 +238,110 @@ def _check_fast(tokenizer: Tokenizer) -> None:
         )
 
 
-def _join(parts: Sequence[tuple[bool, str]]) -> str:
+def _chunks(task: Task, rows: Iterable[Mapping[str, Any]]) -> Iterator[list[tuple[Mapping[str, Any], list[Part]]]]:
+    """Rows and their parts, so many at a time as are tokenised together."""
+    chunk: list[tuple[Mapping[str, Any], list[Part]]] = []
+    size = 0
+    for number, row in enumerate(records(rows), start=1):
+        parts = task.pieces(row, f"row {number}")
+        chunk.append((row, parts))
+        size += sum(len(text) for _, text in parts)
+        if len(chunk) == _ROWS or size >= _CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _join(parts: Sequence[Part]) -> str:
     return "".join(text for _, text in parts)
 
 
-def _tokens(tokenizer: Tokenizer, texts: Sequence[str], closing: bool) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """Ids and places of each text, with the special tokens in front and, if `closing`, those behind."""
+def _tokens(
+    tokenizer: Tokenizer, texts: Sequence[Sequence[Part]], closing: bool, first_row: int = 1
+) -> list[list[int]]:
+    """Ids of each text, with the special tokens in front and, if `closing`, those behind."""
     if not texts:
         return []
-    made = tokenizer(
-        list(texts),
-        add_special_tokens=True,
-        truncation=False,
-        padding=False,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        verbose=False,
-    )
-    found = []
-    for ids, places, special in zip(
-        made["input_ids"], made["offset_mapping"], made["special_tokens_mask"], strict=True
-    ):
-        end = len(ids)
-        # The text's own tokens come first, so that a run of special ones without any text stays in front.
-        while not closing and end and special[end - 1] and 0 in special[:end]:
-            end -= 1
-        found.append((list(ids[:end]), list(places[:end])))
+    joined = [_join(parts) for parts in texts]
+    made = _call(tokenizer, joined, first_row, return_special_tokens_mask=True)
+    control, found, suspects = control_tokens(tokenizer), list[list[int]](), list[int]()
+    for ids, special, text in zip(made["input_ids"], made["special_tokens_mask"], joined, strict=True):
+        begin, end = special.index(0) if 0 in special else len(special), _end(special, closing=False)
+        if control.suspects(ids[begin:end], text):
+            suspects.append(len(found))
+        found.append(ids if closing else ids[:end])
+    placed = _placed(tokenizer, [texts[at] for at in suspects], closing, [first_row + at for at in suspects])
+    for at, (ids, _, _) in zip(suspects, placed, strict=True):
+        found[at] = ids
     return found
 
 
+def _placed(
+    tokenizer: Tokenizer, texts: Sequence[Sequence[Part]], closing: bool, rows: Sequence[int]
+) -> list[tuple[list[int], list[Span], Sequence[Part]]]:
+    """Ids of each text, where each lies, and the parts in which it lies there; what a row holds is read as text."""
+    if not texts:
+        return []
+    joined = [_join(parts) for parts in texts]
+    made = _call(tokenizer, joined, rows[0], return_special_tokens_mask=True, return_offsets_mapping=True)
+    control, found = control_tokens(tokenizer), list[tuple[list[int], list[Span], Sequence[Part]]]()
+    encoded = zip(made["input_ids"], made["special_tokens_mask"], made["offset_mapping"], strict=True)
+    for number, parts, (ids, special, spans) in zip(rows, texts, encoded, strict=True):
+        if control.foreign(ids, special, spans, parts):
+            ids, special, spans, parts = control.encode(parts, special=True, where=f"row {number}")
+        end = _end(special, closing=closing)
+        found.append((list(ids[:end]), list(spans[:end]), parts))
+    return found
+
+
+def _end(special: Sequence[int], *, closing: bool) -> int:
+    """How many tokens are kept: without `closing`, all but the special ones behind the text."""
+    end = len(special)
+    # The text's own tokens come first, so that a run of special ones without any text stays in front.
+    while not closing and end and special[end - 1] and 0 in special[:end]:
+        end -= 1
+    return end
+
+
+def _call(tokenizer: Tokenizer, texts: Sequence[str], first_row: int, **more: Any) -> Any:
+    """The tokenizer's own answer.
+
+    Raises:
+        ValueError: a text that is not whole, by the number of its row.
+    """
+    try:
+        return tokenizer(
+            list(texts),
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **{"add_special_tokens": True, **more},
+        )
+    except (TypeError, UnicodeEncodeError):
+        for number, text in enumerate(texts, start=first_row):
+            if broken := next((sign for sign in text if "\ud800" <= sign <= "\udfff"), None):
+                where = f"row {number}" if first_row else "a label"
+                raise ValueError(
+                    f"{where} holds half of a surrogate pair ({broken!a}), which is not text; write the whole "
+                    "character or leave it out"
+                ) from None
+        raise
+
+
 def _shorten(
-    task: Task, tokenizer: Tokenizer, parts: Sequence[tuple[bool, str]], max_tokens: int, closing: bool
+    task: Task, tokenizer: Tokenizer, parts: Sequence[Part], max_tokens: int, closing: bool, row: int
 ) -> list[int]:
     """The ids after the longest field has lost its end, again and again until they fit."""
     parts = list(parts)
     while True:
-        ids, places = _tokens(tokenizer, [_join(parts)], closing)[0]
+        [(ids, places, shown)] = _placed(tokenizer, [parts], closing, [row])
         excess = len(ids) - max_tokens
         if excess <= 0:
             return ids
-        fields = _field_tokens(parts, places)
+        fields = _field_tokens(shown, places)
         ranked = sorted(fields, key=lambda index: len(fields[index]), reverse=True)
         if not ranked or not fields[ranked[0]]:
             raise ValueError(
@@ -218,7 +356,7 @@ def _shorten(
         parts[longest] = (True, text[: tokens[-drop]].rstrip())
 
 
-def _field_tokens(parts: Sequence[tuple[bool, str]], places: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
+def _field_tokens(parts: Sequence[Part], places: Sequence[Span]) -> dict[int, list[int]]:
     """Where each field's tokens begin within its text; a token that begins before it counts from its first letter."""
     found, start = {}, 0
     for index, (is_field, text) in enumerate(parts):
@@ -229,19 +367,52 @@ def _field_tokens(parts: Sequence[tuple[bool, str]], places: Sequence[tuple[int,
     return found
 
 
-def _answer(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """The tokens that `text` has on its own, or behind a colon if it begins with a space.
+def _targets(
+    task: Task, tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]], before: Examples
+) -> list[tuple[int, ...]]:
+    """What is to be written for each row, with one end of sequence."""
+    texts = []
+    for number, row in enumerate(rows, start=len(before) + 1):
+        given = str(task.answer(row, f"row {number}"))
+        text = strip_end(given, tokenizer)
+        if text != given:
+            before.answers_ended += 1
+            if not text.strip():
+                raise ValueError(
+                    f"row {number} has the answer {given!r} in column {task.target!r}, which is an end of sequence "
+                    "and nothing before it; give it an answer or leave the row out"
+                )
+        texts.append(task.lead + text)
+    return [_ended(tokenizer, ids) for ids in _answers(tokenizer, texts, len(before) + 1)]
+
+
+def _answers(tokenizer: Tokenizer, texts: Sequence[str], first_row: int = 1) -> list[tuple[int, ...]]:
+    """The tokens that each text has on its own, or behind a colon if it begins with a space.
 
     Some tokenizers (Llama 2's) put a space of their own before a text's first word, so that " yes" alone would begin
     with two; behind other text it has the tokens that the model has seen. With most tokenizers the two are the same.
     """
-    alone = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if text[:1] == " ":
-        colon = tokenizer(":", add_special_tokens=False)["input_ids"]
-        behind = tokenizer(":" + text, add_special_tokens=False)["input_ids"]
-        if behind[: len(colon)] == colon and len(behind) > len(colon):
-            return tuple(behind[len(colon) :])
-    return tuple(alone)
+    colon = _plain(tokenizer, [[(False, ":")]], first_row)[0]
+    alone = _plain(tokenizer, [[(True, text)] for text in texts], first_row)
+    behind = _plain(tokenizer, [[(False, ":"), (True, text)] for text in texts], first_row)
+    found = []
+    for text, ids, other in zip(texts, alone, behind, strict=True):
+        follows = text[:1] == " " and other[: len(colon)] == colon and len(other) > len(colon)
+        found.append(tuple(other[len(colon) :] if follows else ids))
+    return found
+
+
+def _plain(tokenizer: Tokenizer, texts: Sequence[Sequence[Part]], first_row: int) -> list[list[int]]:
+    """Ids of each text without the special tokens that the tokenizer puts around one."""
+    if not texts:
+        return []
+    joined = [_join(parts) for parts in texts]
+    made: list[list[int]] = _call(tokenizer, joined, first_row, add_special_tokens=False)["input_ids"]
+    control = control_tokens(tokenizer)
+    return [
+        control.encode(parts, special=False, where=f"row {row}")[0] if control.suspects(ids, text) else ids
+        for row, (ids, parts, text) in enumerate(zip(made, texts, joined, strict=True), start=first_row)
+    ]
 
 
 def _ended(tokenizer: Tokenizer, ids: tuple[int, ...]) -> tuple[int, ...]:

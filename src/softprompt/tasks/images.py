@@ -17,7 +17,7 @@ from softprompt import assets
 from softprompt.choices import Augment
 from softprompt.pixels import Processor, name, read
 from softprompt.tasks.base import READERS, Task, refuse_folder, register
-from softprompt.tasks.encode import Example, encode_pictures
+from softprompt.tasks.encode import Example, Examples, encode_pictures
 from softprompt.tasks.rows import read_rows
 
 IMAGE, LABEL = "image", "label"
@@ -120,8 +120,10 @@ def without_broken(task: Task, rows: Dataset, origin: str) -> tuple[Dataset, tup
     return (rows.select(kept) if broken else rows), tuple(broken)
 
 
-def augmented(examples: Sequence[Example], augment: Augment) -> list[Example]:
+def augmented(examples: Sequence[Example], augment: Augment) -> Sequence[Example]:
     """The same, but that images are changed at random each time that a batch is made of them; text stays."""
+    if isinstance(examples, Examples):
+        return examples
     return [
         Example(one.input_ids, one.answer_ids, one.label, one.row, one.picture and one.picture.augmented(augment))
         for one in examples

@@ -1,0 +1,72 @@
+"""Stops that are control tokens, and the tokens that are counted."""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from softprompt.serve.text import Text
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<s>", "</s>", "<pad>", "<|im_start|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=special, initial_alphabet=alphabet)
+    made.train_from_iterator(["fine film user good"] * 9, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens=special[3:]
+    )
+
+
+TOKENIZER = _tokenizer()
+
+
+def _ids(text: str) -> list[int]:
+    return list(TOKENIZER(text, add_special_tokens=False)["input_ids"])
+
+
+def _said(written: str, *stops: str, raw: list[int] | None = None) -> tuple[str, int, bool]:
+    text = Text(TOKENIZER, stops)
+    said = ""
+    for token in raw or _ids(written):
+        said += text.add(token)
+        if text.stopped:
+            return said, text.count, True
+    said += text.end()
+    return said, text.count, text.stopped
+
+
+@pytest.mark.parametrize("token", ["<|im_start|>", "</s>", "<pad>"])
+def test_a_stop_that_is_a_control_token_ends_the_text(token: str) -> None:
+    assert _said(f"fine{token}user", token) == ("fine", len(_ids("fine")) + 1, True)
+    assert _said(f"fine{token}user", f"{token}user") == ("fine", len(_ids(f"fine{token}user")), True)
+    assert _said(f"fine é{token}user", "x", token) == ("fine é", len(_ids("fine é")) + 1, True)
+
+
+def test_a_control_token_that_is_no_stop_is_no_text() -> None:
+    assert _said("fine<pad> film<s>", "user")[0] == "fine film"
+    assert _said("fine<pad> film<s>")[0] == "fine film"
+    assert _said("fi<pad>ne film", "fine")[::2] == ("", True)  # the client sees the stop, though a token is within
+    assert _said("fine<pad>user", "<pad>film", "<|im")[::2] == ("fineuser", False)
+
+
+def test_a_stop_is_counted_up_to_the_token_that_completes_it() -> None:
+    tokens = _ids("good film é fine user")
+    for stop in (" film", "lm é", "é", "f", "user", " fin"):
+        least = next(n for n in range(1, 99) if stop in TOKENIZER.decode(tokens[:n]))
+        assert _said("good film é fine user", stop)[1:] == (least, True)
+
+
+def test_a_stop_with_half_a_character_is_counted_so_too() -> None:
+    """What a model writes need not be whole characters, and a client may stop at what it saw of them."""
+    half = TOKENIZER.convert_tokens_to_ids(["f", "Ã", "x", "Ã", "Ã", "f"])
+    stop = "\ufffdx\ufffd"
+    assert _said("", stop, raw=half) == ("f", 4, True)
+    assert _said("", stop, raw=half[:4]) == ("f", 4, True)
+
+
+def test_without_a_stop_all_tokens_count() -> None:
+    tokens = _ids("good film é")
+    assert _said("good film é", "zzz")[1:] == (len(tokens), False)
+    assert _said("", raw=tokens[:-1])[1] == len(tokens) - 1
