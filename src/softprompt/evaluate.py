@@ -1,4 +1,4 @@
-"""A prompt's score on a split: with its n, what the majority answer would score, and an interval."""
+"""A prompt's score on a split or a file: with its n, what the majority answer would score, and an interval."""
 
 import random
 from collections.abc import Sequence
@@ -11,7 +11,19 @@ from softprompt.backbone import Backbone, load
 from softprompt.experiment import Experiment
 from softprompt.predict import Answer, answer, input_limit
 from softprompt.runs import Run
-from softprompt.tasks import Example, Prediction, Score, Splits, Task, encode, load_task, score, shots, splits
+from softprompt.tasks import (
+    Example,
+    Prediction,
+    Score,
+    Splits,
+    Task,
+    encode,
+    given_rows,
+    load_task,
+    score,
+    shots,
+    splits,
+)
 
 
 def evaluate(
@@ -19,35 +31,57 @@ def evaluate(
     *,
     task: str | None = None,
     data: str | None = None,
-    split: str = "test",
+    split: str | None = None,
     backbone: Backbone | None = None,
 ) -> Score:
-    """The score of a finished run on a split of its own task, or of another one.
+    """The score of a finished run on a split of its own task, on another task, or on all rows of a file.
 
     Args:
         task: a built-in task's name or a TOML file; none: the run's own.
-        data: where the rows are, as `Experiment.data`; none: where the run had them, or where that other task says.
-        split: `test`, `dev` or `train`.
+        data: a file (of images also a folder of class folders), all of whose rows are scored; or the official folder
+            of a built-in task, of which the split is scored. None: the rows that the run had, or those of `task`.
+        split: `test` (the default), `dev` or `train`; not with a file, which is scored whole.
         backbone: the run's own, if it is loaded already.
 
     Raises:
-        ValueError: an unknown split, or one that the task has not.
+        FileNotFoundError: the rows are no longer where the run had them, or there is no `data`.
+        ValueError: an unknown split, one that the task has not, or one of a file; or the run's rows have changed.
     """
-    if split not in ("train", "dev", "test"):
+    if split not in (None, "train", "dev", "test"):
         raise ValueError(f"split is {split!r}; it must be train, dev or test")
     experiment = run.experiment
     chosen = load_task(task) if task else run.task
-    if task is None:
-        rows = read_splits(experiment if data is None else experiment.replace(data=data), chosen)
-    else:
-        rows = splits(chosen, data, experiment.seed)
+    rows, split = _rows_to_score(run, chosen, data, split, own=task is None)
     if not len(getattr(rows, split)):
         raise ValueError(f"task {chosen.name!r} has no {split} rows; it can only be scored on its test split")
     backbone = backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
     attachment = run.attachment(backbone)
+    _refuse_other_classes(run, attachment, chosen)
     limit = input_limit(attachment, chosen, experiment.training)
     examples = encode(chosen, backbone.tokenizer, getattr(rows, split), limit, closing=attachment.closed)[0]
     return score_examples(attachment, chosen, rows, split, examples, experiment.training.max_new_tokens)[0]
+
+
+def _rows_to_score(run: Run, task: Task, data: str | None, split: str | None, *, own: bool) -> tuple[Splits, str]:
+    """The rows, and which of the three splits they are."""
+    experiment = run.experiment
+    if data is not None and (whole := given_rows(task, data, split)) is not None:
+        return whole, "test"
+    if own:
+        rows = read_splits(experiment if data is None else experiment.replace(data=data), task)
+    else:
+        rows = splits(task, data, experiment.seed)
+    return rows, split or "test"
+
+
+def _refuse_other_classes(run: Run, attachment: Attachment, task: Task) -> None:
+    """A trained head knows its classes by their number: those of another task may be others, or in another order."""
+    trained, asked = (list(one.words.values()) for one in (run.task, task))
+    if attachment.head is not None and trained != asked:
+        raise ValueError(
+            f"run {run.folder} answers through a head trained for {', '.join(trained)}, and task {task.name!r} has "
+            f"{', '.join(asked) or 'no labels'}; score it on a task with the same words in the same order"
+        )
 
 
 def read_splits(experiment: Experiment, task: Task) -> Splits:

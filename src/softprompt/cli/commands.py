@@ -21,15 +21,16 @@ def evaluate_(
     run: RunFolder,
     task: str | None = None,
     data: str | None = None,
-    split: Literal["test", "dev", "train"] = "test",
+    split: Literal["test", "dev", "train"] | None = None,
 ) -> dict[str, Any]:
     """Score a run.
 
     Args:
         run: The run's folder.
         task: Another task than the run's own: a name, or a TOML file.
-        data: Where the rows are, as in train; none: where the run had them, or where that other task says.
-        split: Which rows.
+        data: A file of rows (of images also a folder), all of which are scored, or a benchmark's official folder; none:
+            where the run had its rows, or where that other task says.
+        split: Which rows; none: test. Not with a file, which is scored whole.
     """
     from softprompt import runs
     from softprompt.evaluate import evaluate
@@ -40,7 +41,8 @@ def evaluate_(
         "command": "evaluate",
         "run": str(run),
         "task": task or opened.task.name,
-        "split": split,
+        "data": data,
+        "split": split or ("test" if data is None or Path(data).is_dir() else None),
         **dataclasses.asdict(score),
     }
 

@@ -3,7 +3,7 @@
 from softprompt.tasks import boolq, glue, sentiment, superglue  # noqa: F401  (each registers its own)
 from softprompt.tasks.base import READERS, TASKS, Task, Template, register
 from softprompt.tasks.batch import IGNORED, Batch, answer_labels, batches, collate, schedule
-from softprompt.tasks.data import SAME_ROWS, Splits, check, cut, shots, splits
+from softprompt.tasks.data import SAME_ROWS, Splits, check, cut, given_rows, shots, splits
 from softprompt.tasks.encode import Example, answer_ids, beginning, encode, refuse_other_input
 from softprompt.tasks.images import augmented, sample, unlabelled
 from softprompt.tasks.metrics import METRICS, Answers, Metric
@@ -22,7 +22,6 @@ __all__ = [
     "Example",
     "Metric",
     "Prediction",
-    "Protocol",
     "Score",
     "Splits",
     "Task",
@@ -36,6 +35,7 @@ __all__ = [
     "collate",
     "cut",
     "encode",
+    "given_rows",
     "load_task",
     "read_answers",
     "read_rows",

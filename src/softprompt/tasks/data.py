@@ -14,7 +14,7 @@ from datasets import Dataset
 from softprompt import pixels
 from softprompt.choices import Protocol
 from softprompt.tasks.base import READERS, Task, suggest
-from softprompt.tasks.images import pictures, without_broken
+from softprompt.tasks.images import cut_folders, pictures, without_broken
 from softprompt.tasks.metrics import METRICS
 from softprompt.tasks.rows import read_rows, records
 from softprompt.tasks.score import read_answers
@@ -95,6 +95,46 @@ def splits(task: Task, data: str | None = None, seed: int = 0, protocol: Protoco
     if wanted:
         found.update(cut(task, found["train"], wanted, "train", seed))
     return _splits(task, found["train"], found["dev"], found["test"], broken)
+
+
+def given_rows(task: Task, data: str, split: str | None = None) -> Splits | None:
+    """All rows of a file that is given to be scored, as the test split; none: it is the official folder of a benchmark.
+
+    Of a task of images it may be a folder of class folders too. Where a folder or a hub dataset is cut already, it is
+    that split of it, `test` if none is named. The column of groups is not needed: nothing is cut.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: a split is named and the rows have none, or a row cannot be scored.
+    """
+    place = Path(data).expanduser()
+    parts: Mapping[str, Path | Dataset] = {}
+    if task.source == "hub" and not place.exists():
+        parts = READERS["hub"](dataclasses.replace(task, files={"train": data}), None)
+        parts = {"dev" if name == "validation" else name: rows for name, rows in parts.items()}
+    elif not place.exists():
+        folder = "" if task.files else ", or the task's official folder"
+        raise FileNotFoundError(f"there is no {data}; give a file of rows to score{folder}")
+    elif place.is_dir() and task.image:
+        parts = cut_folders(place)
+    elif place.is_dir():
+        if task.files:
+            raise ValueError(f"{data} is a folder, and task {task.name!r} has its rows in files; give one")
+        return None
+    if parts and (split or "test") not in parts:
+        raise ValueError(f"{data} has no {split or 'test'} rows, it has {', '.join(parts)}; name one of these as split")
+    if not parts and split is not None:
+        raise ValueError(f"split is {split!r}, and {data} is scored whole, with no splits; leave one of the two out")
+    found = parts[split or "test"] if parts else place
+    task = dataclasses.replace(task, group="")
+    if isinstance(found, Path):
+        found = pictures(task, found) if task.image else read_rows(found)
+    check(task, found, data)
+    broken: tuple[str, ...] = ()
+    if task.image:
+        found, broken = without_broken(task, found, data)
+    nothing = found.select([])
+    return _splits(task, nothing, nothing, found, broken)
 
 
 def _majority(task: Task, rows: Dataset, golds: Sequence[int | str], counts: Mapping[int | str, int]) -> int | str:

@@ -37,7 +37,7 @@ def folder_task(folder: Path) -> Task:
         name=place.name,
         image=IMAGE,
         label=LABEL,
-        words=_own_words(_parts(place).get("train", place), None),
+        words=_own_words(cut_folders(place).get("train", place), None),
         metrics=("accuracy", "macro_f1"),
         source="images",
         files={"train": str(place)},
@@ -47,7 +47,7 @@ def folder_task(folder: Path) -> Task:
 def image_words(train: str, label: str) -> dict[str, str]:
     """Each class under its own name, sorted: of the training folder, or the training table's labels."""
     place = Path(train)
-    return _own_words(_parts(place).get("train", place), label)
+    return _own_words(cut_folders(place).get("train", place), label)
 
 
 def hub_words(repository: str, label: str) -> dict[str, str]:
@@ -142,7 +142,7 @@ def _read_files(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
     found: dict[str, Dataset] = {}
     for split, file in task.files.items():
         place = Path(file)
-        parts = _parts(place)
+        parts = cut_folders(place)
         found.update({part: pictures(task, inner) for part, inner in parts.items()} or {split: pictures(task, place)})
     return _halved(found)
 
@@ -199,8 +199,8 @@ def _hub(repository: str) -> Mapping[str, Dataset]:
     return found
 
 
-def _parts(place: Path) -> dict[str, Path]:
-    """The folders of a dataset that is cut already, by split; none of another."""
+def cut_folders(place: Path) -> dict[str, Path]:
+    """The folders of a dataset that is cut into splits already, by split; none of another."""
     if not (place / "train").is_dir():
         return {}
     inside = {inner.name: inner for inner in sorted(place.iterdir()) if inner.is_dir()}
