@@ -67,8 +67,10 @@ def _rows_to_score(run: Run, task: Task, data: str | None, split: str | None, *,
     experiment = run.experiment
     if data is not None and (whole := given_rows(task, data, split)) is not None:
         return whole, "test"
-    if own:
-        rows = read_splits(experiment if data is None else experiment.replace(data=data), task)
+    if own and data is None:
+        rows = run_splits(run)
+    elif own:
+        rows = read_splits(experiment.replace(data=data), task)
     else:
         rows = splits(task, data, experiment.seed)
     return rows, split or "test"
@@ -97,6 +99,29 @@ def read_splits(experiment: Experiment, task: Task) -> Splits:
             f"softprompt evaluate RUN --task {task.name}"
         )
     return shots(task, rows, training.shots, experiment.seed, training.shots_balanced) if training.shots else rows
+
+
+def run_splits(run: Run) -> Splits:
+    """The rows of a run as it was started with them.
+
+    Raises:
+        FileNotFoundError: they are no longer where the run had them.
+        ValueError: they are others now: cut anew, those that the run was trained on may be among the test rows.
+    """
+    place = run.experiment.data or ", ".join(run.task.files.values()) or run.experiment.task
+    remedy = "or score all rows of another file with: softprompt evaluate RUN --data FILE"
+    try:
+        rows = read_splits(run.experiment, run.task)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the rows of run {run.folder} are not where it recorded them ({place}): {error}; put them back, {remedy}"
+        ) from None
+    if rows.fingerprint != run.record["data"]:
+        raise ValueError(
+            f"the rows of {place} are not those that run {run.folder} was started with, so its test rows are not known "
+            f"any more; put them back, {remedy}"
+        )
+    return rows
 
 
 def score_examples(

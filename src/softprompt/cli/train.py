@@ -95,9 +95,9 @@ def _show_result(run: "Run") -> None:
 
 
 def _show_mistakes(run: "Run", count: int) -> None:
-    from softprompt.evaluate import read_splits
+    from softprompt.evaluate import run_splits
 
-    rows = read_splits(run.experiment, run.task).test
+    rows = run_splits(run).test
     wrong = [found for found in run.predictions() if found["answer"] != found["gold"]][:count]
     console.print(f"{len(wrong)} of the rows it got wrong:")
     for found in wrong:

@@ -7,7 +7,7 @@ from typing import Literal, final
 from softprompt import files
 from softprompt.attach import Attachment, attach
 from softprompt.backbone import load
-from softprompt.evaluate import beside_golds, draw, read_splits, score_examples
+from softprompt.evaluate import beside_golds, draw, read_splits, run_splits, score_examples
 from softprompt.experiment import Experiment
 from softprompt.predict import input_limit
 from softprompt.prompts import Folded
@@ -67,7 +67,9 @@ class Bench:
         whole = load_task(experiment.task) if subject.run is None else subject.run.task
         splits = None if cutting.data is None else given_rows(whole, cutting.data, cutting.split)
         split, rows_of = (cutting.split or "dev",) * 2 if splits is None else ("test", "given")
-        splits = splits or read_splits(experiment, whole)
+        if splits is None:
+            run = subject.run if cutting.data is None else None
+            splits = read_splits(experiment, whole) if run is None else run_splits(run)
         table = getattr(splits, split)
         if not len(table):
             raise ValueError(f"task {whole.name!r} has no {split} rows; choose another split")
