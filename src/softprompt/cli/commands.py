@@ -62,10 +62,10 @@ def predict_(
     """
     from softprompt import files, runs
     from softprompt.predict import predict
-    from softprompt.tasks import read_rows, unlabelled
+    from softprompt.tasks import task_rows, unlabelled
 
     opened = runs.open_run(run)
-    rows = unlabelled(opened.task, input) if opened.task.image else list(read_rows(input))
+    rows = unlabelled(opened.task, input) if opened.task.image else list(task_rows(opened.task, input, answers=False))
     answers = predict(opened, rows)
     lines = [
         runs.json_line(_answer_json(found, opened.task.image and opened.task.render(rows[found.row])))

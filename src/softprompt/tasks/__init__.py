@@ -7,7 +7,7 @@ from softprompt.tasks.data import SAME_ROWS, Splits, check, cut, given_rows, sho
 from softprompt.tasks.encode import Example, answer_ids, beginning, encode, refuse_other_input
 from softprompt.tasks.images import augmented, sample, unlabelled
 from softprompt.tasks.metrics import METRICS, Answers, Metric
-from softprompt.tasks.rows import read_rows
+from softprompt.tasks.rows import read_rows, task_rows
 from softprompt.tasks.score import Prediction, Score, read_answers, score
 from softprompt.tasks.table import load_task
 
@@ -46,5 +46,6 @@ __all__ = [
     "score",
     "shots",
     "splits",
+    "task_rows",
     "unlabelled",
 ]

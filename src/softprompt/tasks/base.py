@@ -168,10 +168,14 @@ class Task:
         return tuple(self.lead + word for word in self.words.values())
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """The columns that the model's input is made of, sorted."""
+        return tuple(sorted({text for is_field, text in parse(self.template) if is_field} | {self.image} - {""}))
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Every column that the task reads, sorted."""
-        named = {text for is_field, text in parse(self.template) if is_field}
-        return tuple(sorted((named | {self.image, self.label, self.target, self.group, self.question}) - {""}))
+        return tuple(sorted({*self.inputs, self.label, self.target, self.group, self.question} - {""}))
 
     def pieces(self, row: Mapping[str, Any], where: str = "the row") -> list[tuple[bool, str]]:
         """The rendered template in order, each part with whether it comes from the row; of an image its name.

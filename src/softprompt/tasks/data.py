@@ -16,7 +16,7 @@ from softprompt.choices import Protocol
 from softprompt.tasks.base import READERS, Task, suggest
 from softprompt.tasks.images import cut_folders, pictures, without_broken
 from softprompt.tasks.metrics import METRICS
-from softprompt.tasks.rows import read_rows, records
+from softprompt.tasks.rows import records, task_rows
 from softprompt.tasks.score import read_answers
 from softprompt.tasks.template import value_text
 
@@ -128,7 +128,7 @@ def given_rows(task: Task, data: str, split: str | None = None) -> Splits | None
     found = parts[split or "test"] if parts else place
     task = dataclasses.replace(task, group="")
     if isinstance(found, Path):
-        found = pictures(task, found) if task.image else read_rows(found)
+        found = pictures(task, found) if task.image else task_rows(task, found)
     check(task, found, data)
     broken: tuple[str, ...] = ()
     if task.image:
@@ -166,7 +166,7 @@ def _read(task: Task, data: str | None) -> tuple[dict[str, Dataset], tuple[str, 
     if given is not None and folder is None:
         if found.keys() == {"test"}:
             raise ValueError(f"task {task.name!r} has no training rows for {data} to replace; give the official folder")
-        found["train"] = pictures(task, given) if task.image else read_rows(given)
+        found["train"] = pictures(task, given) if task.image else task_rows(task, given)
         check(task, found["train"], str(data))
     broken: tuple[str, ...] = ()
     for name in found if task.image else ():

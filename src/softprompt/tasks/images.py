@@ -18,7 +18,7 @@ from softprompt.choices import Augment
 from softprompt.pixels import Processor, name, read
 from softprompt.tasks.base import READERS, Task, refuse_folder, register
 from softprompt.tasks.encode import Example, encode_pictures
-from softprompt.tasks.rows import read_rows
+from softprompt.tasks.rows import read_rows, task_rows
 
 IMAGE, LABEL = "image", "label"
 """The columns of a folder's rows."""
@@ -67,7 +67,7 @@ def pictures(task: Task, place: Path) -> Dataset:
         ValueError: no class folders, an empty one, or a table that cannot be read.
     """
     if not place.is_dir():
-        return beside(task, read_rows(place), place)
+        return beside(task, task_rows(task, place), place)
     rows = [(str(file), folder.name) for folder in _classes(place) for file in _files(folder)]
     if empty := [folder.name for folder in _classes(place) if not _files(folder)]:
         raise ValueError(f"the class folder {empty[0]!r} of {place} has no files; fill it or take it out")
@@ -88,7 +88,7 @@ def unlabelled(task: Task, place: Path) -> list[dict[str, Any]]:
     known = _extensions()
     if place.suffix.lower() in known and place.is_file():
         return [{task.image: str(place)}]
-    return list(beside(task, read_rows(place), place))
+    return list(beside(task, task_rows(task, place, answers=False), place))
 
 
 def beside(task: Task, rows: Dataset, table: Path) -> Dataset:
@@ -220,10 +220,8 @@ def _own_words(place: Path, label: str | None) -> dict[str, str]:
     if place.is_dir():
         names = [folder.name for folder in _classes(place)]
     else:
-        rows = read_rows(place)
-        if label not in rows.column_names:
-            raise ValueError(f"{place} has no column {label!r} for the label; it has {', '.join(rows.column_names)}")
-        names = sorted({str(value) for value in rows[label][:]} - {""})
+        rows = read_rows(place, [str(label)], purpose=" for the label")
+        names = sorted({str(value) for value in rows[str(label)][:]} - {""})
     if len(names) < 2:
         raise ValueError(f"{place} has {len(names)} classes ({', '.join(names)}); there must be two or more")
     return {one: one.strip() for one in names}

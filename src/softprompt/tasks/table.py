@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from softprompt.tasks.base import READERS, TASKS, Task, refuse_folder, suggest
 from softprompt.tasks.images import folder_task, hub_words, image_words
-from softprompt.tasks.rows import read_rows
+from softprompt.tasks.rows import read_rows, task_rows
 from softprompt.tasks.template import value_text
 
 _SPLITS = ("train", "dev", "test")
@@ -92,7 +92,7 @@ def load_table(path: Path, data: str | None = None) -> Task:
 def read_files(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
     """The rows of the task's own files, by split."""
     refuse_folder(task, folder)
-    return {split: read_rows(Path(file)) for split, file in task.files.items()}
+    return {split: task_rows(task, Path(file)) for split, file in task.files.items()}
 
 
 READERS["files"] = read_files
@@ -129,11 +129,7 @@ def _settings(path: Path) -> dict[str, Any]:
 def _own_words(file: str, label: str) -> dict[str, str]:
     """Each label's own text in lower case; sorted, so that the classes' order does not follow the rows'."""
     path = Path(file)
-    rows = read_rows(path)
-    if label not in rows.column_names:
-        raise ValueError(
-            f"{path} has no column {label!r} for the label; it has {', '.join(map(repr, rows.column_names))}"
-        )
+    rows = read_rows(path, [label], purpose=" for the label")
     found = set()
     for number, value in enumerate(rows[label][:], start=1):
         text = value_text(value, label, f"row {number} of {path}")

@@ -54,4 +54,19 @@ def value_text(value: Any, column: str, where: str) -> str:
         return "true" if value else "false"
     if isinstance(value, list | dict | bytes):
         raise ValueError(f"{where} has a {type(value).__name__} in column {column!r}; text or a number belongs there")
+    whole_characters(value, column, where)
     return str(value)
+
+
+def whole_characters(value: Any, column: str, where: str) -> None:
+    r"""Refuse half a character in a cell, or in a list of them: JSON can write one (`\ud83d`), UTF-8 and models cannot.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and not text.isascii() and (half := re.search("[\ud800-\udfff]", text)):
+            raise ValueError(
+                f"{where} has half a character (\\u{ord(half.group()):x}, one of a surrogate pair) in column "
+                f"{column!r}; write the whole character or take it out"
+            )
