@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -10,7 +11,7 @@ from softprompt.attach import Attachment
 from softprompt.backbone import Backbone, load
 from softprompt.experiment import Experiment
 from softprompt.predict import Answer, answer, input_limit
-from softprompt.runs import Run
+from softprompt.runs import Run, opened
 from softprompt.tasks import (
     Example,
     Prediction,
@@ -27,7 +28,7 @@ from softprompt.tasks import (
 
 
 def evaluate(
-    run: Run,
+    run: Run | str | Path,
     *,
     task: str | None = None,
     data: str | None = None,
@@ -37,6 +38,7 @@ def evaluate(
     """The score of a finished run on a split of its own task, on another task, or on all rows of a file.
 
     Args:
+        run: a run, or its folder.
         task: a built-in task's name or a TOML file; none: the run's own.
         data: a file (of images also a folder of class folders), all of whose rows are scored; or the official folder
             of a built-in task, of which the split is scored. None: the rows that the run had, or those of `task`.
@@ -49,6 +51,7 @@ def evaluate(
     """
     if split not in (None, "train", "dev", "test"):
         raise ValueError(f"split is {split!r}; it must be train, dev or test")
+    run = opened(run)
     experiment = run.experiment
     chosen = load_task(task) if task else run.task
     rows, split = _rows_to_score(run, chosen, data, split, own=task is None)

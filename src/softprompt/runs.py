@@ -222,6 +222,15 @@ def open_run(folder: str | Path) -> Run:
     return Run(path, experiment, task, record)
 
 
+def opened(run: Run | str | Path) -> Run:
+    """The run, or the one in that folder; raises as `open_run` does, or `TypeError` for anything else."""
+    if isinstance(run, Run):
+        return run
+    if not isinstance(run, str | Path):
+        raise TypeError(f"the run is a {type(run).__name__}; give a Run (softprompt.open_run) or its folder")
+    return open_run(run)
+
+
 def run_folders(out: Path) -> list[Path]:
     """The folders below `out` that hold a run, by name, readable or not."""
     return [record.parent for record in sorted(out.glob(f"*/{RECORD}")) if not record.parent.name.startswith(".")]

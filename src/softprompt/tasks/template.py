@@ -5,6 +5,8 @@ import math
 import re
 from typing import Any
 
+import numpy as np
+
 
 @functools.lru_cache
 def parse(template: str) -> tuple[tuple[bool, str], ...]:
@@ -48,7 +50,11 @@ def value_text(value: Any, column: str, where: str) -> str:
     Raises:
         ValueError: the cell is missing, or is no text, number or boolean.
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if isinstance(value, np.generic):
+        value = value.item()
+    # Of pandas, by name: it need not be there.
+    is_gap = value is None or type(value).__name__ in ("NAType", "NaTType")
+    if is_gap or (isinstance(value, float) and math.isnan(value)):
         raise ValueError(f"{where} has no value in column {column!r}; give it one or leave the row out")
     if isinstance(value, bool):
         return "true" if value else "false"
