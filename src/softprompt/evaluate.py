@@ -145,7 +145,7 @@ def score_answers(
 ) -> Score:
     """The score of answers that are there already, one an example."""
     given, golds, questions = beside_golds(task, getattr(rows, split), examples, answers)
-    return score(task, given, golds, questions, majority=rows.majority)
+    return score(task, given, golds, questions, majority=rows.majority if len(rows.train) else None)
 
 
 def beside_golds(

@@ -32,12 +32,16 @@ def tested(
         "n_dev": chosen.n,
         "n_test": score.n,
         "majority": score.majority,
+        "majority_answer": score.majority_answer,
+        "majority_source": score.majority_source,
         "low": score.low,
         "high": score.high,
         "others": score.others,
         "protocol": run.experiment.protocol,
         "trainable": sum(parameter.numel() for parameter in trained.parameters()),
     }
+    if score.warning:
+        results["warning"] = score.warning
     return (results | {"caution": SAME_ROWS} if rows.shared else results), answers
 
 

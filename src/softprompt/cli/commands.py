@@ -37,6 +37,8 @@ def evaluate_(
 
     opened = runs.open_run(run)
     score = evaluate(opened, task=task, data=data, split=split)
+    if score.warning:
+        console.print(f"note: {score.warning}")
     return {
         "command": "evaluate",
         "run": str(run),

@@ -88,9 +88,12 @@ def _show_result(run: "Run") -> None:
     ]
     if "untouched" in results:
         rows.insert(0, {"": "untouched model, same template", results["metric"]: f"{results['untouched']:.3f}"})
-    rows.insert(0, {"": "always the majority answer", results["metric"]: f"{results['majority']:.3f}"})
+    constant = f"always {results['majority_answer'][:40]!r}, the best constant answer ({results['majority_source']})"
+    rows.insert(0, {"": constant, results["metric"]: f"{results['majority']:.3f}"})
     console.print(f"test: {results['n_test']} rows, 95% interval {results['low']:.3f} to {results['high']:.3f}")
     show_table(rows)
+    if "warning" in results:
+        console.print(f"note: {results['warning']}")
     console.print(f"kept in {run.folder}")
 
 

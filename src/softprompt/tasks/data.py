@@ -15,9 +15,8 @@ from softprompt import pixels
 from softprompt.choices import Protocol
 from softprompt.tasks.base import READERS, Task, suggest
 from softprompt.tasks.images import cut_folders, pictures, without_broken
-from softprompt.tasks.metrics import METRICS
 from softprompt.tasks.rows import records, task_rows
-from softprompt.tasks.score import read_answers
+from softprompt.tasks.score import best_constant
 from softprompt.tasks.template import value_text
 
 _Key = TypeVar("_Key", int, str)
@@ -45,7 +44,7 @@ class Splits:
     """sha256 over what the task reads of every row, split by split."""
     majority: int | str
     """The answer that scores best if it is always given, by the task's metric on the whole training split, whatever a
-    few-shot draw has of each; on the test split where there is no other. Unless the metric is an F1, the commonest."""
+    few-shot draw has of each; on the test split where there is no other."""
     warnings: tuple[str, ...] = ()
     """What works but looks wrong, a sentence each."""
     broken: tuple[str, ...] = ()
@@ -135,19 +134,6 @@ def given_rows(task: Task, data: str, split: str | None = None) -> Splits | None
         found, broken = without_broken(task, found, data)
     nothing = found.select([])
     return _splits(task, nothing, nothing, found, broken)
-
-
-def _majority(task: Task, rows: Dataset, golds: Sequence[int | str], counts: Mapping[int | str, int]) -> int | str:
-    commonest = sorted(counts, key=lambda answer: (-counts[answer], answer))
-    metric = task.metrics[0]
-    if not task.is_classification or metric == "accuracy":
-        return commonest[0]
-    questions = rows[task.question][:] if task.question else None
-
-    def value(answer: int | str) -> float:
-        return METRICS[metric](read_answers(task, metric, [answer] * len(golds), golds, questions))
-
-    return max(commonest, key=value)
 
 
 def _read(task: Task, data: str | None) -> tuple[dict[str, Dataset], tuple[str, ...]]:
@@ -267,6 +253,7 @@ def _splits(
     known = train if len(train) else test
     golds = [task.answer(row) for row in records(known)]
     counts = Counter(golds)
+    questions = known[task.question][:] if task.question else None
     digest = hashlib.sha256()
     for name, rows in (("train", train), ("dev", dev), ("test", test)):
         digest.update(f"{name} {len(rows)}\n".encode())
@@ -286,7 +273,7 @@ def _splits(
         dev=dev,
         test=test,
         fingerprint=digest.hexdigest(),
-        majority=_majority(task, known, golds, counts) if majority is None else majority,
+        majority=best_constant(task, golds, questions) if majority is None else majority,
         warnings=(
             *(f"no training row of task {task.name!r} has the label {label!r}" for label in unused),
             *((f"{len(broken)} broken images were left out: {', '.join(broken)}",) if broken else ()),
