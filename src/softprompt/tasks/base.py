@@ -9,7 +9,7 @@ from typing import Any, Literal, final
 
 from softprompt import pixels
 from softprompt.tasks.metrics import METRICS
-from softprompt.tasks.template import parse, value_text
+from softprompt.tasks.template import format_hint, label_texts, parse, value_text
 
 TASKS: dict[str, "Task"] = {}
 """The built-in tasks by name. Filled by `register`."""
@@ -63,7 +63,8 @@ class Task:
     label: str = ""
     """The column that holds the label, in a classification."""
     words: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """What is answered for each label, in the order of the classes; a boolean label is `false` or `true` here."""
+    """What is answered for each label, in the order of the classes; a boolean label is `false` or `true` here, and a
+    number is its text, where 1 and 1.0 are the same."""
     target: str = ""
     """The column that holds the answer (or a list of accepted answers), in a generation."""
     metrics: tuple[str, ...] = ("accuracy",)
@@ -202,7 +203,8 @@ class Task:
         """
         if not self.is_classification:
             return self.golds(row, where)[0]
-        label = value_text(self._value(row, self.label, where), self.label, where)
+        texts = label_texts(self._value(row, self.label, where), self.label, where)
+        label = next((text for text in texts if text in self.words), texts[0])
         if not label.strip():
             raise ValueError(f"{where} has no label in column {self.label!r}; give it one or leave the row out")
         if label not in self.words:
@@ -263,6 +265,7 @@ class Task:
         if column not in row:
             raise ValueError(
                 f"{where} has no column {column!r}, which task {self.name!r} reads; it has {', '.join(map(str, row))}"
+                + format_hint(column, list(row))
             )
         return row[column]
 

@@ -17,7 +17,7 @@ from softprompt.tasks.base import READERS, Task, suggest
 from softprompt.tasks.images import cut_folders, pictures, without_broken
 from softprompt.tasks.rows import records, task_rows
 from softprompt.tasks.score import best_constant
-from softprompt.tasks.template import value_text
+from softprompt.tasks.template import format_hint, value_text
 
 _Key = TypeVar("_Key", int, str)
 
@@ -170,7 +170,7 @@ def check(task: Task, rows: Dataset, origin: str) -> None:
     if missing := [column for column in task.columns if column not in rows.column_names]:
         raise ValueError(
             f"{origin} has no column {missing[0]!r}, which task {task.name!r} reads; "
-            f"it has {', '.join(map(repr, rows.column_names))}"
+            f"it has {', '.join(map(repr, rows.column_names))}" + format_hint(missing[0], rows.column_names)
         )
     for number, row in enumerate(records(rows), start=1):
         where = f"row {number} of {origin}"

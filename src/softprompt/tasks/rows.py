@@ -22,7 +22,7 @@ import pyarrow.parquet  # type: ignore[import-untyped]
 from datasets import Dataset
 
 from softprompt.tasks.base import Task
-from softprompt.tasks.template import whole_characters
+from softprompt.tasks.template import format_hint, whole_characters
 
 Columns = dict[str, list[Any]]
 
@@ -69,7 +69,8 @@ def read_rows(
     if needed is None or missing:
         _refuse_names(path, names)
     if missing:
-        raise ValueError(f"{path} has no column {missing[0]!r}{purpose}; it has {', '.join(map(repr, names))}")
+        known, hint = ", ".join(map(repr, names)), format_hint(missing[0], names)
+        raise ValueError(f"{path} has no column {missing[0]!r}{purpose}; it has {known}{hint}")
     repeated = {name for name, count in Counter(names).items() if count > 1}
     if wrong := [name for name in (names if needed is None else needed) if name in repeated]:
         raise ValueError(f"{path} has two columns named {wrong[0]!r}; name every column that is read differently")
