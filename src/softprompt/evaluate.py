@@ -21,6 +21,8 @@ from softprompt.tasks import (
     encode,
     given_rows,
     load_task,
+    row_id,
+    row_number,
     score,
     shots,
     splits,
@@ -159,6 +161,23 @@ def beside_golds(
         questions.append(table[example.row][task.question] if task.question else None)
     given: list[Prediction] = [found.index if task.is_classification else found.text for found in answers]
     return given, golds, questions if task.question else None
+
+
+def prediction_line(task: Task, table: Dataset, split: str, example: Example, found: Answer) -> dict[str, Any]:
+    """A line of `predictions.jsonl`: the row's number in its file, counted from 1, its id, what was said and is right.
+
+    The id is the cell of a column `id` (or `idx`, `guid`, `uuid`), else the first of a hash of the row's input.
+    """
+    row = table[example.row]
+    gold = list(task.words)[example.label] if example.label is not None else list(task.golds(row, example.where))
+    line = {
+        "row": row_number(row, example.row),
+        "id": row_id(task, row),
+        "split": split,
+        "answer": found.label or found.text,
+        "gold": gold,
+    }
+    return {**line, "probabilities": dict(found.probabilities)} if found.label else line
 
 
 def draw(task: Task, table: Dataset, examples: Sequence[Example], count: int, seed: int) -> list[Example]:

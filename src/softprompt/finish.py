@@ -5,7 +5,7 @@ from typing import Any
 
 from softprompt import card, files, runs
 from softprompt.attach import Attachment
-from softprompt.evaluate import score_answers
+from softprompt.evaluate import prediction_line, score_answers
 from softprompt.export import export_attachment
 from softprompt.predict import Answer
 from softprompt.runs import Run
@@ -61,5 +61,4 @@ def written(
 
 def _lines(task: Task, rows: Splits, examples: Sequence[Example], answers: Sequence[Answer]) -> Iterator[str]:
     for example, found in zip(examples, answers, strict=True):
-        gold = list(task.words)[example.label] if example.label is not None else task.golds(rows.test[example.row])
-        yield runs.json_line({"row": example.row, "answer": found.label or found.text, "gold": gold})
+        yield runs.json_line(prediction_line(task, rows.test, "test", example, found))

@@ -101,7 +101,7 @@ class Run:
         return attached.folded()
 
     def predictions(self) -> list[dict[str, Any]]:
-        """The answers on the test split: `row`, `answer` and `gold`, in the split's order."""
+        """The answers on the test split, in its order, as `evaluate.prediction_line` makes them."""
         return [json.loads(line) for line in (self.folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
 
     def metrics(self) -> Iterator[dict[str, Any]]:

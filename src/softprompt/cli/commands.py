@@ -60,7 +60,7 @@ def predict_(
         run: The run's folder.
         input: CSV, TSV, JSONL, JSON or Parquet with the template's columns; a label is not needed. For a run of images
             also an image, or a folder of images.
-        output: Where the answers go, as JSONL; none: on stdout, a line a row.
+        output: Where the answers go, as JSONL; none: on stdout, a line a row. Rows are counted from 1.
     """
     from softprompt import files, runs
     from softprompt.predict import predict
@@ -192,5 +192,5 @@ def _run_json(folder: Path) -> dict[str, Any]:
 
 
 def _answer_json(found: Any, image: str = "") -> dict[str, Any]:
-    values = {"row": found.row, **({"image": image} if image else {}), "answer": found.label or found.text}
+    values = {"row": found.row + 1, **({"image": image} if image else {}), "answer": found.label or found.text}
     return {**values, "probabilities": dict(found.probabilities)} if found.label else values

@@ -99,9 +99,11 @@ def _show_result(run: "Run") -> None:
 
 def _show_mistakes(run: "Run", count: int) -> None:
     from softprompt.evaluate import run_splits
+    from softprompt.tasks import row_number
 
-    rows = run_splits(run).test
+    rows = {row_number(row, place): row for place, row in enumerate(run_splits(run).test)}
     wrong = [found for found in run.predictions() if found["answer"] != found["gold"]][:count]
     console.print(f"{len(wrong)} of the rows it got wrong:")
     for found in wrong:
-        console.print(f"- said {found['answer']}, is {found['gold']}: {run.task.render(rows[found['row']])!r}")
+        text = run.task.render(rows[found["row"]])
+        console.print(f"- row {found['row']}: said {found['answer']}, is {found['gold']}: {text!r}")

@@ -7,7 +7,7 @@ from softprompt.tasks.data import SAME_ROWS, Splits, check, cut, given_rows, sho
 from softprompt.tasks.encode import Example, answer_ids, beginning, encode, refuse_other_input
 from softprompt.tasks.images import augmented, sample, unlabelled
 from softprompt.tasks.metrics import METRICS, Answers, Metric
-from softprompt.tasks.rows import read_rows, task_rows
+from softprompt.tasks.rows import read_rows, row_id, row_name, row_number, task_rows
 from softprompt.tasks.score import Prediction, Score, read_answers, score
 from softprompt.tasks.table import load_task
 
@@ -41,6 +41,9 @@ __all__ = [
     "read_rows",
     "refuse_other_input",
     "register",
+    "row_id",
+    "row_name",
+    "row_number",
     "sample",
     "schedule",
     "score",

@@ -15,7 +15,7 @@ from softprompt import pixels
 from softprompt.choices import Protocol
 from softprompt.tasks.base import READERS, Task, suggest
 from softprompt.tasks.images import cut_folders, pictures, without_broken
-from softprompt.tasks.rows import records, task_rows
+from softprompt.tasks.rows import numbered, records, task_rows
 from softprompt.tasks.score import best_constant
 from softprompt.tasks.template import format_hint, value_text
 
@@ -32,7 +32,7 @@ SAME_ROWS = "selected and reported on the same rows"
 @final
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Checked rows: every one renders, and has an answer."""
+    """Checked rows: every one renders, and has an answer; `row_number` tells where in its file it was."""
 
     train: Dataset
     """Empty, like `dev`, where the task can only be scored."""
@@ -129,6 +129,7 @@ def given_rows(task: Task, data: str, split: str | None = None) -> Splits | None
     if isinstance(found, Path):
         found = pictures(task, found) if task.image else task_rows(task, found)
     check(task, found, data)
+    found = numbered(found, data)
     broken: tuple[str, ...] = ()
     if task.image:
         found, broken = without_broken(task, found, data)
@@ -148,12 +149,15 @@ def _read(task: Task, data: str | None) -> tuple[dict[str, Dataset], tuple[str, 
     folder = given if given is not None and given.is_dir() else None
     found = dict(READERS[task.source](task, folder))
     for name, rows in found.items():
-        check(task, rows, task.files.get(name, f"{name} of {task.name}"))
+        origin = task.files.get(name, f"{name} of {task.name}")
+        check(task, rows, origin)
+        found[name] = numbered(rows, origin)
     if given is not None and folder is None:
         if found.keys() == {"test"}:
             raise ValueError(f"task {task.name!r} has no training rows for {data} to replace; give the official folder")
         found["train"] = pictures(task, given) if task.image else task_rows(task, given)
         check(task, found["train"], str(data))
+        found["train"] = numbered(found["train"], str(data))
     broken: tuple[str, ...] = ()
     for name in found if task.image else ():
         found[name], left_out = without_broken(task, found[name], task.files.get(name, f"{name} of {task.name}"))

@@ -7,7 +7,7 @@ from typing import Any, final
 
 from softprompt.pixels import Picture, Processor
 from softprompt.tasks.base import Task
-from softprompt.tasks.rows import records
+from softprompt.tasks.rows import records, row_name
 from softprompt.tasks.template import parse
 
 Tokenizer = Any
@@ -28,6 +28,8 @@ class Example:
     """The row's place among those encoded, from 0."""
     picture: Picture | None = None
     """The image, where that is the input; it is decoded when a batch is made."""
+    where: str = ""
+    """What an error calls the row: by its number in its own file, counted from 1, and that file."""
 
 
 def encode(
@@ -60,10 +62,11 @@ def encode(
     """
     refuse_other_input(task, tokenizer)
     if task.image:
-        return encode_pictures(task, tokenizer, list(records(rows)), max_tokens, answers=answers), 0
+        return encode_pictures(task, tokenizer, rows, max_tokens, answers=answers), 0
     _check_fast(tokenizer)
     table = list(records(rows))
-    pieces = [task.pieces(row, f"row {number}") for number, row in enumerate(table, start=1)]
+    names = [row_name(rows, row, place) for place, row in enumerate(table)]
+    pieces = [task.pieces(row, where) for row, where in zip(table, names, strict=True)]
     found = _tokens(tokenizer, [_join(parts) for parts in pieces], closing)
     words = answer_ids(task, tokenizer) if answers and task.is_classification else ()
     examples, shortened = [], 0
@@ -74,12 +77,12 @@ def encode(
         label: int | None = None
         answer: tuple[int, ...] = ()
         if answers:
-            given = task.answer(row, f"row {number + 1}")
+            given = task.answer(row, names[number])
             if isinstance(given, int):
                 label, answer = given, words[given]
             else:
                 answer = _ended(tokenizer, _answer(tokenizer, task.lead + given))
-        examples.append(Example(tuple(ids), answer, label, number))
+        examples.append(Example(tuple(ids), answer, label, number, where=names[number]))
     return examples, shortened
 
 
@@ -107,7 +110,7 @@ def refuse_other_input(task: Task, tokenizer: Tokenizer) -> None:
 
 
 def encode_pictures(
-    task: Task, processor: Processor, rows: Sequence[Mapping[str, Any]], size: int, *, answers: bool
+    task: Task, processor: Processor, rows: Iterable[Mapping[str, Any]], size: int, *, answers: bool
 ) -> list[Example]:
     """Examples of all rows in their order; an image is decoded when a batch is made of it.
 
@@ -115,13 +118,13 @@ def encode_pictures(
         ValueError: a row without an image, or without a label where `answers` are read.
     """
     found = []
-    for number, row in enumerate(rows):
-        where = f"row {number + 1}"
+    for number, row in enumerate(records(rows)):
+        where = row_name(rows, row, number)
         if not task.render(row, where):
             raise ValueError(f"{where} has no image in column {task.image!r}; give it one or leave the row out")
         label = int(task.answer(row, where)) if answers else None
         picture = Picture(row[task.image], processor, size, where)
-        found.append(Example((), () if label is None else (label,), label, number, picture))
+        found.append(Example((), () if label is None else (label,), label, number, picture, where))
     return found
 
 

@@ -1,5 +1,6 @@
 """Rows of images: a folder of class folders, a table of paths and labels, a hub dataset; and MNIST among the assets."""
 
+import dataclasses
 import io
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -123,8 +124,7 @@ def without_broken(task: Task, rows: Dataset, origin: str) -> tuple[Dataset, tup
 def augmented(examples: Sequence[Example], augment: Augment) -> list[Example]:
     """The same, but that images are changed at random each time that a batch is made of them; text stays."""
     return [
-        Example(one.input_ids, one.answer_ids, one.label, one.row, one.picture and one.picture.augmented(augment))
-        for one in examples
+        dataclasses.replace(one, picture=one.picture.augmented(augment)) if one.picture else one for one in examples
     ]
 
 
@@ -133,7 +133,7 @@ def sample(
 ) -> Float[Tensor, "image channel height width"]:
     """The pixels of `count` of the rows, or of all if they are fewer, drawn by `seed`."""
     places = sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
-    chosen = encode_pictures(task, processor, list(rows.select(places)), size, answers=False)
+    chosen = encode_pictures(task, processor, rows.select(places), size, answers=False)
     return torch.stack([one.picture.pixels() for one in chosen if one.picture is not None])
 
 

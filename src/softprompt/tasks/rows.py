@@ -7,6 +7,7 @@ Nothing is guessed and nothing is dropped: every cell of a CSV or TSV is text as
 import bz2
 import csv
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -21,6 +22,7 @@ import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 from datasets import Dataset
 
+from softprompt import pixels
 from softprompt.tasks.base import Task
 from softprompt.tasks.template import format_hint, whole_characters
 
@@ -86,6 +88,39 @@ def read_rows(
             if is_needed:
                 raise
     return Dataset.from_dict(found)
+
+
+_ROW = "softprompt: row"
+"""The column that keeps each row's number in the user's file, beside those of the file."""
+
+
+def numbered(rows: Dataset, origin: str) -> Dataset:
+    """The same rows, each with its number in `origin`, which it keeps however they are cut and drawn."""
+    named = rows.add_column(_ROW, list(range(1, len(rows) + 1)))
+    named.info.dataset_name = origin
+    return named
+
+
+def row_number(row: Mapping[str, Any], place: int) -> int:
+    """The row's number in the file that it came from, counted from 1; of a row of no file that among those given."""
+    return int(row.get(_ROW, place + 1))
+
+
+def row_name(rows: Any, row: Mapping[str, Any], place: int) -> str:
+    """What an error calls the row at `place` of `rows`: `row 43 of train.csv`."""
+    origin = rows.info.dataset_name if isinstance(rows, Dataset) and _ROW in rows.column_names else None
+    return f"row {row_number(row, place)}" + (f" of {origin}" if origin else "")
+
+
+def row_id(task: Task, row: Mapping[str, Any]) -> str | int:
+    """What tells the row from others: its id, where the file has a column for that, else a hash of its input."""
+    own = next((row[name] for name in IDS if name not in task.columns and row.get(name) not in (None, "")), None)
+    if isinstance(own, str | int):
+        return own
+    read = {name: row[name] for name in task.inputs}
+    if task.image:
+        return pixels.digest(row[task.image])[:16]
+    return hashlib.sha256(json.dumps(read, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _refuse_names(path: Path, names: Sequence[str]) -> None:
