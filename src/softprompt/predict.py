@@ -175,6 +175,23 @@ def input_limit(attachment: Attachment, task: Task, training: Training) -> int:
     return min(limit, most - length - longest)
 
 
+def over_long_answers(examples: Sequence[Example], max_new_tokens: int) -> int:
+    """How many examples have a text to answer, its end not counted, that `max_new_tokens` cannot hold: never right."""
+    return sum(example.label is None and len(example.answer_ids) - 1 > max_new_tokens for example in examples)
+
+
+def over_long_note(examples: Sequence[Example], max_new_tokens: int, split: str) -> str | None:
+    """What to say of them before a training; none where there are none."""
+    count = over_long_answers(examples, max_new_tokens)
+    if not count:
+        return None
+    longest = max(len(example.answer_ids) - 1 for example in examples if example.label is None)
+    return (
+        f"{count} of {len(examples)} {split} answers are longer than {max_new_tokens} tokens, which is all that is "
+        f"generated, so they can never be right; give --max-new-tokens {longest}"
+    )
+
+
 def _classify(
     attachment: Attachment, prepared: Prepared, task: Task, part: Sequence[Example], which: Tensor
 ) -> list[Answer]:
