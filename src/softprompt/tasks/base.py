@@ -133,6 +133,12 @@ class Task:
     def _check_metrics(self) -> None:
         if not self.metrics:
             raise ValueError(f"task {self.name!r} has no metrics; known are {', '.join(sorted(METRICS))}")
+        first = METRICS.get(self.metrics[0])
+        if first is not None and first.falls:
+            raise ValueError(
+                f"the first metric of task {self.name!r} selects the checkpoint and has to be higher where it is "
+                f"better, which {self.metrics[0]!r} is not; put another one in front of it, pearson or spearman"
+            )
         for name in self.metrics:
             if name not in METRICS:
                 raise ValueError(f"unknown metric {name!r} of task {self.name!r}; {suggest(name, METRICS)}")

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from softprompt import pixels
 from softprompt.choices import Protocol
 from softprompt.tasks.base import READERS, Task, suggest
 from softprompt.tasks.images import cut_folders, pictures, without_broken
+from softprompt.tasks.metrics import METRICS
 from softprompt.tasks.rows import numbered, records, task_rows
 from softprompt.tasks.score import best_constant
 from softprompt.tasks.template import format_hint, value_text
@@ -176,14 +178,27 @@ def check(task: Task, rows: Dataset, origin: str) -> None:
             f"{origin} has no column {missing[0]!r}, which task {task.name!r} reads; "
             f"it has {', '.join(map(repr, rows.column_names))}" + format_hint(missing[0], rows.column_names)
         )
+    numeric = [name for name in task.metrics if METRICS[name].of == "numbers"]
     for number, row in enumerate(records(rows), start=1):
         where = f"row {number} of {origin}"
         if not any(text.strip() for is_field, text in task.pieces(row, where) if is_field):
             raise ValueError(f"{where} has nothing in any column of the template; take it out")
         task.answer(row, where)
+        if numeric and not _is_number(gold := task.golds(row, where)[0]):
+            raise ValueError(
+                f"{where} has {gold!r} in column {task.target!r}, and {', '.join(numeric)} of task {task.name!r} "
+                "needs a number; write one or leave the row out"
+            )
         for column in (task.group, task.question):
             if column and not value_text(row[column], column, where).strip():
                 raise ValueError(f"{where} has no value in column {column!r}; give it one")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def cut(task: Task, rows: Dataset, shares: Mapping[str, float], rest: str, seed: int) -> dict[str, Dataset]:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Literal, final
 
 from softprompt.tasks.base import Task
@@ -121,7 +122,7 @@ def _warning(task: Task, predictions: Sequence[Prediction], read: Answers, is_po
     count, metric, said = len(predictions), METRICS[task.metrics[0]], []
     pairs = zip(predictions, read.predictions, strict=True)
     nothing = -1 if metric.of == "labels" else None
-    unread = [given for given, one in pairs if one == nothing or one != one]  # NaN is no number
+    unread = [given for given, one in pairs if one == nothing or (isinstance(one, float) and not isfinite(one))]
     if unread:
         kind = {"labels": "label's word", "texts": "text", "numbers": "number"}[metric.of]
         said.append(f"{len(unread)} of {count} answers are no {kind} and count as wrong (the first is {unread[0]!r})")
