@@ -33,7 +33,8 @@ def methods() -> str:
 def tasks() -> str:
     """A row a built-in task."""
     rows = [f"| `{task.name}` | {task.description} | `{task.template!r}` |" for task in TASKS.values()]
-    return "\n".join(["# Tasks\n", "| name | | template |", "|---|---|---|", *rows]) + "\n"
+    lead = "The built-in tasks. One of your own is a TOML file beside a table: [own-task.md](own-task.md).\n"
+    return "\n".join(["# Tasks\n", lead, "| name | | template |", "|---|---|---|", *rows]) + "\n"
 
 
 def asset_table() -> str:

@@ -12,12 +12,24 @@ from softprompt.attach import Attachment, fresh_head
 from softprompt.attach.vision import refuse_unfit
 from softprompt.backbone import Backbone, fitting_dtype, load
 from softprompt.choices import Dtype
-from softprompt.evaluate import draw, read_splits
+from softprompt.evaluate import beside_golds, draw, read_splits
 from softprompt.experiment import Experiment
 from softprompt.predict import input_limit
 from softprompt.prompts import SoftPrompt
 from softprompt.runs import Run
-from softprompt.tasks import Example, Examples, Splits, Task, augmented, encode, load_task, refuse_other_input, sample
+from softprompt.tasks import (
+    Example,
+    Examples,
+    Splits,
+    Task,
+    answer_ids,
+    augmented,
+    encode,
+    load_task,
+    read_answers,
+    refuse_other_input,
+    sample,
+)
 from softprompt.watch import Watcher
 
 
@@ -104,6 +116,8 @@ def _encoded(experiment: Experiment, task: Task, rows: Splits, attachment: Attac
     settings, backbone = experiment.training, attachment.backbone
     watch.stage("tokenising")
     limit = input_limit(attachment, task, settings)
+    if task.is_classification:
+        attachment.check_candidates(task.answers, answer_ids(task, backbone.tokenizer))
 
     def encoded(split: str, count: int, seed: int) -> Sequence[Example]:
         table = getattr(rows, split)
@@ -116,10 +130,14 @@ def _encoded(experiment: Experiment, task: Task, rows: Splits, attachment: Attac
                 f"{backbone.tokenizer.eos_token}, which is left out: an answer is given its end anyway"
             )
         used = draw(task, table, examples, count, seed)
+        # A text to be generated is fed to the model in training alone; elsewhere it is only compared with.
+        fed = split == "train" or task.is_classification
         for example in used:
             if example.picture is None:
-                where = f"row {example.row + 1} of the {split} split"
-                attachment.check_row(example.input_ids, example.answer_ids, where)
+                where = f"{example.where} ({split} split)"
+                attachment.check_row(example.input_ids, example.answer_ids if fed else (), where)
+        if split != "train":
+            _refuse_unscorable(task, table, used, backbone.tokenizer)
         return used
 
     train = encoded("train", 0, 0)
@@ -128,6 +146,13 @@ def _encoded(experiment: Experiment, task: Task, rows: Splits, attachment: Attac
     if not task.is_classification and (note := _too_long_to_write([*dev, *test], settings.max_new_tokens)):
         watch.note(note)
     return Material(task, rows, backbone, attachment, augmented(train, settings.augment), dev, test)
+
+
+def _refuse_unscorable(task: Task, table: Any, examples: Sequence[Example], tokenizer: Any) -> None:
+    """Refuse gold answers that a metric of the task cannot be computed with, such as a word where it needs a number."""
+    _, golds, questions = beside_golds(task, table, examples, [], tokenizer)
+    for metric in task.metrics:
+        read_answers(task, metric, [None] * len(golds), golds, questions)
 
 
 def _too_long_to_write(examples: Sequence[Example], max_new_tokens: int) -> str:

@@ -50,6 +50,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def removed_on_failure(folder: Path) -> Iterator[None]:
+    """A folder that was made just now goes again where the block does not end well."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from working on `folder` at the same time.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from softprompt import card, files, runs
 from softprompt.attach import Attachment
-from softprompt.evaluate import beside_golds, score_answers
+from softprompt.evaluate import prediction_line, score_answers
 from softprompt.export import export_attachment
 from softprompt.predict import Answer
 from softprompt.runs import Run
@@ -36,6 +36,8 @@ def tested(
         "protocol": run.experiment.protocol,
         "trainable": sum(parameter.numel() for parameter in trained.parameters()),
     }
+    if score.warning:
+        results["warning"] = score.warning
     return (results | {"caution": SAME_ROWS} if rows.shared else results), answers
 
 
@@ -58,7 +60,5 @@ def written(
 def _lines(
     task: Task, rows: Splits, examples: Sequence[Example], answers: Sequence[Answer], tokenizer: Any
 ) -> Iterator[str]:
-    golds = beside_golds(task, rows.test, examples, answers, tokenizer)[1]
-    for example, found, right in zip(examples, answers, golds, strict=True):
-        gold = right if example.label is None else list(task.words)[example.label]
-        yield runs.json_line({"row": example.row, "answer": found.label or found.text, "gold": gold})
+    for example, found in zip(examples, answers, strict=True):
+        yield runs.json_line(prediction_line(task, rows.test, "test", example, found, tokenizer))

@@ -171,8 +171,8 @@ class Optimiser:
 def _refuse_not_finite(loss: float, norm: float, rate: float, number: int, rows: Sequence[Example]) -> None:
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    places = ", ".join(str(row.row) for row in rows)
+    names = ", ".join(row.where for row in rows)
     raise ValueError(
         f"the loss is {loss} and its gradient's norm {norm} at step {number} with learning rate {rate:.3g} "
-        f"on rows {places} of the training split; lower --lr, or use --dtype float32"
+        f"on {names}; lower --lr, or use --dtype float32"
     )

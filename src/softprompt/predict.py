@@ -1,8 +1,9 @@
 """Rows in, answers out."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -12,7 +13,7 @@ from softprompt import beginnings
 from softprompt.attach import Attachment, Prepared
 from softprompt.backbone import Backbone, load
 from softprompt.experiment import Training
-from softprompt.runs import Run
+from softprompt.runs import Run, opened
 from softprompt.tasks import Example, Task, answer_ids, collate, encode
 
 
@@ -33,20 +34,80 @@ class Answer:
     """Of each label among the task's labels, in a classification."""
 
 
-def predict(run: Run, rows: Sequence[Mapping[str, Any]], *, backbone: Backbone | None = None) -> list[Answer]:
+def predict(run: Run | str | Path, rows: Any, *, backbone: Backbone | None = None) -> list[Answer]:
     """The run's answers to `rows`, which need the template's columns and no label.
 
     Args:
+        run: a run, or its folder.
+        rows: a list of rows (each a mapping of columns), a table (`datasets.Dataset`, pandas or polars data frame), or
+            one row; where the template reads one column also a list of its texts, or one text. An image is its path,
+            or its bytes as `datasets` has them.
         backbone: the run's own, if it is loaded already; else it is loaded as in training.
 
     Raises:
-        ValueError: a row lacks a column, or the run is not finished.
+        ValueError: `rows` is none of these, a row lacks a column, or the run is not finished.
     """
+    run = opened(run)
+    table = _table(run.task, rows)
+    if not table:
+        return []
     backbone = backbone or load(run.experiment.backbone, dtype=run.experiment.backbone_dtype)
     attachment = run.attachment(backbone)
     limit = input_limit(attachment, run.task, run.experiment.training)
-    examples = encode(run.task, backbone.tokenizer, rows, limit, closing=attachment.closed, answers=False)[0]
+    examples = encode(run.task, backbone.tokenizer, table, limit, closing=attachment.closed, answers=False)[0]
     return answer(attachment, run.task, examples, max_new_tokens=run.experiment.training.max_new_tokens)
+
+
+def _table(task: Task, given: Any) -> list[Mapping[str, Any]]:
+    """Rows of whatever holds rows."""
+    if isinstance(given, str | Mapping):
+        given = [given]
+    elif callable(getattr(given, "to_dicts", None)):  # polars
+        given = given.to_dicts()
+    elif callable(getattr(given, "to_dict", None)) and hasattr(
+        given, "columns"
+    ):  # pandas, whose gaps are of many kinds
+        given = given.astype(object).where(given.notna(), None).to_dict("records")
+    if isinstance(given, bytes | Path) or not isinstance(given, Iterable):
+        raise ValueError(f"the rows are {_shown(given)}; {_wanted(task)}")
+    return [_row(task, one, f"row {number}") for number, one in enumerate(given, start=1)]
+
+
+def _row(task: Task, given: Any, where: str) -> Mapping[str, Any]:
+    is_cell = isinstance(given, Mapping) and bool(task.image) and task.image not in given and "bytes" in given
+    if isinstance(given, Mapping) and not is_cell:
+        return given
+    if not is_cell and not isinstance(given, str | Path if task.image else str):
+        raise ValueError(f"{where} is {_shown(given)}; {_wanted(task)}")
+    if len(task.inputs) != 1:
+        raise ValueError(f"{where} is one text, and task {task.name!r} reads several columns; {_wanted(task)}")
+    if not task.image and _is_file(given):
+        raise ValueError(
+            f"{where}, {given!r}, is the name of a file; give its rows (softprompt.tasks.read_rows), or if it is the "
+            f"text that is meant {{{task.inputs[0]!r}: {given!r}}}"
+        )
+    return {task.inputs[0]: str(given) if isinstance(given, Path) else given}
+
+
+def _wanted(task: Task) -> str:
+    columns = ", ".join(map(repr, task.inputs))
+    several = len(task.inputs) > 1
+    texts = "" if several else f", or a list of {'images' if task.image else 'texts'}"
+    return f"give a list of rows, each a dict with the column{'s' if several else ''} {columns}, or a data frame{texts}"
+
+
+def _shown(given: Any) -> str:
+    """A wrong value, short."""
+    text = repr(given)
+    return f"{text[:60]}{'...' if len(text) > 60 else ''} ({type(given).__name__})"
+
+
+def _is_file(text: str) -> bool:
+    """Whether a text is the name of a file that is there, which is hardly the text that is meant."""
+    try:
+        return len(text) < 4096 and Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a zero in it
+        return False
 
 
 @torch.no_grad()
@@ -112,6 +173,23 @@ def input_limit(attachment: Attachment, task: Task, training: Training) -> int:
             f"{attachment.backbone.source}; lower the length or max_new_tokens"
         )
     return min(limit, most - length - longest)
+
+
+def over_long_answers(examples: Sequence[Example], max_new_tokens: int) -> int:
+    """How many examples have a text to answer, its end not counted, that `max_new_tokens` cannot hold: never right."""
+    return sum(example.label is None and len(example.answer_ids) - 1 > max_new_tokens for example in examples)
+
+
+def over_long_note(examples: Sequence[Example], max_new_tokens: int, split: str) -> str | None:
+    """What to say of them before a training; none where there are none."""
+    count = over_long_answers(examples, max_new_tokens)
+    if not count:
+        return None
+    longest = max(len(example.answer_ids) - 1 for example in examples if example.label is None)
+    return (
+        f"{count} of {len(examples)} {split} answers are longer than {max_new_tokens} tokens, which is all that is "
+        f"generated, so they can never be right; give --max-new-tokens {longest}"
+    )
 
 
 def _classify(

@@ -102,7 +102,7 @@ class Run:
         return attached.folded()
 
     def predictions(self) -> list[dict[str, Any]]:
-        """The answers on the test split: `row`, `answer` and `gold`, in the split's order."""
+        """The answers on the test split, in its order, as `evaluate.prediction_line` makes them."""
         return [json.loads(line) for line in (self.folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
 
     def metrics(self) -> Iterator[dict[str, Any]]:
@@ -245,6 +245,15 @@ def open_run(folder: str | Path) -> Run:
             f"{path / RECORD} says what cannot be ({error}); it is damaged, or its method needs its --prompt-module"
         ) from error
     return Run(path, experiment, task, record)
+
+
+def opened(run: Run | str | Path) -> Run:
+    """The run, or the one in that folder; raises as `open_run` does, or `TypeError` for anything else."""
+    if isinstance(run, Run):
+        return run
+    if not isinstance(run, str | Path):
+        raise TypeError(f"the run is a {type(run).__name__}; give a Run (softprompt.open_run) or its folder")
+    return open_run(run)
 
 
 def run_folders(out: Path) -> list[Path]:

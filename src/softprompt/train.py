@@ -3,11 +3,10 @@
 import dataclasses
 import math
 import os
-import shutil
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from softprompt.predict import Answer, answer
 from softprompt.processes import Processes
 from softprompt.runs import Run
 from softprompt.tasks import Example, Score, input_lengths, schedule
-from softprompt.tracking import TrackerFailed, check_tracker, start_tracker
+from softprompt.tracking import check_tracker, start_tracker
 from softprompt.watch import Interrupted, Progress, Silent, Watcher, interruptible
 
 
@@ -65,12 +64,7 @@ def train(
     run = processes.from_main(
         lambda: runs.create(whole, found.task, found.backbone, Path(out), name, found.rows.fingerprint)
     )
-    try:
-        return _work_on(run, found, processes, told, log_with, differentiate)
-    except TrackerFailed:
-        if processes.main:  # there is nothing in it yet but its settings
-            shutil.rmtree(run.folder, ignore_errors=True)
-        raise
+    return _work_on(run, found, processes, told, log_with, differentiate, fresh=True)
 
 
 def resume(
@@ -127,13 +121,17 @@ def _work_on(
     watch: Watcher,
     log_with: str | None,
     differentiate: Differentiate,
+    *,
+    fresh: bool = False,
 ) -> Run:
+    """Train to the end; what fails before the first step leaves nothing of a `fresh` run."""
     with ExitStack() as held:
         processes.from_main(lambda: held.enter_context(files.locked(run.folder)))
         saved = processes.from_main(lambda: checkpoint.latest(run.folder))
         if run.experiment.training.shard:
             found = _sharded(found, processes, watch)
-        with processes.part():
+        unmade = files.removed_on_failure(run.folder) if fresh and processes.main else nullcontext()
+        with unmade, processes.part():
             work = _Training(run, found, saved, processes, watch, log_with, differentiate)
         return work.go()
 

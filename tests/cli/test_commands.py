@@ -135,7 +135,7 @@ def test_predict(trained: Any, tmp_path: Path) -> None:
     shown = call("predict", trained["run"], "--input", tmp_path / "rows.csv")
     assert shown.result == {"command": "predict", "run": trained["run"], "rows": 2, "output": None}
     answers = [json.loads(line) for line in shown.out[:-1]]
-    assert [answer["row"] for answer in answers] == [0, 1]
+    assert [answer["row"] for answer in answers] == [1, 2]
     for answer in answers:
         assert answer["probabilities"].keys() == LABELS
         assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5)

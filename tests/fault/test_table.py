@@ -158,7 +158,7 @@ def test_a_word_without_rows_is_a_warning(folder: Folder) -> None:
         (TASK.replace("template =", "description ="), "has no 'template'"),
         (TASK.replace('"queue"', '"que"'), "has no column 'que' for the label; it has 'text', 'queue', 'customer'"),
         (TASK.replace("{text}", "{txt}"), "has no column 'txt', which task 'support' reads; it has 'text', 'queue'"),
-        (TASK.replace("{text}", "{text.x}"), "'.' in it"),
+        (TASK.replace("{text}", "{text.x}"), "has no column 'text.x', which task 'support' reads; it has 'text',"),
         (
             TASK + '[words]\nBILLING = "pay"\nSales = "Pay"',
             "labels 'BILLING' and 'Sales' of task 'support' have the same",

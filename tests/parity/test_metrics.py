@@ -142,9 +142,11 @@ def test_a_bootstrap_is_seeded_and_agrees_with_wilson() -> None:
 
 def test_the_majority_is_scored_by_the_same_metric() -> None:
     golds = [0, 0, 0, 1, 2, 2]
-    found = score(LABELS, golds, golds, majority=2, resamples=20)
-    assert found.value == found.others["accuracy"] == 1.0
-    assert found.majority == pytest.approx(sklearn.f1_score(golds, [2] * 6, average="macro"))
+    for majority, best, source in ((2, 0, "scored rows"), (0, 0, "train"), (None, 0, "scored rows")):
+        found = score(LABELS, golds, golds, majority=majority, resamples=20)
+        assert found.value == found.others["accuracy"] == 1.0
+        assert found.majority == pytest.approx(sklearn.f1_score(golds, [best] * 6, average="macro"))
+        assert (found.majority_answer, found.majority_source) == (list(LABELS.words)[best], source)
 
 
 def test_a_text_is_its_label_or_wrong() -> None:

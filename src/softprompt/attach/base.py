@@ -239,6 +239,9 @@ class Attachment(nn.Module, ABC):
             ValueError: naming the row by `where`.
         """
 
+    def check_candidates(self, words: Sequence[str], candidates: Candidates) -> None:
+        """Refuse label words that this model cannot score."""
+
     def end_of_sequence(self) -> list[int]:
         """The ids that end a generation, as the backbone says; none where it says nothing."""
         config = getattr(self.backbone.model, "generation_config", None) or self.backbone.model.config

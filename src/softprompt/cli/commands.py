@@ -21,26 +21,30 @@ def evaluate_(
     run: RunFolder,
     task: str | None = None,
     data: str | None = None,
-    split: Literal["test", "dev", "train"] = "test",
+    split: Literal["test", "dev", "train"] | None = None,
 ) -> dict[str, Any]:
     """Score a run.
 
     Args:
         run: The run's folder.
         task: Another task than the run's own: a name, or a TOML file.
-        data: Where the rows are, as in train; none: where the run had them, or where that other task says.
-        split: Which rows.
+        data: A file of rows (of images also a folder), all of which are scored, or a benchmark's official folder; none:
+            where the run had its rows, or where that other task says.
+        split: Which rows; none: test. Not with a file, which is scored whole.
     """
     from softprompt import runs
     from softprompt.evaluate import evaluate
 
     opened = runs.open_run(run)
     score = evaluate(opened, task=task, data=data, split=split)
+    if score.warning:
+        console.print(f"note: {score.warning}")
     return {
         "command": "evaluate",
         "run": str(run),
         "task": task or opened.task.name,
-        "split": split,
+        "data": data,
+        "split": split or ("test" if data is None or Path(data).is_dir() else None),
         **dataclasses.asdict(score),
     }
 
@@ -56,14 +60,14 @@ def predict_(
         run: The run's folder.
         input: CSV, TSV, JSONL, JSON or Parquet with the template's columns; a label is not needed. For a run of images
             also an image, or a folder of images.
-        output: Where the answers go, as JSONL; none: on stdout, a line a row.
+        output: Where the answers go, as JSONL; none: on stdout, a line a row. Rows are counted from 1.
     """
     from softprompt import files, runs
     from softprompt.predict import predict
-    from softprompt.tasks import read_rows, unlabelled
+    from softprompt.tasks import task_rows, unlabelled
 
     opened = runs.open_run(run)
-    rows = unlabelled(opened.task, input) if opened.task.image else list(read_rows(input))
+    rows = unlabelled(opened.task, input) if opened.task.image else list(task_rows(opened.task, input, answers=False))
     answers = predict(opened, rows)
     lines = [
         runs.json_line(_answer_json(found, opened.task.image and opened.task.render(rows[found.row])))
@@ -188,5 +192,5 @@ def _run_json(folder: Path) -> dict[str, Any]:
 
 
 def _answer_json(found: Any, image: str = "") -> dict[str, Any]:
-    values = {"row": found.row, **({"image": image} if image else {}), "answer": found.label or found.text}
+    values = {"row": found.row + 1, **({"image": image} if image else {}), "answer": found.label or found.text}
     return {**values, "probabilities": dict(found.probabilities)} if found.label else values

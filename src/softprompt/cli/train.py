@@ -1,6 +1,6 @@
 """`softprompt train`: a prompt is trained, or an unfinished run goes on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
@@ -106,39 +106,24 @@ def _show_result(run: "Run") -> None:
     rows = [row]
     if "untouched" in results:
         rows.insert(0, {"": "untouched model, same template", metric: f"{results['untouched']:.3f}"})
-    rows.insert(0, {"": _majority(results), metric: f"{results['majority']:.3f}"})
-    console.print(
-        f"test: {results['n_test']} rows, 95% interval {results['low']:.3f} to {results['high']:.3f} ({metric})"
-    )
+    constant = f"always {results['majority_answer'][:40]!r}, the best constant answer ({results['majority_source']})"
+    rows.insert(0, {"": constant, metric: f"{results['majority']:.3f}"})
+    interval = f"{results['low']:.3f} to {results['high']:.3f}"
+    console.print(f"test: {results['n_test']} rows, {metric} with the 95% interval {interval}")
     show_table(rows)
     if warning := results.get("warning"):
         console.print(f"note: {warning}", soft_wrap=True)
     console.print(f"kept in {run.folder}", soft_wrap=True)
 
 
-def _majority(results: Mapping[str, Any]) -> str:
-    """What the majority answer is, and on which rows it is the best constant one."""
-    answer, source = results.get("majority_answer"), results.get("majority_source")
-    said = "always the majority answer"
-    return said if answer is None or source is None else f"{said} ({answer!r}, best on the {source} rows)"
-
-
 def _show_mistakes(run: "Run", count: int) -> None:
-    from softprompt.evaluate import read_splits
+    from softprompt.evaluate import is_right, run_splits
+    from softprompt.tasks import row_number
 
-    rows = read_splits(run.experiment, run.task).test
-    wrong = [line for line in run.predictions() if _is_wrong(line["answer"], line["gold"])]
+    rows = {row_number(row, place): row for place, row in enumerate(run_splits(run).test)}
+    wrong = [line for line in run.predictions() if not is_right(run.task, line["answer"], line["gold"])]
     console.print(f"{min(count, len(wrong))} of {len(wrong)} test rows it got wrong:")
     for line in wrong[:count]:
         gold = line["gold"] if isinstance(line["gold"], str) else " or ".join(line["gold"])
         text = run.task.render(rows[line["row"]])
-        console.print(f"- said {line['answer']}, is {gold}: {text!r}", soft_wrap=True)
-
-
-def _is_wrong(answer: str, gold: str | Sequence[str]) -> bool:
-    """Whether it is another label than the gold one, or a text that equals no accepted one (as SQuAD compares)."""
-    if isinstance(gold, str):
-        return answer != gold
-    from softprompt.tasks.metrics import normalise
-
-    return normalise(answer) not in {normalise(text) for text in gold}
+        console.print(f"- row {line['row']}: said {line['answer']}, is {gold}: {text!r}", soft_wrap=True)

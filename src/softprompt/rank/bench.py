@@ -7,12 +7,12 @@ from typing import Literal, final
 from softprompt import files
 from softprompt.attach import Attachment, attach
 from softprompt.backbone import load
-from softprompt.evaluate import beside_golds, draw, read_splits, score_examples
+from softprompt.evaluate import beside_golds, draw, read_splits, run_splits, score_examples
 from softprompt.experiment import Experiment
 from softprompt.predict import input_limit
 from softprompt.prompts import Folded
 from softprompt.rank.subject import Subject
-from softprompt.tasks import Answers, Example, Score, Splits, Task, encode, load_task, read_answers
+from softprompt.tasks import Answers, Example, Score, Splits, Task, encode, given_rows, load_task, read_answers
 
 Part = Literal["prompt", "update"]
 """What is cut: the prompt itself, or what it learned, added to its first values."""
@@ -27,19 +27,20 @@ class Cutting:
     """Cut the prompt, or what it learned (update): then rank 0 is the prompt before the first step."""
     ranks: tuple[int, ...] = ()
     """Ranks to try; none: each up to 8, then four for each doubling, up to the rank that the matrix has."""
-    split: Literal["train", "dev", "test"] = "dev"
-    """Rows to score. dev leaves the test unseen; its full score is a little flattered, having chosen the prompt."""
+    split: Literal["train", "dev", "test"] | None = None
+    """Rows to score; none: dev, which leaves the test unseen (its full score is a little flattered, having chosen the
+    prompt). Not with a file as data, which is scored whole."""
     rows: int = 500
     """So many of them, drawn by the run's seed; 0: all."""
     task: str | None = None
     """A task's name or TOML file, for a PEFT folder; a run has its own."""
     data: str | None = None
-    """Where the task's rows are, as in train; none: where the run had them."""
+    """A file whose rows are scored, or a benchmark's official folder; none: where the run or the task has its rows."""
     backbone: str | None = None
     """Hub id, folder, .gguf file or asset, for a PEFT folder; none: what its adapter_config.json names."""
 
     def __post_init__(self) -> None:
-        if self.split not in ("train", "dev", "test"):
+        if self.split not in (None, "train", "dev", "test"):
             raise ValueError(f"split is {self.split!r}; it must be train, dev or test")
         if self.rows < 0:
             raise ValueError(f"rows is {self.rows}; it must be 0 (all) or more")
@@ -54,6 +55,8 @@ class Bench:
     task: Task
     splits: Splits
     split: str
+    rows_of: str
+    """What these rows are called in reports: their split, or `given` where they are a file's."""
     examples: Sequence[Example]
     max_new_tokens: int
 
@@ -61,11 +64,15 @@ class Bench:
     def of(cls, subject: Subject, cutting: Cutting) -> "Bench":
         """Read, draw and tokenise the rows; raises as `functional_rank` does."""
         experiment = _experiment(subject, cutting)
-        whole = load_task(experiment.task, experiment.data) if subject.run is None else subject.run.task
-        splits = read_splits(experiment, whole)
-        table = getattr(splits, cutting.split)
+        whole = load_task(experiment.task) if subject.run is None else subject.run.task
+        splits = None if cutting.data is None else given_rows(whole, cutting.data, cutting.split)
+        split, rows_of = (cutting.split or "dev",) * 2 if splits is None else ("test", "given")
+        if splits is None:
+            run = subject.run if cutting.data is None else None
+            splits = read_splits(experiment, whole) if run is None else run_splits(run)
+        table = getattr(splits, split)
         if not len(table):
-            raise ValueError(f"task {whole.name!r} has no {cutting.split} rows; choose another split")
+            raise ValueError(f"task {whole.name!r} has no {split} rows; choose another split")
         own = subject.backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
         attachment = attach(own, subject.prompt) if subject.run is None else subject.run.attachment(own)
         limit = input_limit(attachment, whole, experiment.training)
@@ -74,7 +81,8 @@ class Bench:
             attachment=attachment,
             task=whole,
             splits=splits,
-            split=cutting.split,
+            split=split,
+            rows_of=rows_of,
             examples=draw(whole, table, examples, cutting.rows, experiment.seed),
             max_new_tokens=experiment.training.max_new_tokens,
         )

@@ -106,7 +106,7 @@ def functional_rank(
     matrix = subject.matrix if start is None else subject.matrix - start
     bench = Bench.of(subject, cutting)
     full, answers = bench.score(subject.prompt)
-    watch.note(f"{subject.name}: full prompt, {full.metric} {full.value:.3f} on {full.n} {cutting.split} rows")
+    watch.note(f"{subject.name}: full prompt, {full.metric} {full.value:.3f} on {full.n} {bench.rows_of} rows")
     cuts = []
     for rank in tried:
         kept = torch.cat([best_part(layer, rank) for layer in matrix.chunk(subject.prompt.depth)])
@@ -118,7 +118,7 @@ def functional_rank(
         task=bench.task.name,
         backbone=bench.attachment.backbone.source,
         part=cutting.part,
-        split=cutting.split,
+        split=bench.rows_of,
         full=full,
         cuts=tuple(cuts),
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softprompt import begin, checkpoint, files, runs
 from softprompt.backbone import Backbone, load
-from softprompt.evaluate import read_splits
+from softprompt.evaluate import run_splits
 from softprompt.prompts import Folded
 from softprompt.rank.spectrum import Spectrum
 from softprompt.runs import Run
@@ -142,7 +142,7 @@ def _of_run(run: Run, backbone: Backbone, checkpoints: bool) -> Subject:
         notes.append("it also changes the input's own embeddings, which is left out: the matrix alone is measured")
     try:
         start = runs.first_prompt(run.experiment, run.task, seeing(run, backbone), warm=True).prompt().detach()
-    except FileNotFoundError as error:  # a warm start whose folder is gone
+    except (FileNotFoundError, ValueError) as error:  # a warm start whose folder is gone, images that have changed
         start = None
         notes.append(f"its first prompt is not known, so what it learned is not measured ({error})")
     return Subject(
@@ -161,7 +161,7 @@ def seeing(run: Run, backbone: Backbone) -> Backbone:
     """`backbone` as the run's first prompt saw it: with some of the training images, where it reads images."""
     if not run.task.image:
         return backbone
-    return begin.seeing(backbone, run.experiment, run.task, read_splits(run.experiment, run.task))
+    return begin.seeing(backbone, run.experiment, run.task, run_splits(run))
 
 
 def _course(

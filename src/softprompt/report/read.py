@@ -44,6 +44,8 @@ class Result:
     """The test score of the model without a prompt."""
     caution: str
     """What the record warns of; empty where it warns of nothing."""
+    warning: str
+    """Why the test score says less than it seems to; empty where nothing speaks against it."""
     size: int
     """Bytes of the tensors that were trained."""
     curve: tuple[Point, ...]
@@ -133,6 +135,7 @@ def _result(run: Run) -> Result:
         others={printable(name): _number(others, name) for name in others} if isinstance(others, Mapping) else {},
         untouched=_number(results, "untouched") if "untouched" in results else None,
         caution=printable(str(results.get("caution", ""))),
+        warning=printable(str(results.get("warning", ""))),
         size=size,
         curve=tuple(_points(run)),
     )

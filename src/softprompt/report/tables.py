@@ -195,6 +195,10 @@ def _notes(grid: Grid) -> Iterable[str]:
         yield f"{MARKS['below']} Worse than the majority answer, beyond both intervals."
     for caution in dict.fromkeys(group.caution for group in groups if group.caution):
         yield f"{CAUTION} {caution.capitalize()}: compare with such scores alone."
+    for group in groups:
+        for result in group.results:
+            if result.warning:
+                yield f"Look at {result.name} before trusting its score: {result.warning}."
     uneven = [name for name in grid.columns if len({group.seeds for _, group in grid.of_column(name)}) > 1]
     if uneven:
         yield f"Not all rows have the same seeds in: {', '.join(uneven)}."

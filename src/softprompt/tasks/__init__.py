@@ -3,7 +3,7 @@
 from softprompt.tasks import boolq, glue, sentiment, superglue  # noqa: F401  (each registers its own)
 from softprompt.tasks.base import READERS, TASKS, Task, Template, register
 from softprompt.tasks.batch import IGNORED, Batch, answer_labels, batches, collate, schedule
-from softprompt.tasks.data import SAME_ROWS, Splits, check, cut, shots, splits
+from softprompt.tasks.data import SAME_ROWS, Splits, check, cut, given_rows, shots, splits
 from softprompt.tasks.encode import (
     Example,
     Examples,
@@ -16,7 +16,7 @@ from softprompt.tasks.encode import (
 )
 from softprompt.tasks.images import augmented, sample, unlabelled
 from softprompt.tasks.metrics import METRICS, Answers, Metric
-from softprompt.tasks.rows import read_rows
+from softprompt.tasks.rows import read_rows, row_id, row_name, row_number, task_rows
 from softprompt.tasks.score import Prediction, Score, read_answers, score
 from softprompt.tasks.table import load_task
 
@@ -32,7 +32,6 @@ __all__ = [
     "Examples",
     "Metric",
     "Prediction",
-    "Protocol",
     "Score",
     "Splits",
     "Task",
@@ -46,17 +45,22 @@ __all__ = [
     "collate",
     "cut",
     "encode",
+    "given_rows",
     "input_lengths",
     "load_task",
     "read_answers",
     "read_rows",
     "refuse_other_input",
     "register",
+    "row_id",
+    "row_name",
+    "row_number",
     "sample",
     "schedule",
     "score",
     "shots",
     "splits",
     "strip_end",
+    "task_rows",
     "unlabelled",
 ]

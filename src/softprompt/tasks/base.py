@@ -9,7 +9,7 @@ from typing import Any, Literal, final
 
 from softprompt import pixels
 from softprompt.tasks.metrics import METRICS
-from softprompt.tasks.template import parse, value_text
+from softprompt.tasks.template import format_hint, label_texts, parse, value_text
 
 TASKS: dict[str, "Task"] = {}
 """The built-in tasks by name. Filled by `register`."""
@@ -63,7 +63,8 @@ class Task:
     label: str = ""
     """The column that holds the label, in a classification."""
     words: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """What is answered for each label, in the order of the classes; a boolean label is `false` or `true` here."""
+    """What is answered for each label, in the order of the classes; a boolean label is `false` or `true` here, and a
+    number is its text, where 1 and 1.0 are the same."""
     target: str = ""
     """The column that holds the answer (or a list of accepted answers), in a generation."""
     metrics: tuple[str, ...] = ("accuracy",)
@@ -132,6 +133,12 @@ class Task:
     def _check_metrics(self) -> None:
         if not self.metrics:
             raise ValueError(f"task {self.name!r} has no metrics; known are {', '.join(sorted(METRICS))}")
+        first = METRICS.get(self.metrics[0])
+        if first is not None and first.falls:
+            raise ValueError(
+                f"the first metric of task {self.name!r} selects the checkpoint and has to be higher where it is "
+                f"better, which {self.metrics[0]!r} is not; put another one in front of it, pearson or spearman"
+            )
         for name in self.metrics:
             if name not in METRICS:
                 raise ValueError(f"unknown metric {name!r} of task {self.name!r}; {suggest(name, METRICS)}")
@@ -168,10 +175,14 @@ class Task:
         return tuple(self.lead + word for word in self.words.values())
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """The columns that the model's input is made of, sorted."""
+        return tuple(sorted({text for is_field, text in parse(self.template) if is_field} | {self.image} - {""}))
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Every column that the task reads, sorted."""
-        named = {text for is_field, text in parse(self.template) if is_field}
-        return tuple(sorted((named | {self.image, self.label, self.target, self.group, self.question}) - {""}))
+        return tuple(sorted({*self.inputs, self.label, self.target, self.group, self.question} - {""}))
 
     def pieces(self, row: Mapping[str, Any], where: str = "the row") -> list[tuple[bool, str]]:
         """The rendered template in order, each part with whether it comes from the row; of an image its name.
@@ -198,7 +209,8 @@ class Task:
         """
         if not self.is_classification:
             return self.golds(row, where)[0]
-        label = value_text(self._value(row, self.label, where), self.label, where)
+        texts = label_texts(self._value(row, self.label, where), self.label, where)
+        label = next((text for text in texts if text in self.words), texts[0])
         if not label.strip():
             raise ValueError(f"{where} has no label in column {self.label!r}; give it one or leave the row out")
         if label not in self.words:
@@ -259,6 +271,7 @@ class Task:
         if column not in row:
             raise ValueError(
                 f"{where} has no column {column!r}, which task {self.name!r} reads; it has {', '.join(map(str, row))}"
+                + format_hint(column, list(row))
             )
         return row[column]
 

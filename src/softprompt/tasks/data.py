@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from datasets import Dataset
 from softprompt import pixels
 from softprompt.choices import Protocol
 from softprompt.tasks.base import READERS, Task, suggest
-from softprompt.tasks.images import pictures, without_broken
+from softprompt.tasks.images import cut_folders, pictures, without_broken
 from softprompt.tasks.metrics import METRICS
-from softprompt.tasks.rows import read_rows, records
-from softprompt.tasks.score import read_answers
-from softprompt.tasks.template import value_text
+from softprompt.tasks.rows import numbered, records, task_rows
+from softprompt.tasks.score import best_constant
+from softprompt.tasks.template import format_hint, value_text
 
 _Key = TypeVar("_Key", int, str)
 
@@ -33,7 +34,7 @@ SAME_ROWS = "selected and reported on the same rows"
 @final
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Checked rows: every one renders, and has an answer."""
+    """Checked rows: every one renders, and has an answer; `row_number` tells where in its file it was."""
 
     train: Dataset
     """Empty, like `dev`, where the task can only be scored."""
@@ -45,7 +46,7 @@ class Splits:
     """sha256 over what the task reads of every row, split by split."""
     majority: int | str
     """The answer that scores best if it is always given, by the task's metric on the whole training split, whatever a
-    few-shot draw has of each; on the test split where there is no other. Unless the metric is an F1, the commonest."""
+    few-shot draw has of each; on the test split where there is no other."""
     warnings: tuple[str, ...] = ()
     """What works but looks wrong, a sentence each."""
     broken: tuple[str, ...] = ()
@@ -97,17 +98,45 @@ def splits(task: Task, data: str | None = None, seed: int = 0, protocol: Protoco
     return _splits(task, found["train"], found["dev"], found["test"], broken)
 
 
-def _majority(task: Task, rows: Dataset, golds: Sequence[int | str], counts: Mapping[int | str, int]) -> int | str:
-    commonest = sorted(counts, key=lambda answer: (-counts[answer], answer))
-    metric = task.metrics[0]
-    if not task.is_classification or metric == "accuracy":
-        return commonest[0]
-    questions = rows[task.question][:] if task.question else None
+def given_rows(task: Task, data: str, split: str | None = None) -> Splits | None:
+    """All rows of a file that is given to be scored, as the test split; none: it is the official folder of a benchmark.
 
-    def value(answer: int | str) -> float:
-        return METRICS[metric](read_answers(task, metric, [answer] * len(golds), golds, questions))
+    Of a task of images it may be a folder of class folders too. Where a folder or a hub dataset is cut already, it is
+    that split of it, `test` if none is named. The column of groups is not needed: nothing is cut.
 
-    return max(commonest, key=value)
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: a split is named and the rows have none, or a row cannot be scored.
+    """
+    place = Path(data).expanduser()
+    parts: Mapping[str, Path | Dataset] = {}
+    if task.source == "hub" and not place.exists():
+        parts = READERS["hub"](dataclasses.replace(task, files={"train": data}), None)
+        parts = {"dev" if name == "validation" else name: rows for name, rows in parts.items()}
+    elif not place.exists():
+        folder = "" if task.files else ", or the task's official folder"
+        raise FileNotFoundError(f"there is no {data}; give a file of rows to score{folder}")
+    elif place.is_dir() and task.image:
+        parts = cut_folders(place)
+    elif place.is_dir():
+        if task.files:
+            raise ValueError(f"{data} is a folder, and task {task.name!r} has its rows in files; give one")
+        return None
+    if parts and (split or "test") not in parts:
+        raise ValueError(f"{data} has no {split or 'test'} rows, it has {', '.join(parts)}; name one of these as split")
+    if not parts and split is not None:
+        raise ValueError(f"split is {split!r}, and {data} is scored whole, with no splits; leave one of the two out")
+    found = parts[split or "test"] if parts else place
+    task = dataclasses.replace(task, group="")
+    if isinstance(found, Path):
+        found = pictures(task, found) if task.image else task_rows(task, found)
+    check(task, found, data)
+    found = numbered(found, data)
+    broken: tuple[str, ...] = ()
+    if task.image:
+        found, broken = without_broken(task, found, data)
+    nothing = found.select([])
+    return _splits(task, nothing, nothing, found, broken)
 
 
 def _read(task: Task, data: str | None) -> tuple[dict[str, Dataset], tuple[str, ...]]:
@@ -122,12 +151,15 @@ def _read(task: Task, data: str | None) -> tuple[dict[str, Dataset], tuple[str, 
     folder = given if given is not None and given.is_dir() else None
     found = dict(READERS[task.source](task, folder))
     for name, rows in found.items():
-        check(task, rows, task.files.get(name, f"{name} of {task.name}"))
+        origin = task.files.get(name, f"{name} of {task.name}")
+        check(task, rows, origin)
+        found[name] = numbered(rows, origin)
     if given is not None and folder is None:
         if found.keys() == {"test"}:
             raise ValueError(f"task {task.name!r} has no training rows for {data} to replace; give the official folder")
-        found["train"] = pictures(task, given) if task.image else read_rows(given)
+        found["train"] = pictures(task, given) if task.image else task_rows(task, given)
         check(task, found["train"], str(data))
+        found["train"] = numbered(found["train"], str(data))
     broken: tuple[str, ...] = ()
     for name in found if task.image else ():
         found[name], left_out = without_broken(task, found[name], task.files.get(name, f"{name} of {task.name}"))
@@ -144,16 +176,29 @@ def check(task: Task, rows: Dataset, origin: str) -> None:
     if missing := [column for column in task.columns if column not in rows.column_names]:
         raise ValueError(
             f"{origin} has no column {missing[0]!r}, which task {task.name!r} reads; "
-            f"it has {', '.join(map(repr, rows.column_names))}"
+            f"it has {', '.join(map(repr, rows.column_names))}" + format_hint(missing[0], rows.column_names)
         )
+    numeric = [name for name in task.metrics if METRICS[name].of == "numbers"]
     for number, row in enumerate(records(rows), start=1):
         where = f"row {number} of {origin}"
         if not any(text.strip() for is_field, text in task.pieces(row, where) if is_field):
             raise ValueError(f"{where} has nothing in any column of the template; take it out")
         task.answer(row, where)
+        if numeric and not _is_number(gold := task.golds(row, where)[0]):
+            raise ValueError(
+                f"{where} has {gold!r} in column {task.target!r}, and {', '.join(numeric)} of task {task.name!r} "
+                "needs a number; write one or leave the row out"
+            )
         for column in (task.group, task.question):
             if column and not value_text(row[column], column, where).strip():
                 raise ValueError(f"{where} has no value in column {column!r}; give it one")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def cut(task: Task, rows: Dataset, shares: Mapping[str, float], rest: str, seed: int) -> dict[str, Dataset]:
@@ -227,6 +272,7 @@ def _splits(
     known = train if len(train) else test
     golds = [task.answer(row) for row in records(known)]
     counts = Counter(golds)
+    questions = known[task.question][:] if task.question else None
     digest = hashlib.sha256()
     for name, rows in (("train", train), ("dev", dev), ("test", test)):
         digest.update(f"{name} {len(rows)}\n".encode())
@@ -246,7 +292,7 @@ def _splits(
         dev=dev,
         test=test,
         fingerprint=digest.hexdigest(),
-        majority=_majority(task, known, golds, counts) if majority is None else majority,
+        majority=best_constant(task, golds, questions) if majority is None else majority,
         warnings=(
             *(f"no training row of task {task.name!r} has the label {label!r}" for label in unused),
             *((f"{len(broken)} broken images were left out: {', '.join(broken)}",) if broken else ()),

@@ -9,11 +9,14 @@ from typing import Any, final, overload
 from softprompt.pixels import Picture, Processor
 from softprompt.tasks.base import Task
 from softprompt.tasks.control import Part, Span, Tokenizer, control_tokens
-from softprompt.tasks.rows import records
+from softprompt.tasks.rows import records, row_name, row_number, row_origin
 from softprompt.tasks.template import parse
 
 _ROWS, _CHARACTERS = 1000, 1 << 18
 """Most rows and characters that are tokenised at a time, so that memory is that of the ids that are kept."""
+
+_TEXT = "the text"
+"""What an error calls a text that is no row's."""
 
 
 @final
@@ -30,13 +33,17 @@ class Example:
     """The row's place among those encoded, from 0."""
     picture: Picture | None = None
     """The image, where that is the input; it is decoded when a batch is made."""
+    where: str = ""
+    """What an error calls the row: by its number in its own file, counted from 1, and that file."""
 
 
 @final
 class Examples(Sequence[Example]):
     """Examples of text at four bytes a token; each is made when it is asked for, and a slice shares the tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, origin: str = "") -> None:
+        self._origin = origin
+        self._numbers = array("i")
         self._ids, self._ends = array("i"), array("q", [0])
         self._answers, self._answer_ends = array("i"), array("q", [0])
         self._labels = array("i")
@@ -44,8 +51,9 @@ class Examples(Sequence[Example]):
         self.answers_ended = 0
         """Answers whose own end-of-sequence text was dropped."""
 
-    def append(self, input_ids: Sequence[int], answer_ids: Sequence[int], label: int | None) -> None:
-        """Another row, behind those that are there."""
+    def append(self, input_ids: Sequence[int], answer_ids: Sequence[int], label: int | None, number: int) -> None:
+        """Another row, behind those that are there; `number` is its own in its file, counted from 1."""
+        self._numbers.append(number)
         self._ids.extend(input_ids)
         self._ends.append(len(self._ids))
         self._answers.extend(answer_ids)
@@ -77,6 +85,7 @@ class Examples(Sequence[Example]):
             tuple(self._answers[self._answer_ends[row] : self._answer_ends[row + 1]]),
             None if self._labels[row] < 0 else self._labels[row],
             row,
+            where=f"row {self._numbers[row]}" + (f" of {self._origin}" if self._origin else ""),
         )
 
 
@@ -121,26 +130,27 @@ def encode(
     """
     refuse_other_input(task, tokenizer)
     if task.image:
-        return encode_pictures(task, tokenizer, list(records(rows)), max_tokens, answers=answers), 0
+        return encode_pictures(task, tokenizer, rows, max_tokens, answers=answers), 0
     _check_fast(tokenizer)
     words = answer_ids(task, tokenizer) if answers and task.is_classification else ()
-    examples, shortened = Examples(), 0
+    examples, shortened = Examples(row_origin(rows)), 0
     ended = any(strip_end(word, tokenizer) != word for word in task.answers)
     for chunk in _chunks(task, rows):
-        found = _tokens(tokenizer, [parts for _, parts in chunk], closing, first_row=len(examples) + 1)
+        names = [name for *_, name in chunk]
+        found = _tokens(tokenizer, [parts for _, parts, _ in chunk], closing, names)
         labels: list[int | None] = [None] * len(chunk)
         targets: Sequence[tuple[int, ...]] = [()] * len(chunk)
         if answers and task.is_classification:
-            labels = [int(task.answer(row, f"row {len(examples) + at}")) for at, (row, _) in enumerate(chunk, 1)]
+            labels = [int(task.answer(row, name)) for row, _, name in chunk]
             targets = [words[label] for label in labels if label is not None]
             examples.answers_ended += len(chunk) * ended
         elif answers:
-            targets = _targets(task, tokenizer, [row for row, _ in chunk], examples)
-        for (_, parts), ids, target, label in zip(chunk, found, targets, labels, strict=True):
+            targets = _targets(task, tokenizer, [row for row, *_ in chunk], names, examples)
+        for (row, parts, name), ids, target, label in zip(chunk, found, targets, labels, strict=True):
             if len(ids) > max_tokens:
-                ids = _shorten(task, tokenizer, parts, max_tokens, closing, len(examples) + 1)
+                ids = _shorten(task, tokenizer, parts, max_tokens, closing, name)
                 shortened += 1
-            examples.append(ids, target, label)
+            examples.append(ids, target, label, row_number(row, len(examples)))
     return examples, shortened
 
 
@@ -181,7 +191,7 @@ def refuse_other_input(task: Task, tokenizer: Tokenizer) -> None:
 
 
 def encode_pictures(
-    task: Task, processor: Processor, rows: Sequence[Mapping[str, Any]], size: int, *, answers: bool
+    task: Task, processor: Processor, rows: Iterable[Mapping[str, Any]], size: int, *, answers: bool
 ) -> list[Example]:
     """Examples of all rows in their order; an image is decoded when a batch is made of it.
 
@@ -189,13 +199,13 @@ def encode_pictures(
         ValueError: a row without an image, or without a label where `answers` are read.
     """
     found = []
-    for number, row in enumerate(rows):
-        where = f"row {number + 1}"
+    for number, row in enumerate(records(rows)):
+        where = row_name(rows, row, number)
         if not task.render(row, where):
             raise ValueError(f"{where} has no image in column {task.image!r}; give it one or leave the row out")
         label = int(task.answer(row, where)) if answers else None
         picture = Picture(row[task.image], processor, size, where)
-        found.append(Example((), () if label is None else (label,), label, number, picture))
+        found.append(Example((), () if label is None else (label,), label, number, picture, where))
     return found
 
 
@@ -210,7 +220,7 @@ def answer_ids(task: Task, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     _check_fast(tokenizer)
     found: dict[tuple[int, ...], str] = {}
     words = [strip_end(word, tokenizer) for word in task.answers]
-    for word, ids in zip(task.answers, _answers(tokenizer, words, first_row=0), strict=True):
+    for word, ids in zip(task.answers, _answers(tokenizer, words, ["a label"] * len(words)), strict=True):
         if not ids or all(one == tokenizer.unk_token_id for one in ids):
             raise ValueError(
                 f"the word {word!r} of task {task.name!r} has no tokens in this vocabulary; use another one"
@@ -238,13 +248,17 @@ def _check_fast(tokenizer: Tokenizer) -> None:
         )
 
 
-def _chunks(task: Task, rows: Iterable[Mapping[str, Any]]) -> Iterator[list[tuple[Mapping[str, Any], list[Part]]]]:
-    """Rows and their parts, so many at a time as are tokenised together."""
-    chunk: list[tuple[Mapping[str, Any], list[Part]]] = []
+_Row = tuple[Mapping[str, Any], list[Part], str]
+
+
+def _chunks(task: Task, rows: Iterable[Mapping[str, Any]]) -> Iterator[list[_Row]]:
+    """Rows with their parts and names, as many at a time as are tokenised together."""
+    chunk: list[_Row] = []
     size = 0
-    for number, row in enumerate(records(rows), start=1):
-        parts = task.pieces(row, f"row {number}")
-        chunk.append((row, parts))
+    for place, row in enumerate(records(rows)):
+        name = row_name(rows, row, place)
+        parts = task.pieces(row, name)
+        chunk.append((row, parts, name))
         size += sum(len(text) for _, text in parts)
         if len(chunk) == _ROWS or size >= _CHARACTERS:
             yield chunk
@@ -258,38 +272,39 @@ def _join(parts: Sequence[Part]) -> str:
 
 
 def _tokens(
-    tokenizer: Tokenizer, texts: Sequence[Sequence[Part]], closing: bool, first_row: int = 1
+    tokenizer: Tokenizer, texts: Sequence[Sequence[Part]], closing: bool, names: Sequence[str] = ()
 ) -> list[list[int]]:
     """Ids of each text, with the special tokens in front and, if `closing`, those behind."""
     if not texts:
         return []
     joined = [_join(parts) for parts in texts]
-    made = _call(tokenizer, joined, first_row, return_special_tokens_mask=True)
+    names = names or [_TEXT] * len(texts)
+    made = _call(tokenizer, joined, names, return_special_tokens_mask=True)
     control, found, suspects = control_tokens(tokenizer), list[list[int]](), list[int]()
     for ids, special, text in zip(made["input_ids"], made["special_tokens_mask"], joined, strict=True):
         begin, end = special.index(0) if 0 in special else len(special), _end(special, closing=False)
         if control.suspects(ids[begin:end], text):
             suspects.append(len(found))
         found.append(ids if closing else ids[:end])
-    placed = _placed(tokenizer, [texts[at] for at in suspects], closing, [first_row + at for at in suspects])
+    placed = _placed(tokenizer, [texts[at] for at in suspects], closing, [names[at] for at in suspects])
     for at, (ids, _, _) in zip(suspects, placed, strict=True):
         found[at] = ids
     return found
 
 
 def _placed(
-    tokenizer: Tokenizer, texts: Sequence[Sequence[Part]], closing: bool, rows: Sequence[int]
+    tokenizer: Tokenizer, texts: Sequence[Sequence[Part]], closing: bool, names: Sequence[str]
 ) -> list[tuple[list[int], list[Span], Sequence[Part]]]:
     """Ids of each text, where each lies, and the parts in which it lies there; what a row holds is read as text."""
     if not texts:
         return []
     joined = [_join(parts) for parts in texts]
-    made = _call(tokenizer, joined, rows[0], return_special_tokens_mask=True, return_offsets_mapping=True)
+    made = _call(tokenizer, joined, names, return_special_tokens_mask=True, return_offsets_mapping=True)
     control, found = control_tokens(tokenizer), list[tuple[list[int], list[Span], Sequence[Part]]]()
     encoded = zip(made["input_ids"], made["special_tokens_mask"], made["offset_mapping"], strict=True)
-    for number, parts, (ids, special, spans) in zip(rows, texts, encoded, strict=True):
+    for name, parts, (ids, special, spans) in zip(names, texts, encoded, strict=True):
         if control.foreign(ids, special, spans, parts):
-            ids, special, spans, parts = control.encode(parts, special=True, where=f"row {number}")
+            ids, special, spans, parts = control.encode(parts, special=True, where=name)
         end = _end(special, closing=closing)
         found.append((list(ids[:end]), list(spans[:end]), parts))
     return found
@@ -304,7 +319,7 @@ def _end(special: Sequence[int], *, closing: bool) -> int:
     return end
 
 
-def _call(tokenizer: Tokenizer, texts: Sequence[str], first_row: int, **more: Any) -> Any:
+def _call(tokenizer: Tokenizer, texts: Sequence[str], names: Sequence[str], **more: Any) -> Any:
     """The tokenizer's own answer.
 
     Raises:
@@ -321,23 +336,22 @@ def _call(tokenizer: Tokenizer, texts: Sequence[str], first_row: int, **more: An
             **{"add_special_tokens": True, **more},
         )
     except (TypeError, UnicodeEncodeError):
-        for number, text in enumerate(texts, start=first_row):
+        for name, text in zip(names, texts, strict=True):
             if broken := next((sign for sign in text if "\ud800" <= sign <= "\udfff"), None):
-                where = f"row {number}" if first_row else "a label"
                 raise ValueError(
-                    f"{where} holds half of a surrogate pair ({broken!a}), which is not text; write the whole "
+                    f"{name} holds half of a surrogate pair ({broken!a}), which is not text; write the whole "
                     "character or leave it out"
                 ) from None
         raise
 
 
 def _shorten(
-    task: Task, tokenizer: Tokenizer, parts: Sequence[Part], max_tokens: int, closing: bool, row: int
+    task: Task, tokenizer: Tokenizer, parts: Sequence[Part], max_tokens: int, closing: bool, name: str
 ) -> list[int]:
     """The ids after the longest field has lost its end, again and again until they fit."""
     parts = list(parts)
     while True:
-        [(ids, places, shown)] = _placed(tokenizer, [parts], closing, [row])
+        [(ids, places, shown)] = _placed(tokenizer, [parts], closing, [name])
         excess = len(ids) - max_tokens
         if excess <= 0:
             return ids
@@ -368,33 +382,33 @@ def _field_tokens(parts: Sequence[Part], places: Sequence[Span]) -> dict[int, li
 
 
 def _targets(
-    task: Task, tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]], before: Examples
+    task: Task, tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]], names: Sequence[str], before: Examples
 ) -> list[tuple[int, ...]]:
     """What is to be written for each row, with one end of sequence."""
     texts = []
-    for number, row in enumerate(rows, start=len(before) + 1):
-        given = str(task.answer(row, f"row {number}"))
+    for name, row in zip(names, rows, strict=True):
+        given = str(task.answer(row, name))
         text = strip_end(given, tokenizer)
         if text != given:
             before.answers_ended += 1
             if not text.strip():
                 raise ValueError(
-                    f"row {number} has the answer {given!r} in column {task.target!r}, which is an end of sequence "
+                    f"{name} has the answer {given!r} in column {task.target!r}, which is an end of sequence "
                     "and nothing before it; give it an answer or leave the row out"
                 )
         texts.append(task.lead + text)
-    return [_ended(tokenizer, ids) for ids in _answers(tokenizer, texts, len(before) + 1)]
+    return [_ended(tokenizer, ids) for ids in _answers(tokenizer, texts, names)]
 
 
-def _answers(tokenizer: Tokenizer, texts: Sequence[str], first_row: int = 1) -> list[tuple[int, ...]]:
+def _answers(tokenizer: Tokenizer, texts: Sequence[str], names: Sequence[str]) -> list[tuple[int, ...]]:
     """The tokens that each text has on its own, or behind a colon if it begins with a space.
 
     Some tokenizers (Llama 2's) put a space of their own before a text's first word, so that " yes" alone would begin
     with two; behind other text it has the tokens that the model has seen. With most tokenizers the two are the same.
     """
-    colon = _plain(tokenizer, [[(False, ":")]], first_row)[0]
-    alone = _plain(tokenizer, [[(True, text)] for text in texts], first_row)
-    behind = _plain(tokenizer, [[(False, ":"), (True, text)] for text in texts], first_row)
+    colon = _plain(tokenizer, [[(False, ":")]], [_TEXT])[0]
+    alone = _plain(tokenizer, [[(True, text)] for text in texts], names)
+    behind = _plain(tokenizer, [[(False, ":"), (True, text)] for text in texts], names)
     found = []
     for text, ids, other in zip(texts, alone, behind, strict=True):
         follows = text[:1] == " " and other[: len(colon)] == colon and len(other) > len(colon)
@@ -402,16 +416,16 @@ def _answers(tokenizer: Tokenizer, texts: Sequence[str], first_row: int = 1) -> 
     return found
 
 
-def _plain(tokenizer: Tokenizer, texts: Sequence[Sequence[Part]], first_row: int) -> list[list[int]]:
+def _plain(tokenizer: Tokenizer, texts: Sequence[Sequence[Part]], names: Sequence[str]) -> list[list[int]]:
     """Ids of each text without the special tokens that the tokenizer puts around one."""
     if not texts:
         return []
     joined = [_join(parts) for parts in texts]
-    made: list[list[int]] = _call(tokenizer, joined, first_row, add_special_tokens=False)["input_ids"]
+    made: list[list[int]] = _call(tokenizer, joined, names, add_special_tokens=False)["input_ids"]
     control = control_tokens(tokenizer)
     return [
-        control.encode(parts, special=False, where=f"row {row}")[0] if control.suspects(ids, text) else ids
-        for row, (ids, parts, text) in enumerate(zip(made, texts, joined, strict=True), start=first_row)
+        control.encode(parts, special=False, where=name)[0] if control.suspects(ids, text) else ids
+        for name, ids, parts, text in zip(names, made, texts, joined, strict=True)
     ]
 
 

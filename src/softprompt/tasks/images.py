@@ -1,5 +1,6 @@
 """Rows of images: a folder of class folders, a table of paths and labels, a hub dataset; and MNIST among the assets."""
 
+import dataclasses
 import io
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from softprompt.choices import Augment
 from softprompt.pixels import Processor, name, read
 from softprompt.tasks.base import READERS, Task, refuse_folder, register
 from softprompt.tasks.encode import Example, Examples, encode_pictures
-from softprompt.tasks.rows import read_rows
+from softprompt.tasks.rows import read_rows, task_rows
 
 IMAGE, LABEL = "image", "label"
 """The columns of a folder's rows."""
@@ -37,7 +38,7 @@ def folder_task(folder: Path) -> Task:
         name=place.name,
         image=IMAGE,
         label=LABEL,
-        words=_own_words(_parts(place).get("train", place), None),
+        words=_own_words(cut_folders(place).get("train", place), None),
         metrics=("accuracy", "macro_f1"),
         source="images",
         files={"train": str(place)},
@@ -47,7 +48,7 @@ def folder_task(folder: Path) -> Task:
 def image_words(train: str, label: str) -> dict[str, str]:
     """Each class under its own name, sorted: of the training folder, or the training table's labels."""
     place = Path(train)
-    return _own_words(_parts(place).get("train", place), label)
+    return _own_words(cut_folders(place).get("train", place), label)
 
 
 def hub_words(repository: str, label: str) -> dict[str, str]:
@@ -67,7 +68,7 @@ def pictures(task: Task, place: Path) -> Dataset:
         ValueError: no class folders, an empty one, or a table that cannot be read.
     """
     if not place.is_dir():
-        return beside(task, read_rows(place), place)
+        return beside(task, task_rows(task, place), place)
     rows = [(str(file), folder.name) for folder in _classes(place) for file in _files(folder)]
     if empty := [folder.name for folder in _classes(place) if not _files(folder)]:
         raise ValueError(f"the class folder {empty[0]!r} of {place} has no files; fill it or take it out")
@@ -88,7 +89,7 @@ def unlabelled(task: Task, place: Path) -> list[dict[str, Any]]:
     known = _extensions()
     if place.suffix.lower() in known and place.is_file():
         return [{task.image: str(place)}]
-    return list(beside(task, read_rows(place), place))
+    return list(beside(task, task_rows(task, place, answers=False), place))
 
 
 def beside(task: Task, rows: Dataset, table: Path) -> Dataset:
@@ -125,8 +126,7 @@ def augmented(examples: Sequence[Example], augment: Augment) -> Sequence[Example
     if isinstance(examples, Examples):
         return examples
     return [
-        Example(one.input_ids, one.answer_ids, one.label, one.row, one.picture and one.picture.augmented(augment))
-        for one in examples
+        dataclasses.replace(one, picture=one.picture.augmented(augment)) if one.picture else one for one in examples
     ]
 
 
@@ -135,7 +135,7 @@ def sample(
 ) -> Float[Tensor, "image channel height width"]:
     """The pixels of `count` of the rows, or of all if they are fewer, drawn by `seed`."""
     places = sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
-    chosen = encode_pictures(task, processor, list(rows.select(places)), size, answers=False)
+    chosen = encode_pictures(task, processor, rows.select(places), size, answers=False)
     return torch.stack([one.picture.pixels() for one in chosen if one.picture is not None])
 
 
@@ -144,7 +144,7 @@ def _read_files(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
     found: dict[str, Dataset] = {}
     for split, file in task.files.items():
         place = Path(file)
-        parts = _parts(place)
+        parts = cut_folders(place)
         found.update({part: pictures(task, inner) for part, inner in parts.items()} or {split: pictures(task, place)})
     return _halved(found)
 
@@ -201,8 +201,8 @@ def _hub(repository: str) -> Mapping[str, Dataset]:
     return found
 
 
-def _parts(place: Path) -> dict[str, Path]:
-    """The folders of a dataset that is cut already, by split; none of another."""
+def cut_folders(place: Path) -> dict[str, Path]:
+    """The folders of a dataset that is cut into splits already, by split; none of another."""
     if not (place / "train").is_dir():
         return {}
     inside = {inner.name: inner for inner in sorted(place.iterdir()) if inner.is_dir()}
@@ -222,10 +222,8 @@ def _own_words(place: Path, label: str | None) -> dict[str, str]:
     if place.is_dir():
         names = [folder.name for folder in _classes(place)]
     else:
-        rows = read_rows(place)
-        if label not in rows.column_names:
-            raise ValueError(f"{place} has no column {label!r} for the label; it has {', '.join(rows.column_names)}")
-        names = sorted({str(value) for value in rows[label][:]} - {""})
+        rows = read_rows(place, [str(label)], purpose=" for the label")
+        names = sorted({str(value) for value in rows[str(label)][:]} - {""})
     if len(names) < 2:
         raise ValueError(f"{place} has {len(names)} classes ({', '.join(names)}); there must be two or more")
     return {one: one.strip() for one in names}

@@ -60,7 +60,7 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric(ABC):
-    """One number, higher is better, with an interval."""
+    """One number with an interval; higher is better, unless it says otherwise."""
 
     of: Literal["labels", "texts", "numbers"]
     """What it compares."""
@@ -68,6 +68,8 @@ class Metric(ABC):
     """Whether it wants exactly two labels; the second is the positive one."""
     grouped: bool = False
     """Whether its unit is a question of several rows."""
+    falls: bool = False
+    """Whether lower is better: then it is told beside another metric, and selects nothing."""
 
     @abstractmethod
     def __call__(self, answers: Answers) -> float:
@@ -224,17 +226,26 @@ def _matthews(answers: Answers) -> float:
         return float(matthews_corrcoef(answers.golds, answers.predictions))
 
 
+def _as_numbers(answers: Answers) -> tuple[Float[np.ndarray, "row"], Float[np.ndarray, "row"]]:
+    """Predictions and golds. What is no number becomes the golds' end that is farther off: wrong on any scale."""
+    golds = np.asarray(answers.golds, dtype=float)
+    ours = np.asarray(answers.predictions, dtype=float)
+    far = np.where(golds > (golds.min() + golds.max()) / 2, golds.min(), golds.max())
+    return np.where(np.isfinite(ours), ours, far), golds
+
+
+def _distance(answers: Answers) -> Float[np.ndarray, "row"]:
+    ours, golds = _as_numbers(answers)
+    return np.abs(ours - golds)
+
+
 def _correlation(name: Literal["pearsonr", "spearmanr"]) -> Callable[[Answers], float]:
     """0 where one side is constant, so that no correlation is defined: it tells no row from another."""
 
     def correlation(answers: Answers) -> float:
         from scipy import stats
 
-        golds = np.asarray(answers.golds, dtype=float)
-        ours = np.asarray(answers.predictions, dtype=float)
-        # A prediction that is no number becomes the gold values' end that is farther off: wrong, whatever the scale.
-        far = np.where(golds > (golds.min() + golds.max()) / 2, golds.min(), golds.max())
-        ours = np.where(np.isfinite(ours), ours, far)
+        ours, golds = _as_numbers(answers)
         if len(golds) < 2 or np.ptp(golds) == 0 or np.ptp(ours) == 0:
             return 0.0
         with warnings.catch_warnings():
@@ -257,6 +268,7 @@ METRICS: Mapping[str, Metric] = {
     "matthews": Whole(of="labels", all=_matthews),
     "pearson": Whole(of="numbers", all=_correlation("pearsonr")),
     "spearman": Whole(of="numbers", all=_correlation("spearmanr")),
+    "mae": Mean(of="numbers", each=_distance, yes_or_no=False, falls=True),
     "exact_match": Mean(of="texts", each=_best(lambda ours, gold: float(normalise(ours) == normalise(gold)))),
     "token_f1": Mean(of="texts", each=_best(token_overlap), yes_or_no=False),
     "f1a": Whole(of="labels", all=_f1, binary=True, grouped=True),
@@ -264,4 +276,5 @@ METRICS: Mapping[str, Metric] = {
     "gender_parity": Mean(of="labels", each=_same_in_question, grouped=True),
     "referent_match": Mean(of="texts", each=_best(referent_match)),
 }
-"""Every metric by name. `f1a` is F1 over all questions' answers, `question_match` asks for all of a question's."""
+"""Every metric by name. `f1a` is F1 over all questions' answers, `question_match` asks for all of a question's, and
+`mae` is the mean absolute error."""

@@ -9,8 +9,8 @@ from datasets import Dataset
 
 from softprompt.tasks.base import READERS, TASKS, Task, refuse_folder, suggest
 from softprompt.tasks.images import folder_task, hub_words, image_words
-from softprompt.tasks.rows import read_rows
-from softprompt.tasks.template import value_text
+from softprompt.tasks.rows import read_rows, task_rows
+from softprompt.tasks.template import label_texts
 
 _SPLITS = ("train", "dev", "test")
 _KEYS: dict[str, type] = {
@@ -92,7 +92,7 @@ def load_table(path: Path, data: str | None = None) -> Task:
 def read_files(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
     """The rows of the task's own files, by split."""
     refuse_folder(task, folder)
-    return {split: read_rows(Path(file)) for split, file in task.files.items()}
+    return {split: task_rows(task, Path(file)) for split, file in task.files.items()}
 
 
 READERS["files"] = read_files
@@ -119,6 +119,9 @@ def _settings(path: Path) -> dict[str, Any]:
     for label, word in settings.get("words", {}).items():
         if type(word) is not str:
             hint = f"; move {label} above the line [words]" if label in _KEYS else "; write text in quotation marks"
+            if isinstance(word, dict):
+                inner = next(iter(word), "")
+                hint = f'; write a label with a dot in it in quotation marks, as "{label}.{inner}" = "..."'
             raise ValueError(f"the word for label {label!r} in {path} is {word!r}{hint}")
     for metric in settings.get("metrics", []):
         if type(metric) is not str:
@@ -129,14 +132,10 @@ def _settings(path: Path) -> dict[str, Any]:
 def _own_words(file: str, label: str) -> dict[str, str]:
     """Each label's own text in lower case; sorted, so that the classes' order does not follow the rows'."""
     path = Path(file)
-    rows = read_rows(path)
-    if label not in rows.column_names:
-        raise ValueError(
-            f"{path} has no column {label!r} for the label; it has {', '.join(map(repr, rows.column_names))}"
-        )
+    rows = read_rows(path, [label], purpose=" for the label")
     found = set()
     for number, value in enumerate(rows[label][:], start=1):
-        text = value_text(value, label, f"row {number} of {path}")
+        text = label_texts(value, label, f"row {number} of {path}")[-1 if isinstance(value, float) else 0]
         if not text.strip():
             raise ValueError(
                 f"row {number} of {path} has no label in column {label!r}; give it one or leave the row out"

@@ -3,21 +3,23 @@
 import functools
 import math
 import re
+from collections.abc import Collection
 from typing import Any
+
+import numpy as np
 
 
 @functools.lru_cache
 def parse(template: str) -> tuple[tuple[bool, str], ...]:
     """A template's parts in order: `(True, column)` and `(False, text)`.
 
-    Unlike `str.format` a field is a column's name and nothing else: `{a.b}` would read attributes, `{a!r}` and
-    `{a:>9}` would change the text.
+    Unlike in `str.format` all that stands in the braces is a column's name: `{user.name}`, `{a:b}`, `{Customer Text}`.
 
     Raises:
-        ValueError: a single brace, an empty field, or a field with `.`, `[`, `]`, `!` or `:` in it.
+        ValueError: a single brace, or an empty field.
 
-    >>> parse("{{{a}}} b")
-    ((False, '{'), (True, 'a'), (False, '} b'))
+    >>> parse("{{{a}}} b {c.d[0]}")
+    ((False, '{'), (True, 'a'), (False, '} b '), (True, 'c.d[0]'))
     """
     parts: list[tuple[bool, str]] = []
     for token in re.findall(r"\{\{|\}\}|\{[^{}]*\}|[{}]|[^{}]+", template):
@@ -27,11 +29,10 @@ def parse(template: str) -> tuple[tuple[bool, str], ...]:
             )
         if is_field := token[0] == "{" and token != "{{":
             token = token[1:-1]
-            if not token.strip() or (wrong := re.search(r"[.\[\]!:]", token)):
-                reason = f"{wrong.group()!r} in it" if token.strip() and wrong else "nothing in it"
+            if not token.strip():
                 raise ValueError(
-                    f"the template {template!r} has the field {'{' + token + '}'} with {reason}; "
-                    "a field is the name of a column and nothing else"
+                    f"the template {template!r} has the field {'{' + token + '}'} with nothing in it; "
+                    "write a column's name there"
                 )
         elif token in ("{{", "}}"):
             token = token[0]
@@ -42,16 +43,60 @@ def parse(template: str) -> tuple[tuple[bool, str], ...]:
     return tuple(parts)
 
 
+def format_hint(column: str, names: Collection[str]) -> str:
+    """What to write where a missing column is another's name as `str.format` would take it, as `a!r` or `a.b`.
+
+    >>> format_hint("a:>9", ["a", "b"])
+    "; braces hold a column's name and nothing else, write {a}"
+    """
+    name = next((name for name in (re.split(r"[.\[!:]", column)[0], column.strip()) if name in names), None)
+    return "" if name is None else f"; braces hold a column's name and nothing else, write {{{name}}}"
+
+
+def label_texts(value: Any, column: str, where: str) -> tuple[str, ...]:
+    """The texts that a label may have among `words`: of a number also that of the same number as a float or an integer.
+
+    A table of one column of numbers with a gap in it has floats: 1.0 is the label that was 1. Raises as `value_text`.
+
+    >>> label_texts(1.0, "y", "row 1"), label_texts("1.0", "y", "row 1")
+    (('1.0', '1'), ('1.0',))
+    """
+    text = value_text(value, column, where)
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        return (text,)
+    same = f"{text}.0" if text.lstrip("-").isdigit() else text.removesuffix(".0")
+    return (text, same) if same != text else (text,)
+
+
 def value_text(value: Any, column: str, where: str) -> str:
     """A cell as text; a boolean as JSON writes it.
 
     Raises:
         ValueError: the cell is missing, or is no text, number or boolean.
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if isinstance(value, np.generic):
+        value = value.item()
+    # Of pandas, by name: it need not be there.
+    is_gap = value is None or type(value).__name__ in ("NAType", "NaTType")
+    if is_gap or (isinstance(value, float) and math.isnan(value)):
         raise ValueError(f"{where} has no value in column {column!r}; give it one or leave the row out")
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | dict | bytes):
         raise ValueError(f"{where} has a {type(value).__name__} in column {column!r}; text or a number belongs there")
+    whole_characters(value, column, where)
     return str(value)
+
+
+def whole_characters(value: Any, column: str, where: str) -> None:
+    r"""Refuse half a character in a cell, or in a list of them: JSON can write one (`\ud83d`), UTF-8 and models cannot.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and not text.isascii() and (half := re.search("[\ud800-\udfff]", text)):
+            raise ValueError(
+                f"{where} has half a character (\\u{ord(half.group()):x}, one of a surrogate pair) in column "
+                f"{column!r}; write the whole character or take it out"
+            )

@@ -1,0 +1,85 @@
+"""Rows that changed or went away after a training: never another number without a word, in no command."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from softprompt.cli import main
+from softprompt.evaluate import evaluate
+from softprompt.experiment import Experiment, Training
+from softprompt.prompts.plain import Plain
+from softprompt.rank import Cutting, functional_rank
+from softprompt.rank.subject import subjects
+from softprompt.runs import Run
+from softprompt.train import train
+
+LINES = [f"{'ab'[i % 2] * (1 + i % 3)} {i},{('Billing', 'Sales')[i % 2]}" for i in range(60)]
+TOML = 'train = "train.csv"\ntemplate = "Ticket: {text}\\nQueue:"\nlabel = "queue"\n'
+
+
+def write(path: Path, lines: list[str]) -> None:
+    path.write_text("\n".join(["text,queue", *lines]) + "\n")
+
+
+@pytest.fixture
+def run(tmp_path: Path, llama_folder: Path) -> Run:
+    write(tmp_path / "train.csv", LINES)
+    (tmp_path / "task.toml").write_text(TOML)
+    training = Training(steps=2, batch=4, evaluate_every=2, shots=4)
+    whole = Experiment(backbone=str(llama_folder), task=str(tmp_path / "task.toml"), dtype="float32", training=training)
+    return train(whole.replace(prompt=Plain(length=3)), out=tmp_path / "runs")
+
+
+CHANGES: dict[str, Callable[[list[str]], list[str]]] = {
+    "a line less": lambda lines: lines[1:],
+    "more lines": lambda lines: [*lines, *(f"c {i},Sales" for i in range(20))],
+    "another word": lambda lines: [line.replace("b", "c") for line in lines],
+    "another order": lambda lines: lines[::-1],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("split", ["test", "dev"])
+def test_a_run_is_not_scored_on_changed_rows(run: Run, tmp_path: Path, change: Callable, split: str) -> None:
+    assert evaluate(run).value == (run.results or {})["test"]
+    write(tmp_path / "train.csv", change(LINES))
+    with pytest.raises(ValueError, match=r"train\.csv are not those that run .* --data FILE"):
+        evaluate(run, split=split)
+    assert evaluate(run, data=str(tmp_path / "train.csv")).n in (59, 60, 80)
+
+
+def test_a_column_that_is_not_read_may_change(run: Run, tmp_path: Path) -> None:
+    lines = [f"{line},{number}" for number, line in enumerate(LINES)]
+    (tmp_path / "train.csv").write_text("\n".join(["text,queue,note", *lines]) + "\n")
+    assert evaluate(run).value == (run.results or {})["test"]
+
+
+def test_rows_that_are_gone_say_where_they_were(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.csv").rename(tmp_path / "moved.csv")
+    assert main(["evaluate", str(run.folder)]) == 1
+    said = capsys.readouterr().err
+    assert f"are not where it recorded them ({tmp_path / 'train.csv'})" in said
+    assert "softprompt evaluate RUN --data FILE" in said
+    assert main(["evaluate", str(run.folder), "--data", str(tmp_path / "moved.csv")]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 60
+
+
+def test_ranks_are_not_scored_on_changed_rows(run: Run, tmp_path: Path) -> None:
+    [one] = subjects(run.folder)
+    write(tmp_path / "train.csv", LINES[1:])
+    with pytest.raises(ValueError, match="are not those that run"):
+        functional_rank(one, Cutting(ranks=(2,)))
+
+
+def test_mistakes_are_not_shown_from_changed_rows(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They would be other rows' texts: a finished run is opened, and its answers name rows by their place."""
+    resumed = ["train", "--resume", str(run.folder), "--show", "3"]
+    assert main(resumed) == 0
+    write(tmp_path / "train.csv", LINES[::-1])
+    capsys.readouterr()
+    main(resumed)
+    shown = capsys.readouterr().err
+    assert "are not those that run" in shown
+    assert "- said" not in shown

@@ -1,0 +1,128 @@
+"""What `softprompt.predict` takes for rows: what holds texts or rows, else a sentence that says what to give."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas
+import pytest
+
+import softprompt
+from softprompt.backbone import Backbone
+from softprompt.evaluate import evaluate
+from softprompt.experiment import Experiment, Training
+from softprompt.predict import predict
+from softprompt.prompts.plain import Plain
+from softprompt.runs import Run
+from softprompt.tasks import Task
+
+TEXTS = ["a fine film", "poor", "the text is fine"]
+ROWS = [{"text": text} for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Run:
+    folder = tmp_path_factory.mktemp("predict")
+    (folder / "rows.csv").write_text("text,label\n" + "fine,good\npoor,bad\n" * 20)
+    (folder / "task.toml").write_text('train = "rows.csv"\ntemplate = "Review: {text}\\nVerdict:"\nlabel = "label"\n')
+    whole = Experiment(backbone=str(llama_folder), task=str(folder / "task.toml"), dtype="float32")
+    training = Training(steps=1, batch=4, evaluate_every=1)
+    return softprompt.train(whole.replace(prompt=Plain(length=3), training=training), out=folder / "runs")
+
+
+@pytest.fixture(scope="module")
+def backbone(run: Run) -> Backbone:
+    return softprompt.load_backbone(run.experiment.backbone, dtype="float32")
+
+
+TAKEN: dict[str, Callable[[], Any]] = {
+    "texts": lambda: TEXTS,
+    "a tuple of texts": lambda: tuple(TEXTS),
+    "texts one by one": lambda: iter(TEXTS),
+    "an array of texts": lambda: np.array(TEXTS),
+    "a series of texts": lambda: pandas.Series(TEXTS),
+    "a data frame": lambda: pandas.DataFrame({"text": TEXTS, "note": [None, 1, "x"]}),
+    "a data frame with an index": lambda: pandas.DataFrame({"text": TEXTS}, index=[7, 7, 7]),
+    "a dataset": lambda: datasets.Dataset.from_list(ROWS),
+    "rows and texts": lambda: [ROWS[0], TEXTS[1], ROWS[2]],
+}
+
+
+@pytest.mark.parametrize("given", TAKEN.values(), ids=TAKEN)
+def test_rows_as_other_libraries_hold_them(run: Run, backbone: Backbone, given: Callable[[], Any]) -> None:
+    assert predict(run, given(), backbone=backbone) == predict(run, ROWS, backbone=backbone)
+
+
+@pytest.mark.parametrize("given", [TEXTS[0], ROWS[0]], ids=["one text", "one row"])
+def test_one_row_has_one_answer(run: Run, backbone: Backbone, given: Any) -> None:
+    [found] = predict(run, given, backbone=backbone)
+    [same] = predict(run, [ROWS[0]], backbone=backbone)
+    assert found == same
+
+
+def test_a_runs_folder_is_a_run(run: Run, backbone: Backbone) -> None:
+    expected = predict(run, ROWS, backbone=backbone)
+    assert predict(str(run.folder), ROWS, backbone=backbone) == expected == predict(run.folder, ROWS, backbone=backbone)
+    assert evaluate(str(run.folder), backbone=backbone) == evaluate(run, backbone=backbone)
+    with pytest.raises(FileNotFoundError, match="is no run"):
+        predict("nowhere", ROWS)
+
+
+def test_no_rows_have_no_answers(run: Run, backbone: Backbone) -> None:
+    assert predict(run, [], backbone=backbone) == []
+    assert predict(run, pandas.DataFrame({"text": []}), backbone=backbone) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            3,
+            "the rows are 3 (int); give a list of rows, each a dict with the column 'text', or a data frame, or a",
+        ),
+        (None, "the rows are None (NoneType); give a list of rows"),
+        (b"fine", "the rows are b'fine' (bytes); give a list of rows"),
+        (Path("rows.csv"), "(PosixPath); give a list of rows"),
+        (["fine", 3], "row 2 is 3 (int); give a list of rows"),
+        ([["fine"]], "row 1 is ['fine'] (list); give a list of rows"),
+        ({"text": ["a", "b"]}, "has a list in column 'text'"),
+        ({"txt": "a"}, "has no column 'text'"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), "has no column 'text'"),
+        ([{"text": pandas.NA}], "row 1 has no value in column 'text'"),
+        ([{"text": pandas.NaT}], "row 1 has no value in column 'text'"),
+        (pandas.DataFrame({"text": ["a", None]}), "row 2 has no value in column 'text'"),
+        (pandas.DataFrame({"text": pandas.array(["a", pandas.NA], dtype="string")}), "row 2 has no value in column"),
+    ],
+)
+def test_what_holds_no_rows_is_refused(run: Run, backbone: Backbone, given: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        predict(run, given, backbone=backbone)
+
+
+def test_a_files_name_is_not_taken_for_a_text(
+    run: Run, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "new.csv").write_text("text\nfine\n")
+    monkeypatch.chdir(tmp_path)
+    for given in ("new.csv", ["fine", "new.csv"]):
+        with pytest.raises(ValueError, match=r"'new\.csv', is the name of a file; give its rows"):
+            predict(run, given, backbone=backbone)
+    assert len(predict(run, {"text": "new.csv"}, backbone=backbone)) == 1
+    assert len(predict(run, "fine " * 2000, backbone=backbone)) == 1
+
+
+def test_texts_for_several_columns_are_refused(run: Run, backbone: Backbone) -> None:
+    task = Task(name="pair", template="{a} {b}", label="y", words={"0": "bad", "1": "good"})
+    several = Run(run.folder, run.experiment, task, run.record)
+    with pytest.raises(ValueError, match=r"row 1 is one text, .*reads several columns; .*columns 'a', 'b'"):
+        predict(several, TEXTS, backbone=backbone)
+
+
+def test_a_cell_of_numpy_is_the_number_it_holds() -> None:
+    task = Task(name="one", template="{a}", label="y", words={"false": "bad", "true": "good"})
+    cells: dict[str, Any] = {"true": np.bool_(True), "1": np.int64(1), "0.5": np.float64(0.5)}
+    assert {text: task.render({"a": cell}) for text, cell in cells.items()} == {text: text for text in cells}
+    assert task.answer({"y": np.bool_(True)}) == 1
