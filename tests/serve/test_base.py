@@ -69,7 +69,7 @@ def test_base_over_http(service: Any) -> None:
     refused = client.post("/v1/classify", json={"model": "base", "input": "a"})
     assert (refused.status_code, refused.json()["error"]["message"].count("send labels")) == (400, 1)
     assert service.admin().delete("/v1/prompts/base").status_code == 400
-    with pytest.raises(openai.NotFoundError, match="did you mean 'p1' or 'p2' or 'p0'|did you mean 'p"):
+    with pytest.raises(openai.NotFoundError, match="did you mean 'p"):
         openai_client.completions.create(model="p11", prompt="a")
     with pytest.raises(openai.NotFoundError, match="did you mean 'base'"):
         openai_client.completions.create(model="bse", prompt="a")
