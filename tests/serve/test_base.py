@@ -14,23 +14,25 @@ from softprompt.serve import Engine
 from softprompt.tasks import Task, answer_ids, encode
 
 EngineOf = Callable[..., Engine]
-TASK = Task(name="t", template="{text}", label="y", words={"0": "yes", "1": "no"})
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert_mlm"])
 def test_base_says_what_the_model_says_without_a_prompt(engine_of: EngineOf, name: str) -> None:
     engine = engine_of(name, prompts=2)
     alone = attach(engine.backbone)
+    # An encoder's mask holds one token, so the labels are words that have one.
+    words = sorted(one[1:] for one in engine.backbone.tokenizer.get_vocab() if len(one) > 1 and one[0] == "Ġ")[:2]
+    task = Task(name="t", template="{text}", label="y", words=dict(zip("01", words, strict=True)))
     texts = ["a b c", "b"]
     examples = encode(
-        TASK, engine.backbone.tokenizer, [{"text": t} for t in texts], 99, closing=alone.closed, answers=False
+        task, engine.backbone.tokenizer, [{"text": t} for t in texts], 99, closing=alone.closed, answers=False
     )[0]
     # Beside a prompt's rows, which wait in the same batch.
-    others = engine.classify("p1", ["c d e f", "a"], ["yes", "no"])
-    tickets = engine.classify("base", texts, ["yes", "no"])
+    others = engine.classify("p1", ["c d e f", "a"], words)
+    tickets = engine.classify("base", texts, words)
     for example, ticket in zip(examples, tickets, strict=True):
         ids = torch.tensor([example.input_ids])
-        expected = alone.score(ids, torch.ones_like(ids), answer_ids(TASK, engine.backbone.tokenizer))[0]
+        expected = alone.score(ids, torch.ones_like(ids), answer_ids(task, engine.backbone.tokenizer))[0]
         torch.testing.assert_close(torch.tensor(ticket.result(30.0).scores), expected, atol=1e-4, rtol=1e-4)
     assert all(len(other.result(30.0).scores) == 2 for other in others)
     if name == "bert_mlm":
@@ -69,7 +71,7 @@ def test_base_over_http(service: Any) -> None:
     refused = client.post("/v1/classify", json={"model": "base", "input": "a"})
     assert (refused.status_code, refused.json()["error"]["message"].count("send labels")) == (400, 1)
     assert service.admin().delete("/v1/prompts/base").status_code == 400
-    with pytest.raises(openai.NotFoundError, match="did you mean 'p1' or 'p2' or 'p0'|did you mean 'p"):
+    with pytest.raises(openai.NotFoundError, match="did you mean 'p"):
         openai_client.completions.create(model="p11", prompt="a")
     with pytest.raises(openai.NotFoundError, match="did you mean 'base'"):
         openai_client.completions.create(model="bse", prompt="a")
