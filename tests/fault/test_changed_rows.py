@@ -82,4 +82,4 @@ def test_mistakes_are_not_shown_from_changed_rows(run: Run, tmp_path: Path, caps
     main(resumed)
     shown = capsys.readouterr().err
     assert "are not those that run" in shown
-    assert "- said" not in shown
+    assert ": said " not in shown

@@ -199,7 +199,7 @@ def test_square_brackets_in_a_row_are_shown_as_they_stand(
     shown = capsys.readouterr().err
     assert "rows it got wrong" in shown
     assert shown.replace("\n", "").count(text) == 3
-    assert shown.count("- said [") == shown.count("], is [") == 3
+    assert shown.count(": said [") == shown.count("], is [") == 3
 
 
 def test_one_damaged_run_among_others_is_named_and_the_others_are_listed(
