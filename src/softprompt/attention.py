@@ -52,8 +52,8 @@ def _gradients(
     weights: Float[Tensor, "pair rows keys"],
     query: Float[Tensor, "pair rows head_dim"],
     key: Float[Tensor, "pair keys head_dim"],
-    value: Float[Tensor, "pair keys head_dim"],
-    grad: Float[Tensor, "pair rows head_dim"],
+    value: Float[Tensor, "pair keys value_dim"],
+    grad: Float[Tensor, "pair rows value_dim"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Those of `softmax(Q K^T) V` by query, key and value, from its weights."""
     inner = torch.bmm(grad, value.transpose(1, 2))
@@ -85,12 +85,14 @@ class _Grouped(torch.autograd.Function):
 def grouped_attention(
     query: Float[Tensor, "batch head seq head_dim"],
     key: Float[Tensor, "batch kv_head keys head_dim"],
-    value: Float[Tensor, "batch kv_head keys head_dim"],
+    value: Float[Tensor, "batch kv_head keys value_dim"],
     mask: Bool[Tensor, "#batch one #seq keys"],
     scale: float,
     bias: Float[Tensor, "#batch head seq keys"] | None = None,
-) -> Float[Tensor, "batch head seq head_dim"]:
+) -> Float[Tensor, "batch head seq value_dim"]:
     """Masked attention whose query heads share key-value heads; gradients as torch's own, none to `bias`.
+
+    Values may be narrower than keys, as in multi-head latent attention.
 
     Args:
         bias: added to the scores; only where no key-value head is shared.
@@ -101,21 +103,21 @@ def grouped_attention(
     hidden = ~mask.expand(-1, -1, seq, -1)[:, None]
     rows = (query * scale).reshape(batch * pairs[1], heads // pairs[1] * seq, width)
     found = _Grouped.apply(  # type: ignore[no-untyped-call]
-        rows, key.reshape(len(rows), -1, width), value.reshape(len(rows), -1, width), hidden, wide, pairs
+        rows, key.reshape(len(rows), -1, width), value.reshape(len(rows), -1, value.shape[-1]), hidden, wide, pairs
     )
-    result: Tensor = found.view(batch, heads, seq, width)
+    result: Tensor = found.view(batch, heads, seq, value.shape[-1])
     return result
 
 
 def packed_forward(
     query: Float[Tensor, "token head head_dim"],
     key: Float[Tensor, "token kv_head head_dim"],
-    value: Float[Tensor, "token kv_head head_dim"],
+    value: Float[Tensor, "token kv_head value_dim"],
     packing: Packing,
     scale: float,
     *,
     differentiated: bool,
-) -> tuple[Float[Tensor, "token head head_dim"], list[Tensor | None]]:
+) -> tuple[Float[Tensor, "token head value_dim"], list[Tensor | None]]:
     """Attention within each prompt, and within each row behind its prompt; and each block's weights, where kept.
 
     Args:
@@ -139,11 +141,11 @@ def packed_forward(
 def packed_backward(
     query: Float[Tensor, "token head head_dim"],
     key: Float[Tensor, "token kv_head head_dim"],
-    value: Float[Tensor, "token kv_head head_dim"],
+    value: Float[Tensor, "token kv_head value_dim"],
     packing: Packing,
     scale: float,
     kept: Sequence[Tensor | None],
-    grad: Float[Tensor, "token head head_dim"],
+    grad: Float[Tensor, "token head value_dim"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; a row's view of its prompt, and weights not kept, are put together again."""
     queries, keys, values, before = [], [], [], packing.before(key, value)
@@ -199,8 +201,9 @@ def _grouped(
 
 
 def _ungrouped(rows: Tensor, query: Tensor, key: Tensor, block: Block) -> Tensor:
-    part = rows.view(key.shape[1], block.count, -1, block.longest, query.shape[-1]).permute(1, 3, 0, 2, 4)
-    return block.flat(part.reshape(block.count, block.longest, *query.shape[1:]))
+    """The inverse of `_grouped`, of any width."""
+    part = rows.view(key.shape[1], block.count, -1, block.longest, rows.shape[-1]).permute(1, 3, 0, 2, 4)
+    return block.flat(part.reshape(block.count, block.longest, query.shape[1], rows.shape[-1]))
 
 
 def _seen(
@@ -243,10 +246,10 @@ def _gathered(parts: list[list[Tensor]]) -> Tensor:
 def packed_attention(
     query: Float[Tensor, "one head token head_dim"],
     key: Float[Tensor, "one kv_head token head_dim"],
-    value: Float[Tensor, "one kv_head token head_dim"],
+    value: Float[Tensor, "one kv_head token value_dim"],
     packing: Packing,
     scale: float,
-) -> Float[Tensor, "one token head head_dim"]:
+) -> Float[Tensor, "one token head value_dim"]:
     """Attention within each prompt, and within each row behind its prompt, as the packing says."""
     by_token = (states[0].transpose(0, 1) for states in (query, key, value))
     found: Tensor = _Packed.apply(*by_token, packing, scale)  # type: ignore[no-untyped-call]
@@ -256,11 +259,11 @@ def packed_attention(
 def packed_fused(
     query: Float[Tensor, "one head token head_dim"],
     key: Float[Tensor, "one kv_head token head_dim"],
-    value: Float[Tensor, "one kv_head token head_dim"],
+    value: Float[Tensor, "one kv_head token value_dim"],
     packing: Packing,
     scale: float,
     dropout: float,
-) -> Float[Tensor, "one token head head_dim"]:
+) -> Float[Tensor, "one token head value_dim"]:
     """The same through torch's fused kernel; also of prompts that are kept."""
     by_token = [states[0].transpose(0, 1) for states in (query, key, value)]
     found = [
@@ -272,7 +275,7 @@ def packed_fused(
 
 def _fused(
     query: Tensor, keys: Tensor, values: Tensor, packing: Packing, block: Block, scale: float, dropout: float = 0.0
-) -> Float[Tensor, "token head head_dim"]:
+) -> Float[Tensor, "token head value_dim"]:
     """One block's, from its view of the keys and values."""
     found = nn.functional.scaled_dot_product_attention(
         block.padded(query).transpose(1, 2),

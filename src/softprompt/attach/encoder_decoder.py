@@ -12,14 +12,14 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from softprompt import sharding, t5
 from softprompt.attach.base import Attachment, Candidates, Ids, Index, Labels, Mask, Prompts, mean_loss
-from softprompt.attach.exact import exact, refuse_different
+from softprompt.attach.exact import refuse_different, refuse_length_bound, refusing, remembered, sample
 from softprompt.attach.inline import Matrices, Whole, chosen, matrices, whole
 from softprompt.attach.isolated import Kept, kept, laid_out
 from softprompt.attach.rows import Rows, aligned, checked_mask
 from softprompt.attach.sampling import Chooser, Sampling
 from softprompt.backbone import Backbone
 from softprompt.choices import Attend, Place
-from softprompt.prompts import Folded, SoftPrompt
+from softprompt.prompts import SoftPrompt
 
 
 class _Read(NamedTuple):
@@ -75,7 +75,8 @@ class EncoderDecoder(Attachment):
                 "isolated among encoder-decoders; leave attend=joint"
             )
         self.shards = attend != "isolated"
-        self._check_exact()
+        refuse_length_bound(backbone)
+        remembered(backbone.model, "padding", self._check_exact)
 
     def prepare(self, prompts: Sequence[SoftPrompt]) -> Matrices | Kept:
         """The prompts' vectors, since the encoder's pass depends on the text; isolated, their states in the encoder."""
@@ -276,21 +277,24 @@ class EncoderDecoder(Attachment):
                 "fewer (max_new_tokens)"
             )
 
-    @torch.no_grad()
-    def _check_exact(self) -> None:
-        """Compare a padded row with the same row alone, once a model: block-sparse encoders, for one, differ."""
-        model, device = self.backbone.model, self.backbone.device
-        if model in exact:
-            return
-        table = self.backbone.host().embedding
-        vectors = table[torch.arange(7, 12) % len(table)]
-        ids = torch.tensor([[3, 17, 8, 29], [5, 21, 6, 4]], device=device) % len(table)
-        mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], device=device)
-        own = model.get_input_embeddings()(ids[:1, 2:])
-        embeds = torch.cat([vectors[None].to(device, self.backbone.dtype), own], 1)
-        alone = model(inputs_embeds=embeds, decoder_input_ids=self._begin(ids[:1])).logits[0].float()
-        text = aligned(ids, mask, pads="behind")
-        rows = whole(self, matrices(self, [Folded(vectors)]), None, text, lead=0, limit=None)
-        read = self._encoded(rows)
-        ours = self._decode(read, self._begin(ids))[0].float()
-        refuse_different(self.backbone, alone, ours, "padding behind the row")
+    def _check_exact(self) -> bool:
+        """Compare rows of a mixed batch, and their answers step by step, with each alone, once a model."""
+        how, model = "padding behind the row", self.backbone.model
+        with refusing(self.backbone, how):
+            given = sample(self.backbone)
+            ids, mask = given.batch(self.backbone.device)
+            text = aligned(ids, mask, pads="behind")
+            rows = whole(self, matrices(self, given.prompts), given.prompt_index, text, lead=0, limit=None)
+            begin = self._begin(ids)
+            follow = torch.tensor(given.answer, device=ids.device).expand(len(ids), -1)
+            fed = torch.cat([begin, follow], 1)
+            at_once = self._decode(self._encoded(rows), fed)
+            read = self._encoded(rows)
+            by_step = torch.cat([self._decode(read, fed[:, step : step + 1]) for step in range(fed.shape[1])], 1)
+            for row, tokens in enumerate(given.texts):
+                own = model.get_input_embeddings()(torch.tensor(tokens, device=ids.device))
+                embeds = torch.cat([given.prompt(row).to(own), own])[None]
+                alone = model(inputs_embeds=embeds, decoder_input_ids=fed[row : row + 1]).logits[0]
+                for ours in (at_once, by_step):
+                    refuse_different(self.backbone, alone, ours[row], how)
+        return True
