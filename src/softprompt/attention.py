@@ -77,9 +77,10 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, hidden, bias, weights = ctx.saved_tensors
-        if weights is None:
-            weights = _weights(query, key, hidden, ctx.pairs, bias).to(value.dtype)
-        return (*_gradients(weights, query, key, value, grad), None, None, None)
+        with torch.autocast(grad.device.type, enabled=False):
+            if weights is None:
+                weights = _weights(query, key, hidden, ctx.pairs, bias).to(value.dtype)
+            return (*_gradients(weights, query, key, value, grad), None, None, None)
 
 
 def grouped_attention(
@@ -97,14 +98,16 @@ def grouped_attention(
     Args:
         bias: added to the scores; only where no key-value head is shared.
     """
+    query, key, value = _one_dtype(query, key, value)
     batch, heads, seq, width = query.shape
     pairs = batch, key.shape[1]
     wide = None if bias is None else bias[:, :, None]
     hidden = ~mask.expand(-1, -1, seq, -1)[:, None]
-    rows = (query * scale).reshape(batch * pairs[1], heads // pairs[1] * seq, width)
-    found = _Grouped.apply(  # type: ignore[no-untyped-call]
-        rows, key.reshape(len(rows), -1, width), value.reshape(len(rows), -1, value.shape[-1]), hidden, wide, pairs
-    )
+    with torch.autocast(query.device.type, enabled=False):
+        rows = (query * scale).reshape(batch * pairs[1], heads // pairs[1] * seq, width)
+        found = _Grouped.apply(  # type: ignore[no-untyped-call]
+            rows, key.reshape(len(rows), -1, width), value.reshape(len(rows), -1, value.shape[-1]), hidden, wide, pairs
+        )
     result: Tensor = found.view(batch, heads, seq, value.shape[-1])
     return result
 
@@ -177,7 +180,8 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
-        return (*packed_backward(query, key, value, ctx.packing, ctx.scale, kept, grad), None, None)
+        with torch.autocast(grad.device.type, enabled=False):
+            return (*packed_backward(query, key, value, ctx.packing, ctx.scale, kept, grad), None, None)
 
 
 def _block_weights(
@@ -251,9 +255,19 @@ def packed_attention(
     scale: float,
 ) -> Float[Tensor, "one token head value_dim"]:
     """Attention within each prompt, and within each row behind its prompt, as the packing says."""
-    by_token = (states[0].transpose(0, 1) for states in (query, key, value))
-    found: Tensor = _Packed.apply(*by_token, packing, scale)  # type: ignore[no-untyped-call]
+    by_token = (states[0].transpose(0, 1) for states in _one_dtype(query, key, value))
+    with torch.autocast(query.device.type, enabled=False):
+        found: Tensor = _Packed.apply(*by_token, packing, scale)  # type: ignore[no-untyped-call]
     return found[None]
+
+
+def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three as torch's own kernel takes them in an autocast region: in its dtype; elsewhere as they are."""
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(kind)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def packed_fused(

@@ -79,6 +79,11 @@ class Backbone:
         return next(self.model.parameters()).device
 
     @cached_property
+    def vocabulary(self) -> int:
+        """Ids that have an embedding: those from 0 on; a tokenizer may know more."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @cached_property
     def max_positions(self) -> int | None:
         """Tokens that a row may have, prompt included; none where the model sets no limit."""
         return positions.usable(self.model)

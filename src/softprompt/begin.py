@@ -17,7 +17,7 @@ from softprompt.experiment import Experiment
 from softprompt.predict import input_limit
 from softprompt.prompts import SoftPrompt
 from softprompt.runs import Run
-from softprompt.tasks import Splits, Task, load_task, refuse_other_input, sample
+from softprompt.tasks import Splits, Task, answer_ids, load_task, refuse_other_input, sample
 from softprompt.watch import Watcher
 
 
@@ -54,6 +54,8 @@ def anew(experiment: Experiment, backbone: Backbone | None, watch: Watcher) -> M
     attachment = runs.first_attachment(experiment, task, backbone, warm=True)
     _refuse_unfit(experiment, attachment)
     input_limit(attachment, task, experiment.training)  # which refuses prompt and answer that leave no room
+    if task.is_classification:
+        attachment.check_candidates(task.answers, answer_ids(task, backbone.tokenizer))
     if experiment.start is not None and attachment.prompt is not None:
         start = runs.read_prompt(Path(experiment.start), backbone)
         watch.note(_start_note(experiment.start, attachment.prompt, start))

@@ -11,7 +11,19 @@ from softprompt.backbone import Backbone, load
 from softprompt.experiment import Experiment
 from softprompt.predict import Answer, answer, input_limit
 from softprompt.runs import Run
-from softprompt.tasks import Example, Prediction, Score, Splits, Task, encode, load_task, score, shots, splits
+from softprompt.tasks import (
+    Example,
+    Prediction,
+    Score,
+    Splits,
+    Task,
+    answer_ids,
+    encode,
+    load_task,
+    score,
+    shots,
+    splits,
+)
 
 
 def evaluate(
@@ -46,7 +58,11 @@ def evaluate(
     backbone = backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
     attachment = run.attachment(backbone)
     limit = input_limit(attachment, chosen, experiment.training)
+    if chosen.is_classification:
+        attachment.check_candidates(chosen.answers, answer_ids(chosen, backbone.tokenizer))
     examples = encode(chosen, backbone.tokenizer, getattr(rows, split), limit, closing=attachment.closed)[0]
+    for example in examples:  # an answer is compared as a text here, and need not fit
+        attachment.check_row(example.input_ids, (), f"row {example.row + 1} of {split}")
     return score_examples(attachment, chosen, rows, split, examples, experiment.training.max_new_tokens)[0]
 
 

@@ -94,7 +94,9 @@ class Causal(Attachment):
                     return False
                 return True
 
-            self.in_row = not remembered(model, "shared", shared)
+            # In bfloat16 a column more or less may hide among roundings; a model that is told positions needs no proof.
+            told = "position_ids" in self._accepted or self.backbone.dtype is torch.float32
+            self.in_row = not (told and remembered(model, "shared", shared))
         if self.in_row:
 
             def inline() -> bool:
@@ -236,9 +238,14 @@ class Causal(Attachment):
         """As it is: it goes on where the text stops."""
         return tuple(answer)
 
+    @property
+    def _own_layers(self) -> bool:
+        """Whether layers run through `decoder.run`: written for one dtype, and so not in somebody's autocast region."""
+        return self._by_layer and not torch.is_autocast_enabled(self.backbone.device.type)
+
     def _may_pack(self, prompts: Prompts) -> TypeGuard[Sequence[SoftPrompt] | Prefix | None]:
         if isinstance(prompts, Prefix):
-            return self.packs and self._by_layer and not torch.is_grad_enabled()
+            return self.packs and self._own_layers and not torch.is_grad_enabled()
         return self.packs and not isinstance(prompts, Prepared)
 
     def _predicting(
@@ -258,7 +265,13 @@ class Causal(Attachment):
             own = [] if self.prompt is None else [self.prompt]
             live = own if prompts is None else prompts
             logits = packed_logits(
-                self, text, columns, live, index, lambda most: self._refuse_beyond(most, most), by_layer=self._by_layer
+                self,
+                text,
+                columns,
+                live,
+                index,
+                lambda most: self._refuse_beyond(most, most),
+                by_layer=self._own_layers,
             )
             if isinstance(live, Prefix):
                 which = row_index(index, len(live.mask), text.ids)
@@ -344,6 +357,11 @@ class Causal(Attachment):
         )
         logits: Tensor = output.logits
         return logits
+
+    @property
+    def max_row(self) -> int | None:
+        """Positions that a row may have with prompt and answer: those of the model, and of its attention window."""
+        return min((limit for limit in (self.backbone.max_positions, self.window) if limit is not None), default=None)
 
     def prefill(
         self, input_ids: Ids, attention_mask: Mask, prompts: Prompts = None, index: Index = None, room: int = 0

@@ -54,10 +54,10 @@ class Encoder(Attachment):
     """A prompt between an encoder's first token and its text, answered by a vocabulary head or by a trained one.
 
     A checkpoint with a masked-LM head answers in words: the mask token is put behind the text (in front of the
-    closing token) unless every row has one of its own, and an answer is the one token in its place. Any other
-    checkpoint answers through `head`, a linear layer over the mean of the text's own last states (the first and the
-    closing token count, the prompt does not, as sentence encoders pool), which is trained and kept with the prompt.
-    Rows of several prompts in one call share the head.
+    closing token) of every row that does not have exactly one of its own, and an answer is the one token in its place.
+    Any other checkpoint answers through `head`, a linear layer over the mean of the text's own last states (the first
+    and the closing token count, the prompt does not, as sentence encoders pool), which is trained and kept with the
+    prompt. Rows of several prompts in one call share the head.
 
     Costs one pass over prompt and text. Guarantees the outputs and gradients of `[first; prompt; text]` run as one row
     of its own, whatever the padding.
@@ -105,6 +105,33 @@ class Encoder(Attachment):
     def target(self, answer: Sequence[int]) -> tuple[int, ...]:
         """As it is: it stands in the mask's place."""
         return tuple(answer)
+
+    def check_row(self, input_ids: Sequence[int], answer_ids: Sequence[int], where: str) -> None:
+        """As of every model; at a mask an answer is one token, and the mask that is put behind a text counts too."""
+        if self.head is not None:
+            super().check_row(input_ids, (), where)
+            return
+        if len(answer_ids) > 1:
+            text = self.backbone.tokenizer.decode(list(answer_ids), skip_special_tokens=True)
+            raise ValueError(
+                f"the answer {text[:60]!r} of {where} is {len(answer_ids)} tokens to {self.backbone.source}, and its "
+                "mask holds one; choose a classification whose label words its tokenizer keeps whole, or a decoder"
+            )
+        mask = self.backbone.tokenizer.mask_token_id
+        super().check_row(input_ids if input_ids.count(mask) == 1 else (*input_ids, mask), answer_ids, where)
+
+    def check_candidates(self, words: Sequence[str], candidates: Candidates) -> None:
+        """As of every model; at a mask each is one token, and a head does not look at them."""
+        if self.head is not None:
+            return
+        super().check_candidates(words, candidates)
+        several = [(word, len(ids)) for word, ids in zip(words, candidates, strict=True) if len(ids) != 1]
+        if several:
+            listed = ", ".join(f"{word.strip()!r} ({count} tokens)" for word, count in several[:10])
+            raise ValueError(
+                f"the tokenizer of {self.backbone.source} does not keep these label words whole: {listed}; one mask "
+                "holds one token, so choose words of one ([words] in the task), or another backbone"
+            )
 
     def forward(
         self,
@@ -198,7 +225,7 @@ class Encoder(Attachment):
             return self.head(_mean(self._states(rows), rows.own))
         lead, text = self._lead(text), self._masked(text)
         rows = whole(self, prepared, index, text, lead=lead, limit=self.backbone.max_positions)
-        at = (text.ids == self.backbone.tokenizer.mask_token_id).long().argmax(1, keepdim=True)
+        at = self._answered(text)
         at = torch.where(at < lead, at, at + (rows.mask.sum(1) - text.mask.sum(1))[:, None])[:, 0]
         each = torch.arange(len(at), device=at.device)
         if (words := self._words()) is not None:
@@ -211,7 +238,7 @@ class Encoder(Attachment):
         states = self._isolated_states(prompts, index, text)
         if self.head is not None:
             return self.head(_mean(states, text.mask.bool()))
-        at = (text.ids == self.backbone.tokenizer.mask_token_id).long().argmax(1)
+        at = self._answered(text)[:, 0]
         logits: Tensor = self._words()(states[torch.arange(len(at), device=at.device), at])
         return logits
 
@@ -248,25 +275,25 @@ class Encoder(Attachment):
         return states
 
     def _masked(self, text: Rows) -> Rows:
-        """The rows with a mask token each, put in front of the closing token where they have none.
+        """The rows with a mask to answer at: a row's own where it has exactly one, else one before its closing token.
 
-        Raises:
-            ValueError: some rows have a mask token and others do not, or a row has several.
+        Each row by itself, so that no neighbour changes where one is answered; of several masks the last is answered.
         """
-        tokenizer = self.backbone.tokenizer
-        found = ((text.ids == tokenizer.mask_token_id) & (text.mask == 1)).sum(1)
-        if bool((found == 1).all()):
-            return text
-        if bool(found.any()):
-            raise ValueError(
-                f"the rows have {found.tolist()} mask tokens ({tokenizer.mask_token}); each needs one, or none of them "
-                "any, so that it is put behind the text"
-            )
-        lengths, at = text.mask.sum(1, keepdim=True), self._end(text)
-        column = torch.arange(text.ids.shape[1] + 1, device=text.ids.device).expand(len(text.ids), -1)
-        source = torch.where(column > at, column - 1, column).clamp(max=text.ids.shape[1] - 1)
-        ids = text.ids.gather(1, source).masked_fill(column == at, tokenizer.mask_token_id)
-        return Rows(ids, (column <= lengths).long(), text.order.gather(1, source))
+        lengths, end, seq = text.mask.sum(1, keepdim=True), self._end(text), text.ids.shape[1]
+        needs = self._masks(text).sum(1, keepdim=True) != 1
+        column = torch.arange(seq + 1, device=text.ids.device).expand(len(text.ids), -1)
+        source = torch.where(needs & (column > end), column - 1, column).clamp(max=seq - 1)
+        ids = text.ids.gather(1, source).masked_fill(needs & (column == end), self.backbone.tokenizer.mask_token_id)
+        return aligned(ids, (column < lengths + needs.long()).long(), pads="behind")
+
+    def _masks(self, text: Rows) -> Bool[Tensor, "batch seq"]:
+        """Where mask tokens are."""
+        return (text.ids == self.backbone.tokenizer.mask_token_id) & (text.mask == 1)
+
+    def _answered(self, text: Rows) -> Int[Tensor, "batch 1"]:
+        """The column of each row's last mask."""
+        column = torch.arange(text.ids.shape[1], device=text.ids.device)
+        return (self._masks(text) * column).max(1, keepdim=True).values
 
     def _lead(self, text: Rows) -> int | Int[Tensor, "batch 1"]:
         """Tokens in front of the prompt: [CLS], or the whole text, before a mask is put behind it."""

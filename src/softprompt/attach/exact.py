@@ -159,8 +159,13 @@ class Different(ValueError):
 
 def is_near(backbone: Backbone, whole: Float[Tensor, "*shape"], ours: Float[Tensor, "*shape"]) -> bool:
     """Whether two outputs differ by no more than roundings do."""
-    gap, size = float((whole.float() - ours.float()).abs().max()), float(whole.float().abs().max())
-    return gap <= (1e-3 if backbone.dtype is torch.float32 else 6e-2) * size
+    wide, gap = whole.float(), whole.float() - ours.float()
+    if backbone.dtype is torch.float32:
+        return float(gap.abs().max()) <= 1e-3 * float(wide.abs().max())
+    # bfloat16 is off by much at single places (a first token, a rare one), and by little on the whole; what all outputs
+    # of a token have in common says nothing. SmolLM2-135M: up to 0.06, and above 0.2 where a row's places are wrong.
+    apart, size = ((part - part.mean(-1, keepdim=True)).norm() for part in (gap, wide))
+    return float(apart) <= 0.12 * float(size)
 
 
 def refuse_different(

@@ -109,6 +109,12 @@ class Vision(Attachment):
         """As it is: the class's number."""
         return tuple(answer)
 
+    def check_row(self, input_ids: Sequence[int], answer_ids: Sequence[int], where: str) -> None:
+        """Nothing: an image has no tokens, and whether it can be read is seen when it is decoded."""
+
+    def check_candidates(self, words: Sequence[str], candidates: Candidates) -> None:
+        """Nothing: a head does not look at words."""
+
     def forward(
         self,
         pixels: Float[Tensor, "batch channel height width"],
