@@ -52,8 +52,8 @@ def _gradients(
     weights: Float[Tensor, "pair rows keys"],
     query: Float[Tensor, "pair rows head_dim"],
     key: Float[Tensor, "pair keys head_dim"],
-    value: Float[Tensor, "pair keys head_dim"],
-    grad: Float[Tensor, "pair rows head_dim"],
+    value: Float[Tensor, "pair keys value_dim"],
+    grad: Float[Tensor, "pair rows value_dim"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Those of `softmax(Q K^T) V` by query, key and value, from its weights."""
     inner = torch.bmm(grad, value.transpose(1, 2))
@@ -77,45 +77,50 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, hidden, bias, weights = ctx.saved_tensors
-        if weights is None:
-            weights = _weights(query, key, hidden, ctx.pairs, bias).to(value.dtype)
-        return (*_gradients(weights, query, key, value, grad), None, None, None)
+        with torch.autocast(grad.device.type, enabled=False):
+            if weights is None:
+                weights = _weights(query, key, hidden, ctx.pairs, bias).to(value.dtype)
+            return (*_gradients(weights, query, key, value, grad), None, None, None)
 
 
 def grouped_attention(
     query: Float[Tensor, "batch head seq head_dim"],
     key: Float[Tensor, "batch kv_head keys head_dim"],
-    value: Float[Tensor, "batch kv_head keys head_dim"],
+    value: Float[Tensor, "batch kv_head keys value_dim"],
     mask: Bool[Tensor, "#batch one #seq keys"],
     scale: float,
     bias: Float[Tensor, "#batch head seq keys"] | None = None,
-) -> Float[Tensor, "batch head seq head_dim"]:
+) -> Float[Tensor, "batch head seq value_dim"]:
     """Masked attention whose query heads share key-value heads; gradients as torch's own, none to `bias`.
+
+    Values may be narrower than keys, as in multi-head latent attention.
 
     Args:
         bias: added to the scores; only where no key-value head is shared.
     """
+    query, key, value = _one_dtype(query, key, value)
     batch, heads, seq, width = query.shape
     pairs = batch, key.shape[1]
     wide = None if bias is None else bias[:, :, None]
     hidden = ~mask.expand(-1, -1, seq, -1)[:, None]
-    rows = (query * scale).reshape(batch * pairs[1], heads // pairs[1] * seq, width)
-    found = _Grouped.apply(  # type: ignore[no-untyped-call]
-        rows, key.reshape(len(rows), -1, width), value.reshape(len(rows), -1, width), hidden, wide, pairs
-    )
-    result: Tensor = found.view(batch, heads, seq, width)
+    with torch.autocast(query.device.type, enabled=False):
+        rows = (query * scale).reshape(batch * pairs[1], heads // pairs[1] * seq, width)
+        found = _Grouped.apply(  # type: ignore[no-untyped-call]
+            rows, key.reshape(len(rows), -1, width), value.reshape(len(rows), -1, value.shape[-1]), hidden, wide, pairs
+        )
+    result: Tensor = found.view(batch, heads, seq, value.shape[-1])
     return result
 
 
 def packed_forward(
     query: Float[Tensor, "token head head_dim"],
     key: Float[Tensor, "token kv_head head_dim"],
-    value: Float[Tensor, "token kv_head head_dim"],
+    value: Float[Tensor, "token kv_head value_dim"],
     packing: Packing,
     scale: float,
     *,
     differentiated: bool,
-) -> tuple[Float[Tensor, "token head head_dim"], list[Tensor | None]]:
+) -> tuple[Float[Tensor, "token head value_dim"], list[Tensor | None]]:
     """Attention within each prompt, and within each row behind its prompt; and each block's weights, where kept.
 
     Args:
@@ -139,11 +144,11 @@ def packed_forward(
 def packed_backward(
     query: Float[Tensor, "token head head_dim"],
     key: Float[Tensor, "token kv_head head_dim"],
-    value: Float[Tensor, "token kv_head head_dim"],
+    value: Float[Tensor, "token kv_head value_dim"],
     packing: Packing,
     scale: float,
     kept: Sequence[Tensor | None],
-    grad: Float[Tensor, "token head head_dim"],
+    grad: Float[Tensor, "token head value_dim"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; a row's view of its prompt, and weights not kept, are put together again."""
     queries, keys, values, before = [], [], [], packing.before(key, value)
@@ -175,7 +180,8 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
-        return (*packed_backward(query, key, value, ctx.packing, ctx.scale, kept, grad), None, None)
+        with torch.autocast(grad.device.type, enabled=False):
+            return (*packed_backward(query, key, value, ctx.packing, ctx.scale, kept, grad), None, None)
 
 
 def _block_weights(
@@ -199,8 +205,9 @@ def _grouped(
 
 
 def _ungrouped(rows: Tensor, query: Tensor, key: Tensor, block: Block) -> Tensor:
-    part = rows.view(key.shape[1], block.count, -1, block.longest, query.shape[-1]).permute(1, 3, 0, 2, 4)
-    return block.flat(part.reshape(block.count, block.longest, *query.shape[1:]))
+    """The inverse of `_grouped`, of any width."""
+    part = rows.view(key.shape[1], block.count, -1, block.longest, rows.shape[-1]).permute(1, 3, 0, 2, 4)
+    return block.flat(part.reshape(block.count, block.longest, query.shape[1], rows.shape[-1]))
 
 
 def _seen(
@@ -243,24 +250,34 @@ def _gathered(parts: list[list[Tensor]]) -> Tensor:
 def packed_attention(
     query: Float[Tensor, "one head token head_dim"],
     key: Float[Tensor, "one kv_head token head_dim"],
-    value: Float[Tensor, "one kv_head token head_dim"],
+    value: Float[Tensor, "one kv_head token value_dim"],
     packing: Packing,
     scale: float,
-) -> Float[Tensor, "one token head head_dim"]:
+) -> Float[Tensor, "one token head value_dim"]:
     """Attention within each prompt, and within each row behind its prompt, as the packing says."""
-    by_token = (states[0].transpose(0, 1) for states in (query, key, value))
-    found: Tensor = _Packed.apply(*by_token, packing, scale)  # type: ignore[no-untyped-call]
+    by_token = (states[0].transpose(0, 1) for states in _one_dtype(query, key, value))
+    with torch.autocast(query.device.type, enabled=False):
+        found: Tensor = _Packed.apply(*by_token, packing, scale)  # type: ignore[no-untyped-call]
     return found[None]
+
+
+def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three as torch's own kernel takes them in an autocast region: in its dtype; elsewhere as they are."""
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(kind)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def packed_fused(
     query: Float[Tensor, "one head token head_dim"],
     key: Float[Tensor, "one kv_head token head_dim"],
-    value: Float[Tensor, "one kv_head token head_dim"],
+    value: Float[Tensor, "one kv_head token value_dim"],
     packing: Packing,
     scale: float,
     dropout: float,
-) -> Float[Tensor, "one token head head_dim"]:
+) -> Float[Tensor, "one token head value_dim"]:
     """The same through torch's fused kernel; also of prompts that are kept."""
     by_token = [states[0].transpose(0, 1) for states in (query, key, value)]
     found = [
@@ -272,7 +289,7 @@ def packed_fused(
 
 def _fused(
     query: Tensor, keys: Tensor, values: Tensor, packing: Packing, block: Block, scale: float, dropout: float = 0.0
-) -> Float[Tensor, "token head head_dim"]:
+) -> Float[Tensor, "token head value_dim"]:
     """One block's, from its view of the keys and values."""
     found = nn.functional.scaled_dot_product_attention(
         block.padded(query).transpose(1, 2),

@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
-from softprompt import assets, attention, files, gguf, pixels, projections, quantise, sharding, vit
+from softprompt import assets, attention, files, gguf, pixels, positions, projections, quantise, sharding, vit
 from softprompt.choices import Dtype
 from softprompt.prompts import Host
 
@@ -78,11 +78,20 @@ class Backbone:
         """Where the model is."""
         return next(self.model.parameters()).device
 
-    @property
+    @cached_property
+    def vocabulary(self) -> int:
+        """Ids that have an embedding: those from 0 on; a tokenizer may know more."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @cached_property
     def max_positions(self) -> int | None:
         """Tokens that a row may have, prompt included; none where the model sets no limit."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        return int(limit) if isinstance(limit, int) and limit > 0 else None
+        return positions.usable(self.model)
+
+    @cached_property
+    def max_answer_positions(self) -> int | None:
+        """Tokens that an encoder-decoder's answer may have, by itself; none where the model sets no limit."""
+        return positions.usable(self.model, "decoder") if self.architecture == "encoder_decoder" else None
 
     @property
     def masked_lm(self) -> bool:

@@ -71,7 +71,6 @@ def anew(experiment: Experiment, backbone: Backbone | None, watch: Watcher) -> M
     _refuse_pointless(experiment, task, backbone)
     attachment = runs.first_attachment(experiment, task, backbone, warm=True)
     _refuse_unfit(experiment, attachment)
-    input_limit(attachment, task, experiment.training)  # which refuses prompt and answer that leave no room
     if experiment.start is not None and attachment.prompt is not None:
         start = runs.read_prompt(Path(experiment.start), backbone)
         watch.note(_start_note(experiment.start, attachment.prompt, start))

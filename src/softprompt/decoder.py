@@ -124,8 +124,13 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, unit, query, key, value, middle, middle_unit, gate, up, cosine, sine, *kept = ctx.saved_tensors
         weights: _Weights = ctx.weights
+        with torch.autocast(grad.device.type, enabled=False):  # of whoever calls backward; the forward pass had none
+            return _Layer._gradient(ctx, weights, grad)
+
+    @staticmethod
+    def _gradient(ctx: Any, weights: _Weights, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, unit, query, key, value, middle, middle_unit, gate, up, cosine, sine, *kept = ctx.saved_tensors
         product = grad @ matrix(weights.down)
         up_grad = nn.functional.silu(gate).mul_(product)
         gate_grad = torch.ops.aten.silu_backward(product.mul_(up), gate)

@@ -19,6 +19,7 @@ from softprompt.tasks import (
     Score,
     Splits,
     Task,
+    answer_ids,
     encode,
     given_rows,
     load_task,
@@ -66,7 +67,11 @@ def evaluate(
     attachment = run.attachment(backbone)
     _refuse_other_classes(run, attachment, chosen)
     limit = input_limit(attachment, chosen, experiment.training)
+    if chosen.is_classification:
+        attachment.check_candidates(chosen.answers, answer_ids(chosen, backbone.tokenizer))
     examples = encode(chosen, backbone.tokenizer, getattr(rows, split), limit, closing=attachment.closed)[0]
+    for example in examples:  # an answer is compared as a text here, and need not fit
+        attachment.check_row(example.input_ids, (), example.where)
     return score_examples(attachment, chosen, rows, split, examples, experiment.training.max_new_tokens)[0]
 
 

@@ -150,7 +150,7 @@ class Optimiser:
         """
         tokenizer, device = self.attachment.backbone.tokenizer, self.attachment.backbone.device
         joined = not self._candidates and not self.attachment.closed
-        batch = collate(rows, pad_id=pad_id(tokenizer), side="left", with_answers=joined)
+        batch = collate(rows, pad_id=pad_id(self.attachment.backbone), side="left", with_answers=joined)
         ids, mask = batch.inputs(device)
         if self._candidates:
             scores = self.attachment.score(ids, mask, answer_ids(self.task, tokenizer), prompts, index)

@@ -66,7 +66,7 @@ class Block:
         return packed if self.even else packed.index_select(0, self._kept)
 
 
-States = tuple[Float[Tensor, "sequence longest head head_dim"], Float[Tensor, "sequence longest head head_dim"]]
+States = tuple[Float[Tensor, "sequence longest head head_dim"], Float[Tensor, "sequence longest head value_dim"]]
 """A layer's keys and values of several sequences, padded."""
 
 
@@ -125,7 +125,7 @@ class Packing:
         return torch.where(places < 0, before[:, None], self.rows.starts[:, None] + places)
 
     def before(
-        self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head head_dim"]
+        self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head value_dim"]
     ) -> States | None:
         """The prompts' own of a layer's keys and values; none without prompts.
 
@@ -136,7 +136,7 @@ class Packing:
         return next(self._kept) if self.outside else (self.prompts.padded(key), self.prompts.padded(value))
 
     def views(
-        self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head head_dim"]
+        self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head value_dim"]
     ) -> list[tuple[Block, Tensor, Tensor]]:
         """Each block with the keys and values that its queries may see, `[prompt, padded; own, padded]`.
 
@@ -149,16 +149,16 @@ class Packing:
         self,
         block: Block,
         key: Float[Tensor, "token head head_dim"],
-        value: Float[Tensor, "token head head_dim"],
+        value: Float[Tensor, "token head value_dim"],
         prompts: States | None,
-    ) -> tuple[Float[Tensor, "row some head head_dim"], Float[Tensor, "row some head head_dim"]]:
+    ) -> tuple[Float[Tensor, "row some head head_dim"], Float[Tensor, "row some head value_dim"]]:
         """The keys and values of one block's `views`; `prompts` is what `before` gave for the layer."""
         keys, values = block.padded(key), block.padded(value)
         if prompts is None or block is not self.rows:
             return keys, values
         return self._behind(prompts[0], keys), self._behind(prompts[1], values)
 
-    def keep(self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head head_dim"]) -> None:
+    def keep(self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head value_dim"]) -> None:
         """Note a layer's keys and values of the rows; once a layer, in the layers' order."""
         self.computed.append((self.rows.padded(key), self.rows.padded(value)))
 

@@ -55,6 +55,8 @@ def predict(run: Run | str | Path, rows: Any, *, backbone: Backbone | None = Non
     attachment = run.attachment(backbone)
     limit = input_limit(attachment, run.task, run.experiment.training)
     examples = encode(run.task, backbone.tokenizer, table, limit, closing=attachment.closed, answers=False)[0]
+    for example in examples:
+        attachment.check_row(example.input_ids, (), example.where)
     return answer(attachment, run.task, examples, max_new_tokens=run.experiment.training.max_new_tokens)
 
 
@@ -163,10 +165,11 @@ def input_limit(attachment: Attachment, task: Task, training: Training) -> int:
                 "give it more positions, or lower max_new_tokens"
             )
         limit = min(limit, left)
-    most = attachment.backbone.max_positions
+    attachment.refuse_long_answer(longest)
+    most = attachment.max_row
     if most is None:
         return limit
-    length = 0 if attachment.prompt is None else len(attachment.prompt.prompt())
+    length, longest = attachment.prompt_length, longest if attachment.within else 0
     if length + longest >= most:
         raise ValueError(
             f"a prompt of {length} and an answer of {longest} tokens leave no room in the {most} positions of "
@@ -196,7 +199,7 @@ def _classify(
     attachment: Attachment, prepared: Prepared, task: Task, part: Sequence[Example], which: Tensor
 ) -> list[Answer]:
     tokenizer, device = attachment.backbone.tokenizer, attachment.backbone.device
-    inputs = collate(part, pad_id=pad_id(tokenizer), side="left", with_answers=False)
+    inputs = collate(part, pad_id=pad_id(attachment.backbone), side="left", with_answers=False)
     scores = attachment.score(*inputs.inputs(device), answer_ids(task, tokenizer), prepared, which)
     labels, words = list(task.words), list(task.words.values())
     result = []
@@ -218,7 +221,7 @@ def _generate(
     attachment: Attachment, prepared: Prepared, part: Sequence[Example], which: Tensor, max_new_tokens: int
 ) -> list[Answer]:
     tokenizer, device = attachment.backbone.tokenizer, attachment.backbone.device
-    inputs = collate(part, pad_id=pad_id(tokenizer), side="left", with_answers=False)
+    inputs = collate(part, pad_id=pad_id(attachment.backbone), side="left", with_answers=False)
     ids, mask = inputs.input_ids.to(device), inputs.attention_mask.to(device)
     steps = attachment.generate(ids, mask, max_new_tokens=max_new_tokens, prompts=prepared, index=which)
     tokens = torch.stack(list(steps), 1).tolist()
@@ -226,7 +229,9 @@ def _generate(
     return [Answer(row=example.row, text=text.strip()) for example, text in zip(part, texts, strict=True)]
 
 
-def pad_id(tokenizer: Any) -> int:
-    """The id that fills short rows; any will do, since the mask hides it."""
-    found = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
-    return next((int(one) for one in found if one is not None), 0)
+def pad_id(backbone: Backbone) -> int:
+    """The id that fills short rows: the mask hides it, but the model must have an embedding for it."""
+    if backbone.architecture == "vision":
+        return 0
+    found = (getattr(backbone.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((int(one) for one in found if one is not None and 0 <= one < backbone.vocabulary), 0)

@@ -128,8 +128,9 @@ def test_a_mask_of_the_rows_own_stays_where_it_is(tiny_backbone: MakeBackbone) -
         embeds = backbone.model.get_input_embeddings()(text)[None]
         whole = backbone.model(inputs_embeds=torch.cat([embeds[:, :1], prompt.prompt()[None], embeds[:, 1:]], 1))[0][0]
         close(logits[row, 0], whole[3 + int((text == MASK).nonzero())])
-    with pytest.raises(ValueError, match=r"the rows have \[1, 0\] mask tokens \(<mask>\)"):
-        attachment(*padded([rows[0], torch.tensor([CLS, 20, SEP])], "left", 0))
+    mixed = attachment(*padded([rows[0], torch.tensor([CLS, 20, SEP])], "left", 0), prompts=[prompt]).logits
+    close(mixed[0], logits[0])
+    close(mixed[1], attachment(torch.tensor([[CLS, 20, SEP]]), prompts=[prompt]).logits[0])
 
 
 def test_a_row_without_a_closing_token_ends_with_the_mask(tiny_backbone: MakeBackbone) -> None:

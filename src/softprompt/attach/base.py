@@ -2,8 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -198,17 +200,21 @@ class Attachment(nn.Module, ABC):
         self, prompts: Sequence[SoftPrompt], index: Index, ids: Ids, positions: Int[Tensor, "batch seq"]
     ) -> Float[Tensor, "batch seq dim"]:
         """The rows' own embeddings, each as its prompt wants them, in the backbone's dtype."""
+        if bool(((ids < 0) | (ids >= self.backbone.vocabulary)).any()):
+            refuse_unknown(self.backbone, ids.flatten().tolist(), "a row")
         embeds = self.backbone.model.get_input_embeddings()(ids)
         if not prompts:
             return embeds
         if all(prompt is prompts[0] for prompt in prompts):
-            return prompts[0].shift(embeds.float(), ids, positions).to(embeds.dtype)
+            with torch.autocast(embeds.device.type, enabled=False):
+                return prompts[0].shift(embeds.float(), ids, positions).to(embeds.dtype)
         rows = row_index(index, len(prompts), ids)
         result = embeds.float()
         for which, prompt in enumerate(prompts):
             mine = (rows == which).nonzero()[:, 0]
             if len(mine):
-                result = result.index_copy(0, mine, prompt.shift(result[mine], ids[mine], positions[mine]))
+                with torch.autocast(embeds.device.type, enabled=False):
+                    result = result.index_copy(0, mine, prompt.shift(result[mine], ids[mine], positions[mine]))
         return result.to(embeds.dtype)
 
     def matrices(self, prompts: Sequence[SoftPrompt]) -> list[Float[Tensor, "_ dim"]]:
@@ -218,7 +224,8 @@ class Attachment(nn.Module, ABC):
             ValueError: a prompt that is as wide as another backbone's embeddings, or for several layers of one that
                 takes it at the first alone.
         """
-        found = [prompt.prompt().to(self.backbone.device) for prompt in prompts]
+        with torch.autocast(self.backbone.device.type, enabled=False):  # prompts are float32, whoever calls
+            found = [prompt.prompt().to(self.backbone.device) for prompt in prompts]
         if not self.deep and (depth := max([prompt.depth for prompt in prompts], default=1)) > 1:
             raise ValueError(
                 f"the prompt is for {depth} layers, and in {self.backbone.source} one enters with the input alone; "
@@ -232,21 +239,80 @@ class Attachment(nn.Module, ABC):
                 )
         return found
 
+    def end_of_sequence(self) -> list[int]:
+        """The ids that end a generation; none where neither the tokenizer nor the model names one.
+
+        First the tokenizer's, which ends the answers that a prompt is trained on; then those of the model's generation
+        config (a chat model has several), and its config's where the tokenizer takes them for special tokens: a config
+        that does not name an end has its class's default, which may be a word.
+        """
+        model, tokenizer = self.backbone.model, self.backbone.tokenizer
+        generation = getattr(model, "generation_config", None)
+        special = {*getattr(tokenizer, "all_special_ids", ()), *_added_special(tokenizer)}
+        of_config = _as_list(getattr(model.config, "eos_token_id", None))
+        ids = [
+            *_as_list(getattr(tokenizer, "eos_token_id", None)),
+            *_as_list(getattr(generation, "eos_token_id", None)),
+            *(one for one in of_config if generation is None or one in special),
+        ]
+        return list(dict.fromkeys(ids))
+
+    @property
+    def max_row(self) -> int | None:
+        """Positions that a row may have with its prompt, and with its answer where that is in the row (`within`)."""
+        return self.backbone.max_positions
+
+    @cached_property
+    def prompt_length(self) -> int:
+        """Positions of the attachment's own prompt in a row."""
+        with torch.no_grad():
+            return 0 if self.prompt is None else len(self.prompt.prompt())
+
     def check_row(self, input_ids: Sequence[int], answer_ids: Sequence[int], where: str) -> None:
-        """Refuse a row that this model cannot take, before anything is trained.
+        """Refuse a row that this model cannot be trained on or asked, before anything is written.
+
+        Args:
+            input_ids: the text's tokens.
+            answer_ids: the answer's; empty where there is none.
+            where: what the message calls the row, as "row 21 of train".
 
         Raises:
-            ValueError: naming the row by `where`.
+            ValueError: a token that the model has no embedding for, or more positions than it has.
         """
+        refuse_unknown(self.backbone, input_ids, where)
+        # The answer's last token is predicted and never fed.
+        fed = len(input_ids) + (max(len(answer_ids) - 1, 0) if self.within else 0)
+        if self.within:
+            refuse_unknown(self.backbone, answer_ids, where)
+        if self.max_row is not None and self.prompt_length + fed > self.max_row:
+            raise ValueError(
+                f"{where} has {self.prompt_length + fed} positions ({self.prompt_length} of the prompt, "
+                f"{len(input_ids)} of the text{f', {len(answer_ids)} of the answer' if self.within else ''}), but "
+                f"{self.backbone.source} has {self.max_row}; shorten its answer, leave the row out, or lower "
+                "max_tokens or the prompt's length"
+            )
+        reach = None if self.prompt is None else self.prompt.reach
+        if reach is not None and fed > reach:
+            raise ValueError(
+                f"{where} has {fed} tokens with its answer, but the prompt has offsets for {reach}; shorten its "
+                "answer, leave the row out, or give the prompt more positions"
+            )
 
     def check_candidates(self, words: Sequence[str], candidates: Candidates) -> None:
-        """Refuse label words that this model cannot score."""
+        """Refuse label words that this model cannot answer with, before anything is written.
 
-    def end_of_sequence(self) -> list[int]:
-        """The ids that end a generation, as the backbone says; none where it says nothing."""
-        config = getattr(self.backbone.model, "generation_config", None) or self.backbone.model.config
-        ids = config.eos_token_id
-        return [] if ids is None else ([ids] if isinstance(ids, int) else list(ids))
+        Args:
+            words: their texts.
+            candidates: the tokens of each.
+
+        Raises:
+            ValueError: a word with a token that the model has no embedding for, or that does not fit.
+        """
+        for word, ids in zip(words, candidates, strict=True):
+            refuse_unknown(self.backbone, ids, f"the label word {word!r}")
+
+    def refuse_long_answer(self, longest: int) -> None:
+        """Refuse to write more tokens than fit apart from the text; what is written behind it is counted with it."""
 
     def refuse_long(self, longest: int, limit: int | None) -> None:
         """Refuse rows of more positions than the model has, where it has a limit."""
@@ -255,6 +321,36 @@ class Attachment(nn.Module, ABC):
                 f"a row has {longest} positions with its prompt and answer, but {self.backbone.source} has {limit}; "
                 "shorten the rows (max_tokens) or the prompt (length)"
             )
+
+
+def refuse_unknown(backbone: Backbone, ids: Sequence[int], where: str, name: str = "") -> None:
+    """Refuse tokens that the model has no embedding for: added to the tokenizer, and the model was not resized.
+
+    Args:
+        where: what has the tokens, for the message.
+        name: what the message calls the backbone; its source by default.
+
+    Raises:
+        ValueError: naming the first such token by its text.
+    """
+    size = backbone.vocabulary
+    for one in ids:
+        if not 0 <= one < size:
+            text = backbone.tokenizer.convert_ids_to_tokens(one) if one >= 0 else None
+            raise ValueError(
+                f"{where} has the token {text!r} ({one}), for which {name or backbone.source} has no embedding (its "
+                f"ids are 0 to {size - 1}); take the token out, or resize the model and train that embedding first"
+            )
+
+
+def _as_list(ids: int | Sequence[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def _added_special(tokenizer: Any) -> list[int]:
+    """Ids of added tokens that are marked special, as chat models' turn ends are."""
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    return [int(number) for number, token in added.items() if getattr(token, "special", False)]
 
 
 def mean_loss(logits: Float[Tensor, "batch kept classes"], targets: Int[Tensor, "batch kept"]) -> Float[Tensor, ""]:

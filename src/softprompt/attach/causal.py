@@ -6,7 +6,8 @@ behind another without padding (`packing.py`), where the model allows it. Prompt
 keys and values already: where the layers are our own (`decoder.py`) scored rows run packed behind them too, else a row
 is `prompt, pads, text` with explicit positions. Either way padding on any side and of any length changes nothing.
 
-Behind a text's first token, or behind the text, a prompt sees what stands before it: it is then run in every row.
+Behind a text's first token, or behind the text, a prompt sees what stands before it: it is then run in every row. So it
+is in a model that counts positions by column (MPT), whose rows must have no padding between prompt and text.
 """
 
 import inspect
@@ -21,7 +22,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from softprompt import attention, decoder, sharding
 from softprompt.attach.base import Attachment, Candidates, Ids, Index, Labels, Mask, Prepared, Prompts, mean_loss
-from softprompt.attach.exact import check_exact, refuse_unusual, sliding_window
+from softprompt.attach.exact import Different, refuse_length_bound, refuse_unusual, remembered, sliding_window
+from softprompt.attach.exact_causal import check_rows, packs_alike
 from softprompt.attach.inline import Matrices, matrices, whole
 from softprompt.attach.packed import packed_logits
 from softprompt.attach.prefix import Prefix
@@ -61,20 +63,54 @@ class Causal(Attachment):
         if head is not None:
             raise ValueError(f"{backbone.source} answers in words and takes no head; leave it out")
         self._accepted = frozenset(inspect.signature(backbone.model.forward).parameters)
-        self._window = sliding_window(backbone)
+        self.window = sliding_window(backbone)
+        """The narrowest attention window, where there is one: no row may be wider."""
         refuse_unusual(backbone, self._accepted)
+        refuse_length_bound(backbone)
         self._by_layer = tuned is None and decoder.is_known(backbone.model)
+        self.in_row = place != "front"
+        """Whether prompts are run in every row; else their keys and values are computed once for all of them."""
         self.packs = False
         """Whether prompts and rows run packed in training; where not, they run one after the other and slower."""
-        if place == "front":
-            self.packs = "position_ids" in self._accepted and attention.takes_packing(backbone.model)
-            self.packs = check_exact(self) and self.packs
-        self.extends = place == "front" and self._window is None and not sharding.is_sharded(backbone.model)
+        self._check_exact()
+        self.extends = not self.in_row and self.window is None and not sharding.is_sharded(backbone.model)
         self.recomputes = self.packs  # else rows go on from a cache, which would be written to twice
+
+    def _check_exact(self) -> None:
+        """Compare mixed batches with rows alone, once a model and place; choose a layout that is exact, or refuse.
+
+        A model that is told positions keeps keys and values of prompts for all rows. One that counts columns instead
+        (MPT's ALiBi) is exact where prompt and text are next to each other, so there the prompt runs in every row.
+        """
+        model = self.backbone.model
+        if not self.in_row:
+
+            def shared() -> bool:
+                try:
+                    check_rows(self, "a shared prefix and neighbours of other lengths")
+                except Different:
+                    if "position_ids" in self._accepted:
+                        raise
+                    return False
+                return True
+
+            # In bfloat16 a column more or less may hide among roundings; a model that is told positions needs no proof.
+            told = "position_ids" in self._accepted or self.backbone.dtype is torch.float32
+            self.in_row = not (told and remembered(model, "shared", shared))
+        if self.in_row:
+
+            def inline() -> bool:
+                check_rows(self, f"prompts in rows of other lengths, {self.place!r},")
+                return True
+
+            remembered(model, f"in row {self.place}", inline)
+            return
+        self.packs = "position_ids" in self._accepted and attention.takes_packing(model)
+        self.packs = self.packs and remembered(model, f"packed {self._by_layer}", lambda: packs_alike(self))
 
     def prepare(self, prompts: Sequence[SoftPrompt]) -> Prefix | Matrices:
         """The prompts' keys and values, or their vectors where text stands before them, for any number of calls."""
-        if self.place != "front" and prompts:
+        if self.in_row and prompts:
             return matrices(self, prompts)
         device, found = self.backbone.device, self.matrices(prompts)
         if not found:
@@ -184,16 +220,14 @@ class Causal(Attachment):
         stop = self.end_of_sequence() if stop is None else stop
         choose = Chooser(sampling or Sampling(), input_ids.device)
         with torch.no_grad():
-            text = aligned(input_ids, checked_mask(input_ids, attention_mask))
-            last = torch.tensor([-1], device=text.ids.device)
-            state = self._read(text, self._prepared(prompts), index, keep=last, room=max_new_tokens)
-            done = torch.zeros(len(text.ids), dtype=torch.bool, device=text.ids.device)
-            token = torch.zeros(len(text.ids), dtype=torch.long, device=text.ids.device)
+            state = self.prefill(input_ids, attention_mask, prompts, index, room=max_new_tokens)
+            done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+            token = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
             ends = torch.tensor(list(stop), dtype=torch.long, device=token.device)
         for step in range(max_new_tokens):
             with torch.no_grad():  # not around the yield: whoever asks for the tokens keeps its own mode
                 if step:
-                    state = self._continue(state, token[:, None])
+                    state = self.decode(state, token[:, None])
                 token = torch.where(done, token, choose(state.logits[:, -1]))
                 done = done | torch.isin(token, ends)
             yield token
@@ -204,9 +238,14 @@ class Causal(Attachment):
         """As it is: it goes on where the text stops."""
         return tuple(answer)
 
+    @property
+    def _own_layers(self) -> bool:
+        """Whether layers run through `decoder.run`: written for one dtype, and so not in somebody's autocast region."""
+        return self._by_layer and not torch.is_autocast_enabled(self.backbone.device.type)
+
     def _may_pack(self, prompts: Prompts) -> TypeGuard[Sequence[SoftPrompt] | Prefix | None]:
         if isinstance(prompts, Prefix):
-            return self.packs and self._by_layer and not torch.is_grad_enabled()
+            return self.packs and self._own_layers and not torch.is_grad_enabled()
         return self.packs and not isinstance(prompts, Prepared)
 
     def _predicting(
@@ -226,7 +265,13 @@ class Causal(Attachment):
             own = [] if self.prompt is None else [self.prompt]
             live = own if prompts is None else prompts
             logits = packed_logits(
-                self, text, columns, live, index, lambda most: self._refuse_beyond(most, most), by_layer=self._by_layer
+                self,
+                text,
+                columns,
+                live,
+                index,
+                lambda most: self._refuse_beyond(most, most),
+                by_layer=self._own_layers,
             )
             if isinstance(live, Prefix):
                 which = row_index(index, len(live.mask), text.ids)
@@ -235,14 +280,14 @@ class Causal(Attachment):
         prepared, seq = self._prepared(prompts), text.ids.shape[1]
         if isinstance(prepared, Matrices):
             state = self._read(text, prepared, index, keep=columns - 1 - seq, labels=labels)
-            return state.logits, self.place == "after_first"
+            return state.logits, self.place == "after_first"  # elsewhere a prompt stands before the first token
         state = self._read(text, prepared, index, keep=(columns - 1).clamp(min=0) - seq)
         which = row_index(index, len(prepared.mask), text.ids)
         return prepared.predicting(state.logits, first, which), prepared.logits is None
 
     def _prepared(self, prompts: Prompts) -> Prefix | Matrices:
         prepared = self.chosen(prompts)
-        if not isinstance(prepared, Prefix if self.place == "front" or not prepared.prompts else Matrices):
+        if not isinstance(prepared, Matrices if self.in_row and prepared.prompts else Prefix):
             raise ValueError(
                 f"{type(prepared).__name__} was prepared for another architecture or place; prepare the prompts again"
             )
@@ -288,9 +333,9 @@ class Causal(Attachment):
         return State(cache, mask, logits, before + place, prepared.prompts, which)
 
     def _lead(self, text: Rows, labels: Int[Tensor, "batch seq"] | None) -> int | Int[Tensor, "batch 1"]:
-        """Each row's tokens in front of its prompt: its first one, or all before its first label."""
-        if self.place == "after_first":
-            return 1
+        """Each row's tokens in front of its prompt: none, its first one, or all before its first label."""
+        if self.place != "behind":
+            return 0 if self.place == "front" else 1
         own = text.mask if labels is None else text.mask * ((labels != -100).cumsum(1) == 0)
         return own.sum(1, keepdim=True)
 
@@ -313,7 +358,20 @@ class Causal(Attachment):
         logits: Tensor = output.logits
         return logits
 
-    def _continue(
+    @property
+    def max_row(self) -> int | None:
+        """Positions that a row may have with prompt and answer: those of the model, and of its attention window."""
+        return min((limit for limit in (self.backbone.max_positions, self.window) if limit is not None), default=None)
+
+    def prefill(
+        self, input_ids: Ids, attention_mask: Mask, prompts: Prompts = None, index: Index = None, room: int = 0
+    ) -> State:
+        """Texts read behind their prompts, to be gone on with by `room` tokens; logits are those of the next one."""
+        text = aligned(input_ids, checked_mask(input_ids, attention_mask))
+        last = torch.tensor([-1], device=text.ids.device)
+        return self._read(text, self._prepared(prompts), index, keep=last, room=room)
+
+    def decode(
         self, state: State, ids: Int[Tensor, "batch more"], real: Int[Tensor, "batch more"] | None = None
     ) -> State:
         """Further tokens after a batch that has been read; `real` marks padding behind them."""
@@ -328,7 +386,7 @@ class Causal(Attachment):
         padded, real = side_by_side(candidates, state.mask.device)
         (count, longest), batch = padded.shape, len(state.mask)
         fed, fed_real = padded[:, :-1].repeat(batch, 1), real[:, :-1].repeat(batch, 1)
-        read = self._continue(state.repeated(count), fed, fed_real)
+        read = self.decode(state.repeated(count), fed, fed_real)
         logp = read.logits.float().log_softmax(-1).view(batch, count, longest - 1, -1)
         targets = padded[:, 1:].expand(batch, -1, -1)[..., None]
         return (logp.gather(-1, targets)[..., 0] * real[:, 1:]).sum(-1)
@@ -336,8 +394,8 @@ class Causal(Attachment):
     def _refuse_beyond(self, longest: int, wide: int) -> None:
         """Refuse rows of `longest` positions, or of `wide` ones with their padding, that the model has no room for."""
         self.refuse_long(longest, self.backbone.max_positions)
-        if self._window is not None and wide > self._window:
+        if self.window is not None and wide > self.window:
             raise ValueError(
-                f"rows of {wide} positions with prompt and padding exceed the sliding window of {self._window} of "
+                f"rows of {wide} positions with prompt and padding exceed the sliding window of {self.window} of "
                 f"{self.backbone.source}, beyond which a shared prefix is not exact; shorten the rows"
             )

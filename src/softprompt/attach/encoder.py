@@ -11,7 +11,7 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 
 from softprompt import attention
 from softprompt.attach.base import Attachment, Candidates, Ids, Index, Labels, Mask, Prompts, mean_loss
-from softprompt.attach.exact import exact, exact_isolated, refuse_different
+from softprompt.attach.exact import Sample, refuse_different, refuse_length_bound, refusing, remembered, sample
 from softprompt.attach.inline import Matrices, Whole, chosen, matrices, whole
 from softprompt.attach.isolated import Kept, kept, laid_out
 from softprompt.attach.rows import Rows, aligned, checked_mask
@@ -20,7 +20,7 @@ from softprompt.attach.vision import Pooling
 from softprompt.backbone import Backbone
 from softprompt.choices import Attend, Place, Pool
 from softprompt.packing import Packing
-from softprompt.prompts import Folded, SoftPrompt
+from softprompt.prompts import SoftPrompt
 
 
 def fresh_head(backbone: Backbone, classes: int, generator: torch.Generator, pool: Pool = "cls") -> nn.Module | None:
@@ -54,10 +54,10 @@ class Encoder(Attachment):
     """A prompt between an encoder's first token and its text, answered by a vocabulary head or by a trained one.
 
     A checkpoint with a masked-LM head answers in words: the mask token is put behind the text (in front of the
-    closing token) unless every row has one of its own, and an answer is the one token in its place. Any other
-    checkpoint answers through `head`, a linear layer over the mean of the text's own last states (the first and the
-    closing token count, the prompt does not, as sentence encoders pool), which is trained and kept with the prompt.
-    Rows of several prompts in one call share the head.
+    closing token) of every row that does not have exactly one of its own, and an answer is the one token in its place.
+    Any other checkpoint answers through `head`, a linear layer over the mean of the text's own last states (the first
+    and the closing token count, the prompt does not, as sentence encoders pool), which is trained and kept with the
+    prompt. Rows of several prompts in one call share the head.
 
     Costs one pass over prompt and text. Guarantees the outputs and gradients of `[first; prompt; text]` run as one row
     of its own, whatever the padding.
@@ -90,9 +90,11 @@ class Encoder(Attachment):
         if head is None and backbone.tokenizer.mask_token_id is None:
             raise ValueError(f"the tokenizer of {backbone.source} has no mask token to answer at; give a head to train")
         self.within = head is None
-        self._check_exact()
+        refuse_length_bound(backbone)
+        remembered(backbone.model, f"padding {self._words() is None}", self._check_exact)
         if attend == "isolated":
-            self._check_isolated()
+            self._refuse_not_isolated()
+            remembered(backbone.model, "isolated", self._check_isolated)
 
     def prepare(self, prompts: Sequence[SoftPrompt]) -> Matrices | Kept:
         """The prompts' vectors, since everything else depends on the text; isolated, their states in every layer."""
@@ -103,6 +105,33 @@ class Encoder(Attachment):
     def target(self, answer: Sequence[int]) -> tuple[int, ...]:
         """As it is: it stands in the mask's place."""
         return tuple(answer)
+
+    def check_row(self, input_ids: Sequence[int], answer_ids: Sequence[int], where: str) -> None:
+        """As of every model; at a mask an answer is one token, and the mask that is put behind a text counts too."""
+        if self.head is not None:
+            super().check_row(input_ids, (), where)
+            return
+        if len(answer_ids) > 1:
+            text = self.backbone.tokenizer.decode(list(answer_ids), skip_special_tokens=True)
+            raise ValueError(
+                f"the answer {text[:60]!r} of {where} is {len(answer_ids)} tokens to {self.backbone.source}, and its "
+                "mask holds one; choose a classification whose label words its tokenizer keeps whole, or a decoder"
+            )
+        mask = self.backbone.tokenizer.mask_token_id
+        super().check_row(input_ids if input_ids.count(mask) == 1 else (*input_ids, mask), answer_ids, where)
+
+    def check_candidates(self, words: Sequence[str], candidates: Candidates) -> None:
+        """As of every model; at a mask each is one token, and a head does not look at them."""
+        if self.head is not None:
+            return
+        super().check_candidates(words, candidates)
+        several = [(word, len(ids)) for word, ids in zip(words, candidates, strict=True) if len(ids) != 1]
+        if several:
+            listed = ", ".join(f"{word.strip()!r} ({count} tokens)" for word, count in several[:10])
+            raise ValueError(
+                f"the tokenizer of {self.backbone.source} does not keep these label words whole: {listed}; one mask "
+                "holds one token, so choose words of one ([words] in the task), or another backbone"
+            )
 
     def forward(
         self,
@@ -192,11 +221,11 @@ class Encoder(Attachment):
             return self._isolated(prompts, index, text)
         prepared = chosen(self, prompts)
         if self.head is not None:
-            rows = whole(self, prepared, index, text, lead=self._lead(text), limit=self._limit())
+            rows = whole(self, prepared, index, text, lead=self._lead(text), limit=self.backbone.max_positions)
             return self.head(_mean(self._states(rows), rows.own))
         lead, text = self._lead(text), self._masked(text)
-        rows = whole(self, prepared, index, text, lead=lead, limit=self._limit())
-        at = (text.ids == self.backbone.tokenizer.mask_token_id).long().argmax(1, keepdim=True)
+        rows = whole(self, prepared, index, text, lead=lead, limit=self.backbone.max_positions)
+        at = self._answered(text)
         at = torch.where(at < lead, at, at + (rows.mask.sum(1) - text.mask.sum(1))[:, None])[:, 0]
         each = torch.arange(len(at), device=at.device)
         if (words := self._words()) is not None:
@@ -209,13 +238,13 @@ class Encoder(Attachment):
         states = self._isolated_states(prompts, index, text)
         if self.head is not None:
             return self.head(_mean(states, text.mask.bool()))
-        at = (text.ids == self.backbone.tokenizer.mask_token_id).long().argmax(1)
+        at = self._answered(text)[:, 0]
         logits: Tensor = self._words()(states[torch.arange(len(at), device=at.device), at])
         return logits
 
     def _isolated_states(self, prompts: Prompts, index: Index, text: Rows) -> Float[Tensor, "batch seq hidden"]:
         """The text's own last states."""
-        embeds, packing = laid_out(self, prompts, index, text, self._limit())
+        embeds, packing = laid_out(self, prompts, index, text, self.backbone.max_positions)
         return packing.rows.padded(self._packed(embeds, packing))
 
     def _packed(self, embeds: Float[Tensor, "token dim"], packing: Packing) -> Float[Tensor, "token hidden"]:
@@ -246,25 +275,25 @@ class Encoder(Attachment):
         return states
 
     def _masked(self, text: Rows) -> Rows:
-        """The rows with a mask token each, put in front of the closing token where they have none.
+        """The rows with a mask to answer at: a row's own where it has exactly one, else one before its closing token.
 
-        Raises:
-            ValueError: some rows have a mask token and others do not, or a row has several.
+        Each row by itself, so that no neighbour changes where one is answered; of several masks the last is answered.
         """
-        tokenizer = self.backbone.tokenizer
-        found = ((text.ids == tokenizer.mask_token_id) & (text.mask == 1)).sum(1)
-        if bool((found == 1).all()):
-            return text
-        if bool(found.any()):
-            raise ValueError(
-                f"the rows have {found.tolist()} mask tokens ({tokenizer.mask_token}); each needs one, or none of them "
-                "any, so that it is put behind the text"
-            )
-        lengths, at = text.mask.sum(1, keepdim=True), self._end(text)
-        column = torch.arange(text.ids.shape[1] + 1, device=text.ids.device).expand(len(text.ids), -1)
-        source = torch.where(column > at, column - 1, column).clamp(max=text.ids.shape[1] - 1)
-        ids = text.ids.gather(1, source).masked_fill(column == at, tokenizer.mask_token_id)
-        return Rows(ids, (column <= lengths).long(), text.order.gather(1, source))
+        lengths, end, seq = text.mask.sum(1, keepdim=True), self._end(text), text.ids.shape[1]
+        needs = self._masks(text).sum(1, keepdim=True) != 1
+        column = torch.arange(seq + 1, device=text.ids.device).expand(len(text.ids), -1)
+        source = torch.where(needs & (column > end), column - 1, column).clamp(max=seq - 1)
+        ids = text.ids.gather(1, source).masked_fill(needs & (column == end), self.backbone.tokenizer.mask_token_id)
+        return aligned(ids, (column < lengths + needs.long()).long(), pads="behind")
+
+    def _masks(self, text: Rows) -> Bool[Tensor, "batch seq"]:
+        """Where mask tokens are."""
+        return (text.ids == self.backbone.tokenizer.mask_token_id) & (text.mask == 1)
+
+    def _answered(self, text: Rows) -> Int[Tensor, "batch 1"]:
+        """The column of each row's last mask."""
+        column = torch.arange(text.ids.shape[1], device=text.ids.device)
+        return (self._masks(text) * column).max(1, keepdim=True).values
 
     def _lead(self, text: Rows) -> int | Int[Tensor, "batch 1"]:
         """Tokens in front of the prompt: [CLS], or the whole text, before a mask is put behind it."""
@@ -275,44 +304,57 @@ class Encoder(Attachment):
         lengths, closing = text.mask.sum(1, keepdim=True), self.backbone.tokenizer.sep_token_id
         return lengths - (text.ids.gather(1, lengths - 1) == (-1 if closing is None else closing)).long()
 
-    def _limit(self) -> int | None:
-        """Positions that a row may have: RoBERTa's and MPNet's tables begin behind the padding token's own."""
-        limit = self.backbone.max_positions
-        return None if limit is None else limit - self._skipped()
-
     def _skipped(self) -> int:
         """The position of a row's first token in the model's table."""
         table = getattr(getattr(self.backbone.model.base_model, "embeddings", None), "position_embeddings", None)
         padding = getattr(table, "padding_idx", None)
         return 0 if padding is None else padding + 1
 
-    @torch.no_grad()
-    def _check_exact(self) -> None:
-        """Compare a padded row with the same row alone through the model's own forward, once a model."""
-        model, device = self.backbone.model, self.backbone.device
-        if model in exact:
-            return
-        table = self.backbone.host().embedding
-        vectors = table[torch.arange(7, 12) % len(table)]
-        ids = torch.tensor([[3, 17, 8, 29], [5, 21, 6, 4]], device=device) % len(table)
-        text = Rows(ids, torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]], device=device), ids)
-        own = model.get_input_embeddings()(ids[:1])
-        embeds = torch.cat([own[:, :1], vectors[None].to(device, self.backbone.dtype), own[:, 1:2]], 1)
-        alone = model(inputs_embeds=embeds)[0][0]
-        rows = whole(self, matrices(self, [Folded(vectors)]), None, text, lead=1, limit=self._limit())
-        words = self._words()
-        ours = (
-            model(inputs_embeds=rows.embeds, attention_mask=rows.mask)[0]
-            if words is None
-            else words(self._states(rows))
-        )
-        refuse_different(
-            self.backbone, alone.float(), ours[0, : len(alone)].float(), "padding behind the row", "outputs"
-        )
+    def _check_exact(self) -> bool:
+        """Compare rows of a mixed batch with each alone through the model's own forward, once a model."""
+        how, model = "padding behind the row", self.backbone.model
+        with refusing(self.backbone, how):
+            given = sample(self.backbone)
+            ids, mask = given.batch(self.backbone.device)
+            rows = whole(
+                self, matrices(self, given.prompts), given.prompt_index, Rows(ids, mask, ids), lead=1, limit=None
+            )
+            words = self._words()
+            ours = (
+                model(inputs_embeds=rows.embeds, attention_mask=rows.mask)[0]
+                if words is None
+                else words(self._states(rows))
+            )
+            for row in range(len(ids)):
+                alone = model(inputs_embeds=self._alone(given, row))[0][0]
+                refuse_different(self.backbone, alone, ours[row, : len(alone)], how, "outputs")
+        return True
 
-    @torch.no_grad()
-    def _check_isolated(self) -> None:
+    def _alone(self, given: Sample, row: int) -> Float[Tensor, "one total dim"]:
+        """One row with its prompt behind its first token."""
+        own = self.backbone.model.get_input_embeddings()(torch.tensor(given.texts[row], device=self.backbone.device))
+        return torch.cat([own[:1], given.prompt(row).to(own), own[1:]])[None]
+
+    def _check_isolated(self) -> bool:
         """Compare with the model's own forward under a mask that hides the text from the prompt, once a model."""
+        how, model, given = "isolated prompts", self.backbone.model, sample(self.backbone)
+        with refusing(self.backbone, how):
+            ids, mask = given.batch(self.backbone.device)
+            wanted = []
+            for row in range(len(ids)):
+                embeds = self._alone(given, row)
+                place = torch.arange(embeds.shape[1], device=ids.device)
+                of_prompt = (place >= 1) & (place <= len(given.prompt(row)))
+                seen = ~of_prompt[:, None] | of_prompt[None]
+                states = model.base_model(inputs_embeds=embeds, attention_mask=seen[None, None]).last_hidden_state[0]
+                wanted.append(states[~of_prompt])
+            for prompts in (given.prompts, self.prepare(given.prompts)):
+                ours = self._isolated_states(prompts, given.prompt_index, Rows(ids, mask, ids))
+                refuse_different(self.backbone, torch.cat(wanted), ours[mask.bool()], how, "states")
+        return True
+
+    def _refuse_not_isolated(self) -> None:
+        """Refuse a model that does not hand positions and attention on."""
         model = self.backbone.model
         accepted = inspect.signature(model.base_model.forward).parameters
         if not attention.takes_packing(model) or "position_ids" not in accepted or (self.head or self._words()) is None:
@@ -320,23 +362,6 @@ class Encoder(Attachment):
                 f"{self.backbone.source} ({model.config.model_type}) does not hand positions and attention on, so its "
                 "prompts cannot be isolated; leave attend=joint, or choose a BERT or RoBERTa"
             )
-        if model in exact_isolated:
-            return
-        table = self.backbone.host().embedding
-        vectors = table[torch.arange(7, 12) % len(table)].to(self.backbone.device)
-        ids = torch.tensor([[3, 17, 8]], device=self.backbone.device) % len(table)
-        text = Rows(ids, torch.ones_like(ids), ids)
-        own = model.get_input_embeddings()(ids)
-        embeds = torch.cat([own[:, :1], vectors[None].to(self.backbone.dtype), own[:, 1:]], 1)
-        place = torch.arange(embeds.shape[1], device=ids.device)
-        of_prompt = (place >= 1) & (place <= len(vectors))
-        seen = ~of_prompt[:, None] | of_prompt[None]
-        states = model.base_model(inputs_embeds=embeds, attention_mask=seen[None, None]).last_hidden_state[0]
-        live = [Folded(vectors)]
-        for prompts in (live, self.prepare(live)):
-            ours = self._isolated_states(prompts, None, text)[0]
-            refuse_different(self.backbone, states[~of_prompt].float(), ours.float(), "isolated prompts", "states")
-        exact_isolated.add(model)
 
 
 _HEADS = ("cls", "lm_head")

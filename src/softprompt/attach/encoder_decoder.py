@@ -11,15 +11,15 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from softprompt import sharding, t5
-from softprompt.attach.base import Attachment, Candidates, Ids, Index, Labels, Mask, Prompts, mean_loss
-from softprompt.attach.exact import exact, refuse_different
+from softprompt.attach.base import Attachment, Candidates, Ids, Index, Labels, Mask, Prompts, mean_loss, refuse_unknown
+from softprompt.attach.exact import refuse_different, refuse_length_bound, refusing, remembered, sample
 from softprompt.attach.inline import Matrices, Whole, chosen, matrices, whole
 from softprompt.attach.isolated import Kept, kept, laid_out
 from softprompt.attach.rows import Rows, aligned, checked_mask
 from softprompt.attach.sampling import Chooser, Sampling
 from softprompt.backbone import Backbone
 from softprompt.choices import Attend, Place
-from softprompt.prompts import Folded, SoftPrompt
+from softprompt.prompts import SoftPrompt
 
 
 class _Read(NamedTuple):
@@ -75,7 +75,8 @@ class EncoderDecoder(Attachment):
                 "isolated among encoder-decoders; leave attend=joint"
             )
         self.shards = attend != "isolated"
-        self._check_exact()
+        refuse_length_bound(backbone)
+        remembered(backbone.model, "padding", self._check_exact)
 
     def prepare(self, prompts: Sequence[SoftPrompt]) -> Matrices | Kept:
         """The prompts' vectors, since the encoder's pass depends on the text; isolated, their states in the encoder."""
@@ -85,9 +86,33 @@ class EncoderDecoder(Attachment):
 
     def target(self, answer: Sequence[int]) -> tuple[int, ...]:
         """The answer with the forced first token, if there is one, and the end of sequence, once each."""
-        end = tuple(self.end_of_sequence()[:1])
+        ends = self.end_of_sequence()
         front = () if tuple(answer[:1]) == self._first else self._first
-        return (*front, *answer, *(() if tuple(answer[-1:]) == end else end))
+        return (*front, *answer, *(() if answer and answer[-1] in ends else ends[:1]))
+
+    def check_row(self, input_ids: Sequence[int], answer_ids: Sequence[int], where: str) -> None:
+        """As of every model; an answer is the decoder's, and has that one's positions to itself."""
+        super().check_row(input_ids, answer_ids, where)
+        refuse_unknown(self.backbone, answer_ids, where)
+        if not answer_ids:
+            return
+        longest, limit = len(self.target(answer_ids)), self.backbone.max_answer_positions
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"{where} has an answer of {longest} tokens, but the decoder of {self.backbone.source} has {limit} "
+                "positions; shorten the answer or leave the row out"
+            )
+
+    def check_candidates(self, words: Sequence[str], candidates: Candidates) -> None:
+        """As of every model, and each must fit the decoder's positions."""
+        super().check_candidates(words, candidates)
+        limit = self.backbone.max_answer_positions
+        for word, ids in zip(words, candidates, strict=True):
+            if limit is not None and len(self.target(ids)) > limit:
+                raise ValueError(
+                    f"the label word {word[:60]!r} has {len(self.target(ids))} tokens, but the decoder of "
+                    f"{self.backbone.source} has {limit} positions; use a shorter one"
+                )
 
     def forward(
         self,
@@ -120,6 +145,7 @@ class EncoderDecoder(Attachment):
             raise ValueError("no row has a label; give at least one label other than -100")
         if bool((wanted[:, 1:] & ~wanted[:, :-1]).any()):
             raise ValueError("labels have -100 in front of a token; put the labels' padding behind them")
+        self.refuse_long_answer(int(wanted.sum(1).max()))
         read = self._read(input_ids, attention_mask, prompts, index)
         return self._decode(read, self.backbone.model.prepare_decoder_input_ids_from_labels(labels=labels)), labels
 
@@ -138,7 +164,7 @@ class EncoderDecoder(Attachment):
         targets = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in given], True, -100).to(device)
         real = targets != -100
         targets = targets.masked_fill(~real, 0)
-        self._refuse_long_answer(len(self._first) + targets.shape[1])
+        self.refuse_long_answer(len(self._first) + targets.shape[1])
         forced = torch.tensor(self._first, dtype=torch.long, device=device).expand(batch, -1)
         first = self._decode(read, torch.cat([self._begin(input_ids), forced], 1))[:, -1:]
         logits = first.repeat_interleave(count, 0)
@@ -166,7 +192,7 @@ class EncoderDecoder(Attachment):
         """
         ends = torch.tensor(self.end_of_sequence() if stop is None else list(stop), dtype=torch.long)
         ends = ends.to(input_ids.device)
-        self._refuse_long_answer(max_new_tokens)
+        self.refuse_long_answer(max_new_tokens)
         over = int(ends[0]) if len(ends) else -1
         choose = Chooser(sampling or Sampling(), input_ids.device)
         with torch.no_grad():
@@ -207,7 +233,7 @@ class EncoderDecoder(Attachment):
         """
         if beams < 1:
             raise ValueError(f"beams is {beams}; it must be at least 1")
-        self._refuse_long_answer(max_new_tokens)
+        self.refuse_long_answer(max_new_tokens)
         read = self._read(input_ids, attention_mask, prompts, index)
         found = self.backbone.model.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=read.states),
@@ -215,6 +241,7 @@ class EncoderDecoder(Attachment):
             num_beams=beams,
             do_sample=False,
             max_new_tokens=max_new_tokens,
+            eos_token_id=self.end_of_sequence() or None,
         )
         answers: Tensor = found[:, 1:]  # without the decoder's start
         return answers
@@ -268,29 +295,37 @@ class EncoderDecoder(Attachment):
         start: Tensor = self.backbone.model.prepare_decoder_input_ids_from_labels(labels=labels)
         return start
 
-    def _refuse_long_answer(self, longest: int) -> None:
-        limit = self.backbone.max_positions
+    def refuse_long_answer(self, longest: int) -> None:
+        """Refuse to write more tokens than the decoder has positions for.
+
+        Raises:
+            ValueError: naming both numbers.
+        """
+        limit = self.backbone.max_answer_positions
         if limit is not None and longest > limit:
             raise ValueError(
                 f"an answer of {longest} tokens does not fit the {limit} positions of {self.backbone.source}; ask for "
                 "fewer (max_new_tokens)"
             )
 
-    @torch.no_grad()
-    def _check_exact(self) -> None:
-        """Compare a padded row with the same row alone, once a model: block-sparse encoders, for one, differ."""
-        model, device = self.backbone.model, self.backbone.device
-        if model in exact:
-            return
-        table = self.backbone.host().embedding
-        vectors = table[torch.arange(7, 12) % len(table)]
-        ids = torch.tensor([[3, 17, 8, 29], [5, 21, 6, 4]], device=device) % len(table)
-        mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], device=device)
-        own = model.get_input_embeddings()(ids[:1, 2:])
-        embeds = torch.cat([vectors[None].to(device, self.backbone.dtype), own], 1)
-        alone = model(inputs_embeds=embeds, decoder_input_ids=self._begin(ids[:1])).logits[0].float()
-        text = aligned(ids, mask, pads="behind")
-        rows = whole(self, matrices(self, [Folded(vectors)]), None, text, lead=0, limit=None)
-        read = self._encoded(rows)
-        ours = self._decode(read, self._begin(ids))[0].float()
-        refuse_different(self.backbone, alone, ours, "padding behind the row")
+    def _check_exact(self) -> bool:
+        """Compare rows of a mixed batch, and their answers step by step, with each alone, once a model."""
+        how, model = "padding behind the row", self.backbone.model
+        with refusing(self.backbone, how):
+            given = sample(self.backbone)
+            ids, mask = given.batch(self.backbone.device)
+            text = aligned(ids, mask, pads="behind")
+            rows = whole(self, matrices(self, given.prompts), given.prompt_index, text, lead=0, limit=None)
+            begin = self._begin(ids)
+            follow = torch.tensor(given.answer, device=ids.device).expand(len(ids), -1)
+            fed = torch.cat([begin, follow], 1)
+            at_once = self._decode(self._encoded(rows), fed)
+            read = self._encoded(rows)
+            by_step = torch.cat([self._decode(read, fed[:, step : step + 1]) for step in range(fed.shape[1])], 1)
+            for row, tokens in enumerate(given.texts):
+                own = model.get_input_embeddings()(torch.tensor(tokens, device=ids.device))
+                embeds = torch.cat([given.prompt(row).to(own), own])[None]
+                alone = model(inputs_embeds=embeds, decoder_input_ids=fed[row : row + 1]).logits[0]
+                for ours in (at_once, by_step):
+                    refuse_different(self.backbone, alone, ours[row], how)
+        return True

@@ -25,7 +25,7 @@ class Prefix(Prepared):
 
     prompts: Sequence[SoftPrompt]
     """A row's each, and so one several times where several beginnings stand behind it; none for a bare model."""
-    layers: tuple[tuple[Float[Tensor, "row head prompt head_dim"], Float[Tensor, "row head prompt head_dim"]], ...]
+    layers: tuple[tuple[Float[Tensor, "row head prompt head_dim"], Float[Tensor, "row head prompt value_dim"]], ...]
     """Keys and values of each layer, a row a prompt with its beginning; no layers where there is neither."""
     mask: Int[Tensor, "row prompt"]
     """1 where a row has keys and values; one row of none for a model without a prompt."""

@@ -45,13 +45,17 @@ class Rows(NamedTuple):
 def aligned(
     ids: Int[Tensor, "batch seq"], mask: Int[Tensor, "batch seq"], pads: Literal["front", "behind"] = "front"
 ) -> Rows:
-    """The rows with their padding in front or behind, and columns of padding alone cut off."""
+    """The rows with their padding in front or behind, and columns of padding alone cut off.
+
+    What stands at padding becomes 0, an id that every model has: a tokenizer's own may be beyond the embedding table.
+    """
     widest = int(mask.sum(1).max())
     if pads == "front":
         order = mask.argsort(dim=1, stable=True)[:, mask.shape[1] - widest :]
     else:
         order = (1 - mask).argsort(dim=1, stable=True)[:, :widest]
-    return Rows(ids.gather(1, order), mask.gather(1, order), order)
+    mask = mask.gather(1, order)
+    return Rows(ids.gather(1, order).masked_fill(mask == 0, 0), mask, order)
 
 
 def side_by_side(

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from softprompt import vit
 from softprompt.attach.base import Attachment, Candidates, Index, Labels, Prepared, Prompts, mean_loss
-from softprompt.attach.exact import exact, refuse_different
+from softprompt.attach.exact import refuse_different, refusing, remembered
 from softprompt.attach.rows import row_index
 from softprompt.backbone import Backbone
 from softprompt.choices import Attend, Place, Pool
@@ -85,7 +85,7 @@ class Vision(Attachment):
             )
         if prompt is not None:
             refuse_unfit(backbone, prompt)
-        self._check_exact()
+        remembered(backbone.model, "layers", self._check_exact)
 
     def prepare(self, prompts: Sequence[SoftPrompt]) -> Layered:
         """The prompts' vectors; everything else depends on the image.
@@ -108,6 +108,12 @@ class Vision(Attachment):
     def target(self, answer: Sequence[int]) -> tuple[int, ...]:
         """As it is: the class's number."""
         return tuple(answer)
+
+    def check_row(self, input_ids: Sequence[int], answer_ids: Sequence[int], where: str) -> None:
+        """Nothing: an image has no tokens, and whether it can be read is seen when it is decoded."""
+
+    def check_candidates(self, words: Sequence[str], candidates: Candidates) -> None:
+        """Nothing: a head does not look at words."""
 
     def forward(
         self,
@@ -203,18 +209,19 @@ class Vision(Attachment):
         logits: Tensor = self.head(torch.cat([states[:, :1], states[:, first:]], 1))
         return logits.float()
 
-    @torch.no_grad()
-    def _check_exact(self) -> None:
+    def _check_exact(self) -> bool:
         """Compare with the model's own forward, once a model, so that an unusual one is refused and not wrong."""
-        model = self.backbone.model
-        if model in exact:
-            return
-        side = model.config.image_size if isinstance(model.config.image_size, int) else model.config.image_size[0]
-        side = min(int(side) // vit.patch(model), 4) * vit.patch(model)
-        given = torch.randn(1, model.config.num_channels, side, side, generator=torch.Generator().manual_seed(0))
-        given = given.to(self.backbone.device)
-        whole = vit.run(model, given).float()
-        refuse_different(self.backbone, whole, self.states(given, []).float(), "its layers run one by one", "states")
+        model, how = self.backbone.model, "its layers run one by one"
+        with refusing(self.backbone, how):
+            side = model.config.image_size if isinstance(model.config.image_size, int) else model.config.image_size[0]
+            side = min(int(side) // vit.patch(model), 4) * vit.patch(model)
+            given = torch.randn(3, model.config.num_channels, side, side, generator=torch.Generator().manual_seed(0))
+            given = given.to(self.backbone.device)
+            ours = self.states(given, [])
+            for row in range(len(given)):
+                whole = vit.run(model, given[row : row + 1])[0]
+                refuse_different(self.backbone, whole, ours[row], how, "states")
+        return True
 
 
 def refuse_unfit(backbone: Backbone, prompt: SoftPrompt) -> None:

@@ -51,7 +51,7 @@ def probe(trained: Sequence[Trained], backbone: Backbone) -> Iterator[Probe]:
     rows = [(which, ids) for ids in texts for which in range(len(trained))]
     for start in range(0, len(rows), _BATCH):
         part = rows[start : start + _BATCH]
-        ids, mask = left_padded([ids for _, ids in part], pad_id(backbone.tokenizer))
+        ids, mask = left_padded([ids for _, ids in part], pad_id(backbone))
         which = torch.tensor([which for which, _ in part], device=backbone.device)
         output = live(ids.to(backbone.device), mask.to(backbone.device), prompts=prepared, index=which)
         yield Probe(which.cpu(), [ids for _, ids in part], output.logits[:, -1].float().log_softmax(-1).cpu())

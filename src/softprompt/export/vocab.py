@@ -197,9 +197,9 @@ def _first_token(
     """Logits of the first token that `generate` would say, and what it makes of them, for rows of plain ids."""
     rows = [[*prompts[which], *ids] for which, ids in zip(part.which.tolist(), part.ids, strict=True)]
     if backbone.architecture == "encoder_decoder":  # whose positions are counted from the row's begin
-        ids, mask = (side.flip(1) for side in left_padded([row[::-1] for row in rows], pad_id(backbone.tokenizer)))
+        ids, mask = (side.flip(1) for side in left_padded([row[::-1] for row in rows], pad_id(backbone)))
     else:
-        ids, mask = left_padded(rows, pad_id(backbone.tokenizer))
+        ids, mask = left_padded(rows, pad_id(backbone))
     made = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from softprompt.attach import Attachment
-from softprompt.attach.exact import sliding_window
+from softprompt.attach.causal import Causal
+from softprompt.attach.exact import Sample, refuse_different, refusing, remembered, sample, sliding_window
 from softprompt.prompts import Folded
 
-Columns = Float[Tensor, "head _ head_dim"]
+Columns = Float[Tensor, "head _ _"]
 ROOM = 64
 """Columns that a buffer gets beyond what it needs, so that it is not made anew at every token."""
 
@@ -129,14 +130,21 @@ class Batch:
 
 @final
 class Decoder:
-    """A frozen decoder that reads and continues rows of any prompts in one pass."""
+    """A frozen decoder that reads and continues rows of any prompts in one pass.
+
+    Raises:
+        ValueError: the model gives a row something else beside others than it gives the row alone.
+    """
 
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
         self._model = attachment.backbone.model
         self._positions = "position_ids" in inspect.signature(self._model.forward).parameters
+        self._by_column = isinstance(attachment, Causal) and attachment.in_row
+        """The model counts columns (MPT), so there may be no padding between a row's prompt, text and next token."""
         self.window = sliding_window(attachment.backbone)
         """The narrowest attention window, where there is one: no row may be wider."""
+        remembered(self._model, "served", self._check_exact)
 
     def prompt_state(self, prompt: Folded) -> PromptState:
         """The prompt's keys and values, computed once; no other prompt is touched.
@@ -183,21 +191,28 @@ class Decoder:
         ids = torch.zeros(len(rows), longest, dtype=torch.long)
         mask = torch.zeros(len(rows), before + longest, dtype=torch.long)
         for place, row in enumerate(rows):
-            ids[place, longest - len(row.ids) :] = torch.tensor(row.ids)
+            start = 0 if self._by_column else longest - len(row.ids)
+            ids[place, start : start + len(row.ids)] = torch.tensor(row.ids)
             mask[place, before - row.state.length : before] = 1
-            mask[place, before + longest - len(row.ids) :] = 1
+            mask[place, before + start : before + start + len(row.ids)] = 1
         ids, mask = ids.to(device), mask.to(device)
         read = torch.tensor([len(row.state.read) for row in rows], device=device)
+        lengths = torch.tensor([len(row.ids) for row in rows], device=device)
         batch = Batch(layers, mask[:, :before], read, [row.prompt for row in rows])
-        logits = self._pass(batch, ids, mask, keep=1)[:, 0]
-        batch.mask, batch.texts = mask, read + torch.tensor([len(row.ids) for row in rows], device=device)
-        return batch, logits
+        if self._by_column:
+            kept = torch.unique(lengths)
+            logits = self._pass(batch, ids, mask, kept - 1)
+            logits = logits[torch.arange(len(rows), device=device), torch.searchsorted(kept, lengths)]
+        else:
+            logits = self._pass(batch, ids, mask, torch.tensor([longest - 1], device=device))[:, 0]
+        batch.mask, batch.texts = mask, read + lengths
+        return (self.select(batch, range(len(rows)), room) if self._by_column else batch), logits
 
     def advance(self, batch: Batch, tokens: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
         """The logits behind one more token a row; what fails can be tried again, with all rows or a part."""
         self._widen(batch)
         mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], 1)
-        logits = self._pass(batch, tokens[:, None], mask, keep=1)[:, 0]
+        logits = self._pass(batch, tokens[:, None], mask, torch.zeros_like(tokens[:1]))[:, 0]
         batch.mask, batch.texts = mask, batch.texts + 1
         return logits
 
@@ -205,7 +220,7 @@ class Decoder:
         self, batch: Batch, ids: Int[Tensor, "row more"], real: Int[Tensor, "row more"]
     ) -> Float[Tensor, "row more vocab"]:
         """The logits behind each of several further tokens, padding behind them; `batch` is spent."""
-        return self._pass(batch, ids, torch.cat([batch.mask, real], 1), keep=ids.shape[1])
+        return self._pass(batch, ids, torch.cat([batch.mask, real], 1), torch.arange(ids.shape[1], device=ids.device))
 
     def select(self, batch: Batch, which: Sequence[int], room: int = ROOM) -> Batch:
         """The rows of these places (one may be named several times), in buffers without a column of padding alone."""
@@ -240,15 +255,16 @@ class Decoder:
 
     def _prompts(self, states: Sequence[tuple[Columns, Columns]], before: int, room: int) -> _Layer:
         """One layer's buffer with each row's prompt at the end of its first `before` columns."""
-        keys, values = (_blank(states[0][0][None], len(states), before + room) for _ in range(2))
+        keys, values = (_blank(part[None], len(states), before + room) for part in states[0])
         for row, (key, value) in enumerate(states):
             keys[row, :, before - key.shape[1] : before] = key
             values[row, :, before - value.shape[1] : before] = value
         return _Layer(keys, values, before)
 
     def _pass(
-        self, batch: Batch, ids: Int[Tensor, "row more"], mask: Int[Tensor, "row total"], keep: int
+        self, batch: Batch, ids: Int[Tensor, "row more"], mask: Int[Tensor, "row total"], keep: Int[Tensor, " kept"]
     ) -> Float[Tensor, "row kept vocab"]:
+        """The logits behind the tokens in the columns `keep` of `ids`."""
         more = ids.shape[1]
         # Places count a text's own tokens; those of padding in front of it are meaningless and not negative.
         places = batch.texts[:, None] + (mask[:, -more:].cumsum(1) - 1).clamp(min=0)
@@ -257,13 +273,58 @@ class Decoder:
             past_key_values=Cache(layers=batch.layers),
             use_cache=True,
             # A tensor, which copies what it picks: before a strided view the head would copy its matrix for each row.
-            logits_to_keep=torch.arange(more - keep, more, device=ids.device),
+            logits_to_keep=keep,
             **self._places(mask, mask.shape[1] - more),
         )
         for layer in batch.layers:
             layer.length = mask.shape[1]
         logits: Tensor = output.logits
         return logits
+
+    def _check_exact(self) -> bool:
+        """Rows of several prompts that come, go on and leave at different times, each compared with itself alone."""
+        backbone, how = self.attachment.backbone, "rows that join and leave a batch"
+        with refusing(backbone, how):
+            given = sample(backbone, self.window)
+            states = [self.prompt_state(prompt) for prompt in given.prompts]
+            prompts = [given.prompts[place] for place in given.prompt_index.tolist()]
+            rows = [
+                Row(text, prompt, states[place])
+                for text, prompt, place in zip(given.texts, prompts, given.prompt_index.tolist(), strict=True)
+            ]
+            begun = self.begun(prompts[2], rows[2].state, given.texts[2][:1])
+            rows[2] = Row(given.texts[2][1:], prompts[2], begun)
+            alone = [self._alone(given, row) for row in range(3)]
+            first, second, third = given.answer
+            early, one = self.read([rows[2], rows[0]], room=1)
+            two = self.advance(early, torch.full_like(early.texts, first))
+            late, three = self.read([rows[1]])
+            four = self.advance(late, torch.full_like(late.texts, first))
+            all_rows = self.joined([(early, 1), (late, 0), (early, 0)])
+            follow = torch.tensor([[second, third, 0]] * 3, device=backbone.device)
+            real = torch.tensor([[1, 1, 0]] * 3, device=backbone.device)
+            at_once = self.follow(self.select(all_rows, range(3), room=3), follow, real)
+            five = self.advance(all_rows, follow[:, 0])
+            six = self.advance(self.select(all_rows, [2, 0]), follow[:2, 1])
+            ours = [one, two, three, four, at_once[:, 0], at_once[:, 1], five, six]
+            steps = (
+                ((2, 0), 0),
+                ((2, 0), 1),
+                ((1,), 0),
+                ((1,), 1),
+                *(((0, 1, 2), step) for step in (2, 3, 2)),
+                ((2, 0), 3),
+            )
+            wanted = [torch.stack([alone[row][step] for row in which]) for which, step in steps]
+            refuse_different(backbone, torch.cat(wanted), torch.cat(ours), how)
+        return True
+
+    def _alone(self, given: Sample, row: int) -> Float[Tensor, "step vocab"]:
+        """The model's own logits behind one row's text and behind each of its answer's tokens."""
+        ids = torch.tensor([*given.texts[row], *given.answer], device=self.attachment.backbone.device)
+        own = self._model.get_input_embeddings()(ids)
+        logits: Tensor = self._model(inputs_embeds=torch.cat([given.prompt(row).to(own), own])[None]).logits[0]
+        return logits[-4:]
 
     def _embedded(
         self, prompts: Sequence[Folded], ids: Int[Tensor, "row more"], places: Int[Tensor, "row more"]
@@ -285,7 +346,7 @@ class Decoder:
 
 def _moved(rows: Sequence[tuple[_Layer, int]], places: Sequence[Int[Tensor, " _"]], width: int, room: int) -> _Layer:
     """One layer of these rows, the columns of `places` moved to the end of the first `width`."""
-    keys, values = (_blank(rows[0][0].keys, len(rows), width + room) for _ in range(2))
+    keys, values = (_blank(part, len(rows), width + room) for part in (rows[0][0].keys, rows[0][0].values))
     for row, ((layer, place), columns) in enumerate(zip(rows, places, strict=True)):
         start = width - len(columns)
         keys[row, :, start:width] = layer.keys[place].index_select(1, columns)

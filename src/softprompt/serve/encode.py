@@ -11,11 +11,12 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from softprompt.attach.base import refuse_unknown as refuse_unknown_tokens
 from softprompt.attach.exact import sliding_window
 from softprompt.backbone import Backbone
 from softprompt.pixels import Picture
-from softprompt.serve.served import Served, called
-from softprompt.serve.ticket import Choice
+from softprompt.serve.served import Served, called, needs_head
+from softprompt.serve.ticket import Choice, Ticket
 from softprompt.tasks import Task, answer_ids
 from softprompt.tasks import beginning as task_beginning
 from softprompt.tasks import encode as encode_rows
@@ -160,7 +161,7 @@ def text(
             raise ValueError(f"token {wrong[0]} is not in the vocabulary of {size}; send ids from 0 to {size - 1}")
     ids = _some(ids)
     _refuse_beyond(len(ids), max_tokens)
-    refuse_long(backbone, served, len(ids) + max_new_tokens)
+    refuse_long(backbone, served, len(ids), max_new_tokens)
     return ids
 
 
@@ -202,8 +203,24 @@ def row_of(served: Served, row: str | Mapping[str, Any]) -> dict[str, Any]:
     return {served.fields[0]: row}
 
 
-def refuse_long(backbone: Backbone, served: Served, tokens: int) -> None:
+def refuse_unknown(backbone: Backbone, ticket: Ticket, where: str) -> None:
+    """Refuse a row, or labels of it, with tokens that the backbone has no embedding for.
+
+    Raises:
+        ValueError: naming the token by its text.
+    """
+    refuse_unknown_tokens(backbone, ticket.ids, where, called(backbone))
+    if isinstance(ticket.work, Choice) and not needs_head(backbone):
+        for candidate in ticket.work.candidates:
+            refuse_unknown_tokens(backbone, candidate, f"a label of {where}", called(backbone))
+
+
+def refuse_long(backbone: Backbone, served: Served, tokens: int, answer: int) -> None:
     """Refuse what does not fit the backbone's positions, or a decoder's attention window.
+
+    Args:
+        tokens: of the text.
+        answer: tokens to be written behind it, or in an encoder-decoder's other part.
 
     Raises:
         ValueError: naming both numbers.
@@ -212,9 +229,15 @@ def refuse_long(backbone: Backbone, served: Served, tokens: int) -> None:
     if backbone.architecture == "causal":
         limits.append(sliding_window(backbone))
     known = [limit for limit in limits if limit is not None]
-    if known and served.length + tokens > min(known):
+    apart = backbone.max_answer_positions if backbone.architecture == "encoder_decoder" else None
+    if apart is not None and answer > apart:
         raise ValueError(
-            f"the prompt's {served.length} positions and {tokens} for input and answer exceed the {min(known)} of "
+            f"an answer of {answer} tokens exceeds the {apart} positions of {called(backbone)}; ask for fewer tokens"
+        )
+    total = tokens if backbone.architecture == "encoder_decoder" else tokens + answer
+    if known and served.length + total > min(known):
+        raise ValueError(
+            f"the prompt's {served.length} positions and {total} for input and answer exceed the {min(known)} of "
             f"{called(backbone)}; shorten the input or ask for fewer tokens"
         )
 
@@ -249,7 +272,7 @@ def _with_labels(
         else:
             raise ValueError(f"prompt {served.name!r} has no template; send each row as a text")
         _refuse_beyond(len(ids), max_tokens)
-        refuse_long(backbone, served, len(ids) + longest)
+        refuse_long(backbone, served, len(ids), longest)
         found.append((ids, work))
     return found
 

@@ -147,7 +147,7 @@ class Engine:
             decoder = self._worker.decoder
             if decoder is None:
                 return fresh
-            encode.refuse_long(self.backbone, fresh, 1)
+            encode.refuse_long(self.backbone, fresh, 1, 0)
             ready = replace(fresh, state=(state := decoder.prompt_state(fresh.prompt)))
             if begins := encode.beginning(self.backbone, fresh):
                 ready = replace(ready, begun=decoder.begun(fresh.prompt, state, begins))
@@ -246,7 +246,13 @@ class Engine:
         return ticket
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
-        """Let all of them wait for their turn, or none; raises `Full` and `Closed`."""
+        """Let all of them wait for their turn, or none; raises `Full` and `Closed`.
+
+        Raises:
+            ValueError: a row has a token that the backbone has no embedding for; none of them waits.
+        """
+        for number, ticket in enumerate(tickets, start=1):
+            encode.refuse_unknown(self.backbone, ticket, f"row {number}" if len(tickets) > 1 else "the text")
         self._turns.submit(tickets)
 
     def status(self) -> Status:

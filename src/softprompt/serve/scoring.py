@@ -108,7 +108,7 @@ class AttachedScorer(Scorer):
         pixels = [ticket.pixels for ticket in tickets if ticket.pixels is not None]
         if pixels:
             return torch.stack(pixels).to(device), None
-        pad = pad_id(self._backbone.tokenizer)
+        pad = pad_id(self._backbone)
         return collate(examples(tickets), pad_id=pad, side="left", with_answers=False).inputs(device)
 
     def _together(self, tickets: Sequence[Ticket]) -> Scores:

@@ -154,7 +154,7 @@ class AttachedWriter(Writer):
     def _begin(self) -> Iterator[Tensor]:
         backbone = self._attachment.backbone
         prompts, index = distinct(self._all)
-        inputs = collate(examples(self._all), pad_id=pad_id(backbone.tokenizer), side="left", with_answers=False)
+        inputs = collate(examples(self._all), pad_id=pad_id(backbone), side="left", with_answers=False)
         works = [writing_of(ticket) for ticket in self._all]
         return self._attachment.generate(
             inputs.input_ids.to(backbone.device),
