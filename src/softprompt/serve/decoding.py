@@ -198,12 +198,6 @@ class Decoder:
         batch.mask, batch.texts = mask, batch.texts + 1
         return logits
 
-    def follow(
-        self, batch: Batch, ids: Int[Tensor, "row more"], real: Int[Tensor, "row more"]
-    ) -> Float[Tensor, "row more vocab"]:
-        """The logits behind each of several further tokens, padding behind them; `batch` is spent."""
-        return self._pass(batch, ids, torch.cat([batch.mask, real], 1), keep=ids.shape[1])
-
     def select(self, batch: Batch, which: Sequence[int], room: int = ROOM) -> Batch:
         """The rows of these places (one may be named several times), in buffers without a column of padding alone."""
         return self.joined([(batch, place) for place in which], room)
