@@ -326,6 +326,8 @@ def _attention(
             found = packed_fused(query, key, value, packing, scale, dropout)
         return found, None
     bias: Tensor | None = others.get("position_bias")
+    if len(query) != len(key):
+        return _folded(module, query, key, value, attention_mask, bias, dropout, scale, **others), None
     mask = attention_mask
     if mask is None and bias is not None and not getattr(module, "is_causal", False):
         mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device)
@@ -337,6 +339,30 @@ def _attention(
     return found.transpose(1, 2).contiguous(), None
 
 
+def _folded(
+    module: nn.Module,
+    query: Float[Tensor, "many head seq head_dim"],
+    key: Float[Tensor, "batch head keys head_dim"],
+    value: Float[Tensor, "batch head keys head_dim"],
+    mask: Bool[Tensor, "batch 1 1 keys"] | None,
+    bias: Float[Tensor, "1 head seq keys"] | None,
+    dropout: float,
+    scale: float,
+    **others: Any,
+) -> Float[Tensor, "many seq head head_dim"]:
+    """Several rows of queries over each row of keys (candidates over one text): they are further queries of that row.
+
+    So keys and values are not copied for each of them.
+    """
+    batch, (_, heads, seq, width) = len(key), query.shape
+    count = len(query) // batch
+    wide = query.view(batch, count, heads, seq, width).transpose(1, 2).reshape(batch, heads, count * seq, width)
+    if bias is not None:
+        others["position_bias"] = bias.repeat(1, 1, count, 1)
+    found = _attention(module, wide, key, value, mask, dropout, scale, **others)[0]
+    return found.reshape(batch * count, seq, heads, width)
+
+
 def install(model: Any) -> None:
     """Let `model` use it, if it would use torch's fused kernel."""
     if model.config._attn_implementation == "sdpa":
@@ -345,7 +371,12 @@ def install(model: Any) -> None:
 
 def takes_packing(model: Any) -> bool:
     """Whether `model` hands the packing on to its attention, and that is ours."""
-    return bool(getattr(model, "_supports_attention_backend", False)) and model.config._attn_implementation == NAME
+    return bool(getattr(model, "_supports_attention_backend", False)) and is_ours(model)
+
+
+def is_ours(model: Any) -> bool:
+    """Whether `model` computes its attention here."""
+    return bool(model.config._attn_implementation == NAME)
 
 
 def everything(device: torch.device) -> Bool[Tensor, "1 1 1 1"]:

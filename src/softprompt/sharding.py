@@ -60,3 +60,13 @@ def all_done(model: Any, done: Tensor) -> bool:
     if model in _sharded:
         torch.distributed.all_reduce(every, torch.distributed.ReduceOp.MIN)
     return bool(every)
+
+
+def largest(model: Any, count: int) -> int:
+    """`count`, or where `model` is sharded the largest of all processes: so they plan as many passes."""
+    if model not in _sharded:
+        return count
+    # Where the weights are, since that is what the processes talk over.
+    most = torch.tensor(count, device=next(model.parameters()).device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)

@@ -25,6 +25,7 @@ from softprompt.attach.base import Attachment, Candidates, Ids, Index, Labels, M
 from softprompt.attach.exact import Different, refuse_length_bound, refuse_unusual, remembered, sliding_window
 from softprompt.attach.exact_causal import check_rows, packs_alike
 from softprompt.attach.inline import Matrices, matrices, whole
+from softprompt.attach.label_tree import score_rest
 from softprompt.attach.packed import packed_logits
 from softprompt.attach.prefix import Prefix
 from softprompt.attach.rows import Rows, aligned, checked_mask, row_index, side_by_side
@@ -186,7 +187,10 @@ class Causal(Attachment):
     def score(
         self, input_ids: Ids, attention_mask: Mask, candidates: Candidates, prompts: Prompts = None, index: Index = None
     ) -> Float[Tensor, "batch candidate"]:
-        """Log-probability of each candidate after each row: one pass over the text, shared by all candidates."""
+        """Log-probability of each candidate after each row: one pass over the text, shared by all candidates.
+
+        Those of several tokens cost a pass over the distinct beginnings of all, in parts of bounded memory.
+        """
         if not candidates or not all(candidates):
             raise ValueError(f"candidates are {list(candidates)}; give at least one, each with at least one token")
         text = aligned(input_ids, checked_mask(input_ids, attention_mask))
@@ -202,7 +206,7 @@ class Causal(Attachment):
         more = [which for which, candidate in enumerate(candidates) if len(candidate) > 1]
         if not more:
             return scores
-        rest = self._score_rest(state, [candidates[which] for which in more])
+        rest = score_rest(self, state, [candidates[which] for which in more])
         return scores.index_add(1, torch.tensor(more, device=scores.device), rest)
 
     def generate(
@@ -380,16 +384,6 @@ class Causal(Attachment):
         embeds = self.shifted(state.prompts, state.rows, ids, state.place + torch.arange(more, device=ids.device))
         logits = self._run(embeds, state.cache, mask, ids, 0)
         return state._replace(mask=mask, logits=logits, place=state.place + more)
-
-    def _score_rest(self, state: State, candidates: Candidates) -> Float[Tensor, "batch candidate"]:
-        """Log-probability of each candidate's second and later tokens, from the text's keys and values."""
-        padded, real = side_by_side(candidates, state.mask.device)
-        (count, longest), batch = padded.shape, len(state.mask)
-        fed, fed_real = padded[:, :-1].repeat(batch, 1), real[:, :-1].repeat(batch, 1)
-        read = self.decode(state.repeated(count), fed, fed_real)
-        logp = read.logits.float().log_softmax(-1).view(batch, count, longest - 1, -1)
-        targets = padded[:, 1:].expand(batch, -1, -1)[..., None]
-        return (logp.gather(-1, targets)[..., 0] * real[:, 1:]).sum(-1)
 
     def _refuse_beyond(self, longest: int, wide: int) -> None:
         """Refuse rows of `longest` positions, or of `wide` ones with their padding, that the model has no room for."""

@@ -7,15 +7,16 @@ from typing import NamedTuple, final
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from softprompt import sharding, t5
+from softprompt import attention, sharding, t5
 from softprompt.attach.base import Attachment, Candidates, Ids, Index, Labels, Mask, Prompts, mean_loss, refuse_unknown
 from softprompt.attach.exact import refuse_different, refuse_length_bound, refusing, remembered, sample
 from softprompt.attach.inline import Matrices, Whole, chosen, matrices, whole
 from softprompt.attach.isolated import Kept, kept, laid_out
-from softprompt.attach.rows import Rows, aligned, checked_mask
+from softprompt.attach.label_tree import LabelTree, SharedLayer, in_parts
+from softprompt.attach.rows import Rows, aligned, checked_mask, side_by_side
 from softprompt.attach.sampling import Chooser, Sampling
 from softprompt.backbone import Backbone
 from softprompt.choices import Attend, Place
@@ -154,26 +155,51 @@ class EncoderDecoder(Attachment):
     ) -> Float[Tensor, "batch candidate"]:
         """Log-probability of each candidate and of the end of sequence behind it: one pass of the encoder for all.
 
-        A forced first token is fed and not scored.
+        The decoder runs in parts of bounded memory, over keys and values that are not copied for a candidate. A forced
+        first token is fed and not scored.
         """
         if not candidates or not all(candidates):
             raise ValueError(f"candidates are {list(candidates)}; give at least one, each with at least one token")
         read = self._read(input_ids, attention_mask, prompts, index)
-        batch, count, device = len(input_ids), len(candidates), input_ids.device
         given = [self.target(candidate)[len(self._first) :] for candidate in candidates]
-        targets = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in given], True, -100).to(device)
-        real = targets != -100
-        targets = targets.masked_fill(~real, 0)
-        self.refuse_long_answer(len(self._first) + targets.shape[1])
-        forced = torch.tensor(self._first, dtype=torch.long, device=device).expand(batch, -1)
-        first = self._decode(read, torch.cat([self._begin(input_ids), forced], 1))[:, -1:]
-        logits = first.repeat_interleave(count, 0)
-        if targets.shape[1] > 1:
-            read.cache.batch_repeat_interleave(count)
-            wide = _Read(read.states.repeat_interleave(count, 0), read.mask.repeat_interleave(count, 0), read.cache)
-            logits = torch.cat([logits, self._decode(wide, targets[:, :-1].repeat(batch, 1))], 1)
-        logp = logits.float().log_softmax(-1).view(batch, count, targets.shape[1], -1)
-        return (logp.gather(-1, targets.expand(batch, -1, -1)[..., None])[..., 0] * real).sum(-1)
+        self.refuse_long_answer(len(self._first) + max(map(len, given)))
+        forced = torch.tensor(self._first, dtype=torch.long, device=input_ids.device).expand(len(input_ids), -1)
+        logits = self._decode(read, torch.cat([self._begin(input_ids), forced], 1))[:, -1].float()
+        scores = logits.log_softmax(-1)[:, [ids[0] for ids in given]]
+        more = [which for which, ids in enumerate(given) if len(ids) > 1]
+        if not more:
+            return scores
+        rest = self._score_rest(read, [given[which] for which in more])
+        return scores.index_add(1, torch.tensor(more, device=scores.device), rest)
+
+    def _score_rest(self, read: _Read, targets: Candidates) -> Float[Tensor, "batch candidate"]:
+        """Log-probability of all tokens but the first of each: targets are rows of the decoder over shared states."""
+        own, cross = (
+            [(layer.keys, layer.values) for layer in cache.layers]
+            for cache in (read.cache.self_attention_cache, read.cache.cross_attention_cache)
+        )
+        model = self.backbone.model
+        folds = attention.is_ours(model)
+
+        def scores(rows: slice, part: Candidates) -> Tensor:
+            padded, real = side_by_side(part, read.mask.device)
+            mask, count = read.mask[rows], len(part)
+            before = torch.ones(len(mask) * count, own[0][0].shape[2], dtype=torch.long, device=mask.device)
+            cache = EncoderDecoderCache(
+                Cache(layers=[SharedLayer(keys[rows], values[rows], count) for keys, values in own]),
+                Cache(layers=[SharedLayer(keys[rows], values[rows], 1 if folds else count) for keys, values in cross]),
+            )
+            logits: Tensor = model(
+                encoder_outputs=BaseModelOutput(last_hidden_state=read.states[rows]),
+                attention_mask=mask.bool()[:, None, None] if folds else mask.repeat_interleave(count, 0),
+                decoder_input_ids=padded[:, :-1].repeat(len(mask), 1),
+                decoder_attention_mask=torch.cat([before, real[:, :-1].repeat(len(mask), 1)], 1),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+            return LabelTree.of(part).scores(logits.view(len(mask), count, *logits.shape[1:]), tree=False)
+
+        return in_parts(scores, targets, len(read.mask), model, 0 if folds else read.mask.shape[1])
 
     def generate(
         self,

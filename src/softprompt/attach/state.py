@@ -23,10 +23,3 @@ class State(NamedTuple):
     prompts: Sequence[SoftPrompt]
     rows: Index
     """Which of the prompts each row has."""
-
-    def repeated(self, count: int) -> "State":
-        """Each row `count` times, in the same cache and without its logits."""
-        self.cache.batch_repeat_interleave(count)
-        rows = None if self.rows is None else self.rows.repeat_interleave(count, 0)
-        mask, place = (part.repeat_interleave(count, 0) for part in (self.mask, self.place))
-        return self._replace(mask=mask, logits=self.logits[:0], place=place, rows=rows)

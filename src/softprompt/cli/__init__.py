@@ -88,6 +88,9 @@ def _is_alone(error: BaseException) -> bool:
 def _run(command: str, argv: list[str]) -> Any:
     """Parse `argv` by the signature of the command's function, and call it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # torch's OpenMP reads it when it is loaded: threads that spin for long lose their core to another job.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import tyro
 
     argv = _with_prompt_modules(argv)

@@ -216,12 +216,6 @@ class Decoder:
         batch.mask, batch.texts = mask, batch.texts + 1
         return logits
 
-    def follow(
-        self, batch: Batch, ids: Int[Tensor, "row more"], real: Int[Tensor, "row more"]
-    ) -> Float[Tensor, "row more vocab"]:
-        """The logits behind each of several further tokens, padding behind them; `batch` is spent."""
-        return self._pass(batch, ids, torch.cat([batch.mask, real], 1), torch.arange(ids.shape[1], device=ids.device))
-
     def select(self, batch: Batch, which: Sequence[int], room: int = ROOM) -> Batch:
         """The rows of these places (one may be named several times), in buffers without a column of padding alone."""
         return self.joined([(batch, place) for place in which], room)
@@ -301,18 +295,16 @@ class Decoder:
             late, three = self.read([rows[1]])
             four = self.advance(late, torch.full_like(late.texts, first))
             all_rows = self.joined([(early, 1), (late, 0), (early, 0)])
-            follow = torch.tensor([[second, third, 0]] * 3, device=backbone.device)
-            real = torch.tensor([[1, 1, 0]] * 3, device=backbone.device)
-            at_once = self.follow(self.select(all_rows, range(3), room=3), follow, real)
-            five = self.advance(all_rows, follow[:, 0])
-            six = self.advance(self.select(all_rows, [2, 0]), follow[:2, 1])
-            ours = [one, two, three, four, at_once[:, 0], at_once[:, 1], five, six]
+            five = self.advance(all_rows, torch.full_like(all_rows.texts, second))
+            fewer = self.select(all_rows, [2, 0])
+            six = self.advance(fewer, torch.full_like(fewer.texts, third))
+            ours = [one, two, three, four, five, six]
             steps = (
                 ((2, 0), 0),
                 ((2, 0), 1),
                 ((1,), 0),
                 ((1,), 1),
-                *(((0, 1, 2), step) for step in (2, 3, 2)),
+                ((0, 1, 2), 2),
                 ((2, 0), 3),
             )
             wanted = [torch.stack([alone[row][step] for row in which]) for which, step in steps]

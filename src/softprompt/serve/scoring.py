@@ -7,9 +7,11 @@ from typing import Any, final
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from softprompt.attach import Attachment
-from softprompt.attach.rows import side_by_side
+from softprompt.attach.label_tree import SharedLayer, score_rest
+from softprompt.attach.state import State
 from softprompt.backbone import Backbone
 from softprompt.predict import pad_id
 from softprompt.serve.decoding import Batch, Decoder, Row
@@ -40,25 +42,51 @@ class CausalScorer(Scorer):
     def __call__(self, tickets: Sequence[Ticket]) -> Scores:
         """Candidates of several tokens go on from their row's keys and values."""
         wanted = [candidates_of(ticket) for ticket in tickets]
-        batch, logits = self._decoder.read([row_of(ticket) for ticket in tickets])
+        longest = max(len(candidate) for own in wanted for candidate in own)
+        batch, logits = self._decoder.read([row_of(ticket) for ticket in tickets], room=longest - 1)
         logp = logits.float().log_softmax(-1)
         scores = [logp[row, [ids[0] for ids in candidates]].tolist() for row, candidates in enumerate(wanted)]
-        longer = [(row, at) for row, ids in enumerate(wanted) for at in range(len(ids)) if len(ids[at]) > 1]
-        for start in range(0, len(longer), len(tickets)):
-            pairs = longer[start : start + len(tickets)]
-            rest = self._rest(batch, [row for row, _ in pairs], [wanted[row][at] for row, at in pairs])
-            for (row, at), value in zip(pairs, rest, strict=True):
-                scores[row][at] += value
+        longer = [tuple(dict.fromkeys(ids for ids in own if len(ids) > 1)) for own in wanted]
+        state = self._state(batch, tickets)
+        for group in _grouped([row for row, own in enumerate(longer) if own], longer):
+            union = list(dict.fromkeys(ids for row in group for ids in longer[row]))
+            part = state if len(group) == len(tickets) else _rows(state, group)
+            for row, rest in zip(group, score_rest(self._decoder.attachment, part, union).tolist(), strict=True):
+                value = dict(zip(union, rest, strict=True))
+                scores[row] = [score + value.get(ids, 0.0) for score, ids in zip(scores[row], wanted[row], strict=True)]
         return [tuple(row) for row in scores]
 
-    def _rest(self, batch: Batch, rows: Sequence[int], candidates: Sequence[Sequence[int]]) -> list[float]:
-        """Log-probability of all tokens but the first."""
-        ids, there = side_by_side(candidates, batch.mask.device)
-        fed, real = ids[:, :-1], there[:, 1:]
-        wide = self._decoder.select(batch, rows, room=fed.shape[1])
-        logp = self._decoder.follow(wide, fed, real).float().log_softmax(-1)
-        found: list[float] = (logp.gather(-1, ids[:, 1:, None])[..., 0] * real).sum(-1).tolist()
-        return found
+    def _state(self, batch: Batch, tickets: Sequence[Ticket]) -> State:
+        """The batch as an attachment goes on from it."""
+        prompts, index = distinct(tickets)
+        rows = torch.tensor(index, device=batch.mask.device)
+        plain = all(one.prompt.plain for one in prompts)  # whose rows' embeddings are the model's own
+        cache, none = Cache(layers=list(batch.layers)), batch.mask.new_zeros(len(tickets), 0, 0)
+        shifting = [] if plain else [one.prompt for one in prompts]
+        return State(cache, batch.mask, none, batch.texts[:, None], shifting, None if plain else rows)
+
+
+def _rows(state: State, rows: Sequence[int]) -> State:
+    """Some rows of a batch that has been read."""
+    at, width = torch.tensor(rows, device=state.mask.device), state.mask.shape[1]
+    layers = [SharedLayer(layer.keys[at, :, :width], layer.values[at, :, :width]) for layer in state.cache.layers]
+    index = None if state.rows is None else state.rows[at]
+    return state._replace(cache=Cache(layers=layers), mask=state.mask[at], place=state.place[at], rows=index)
+
+
+def _grouped(rows: Sequence[int], candidates: Sequence[Sequence[tuple[int, ...]]]) -> list[list[int]]:
+    """Rows that share a pass: few candidates of one are scored for another in vain."""
+    groups: list[tuple[set[tuple[int, ...]], list[int]]] = []
+    for row in rows:
+        own = set(candidates[row])
+        for union, members in groups:
+            if own <= union or len(union | own) <= _UNION:
+                union |= own
+                members.append(row)
+                break
+        else:
+            groups.append((own, [row]))
+    return [members for _, members in groups]
 
 
 @final
@@ -83,17 +111,7 @@ class AttachedScorer(Scorer):
             return [list(range(len(tickets)))]
         if self._backbone.architecture == "vision":
             return self._by_shape(tickets)
-        groups: list[tuple[set[tuple[int, ...]], list[int]]] = []
-        for place, ticket in enumerate(tickets):
-            own = set(candidates_of(ticket))
-            for union, places in groups:
-                if own <= union or len(union | own) <= _UNION:
-                    union |= own
-                    places.append(place)
-                    break
-            else:
-                groups.append((own, [place]))
-        return [places for _, places in groups]
+        return _grouped(range(len(tickets)), [candidates_of(ticket) for ticket in tickets])
 
     def _by_shape(self, tickets: Sequence[Ticket]) -> list[list[int]]:
         """Places of images of one size whose prompts are of one depth."""

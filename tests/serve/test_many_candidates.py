@@ -1,0 +1,75 @@
+"""Rows of a batch each choose among their own candidates of several tokens, and score as if they were alone."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from softprompt.attach import attach, label_tree
+from softprompt.backbone import Backbone
+from softprompt.prompts import SoftPrompt
+from softprompt.serve import scoring
+from softprompt.serve.decoding import Decoder
+from softprompt.serve.scoring import CausalScorer
+from softprompt.serve.served import Served, bare
+from softprompt.serve.ticket import Choice, Ticket
+
+MakeBackbone = Callable[[str], Backbone]
+PromptOf = Callable[..., SoftPrompt]
+MANY = tuple((a, b, c) for a in range(11, 14) for b in range(20, 23) for c in range(30, 33))
+SETS = (((11, 12, 13), (11, 12, 14), (15,)), ((16,), (17,)), MANY, ((11, 12, 13), (18, 19)), MANY[:4])
+ROWS = ([40, 41, 42, 43, 44], [50], [60, 61, 62], [70, 71], [80, 81, 82, 83])
+
+
+def tickets_of(backbone: Backbone, prompt_of: PromptOf) -> tuple[CausalScorer, list[Ticket]]:
+    decoder = Decoder(bare(backbone))
+    served = []
+    for seed in range(3):
+        prompt = prompt_of(backbone, seed).fold()
+        state = decoder.prompt_state(prompt)
+        served.append(Served(name=f"p{seed}", prompt=prompt, source="", state=state))
+    tickets = [Ticket(served[i % 3], ids, Choice(candidates=SETS[i])) for i, ids in enumerate(ROWS)]
+    return CausalScorer(decoder), tickets
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [4096, 9])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "mistral"])
+def test_rows_with_their_own_candidates(
+    name: str, tokens: int, tiny_backbone: MakeBackbone, prompt_of: PromptOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(label_tree, "MOST_TOKENS", tokens)
+    backbone = tiny_backbone(name)
+    scorer, tickets = tickets_of(backbone, prompt_of)
+    for ticket, ours in zip(tickets, scorer(tickets), strict=True):
+        candidates = ticket.work.candidates
+        alone = attach(backbone).score(torch.tensor([ticket.ids]), None, candidates, prompts=[ticket.served.prompt])
+        assert ours == pytest.approx(alone[0].tolist(), abs=2e-5)
+
+
+@torch.no_grad()
+def test_few_candidates_are_scored_in_vain(
+    tiny_backbone: MakeBackbone, prompt_of: PromptOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer, tickets = tickets_of(tiny_backbone("llama"), prompt_of)
+    passes: list[tuple[int, int]] = []
+    before = scoring.score_rest
+
+    def noted(attachment: object, state: label_tree.State, candidates: list[tuple[int, ...]]) -> torch.Tensor:
+        passes.append((len(state.mask), len(candidates)))
+        return before(attachment, state, candidates)
+
+    monkeypatch.setattr(scoring, "score_rest", noted)
+    scorer(tickets)
+    assert sorted(passes) == [(1, len(MANY)), (3, 7)]  # the row whose candidates are single tokens is in neither
+
+
+@torch.no_grad()
+def test_candidates_beyond_the_window_are_refused(tiny_backbone: MakeBackbone, prompt_of: PromptOf) -> None:
+    scorer, tickets = tickets_of(tiny_backbone("mistral"), prompt_of)
+    served = tickets[0].served
+    room = 128 - served.state.length
+    fits = Ticket(served, [5] * (room - 2), Choice(candidates=((11, 12, 13),)))
+    assert len(scorer([fits])) == 1
+    with pytest.raises(ValueError, match="window of 128"):
+        scorer([Ticket(served, [5] * (room - 1), Choice(candidates=((11, 12, 13),)))])
