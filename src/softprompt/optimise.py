@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from softprompt.attach import Attachment
 from softprompt.baseline import RATES
 from softprompt.experiment import Experiment
-from softprompt.predict import pad_id
+from softprompt.objective import Objective
 from softprompt.processes import Processes
 from softprompt.prompts import SoftPrompt
 from softprompt.recompute import recomputing
-from softprompt.tasks import Example, Task, answer_ids, answer_labels, collate
+from softprompt.tasks import Example, Task
 
 T = TypeVar("T")
 
@@ -55,6 +55,7 @@ class Optimiser:
     def __init__(self, attachment: Attachment, experiment: Experiment, task: Task, processes: Processes) -> None:
         self.attachment, self.task, self.processes = attachment, task, processes
         self.settings = settings = experiment.training
+        self.objective = Objective(attachment, task, settings)
         rates = experiment.prompt.rates() | {"head": attachment.head_rate, "tuned": RATES[experiment.baseline]}
         self.adamw = torch.optim.AdamW(
             [{"params": group, "rate": rates[name]} for name, group in attachment.groups().items()],
@@ -76,7 +77,7 @@ class Optimiser:
         self.attachment.train()  # a method's own dropout; the backbone stays in evaluation mode
         for group in self.adamw.param_groups:
             group["lr"] = rate * group["rate"]
-        weight = float(len(rows) if self._candidates else sum(len(self._target(row)) for row in rows))
+        weight = self.objective.weight(rows)
         loss = torch.zeros((), device=self.attachment.backbone.device)
         own = self.processes.share(rows)
         with self.processes.passes():
@@ -104,9 +105,8 @@ class Optimiser:
         attachment = self.attachment
         if attachment.prompt is None or attachment.head is not None or self.settings.dropout:
             return id(self)
-        words = answer_ids(self.task, attachment.backbone.tokenizer) if self._candidates else None
         means = self.settings.gradient_checkpointing
-        return id(attachment.backbone.model), attachment.place, attachment.attend, words, means
+        return id(attachment.backbone.model), attachment.place, attachment.attend, self.objective.kind, means
 
     @contextmanager
     def modes(self) -> Iterator[None]:
@@ -123,24 +123,7 @@ class Optimiser:
         Args:
             prompts: in place of the attachment's own; `index` says which is a row's.
         """
-        tokenizer, device = self.attachment.backbone.tokenizer, self.attachment.backbone.device
-        joined = not self._candidates and not self.attachment.closed
-        batch = collate(rows, pad_id=pad_id(tokenizer), side="left", with_answers=joined)
-        ids, mask = batch.inputs(device)
-        if self._candidates:
-            scores = self.attachment.score(ids, mask, answer_ids(self.task, tokenizer), prompts, index)
-            return nn.functional.cross_entropy(scores, batch.classes.to(device), reduction="none")
-        labels = (batch.labels if joined else answer_labels([self._target(row) for row in rows])).to(device)
-        return self.attachment.losses(ids, mask, labels, prompts, index)
-
-    @property
-    def _candidates(self) -> bool:
-        return self.task.is_classification and (
-            self.settings.objective == "candidates" or self.attachment.head is not None
-        )
-
-    def _target(self, row: Example) -> tuple[int, ...]:
-        return self.attachment.target(row.answer_ids)
+        return self.objective.losses(rows, prompts, index)
 
 
 def _refuse_not_finite(loss: float, norm: float, rate: float, number: int, rows: Sequence[Example]) -> None:
