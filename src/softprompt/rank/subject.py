@@ -11,6 +11,7 @@ from torch import Tensor
 from softprompt import begin, checkpoint, files, runs
 from softprompt.backbone import Backbone, load
 from softprompt.evaluate import read_splits
+from softprompt.gradients import gradient_on
 from softprompt.prompts import Folded
 from softprompt.rank.spectrum import Spectrum
 from softprompt.runs import Run
@@ -141,7 +142,11 @@ def _of_run(run: Run, backbone: Backbone, checkpoints: bool) -> Subject:
     if not prompt.plain:
         notes.append("it also changes the input's own embeddings, which is left out: the matrix alone is measured")
     try:
-        start = runs.first_prompt(run.experiment, run.task, seeing(run, backbone), warm=True).prompt().detach()
+        gradient = gradient_on(
+            run.experiment, run.task, seeing(run, backbone), lambda: read_splits(run.experiment, run.task).train
+        )
+        first = runs.first_prompt(run.experiment, run.task, seeing(run, backbone), warm=True, gradient=gradient)
+        start = first.prompt().detach()
     except FileNotFoundError as error:  # a warm start whose folder is gone
         start = None
         notes.append(f"its first prompt is not known, so what it learned is not measured ({error})")
