@@ -94,7 +94,7 @@ def experiment(settings: Settings, seed: int) -> Any:
 
     training = Training(
         steps=settings.steps, batch=settings.batch, lr=settings.lr, evaluate_every=settings.every,
-        dev_rows=settings.dev_rows, test_rows=1, objective="vocabulary",
+        dev_rows=settings.dev_rows, test_rows=1, vocabulary_weight=1.0,
     )  # fmt: skip
     return Experiment(
         backbone=BACKBONE, task=TASK, prompt=Plain(length=settings.length), training=training, seed=seed,

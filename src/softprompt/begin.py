@@ -14,6 +14,7 @@ from softprompt.backbone import Backbone, fitting_dtype, load
 from softprompt.choices import Dtype
 from softprompt.evaluate import beside_golds, draw, read_splits
 from softprompt.experiment import Experiment
+from softprompt.gradients import gradient_on
 from softprompt.predict import input_limit
 from softprompt.prompts import SoftPrompt
 from softprompt.runs import Run
@@ -69,7 +70,8 @@ def anew(experiment: Experiment, backbone: Backbone | None, watch: Watcher) -> M
     backbone = backbone or _loaded(experiment, experiment.backbone_dtype)
     backbone = seeing(backbone, experiment, task, rows)
     _refuse_pointless(experiment, task, backbone)
-    attachment = runs.first_attachment(experiment, task, backbone, warm=True)
+    gradient = gradient_on(experiment, task, backbone, rows.train)
+    attachment = runs.first_attachment(experiment, task, backbone, warm=True, gradient=gradient)
     _refuse_unfit(experiment, attachment)
     if experiment.start is not None and attachment.prompt is not None:
         start = runs.read_prompt(Path(experiment.start), backbone)
@@ -100,7 +102,10 @@ def again(run: Run, backbone: Backbone | None, watch: Watcher) -> Material:
             f"the weights of {experiment.backbone} are not those that {run.folder} was started with; start a new run"
         )
     backbone = seeing(backbone, experiment, run.task, rows)
-    attachment = runs.first_attachment(experiment, run.task, backbone, warm=not checkpoint.steps(run.folder))
+    gradient = gradient_on(experiment, run.task, backbone, rows.train)
+    attachment = runs.first_attachment(
+        experiment, run.task, backbone, warm=not checkpoint.steps(run.folder), gradient=gradient
+    )
     if experiment.training.shard:
         _refuse_shards(experiment, attachment)
     return _encoded(experiment, run.task, rows, attachment, watch)
@@ -195,6 +200,11 @@ def _refuse_pointless(experiment: Experiment, task: Task, backbone: Backbone) ->
     if experiment.training.untouched and head is not None:
         raise ValueError(
             f"{backbone.source} answers through a trained head, so untouched it says nothing; leave it out"
+        )
+    if experiment.training.vocabulary_weight and head is not None:
+        raise ValueError(
+            f"vocabulary_weight is {experiment.training.vocabulary_weight}, and {backbone.source} answers through a "
+            "trained head, which gives no probability to words; leave it out"
         )
     if experiment.baseline == "head" and head is None:
         raise ValueError(f"{backbone.source} answers in words and has no head to train; use the baseline lora or full")

@@ -28,9 +28,10 @@ class Training:
     """Rows a step."""
     lr: float = 0.03
     """Peak learning rate, in units of the prompt's scale; the same number fits every backbone."""
-    objective: Literal["vocabulary", "candidates"] = "candidates"
-    """Cross-entropy of the answer's tokens over the vocabulary (as the papers), or among the task's label words.
-    A task without label words always takes the vocabulary."""
+    vocabulary_weight: float = 0.0
+    """Weight, from 0 to 1, of -log P(label words) in the loss of a classification, beside the cross-entropy among the
+    label words. At 0 a model that writes freely need not write a label word; 1 is the cross-entropy of the answer's
+    tokens over the vocabulary (as the papers), which a task without label words always takes."""
     warmup: float = 0.1
     """Share of the steps over which the learning rate rises from 0."""
     decay: Literal["linear", "cosine", "none"] = "linear"
@@ -85,6 +86,8 @@ class Training:
             raise ValueError(f"augment is {self.augment!r}; it must be {' or '.join(get_args(Augment))}")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, from 0 to 1")
+        if not 0 <= self.vocabulary_weight <= 1:
+            raise ValueError(f"vocabulary_weight is {self.vocabulary_weight}; it must be from 0 to 1")
         if self.accumulate > self.batch:
             raise ValueError(f"accumulate is {self.accumulate} and batch {self.batch}; a part needs at least one row")
 

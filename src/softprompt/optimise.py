@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from softprompt.attach import Attachment
 from softprompt.baseline import RATES
 from softprompt.experiment import Experiment
-from softprompt.predict import pad_id
+from softprompt.objective import Objective
 from softprompt.processes import Processes
 from softprompt.prompts import SoftPrompt
 from softprompt.recompute import recomputing
-from softprompt.tasks import Example, Task, answer_ids, answer_labels, collate
+from softprompt.tasks import Example, Task
 
 
 @final
@@ -77,6 +77,7 @@ class Optimiser:
         self.attachment, self.task, self.processes = attachment, task, processes
         self.settings = settings = experiment.training
         self._differentiate = differentiate
+        self.objective = Objective(attachment, task, settings)
         rates = experiment.prompt.rates() | {"head": attachment.head_rate, "tuned": RATES[experiment.baseline]}
         self.adamw = torch.optim.AdamW(
             [{"params": group, "rate": rates[name]} for name, group in attachment.groups().items()],
@@ -114,7 +115,7 @@ class Optimiser:
 
     def _parts(self, rows: Sequence[Example]) -> Iterator[Wanted]:
         """The process's share of the batch, cut for gradient accumulation; each part weighs as in the whole batch."""
-        weight = float(len(rows) if self._candidates else sum(len(self._target(row)) for row in rows))
+        weight = self.objective.weight(rows)
         own = self.processes.share(rows)
         for part in range(self.settings.accumulate):
             if piece := own[part :: self.settings.accumulate]:
@@ -129,9 +130,8 @@ class Optimiser:
         attachment = self.attachment
         if attachment.prompt is None or attachment.head is not None or self.settings.dropout:
             return id(self)
-        words = answer_ids(self.task, attachment.backbone.tokenizer) if self._candidates else None
         means = self.settings.gradient_checkpointing
-        return id(attachment.backbone.model), attachment.place, attachment.attend, words, means
+        return id(attachment.backbone.model), attachment.place, attachment.attend, self.objective.kind, means
 
     @contextmanager
     def modes(self) -> Iterator[None]:
@@ -148,24 +148,7 @@ class Optimiser:
         Args:
             prompts: in place of the attachment's own; `index` says which is a row's.
         """
-        tokenizer, device = self.attachment.backbone.tokenizer, self.attachment.backbone.device
-        joined = not self._candidates and not self.attachment.closed
-        batch = collate(rows, pad_id=pad_id(self.attachment.backbone), side="left", with_answers=joined)
-        ids, mask = batch.inputs(device)
-        if self._candidates:
-            scores = self.attachment.score(ids, mask, answer_ids(self.task, tokenizer), prompts, index)
-            return nn.functional.cross_entropy(scores, batch.classes.to(device), reduction="none")
-        labels = (batch.labels if joined else answer_labels([self._target(row) for row in rows])).to(device)
-        return self.attachment.losses(ids, mask, labels, prompts, index)
-
-    @property
-    def _candidates(self) -> bool:
-        return self.task.is_classification and (
-            self.settings.objective == "candidates" or self.attachment.head is not None
-        )
-
-    def _target(self, row: Example) -> tuple[int, ...]:
-        return self.attachment.target(row.answer_ids)
+        return self.objective.losses(rows, prompts, index)
 
 
 def _refuse_not_finite(loss: float, norm: float, rate: float, number: int, rows: Sequence[Example]) -> None:

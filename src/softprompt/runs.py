@@ -1,10 +1,11 @@
 """A run's folder: written whole or not at all, never overwritten, read without running any code."""
 
+import dataclasses
 import errno
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from softprompt import __version__, files
 from softprompt.attach import Attachment, attach, fresh_head
@@ -22,6 +25,8 @@ from softprompt.prompts import Folded, SoftPrompt
 from softprompt.prompts.deep import build
 from softprompt.tasks import Task
 
+Gradient = Callable[[Float[Tensor, "length dim"], int], Float[Tensor, "length dim"]]
+"""The loss's mean gradient at a prompt, over a number of batches of training rows."""
 RECORD = "softprompt.json"
 TENSORS = "softprompt.safetensors"
 HEAD = "head.safetensors"
@@ -120,11 +125,14 @@ class Run:
         files.write_text(self.folder / METRICS, "".join(kept))
 
 
-def first_attachment(experiment: Experiment, task: Task, backbone: Backbone, *, warm: bool) -> Attachment:
+def first_attachment(
+    experiment: Experiment, task: Task, backbone: Backbone, *, warm: bool, gradient: Gradient | None = None
+) -> Attachment:
     """What is trained, as it is before the first step: the prompt or the baseline's weights, and the head.
 
     Args:
         warm: as of `first_prompt`.
+        gradient: as of `first_prompt`.
 
     Raises:
         ValueError: the prompt, its place or the baseline does not fit the backbone.
@@ -134,15 +142,19 @@ def first_attachment(experiment: Experiment, task: Task, backbone: Backbone, *, 
     head = fresh_head(backbone, len(task.words), generator, experiment.pool)
     if experiment.baseline != "none":
         return attach(copied, head=head, tuned=tuned)
-    prompt = first_prompt(experiment, task, backbone, warm=warm).to(backbone.device)
+    prompt = first_prompt(experiment, task, backbone, warm=warm, gradient=gradient).to(backbone.device)
     return attach(backbone, prompt, head=head, place=experiment.place, attend=experiment.attend)
 
 
-def first_prompt(experiment: Experiment, task: Task, backbone: Backbone, *, warm: bool) -> SoftPrompt:
+def first_prompt(
+    experiment: Experiment, task: Task, backbone: Backbone, *, warm: bool, gradient: Gradient | None = None
+) -> SoftPrompt:
     """The prompt before the first step.
 
     Args:
-        warm: start from the experiment's `start`, if it has one. Not needed for a prompt that will be loaded.
+        warm: start as the experiment says: from its `start`, if it has one, or from a gradient. Not needed for a prompt
+            that will be loaded.
+        gradient: the loss's mean gradient at a prompt over some batches, for a method that starts from it.
     """
     start, depth = None, backbone.layers if experiment.depth == "deep" else 1
     if warm and experiment.start is not None:
@@ -159,7 +171,12 @@ def first_prompt(experiment: Experiment, task: Task, backbone: Backbone, *, warm
             )
         start = folded.prompt().detach().cpu()
     generator = torch.Generator().manual_seed(experiment.seed)
-    return build(experiment.prompt, backbone.hosts(depth, task.answers, start), generator)
+    hosts = backbone.hosts(depth, task.answers, start)
+    if not warm:  # what is made of it is replaced by what is loaded; any matrix of its shape will do
+        hosts = [dataclasses.replace(host, gradient=lambda rows, batches: rows) for host in hosts]
+    elif depth == 1:  # of a deep prompt, a layer's gradient would depend on the layers that are not built yet
+        hosts = [dataclasses.replace(host, gradient=gradient) for host in hosts]
+    return build(experiment.prompt, hosts, generator)
 
 
 def create(experiment: Experiment, task: Task, backbone: Backbone, out: Path, name: str | None, data: str) -> Run:

@@ -101,8 +101,8 @@ def test_the_default_method_is_dpt(where: list[str]) -> None:
 
 
 def test_settings_reach_the_run(where: list[str]) -> None:
-    wanted = {"objective": "vocabulary", "decay": "cosine", "accumulate": 2, "shots": 4, "lr": 0.01}
-    flags = [part for name, value in wanted.items() for part in (f"--{name}", str(value))]
+    wanted = {"vocabulary_weight": 1.0, "decay": "cosine", "accumulate": 2, "shots": 4, "lr": 0.01}
+    flags = [part for name, value in wanted.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     method = ["plain", "--length", "3", "--init", "words"]
     run = call("train", *where, *QUICK, *flags, "--seed", "5", *method).result["run"]
     experiment = json.loads((Path(run) / "softprompt.json").read_text())["experiment"]

@@ -50,7 +50,9 @@ def folder(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempP
     out = tmp_path_factory.mktemp("runs")
     where = ["--backbone", llama_folder, "--task", ticket_task, "--out", out, *QUICK]
     for seed in ("0", "1"):
-        assert call("train", *where, "--seed", seed, "dpt", "--length", "6", "--rank", "2").code == 0
+        assert (
+            call("train", *where, "--seed", seed, "dpt", "--anchor", "none", "--length", "6", "--rank", "2").code == 0
+        )
     assert call("train", *where, "--baseline", "full", "--name", "whole").code == 0
     shutil.copytree(out / "tickets-dpt-0", out / "stopped")
     record = json.loads((out / "stopped" / "softprompt.json").read_text())

@@ -9,14 +9,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from softprompt.prompts import METHODS, Host, PromptConfig, SoftPrompt
+from softprompt.prompts.dpt import AnchoredPrompt
+from softprompt.prompts.ulpt import ProjectedPrompt
 
 VOCAB, DIM = 211, 96
 
 # Settings beyond the defaults that change what a method builds.
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("plain", {"length": 7, "init": "words"}),
-    ("dpt", {"length": 7, "rank": 7, "init": "text", "init_text": "a text"}),
-    ("dpt", {"init": "uniform"}),
+    ("dpt", {"anchor": "none"}),
+    ("dpt", {"anchor": "none", "length": 7, "rank": 7, "init": "text", "init_text": "a text"}),
+    ("dpt", {"anchor": "none", "init": "uniform"}),
+    ("dpt", {"anchor": "text", "length": 7, "rank": 7, "init_text": "a text"}),
+    ("dpt", {"anchor": "labels", "rank": 1, "scale": 1.0}),
+    ("dpt", {"factor_init": "gradient"}),
+    ("dpt", {"factor_init": "gradient", "anchor": "labels", "length": 9, "rank": 7}),
     ("residual", {"length": 7, "width": 5, "shared": False}),
     ("dept", {"positions": 30, "beyond": "none"}),
     ("adept", {"length": 3, "width": 1, "dropout": 0.2}),
@@ -24,6 +31,9 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("bpt", {"mode": "tuned", "samples": 20}),
     ("bpt", {"mode": "tuned", "through": "inputs"}),
     ("bpt", {"init": "whitening", "rank": 90}),
+    ("bpt", {"init": "gradient"}),
+    ("bpt", {"init": "gradient", "rank": 7, "length": 7, "scale": 1.0}),
+    ("ulpt", {"length": 7, "rank": 96}),
     ("spectral", {"length": 120, "threshold": 0.5}),
 ]
 DEFAULTS = {method: config() for method, config in METHODS.items()}
@@ -48,6 +58,7 @@ def host() -> Host:
         words=("yes", "no"),
         special=frozenset({0, 1}),
         query_key=lambda: torch.randn(DIM, DIM, generator=seeded(6)),
+        gradient=lambda rows, batches: rows.flip(0) / batches,
     )
 
 
@@ -110,9 +121,17 @@ def test_count_is_what_is_trained(config: PromptConfig, host: Host) -> None:
 @pytest.mark.parametrize("config", [c for c in DEFAULTS.values() if hasattr(c, "rank")], ids=lambda config: config.name)
 def test_a_setting_named_rank_bounds_the_rank_of_what_it_makes(config: PromptConfig, host: Host) -> None:
     low = config.replace(rank=3)
-    folded = perturbed(low.build(host, seeded(0)), seed=4).fold()
+    prompt = low.build(host, seeded(0))
+    fixed = prompt.prompt().detach()
+    if isinstance(prompt, AnchoredPrompt):
+        fixed = fixed - prompt.scale * prompt.first_left @ prompt.first_right
+    folded = perturbed(prompt, seed=4).fold()
     tables = [folded.prompt(), folded.position_table, folded.input_table]
-    assert min(rank_of(table) for table in tables if table is not None) == 3
+    if isinstance(prompt, AnchoredPrompt):
+        tables.append(folded.prompt() - fixed)
+    # The gain and the shift of ULPT are of full rank, and of rank 1; what it projects is not.
+    bound = 4 if isinstance(prompt, ProjectedPrompt) else 3
+    assert min(rank_of(table) for table in tables if table is not None) == bound
 
 
 @cases

@@ -99,12 +99,12 @@ def test_equal_experiments_give_equal_runs(experiment: Experiment, tmp_path: Pat
     assert all(torch.equal(tensor, tensors(again)[name]) for name, tensor in tensors(first).items())
 
 
-@pytest.mark.parametrize("objective", ["candidates", "vocabulary"])
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
 def test_accumulating_changes_nothing(
-    experiment: Experiment, backbone: Backbone, tmp_path: Path, objective: Any
+    experiment: Experiment, backbone: Backbone, tmp_path: Path, weight: float
 ) -> None:
     def run(parts: int) -> Run:
-        training = Training(steps=4, batch=8, evaluate_every=4, objective=objective, accumulate=parts)
+        training = Training(steps=4, batch=8, evaluate_every=4, vocabulary_weight=weight, accumulate=parts)
         return train(experiment.replace(training=training), out=tmp_path, backbone=backbone)
 
     whole, parted = run(1), run(4)

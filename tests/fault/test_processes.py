@@ -17,7 +17,7 @@ from softprompt import DPT, Experiment, Run, Training, open_run
 from softprompt.processes import Processes
 from softprompt.prompts import METHODS
 
-LABELS_OF = ("candidates", "vocabulary")
+LABELS_OF = {"candidates": 0.0, "both": 0.5, "vocabulary": 1.0}
 FAULTS = ("kill", "raise", "stop")
 HOW = pytest.mark.parametrize("how", ["2", "sharded"])
 
@@ -69,7 +69,13 @@ def ended(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> E
     for objective in LABELS_OF:
         # 84 rows in batches of 83: every other batch has one row, and one process has none of it.
         settings = Training(
-            steps=4, batch=83, evaluate_every=2, lr=0.1, objective=objective, accumulate=2, untouched=True
+            steps=4,
+            batch=83,
+            evaluate_every=2,
+            lr=0.1,
+            vocabulary_weight=LABELS_OF[objective],
+            accumulate=2,
+            untouched=True,
         )
         # And of odd numbers of rows to score, one process has one more.
         settings = dataclasses.replace(settings, dev_rows=11, test_rows=23)

@@ -229,7 +229,7 @@ def test_a_run_trains_and_answers(
     data = json.dumps(str(ticket_task.parent / "train.csv"))
     task.write_text(f'train = {data}\ntemplate = "Ticket: {{text}}\\nQueue:"\n{answer}\n')
     training = softprompt.Training(
-        steps=2, evaluate_every=2, batch=4, objective="candidates" if objective == "candidates" else "vocabulary"
+        steps=2, evaluate_every=2, batch=4, vocabulary_weight=0.0 if objective == "candidates" else 1.0
     )
     experiment = softprompt.Experiment(
         backbone=str(folder), task=str(task), prompt=Plain(length=3), training=training, dtype="float32"

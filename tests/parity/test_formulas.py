@@ -75,7 +75,7 @@ def spectral(p: dict[str, Tensor], embeds: Tensor, positions: Tensor) -> tuple[T
 
 CASES: list[tuple[PromptConfig, Reference]] = [
     (Plain(length=LENGTH), plain),
-    (DPT(length=LENGTH, rank=4), product),
+    (DPT(anchor="none", length=LENGTH, rank=4), product),
     (Residual(length=LENGTH, width=9), residual),
     (Residual(length=LENGTH, width=9, shared=False), residual),
     (DePT(length=LENGTH, rank=5, positions=20), dept),
@@ -212,7 +212,7 @@ def test_spectral_starts_as_the_rows_and_counts_what_is_left(config: Spectral) -
     factors = prompt.to_dpt()
     assert factors.left.shape == (LENGTH, LENGTH - 3)
     torch.testing.assert_close(factors.prompt(), prompt.prompt(), rtol=1e-4, atol=1e-5)
-    continued = DPT(length=LENGTH, rank=LENGTH - 3).build(host(), seeded(9))
+    continued = DPT(anchor="none", length=LENGTH, rank=LENGTH - 3).build(host(), seeded(9))
     continued.load_state_dict(factors.state_dict())
     assert torch.equal(continued.prompt(), factors.prompt())
 
@@ -290,7 +290,7 @@ def test_adept_drops_hidden_values_in_training_only() -> None:
 
 @pytest.mark.parametrize("scale", [None, 1.0, 0.03])
 def test_dpt_starts_as_the_best_product_for_the_rows_at_any_scale(scale: float | None) -> None:
-    prompt = DPT(length=LENGTH, rank=4, scale=scale).build(host(), seeded(3))
+    prompt = DPT(anchor="none", length=LENGTH, rank=4, scale=scale).build(host(), seeded(3))
     left, values, right = torch.linalg.svd(Plain(length=LENGTH).build(host(), seeded(3)).prompt().detach().double())
     close(prompt.prompt().double(), left[:, :4] @ torch.diag(values[:4]) @ right[:4])
     if scale is None:

@@ -217,7 +217,7 @@ def trained(llama_folder: Path, ticket_task: Path, backbone: Backbone, tmp_path_
 
 @pytest.fixture(scope="module")
 def low_rank(trained: Callable[[Any], Run]) -> Run:
-    return trained(DPT(length=8, rank=3))
+    return trained(DPT(anchor="none", length=8, rank=3))
 
 
 def test_a_cut_at_or_above_the_rank_changes_nothing(low_rank: Run) -> None:

@@ -80,7 +80,7 @@ def test_one_seed_has_no_spread(write: Write, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_setting_that_differs_makes_another_row(name: str, write: Write, tmp_path: Path) -> None:
     write(training=Training(steps=6), test=0.5)
-    changed = {name: 0.5} if name == "warmup" else {name: SETTINGS[name]}  # a share
+    changed = {name: 0.5} if name in ("warmup", "vocabulary_weight") else {name: SETTINGS[name]}  # shares
     write(training=dataclasses.replace(Training(steps=6), **changed), test=0.7, seed=1)
     found = tabled(tmp_path)
     assert len(found.rows) == 2
@@ -101,7 +101,7 @@ def test_a_setting_that_changes_nothing_of_what_comes_makes_none(name: str, writ
     [
         ({"prompt": DPT(length=6, rank=3)}, "rank=3"),
         ({"prompt": DPT(length=7, rank=2)}, "length=7"),
-        ({"prompt": DPT(length=6, rank=2, init="uniform", scale=1.0)}, "init=uniform"),
+        ({"prompt": DPT(anchor="none", length=6, rank=2, init="uniform", scale=1.0)}, "init=uniform"),
         ({"backbone": {"base": "org/other", "hash": "cd" * 32}}, "backbone=other"),
         ({"backbone": {"hash": "cd" * 32}}, "weights=cdcdcdcdcdcd"),
         ({"backbone": {"dtype": "bfloat16"}}, "dtype=bfloat16"),

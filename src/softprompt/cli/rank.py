@@ -11,8 +11,11 @@ from softprompt import files, runs
 from softprompt.backbone import load
 from softprompt.cli.terminal import Terminal, console, show_table
 from softprompt.projections import query_key
-from softprompt.rank import Cutting, Measured, burstiness, measure, seeing, suggest_rank
-from softprompt.rank.pictures import draw_burstiness, draw_ranks, refuse_without_matplotlib
+from softprompt.rank import Cutting, Measured, burstiness, gradient_spectra, measure, seeing, suggest_rank
+from softprompt.rank.pictures import draw_burstiness, draw_gradients, draw_ranks, refuse_without_matplotlib
+
+_ENERGY_RANKS = (1, 2, 5, 10, 20, 50)
+"""Ranks whose share of a gradient's energy is shown."""
 
 
 def rank_(
@@ -23,30 +26,44 @@ def rank_(
     cutting: Cutting = Cutting(),  # noqa: B008  (a frozen value)
     burstiness_: Annotated[bool, tyro.conf.arg(name="burstiness")] = False,
     samples: int = 1000,
+    gradient: bool = False,
+    length: int | None = None,
+    batches: int = 8,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Measure ranks.
 
     Args:
-        source: A run, a PEFT prompt-tuning folder or a folder of runs; with --burstiness also a backbone.
+        source: A run, a PEFT prompt-tuning folder or a folder of runs; with --burstiness or --gradient also a backbone.
         checkpoints: Also at every checkpoint, for the course of training.
         functional: Also score the prompt cut to lower ranks.
         suggest: Propose a rank for DPT from that.
         cutting: How prompts are cut and scored.
         burstiness_: Measure instead how heavy the tails of the inputs' query-key products are.
         samples: Input vectors for --burstiness.
+        gradient: Measure instead how few directions the loss's gradient has: at the prompts of a run, or for a task
+            (--task) at random vocabulary rows of a backbone.
+        length: Rows of the prompt for --gradient of a backbone; none: 100.
+        batches: Batches of training rows that the gradient of --gradient is the mean of.
         out: Folder for pictures (PNG and SVG) and all numbers (rank.json); none: neither.
     """
     if burstiness_ and (checkpoints or functional or suggest or cutting != Cutting()):
         raise ValueError("--burstiness is of a backbone and not of a prompt; give it with --samples and --out alone")
-    if cutting != Cutting() and not (functional or suggest):
+    if gradient:
+        if burstiness_ or functional or suggest or cutting != Cutting(task=cutting.task, data=cutting.data):
+            raise ValueError("--gradient goes with --task, --data, --length, --batches, --checkpoints and --out alone")
+    elif length is not None or batches != 8:
+        raise ValueError("--length and --batches do nothing without --gradient; give it too, or leave them out")
+    elif cutting != Cutting() and not (functional or suggest):
         raise ValueError("the flags of a cut do nothing without --functional or --suggest; give one of these too")
     if suggest and cutting.part != "prompt":
         raise ValueError(f"--suggest reads a rank off cuts of the prompt itself; leave --part {cutting.part} out")
     if out is not None:
         refuse_without_matplotlib()
     result = _burstiness(source, samples, out) if burstiness_ else {}
-    if not burstiness_:
+    if gradient:
+        result = _gradients(source, cutting, length, batches, checkpoints, out)
+    elif not burstiness_:
         terminal = Terminal()
         way = cutting if functional or suggest else None
         found = measure(source, checkpoints=checkpoints, functional=way, watch=terminal)
@@ -125,6 +142,45 @@ def _show_functional(found: Measured) -> None:
     )
     if not scored.above_majority:
         console.print("the full prompt does not beat the majority answer on these rows, so its ranks say little")
+
+
+def _gradients(
+    source: str, cutting: Cutting, length: int | None, batches: int, checkpoints: bool, out: Path | None
+) -> dict[str, Any]:
+    points = gradient_spectra(
+        source,
+        task=cutting.task,
+        data=cutting.data,
+        length=length,
+        batches=batches,
+        checkpoints=checkpoints,
+        watch=Terminal(),
+    )
+    most = len(points[0].spectrum.values)
+    ranks = [rank for rank in _ENERGY_RANKS if rank < most]
+    show_table(
+        [
+            {"at": point.at, **{f"first {rank}": f"{point.energy(rank):.1%}" for rank in ranks}, "of": most}
+            for point in points
+        ]
+    )
+    console.print("shares of the squared size of the gradient in its first directions; equal in all would be rank / of")
+    result: dict[str, Any] = {
+        "batches": batches,
+        "gradients": [
+            {
+                "at": point.at,
+                "energy": {str(rank): point.energy(rank) for rank in ranks},
+                "stable": point.spectrum.stable,
+                "effective": point.spectrum.effective,
+                "values": list(point.spectrum.values),
+            }
+            for point in points
+        ],
+    }
+    if out is not None:
+        result["pictures"] = [str(file) for file in draw_gradients(points, source, out)]
+    return result
 
 
 def _burstiness(source: str, samples: int, out: Path | None) -> dict[str, Any]:

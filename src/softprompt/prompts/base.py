@@ -39,6 +39,9 @@ class Host:
     """Ids that stand for no text (padding, beginning of sequence); never drawn as initial values."""
     query_key: Callable[[], Float[Tensor, "dim dim"]] | None = None
     """Gives `W_q W_k^T` of the first attention, all heads together; it may refuse a model whose layout is unknown."""
+    gradient: Callable[[Float[Tensor, "length dim"], int], Float[Tensor, "length dim"]] | None = None
+    """Gives the mean gradient of the task's loss with regard to a prompt, float32 on the CPU, over a number of batches
+    of training rows; none where no training is about to begin."""
 
     @property
     def dim(self) -> int:

@@ -8,14 +8,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from softprompt.prompts.base import Host, PromptConfig, PromptOnly, at_least
-from softprompt.prompts.init import check_scale, factorise, given_rows
+from softprompt.prompts.init import check_scale, factorise, given_rows, start_gradient
 
 Mode = Literal["bilinear", "frozen", "tuned"]
 """The second factor: `bilinear` a thin learned one; a whitening matrix, `frozen` or `tuned` with the first."""
 Through = Literal["attention", "inputs"]
 """What is whitened: the input vectors as the layer's query and key weights show them to a prompt, or as they are."""
-First = Literal["uniform", "whitening"]
-"""A bilinear second factor's first values: uniform (Xavier), or random columns of the whitening matrix."""
+First = Literal["uniform", "whitening", "gradient"]
+"""A bilinear second factor's first values: uniform (Xavier), random columns of the whitening matrix, or the leading
+directions of the gradient at random input vectors."""
 
 
 @final
@@ -77,6 +78,8 @@ class BPT(PromptConfig):
     """What a whitening matrix is of: input vectors seen through the layer's query and key weights, or as they are."""
     samples: int = 4096
     """Input vectors that the whitening matrix is made from."""
+    gradient_batches: int = 8
+    """Batches of training rows that the gradient is the mean of, with `init=gradient`; count them as steps."""
     eps: float = 1e-3
     """Added to the variances that are whitened, in units of their mean."""
     scale: float | None = None
@@ -85,7 +88,7 @@ class BPT(PromptConfig):
     def check(self) -> None:
         """Sizes and scales that make sense."""
         super().check()
-        at_least(1, rank=self.rank, samples=self.samples)
+        at_least(1, rank=self.rank, samples=self.samples, gradient_batches=self.gradient_batches)
         if self.mode not in ("bilinear", "frozen", "tuned"):
             raise ValueError(f"mode is {self.mode!r}; it must be 'bilinear', 'frozen' or 'tuned'")
         if not 0 < self.eps < float("inf"):
@@ -95,8 +98,13 @@ class BPT(PromptConfig):
         for name, kinds in (("init", First), ("through", Through)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(get_args(kinds))}")
-        if self.init == "whitening" and self.mode != "bilinear":
-            raise ValueError(f"init is 'whitening' and mode {self.mode!r}, which whitens anyhow; leave init out")
+        if self.init != "uniform" and self.mode != "bilinear":
+            raise ValueError(f"init is {self.init!r} and mode {self.mode!r}, which whitens anyhow; leave init out")
+        if self.init == "gradient" and self.rank > self.length:
+            raise ValueError(
+                f"rank is {self.rank} and length is {self.length}; a gradient has no more directions than the "
+                "prompt is long; raise the length, lower the rank, or use init uniform"
+            )
         check_scale(self.scale)
 
     @classmethod
@@ -125,10 +133,19 @@ class BPT(PromptConfig):
         return BilinearPrompt(left, right, scale, frozen)
 
     def _right(self, inner: int, host: Host, generator: torch.Generator) -> Float[Tensor, "inner dim"]:
-        """The second factor's first values."""
+        """The second factor's first values; raises where the host lacks what they are made from."""
         if self.mode == "bilinear" and self.init == "uniform":
             bound = (6 / (inner + host.dim)) ** 0.5
             return torch.empty(inner, host.dim).uniform_(-bound, bound, generator=generator)
+        if self.mode == "bilinear" and self.init == "gradient":
+            if inner > host.dim:
+                raise ValueError(
+                    f"rank is {inner}, and a gradient as wide as the backbone has {host.dim} directions; lower the rank"
+                )
+            at = host.sample(self.length, generator)
+            directions = torch.linalg.svd(start_gradient(host, at, self.gradient_batches).double(), full_matrices=False)
+            # As large as the uniform start's: its entries have a variance of 2 / (inner + dim).
+            return (directions[2][:inner] * (2 * host.dim / (inner + host.dim)) ** 0.5).float().contiguous()
         rows = host.sample(self.samples, generator)
         if self.through == "attention":
             if host.query_key is None:

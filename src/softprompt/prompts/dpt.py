@@ -1,14 +1,29 @@
-"""Decomposed prompt tuning: the prompt is a product of two thin matrices."""
+"""Decomposed prompt tuning: the prompt is a product of two thin matrices, or a frozen anchor plus what they add."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from softprompt.prompts.base import Host, PromptConfig, PromptOnly, at_least
-from softprompt.prompts.init import Init, check_init, check_scale, factorise, initial_rows
+from softprompt.prompts.init import (
+    Init,
+    check_init,
+    check_scale,
+    check_text,
+    factorise,
+    gradient_factors,
+    initial_rows,
+    source_rows,
+    start_gradient,
+)
+
+Anchor = Literal["vocab", "text", "labels", "none"]
+"""Frozen rows that training adds to: random `vocab` rows, those of a `text`, of the task's `labels`, or `none`."""
+FactorInit = Literal["random", "gradient"]
+"""Where the factors start around an anchor: N(0, 1), or the singular vectors of the loss's gradient there (LoRA-GA)."""
 
 
 @final
@@ -28,6 +43,41 @@ class DecomposedPrompt(PromptOnly):
         return self.scale * (self.left @ self.right)
 
 
+@final
+class AnchoredPrompt(PromptOnly):
+    """`P = anchor + scale * (left @ right - first_left @ first_right)`; before the first step the anchor, to the bit.
+
+    The anchor's rows are kept, and not the ids of its tokens: a backbone in another precision embeds those otherwise,
+    and a finished prompt would then no longer be the one that was trained.
+    """
+
+    anchor: Tensor
+    first_left: Tensor
+    first_right: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        anchor: Float[Tensor, "prompt dim"],
+        left: Float[Tensor, "prompt rank"],
+        right: Float[Tensor, "rank dim"],
+        scale: float,
+    ) -> None:
+        super().__init__()
+        self.left = nn.Parameter(left)
+        self.right = nn.Parameter(right)
+        self.register_buffer("anchor", anchor)
+        self.register_buffer("first_left", left.detach().clone())
+        self.register_buffer("first_right", right.detach().clone())
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
+
+    def prompt(self) -> Float[Tensor, "prompt dim"]:
+        """The anchor in the host's units, plus what was learned: of rank at most twice that of the factors."""
+        # Not `first_left @ first_right` kept: another device or build rounds it otherwise, and the start would not be
+        # exactly the anchor.
+        return self.anchor + self.scale * (self.left @ self.right - self.first_left @ self.first_right)
+
+
 def decomposed(
     left: Float[Tensor, "prompt rank"],
     right: Float[Tensor, "rank dim"],
@@ -44,15 +94,21 @@ def decomposed(
 @final
 @dataclass(frozen=True, kw_only=True)
 class DPT(PromptConfig):
-    """`P = A B`, `rank * (length + dim)` numbers, `rank` far below both.
+    """`P = P0 + s (A B - A0 B0)`, P0 frozen, or as published `P = A B`: `rank * (length + dim)` parameters.
 
-    Costs one product a step, nothing after folding. Guarantees a prompt of rank at most `rank`.
+    Costs two thin products a step, nothing after folding; on disk an anchored prompt also keeps P0, A0 and B0, frozen.
+    The start is exactly P0: of a warm start the given prompt, whatever its rank. Without an anchor the prompt itself
+    has rank at most `rank`; around one, `P - (P0 - s A0 B0)` has. `factor_init=gradient` computes the
+    gradient of `gradient_batches` batches before the first step: count those as steps when you compare.
     Reference: Xiao et al. 2023, "Decomposed Prompt Tuning via Low-Rank Reparameterization"; `left` is their A
     and `right` their B, transposed as in their code (`[length, rank] @ [rank, dim]`).
-    Differs: both factors are kept at unit size and a constant carries the product to the host's embedding RMS, so
-    that one learning rate fits every backbone; it starts from the best rank-`rank` part of vocabulary rows; and its
-    length is 20 and not 100, where rank 10 lost four points to the plain prompt (docs/results/study).
-    `init=uniform` with `scale=1` is the published parameterisation: both factors U(-0.5, 0.5), nothing else.
+    `factor_init=gradient`: Wang et al. 2024, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation".
+    Differs: theirs is `anchor=none`, where `A B` must represent the start as well as what is learned; the anchor is
+    ours, `s` is the host's embedding RMS over `sqrt(rank)`, A0 and B0 are N(0, 1). Without an anchor both factors are
+    kept at unit size and a constant carries the product to the host's embedding RMS, so that one learning rate fits
+    every backbone; it starts from the best rank-`rank` part of vocabulary rows. The length is 20 and not 100, where
+    rank 10 without an anchor lost four points to the plain prompt (docs/results/study). `anchor=none`, `init=uniform`
+    and `scale=1` are the published parameterisation: both factors U(-0.5, 0.5), nothing else.
 
     >>> DPT(length=100, rank=10).count(768)
     8680
@@ -62,38 +118,64 @@ class DPT(PromptConfig):
     """Virtual tokens in front of the input."""
     rank: int = 10
     """Width of the two factors."""
+    anchor: Anchor = "vocab"
+    """Frozen rows that the product is added to: random rows of the vocabulary (in a vision model sampled patches), the
+    embeddings of a text, of the task's label words, or none; a warm start takes their place."""
+    factor_init: FactorInit = "random"
+    """Where the factors start around an anchor: standard normal, or the leading directions of the gradient."""
+    gradient_batches: int = 8
+    """Batches of training rows that the gradient is the mean of, with `factor_init=gradient`."""
     init: Init = "vocab"
-    """Where the first values come from; all but `uniform` by truncated SVD."""
+    """Where the first values come from, with `anchor=none`; all but `uniform` by truncated SVD."""
     init_text: str = ""
-    """The text, with `init=text`."""
+    """The text, with `anchor=text` or `init=text`; repeated to the length."""
     scale: float | None = None
     """Size of one unit of the product; none: chosen from the host's embedding RMS."""
 
     def check(self) -> None:
-        """A rank that the length allows."""
+        """A rank that the length allows, and a start that fits the anchor."""
         super().check()
-        at_least(1, rank=self.rank)
+        at_least(1, rank=self.rank, gradient_batches=self.gradient_batches)
         if self.rank > self.length:
             raise ValueError(
                 f"rank is {self.rank} and length is {self.length}; a prompt's rank cannot exceed its length, "
                 "raise the length, lower the rank, or use the method plain"
             )
-        check_init(self.init, self.init_text)
+        if self.anchor not in get_args(Anchor):
+            raise ValueError(f"anchor is {self.anchor!r}; it must be {' or '.join(get_args(Anchor))}")
         check_scale(self.scale)
+        if self.anchor == "none":
+            check_init(self.init, self.init_text)
+            if self.factor_init != "random":
+                raise ValueError(
+                    f"factor_init is {self.factor_init!r} and anchor 'none'; without an anchor init says where the "
+                    "factors start, leave factor_init out"
+                )
+            return
+        if self.factor_init not in get_args(FactorInit):
+            raise ValueError(f"factor_init is {self.factor_init!r}; it must be {' or '.join(get_args(FactorInit))}")
+        if self.init != "vocab":
+            raise ValueError(
+                f"init is {self.init!r} and anchor {self.anchor!r}, which says where the prompt starts; leave init "
+                "out, or give anchor none for a product alone"
+            )
+        check_text("anchor", self.anchor, self.init_text)
 
     @classmethod
     def published(cls) -> "DPT":
         """Length 100 and rank 10, both factors U(-0.5, 0.5): entries of the prompt spread by sqrt(rank) / 12."""
-        return cls(length=100, rank=10, init="uniform", scale=1.0)
+        return cls(length=100, rank=10, anchor="none", init="uniform", scale=1.0)
 
-    def build(self, host: Host, generator: torch.Generator) -> DecomposedPrompt:
-        """Uniform factors as published, or the truncated SVD of initial rows.
+    def build(self, host: Host, generator: torch.Generator) -> DecomposedPrompt | AnchoredPrompt:
+        """The anchor and factors that cancel; without one uniform factors as published, or the SVD of initial rows.
 
         Raises:
-            ValueError: the rank exceeds the host's width.
+            ValueError: the rank exceeds the host's width, or the host has nothing that the anchor or init needs.
         """
         if self.rank > host.dim:
             raise ValueError(f"rank is {self.rank}, but the backbone's embeddings are {host.dim} wide; lower the rank")
+        if self.anchor != "none":
+            return self._anchored(host, generator)
         if self.init == "uniform" and host.start is None:
             left = torch.rand(self.length, self.rank, generator=generator) - 0.5
             right = torch.rand(self.rank, host.dim, generator=generator) - 0.5
@@ -103,8 +185,23 @@ class DPT(PromptConfig):
         return decomposed(left, right, host.rms, self.scale)
 
     def count(self, dim: int) -> int:
-        """`rank * (length + dim)`."""
+        """`rank * (length + dim)`, with an anchor or without."""
         return self.rank * (self.length + dim)
+
+    def _anchored(self, host: Host, generator: torch.Generator) -> AnchoredPrompt:
+        source: Init = "words" if self.anchor == "labels" else "text" if self.anchor == "text" else "vocab"
+        if source == "text" and host.start is None and (tokens := len(host.encode(self.init_text))) > self.length:
+            raise ValueError(
+                f"the anchor's text has {tokens} tokens and the prompt a length of {self.length}, so its end would be "
+                "lost; raise the length, or shorten the text"
+            )
+        rows = source_rows(source, self.init_text, self.length, host, generator)
+        if self.factor_init == "gradient":
+            left, right = gradient_factors(start_gradient(host, rows, self.gradient_batches), self.rank)
+        else:
+            left = torch.randn(self.length, self.rank, generator=generator)
+            right = torch.randn(self.rank, host.dim, generator=generator)
+        return AnchoredPrompt(rows, left, right, host.rms / self.rank**0.5 if self.scale is None else self.scale)
 
 
 def _rms(values: Tensor) -> float:

@@ -22,19 +22,26 @@ def initial_rows(
             a warm start of another length.
     """
     check_init(init, text)
-    if host.start is not None:
-        return given_rows(host, length)
-    if init == "uniform":
+    if init == "uniform" and host.start is None:
         return torch.rand(length, host.dim, generator=generator) - 0.5
+    return source_rows(init, text, length, host, generator) / host.rms
+
+
+def source_rows(
+    init: Init, text: str, length: int, host: Host, generator: torch.Generator
+) -> Float[Tensor, "length dim"]:
+    """The warm start or `length` vectors of the host's own, exactly as they are; raises as `initial_rows`."""
+    if host.start is not None:
+        return warm_start(host, length)
     if init == "vocab":
-        rows = host.sample(length, generator)
-    elif init == "text":
-        rows = host.embed(text, length)
-    else:
-        if not host.words:
-            raise ValueError("init is 'words', but the task has no label words; use 'vocab' or 'text'")
-        rows = host.embed("".join(host.words), length)
-    return rows / host.rms
+        return host.sample(length, generator)
+    if init == "text":
+        return host.embed(text, length)
+    if init != "words":
+        raise ValueError(f"{init!r} names no vectors of the host's; use 'vocab', 'text' or 'words'")
+    if not host.words:
+        raise ValueError("the prompt is to start from the task's label words, and it has none; use 'vocab' or 'text'")
+    return host.embed("".join(host.words), length)
 
 
 def initial_matrix(
@@ -50,7 +57,12 @@ def initial_matrix(
 
 
 def given_rows(host: Host, length: int) -> Float[Tensor, "length dim"]:
-    """The host's warm start in units of its RMS.
+    """The host's warm start in units of its RMS; raises as `warm_start`."""
+    return warm_start(host, length) / host.rms
+
+
+def warm_start(host: Host, length: int) -> Float[Tensor, "length dim"]:
+    """The host's warm start as it is.
 
     Raises:
         ValueError: it has another shape than the prompt.
@@ -61,13 +73,58 @@ def given_rows(host: Host, length: int) -> Float[Tensor, "length dim"]:
             f"the prompt to start from is {shape} and the new one {(length, host.dim)}; "
             "give it the same length, and the backbone it was trained on"
         )
-    return host.start / host.rms
+    return host.start.float().clone()
+
+
+def start_gradient(host: Host, rows: Float[Tensor, "length dim"], batches: int) -> Float[Tensor, "length dim"]:
+    """The mean gradient of the loss at the prompt `rows`, over `batches` batches of training rows.
+
+    Raises:
+        ValueError: the host has no training rows to compute it from, or it is zero or not finite.
+    """
+    if host.gradient is None:
+        raise ValueError(
+            "the prompt is to start from the gradient, and there is none: a host gives one where a prompt of one layer "
+            "is about to be trained on a task's rows; choose another start"
+        )
+    found = host.gradient(rows, batches)
+    if not bool(found.isfinite().all()) or not bool(found.any()):
+        raise ValueError(
+            f"the gradient at the start, over {batches} batches, is {'zero' if bool(found.isfinite().all()) else 'NaN'}"
+            ", so it gives no direction to start in; choose another start"
+        )
+    return found
+
+
+def gradient_factors(
+    gradient: Float[Tensor, "length dim"], rank: int
+) -> tuple[Float[Tensor, "length rank"], Float[Tensor, "rank dim"]]:
+    """Factors at unit size whose first step goes along the gradient: `A0 = U[:, r:2r]`, `B0 = V[:, :r]^T`.
+
+    Where the gradient has fewer than `2 * rank` directions, A0 takes the last `rank` of them.
+
+    Reference: Wang et al. 2024, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", theorem 3.1.
+    """
+    length, dim = gradient.shape
+    left, _, right = torch.linalg.svd(gradient.detach().double().cpu(), full_matrices=False)
+    last = min(2 * rank, left.shape[1])
+    return (
+        (left[:, last - rank : last] * length**0.5).float().contiguous(),
+        (right[:rank] * dim**0.5).float().contiguous(),
+    )
 
 
 def check_init(init: Init, text: str) -> None:
     """Refuse a text without `init='text'`, and the other way round."""
-    if (init == "text") != bool(text):
-        raise ValueError(f"init is {init!r} and init_text is {text!r}; a text goes with init 'text', and only with it")
+    check_text("init", init, text)
+
+
+def check_text(name: str, value: str, text: str) -> None:
+    """Refuse a text where the setting `name` is not `text`, and the other way round."""
+    if (value == "text") != bool(text):
+        raise ValueError(
+            f"{name} is {value!r} and init_text is {text!r}; a text goes with {name} 'text', and only with it"
+        )
 
 
 def factorise(

@@ -45,7 +45,8 @@ class SpectralPrompt(PromptOnly):
     def to_dpt(self) -> DecomposedPrompt:
         """The same prompt as the two factors of a DPT of the rank found; train on with it as it is.
 
-        To keep it in a run, build a prompt of the settings `DPT(length=..., rank=...)` and load this one's state.
+        To keep it in a run, build a prompt of the settings `DPT(anchor="none", length=..., rank=...)` and load this
+        one's state.
 
         Raises:
             ValueError: no value is left.

@@ -3,6 +3,7 @@
 from softprompt.rank.bench import Cutting
 from softprompt.rank.burstiness import Burstiness, Distribution, Pair, burstiness, whitened
 from softprompt.rank.functional import Cut, Functional, functional_rank, ranks_up_to
+from softprompt.rank.gradient import GradientPoint, gradient_spectra
 from softprompt.rank.measured import Measured, measure
 from softprompt.rank.paired import Drop, drop
 from softprompt.rank.spectrum import Spectrum, best_part
@@ -16,6 +17,7 @@ __all__ = [
     "Distribution",
     "Drop",
     "Functional",
+    "GradientPoint",
     "Measured",
     "Pair",
     "Spectrum",
@@ -25,6 +27,7 @@ __all__ = [
     "burstiness",
     "drop",
     "functional_rank",
+    "gradient_spectra",
     "measure",
     "ranks_up_to",
     "seeing",

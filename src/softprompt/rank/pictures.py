@@ -8,6 +8,7 @@ from typing import Any
 from softprompt import files
 from softprompt.rank.burstiness import Burstiness, Pair, bin_centres
 from softprompt.rank.functional import Functional
+from softprompt.rank.gradient import GradientPoint
 from softprompt.rank.measured import Measured
 from softprompt.rank.spectrum import Spectrum
 
@@ -65,6 +66,24 @@ def draw_burstiness(found: Burstiness, title: str, folder: Path) -> list[Path]:
     heads.legend(fontsize="small")
     figure.suptitle(title)
     return _save(figure, folder, "burstiness")
+
+
+def draw_gradients(points: Sequence[GradientPoint], title: str, folder: Path) -> list[Path]:
+    """The share of the gradient's energy in its first k directions, a line for each prompt.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    refuse_without_matplotlib()
+    figure = _figure(1, 1)
+    axes = figure.subplots(1, 1)
+    for point in points:
+        ranks = range(1, len(point.spectrum.values) + 1)
+        axes.plot(ranks, [point.energy(rank) for rank in ranks], marker=".", linewidth=1, label=point.at)
+    axes.set(xlabel="directions k", ylabel="share of the gradient's energy", title=title)
+    axes.set_ylim(0, 1.02)
+    _legend(figure)
+    return _save(figure, folder, "gradient_energy")
 
 
 def _figure(columns: int, rows: int) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from softprompt import begin, checkpoint, files, runs
 from softprompt.backbone import Backbone, load
 from softprompt.evaluate import run_splits
+from softprompt.gradients import gradient_on
 from softprompt.prompts import Folded
 from softprompt.rank.spectrum import Spectrum
 from softprompt.runs import Run
@@ -141,7 +142,9 @@ def _of_run(run: Run, backbone: Backbone, checkpoints: bool) -> Subject:
     if not prompt.plain:
         notes.append("it also changes the input's own embeddings, which is left out: the matrix alone is measured")
     try:
-        start = runs.first_prompt(run.experiment, run.task, seeing(run, backbone), warm=True).prompt().detach()
+        seen = seeing(run, backbone)
+        gradient = gradient_on(run.experiment, run.task, seen, lambda: run_splits(run).train)
+        start = runs.first_prompt(run.experiment, run.task, seen, warm=True, gradient=gradient).prompt().detach()
     except (FileNotFoundError, ValueError) as error:  # a warm start whose folder is gone, images that have changed
         start = None
         notes.append(f"its first prompt is not known, so what it learned is not measured ({error})")

@@ -1,0 +1,92 @@
+"""Ultra-low-dimensional prompt tuning: thin vectors through a frozen random projection, then one scale and shift."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from softprompt.prompts.base import Host, PromptConfig, PromptOnly, at_least
+from softprompt.prompts.init import check_scale, given_rows
+
+
+@final
+class ProjectedPrompt(PromptOnly):
+    """`P = scale * ((latent @ projection) * gain + bias)`, the projection frozen."""
+
+    projection: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        latent: Float[Tensor, "prompt rank"],
+        projection: Float[Tensor, "rank dim"],
+        bias: Float[Tensor, " dim"],
+        scale: float,
+    ) -> None:
+        super().__init__()
+        self.latent = nn.Parameter(latent)
+        self.gain = nn.Parameter(torch.ones(projection.shape[1]))
+        self.bias = nn.Parameter(bias)
+        # Saved, `rank * dim` numbers: a seed draws other numbers in another version of torch.
+        self.register_buffer("projection", projection)
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
+
+    def prompt(self) -> Float[Tensor, "prompt dim"]:
+        """The projected vectors, scaled and shifted, in the host's units."""
+        return self.scale * ((self.latent @ self.projection) * self.gain + self.bias)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ULPT(PromptConfig):
+    """`e_i = (z_i P~) * s + b`, P~ random and frozen: `length * rank + 2 * dim` parameters.
+
+    Costs one product a step, nothing after folding; on disk it also keeps the projection, `rank * dim` numbers.
+    Reference: Wu et al. 2025, "Ultra-Low-Dimensional Prompt Tuning via Random Projection"; `latent` is their Z,
+    `projection` their P~, `gain` and `bias` their s and b, `rank` their r.
+    Differs: P~ is N(0, 1) as in the paper, divided by `sqrt(rank)` and in units of the host's embedding RMS, so that
+    the first prompt is at the host's size and one learning rate fits every backbone; with a `scale` it is
+    Xavier-uniform times that scale, as in their code, and `scale=1` is that. A warm start becomes the nearest prompt
+    that the projection allows (`s = 1`, `b` its mean row).
+
+    >>> ULPT(length=100, rank=64).count(768)
+    7936
+    """
+
+    rank: int = 64
+    """Width of the trained vectors; may exceed the length."""
+    scale: float | None = None
+    """Size of one unit of the prompt; none: chosen from the host's embedding RMS."""
+
+    def check(self) -> None:
+        """A rank and a scale that make sense."""
+        super().check()
+        at_least(1, rank=self.rank)
+        check_scale(self.scale)
+
+    @classmethod
+    def published(cls) -> "ULPT":
+        """Length 100 and rank 64, Z ~ N(0, 1) and P~ Xavier uniform."""
+        return cls(length=100, rank=64, scale=1.0)
+
+    def build(self, host: Host, generator: torch.Generator) -> ProjectedPrompt:
+        """Normal vectors through a random projection, `s = 1` and `b = 0`; of a warm start the least-squares fit."""
+        latent = torch.randn(self.length, self.rank, generator=generator)
+        if self.scale is None:
+            projection, scale = torch.randn(self.rank, host.dim, generator=generator) / self.rank**0.5, host.rms
+        else:
+            bound = (6 / (self.rank + host.dim)) ** 0.5
+            projection = torch.empty(self.rank, host.dim).uniform_(-bound, bound, generator=generator)
+            scale = self.scale
+        bias = torch.zeros(host.dim)
+        if host.start is not None:
+            rows = given_rows(host, self.length) * (host.rms / scale)
+            bias = rows.mean(0)
+            latent = torch.linalg.lstsq(projection.double().T, (rows - bias).double().T).solution.T.float().contiguous()
+        return ProjectedPrompt(latent, projection, bias, scale)
+
+    def count(self, dim: int) -> int:
+        """`length * rank + 2 * dim`."""
+        return self.length * self.rank + 2 * dim

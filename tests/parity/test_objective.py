@@ -1,0 +1,240 @@
+"""The training objective, its interpolation and the gradient at a start, against the model's forward, row by row."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from softprompt import Backbone, Experiment, Plain, Training, attach, open_run, train
+from softprompt.evaluate import read_splits
+from softprompt.gradients import gradient_on
+from softprompt.objective import Objective
+from softprompt.optimise import Optimiser
+from softprompt.processes import Processes
+from softprompt.prompts import Folded
+from softprompt.tasks import Example, Task, answer_ids, encode, load_task, schedule
+from softprompt.together import together
+from softprompt.train import training as steps_of
+
+MakeBackbone = Callable[[str], Backbone]
+WHOLE_WORDS = {
+    "Billing": "bil",
+    "Sales": "sal",
+    "Returns": "ret",
+    "Login": "login",
+    "Delivery": "delivery",
+    "Other": "ot",
+}
+"""Label words that the tests' tokenizer keeps whole."""
+WEIGHTS = (0.0, 0.3, 1.0)
+
+
+@pytest.fixture(scope="module")
+def one_token_task(ticket_task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same rows with label words of a token each, which one mask holds."""
+    file = tmp_path_factory.mktemp("words") / "tickets.toml"
+    words = "".join(f'{label} = "{word}"\n' for label, word in WHOLE_WORDS.items())
+    rows = ticket_task.parent / "train.csv"
+    file.write_text(f'train = "{rows}"\ntemplate = "Ticket: {{text}}\\nQueue:"\nlabel = "queue"\n[words]\n{words}')
+    return file
+
+
+def examples_of(backbone: Backbone, task: Task, closing: bool, file: Path) -> list[Example]:
+    rows = read_splits(Experiment(task=str(file)), task).train
+    return encode(task, backbone.tokenizer, rows, 64, closing=closing)[0]
+
+
+def word_score(backbone: Backbone, prompt: Tensor, ids: tuple[int, ...], word: tuple[int, ...]) -> Tensor:
+    """log P(word | prompt, text) of one row by itself, through the model's own forward."""
+    model = backbone.model
+    embed = model.get_input_embeddings()
+    if backbone.architecture == "causal":
+        embeds = torch.cat([prompt, embed(torch.tensor([*ids, *word]))])
+        logits = model(inputs_embeds=embeds[None]).logits[0, -len(word) - 1 : -1]
+        targets = word
+    elif backbone.architecture == "encoder_decoder":
+        targets = (*word, 1)
+        embeds = torch.cat([prompt, embed(torch.tensor(ids))])
+        labels = torch.tensor([[2, *word]])
+        logits = model(inputs_embeds=embeds[None], decoder_input_ids=labels).logits[0]
+    else:
+        masked = [*ids[:-1], backbone.tokenizer.mask_token_id, ids[-1]]
+        own = embed(torch.tensor(masked))
+        embeds = torch.cat([own[:1], prompt, own[1:]])
+        logits, targets = model(inputs_embeds=embeds[None]).logits[0, -2:-1], word
+    return logits.log_softmax(-1)[torch.arange(len(targets)), torch.tensor(targets)].sum()
+
+
+CASES = [("llama", "several"), ("llama", "one"), ("t5", "several"), ("bert_mlm", "one")]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: "-".join(case))
+def case(
+    request: pytest.FixtureRequest, tiny_backbone: MakeBackbone, ticket_task: Path, one_token_task: Path
+) -> tuple[Backbone, Task, list[Example]]:
+    name, words = request.param
+    backbone, file = tiny_backbone(name), ticket_task if words == "several" else one_token_task
+    task = load_task(str(file))
+    assert (max(map(len, answer_ids(task, backbone.tokenizer))) > 1) == (words == "several")
+    return backbone, task, examples_of(backbone, task, backbone.architecture != "causal", file)[:7]
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_losses_and_gradients_are_those_of_rows_alone(
+    weight: float, case: tuple[Backbone, Task, list[Example]]
+) -> None:
+    """`CE among the label words + weight * -log P(label words)`; at 1 the answer's own negative log-probability."""
+    backbone, task, rows = case
+    start = 0.5 * torch.randn(4, backbone.dim, generator=torch.Generator().manual_seed(2))
+    ours, theirs = (start.clone().requires_grad_() for _ in range(2))
+    prompt = Folded(ours)
+    objective = Objective(attach(backbone, prompt), task, Training(vocabulary_weight=weight))
+    found = objective.losses(rows)
+    words, wanted = answer_ids(task, backbone.tokenizer), []
+    for row in rows:
+        scores = torch.stack([word_score(backbone, theirs, row.input_ids, word) for word in words])
+        among = -scores.log_softmax(0)[row.label]
+        wanted.append(among - weight * scores.exp().sum().log())
+        if weight == 1:
+            torch.testing.assert_close(wanted[-1], -scores[row.label])
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-4, atol=1e-5)
+    found.sum().backward()
+    torch.stack(wanted).sum().backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4 * float(theirs.grad.abs().max()))
+
+
+def test_a_mean_is_over_rows_but_at_weight_1_over_tokens(case: tuple[Backbone, Task, list[Example]]) -> None:
+    backbone, task, rows = case
+    attachment = attach(backbone, Folded(torch.zeros(2, backbone.dim)))
+    weights = [Objective(attachment, task, Training(vocabulary_weight=one)).weight(rows) for one in WEIGHTS]
+    tokens = sum(len(attachment.target(row.answer_ids)) for row in rows)
+    assert weights == [len(rows), len(rows), tokens]
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_gradient_at_a_start_is_the_mean_over_the_first_batches(
+    weight: float, accumulate: int, tiny_backbone: MakeBackbone, ticket_task: Path
+) -> None:
+    backbone, task, batches = tiny_backbone("llama"), load_task(str(ticket_task)), 3
+    settings = Training(batch=5, vocabulary_weight=weight, accumulate=accumulate)
+    experiment = Experiment(task=str(ticket_task), seed=4, training=settings)
+    table = read_splits(experiment, task).train
+    start = 0.5 * torch.randn(4, backbone.dim, generator=torch.Generator().manual_seed(2))
+    found = gradient_on(experiment, task, backbone, table)(start, batches)
+    assert not found.requires_grad
+    examples = encode(task, backbone.tokenizer, table, 512)[0]
+    order = schedule([len(example.input_ids) for example in examples], 5, 4)
+    leaf, words = start.clone().requires_grad_(), answer_ids(task, backbone.tokenizer)
+    total = torch.zeros(())
+    for _ in range(batches):
+        rows = [examples[place] for place in next(order)[1]]
+        loss, tokens = torch.zeros(()), 0
+        for row in rows:
+            scores = torch.stack([word_score(backbone, leaf, row.input_ids, word) for word in words])
+            loss = loss + (1 - weight) * scores.logsumexp(0) - scores[row.label]
+            tokens += len(row.answer_ids)
+        total = total + loss / (tokens if weight == 1 else len(rows))
+    (total / batches).backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(found, leaf.grad, rtol=1e-3, atol=1e-4 * float(leaf.grad.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["bert", "dinov2"])
+def test_the_gradient_through_a_head_is_finite_and_not_zero(
+    name: str, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
+) -> None:
+    backbone, task = tiny_backbone(name), load_task(str(ticket_task))
+    if name == "dinov2":
+        pytest.importorskip("PIL")
+        from PIL import Image
+
+        for label in ("a", "b"):
+            (tmp_path / label).mkdir()
+            for number in range(9):
+                Image.effect_noise((40, 40), 9 + 30 * number).convert("RGB").save(tmp_path / label / f"{number}.png")
+        task = load_task(str(tmp_path))
+    experiment = Experiment(task=str(tmp_path if name == "dinov2" else ticket_task), training=Training(batch=4))
+    start = torch.randn(3, backbone.dim, generator=torch.Generator().manual_seed(2))
+    found = gradient_on(experiment, task, backbone, lambda: read_splits(experiment, task).train)(start, 2)
+    assert found.shape == start.shape
+    assert bool(found.isfinite().all())
+    assert bool(found.any())
+
+
+def experiment_of(folder: Path, task: Path, **settings: Any) -> Experiment:
+    whole = Training(**{"steps": 3, "batch": 6, "evaluate_every": 3, "lr": 0.003, **settings})
+    return Experiment(backbone=str(folder), task=str(task), prompt=Plain(length=3), training=whole, dtype="float32")
+
+
+def test_weights_between_lie_between(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
+    first = []
+    for weight in (0.0, 0.25, 0.75):
+        run = train(experiment_of(llama_folder, ticket_task, vocabulary_weight=weight), out=tmp_path)
+        assert open_run(run.folder).experiment.training.vocabulary_weight == weight
+        first.append(next(iter(run.metrics()))["loss"])
+    assert first[0] < first[1] < first[2]
+    assert (first[2] - first[0]) / (first[1] - first[0]) == pytest.approx(3, rel=1e-4)
+
+
+def test_concurrent_trainings_of_other_weights_share_no_pass(
+    llama_folder: Path, ticket_task: Path, tiny_backbone: MakeBackbone, tmp_path: Path
+) -> None:
+    backbone = tiny_backbone("llama")
+    task = load_task(str(ticket_task))
+
+    def kind(weight: float) -> Any:
+        one = experiment_of(llama_folder, ticket_task, vocabulary_weight=weight)
+        prompt = Plain(length=3).build(backbone.host(), torch.Generator())
+        return Optimiser(attach(backbone, prompt), one, task, Processes(cpu=True)).kind
+
+    assert kind(0.0) == kind(0.0) != kind(0.3) != kind(0.6)
+    assert kind(1.0) == kind(1.0) != kind(0.0)
+    experiments = [
+        experiment_of(llama_folder, ticket_task, vocabulary_weight=weight) for weight in (0.0, 0.5, 0.5, 1.0)
+    ]
+    experiments[2] = experiments[2].replace(seed=1)
+    runs = sorted(
+        together([steps_of(one, out=tmp_path, name=f"run-{at}") for at, one in enumerate(experiments)], 4),
+        key=lambda run: run.name,
+    )
+    for one, run in zip(experiments, runs, strict=True):
+        by_itself = train(one, out=tmp_path / "alone")
+        ours, theirs = ([line["loss"] for line in which.metrics()] for which in (run, by_itself))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.2, 1.0])
+def test_a_head_has_no_words_to_weigh(
+    weight: float, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    tiny_backbone("bert").model.save_pretrained(folder)
+    tiny_backbone("bert").tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="answers through a trained head, which gives no probability to words"):
+        train(experiment_of(folder, ticket_task, vocabulary_weight=weight), out=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.5, float("nan")])
+def test_a_weight_beyond_its_range_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match=r"vocabulary_weight is .*; it must be from 0 to 1"):
+        Training(vocabulary_weight=weight)
+
+
+def test_texts_take_the_vocabulary_whatever_the_weight(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
+    file = tmp_path / "texts.toml"
+    rows = ticket_task.parent / "train.csv"
+    file.write_text(
+        f'train = "{rows}"\ntemplate = "Ticket: {{text}}\\nQueue:"\ntarget = "queue"\nmetrics = ["exact_match"]\n'
+    )
+    losses = []
+    for weight in (0.0, 0.5, 1.0):
+        one = experiment_of(llama_folder, file, vocabulary_weight=weight, max_new_tokens=2, dev_rows=4, test_rows=4)
+        losses.append([line["loss"] for line in train(one, out=tmp_path / "runs").metrics()])
+    assert losses[0] == losses[1] == losses[2]
