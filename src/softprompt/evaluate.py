@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from softprompt.attach import Attachment
-from softprompt.backbone import Backbone, load
+from softprompt.backbone import Backbone
 from softprompt.experiment import Experiment
 from softprompt.predict import Answer, answer, input_limit
 from softprompt.runs import Run
@@ -20,7 +20,7 @@ def evaluate(
     task: str | None = None,
     data: str | None = None,
     split: str = "test",
-    backbone: Backbone | None = None,
+    backbone: Backbone | str | None = None,
 ) -> Score:
     """The score of a finished run on a split of its own task, or of another one.
 
@@ -28,7 +28,7 @@ def evaluate(
         task: a built-in task's name or a TOML file; none: the run's own.
         data: where the rows are, as `Experiment.data`; none: where the run had them, or where that other task says.
         split: `test`, `dev` or `train`.
-        backbone: the run's own, if it is loaded already.
+        backbone: the run's own, loaded or as `load_backbone` takes it; none: where the run had it.
 
     Raises:
         ValueError: an unknown split, or one that the task has not.
@@ -43,7 +43,7 @@ def evaluate(
         rows = splits(chosen, data, experiment.seed)
     if not len(getattr(rows, split)):
         raise ValueError(f"task {chosen.name!r} has no {split} rows; it can only be scored on its test split")
-    backbone = backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
+    backbone = run.backbone(backbone)
     attachment = run.attachment(backbone)
     limit = input_limit(attachment, chosen, experiment.training)
     examples = encode(chosen, backbone.tokenizer, getattr(rows, split), limit, closing=attachment.closed)[0]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softprompt import beginnings
 from softprompt.attach import Attachment, Prepared
-from softprompt.backbone import Backbone, load
+from softprompt.backbone import Backbone
 from softprompt.experiment import Training
 from softprompt.runs import Run
 from softprompt.tasks import Example, Task, answer_ids, collate, encode
@@ -33,16 +33,16 @@ class Answer:
     """Of each label among the task's labels, in a classification."""
 
 
-def predict(run: Run, rows: Sequence[Mapping[str, Any]], *, backbone: Backbone | None = None) -> list[Answer]:
+def predict(run: Run, rows: Sequence[Mapping[str, Any]], *, backbone: Backbone | str | None = None) -> list[Answer]:
     """The run's answers to `rows`, which need the template's columns and no label.
 
     Args:
-        backbone: the run's own, if it is loaded already; else it is loaded as in training.
+        backbone: the run's own, loaded or as `load_backbone` takes it; none: where the run had it.
 
     Raises:
         ValueError: a row lacks a column, or the run is not finished.
     """
-    backbone = backbone or load(run.experiment.backbone, dtype=run.experiment.backbone_dtype)
+    backbone = run.backbone(backbone)
     attachment = run.attachment(backbone)
     limit = input_limit(attachment, run.task, run.experiment.training)
     examples = encode(run.task, backbone.tokenizer, rows, limit, closing=attachment.closed, answers=False)[0]

@@ -22,6 +22,7 @@ def evaluate_(
     task: str | None = None,
     data: str | None = None,
     split: Literal["test", "dev", "train"] = "test",
+    backbone: str | None = None,
 ) -> dict[str, Any]:
     """Score a run.
 
@@ -30,12 +31,13 @@ def evaluate_(
         task: Another task than the run's own: a name, or a TOML file.
         data: Where the rows are, as in train; none: where the run had them, or where that other task says.
         split: Which rows.
+        backbone: Where the run's backbone lies now, as in train; none: where the run had it.
     """
     from softprompt import runs
     from softprompt.evaluate import evaluate
 
     opened = runs.open_run(run)
-    score = evaluate(opened, task=task, data=data, split=split)
+    score = evaluate(opened, task=task, data=data, split=split, backbone=backbone)
     return {
         "command": "evaluate",
         "run": str(run),
@@ -49,6 +51,7 @@ def predict_(
     run: RunFolder,
     input: Path,
     output: Path | None = None,
+    backbone: str | None = None,
 ) -> dict[str, Any]:
     """Answer the rows of a file.
 
@@ -57,6 +60,7 @@ def predict_(
         input: CSV, TSV, JSONL, JSON or Parquet with the template's columns; a label is not needed. For a run of images
             also an image, or a folder of images.
         output: Where the answers go, as JSONL; none: on stdout, a line a row.
+        backbone: Where the run's backbone lies now, as in train; none: where the run had it.
     """
     from softprompt import files, runs
     from softprompt.predict import predict
@@ -64,7 +68,7 @@ def predict_(
 
     opened = runs.open_run(run)
     rows = unlabelled(opened.task, input) if opened.task.image else list(read_rows(input))
-    answers = predict(opened, rows)
+    answers = predict(opened, rows, backbone=backbone)
     lines = [
         runs.json_line(_answer_json(found, opened.task.image and opened.task.render(rows[found.row])))
         for found in answers

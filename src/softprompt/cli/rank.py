@@ -37,19 +37,22 @@ def rank_(
         samples: Input vectors for --burstiness.
         out: Folder for pictures (PNG and SVG) and all numbers (rank.json); none: neither.
     """
-    if burstiness_ and (checkpoints or functional or suggest or cutting != Cutting()):
-        raise ValueError("--burstiness is of a backbone and not of a prompt; give it with --samples and --out alone")
-    if cutting != Cutting() and not (functional or suggest):
+    cuts = dataclasses.replace(cutting, backbone=None) != Cutting()
+    if burstiness_ and (checkpoints or functional or suggest or cuts):
+        raise ValueError(
+            "--burstiness is of a backbone and not of a prompt; give it with --samples, --backbone and --out alone"
+        )
+    if cuts and not (functional or suggest):
         raise ValueError("the flags of a cut do nothing without --functional or --suggest; give one of these too")
     if suggest and cutting.part != "prompt":
         raise ValueError(f"--suggest reads a rank off cuts of the prompt itself; leave --part {cutting.part} out")
     if out is not None:
         refuse_without_matplotlib()
-    result = _burstiness(source, samples, out) if burstiness_ else {}
+    result = _burstiness(source, samples, cutting.backbone, out) if burstiness_ else {}
     if not burstiness_:
         terminal = Terminal()
         way = cutting if functional or suggest else None
-        found = measure(source, checkpoints=checkpoints, functional=way, watch=terminal)
+        found = measure(source, checkpoints=checkpoints, functional=way, backbone=cutting.backbone, watch=terminal)
         result = _ranks(found, suggest, out)
     result = {"command": "rank", "source": source, **result}
     if out is not None:
@@ -127,12 +130,14 @@ def _show_functional(found: Measured) -> None:
         console.print("the full prompt does not beat the majority answer on these rows, so its ranks say little")
 
 
-def _burstiness(source: str, samples: int, out: Path | None) -> dict[str, Any]:
+def _burstiness(source: str, samples: int, moved: str | None, out: Path | None) -> dict[str, Any]:
     path = Path(source).expanduser()
     if (path / runs.RECORD).is_file():
         run = runs.open_run(path)
-        backbone = seeing(run, load(run.experiment.backbone, dtype=run.experiment.backbone_dtype))
+        backbone = seeing(run, run.backbone(moved))
     else:
+        if moved is not None:
+            raise ValueError(f"{source} is no run, so it is a backbone itself; leave --backbone out")
         backbone = load(source)
         if backbone.architecture == "vision":
             raise ValueError(f"{source} sees images, of which none are given; give a run, for its training images")
