@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from softprompt.attach import Attachment
-from softprompt.backbone import Backbone, load
+from softprompt.backbone import Backbone
 from softprompt.experiment import Experiment
 from softprompt.predict import Answer, answer, input_limit
 from softprompt.runs import Run, opened
@@ -39,7 +39,7 @@ def evaluate(
     task: str | None = None,
     data: str | None = None,
     split: str | None = None,
-    backbone: Backbone | None = None,
+    backbone: Backbone | str | None = None,
 ) -> Score:
     """The score of a finished run on a split of its own task, on another task, or on all rows of a file.
 
@@ -49,7 +49,7 @@ def evaluate(
         data: a file (of images also a folder of class folders), all of whose rows are scored; or the official folder
             of a built-in task, of which the split is scored. None: the rows that the run had, or those of `task`.
         split: `test` (the default), `dev` or `train`; not with a file, which is scored whole.
-        backbone: the run's own, if it is loaded already.
+        backbone: the run's own, loaded or as `load_backbone` takes it; none: where the run had it.
 
     Raises:
         FileNotFoundError: the rows are no longer where the run had them, or there is no `data`.
@@ -63,7 +63,7 @@ def evaluate(
     rows, split = _rows_to_score(run, chosen, data, split, own=task is None)
     if not len(getattr(rows, split)):
         raise ValueError(f"task {chosen.name!r} has no {split} rows; it can only be scored on its test split")
-    backbone = backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
+    backbone = run.backbone(backbone)
     attachment = run.attachment(backbone)
     _refuse_other_classes(run, attachment, chosen)
     limit = input_limit(attachment, chosen, experiment.training)

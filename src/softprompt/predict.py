@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softprompt import beginnings
 from softprompt.attach import Attachment, Prepared
-from softprompt.backbone import Backbone, load
+from softprompt.backbone import Backbone
 from softprompt.experiment import Training
 from softprompt.runs import Run, opened
 from softprompt.tasks import Example, Task, answer_ids, collate, encode
@@ -34,7 +34,7 @@ class Answer:
     """Of each label among the task's labels, in a classification."""
 
 
-def predict(run: Run | str | Path, rows: Any, *, backbone: Backbone | None = None) -> list[Answer]:
+def predict(run: Run | str | Path, rows: Any, *, backbone: Backbone | str | None = None) -> list[Answer]:
     """The run's answers to `rows`, which need the template's columns and no label.
 
     Args:
@@ -42,7 +42,7 @@ def predict(run: Run | str | Path, rows: Any, *, backbone: Backbone | None = Non
         rows: a list of rows (each a mapping of columns), a table (`datasets.Dataset`, pandas or polars data frame), or
             one row; where the template reads one column also a list of its texts, or one text. An image is its path,
             or its bytes as `datasets` has them.
-        backbone: the run's own, if it is loaded already; else it is loaded as in training.
+        backbone: the run's own, loaded or as `load_backbone` takes it; none: where the run had it.
 
     Raises:
         ValueError: `rows` is none of these, a row lacks a column, or the run is not finished.
@@ -51,7 +51,7 @@ def predict(run: Run | str | Path, rows: Any, *, backbone: Backbone | None = Non
     table = _table(run.task, rows)
     if not table:
         return []
-    backbone = backbone or load(run.experiment.backbone, dtype=run.experiment.backbone_dtype)
+    backbone = run.backbone(backbone)
     attachment = run.attachment(backbone)
     limit = input_limit(attachment, run.task, run.experiment.training)
     examples = encode(run.task, backbone.tokenizer, table, limit, closing=attachment.closed, answers=False)[0]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from softprompt import __version__, files
 from softprompt.attach import Attachment, attach, fresh_head
-from softprompt.backbone import Backbone
+from softprompt.backbone import Backbone, load
 from softprompt.baseline import tune
 from softprompt.experiment import Experiment
 from softprompt.prompts import Folded, SoftPrompt
@@ -68,6 +68,32 @@ class Run:
         files.write_text(self.folder / RECORD, json.dumps(record, indent=1))
         return Run(self.folder, self.experiment, self.task, record)
 
+    def backbone(self, given: Backbone | str | None = None) -> Backbone:
+        """The backbone that this run was trained on, loaded.
+
+        Args:
+            given: a loaded one, which is taken as it is; or a source as `load_backbone` takes it, for weights that lie
+                elsewhere now: loaded in the run's dtype, so that they can be told from others.
+
+        Raises:
+            FileNotFoundError: it is not where the run recorded it, nor at `given`.
+            ValueError: the weights at `given` are not the run's, or as `load_backbone` raises.
+        """
+        if isinstance(given, Backbone):
+            return given
+        if given is not None:
+            found = load(given, dtype=self.record["backbone"]["dtype"])
+            self._refuse_other(found)
+            return found
+        recorded = self.experiment.backbone
+        try:
+            return load(recorded, dtype=self.experiment.backbone_dtype)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"run {self.folder} recorded the backbone {recorded}, which cannot be loaded ({error}); if it lies "
+                "elsewhere now, give that place with --backbone"
+            ) from error
+
     def prompt(self, backbone: Backbone) -> SoftPrompt:
         """The trained prompt, for `backbone`.
 
@@ -84,6 +110,9 @@ class Run:
     def _refuse_unfit(self, backbone: Backbone) -> None:
         if self.results is None:
             raise ValueError(f"run {self.folder} is not finished; go on with: softprompt train --resume {self.folder}")
+        self._refuse_other(backbone)
+
+    def _refuse_other(self, backbone: Backbone) -> None:
         if (width := self.record["backbone"]["dim"]) != backbone.dim:
             raise ValueError(
                 f"run {self.folder} was trained on {self.experiment.backbone} ({width} wide), and {backbone.source} is "
@@ -190,6 +219,8 @@ def create(experiment: Experiment, task: Task, backbone: Backbone, out: Path, na
         FileExistsError: `name` is given and taken.
         ValueError: `name` is no plain folder name.
     """
+    stem = f"{task.name}-{experiment.method}-{experiment.seed}"
+    files.check_name(stem, "run name")
     check_place(out, name)
     record = {
         "format": _FORMAT,
@@ -209,7 +240,6 @@ def create(experiment: Experiment, task: Task, backbone: Backbone, out: Path, na
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "results": None,
     }
-    stem = f"{task.name}-{experiment.method}-{experiment.seed}"
     return Run(_claim(out, name, stem, json.dumps(record, indent=1)), experiment, task, record)
 
 
@@ -221,10 +251,10 @@ def check_place(out: Path, name: str | None) -> None:
         ValueError: `name` is no plain folder name.
         OSError: nothing can be written in `out`.
     """
-    if name is not None and (not name or name != Path(name).name or name.startswith(".")):
-        raise ValueError(f"run name {name!r} is no plain folder name; leave out slashes and leading dots")
-    if name is not None and (out / name).exists():
-        raise FileExistsError(_taken(out / name))
+    if name is not None:
+        files.check_name(name, "run name")
+        if (out / name).exists():
+            raise FileExistsError(_taken(out / name))
     above = out.expanduser().absolute()
     while not above.exists():
         above = above.parent
@@ -290,7 +320,7 @@ def read_prompt(folder: Path, backbone: Backbone) -> SoftPrompt:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"{str(folder)!r} holds neither a run ({RECORD}) nor a PEFT prompt ({file.name})")
-    tensors = files.read_tensors(file)
+    tensors = files.read_tensors(file, "save the PEFT prompt again, or fetch it again")
     if "prompt_embeddings" not in tensors or len(tensors) > 1:
         raise ValueError(
             f"{file} holds {', '.join(sorted(tensors))}; a plain PEFT prompt holds prompt_embeddings alone"

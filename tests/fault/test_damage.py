@@ -269,7 +269,7 @@ def test_of_many_runs_with_one_name_one_wins(whole: Run, tmp_path: Path, tiny_ba
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "/absolute"])
 def test_a_name_that_is_no_folders(name: str, whole: Run, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no plain folder name; leave out slashes and leading dots"):
+    with pytest.raises(ValueError, match=r"is no plain folder name: "):
         train(whole.experiment, out=tmp_path / "out", name=name)
     assert not (tmp_path / "out").exists()
 

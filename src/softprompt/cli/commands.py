@@ -22,6 +22,7 @@ def evaluate_(
     task: str | None = None,
     data: str | None = None,
     split: Literal["test", "dev", "train"] | None = None,
+    backbone: str | None = None,
 ) -> dict[str, Any]:
     """Score a run.
 
@@ -31,12 +32,13 @@ def evaluate_(
         data: A file of rows (of images also a folder), all of which are scored, or a benchmark's official folder; none:
             where the run had its rows, or where that other task says.
         split: Which rows; none: test. Not with a file, which is scored whole.
+        backbone: Where the run's backbone lies now, as in train; none: where the run had it.
     """
     from softprompt import runs
     from softprompt.evaluate import evaluate
 
     opened = runs.open_run(run)
-    score = evaluate(opened, task=task, data=data, split=split)
+    score = evaluate(opened, task=task, data=data, split=split, backbone=backbone)
     if score.warning:
         console.print(f"note: {score.warning}")
     return {
@@ -53,6 +55,7 @@ def predict_(
     run: RunFolder,
     input: Path,
     output: Path | None = None,
+    backbone: str | None = None,
 ) -> dict[str, Any]:
     """Answer the rows of a file.
 
@@ -61,6 +64,7 @@ def predict_(
         input: CSV, TSV, JSONL, JSON or Parquet with the template's columns; a label is not needed. For a run of images
             also an image, or a folder of images.
         output: Where the answers go, as JSONL; none: on stdout, a line a row. Rows are counted from 1.
+        backbone: Where the run's backbone lies now, as in train; none: where the run had it.
     """
     from softprompt import files, runs
     from softprompt.predict import predict
@@ -68,7 +72,7 @@ def predict_(
 
     opened = runs.open_run(run)
     rows = unlabelled(opened.task, input) if opened.task.image else list(task_rows(opened.task, input, answers=False))
-    answers = predict(opened, rows)
+    answers = predict(opened, rows, backbone=backbone)
     lines = [
         runs.json_line(_answer_json(found, opened.task.image and opened.task.render(rows[found.row])))
         for found in answers

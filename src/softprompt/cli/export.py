@@ -17,6 +17,7 @@ def export_(
     to: FormatName = "peft",
     output: Path | None = None,
     words: tuple[str, ...] = (),
+    backbone: str | None = None,
 ) -> dict[str, Any]:
     """Write runs' prompts for other software, read the files back and compare.
 
@@ -25,6 +26,7 @@ def export_(
         to: The format; see docs/export.md.
         output: The folder to write; none: RUN-FORMAT beside the first run.
         words: With vocab: what a run's prompt is called in text, NAME=<word>; by default <prompt-NAME>.
+        backbone: Where the runs' backbone lies now, as in train; none: where they had it.
     """
     if not runs_:
         raise ValueError("no run is given; name at least one run's folder")
@@ -35,5 +37,5 @@ def export_(
     named = dict(word.split("=", 1) for word in words)
     if len(named) < len(words):
         raise ValueError(f"words names a run twice ({', '.join(words)}); give each run one word")
-    measured = export_runs(opened, FORMATS[to], folder, words=named)
+    measured = export_runs(opened, FORMATS[to], folder, backbone=backbone, words=named)
     return {"command": "export", "runs": [str(run) for run in runs_], "to": to, "output": str(folder), **measured}

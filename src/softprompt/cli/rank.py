@@ -47,26 +47,29 @@ def rank_(
         batches: Batches of training rows that the gradient of --gradient is the mean of.
         out: Folder for pictures (PNG and SVG) and all numbers (rank.json); none: neither.
     """
-    if burstiness_ and (checkpoints or functional or suggest or cutting != Cutting()):
-        raise ValueError("--burstiness is of a backbone and not of a prompt; give it with --samples and --out alone")
+    cuts = dataclasses.replace(cutting, backbone=None) != Cutting()
+    if burstiness_ and (checkpoints or functional or suggest or cuts):
+        raise ValueError(
+            "--burstiness is of a backbone and not of a prompt; give it with --samples, --backbone and --out alone"
+        )
     if gradient:
         if burstiness_ or functional or suggest or cutting != Cutting(task=cutting.task, data=cutting.data):
             raise ValueError("--gradient goes with --task, --data, --length, --batches, --checkpoints and --out alone")
     elif length is not None or batches != 8:
         raise ValueError("--length and --batches do nothing without --gradient; give it too, or leave them out")
-    elif cutting != Cutting() and not (functional or suggest):
+    elif cuts and not (functional or suggest):
         raise ValueError("the flags of a cut do nothing without --functional or --suggest; give one of these too")
     if suggest and cutting.part != "prompt":
         raise ValueError(f"--suggest reads a rank off cuts of the prompt itself; leave --part {cutting.part} out")
     if out is not None:
         refuse_without_matplotlib()
-    result = _burstiness(source, samples, out) if burstiness_ else {}
+    result = _burstiness(source, samples, cutting.backbone, out) if burstiness_ else {}
     if gradient:
         result = _gradients(source, cutting, length, batches, checkpoints, out)
     elif not burstiness_:
         terminal = Terminal()
         way = cutting if functional or suggest else None
-        found = measure(source, checkpoints=checkpoints, functional=way, watch=terminal)
+        found = measure(source, checkpoints=checkpoints, functional=way, backbone=cutting.backbone, watch=terminal)
         result = _ranks(found, suggest, out)
     result = {"command": "rank", "source": source, **result}
     if out is not None:
@@ -183,12 +186,14 @@ def _gradients(
     return result
 
 
-def _burstiness(source: str, samples: int, out: Path | None) -> dict[str, Any]:
+def _burstiness(source: str, samples: int, moved: str | None, out: Path | None) -> dict[str, Any]:
     path = Path(source).expanduser()
     if (path / runs.RECORD).is_file():
         run = runs.open_run(path)
-        backbone = seeing(run, load(run.experiment.backbone, dtype=run.experiment.backbone_dtype))
+        backbone = seeing(run, run.backbone(moved))
     else:
+        if moved is not None:
+            raise ValueError(f"{source} is no run, so it is a backbone itself; leave --backbone out")
         backbone = load(source)
         if backbone.architecture == "vision":
             raise ValueError(f"{source} sees images, of which none are given; give a run, for its training images")

@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from softprompt import files
-from softprompt.backbone import Backbone, load
+from softprompt.backbone import Backbone
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.runs import Run
 
@@ -66,14 +66,15 @@ def export_runs(
     form: Format,
     folder: Path,
     *,
-    backbone: Backbone | None = None,
+    backbone: Backbone | str | None = None,
     words: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write the prompts of `runs` into the new folder `folder`, read it back and compare; what was measured.
 
     Args:
         form: a value of `FORMATS`.
-        backbone: the runs' own, if it is loaded already.
+        backbone: the runs' own, loaded or as `load_backbone` takes it, and named in the export; none: where the first
+            run had it.
         words: what a run's prompt is called in text, by the run's folder name; others are called `<prompt-NAME>`.
 
     Raises:
@@ -89,8 +90,7 @@ def export_runs(
         raise ValueError(f"{form.name} has no words for its prompts; leave --words out, or export to vocab")
     _refuse_mixed(runs, backbone)
     names = _words([run.folder.resolve().name for run in runs], words or {})
-    first = runs[0].experiment
-    backbone = backbone or load(first.backbone, dtype=first.backbone_dtype)
+    backbone = runs[0].backbone(backbone)
     trained = [_trained(run, backbone, name, word) for run, (name, word) in zip(runs, names.items(), strict=True)]
     for one in trained:
         if own := one.run.experiment.own_layout:
@@ -183,10 +183,12 @@ def text_notes(backbone: Backbone) -> dict[str, Any]:
     return {"backbone": backbone.base, "dim": backbone.dim, "layout": "the prompt, then the text's own tokens"}
 
 
-def _refuse_mixed(runs: Sequence[Run], backbone: Backbone | None) -> None:
-    """A backbone that is given has a dtype of its own, which the runs' then leave alone."""
+def _refuse_mixed(runs: Sequence[Run], backbone: Backbone | str | None) -> None:
+    """A loaded backbone has a dtype of its own, which the runs' then leave alone; equal weights may lie anywhere."""
     recorded = [run.record["backbone"] for run in runs]
-    kinds = {one["base"] if backbone else f"{one['base']} in {one['dtype']}" for one in recorded}
+    if len({one["hash"] for one in recorded}) == 1:
+        return
+    kinds = {one["base"] if isinstance(backbone, Backbone) else f"{one['base']} in {one['dtype']}" for one in recorded}
     if len(kinds) > 1:
         raise ValueError(
             f"the runs were trained on {', '.join(sorted(kinds))}; one export holds prompts of one backbone and dtype"
@@ -203,6 +205,8 @@ def _words(names: Sequence[str], words: Mapping[str, str]) -> dict[str, str]:
         raise ValueError(f"two runs are named {twice[0]!r}; rename one of the folders")
     if unknown := sorted(set(words) - set(names)):
         raise ValueError(f"words names {unknown[0]!r}, which is none of the runs {', '.join(names)}")
+    for name in names:
+        files.check_name(name, "the run's folder")
     found = {name: words.get(name, f"<prompt-{name}>") for name in names}
     for name, word in found.items():
         if not _WORD.fullmatch(word):

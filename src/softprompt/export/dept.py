@@ -18,6 +18,7 @@ from softprompt.export.base import Format, Trained, close
 from softprompt.prompts.dept import DePT, OffsetPrompt
 
 _TYPE = "PROMPT_TUNING_LORA"
+_ADVICE = "the adapter is incomplete: fetch its folder again"
 _PROMPT, _LEFT, _RIGHT = (
     "prompt_embeddings",
     "prompt_encoder.lora_embedding_A",
@@ -44,10 +45,10 @@ def read_dept(folder: Path) -> PublishedDePT:
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or it is no DePT adapter.
     """
-    settings = files.read_json(folder / "adapter_config.json")
+    settings = files.read_json(folder / "adapter_config.json", _ADVICE)
     if settings.get("peft_type") != _TYPE:
         raise ValueError(f"{folder} holds a {settings.get('peft_type')!r} adapter, not DePT's {_TYPE!r}")
-    tensors = files.read_tensors(folder / "adapter_model.safetensors")
+    tensors = files.read_tensors(folder / "adapter_model.safetensors", _ADVICE)
     if missing := sorted({_PROMPT, _LEFT, _RIGHT} - set(tensors)):
         raise ValueError(f"{folder} lacks the tensor {missing[0]!r}; it is no whole DePT adapter")
     matrix, left, right = (tensors[name].float() for name in (_PROMPT, _LEFT, _RIGHT))

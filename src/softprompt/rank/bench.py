@@ -37,7 +37,7 @@ class Cutting:
     data: str | None = None
     """A file whose rows are scored, or a benchmark's official folder; none: where the run or the task has its rows."""
     backbone: str | None = None
-    """Hub id, folder, .gguf file or asset, for a PEFT folder; none: what its adapter_config.json names."""
+    """Hub id, folder, .gguf file or asset; none: where the run had it, or what a PEFT folder's config names."""
 
     def __post_init__(self) -> None:
         if self.split not in (None, "train", "dev", "test"):
@@ -104,9 +104,8 @@ class Bench:
 def _experiment(subject: Subject, cutting: Cutting) -> Experiment:
     """What says where rows come from and how long they may be."""
     if subject.run is not None:
-        for name in ("task", "backbone"):
-            if getattr(cutting, name) is not None:
-                raise ValueError(f"{subject.folder} is a run and has its own {name}; leave --{name} out")
+        if cutting.task is not None:
+            raise ValueError(f"{subject.folder} is a run and has its own task; leave --task out")
         own = subject.run.experiment
         return own if cutting.data is None else own.replace(data=cutting.data)
     if not subject.whole:
@@ -115,5 +114,10 @@ def _experiment(subject: Subject, cutting: Cutting) -> Experiment:
         raise ValueError(f"{subject.folder} is no run and names no task; say which one scores it with --task")
     base = cutting.backbone
     if base is None:
-        base = str(files.read_json(subject.folder / "adapter_config.json").get("base_model_name_or_path") or "")
+        base = str(
+            files.read_json(subject.folder / "adapter_config.json", "name the backbone with --backbone").get(
+                "base_model_name_or_path"
+            )
+            or ""
+        )
     return Experiment(task=cutting.task, data=cutting.data, backbone=base)

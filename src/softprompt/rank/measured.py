@@ -51,6 +51,7 @@ def measure(
     *,
     checkpoints: bool = False,
     functional: Cutting | None = None,
+    backbone: str | None = None,
     watch: Watcher | None = None,
 ) -> list[Measured]:
     """The ranks of a run, a PEFT folder, or every finished run in a folder of runs.
@@ -59,13 +60,17 @@ def measure(
         folder: one of these.
         checkpoints: also over the course of training.
         functional: also score cuts of the prompt, in this way.
+        backbone: where the runs' backbone lies now; none: as `functional` says, else where they had it.
         watch: who is told how it goes.
 
     Raises:
         FileNotFoundError, ValueError: as `subjects` and `functional_rank`.
     """
+    backbone = backbone or (functional.backbone if functional else None)
     found = []
-    for subject in subjects(folder, checkpoints=checkpoints, watch=watch):
+    for subject in subjects(folder, checkpoints=checkpoints, backbone=backbone, watch=watch):
+        if subject.run is None and backbone and functional is None:
+            raise ValueError(f"{subject.folder} is no run, and --backbone does nothing to it without --functional")
         found.append(
             Measured(
                 # Without the backbone: else those of a whole folder of runs would stay in memory.

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softprompt import begin, checkpoint, files, runs
-from softprompt.backbone import Backbone, load
+from softprompt.backbone import Backbone
 from softprompt.evaluate import run_splits
 from softprompt.gradients import gradient_on
 from softprompt.prompts import Folded
@@ -83,11 +83,14 @@ def _views(matrix: Float[Tensor, "prompt dim"], start: Float[Tensor, "prompt dim
     return found
 
 
-def subjects(folder: str | Path, *, checkpoints: bool = False, watch: Watcher | None = None) -> Iterator[Subject]:
+def subjects(
+    folder: str | Path, *, checkpoints: bool = False, backbone: str | None = None, watch: Watcher | None = None
+) -> Iterator[Subject]:
     """The prompt of a run or a PEFT folder, or of every finished run in a folder of runs, by name.
 
     Args:
         checkpoints: also read the prompt at each checkpoint.
+        backbone: where the runs' backbone lies now, as `load_backbone` takes it; none: where they had it.
         watch: who is told what is read, and which runs are passed over and why.
 
     Raises:
@@ -100,27 +103,27 @@ def subjects(folder: str | Path, *, checkpoints: bool = False, watch: Watcher | 
         if reason := _nothing(run):
             raise ValueError(f"run {path} {reason}; give a finished run of a prompt method")
         watch.stage(f"loading {run.experiment.backbone}")
-        yield _of_run(run, load(run.experiment.backbone, dtype=run.experiment.backbone_dtype), checkpoints)
+        yield _of_run(run, run.backbone(backbone), checkpoints)
     elif (path / _ADAPTER).is_file():
         if checkpoints:
             raise ValueError(f"{path} is a PEFT folder and has no checkpoints; leave --checkpoints out, or give a run")
         yield _of_adapter(path)
     else:
-        yield from _of_folder(path, checkpoints, watch)
+        yield from _of_folder(path, checkpoints, backbone, watch)
 
 
-def _of_folder(path: Path, checkpoints: bool, watch: Watcher) -> Iterator[Subject]:
-    kept: dict[tuple[str, str], Backbone] = {}
+def _of_folder(path: Path, checkpoints: bool, backbone: str | None, watch: Watcher) -> Iterator[Subject]:
+    kept: dict[tuple[str, str, str], Backbone] = {}
     count = 0
     for run in runs.list_runs(path):
         if reason := _nothing(run):
             watch.note(f"{run.name} {reason} and is left out")
             continue
-        key = (run.experiment.backbone, run.experiment.backbone_dtype)
+        key = (run.experiment.backbone, run.experiment.backbone_dtype, run.record["backbone"]["dtype"])
         if key not in kept:
             kept.clear()  # one at a time: a folder may hold runs of many backbones
             watch.stage(f"loading {run.experiment.backbone}")
-            kept[key] = load(run.experiment.backbone, dtype=run.experiment.backbone_dtype)
+            kept[key] = run.backbone(backbone)
         count += 1
         yield _of_run(run, kept[key], checkpoints)
     if not count:
@@ -189,7 +192,7 @@ def _course(
 def _of_adapter(path: Path) -> Subject:
     """Any adapter with a prompt's matrix, also such as stock PEFT cannot load: the matrix is all that is read."""
     file = path / _ADAPTER
-    tensors = files.read_tensors(file)
+    tensors = files.read_tensors(file, "save the adapter again, or fetch it again")
     matrix = tensors.pop(_MATRIX, None)
     if matrix is None:
         raise ValueError(f"{file} holds {', '.join(sorted(tensors))} and no {_MATRIX}; give a prompt-tuning adapter")

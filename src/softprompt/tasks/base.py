@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from softprompt import pixels
+from softprompt.files import check_name
 from softprompt.tasks.metrics import METRICS
 from softprompt.tasks.template import format_hint, label_texts, parse, value_text
 
@@ -88,8 +89,7 @@ class Task:
         for name in ("words", "templates", "files"):
             object.__setattr__(self, name, dict(getattr(self, name)))
         object.__setattr__(self, "metrics", tuple(self.metrics))
-        if not self.name.strip():
-            raise ValueError(f"a task's name is {self.name!r}; give it a word")
+        check_name(self.name, "a task's name")  # runs' folders, reports' files and a service's lists have it
         if self.image:
             self._check_image()
         elif not any(is_field for is_field, _ in parse(self.template)):

@@ -1,0 +1,110 @@
+"""Names that a user chooses become folders, files and addresses; and who may read what was written."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from softprompt import files
+from softprompt.tasks import Task
+
+REFUSED = {
+    "": "it is empty",
+    ".": "begins with a dot",
+    "..": "begins with a dot",
+    ".hidden": "begins with a dot",
+    "a/b": "has '/' in it",
+    "../above": "begins with a dot",
+    "a\\b": "has '.+' in it",
+    "c:d": "has ':' in it",
+    "what?": "has '\\?' in it",
+    "end ": "begins or ends with a space",
+    "\u3000end": "begins or ends with a space",
+    "end.": "ends with a dot",
+    "two\nlines": "which cannot be seen",
+    "null\0": "which cannot be seen",
+    "bell\x07": "which cannot be seen",
+    "\u202egpj.exe": "which cannot be seen",
+    "half\ud800": "which cannot be seen",
+    "CON": "name of a device",
+    "nul.txt": "name of a device",
+    "Lpt1 .x": "name of a device",
+    "a" * 201: "has 201 bytes",
+    "\u0436" * 101: "has 202 bytes",
+}
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("name", REFUSED, ids=ascii)
+def test_a_name_that_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^run name .* is no plain folder name: .*{REFUSED[name]}.*; choose another"):
+        files.check_name(name, "run name")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rte-dpt-0",
+        "отзывы",
+        "评论",
+        "\u0646\u0645\u06cc\u200c\u062f\u0627\u0646\u0645",
+        "e\u0301te\u0301",
+        "a b",
+        "console",
+        "v1.2",
+        "\u0436" * 100,
+    ],
+    ids=ascii,
+)
+def test_a_name_of_any_alphabet_is_taken_and_makes_a_folder(name: str, tmp_path: Path) -> None:
+    assert files.check_name(name, "run name") == name
+    with files.replacing(tmp_path / f"{name}-llamacpp-2") as draft:
+        draft.mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == [f"{name}-llamacpp-2"]
+
+
+@pytest.mark.parametrize("name", ["../escape", "a/b", "NUL", "two\nlines", "x" * 300])
+def test_a_tasks_name_is_a_folders_too(name: str) -> None:
+    with pytest.raises(ValueError, match=r"a task's name .* is no plain folder name"):
+        Task(name=name, template="{text}", target="text", metrics=("exact_match",))
+
+
+@pytest.mark.parametrize("sign", ["x", "\u0436", "评"])
+def test_a_file_with_the_longest_name_of_the_disk(sign: str, tmp_path: Path) -> None:
+    """The draft beside it may not be longer than the name itself may be."""
+    name = sign * (255 // len(sign.encode()))
+    files.write_text(tmp_path / name, "whole")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "whole")]
+    with pytest.raises(OSError, match="too long") as caught:
+        files.write_text(tmp_path / f"{name}{sign}", "too long")
+    assert caught.value.errno == errno.ENAMETOOLONG
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600), (0o027, 0o640)])
+def test_every_file_is_as_readable_as_the_umask_says(mask: int, mode: int, tmp_path: Path) -> None:
+    """safetensors makes files of mode 0600 whatever the umask is."""
+    with umask(mask):
+        files.write_tensors(tmp_path / "single.safetensors", {"x": torch.zeros(1)})
+        with files.replacing(tmp_path / "folder") as draft:
+            (draft / "inner").mkdir(parents=True)
+            save_file({"x": torch.zeros(1)}, draft / "inner" / "model.safetensors")
+            (draft / "config.json").write_text("{}")
+    for file in (path for path in tmp_path.rglob("*") if path.is_file()):
+        assert stat.S_IMODE(file.stat().st_mode) == mode, file
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~mask
+    assert len(list(tmp_path.iterdir())) == 2
