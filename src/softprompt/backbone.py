@@ -13,9 +13,8 @@ from typing import Any, Literal, final, get_args
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer
 
-from softprompt import assets, attention, files, gguf, pixels, positions, projections, quantise, sharding, vit
+from softprompt import assets, attention, files, gguf, loading, pixels, positions, projections, quantise, sharding, vit
 from softprompt.choices import Dtype
 from softprompt.prompts import Host
 
@@ -27,6 +26,9 @@ _LOADERS: dict[Architecture, type[Any]] = {
     "encoder": transformers.AutoModel,
     "vision": transformers.AutoModel,
 }
+
+_WITH_A_TEXT_MODEL = ("gemma3", "mistral3", "llava", "llava_next", "idefics3", "smolvlm")
+"""Models of text and images whose text, on its own, passes through a plain decoder."""
 
 
 @final
@@ -195,17 +197,25 @@ def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbon
     config = _config(folder, source)
     architecture = _architecture(config)
     quantised = dtype if dtype in quantise.KINDS else ""
+    quantise.refuse_other(config, dtype, source)
     kind = torch.bfloat16 if quantised else measured_dtype(place) if dtype == "auto" else getattr(torch, dtype)
     if kind is torch.float16 and config.model_type in ("t5", "mt5", "umt5", "longt5"):
         raise ValueError(f"{source} is a T5, which overflows in float16; use bfloat16 or float32")
-    given = vit.without_pooler(config) if architecture == "vision" else {}
-    given |= quantise.loading(dtype, place) if quantised else {}
-    model = _loader(architecture, config).from_pretrained(folder, dtype=kind, **given)
+    loader = _loader(architecture, config)
+    given: dict[str, Any] = {"config": config, "dtype": kind}
+    if _is_multimodal(config):
+        given |= _text_model(config, source)
+    elif loader is transformers.AutoModel:
+        given |= vit.without_pooler(config)
+    given |= quantise.loading(dtype, place, config) if quantised else {}
+    model = loading.pretrained(loader, folder, source, **given)
     model = quantise.settled(model) if quantised else model.to(place)
     if architecture == "vision":
         vit.refuse_unknown(model, source)
         return Backbone(model, pixels.processor(folder, config), source, base, architecture, quantised, note)
-    backbone = Backbone(model, _tokenizer(folder, source), source, base, architecture, quantised, note)
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    tokenizer = loading.tokenizer(folder, source, config, rows)
+    backbone = Backbone(model, tokenizer, source, base, architecture, quantised, note)
     _check_embeddings(backbone)
     return backbone
 
@@ -250,28 +260,44 @@ def _models() -> list[str]:
 
 def _config(folder: str, source: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        return loading.config(folder, source)
+    except OSError as error:
+        if Path(folder).is_dir():
+            raise ValueError(f"the config.json of {source} cannot be read ({error})") from error
         raise FileNotFoundError(
             f"backbone {source!r} is neither a folder, a .gguf file, an asset ({', '.join(_models())}) nor a hub id "
             "that can be reached or is in the hub's cache; check the name, or fetch the model first"
         ) from error
 
 
-def _tokenizer(folder: str, source: str) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not tokenizer.is_fast:
-        raise ValueError(f"{source} has no fast tokenizer, which truncation needs; convert it to tokenizer.json first")
-    return tokenizer
-
-
 def _architecture(config: Any) -> Architecture:
     if config.is_encoder_decoder:
         return "encoder_decoder"
+    if _is_multimodal(config):
+        return "causal"  # what its text model is
     names = config.architectures or []
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         return "causal"
     return "encoder" if hasattr(config, "vocab_size") else "vision"
+
+
+def _is_multimodal(config: Any) -> bool:
+    return any(getattr(config, f"{kind}_config", None) is not None for kind in ("vision", "audio"))
+
+
+def _text_model(config: Any, source: str) -> dict[str, Any]:
+    """How the text model alone is loaded from a checkpoint of text and images."""
+    text = config.get_text_config()
+    if config.model_type not in _WITH_A_TEXT_MODEL or type(text) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{source} ({config.model_type}) is a model of text and images or sound, which are not taken together; "
+            "give a text model alone"
+        )
+    loading.tell(f"{source} is a model of text and images ({config.model_type}); only its text model is loaded")
+    text.tie_word_embeddings = config.tie_word_embeddings  # of the two, the one that counts in the whole model
+    # Files of earlier versions of transformers and of this one put the text model under different names.
+    names = {r"^language_model\.": "", r"^model\.language_model\.": "model.", r"^model\.text_model\.": "model."}
+    return {"config": text, "key_mapping": names}
 
 
 def _loader(architecture: Architecture, config: Any) -> type[Any]:

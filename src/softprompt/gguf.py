@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoTokenizer
 
-from softprompt import assets, files
+from softprompt import assets, files, loading
 
 
 def converted(file: Path, digest: str | None = None) -> Path:
@@ -19,12 +18,17 @@ def converted(file: Path, digest: str | None = None) -> Path:
     digest = digest or _sha256(file)
     folder = assets.cache_folder() / "backbones" / f"{file.stem}-{digest[:12]}"
     if not folder.is_dir():
-        place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         unpacked = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            **place, dtype=torch.float32, quantization_config=unpacked
+        model = loading.pretrained(
+            transformers.AutoModelForCausalLM,
+            str(file.parent),
+            str(file),
+            gguf_file=file.name,
+            dtype=torch.float32,
+            quantization_config=unpacked,
         )
-        tokenizer = AutoTokenizer.from_pretrained(**place)
+        rows = int(model.get_input_embeddings().weight.shape[0])
+        tokenizer = loading.tokenizer(str(file.parent), str(file), model.config, rows, gguf_file=file.name)
         try:
             with files.replacing(folder) as draft:
                 model.save_pretrained(draft)

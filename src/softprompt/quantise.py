@@ -9,6 +9,7 @@ prompt in the row.
 
 import importlib.util
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,8 +19,52 @@ from torch import Tensor
 KINDS = ("nf4",)
 
 
-def loading(kind: str, device: torch.device) -> dict[str, Any]:
+def refuse_other(config: Any, dtype: str, source: str) -> None:
+    """Refuse a checkpoint whose weights are quantised already, except in 4 bits as `dtype` says.
+
+    Args:
+        config: the model's.
+        dtype: what the user asked for.
+        source: what the user asked for, for messages.
+
+    Raises:
+        ValueError: it is quantised otherwise.
+    """
+    held = _held(config)
+    if not held:
+        return
+    method = str(held.get("quant_method") or "bitsandbytes")
+    if held.get("load_in_4bit") and held.get("bnb_4bit_quant_type") in KINDS:
+        if dtype not in KINDS:
+            raise ValueError(
+                f"the weights of {source} are in 4 bits already (bitsandbytes {held['bnb_4bit_quant_type']}), and "
+                f"dtype is {dtype}; give --dtype {held['bnb_4bit_quant_type']}"
+            )
+        return
+    if method == "bitsandbytes":
+        method = f"bitsandbytes {held['bnb_4bit_quant_type']}" if held.get("load_in_4bit") else "bitsandbytes in 8 bits"
+    raise ValueError(
+        f"the weights of {source} are quantised ({method}), which is not supported; give the original checkpoint, and "
+        "--dtype nf4 to hold it in 4 bits"
+    )
+
+
+def _held(config: Any) -> dict[str, Any]:
+    """The checkpoint's own settings of quantisation; empty where its weights are plain."""
+    for part in (config, config.get_text_config()):
+        for name in ("quantization_config", "compression_config"):
+            if held := getattr(part, name, None):
+                return dict(held if isinstance(held, Mapping) else held.to_dict())
+    return {}
+
+
+def loading(kind: str, device: torch.device, config: Any) -> dict[str, Any]:
     """What `from_pretrained` is told to load a model so, on `device`.
+
+    Args:
+        kind: one of `KINDS`.
+        device: where the model goes.
+        config: the model's; a checkpoint in 4 bits is loaded as its own settings say.
 
     Raises:
         ModuleNotFoundError: bitsandbytes is missing.
@@ -31,6 +76,9 @@ def loading(kind: str, device: torch.device) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that are elsewhere
+    if own := _held(config):
+        config.quantization_config = {**own, "bnb_4bit_compute_dtype": "bfloat16"}
+        return {"device_map": {"": device}}
     held = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.bfloat16)
     return {"quantization_config": held, "device_map": {"": device}}
 

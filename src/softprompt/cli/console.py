@@ -18,11 +18,23 @@ def quiet() -> None:
     """Keep other libraries' progress bars and advice off the terminal."""
     import transformers
 
+    from softprompt.loading import LoadingWarning
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    warnings.simplefilter("always", LoadingWarning)
+    shown_by_python = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **further: Any) -> None:
+        if issubclass(category, LoadingWarning):
+            console.print(f"note: {message}")
+        else:
+            shown_by_python(message, category, *where, **further)
+
+    warnings.showwarning = show
 
 
 def show_table(rows: Sequence[Mapping[str, Any]]) -> None:
