@@ -123,7 +123,7 @@ def test_every_module_has_its_place_among_the_layers() -> None:
 
 @each_file
 def test_no_file_grows_beyond_its_concept(file: Path) -> None:
-    assert len(file.read_text().splitlines()) <= 350
+    assert len(file.read_text().splitlines()) <= 400
 
 
 def compared_texts(tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -239,7 +239,7 @@ def test_a_disk_that_fills_up(
     monkeypatch.undo()
     assert not [name for name in listing(tmp_path) if "/." in f"/{name}"], "a draft was left behind"
     if not (tmp_path / "run").exists():
-        assert at <= 2, "the record is not yet in its place"
+        assert at <= 5, "what fails before the first step leaves nothing"
         return
     again = resume(tmp_path / "run")
     for name in ("metrics.jsonl", "softprompt.safetensors"):

@@ -1,7 +1,8 @@
 """Two processes on one run, and two label words of which one begins the other."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -19,11 +20,13 @@ def test_a_folder_is_worked_on_by_one_at_a_time(tmp_path: Path) -> None:
 class Words:
     """A tokenizer of whole words: the second word could never win against the first, its beginning."""
 
-    is_fast, unk_token_id = True, -1
+    is_fast, unk_token_id, eos_token = True, -1, None
     known: tuple[str, ...] = (":", "spam", "offer", "ham")
+    all_special_ids: tuple[int, ...] = ()
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [self.known.index(word) for word in text.replace(":", ": ").split()]}
+    def __call__(self, texts: Sequence[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[self.known.index(word) for word in text.replace(":", ": ").split()] for text in texts]}
 
 
 def test_a_word_that_begins_another_is_refused() -> None:

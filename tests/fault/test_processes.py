@@ -155,7 +155,10 @@ def test_two_train_what_one_trains(ended: Ended, objective: str, how: str) -> No
 @pytest.mark.parametrize("objective", LABELS_OF)
 def test_two_answer_and_score_what_one_does(ended: Ended, objective: str, how: str) -> None:
     one, two = ended.run(f"{objective}-1"), ended.run(f"{objective}-{how}")
-    assert two.predictions() == one.predictions()
+    for ours, theirs in zip(two.predictions(), one.predictions(), strict=True):
+        # Other rows share a pass in two processes: the last digit of a probability may be another.
+        assert ours.pop("probabilities", {}) == pytest.approx(theirs.pop("probabilities", {}), abs=1e-5)
+        assert ours == theirs
     assert one.results is not None
     assert two.results is not None
     assert {**two.results, "seconds": 0} == {**one.results, "seconds": 0}
@@ -220,7 +223,10 @@ def test_where_they_meet_in_every_pass_a_missing_one_is_missed_in_the_pass(ended
 def test_texts_too(ended: Ended, name: str) -> None:
     assert ended.codes["written-2"] == ended.codes["written-sharded"] == [0, 0], ended.errors(name)
     one, two = ended.run("written-1"), ended.run(name)
-    assert two.predictions() == one.predictions()
+    for ours, theirs in zip(two.predictions(), one.predictions(), strict=True):
+        # Other rows share a pass in two processes: the last digit of a probability may be another.
+        assert ours.pop("probabilities", {}) == pytest.approx(theirs.pop("probabilities", {}), abs=1e-5)
+        assert ours == theirs
     losses = [[line["loss"] for line in run.metrics()] for run in (two, one)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 

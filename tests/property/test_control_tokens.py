@@ -186,7 +186,7 @@ def test_a_tokenizer_that_knows_control_tokens_as_words_is_refused() -> None:
 @pytest.mark.parametrize("text", ["a \ud800 b", "\udfff"])
 def test_half_a_surrogate_pair_is_named_by_its_row(text: str) -> None:
     rows = [{"text": "a", "title": "b"}] * 2 + [{"text": text, "title": "b"}]
-    with pytest.raises(ValueError, match=r"row 3 holds half of a surrogate pair \('\\u[d][8f]\w\w'\)"):
+    with pytest.raises(ValueError, match=r"row 3 has half a character"):
         encode(TASK, KINDS["byte-level"], rows, 100, answers=False)
 
 
@@ -197,7 +197,7 @@ def test_examples_are_those_of_each_row_alone_at_few_bytes_a_token() -> None:
     assert shortened > 100
     for n in (0, 1, 41, 999, 1000, 1001, 2099):
         alone = encode(TASK, tokenizer, rows[n : n + 1], 60)[0][0]
-        assert examples[n] == dataclasses.replace(alone, row=n)
+        assert examples[n] == dataclasses.replace(alone, row=n, where=f"row {n + 1}")
     assert [one.row for one in examples[5:2000:700]] == [5, 705, 1405]
     assert examples[-1] == examples[2099]
     tokens = sum(len(one.input_ids) + len(one.answer_ids) for one in examples)

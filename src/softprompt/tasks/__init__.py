@@ -5,15 +5,13 @@ from softprompt.tasks.base import READERS, TASKS, Task, Template, register
 from softprompt.tasks.batch import IGNORED, Batch, answer_labels, batches, collate, schedule
 from softprompt.tasks.data import SAME_ROWS, Splits, check, cut, given_rows, shots, splits
 from softprompt.tasks.encode import (
-    Example,
-    Examples,
     answer_ids,
     beginning,
     encode,
-    input_lengths,
     refuse_other_input,
     strip_end,
 )
+from softprompt.tasks.examples import Example, Examples, input_lengths
 from softprompt.tasks.images import augmented, sample, unlabelled
 from softprompt.tasks.metrics import METRICS, Answers, Metric
 from softprompt.tasks.rows import read_rows, row_id, row_name, row_number, task_rows

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from softprompt.tasks.encode import Example
+from softprompt.tasks.examples import Example
 
 IGNORED = -100
 """The label of a position that is not answered."""

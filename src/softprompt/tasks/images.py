@@ -18,7 +18,8 @@ from softprompt import assets
 from softprompt.choices import Augment
 from softprompt.pixels import Processor, name, read
 from softprompt.tasks.base import READERS, Task, refuse_folder, register
-from softprompt.tasks.encode import Example, Examples, encode_pictures
+from softprompt.tasks.encode import encode_pictures
+from softprompt.tasks.examples import Example, Examples
 from softprompt.tasks.rows import read_rows, task_rows
 
 IMAGE, LABEL = "image", "label"
