@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import pickle
 import shutil
 import threading
 import unicodedata
@@ -169,6 +170,10 @@ RETRAIN = "the run is damaged: copy its folder again, or train again"
 """What to do about a bad file of a run; files of other origin have other advice."""
 
 
+ADAPTER = "save the adapter again, or fetch it again"
+"""The same about a file of other software's adapter."""
+
+
 def read_tensors(file: Path, advice: str = RETRAIN) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file; nothing it holds can run.
 
@@ -184,6 +189,26 @@ def read_tensors(file: Path, advice: str = RETRAIN) -> dict[str, torch.Tensor]:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is no whole safetensors file ({error}); {advice}") from error
+
+
+def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's folder: `adapter_model.safetensors`, else `adapter_model.bin`, read as data alone.
+
+    Raises:
+        FileNotFoundError, ValueError: neither is there, or it is damaged, or it holds anything but tensors.
+    """
+    pickled = folder / "adapter_model.bin"
+    if (folder / "adapter_model.safetensors").is_file() or not pickled.is_file():
+        return read_tensors(folder / "adapter_model.safetensors", ADAPTER)
+    try:
+        tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{pickled} is damaged, or holds more than tensors, of which nothing is run; {ADAPTER}"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(one, torch.Tensor) for one in tensors.values()):
+        raise ValueError(f"{pickled} holds no tensors by name; it is no adapter")
+    return tensors
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:

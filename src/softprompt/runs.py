@@ -318,9 +318,9 @@ def read_prompt(folder: Path, backbone: Backbone) -> SoftPrompt:
     if (folder / RECORD).is_file():
         return open_run(folder).prompt(backbone)
     file = folder / "adapter_model.safetensors"
-    if not file.is_file():
+    if not file.is_file() and not file.with_suffix(".bin").is_file():
         raise FileNotFoundError(f"{str(folder)!r} holds neither a run ({RECORD}) nor a PEFT prompt ({file.name})")
-    tensors = files.read_tensors(file, "save the PEFT prompt again, or fetch it again")
+    tensors = files.read_adapter(folder)
     if "prompt_embeddings" not in tensors or len(tensors) > 1:
         raise ValueError(
             f"{file} holds {', '.join(sorted(tensors))}; a plain PEFT prompt holds prompt_embeddings alone"

@@ -18,7 +18,6 @@ from softprompt.export.base import Format, Trained, close
 from softprompt.prompts.dept import DePT, OffsetPrompt
 
 _TYPE = "PROMPT_TUNING_LORA"
-_ADVICE = "the adapter is incomplete: fetch its folder again"
 _PROMPT, _LEFT, _RIGHT = (
     "prompt_embeddings",
     "prompt_encoder.lora_embedding_A",
@@ -45,10 +44,10 @@ def read_dept(folder: Path) -> PublishedDePT:
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or it is no DePT adapter.
     """
-    settings = files.read_json(folder / "adapter_config.json", _ADVICE)
+    settings = files.read_json(folder / "adapter_config.json", files.ADAPTER)
     if settings.get("peft_type") != _TYPE:
         raise ValueError(f"{folder} holds a {settings.get('peft_type')!r} adapter, not DePT's {_TYPE!r}")
-    tensors = files.read_tensors(folder / "adapter_model.safetensors", _ADVICE)
+    tensors = files.read_adapter(folder)
     if missing := sorted({_PROMPT, _LEFT, _RIGHT} - set(tensors)):
         raise ValueError(f"{folder} lacks the tensor {missing[0]!r}; it is no whole DePT adapter")
     matrix, left, right = (tensors[name].float() for name in (_PROMPT, _LEFT, _RIGHT))
@@ -57,6 +56,8 @@ def read_dept(folder: Path) -> PublishedDePT:
         raise ValueError(
             f"{folder} holds A {tuple(left.shape)} and B {tuple(right.shape)}, which do not fit; it is damaged"
         )
+    if wanting := sorted({"lora_alpha"} - set(settings)):
+        raise ValueError(f"{folder / 'adapter_config.json'} lacks {wanting[0]!r}; it is no whole DePT adapter")
     config = DePT(
         length=matrix.shape[0],
         rank=rank,
