@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from softprompt import runs
+from softprompt.cli.console import console
 from softprompt.export import FORMATS, export_runs
 
 FormatName: Any = Literal[tuple(FORMATS)]
@@ -38,4 +39,8 @@ def export_(
     if len(named) < len(words):
         raise ValueError(f"words names a run twice ({', '.join(words)}); give each run one word")
     measured = export_runs(opened, FORMATS[to], folder, backbone=backbone, words=named)
+    console.print(
+        f"compared with the run: largest difference {measured['largest_difference']:.2g} ({measured['unit']}), "
+        f"tolerance {measured['tolerance']:.2g}"
+    )
     return {"command": "export", "runs": [str(run) for run in runs_], "to": to, "output": str(folder), **measured}

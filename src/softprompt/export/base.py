@@ -116,8 +116,12 @@ def same(found: Shaped[Tensor, "*shape"], wanted: Shaped[Tensor, "*shape"], what
         raise ValueError(f"{what} did not read back as it was written; the export is dropped: check the disk")
 
 
-def close(found: Shaped[Tensor, "*shape"], wanted: Shaped[Tensor, "*shape"], relative: float, what: str) -> None:
+def close(
+    found: Shaped[Tensor, "*shape"], wanted: Shaped[Tensor, "*shape"], relative: float, what: str
+) -> dict[str, Any]:
     """Refuse what was read back otherwise than rounding explains: `|found - wanted| <= relative * max |wanted|`.
+
+    What was found has the unit of a prompt's values.
 
     Raises:
         ValueError: naming `what`.
@@ -125,14 +129,20 @@ def close(found: Shaped[Tensor, "*shape"], wanted: Shaped[Tensor, "*shape"], rel
     gap, size = float((found.float() - wanted.float()).abs().max()), float(wanted.float().abs().max())
     if not gap <= relative * size:
         raise ValueError(f"{what} differs from the run's by {gap:.2g} of {size:.2g}; the export is dropped")
+    return {"largest_difference": gap, "unit": EXACT["unit"], "tolerance": relative * size}
 
 
-def refuse_gap(gap: float, size: float, backbone: Backbone, what: str) -> None:
-    """Refuse scores that differ from the live run's by more than its dtype's rounding explains.
+EXACT: Mapping[str, Any] = {"largest_difference": 0.0, "unit": "prompt value", "tolerance": 0.0}
+"""What a comparison found that went through `same` for every tensor."""
+
+
+def refuse_gap(gap: float, size: float, backbone: Backbone, what: str, unit: str) -> dict[str, Any]:
+    """Refuse scores that differ from the live run's by more than its dtype's rounding explains; else what was found.
 
     Args:
         gap: the largest difference.
         size: the largest score.
+        unit: of both.
 
     Raises:
         ValueError: naming `what`.
@@ -143,6 +153,7 @@ def refuse_gap(gap: float, size: float, backbone: Backbone, what: str) -> None:
             f"{what} gives other scores than the live run (largest difference {gap:.2g}), so the export is dropped; "
             "please report the backbone"
         )
+    return {"largest_difference": gap, "unit": unit, "tolerance": tolerance}
 
 
 def row_refusal(trained: Trained, backbone: Backbone, engine: str) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from softprompt import files
 from softprompt.backbone import Backbone
-from softprompt.export.base import Format, Trained, close
+from softprompt.export.base import EXACT, Format, Trained, close
 from softprompt.prompts.dept import DePT, OffsetPrompt
 
 _TYPE = "PROMPT_TUNING_LORA"
@@ -122,8 +122,9 @@ class Dept(Format):
     def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """What was written, read back and folded, gives the run's prompt and table."""
         [one] = trained
-        found = read_dept(folder).prompt.fold()
+        found, worst = read_dept(folder).prompt.fold(), dict(EXACT)
         for mine, its in zip(one.folded.buffers(), found.buffers(), strict=True):
             # The scale is multiplied in before the product here, and behind it there.
-            close(its, mine.cpu(), 1e-5, "the DePT adapter")
-        return {"prompts": {one.name: len(one.folded.matrix)}}
+            compared = close(its, mine.cpu(), 1e-5, "the DePT adapter")
+            worst = max(worst, compared, key=lambda each: float(each["largest_difference"]))
+        return {"prompts": {one.name: len(one.folded.matrix)}, **worst}

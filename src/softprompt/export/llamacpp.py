@@ -14,7 +14,7 @@ import torch
 
 from softprompt import files
 from softprompt.backbone import Backbone
-from softprompt.export.base import Format, Trained, row_refusal, same, text_notes
+from softprompt.export.base import EXACT, Format, Trained, row_refusal, same, text_notes
 
 HEADER = "prompts.json"
 
@@ -48,4 +48,4 @@ class LlamaCpp(Format):
             flat = np.fromfile(folder / entry["file"], dtype="<f4").astype(np.float32)
             rows = torch.from_numpy(flat.reshape(entry["n_tokens"], header["n_embd"]))
             same(rows, one.folded.prompt().detach().float(), f"{entry['file']}")
-        return {"prompts": {one.name: len(one.folded.matrix) for one in trained}}
+        return {"prompts": {one.name: len(one.folded.matrix) for one in trained}, **EXACT}

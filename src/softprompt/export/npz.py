@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from softprompt.backbone import Backbone
-from softprompt.export.base import Format, Trained, same
+from softprompt.export.base import EXACT, Format, Trained, same
 
 FILE = "prompts.npz"
 
@@ -46,7 +46,7 @@ class Npz(Format):
                 for key, tensor in _tensors(one).items():
                     same(torch.from_numpy(arrays[f"{one.name}.{key}"]), tensor.float(), f"{one.name}.{key}")
                     found += 1
-        return {"prompts": {one.name: len(one.folded.matrix) for one in trained}, "arrays": found}
+        return {"prompts": {one.name: len(one.folded.matrix) for one in trained}, "arrays": found, **EXACT}
 
 
 def _tensors(trained: Trained) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from softprompt import files
 from softprompt.backbone import Architecture, Backbone
-from softprompt.export.base import Format, Trained, same
+from softprompt.export.base import EXACT, Format, Trained, same
 from softprompt.prompts import Folded
 
 _TASK_TYPES: dict[Architecture, str] = {
@@ -91,4 +91,4 @@ class Peft(Format):
         config = files.read_json(folder / "adapter_config.json")
         if (config["num_virtual_tokens"], config["token_dim"]) != tuple(wanted.shape):
             raise ValueError(f"the PEFT config does not say the prompt's shape {tuple(wanted.shape)}")
-        return {"prompts": {one.name: len(wanted)}}
+        return {"prompts": {one.name: len(wanted)}, **EXACT}

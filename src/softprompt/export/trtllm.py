@@ -10,7 +10,7 @@ import torch
 
 from softprompt import files
 from softprompt.backbone import Backbone
-from softprompt.export.base import Format, Trained, row_refusal, same, text_notes
+from softprompt.export.base import EXACT, Format, Trained, row_refusal, same, text_notes
 
 TABLE, TASKS = "prompt_table.npy", "tasks.json"
 
@@ -54,7 +54,7 @@ class TrtLlm(Format):
             entry = notes["tasks"][one.name]
             places = torch.tensor(entry["ids"]) - notes["vocab_size"] + entry["task"] * table.shape[1]
             same(flat[places], _rows(one, backbone), f"task {entry['task']} of {TABLE}")
-        return {"prompts": {one.name: len(one.folded.matrix) for one in trained}, "table": list(table.shape)}
+        return {"prompts": {one.name: len(one.folded.matrix) for one in trained}, "table": list(table.shape), **EXACT}
 
 
 def _rows(trained: Trained, backbone: Backbone) -> torch.Tensor:

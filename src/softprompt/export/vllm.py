@@ -57,5 +57,5 @@ class Vllm(Format):
                 theirs = backbone.model(inputs_embeds=rows[None]).logits[0, -1].float()
                 ours = live(row, prompts=[one.folded]).logits[0, -1].float()
                 gap, size = max(gap, float((theirs - ours).abs().max())), max(size, float(ours.abs().max()))
-        refuse_gap(gap, size, backbone, "the request's tensor")
-        return {"prompts": {one.name: len(one.folded.matrix) for one in trained}, "largest_difference": gap}
+        compared = refuse_gap(gap, size, backbone, "the request's tensor", "logit")
+        return {"prompts": {one.name: len(one.folded.matrix) for one in trained}, **compared}

@@ -23,7 +23,7 @@ class Prompts:
     def __init__(self, folder: Path) -> None:
         self.prompts = load_file(folder / "prompts.safetensors")
         self.embedding = load_file(folder / "embedding.safetensors")["embedding"]
-        self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
 
     def ids(self, text: str, *, control: bool = False) -> list[int]:
         """The text's tokens as the prompt was trained with: special tokens in front stay, those behind go.

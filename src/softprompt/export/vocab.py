@@ -109,12 +109,12 @@ class Vocab(Format):
                 raise ValueError(
                     "transformers could say a prompt's token; the export is dropped, please report the backbone"
                 )
-        refuse_gap(gap, size, backbone, "the checkpoint")
+        compared = refuse_gap(gap, size, backbone, "the checkpoint", "nat of log-probability")
         files.write_text(folder / USAGE, json.dumps({**usage, "unsuppressed_probability": mass}, indent=1))
         return {
             "prompts": {one.name: len(its) for one, its in zip(trained, ids, strict=True)},
             "as_text": usage["as_text"] is not None,
-            "largest_difference": gap,
+            **compared,
             "unsuppressed_probability": mass,
         }
 
@@ -187,7 +187,7 @@ def _entry(trained: Trained, ids: Sequence[int], as_text: Any, backbone: Backbon
 
 def _loaded(backbone: Backbone, folder: Path) -> Any:
     """By the model's own class, as the Auto classes would."""
-    model = type(backbone.model).from_pretrained(folder, dtype=backbone.dtype)
+    model = type(backbone.model).from_pretrained(folder, dtype=backbone.dtype, trust_remote_code=False)
     return model.to(backbone.device).eval()
 
 
