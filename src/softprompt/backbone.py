@@ -205,7 +205,7 @@ def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbon
     given: dict[str, Any] = {"config": config, "dtype": kind}
     if _is_multimodal(config):
         given |= _text_model(config, source)
-    elif loader is transformers.AutoModel:
+    elif architecture == "vision":
         given |= vit.without_pooler(config)
     given |= quantise.loading(dtype, place, config) if quantised else {}
     model = loading.pretrained(loader, folder, source, **given)
