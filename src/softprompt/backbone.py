@@ -27,9 +27,6 @@ _LOADERS: dict[Architecture, type[Any]] = {
     "vision": transformers.AutoModel,
 }
 
-_WITH_A_TEXT_MODEL = ("gemma3", "mistral3", "llava", "llava_next", "idefics3", "smolvlm")
-"""Models of text and images whose text, on its own, passes through a plain decoder."""
-
 
 @final
 @dataclass(frozen=True)
@@ -203,8 +200,8 @@ def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbon
         raise ValueError(f"{source} is a T5, which overflows in float16; use bfloat16 or float32")
     loader = _loader(architecture, config)
     given: dict[str, Any] = {"config": config, "dtype": kind}
-    if _is_multimodal(config):
-        given |= _text_model(config, source)
+    if loading.is_multimodal(config):
+        given |= loading.text_model(config, source)
     elif architecture == "vision":
         given |= vit.without_pooler(config)
     given |= quantise.loading(dtype, place, config) if quantised else {}
@@ -273,31 +270,12 @@ def _config(folder: str, source: str) -> Any:
 def _architecture(config: Any) -> Architecture:
     if config.is_encoder_decoder:
         return "encoder_decoder"
-    if _is_multimodal(config):
+    if loading.is_multimodal(config):
         return "causal"  # what its text model is
     names = config.architectures or []
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         return "causal"
     return "encoder" if hasattr(config, "vocab_size") else "vision"
-
-
-def _is_multimodal(config: Any) -> bool:
-    return any(getattr(config, f"{kind}_config", None) is not None for kind in ("vision", "audio"))
-
-
-def _text_model(config: Any, source: str) -> dict[str, Any]:
-    """How the text model alone is loaded from a checkpoint of text and images."""
-    text = config.get_text_config()
-    if config.model_type not in _WITH_A_TEXT_MODEL or type(text) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(
-            f"{source} ({config.model_type}) is a model of text and images or sound, which are not taken together; "
-            "give a text model alone"
-        )
-    loading.tell(f"{source} is a model of text and images ({config.model_type}); only its text model is loaded")
-    text.tie_word_embeddings = config.tie_word_embeddings  # of the two, the one that counts in the whole model
-    # Files of earlier versions of transformers and of this one put the text model under different names.
-    names = {r"^language_model\.": "", r"^model\.language_model\.": "model.", r"^model\.text_model\.": "model."}
-    return {"config": text, "key_mapping": names}
 
 
 def _loader(architecture: Architecture, config: Any) -> type[Any]:

@@ -14,7 +14,7 @@ from typing import Any, final
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -22,6 +22,8 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _BUFFERS = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids|token_type_ids)$")
 """What older checkpoints keep beside their weights: tables that today's code computes."""
 _SHOWN = 3
+_WITH_A_TEXT_MODEL = ("gemma3", "mistral3", "llava", "llava_next", "idefics3", "smolvlm")
+"""Models of text and images whose text, on its own, passes through a plain decoder."""
 _LOGGERS = ("transformers", "accelerate")
 _listening = threading.RLock()
 """Loggers and warnings are of the whole process: one thread at a time may put its own ears on."""
@@ -128,6 +130,30 @@ def _refuse_unfit(tokenizer: Any, source: str, config: Any, rows: int) -> None:
                 f"the config.json of {source} says {name}_token_id {said}, and its tokenizer's is {own} "
                 f"({tokenizer.convert_ids_to_tokens(own)!r}); check that the two belong together"
             )
+
+
+def is_multimodal(config: Any) -> bool:
+    """Whether a configuration is of a model that also reads images or sound."""
+    return any(getattr(config, f"{kind}_config", None) is not None for kind in ("vision", "audio"))
+
+
+def text_model(config: Any, source: str) -> dict[str, Any]:
+    """How the text model alone is loaded from a checkpoint of text and images.
+
+    Raises:
+        ValueError: its text does not pass through a plain decoder.
+    """
+    text = config.get_text_config()
+    if config.model_type not in _WITH_A_TEXT_MODEL or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{source} ({config.model_type}) is a model of text and images or sound, which are not taken together; "
+            "give a text model alone"
+        )
+    tell(f"{source} is a model of text and images ({config.model_type}); only its text model is loaded")
+    text.tie_word_embeddings = config.tie_word_embeddings  # of the two, the one that counts in the whole model
+    # Files of earlier versions of transformers and of this one put the text model under different names.
+    names = {r"^language_model\.": "", r"^model\.language_model\.": "model.", r"^model\.text_model\.": "model."}
+    return {"config": text, "key_mapping": names}
 
 
 def pretrained(kind: Any, folder: str, source: str, **given: Any) -> Any:
