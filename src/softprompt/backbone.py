@@ -80,7 +80,7 @@ class Backbone:
     @cached_property
     def vocabulary(self) -> int:
         """Ids that have an embedding: those from 0 on; a tokenizer may know more."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
+        return int(self._table.shape[0])
 
     @cached_property
     def max_positions(self) -> int | None:

@@ -25,6 +25,9 @@ class Words:
     all_special_ids: tuple[int, ...] = ()
     added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
+    def __len__(self) -> int:
+        return len(self.known)
+
     def __call__(self, texts: Sequence[str], **_: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [[self.known.index(word) for word in text.replace(":", ": ").split()] for text in texts]}
 

@@ -161,7 +161,7 @@ def test_a_loss_that_is_no_number_stops_with_step_rows_and_rate(
     monkeypatch.setattr(torch.optim.AdamW, "step", spoiling)
     with pytest.raises(
         ValueError,
-        match=r"the loss is nan .* at step 4 with learning rate 0\.018 on (row \d+ of [\w.]+(, |; lower))+",
+        match=r"the loss is nan .* at step 4 with learning rate 0\.018 on (row \d+ of \S+train.csv(, |; lower))+",
     ):
         train(whole.experiment, out=tmp_path, name="run")
     monkeypatch.undo()

@@ -37,6 +37,7 @@ def file(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPat
         dtype = "float32"
         training = {{ steps = 4, batch = 8, evaluate_every = 1 }}
         prompt.length = 4
+        prompt.anchor = "none"
         [search]
         trials = 6
         warmup = 3

@@ -1,6 +1,7 @@
 """The training objective, its interpolation and the gradient at a start, against the model's forward, row by row."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from softprompt import Backbone, Experiment, Plain, Training, attach, open_run, train
+from softprompt import Backbone, Experiment, Plain, Run, Training, attach, open_run, train
 from softprompt.evaluate import read_splits
 from softprompt.gradients import gradient_on
 from softprompt.objective import Objective
-from softprompt.optimise import Optimiser
+from softprompt.optimise import Differentiate, Optimiser
 from softprompt.processes import Processes
 from softprompt.prompts import Folded
 from softprompt.tasks import Example, Task, answer_ids, encode, load_task, schedule
 from softprompt.together import together
-from softprompt.train import training as steps_of
 
 MakeBackbone = Callable[[str], Backbone]
 WHOLE_WORDS = {
@@ -199,8 +199,12 @@ def test_concurrent_trainings_of_other_weights_share_no_pass(
         experiment_of(llama_folder, ticket_task, vocabulary_weight=weight) for weight in (0.0, 0.5, 0.5, 1.0)
     ]
     experiments[2] = experiments[2].replace(seed=1)
+
+    def work(at: int, experiment: Experiment, differentiate: Differentiate) -> Run:
+        return train(experiment, out=tmp_path, name=f"run-{at}", differentiate=differentiate)
+
     runs = sorted(
-        together([steps_of(one, out=tmp_path, name=f"run-{at}") for at, one in enumerate(experiments)], 4),
+        together([partial(work, at, one) for at, one in enumerate(experiments)], 4),
         key=lambda run: run.name,
     )
     for one, run in zip(experiments, runs, strict=True):

@@ -129,7 +129,16 @@ def test_the_ranks_tried_rise_to_the_full_one(most: int) -> None:
 
 
 def score(value: float, low: float, majority: float = 0.5) -> Score:
-    return Score(metric="accuracy", value=value, n=200, majority=majority, low=low, high=1.0)
+    return Score(
+        metric="accuracy",
+        value=value,
+        n=200,
+        majority=majority,
+        majority_answer="a",
+        majority_source="train",
+        low=low,
+        high=1.0,
+    )
 
 
 def functional(chances: dict[int, tuple[float, float]], low: float = 0.7, majority: float = 0.5) -> Functional:

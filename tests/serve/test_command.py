@@ -34,7 +34,7 @@ def test_two_runs_are_served_until_the_process_is_told_to_stop(run_folders: list
             assert lines[-1], "".join(lines)
         with httpx.Client(base_url=found[0], headers={"Authorization": "Bearer sesame"}, timeout=60) as client:
             names = [model["id"] for model in client.get("/v1/models").json()["data"]]
-            assert names == ["other", "tickets-3"]
+            assert names == ["other", "tickets-3", "base"]
             rows = {"model": "other", "input": [{"text": "a a a"}, "b b"]}
             answer = client.post("/v1/classify", json=rows).json()
             assert len(answer["results"]) == 2

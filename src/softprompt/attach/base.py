@@ -333,7 +333,7 @@ def refuse_unknown(backbone: Backbone, ids: Sequence[int], where: str, name: str
     Raises:
         ValueError: naming the first such token by its text.
     """
-    size = backbone.vocabulary
+    size = backbone.vocabulary if ids else 0  # an image has no tokens
     for one in ids:
         if not 0 <= one < size:
             text = backbone.tokenizer.convert_ids_to_tokens(one) if one >= 0 else None

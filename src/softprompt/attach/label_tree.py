@@ -14,7 +14,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -24,6 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from softprompt import attention, sharding
 from softprompt.attach.base import Attachment, Candidates
+from softprompt.attach.exact import remembered
 from softprompt.attach.rows import side_by_side
 from softprompt.attach.state import State
 
@@ -35,9 +35,6 @@ MOST_NODES = 2**10
 """Nodes of a pass: its mask has their square."""
 MOST_COLUMNS = 2**15
 """Keys of a pass whose rows are candidates: their text's, repeated one layer at a time."""
-
-_takes_tree: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-"""Decoders of which it is known whether they give the same logits under a tree's mask."""
 
 
 @final
@@ -298,10 +295,18 @@ def _row_logits(
 def takes_tree(attachment: Attachment) -> bool:
     """Whether the decoder gives under a tree's mask what it gives for each candidate alone; tried once a model."""
     model = attachment.backbone.model
-    if model not in _takes_tree:
-        known = model.config._attn_implementation in ("sdpa", "eager", attention.NAME) and _counts_positions(model)
-        _takes_tree[model] = known and _tree_is_exact(attachment)
-    return _takes_tree[model]
+
+    def find() -> bool:
+        if model.config._attn_implementation not in ("sdpa", "eager", attention.NAME) or not _counts_positions(model):
+            return False
+        try:
+            return _tree_is_exact(attachment)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError):  # its own code makes something else of such a mask
+            return False
+
+    return remembered(model, "label tree", find)
 
 
 @torch.no_grad()

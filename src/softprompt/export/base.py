@@ -197,7 +197,7 @@ def text_notes(backbone: Backbone) -> dict[str, Any]:
 def _refuse_mixed(runs: Sequence[Run], backbone: Backbone | str | None) -> None:
     """A loaded backbone has a dtype of its own, which the runs' then leave alone; equal weights may lie anywhere."""
     recorded = [run.record["backbone"] for run in runs]
-    if len({one["hash"] for one in recorded}) == 1:
+    if len({(one["hash"], one["dtype"]) for one in recorded}) == 1:
         return
     kinds = {one["base"] if isinstance(backbone, Backbone) else f"{one['base']} in {one['dtype']}" for one in recorded}
     if len(kinds) > 1:

@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from softprompt import files
 from softprompt.attach import Attachment, attach
 from softprompt.backbone import Backbone
 from softprompt.predict import input_limit
@@ -105,7 +106,7 @@ def checked_name(name: str) -> str:
             f"the prompt name {name[:140]!r} is not one; take up to 128 letters, digits, dots, hyphens and "
             "underscores, a letter or digit first"
         )
-    return name
+    return files.check_name(name, "the prompt name")
 
 
 def from_folder(name: str, folder: Path, backbone: Backbone) -> Served:

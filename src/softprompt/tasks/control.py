@@ -83,7 +83,9 @@ class ControlTokens:
         backend = self._backend()
         shown = [(is_field, part if is_field else self.literal(part)) for is_field, part in parts]
         made = backend.encode("".join(part for _, part in shown), add_special_tokens=special)
-        if self.foreign(made.ids, made.special_tokens_mask, made.offsets, shown):
+        # An unknown token is what is left of signs that the vocabulary lacks, here even of its own name.
+        known = [-1 if token == self._unknown else token for token in made.ids]
+        if self.foreign(known, made.special_tokens_mask, made.offsets, shown):
             raise ValueError(self._refusal(parts, where))
         return list(made.ids), list(made.special_tokens_mask), list(made.offsets), shown
 
