@@ -11,6 +11,7 @@ from cases import assert_near, concatenated, gradients, padded, prompts_of, rows
 from torch import Tensor, nn
 
 from softprompt.attach import attach, label_tree
+from softprompt.attach.exact import forget
 from softprompt.attach.label_tree import LabelTree
 from softprompt.backbone import Backbone
 from softprompt.prompts import SoftPrompt
@@ -103,11 +104,12 @@ def test_prompt_positions(place: str, tiny_backbone: MakeBackbone, monkeypatch: 
 def test_eager_attention_takes_the_tree(tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, rows = tiny_backbone("qwen3"), rows_of(TEXTS)
     monkeypatch.setattr(backbone.model.config, "_attn_implementation", "eager")
-    monkeypatch.setattr(label_tree, "_takes_tree", {})
+    forget(backbone.model)
     attachment, prompts = attach(backbone), [prompt.eval() for prompt in prompts_of(backbone)]
     assert label_tree.takes_tree(attachment)
     scores = attachment.score(*padded(rows, "left", 3), CANDIDATES, prompts, torch.tensor(INDEX))
     assert_near(scores, reference(backbone, prompts, rows))
+    forget(backbone.model)  # which the other tests share
 
 
 def test_each_prefix_is_one_node() -> None:

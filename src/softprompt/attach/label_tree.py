@@ -198,7 +198,7 @@ def in_parts(
         columns: keys that each candidate repeats, where candidates are rows; none: they are a tree.
     """
     order = sorted(range(len(candidates)), key=lambda which: tuple(candidates[which]))
-    tokens = max(min(MOST_LOGITS // len(model.get_input_embeddings().weight), MOST_TOKENS), 1)
+    tokens = max(min(MOST_LOGITS // model.config.get_text_config().vocab_size, MOST_TOKENS), 1)
     deepest = max(map(len, candidates)) - 1
     if sharding.is_sharded(model):  # each pass is a meeting: all processes make as many, whatever rows they have
         rows, most = batch, sharding.largest(model, batch)
