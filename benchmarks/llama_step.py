@@ -20,7 +20,7 @@ def llama(part: Part) -> Any:
     import torch
     import transformers
 
-    from softprompt.backbone import Backbone
+    from softprompt.backbones import Backbone
 
     torch.manual_seed(part.seed)
     config = transformers.LlamaConfig(

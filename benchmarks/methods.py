@@ -43,7 +43,7 @@ def main(settings: Settings) -> None:
     import torch
 
     from softprompt import METHODS, attach, load_backbone
-    from softprompt.attach import fresh_head
+    from softprompt.models import fresh_head
 
     busy = os.getloadavg()[0]
     backbone = load_backbone(settings.backbone)

@@ -31,7 +31,7 @@ def ours(*, extends: bool) -> Callable[[Part], Callable[[int], Work]]:
         import torch
 
         from softprompt import attach, load_backbone
-        from softprompt.predict import answer
+        from softprompt.evaluation.predict import answer
         from softprompt.tasks import Example, Task
 
         backbone = load_backbone(BACKBONE, dtype=part.dtype, device="cpu")

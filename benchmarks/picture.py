@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from softprompt import files
-from softprompt.report.drawing import drawn
+from softprompt.analysis.report.drawing import drawn
 
 
 @final

@@ -27,7 +27,7 @@ def t5(part: Part) -> Any:
     import torch
     import transformers
 
-    from softprompt.backbone import Backbone
+    from softprompt.backbones import Backbone
 
     torch.manual_seed(part.seed)
     config = transformers.T5Config(

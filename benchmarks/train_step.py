@@ -43,7 +43,7 @@ def ours(prompt_of: Callable[[Any, Part], Any], load: Load = smollm2, *, recompu
 
     def side(part: Part) -> Callable[[int], Work]:
         from softprompt import attach
-        from softprompt.recompute import recomputing
+        from softprompt.backbones.kernels.gradient_checkpointing import recomputing
 
         backbone = load(part)
 

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 
 import softprompt
 from softprompt import runs
-from softprompt.backbone import Backbone
-from softprompt.evaluate import read_splits
+from softprompt.backbones import Backbone
+from softprompt.evaluation.evaluate import read_splits
 from softprompt.export import FORMATS, export_runs
 from softprompt.export.probe import left_padded
 from softprompt.tasks import answer_ids, encode

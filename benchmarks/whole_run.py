@@ -3,7 +3,7 @@
     python benchmarks/whole_run.py [--target 0.8] [--steps 100] [--length 100] [--dtype float32] [--rounds 1]
 
 Both sides get the same weights, rows in the same tokens, dtype, first prompt, schedule and development rows, and train
-on the answer's cross-entropy over the vocabulary. Ours is `softprompt.train`; the peer is transformers' Trainer with
+on the answer's cross-entropy over the vocabulary. Ours is `softprompt.training.trainer`; the peer is transformers' Trainer with
 PEFT's prompt tuning, rows padded to the longest of the batch and grouped by length. A prompt is trained in units of its
 own size here and as it is there, so the peer's learning rate is ours times that size: with Adam the same step. Each
 side runs in a process of its own until an evaluation reaches the target; the seconds are those since the process
@@ -103,9 +103,9 @@ def experiment(settings: Settings, seed: int) -> Any:
 
 
 def ours(settings: Settings, seed: int, clock: Clock) -> None:
-    """`softprompt.train`."""
+    """`softprompt.training.trainer`."""
     from softprompt import train
-    from softprompt.watch import Progress
+    from softprompt.training.callbacks import Progress
 
     class Watch:
         evaluated: Any = None
@@ -133,7 +133,7 @@ def peft(settings: Settings, seed: int, clock: Clock) -> None:
     from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 
     from softprompt import load_backbone, load_task
-    from softprompt.evaluate import draw, read_splits
+    from softprompt.evaluation.evaluate import draw, read_splits
     from softprompt.tasks import answer_ids, encode
 
     whole = experiment(settings, seed)

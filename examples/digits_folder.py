@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from softprompt import load_task
-from softprompt.pixels import read
+from softprompt.backbones.image_processor import read
 from softprompt.tasks import splits
 
 

@@ -17,8 +17,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from softprompt.backbone import Backbone
-from softprompt.pixels import described
+from softprompt.backbones import Backbone
+from softprompt.backbones.image_processor import described
 
 torch.set_num_threads(1)
 

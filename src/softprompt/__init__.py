@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from softprompt.attach import Attachment, Sampling, attach
-    from softprompt.backbone import Backbone
-    from softprompt.backbone import load as load_backbone
-    from softprompt.evaluate import evaluate
-    from softprompt.experiment import Experiment, Training
+    from softprompt.analysis.report import report
+    from softprompt.backbones import Backbone
+    from softprompt.backbones import load as load_backbone
+    from softprompt.config import Experiment, Training
+    from softprompt.evaluation.evaluate import evaluate
+    from softprompt.evaluation.predict import Answer, predict
     from softprompt.export import export_peft
-    from softprompt.predict import Answer, predict
+    from softprompt.models import Attachment, Sampling, attach
     from softprompt.prompts import METHODS, Folded, Host, PromptConfig, PromptOnly, SoftPrompt
     from softprompt.prompts.adept import ADePT
     from softprompt.prompts.bpt import BPT
@@ -28,53 +29,52 @@ if TYPE_CHECKING:
     from softprompt.prompts.plain import Plain
     from softprompt.prompts.residual import Residual
     from softprompt.prompts.spectral import Spectral
-    from softprompt.report import report
     from softprompt.runs import Run, list_runs, open_run, read_prompt
     from softprompt.sweep import sweep
     from softprompt.tasks import TASKS, Score, Task, load_task
-    from softprompt.train import resume, train
-    from softprompt.watch import Interrupted, Progress, Watcher
+    from softprompt.training.callbacks import Interrupted, Progress, Watcher
+    from softprompt.training.trainer import resume, train
 
 _PLACES = {
     "ADePT": "softprompt.prompts.adept:ADePT",
-    "Answer": "softprompt.predict:Answer",
-    "Attachment": "softprompt.attach:Attachment",
+    "Answer": "softprompt.evaluation.predict:Answer",
+    "Attachment": "softprompt.models:Attachment",
     "BPT": "softprompt.prompts.bpt:BPT",
-    "Backbone": "softprompt.backbone:Backbone",
+    "Backbone": "softprompt.backbones:Backbone",
     "DPT": "softprompt.prompts.dpt:DPT",
     "DePT": "softprompt.prompts.dept:DePT",
-    "Experiment": "softprompt.experiment:Experiment",
+    "Experiment": "softprompt.config:Experiment",
     "Folded": "softprompt.prompts:Folded",
     "Host": "softprompt.prompts:Host",
-    "Interrupted": "softprompt.watch:Interrupted",
+    "Interrupted": "softprompt.training.callbacks:Interrupted",
     "METHODS": "softprompt.prompts:METHODS",
     "Plain": "softprompt.prompts.plain:Plain",
-    "Progress": "softprompt.watch:Progress",
+    "Progress": "softprompt.training.callbacks:Progress",
     "PromptConfig": "softprompt.prompts:PromptConfig",
     "PromptOnly": "softprompt.prompts:PromptOnly",
     "Residual": "softprompt.prompts.residual:Residual",
     "Run": "softprompt.runs:Run",
-    "Sampling": "softprompt.attach:Sampling",
+    "Sampling": "softprompt.models:Sampling",
     "Score": "softprompt.tasks:Score",
     "SoftPrompt": "softprompt.prompts:SoftPrompt",
     "Spectral": "softprompt.prompts.spectral:Spectral",
     "TASKS": "softprompt.tasks:TASKS",
     "Task": "softprompt.tasks:Task",
-    "Training": "softprompt.experiment:Training",
-    "Watcher": "softprompt.watch:Watcher",
-    "attach": "softprompt.attach:attach",
-    "evaluate": "softprompt.evaluate:evaluate",
+    "Training": "softprompt.config:Training",
+    "Watcher": "softprompt.training.callbacks:Watcher",
+    "attach": "softprompt.models:attach",
+    "evaluate": "softprompt.evaluation.evaluate:evaluate",
     "export_peft": "softprompt.export:export_peft",
     "list_runs": "softprompt.runs:list_runs",
-    "load_backbone": "softprompt.backbone:load",
+    "load_backbone": "softprompt.backbones:load",
     "load_task": "softprompt.tasks:load_task",
     "open_run": "softprompt.runs:open_run",
-    "predict": "softprompt.predict:predict",
+    "predict": "softprompt.evaluation.predict:predict",
     "read_prompt": "softprompt.runs:read_prompt",
-    "report": "softprompt.report:report",
-    "resume": "softprompt.train:resume",
+    "report": "softprompt.analysis.report:report",
+    "resume": "softprompt.training.trainer:resume",
     "sweep": "softprompt.sweep:sweep",
-    "train": "softprompt.train:train",
+    "train": "softprompt.training.trainer:train",
 }
 """Where each public name lives: imported at first use, so that `softprompt --help` need not load torch."""
 
@@ -122,7 +122,7 @@ __all__ = [
 
 
 class _Package(ModuleType):
-    """A package in which `softprompt.train` is the function, whether or not the module `train` has been imported."""
+    """A package in which `softprompt.training.trainer` is the function, whether or not the module `train` has been imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _PLACES and isinstance(value, ModuleType)):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from softprompt.tasks import METRICS, load_task
-from softprompt.tasks.table import _KEYS
+from softprompt.tasks.user import _KEYS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "own-task.md").read_text(encoding="utf-8")
 

@@ -70,7 +70,7 @@ def test_a_function_wins_over_the_module_of_its_name() -> None:
         ["import softprompt"]
         + [f"import softprompt.{name}" for name in shared]
         + [f"assert callable(softprompt.{name}), {name!r}" for name in shared]
-        + ["from softprompt import train; assert train.__module__ == 'softprompt.train'"]
+        + ["from softprompt import train; assert train.__module__ == 'softprompt.training.trainer'"]
     )
     in_a_new_process(code)
 

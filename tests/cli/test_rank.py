@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from softprompt.analysis.rank import pictures
 from softprompt.cli import main
-from softprompt.rank import pictures
 
 QUICK = ["--dtype", "float32", "--steps", "4", "--batch", "8", "--evaluate-every", "2"]
 

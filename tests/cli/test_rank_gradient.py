@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from softprompt import Experiment, load_backbone, open_run
+from softprompt.analysis.rank import GradientPoint, Spectrum, gradient_spectra
 from softprompt.cli import main
-from softprompt.evaluate import read_splits
-from softprompt.gradients import gradient_on
-from softprompt.rank import GradientPoint, Spectrum, gradient_spectra
+from softprompt.evaluation.evaluate import read_splits
 from softprompt.tasks import load_task
+from softprompt.training.gradients import gradient_on
 
 QUICK = ["--dtype", "float32", "--steps", "4", "--batch", "8", "--evaluate-every", "2"]
 

@@ -11,7 +11,7 @@ import pytest
 from softprompt.cli import main
 from softprompt.cli.terminal import Terminal
 from softprompt.tasks import Score
-from softprompt.watch import Progress
+from softprompt.training.callbacks import Progress
 
 QUICK = ["--dtype", "float32", "--steps", "3", "--batch", "8", "--evaluate-every", "3"]
 

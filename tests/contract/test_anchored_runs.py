@@ -32,14 +32,14 @@ from softprompt import (
     resume,
     train,
 )
-from softprompt import begin as begin_module
+from softprompt.analysis.rank import Cutting, functional_rank, measure, subjects
 from softprompt.prompts import Folded, PromptConfig
 from softprompt.prompts.deep import build
 from softprompt.prompts.dpt import AnchoredPrompt
-from softprompt.rank import Cutting, functional_rank, measure, subjects
 from softprompt.runs import first_attachment
-from softprompt.serve.served import from_folder
-from softprompt.watch import Silent
+from softprompt.serve.prompts.entry import from_folder
+from softprompt.training import setup as begin_module
+from softprompt.training.callbacks import Silent
 
 MakeBackbone = Callable[[str], Backbone]
 SAME = ("metrics.jsonl", "softprompt.safetensors", "adapter_model.safetensors", "predictions.jsonl")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from softprompt.attach import Attachment, attach, fresh_head
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
+from softprompt.models import Attachment, attach, fresh_head
 from softprompt.prompts import METHODS, SoftPrompt
 
 BACKBONES = ("llama", "gpt2", "qwen3", "t5", "bart", "bert_mlm", "roberta_mlm", "roberta", "mpnet")

@@ -8,10 +8,10 @@ import torch
 import transformers
 from cases import attached, loss_of
 
-from softprompt.attach import attach
-from softprompt.backbone import Backbone
-from softprompt.choices import Attend
+from softprompt.backbones import Backbone
+from softprompt.models import attach
 from softprompt.prompts.dpt import DPT
+from softprompt.types import Attend
 
 MakeBackbone = Callable[[str], Backbone]
 FAMILIES = ("llama", "gpt2", "bloom", "gemma2", "t5", "bart", "bert", "bert_mlm", "roberta", "vit", "dinov2")

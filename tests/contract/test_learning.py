@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from softprompt.attach import Attachment, attach
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
+from softprompt.models import Attachment, attach
 from softprompt.prompts import METHODS
 
 PAD, END, REVERSE = 2, 1, 20

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from softprompt import DPT, Experiment, Run, Training, attach, decoder, evaluate, load_backbone, open_run, train
+from softprompt import DPT, Experiment, Run, Training, attach, evaluate, load_backbone, open_run, train
+from softprompt.backbones.kernels import llama
+from softprompt.backbones.projections import query_key
+from softprompt.backbones.quantization import KINDS, matrix
 from softprompt.export import FORMATS, export_runs
-from softprompt.projections import query_key
-from softprompt.quantise import KINDS, matrix
 
 QUANTISED = pytest.mark.parametrize("kind", KINDS)
 
@@ -51,7 +52,7 @@ def test_the_model_is_its_own_forward_over_prompt_and_text(kind: Any, llama_fold
 def test_our_layers_compute_with_the_weights_as_held(kind: Any, llama_folder: Path) -> None:
     """To the bit what they give with the same weights made whole for good."""
     backbone = load_backbone(str(llama_folder), dtype=kind)
-    assert decoder.is_known(backbone.model)
+    assert llama.is_known(backbone.model)
     ids = torch.randint(3, 200, (4, 9), generator=torch.Generator().manual_seed(1))
     labels = torch.where(torch.arange(9) < 7, -100, ids)
     found = []
@@ -105,7 +106,7 @@ def test_a_resumed_run_loads_the_same_weights(
     kind: Any, llama_folder: Path, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from softprompt import resume
-    from softprompt.watch import Silent
+    from softprompt.training.callbacks import Silent
 
     class Stop(Exception):
         pass

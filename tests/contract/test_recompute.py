@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from softprompt import DPT, Backbone, Experiment, Training, train
-from softprompt.attach import Attachment
+from softprompt.backbones.kernels.gradient_checkpointing import recomputing
 from softprompt.cli import main
-from softprompt.optimise import Optimiser
-from softprompt.recompute import recomputing
+from softprompt.models import Attachment
+from softprompt.training.step import Optimiser
 
 MakeBackbone = Callable[[str], Backbone]
 KINDS = [("llama", "joint"), ("qwen3", "joint"), ("gemma", "joint"), ("t5", "joint"), ("t5", "isolated")]

@@ -29,11 +29,11 @@ from softprompt import (
     resume,
     train,
 )
-from softprompt.optimise import Differentiate, Optimiser
 from softprompt.prompts import PromptConfig
 from softprompt.sweep import sweep
-from softprompt.together import together
-from softprompt.watch import Interrupted, Silent, interruptible
+from softprompt.training.callbacks import Interrupted, Silent, interruptible
+from softprompt.training.concurrent import together
+from softprompt.training.step import Differentiate, Optimiser
 
 MakeBackbone = Callable[[str], Backbone]
 

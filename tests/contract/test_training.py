@@ -22,13 +22,13 @@ from softprompt import (
     open_run,
     train,
 )
-from softprompt.attach.causal import Causal
-from softprompt.choices import Place
 from softprompt.export import FORMATS, export_runs
+from softprompt.models.causal import Causal
 from softprompt.prompts import METHODS, Folded
 from softprompt.runs import first_attachment
-from softprompt.serve.served import from_folder
-from softprompt.watch import Silent
+from softprompt.serve.prompts.entry import from_folder
+from softprompt.training.callbacks import Silent
+from softprompt.types import Place
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MakeBackbone = Callable[[str], Backbone]

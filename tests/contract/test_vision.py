@@ -29,8 +29,8 @@ from softprompt import (
     resume,
     train,
 )
-from softprompt.attach import Attachment, fresh_head
 from softprompt.cli import main
+from softprompt.models import Attachment, fresh_head
 from softprompt.prompts import METHODS, Folded, SoftPrompt
 from softprompt.prompts.concatenation import Concatenation
 from softprompt.prompts.deep import build

@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 
-from softprompt import Backbone, Experiment, backbone, checkpoint, cli, resume, runs, train
-from softprompt.optimise import Optimiser
+from softprompt import Backbone, Experiment, backbones, cli, resume, runs, train
+from softprompt.training import checkpoint
+from softprompt.training.step import Optimiser
 
 SECONDS = 60
 """After which a process that waits for one that is not there is ended."""
@@ -66,7 +67,7 @@ def arm(kind: str, at: int) -> None:
     elif kind == "full":
         checkpoint.save = no_room
     elif kind == "dtype":
-        backbone.measured_dtype = lambda _: torch.bfloat16
+        backbones.measured_dtype = lambda _: torch.bfloat16
     else:
         Optimiser.losses = spoilt  # type: ignore[method-assign]
 
@@ -95,7 +96,7 @@ def child(job: dict[str, Any], index: int, port: int, out: Path, loaded: Backbon
         os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(out / f"{job['name']}-{index}.{stream}", os.O_WRONLY | os.O_CREAT), number)
-    backbone.measured_dtype = lambda _: torch.float32
+    backbones.measured_dtype = lambda _: torch.float32
     kind, process, at = job.get("fault", ("", -1, 0))
     if process == index:
         arm(kind, at)
@@ -115,7 +116,7 @@ def main(jobs: list[dict[str, Any]], out: Path) -> None:
     # Once for all forks; not the command line's modules, which look at import which process they are in.
     for slow in ("matplotlib.figure", "scipy.stats", "sklearn.metrics", "torch._dynamo", "tyro", "softprompt.export"):
         importlib.import_module(slow)
-    loaded = backbone.load(next(job["experiment"]["backbone"] for job in jobs if "experiment" in job), dtype="float32")
+    loaded = backbones.load(next(job["experiment"]["backbone"] for job in jobs if "experiment" in job), dtype="float32")
     ends: dict[str, list[int]] = {}
     for job in jobs:
         with socket.socket() as free:

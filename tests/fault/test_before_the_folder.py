@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from softprompt import Experiment, Plain, Training, resume, sweep, train
-from softprompt.attach import Attachment
-from softprompt.backbone import load
-from softprompt.tracking import TrackerFailed, check_tracker
+from softprompt.backbones import load
+from softprompt.models import Attachment
+from softprompt.training.tracking import TrackerFailed, check_tracker
 
 QUICK = Training(steps=2, batch=4, evaluate_every=2, max_new_tokens=4)
 
@@ -79,7 +79,7 @@ def test_name_that_is_taken_is_refused_before_the_backbone_is_loaded(
     llama_folder: Path, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine").mkdir()
-    monkeypatch.setattr("softprompt.begin.load", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("softprompt.training.setup.load", lambda *_, **__: pytest.fail("it was loaded"))
     refused("mine exists and is never overwritten", FileExistsError, llama_folder, ticket_task, tmp_path, "mine")
     refused("no plain folder name", ValueError, llama_folder, ticket_task, tmp_path, "../up")
 
@@ -115,7 +115,7 @@ def test_tracker_that_does_not_start_leaves_no_folder(
     def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError("no login")
 
-    monkeypatch.setattr(importlib.import_module("softprompt.train"), "check_tracker", lambda name: None)
+    monkeypatch.setattr(importlib.import_module("softprompt.training.trainer"), "check_tracker", lambda name: None)
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", fail)
     monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_, **__: [])
     refused(

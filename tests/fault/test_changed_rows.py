@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from softprompt.analysis.rank import Cutting, functional_rank
+from softprompt.analysis.rank.subject import subjects
 from softprompt.cli import main
-from softprompt.evaluate import evaluate
-from softprompt.experiment import Experiment, Training
+from softprompt.config import Experiment, Training
+from softprompt.evaluation.evaluate import evaluate
 from softprompt.prompts.plain import Plain
-from softprompt.rank import Cutting, functional_rank
-from softprompt.rank.subject import subjects
 from softprompt.runs import Run
-from softprompt.train import train
+from softprompt.training.trainer import train
 
 LINES = [f"{'ab'[i % 2] * (1 + i % 3)} {i},{('Billing', 'Sales')[i % 2]}" for i in range(60)]
 TOML = 'train = "train.csv"\ntemplate = "Ticket: {text}\\nQueue:"\nlabel = "queue"\n'

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from tokenizers import AddedToken
 
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
 from softprompt.export.vllm_client import Prompts
 
 

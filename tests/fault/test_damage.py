@@ -18,10 +18,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from softprompt import DPT, Experiment, Interrupted, Progress, Run, Training, files, list_runs, resume, runs, train
+from softprompt import (
+    DPT,
+    Experiment,
+    Interrupted,
+    Progress,
+    Run,
+    Training,
+    files,
+    list_runs,
+    resume,
+    runs,
+    train,
+)
 from softprompt.cli import main
 from softprompt.tasks import load_task
-from softprompt.watch import Silent
+from softprompt.training.callbacks import Silent
 
 Damage = Callable[[Path], object]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from datasets import Dataset
 
 import softprompt
-from softprompt.evaluate import score_answers
-from softprompt.predict import Answer
+from softprompt.evaluation.evaluate import score_answers
+from softprompt.evaluation.predict import Answer
 from softprompt.runs import PREDICTIONS
 from softprompt.tasks import Example, Splits, Task
-from softprompt.watch import Silent
+from softprompt.training.callbacks import Silent
 
 
 class _Notes(Silent):

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from softprompt.analysis.rank import Cutting, functional_rank
+from softprompt.analysis.rank.subject import subjects
 from softprompt.cli import main
-from softprompt.evaluate import evaluate
-from softprompt.experiment import Experiment, Training
+from softprompt.config import Experiment, Training
+from softprompt.evaluation.evaluate import evaluate
 from softprompt.prompts.plain import Plain
-from softprompt.rank import Cutting, functional_rank
-from softprompt.rank.subject import subjects
 from softprompt.runs import Run
 from softprompt.tasks import TASKS, given_rows, load_task
-from softprompt.train import train
+from softprompt.training.trainer import train
 
 TEMPLATE = 'template = "Ticket: {text}\\nQueue:"\nlabel = "queue"\n'
 HEAD = ("text", "queue", "customer")
@@ -160,7 +160,7 @@ def test_a_folder_cut_into_splits_keeps_them(tmp_path: Path) -> None:
 
 def test_a_head_is_not_scored_on_other_classes(run: Run, unchecked: None) -> None:
     """Its classes are numbers: another order of the same words would be scored as other labels."""
-    from softprompt.evaluate import _refuse_other_classes
+    from softprompt.evaluation.evaluate import _refuse_other_classes
 
     class Headed:
         head = object()

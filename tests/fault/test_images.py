@@ -14,8 +14,8 @@ import transformers
 from PIL import Image
 
 from softprompt import Backbone, Experiment, Plain, Training, load_backbone, train
-from softprompt.attach import attach, fresh_head
-from softprompt.pixels import Processor, described, read
+from softprompt.backbones.image_processor import Processor, described, read
+from softprompt.models import attach, fresh_head
 from softprompt.prompts import Folded
 from softprompt.tasks import Task, encode, load_task, splits
 

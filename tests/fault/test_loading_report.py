@@ -17,8 +17,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from softprompt import load_backbone
-from softprompt.backbone import Backbone
-from softprompt.loading import LoadingWarning
+from softprompt.backbones import Backbone
+from softprompt.backbones.loading import LoadingWarning
 
 from ..conftest import GROUPED, SIZES
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from softprompt import DPT, Experiment, Run, Training, evaluate, load_backbone, predict, runs, train
+from softprompt.analysis.rank import Cutting, measure
 from softprompt.cli import main
 from softprompt.export import read_dept
-from softprompt.rank import Cutting, measure
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What `softprompt.predict` takes for rows: what holds texts or rows, else a sentence that says what to give."""
+"""What `softprompt.evaluation.predict` takes for rows: what holds texts or rows, else a sentence that says what to give."""
 
 import re
 from collections.abc import Callable
@@ -11,10 +11,10 @@ import pandas
 import pytest
 
 import softprompt
-from softprompt.backbone import Backbone
-from softprompt.evaluate import evaluate
-from softprompt.experiment import Experiment, Training
-from softprompt.predict import predict
+from softprompt.backbones import Backbone
+from softprompt.config import Experiment, Training
+from softprompt.evaluation.evaluate import evaluate
+from softprompt.evaluation.predict import predict
 from softprompt.prompts.plain import Plain
 from softprompt.runs import Run
 from softprompt.tasks import Task

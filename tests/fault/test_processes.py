@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from softprompt import DPT, Experiment, Run, Training, open_run
-from softprompt.processes import Processes
 from softprompt.prompts import METHODS
+from softprompt.training.distributed import Processes
 
 LABELS_OF = {"candidates": 0.0, "both": 0.5, "vocabulary": 1.0}
 FAULTS = ("kill", "raise", "stop")

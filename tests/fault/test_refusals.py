@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from softprompt.attach import ATTACHMENTS, attach
-from softprompt.attach.base import Prepared
-from softprompt.backbone import Backbone, load
+from softprompt.backbones import Backbone, load
+from softprompt.models import ATTACHMENTS, attach
+from softprompt.models.base import Prepared
 from softprompt.prompts import Folded
 
 pytestmark = pytest.mark.usefixtures("unchecked")

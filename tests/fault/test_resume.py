@@ -17,7 +17,7 @@ from softprompt import DPT, Experiment, Interrupted, Progress, Run, Training, li
 from softprompt.cli import main
 from softprompt.cli.terminal import Terminal
 from softprompt.prompts import METHODS
-from softprompt.watch import Silent
+from softprompt.training.callbacks import Silent
 
 KILLS = [
     ("replace", "", 1),  # before there is a run

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from softprompt.cli import main
-from softprompt.experiment import Experiment, Training
-from softprompt.optimise import _refuse_not_finite
+from softprompt.config import Experiment, Training
 from softprompt.prompts.plain import Plain
 from softprompt.runs import Run
 from softprompt.tasks import encode, load_task, row_name, row_number, shots, splits
-from softprompt.train import train
+from softprompt.training.step import _refuse_not_finite
+from softprompt.training.trainer import train
 
 ROWS = [(f"ticket {i}", ("Billing", "Sales")[i % 2], f"id-{i}", f"c{i // 2}") for i in range(1, 101)]
 HEAD = ("text", "queue", "id", "customer")

@@ -7,10 +7,9 @@ import pytest
 import torch
 import transformers
 
-from softprompt import positions
-from softprompt.attach import attach, fresh_head
-from softprompt.backbone import Backbone
-from softprompt.predict import pad_id
+from softprompt.backbones import Backbone, positions
+from softprompt.evaluation.predict import pad_id
+from softprompt.models import attach, fresh_head
 from softprompt.prompts.plain import Plain
 
 MakeBackbone = Callable[[str], Backbone]

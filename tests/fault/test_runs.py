@@ -25,9 +25,9 @@ from softprompt import (
     predict,
     train,
 )
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
 from softprompt.cli import main
-from softprompt.predict import input_limit
+from softprompt.evaluation.predict import input_limit
 from softprompt.prompts import METHODS
 from softprompt.tasks import encode, load_task
 

@@ -11,10 +11,10 @@ import pytest
 
 from softprompt import Experiment, Run, Training
 from softprompt.runs import METRICS
-from softprompt.sweep import Swept, engine, search, sweep
+from softprompt.sweep import Swept, executor, search, sweep
 from softprompt.sweep import trial as trial_module
 from softprompt.tasks import TASKS
-from softprompt.watch import Silent
+from softprompt.training.callbacks import Silent
 
 STOPS: dict[str, tuple[Any, str, int]] = {
     "between two random draws": (optuna.trial.Trial, "suggest_categorical", 2),
@@ -131,7 +131,7 @@ def test_a_worker_that_is_lost_without_a_word_has_a_problem() -> None:
         exceptions=SimpleNamespace(RayError=RayError),
     )
     items = [Experiment(seed=0), Experiment(seed=1)]
-    found = engine._ray_each(ray, 1, 0)(print, items, lambda item, problem: (item, problem))
+    found = executor._ray_each(ray, 1, 0)(print, items, lambda item, problem: (item, problem))
     assert list(found) == [(item, "its worker is lost: RayError") for item in items]
 
 

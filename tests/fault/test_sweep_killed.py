@@ -16,7 +16,7 @@ import pytest
 from softprompt import Interrupted, Progress, sweep
 from softprompt.runs import RECORD, run_folders
 from softprompt.sweep import Swept
-from softprompt.watch import Silent
+from softprompt.training.callbacks import Silent
 
 SAME = ("metrics.jsonl", "softprompt.safetensors", "adapter_model.safetensors", "predictions.jsonl")
 KILLS: dict[str, Sequence[tuple[str, str, int]]] = {

@@ -12,12 +12,12 @@ import pyarrow.parquet
 import pytest
 
 from softprompt.cli import main
-from softprompt.evaluate import evaluate
-from softprompt.experiment import Experiment, Training
+from softprompt.config import Experiment, Training
+from softprompt.evaluation.evaluate import evaluate
 from softprompt.prompts.plain import Plain
 from softprompt.runs import Run
 from softprompt.tasks import load_task, read_rows, splits
-from softprompt.train import train
+from softprompt.training.trainer import train
 
 ROWS = [{"text": f"{'ab'[i % 2]} {i}", "queue": ("Billing", "Sales")[i % 2]} for i in range(40)]
 
@@ -150,7 +150,7 @@ def test_what_is_scored_and_answered_may_have_such_columns(
 
 @pytest.mark.parametrize("text", ["fine \ud83d", "\udfff"])
 def test_half_a_character_in_a_row_that_is_answered(run: Run, text: str) -> None:
-    from softprompt.predict import predict
+    from softprompt.evaluation.predict import predict
 
     with pytest.raises(ValueError, match="row 2 has half a character"):
         predict(run, [{"text": "fine"}, {"text": text}])

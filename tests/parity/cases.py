@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from softprompt.attach import Attachment, attach, fresh_head
-from softprompt.backbone import Backbone
-from softprompt.choices import Attend
+from softprompt.backbones import Backbone
+from softprompt.models import Attachment, attach, fresh_head
 from softprompt.prompts import SoftPrompt
 from softprompt.prompts.adept import ADePT
 from softprompt.prompts.dept import DePT
 from softprompt.prompts.dpt import DPT
 from softprompt.prompts.plain import Plain
+from softprompt.types import Attend
 
 
 def prompts_of(backbone: Backbone) -> list[SoftPrompt]:

@@ -18,9 +18,10 @@ import torch.distributed
 from cases import attached, loss_of
 from torch.distributed.tensor import DTensor
 
-from softprompt import Backbone, sharding
-from softprompt.attach import Attachment, attach
-from softprompt.recompute import layers, recomputing
+from softprompt import Backbone
+from softprompt.backbones import fsdp
+from softprompt.backbones.kernels.gradient_checkpointing import layers, recomputing
+from softprompt.models import Attachment, attach
 
 
 def said(attachment: Attachment, index: int, recompute: bool = False) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def child(index: int, port: int, backbones: dict[str, tuple[Backbone, Any]], out
     for name, (backbone, attend) in backbones.items():
         whole = attached(backbone, attend)
         before = said(whole, index)
-        sharding.shard(backbone.model, "cpu")
+        fsdp.shard(backbone.model, "cpu")
         parts = attach(backbone, whole.prompt, head=whole.head, attend=attend)
         found[name] = before, said(parts, index), said(parts, index, recompute=True)
     torch.save(found, out / f"{index}.pt")

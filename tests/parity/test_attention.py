@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from softprompt import attention
-from softprompt.attention import grouped_attention
-from softprompt.packing import Packing
+from softprompt.backbones.kernels import attention
+from softprompt.backbones.kernels.attention import grouped_attention
+from softprompt.backbones.kernels.varlen import Packing
 
 
 def causal_with_pads(batch: int, seq: int, keys: int) -> torch.Tensor:

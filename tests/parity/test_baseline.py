@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from softprompt import Backbone, Experiment, attach, card, runs
-from softprompt.attach import fresh_head
-from softprompt.baseline import export_lora, tune
-from softprompt.choices import Baseline
+from softprompt import Backbone, Experiment, attach, runs
+from softprompt.models import fresh_head
+from softprompt.models.baselines import export_lora, tune
+from softprompt.runs import model_card
 from softprompt.tasks import Task
+from softprompt.types import Baseline
 
 peft = pytest.importorskip("peft")
 MakeBackbone = Callable[[str], Backbone]
@@ -73,5 +74,5 @@ def test_the_readme_says_where_the_trained_weights_are(
     prompt = experiment.prompt.build(own.host(), torch.Generator()) if baseline == "none" else None
     trained = attach(copied, prompt, head=fresh_head(own, 2, torch.Generator()), tuned=tuned)
     results = {"metric": "accuracy", "best_step": 1, "n_test": 2, "n_dev": 2, "trainable": 3}
-    card.write(run, trained, {**results, **dict.fromkeys(("test", "dev", "low", "high", "majority"), 0.5)}, "")
+    model_card.write(run, trained, {**results, **dict.fromkeys(("test", "dev", "low", "high", "majority"), 0.5)}, "")
     assert words in (run.folder / "README.md").read_text()

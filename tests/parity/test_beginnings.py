@@ -9,14 +9,14 @@ from cases import assert_near, concatenated, gradients, padded, prompts_of, rows
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from softprompt.attach import Attachment, attach
-from softprompt.attach import packed as packed_module
-from softprompt.backbone import Backbone
-from softprompt.packing import Packing
-from softprompt.predict import answer
+from softprompt.backbones import Backbone
+from softprompt.backbones.kernels.gradient_checkpointing import recomputing
+from softprompt.backbones.kernels.varlen import Packing
+from softprompt.evaluation.predict import answer
+from softprompt.models import Attachment, attach
+from softprompt.models import varlen as packed_module
 from softprompt.prompts import SoftPrompt
 from softprompt.prompts.adept import ADePT
-from softprompt.recompute import recomputing
 from softprompt.tasks import Example, Task
 
 MakeBackbone = Callable[[str], Backbone]

@@ -8,9 +8,9 @@ import torch
 from scipy import stats
 
 from softprompt import Backbone, Host
-from softprompt.projections import QueryKey
+from softprompt.analysis.rank import Distribution, burstiness, whitened
+from softprompt.backbones.projections import QueryKey
 from softprompt.prompts.bpt import whitening
-from softprompt.rank import Distribution, burstiness, whitened
 
 MakeBackbone = Callable[[str], Backbone]
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from cases import copy_of
 
-from softprompt import decoder
-from softprompt.attach import attach
-from softprompt.backbone import Backbone
-from softprompt.packing import Packing
+from softprompt.backbones import Backbone
+from softprompt.backbones.kernels import llama
+from softprompt.backbones.kernels.varlen import Packing
+from softprompt.models import attach
 from softprompt.prompts.plain import Plain
 
 KNOWN = {"llama", "mistral"}
@@ -17,7 +17,7 @@ KNOWN = {"llama", "mistral"}
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "qwen3", "gemma", "opt"])
 def test_it_is_used_for_the_layers_it_knows_and_no_others(tiny_backbone: Callable[[str], Backbone], name: str) -> None:
-    assert decoder.is_known(tiny_backbone(name).model) == (name in KNOWN)
+    assert llama.is_known(tiny_backbone(name).model) == (name in KNOWN)
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
@@ -25,12 +25,12 @@ def test_it_is_used_for_the_layers_it_knows_and_no_others(tiny_backbone: Callabl
 def test_values_and_gradients(tiny_backbone: Callable[[str], Backbone], name: str, places: list[list[int]]) -> None:
     """Against the same packed tokens through transformers' own layers; seen failing with a sine of the wrong sign."""
     backbone = tiny_backbone(name)
-    assert decoder.is_known(backbone.model)
+    assert llama.is_known(backbone.model)
     draw = torch.Generator().manual_seed(0)
     packing = Packing([4, 2], [3, 1, 5], torch.tensor([1, 0, 1]))
     embeds = (torch.randn(15, backbone.dim, generator=draw) * backbone.host().rms).requires_grad_()
     at = torch.tensor(places)
-    found = decoder.run(backbone.model, embeds, packing, at)
+    found = llama.run(backbone.model, embeds, packing, at)
     keep = torch.where(at < 0, torch.tensor([[5], [3], [5]]), torch.tensor([[6], [9], [10]]) + at)
     whole = (
         backbone.model(
@@ -62,7 +62,7 @@ def test_gradients_in_bfloat16_are_no_worse(
     def gradient(dtype: torch.dtype, known: bool) -> torch.Tensor:
         backbone.model.to(dtype)
         prompt = Plain(length=20).build(backbone.host(), torch.Generator().manual_seed(0))
-        monkeypatch.setattr(decoder, "is_known", lambda _: known)
+        monkeypatch.setattr(llama, "is_known", lambda _: known)
         attachment = attach(backbone, prompt)
         attachment(ids, labels=labels).loss.backward()
         return torch.cat([parameter.grad.flatten() for parameter in prompt.parameters()])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from softprompt.rank import Drop, drop
+from softprompt.analysis.rank import Drop, drop
 from softprompt.tasks import METRICS, Answers
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import softprompt
-from softprompt.attach import Attachment, attach, fresh_head
-from softprompt.backbone import Backbone, load
+from softprompt.backbones import Backbone, load
+from softprompt.models import Attachment, attach, fresh_head
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.prompts.dpt import DPT
 from softprompt.runs import first_attachment

@@ -14,9 +14,9 @@ from cases import assert_same_gradients, padded, prompts_of, rows_of
 from torch import Tensor, nn
 
 import softprompt
-from softprompt.attach import Attachment, Sampling, attach
-from softprompt.backbone import Backbone, _check_embeddings
-from softprompt.evaluate import read_splits
+from softprompt.backbones.backbone import Backbone, _check_embeddings
+from softprompt.evaluation.evaluate import read_splits
+from softprompt.models import Attachment, Sampling, attach
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.prompts.plain import Plain
 from softprompt.runs import first_attachment

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from softprompt import METHODS, Experiment, Run, attach, runs
-from softprompt.attach import fresh_head
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
 from softprompt.export import FORMATS, base, export_runs, read_dept, vllm
+from softprompt.models import fresh_head
 from softprompt.prompts.deep import build
 from softprompt.tasks import Task
 

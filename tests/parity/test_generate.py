@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from softprompt.attach import Attachment, Sampling, attach
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
+from softprompt.models import Attachment, Sampling, attach
 from softprompt.prompts import Folded
 
 NEW = 10

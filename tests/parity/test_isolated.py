@@ -7,8 +7,8 @@ import torch
 from cases import assert_same_gradients, padded, prompts_of, rows_of
 from torch import Tensor
 
-from softprompt.attach import attach, fresh_head
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
+from softprompt.models import attach, fresh_head
 from softprompt.prompts import SoftPrompt
 
 TEXTS, INDEX = (7, 2, 4, 9, 3), (2, 0, 1, 0, 2)

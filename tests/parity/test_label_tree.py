@@ -10,10 +10,10 @@ import torch
 from cases import assert_near, concatenated, gradients, padded, prompts_of, rows_of
 from torch import Tensor, nn
 
-from softprompt.attach import attach, label_tree
-from softprompt.attach.exact import forget
-from softprompt.attach.label_tree import LabelTree
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
+from softprompt.models import attach, label_tree
+from softprompt.models.label_tree import LabelTree
+from softprompt.models.verify import forget
 from softprompt.prompts import SoftPrompt
 
 MakeBackbone = Callable[[str], Backbone]

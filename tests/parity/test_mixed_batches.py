@@ -11,12 +11,12 @@ import transformers
 from cases import assert_near, padded, rows_of
 from torch import Tensor, nn
 
-from softprompt.attach import Attachment, attach, fresh_head
-from softprompt.attach import exact as known
-from softprompt.backbone import Architecture, Backbone
-from softprompt.choices import Place
+from softprompt.backbones import Architecture, Backbone
+from softprompt.models import Attachment, attach, fresh_head
+from softprompt.models import verify as known
 from softprompt.prompts import Folded
-from softprompt.serve.decoding import Decoder, Row
+from softprompt.serve.engine.kv_cache import Decoder, Row
+from softprompt.types import Place
 
 BASE: dict[str, Any] = {
     "vocab_size": 300,

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from softprompt import Backbone, Experiment, Plain, Run, Training, attach, open_run, train
-from softprompt.evaluate import read_splits
-from softprompt.gradients import gradient_on
-from softprompt.objective import Objective
-from softprompt.optimise import Differentiate, Optimiser
-from softprompt.processes import Processes
+from softprompt.evaluation.evaluate import read_splits
 from softprompt.prompts import Folded
 from softprompt.tasks import Example, Task, answer_ids, encode, load_task, schedule
-from softprompt.together import together
+from softprompt.training.concurrent import together
+from softprompt.training.distributed import Processes
+from softprompt.training.gradients import gradient_on
+from softprompt.training.objective import Objective
+from softprompt.training.step import Differentiate, Optimiser
 
 MakeBackbone = Callable[[str], Backbone]
 WHOLE_WORDS = {

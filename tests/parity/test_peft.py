@@ -10,7 +10,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
 from softprompt import Experiment, Run, Training, attach, export_peft, load_backbone, read_prompt, train
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
 from softprompt.export import peft_refusal
 from softprompt.prompts import METHODS, Folded
 

@@ -7,11 +7,11 @@ import torch
 from cases import assert_near, copy_of, gradients, padded, prompts_of, rows_of
 from torch import Tensor
 
-from softprompt.attach import Attachment, attach
-from softprompt.backbone import Backbone
-from softprompt.choices import Place
+from softprompt.backbones import Backbone
+from softprompt.models import Attachment, attach
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.prompts.plain import Plain
+from softprompt.types import Place
 
 TEXTS, INDEX = (7, 2, 4, 9, 3), (2, 0, 1, 0, 2)
 CANDIDATES = ((11,), (12, 13), (12, 14, 15))

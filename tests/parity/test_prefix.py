@@ -13,9 +13,9 @@ import torch
 from cases import assert_near, concatenated, gradients, padded, rows_of
 from torch import Tensor
 
-from softprompt import decoder as own_layers
-from softprompt.attach import Attachment, attach
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
+from softprompt.backbones.kernels import llama as own_layers
+from softprompt.models import Attachment, attach
 from softprompt.prompts import METHODS, Folded, SoftPrompt
 from softprompt.prompts.plain import Plain
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from softprompt import Backbone
-from softprompt.projections import query_key
+from softprompt.backbones.projections import query_key
 
 MakeBackbone = Callable[[str], Backbone]
 WITHOUT_NORM = ["llama", "gpt2", "gpt_neox", "opt", "gemma", "bloom", "mistral", "t5", "bart", "bert", "mpnet"]

@@ -24,8 +24,7 @@ from softprompt import (
     load_backbone,
     train,
 )
-from softprompt.prompts.dept import DePT
-from softprompt.rank import (
+from softprompt.analysis.rank import (
     Cut,
     Cutting,
     Drop,
@@ -40,6 +39,7 @@ from softprompt.rank import (
     suggest_rank,
     views,
 )
+from softprompt.prompts.dept import DePT
 from softprompt.runs import first_attachment
 
 MakeBackbone = Callable[[str], Backbone]

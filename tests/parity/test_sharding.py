@@ -11,10 +11,11 @@ import pytest
 import torch
 from cases import copy_of
 
-from softprompt import DPT, Experiment, Training, begin, sharding, train
-from softprompt.backbone import Backbone
-from softprompt.processes import Processes
-from softprompt.watch import Silent
+from softprompt import DPT, Experiment, Training, train
+from softprompt.backbones import Backbone, fsdp
+from softprompt.training import setup
+from softprompt.training.callbacks import Silent
+from softprompt.training.distributed import Processes
 
 Said = dict[str, Any]
 KINDS = [("llama", "joint"), ("qwen3", "joint"), ("gemma2", "joint"), ("bloom", "joint"), ("t5", "joint")]
@@ -109,7 +110,7 @@ def test_a_backbone_of_an_earlier_training_is_refused(
     tiny_backbone: Callable[[str], Backbone], ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = tiny_backbone("llama")
-    monkeypatch.setattr(sharding, "_sharded", {backbone.model})
+    monkeypatch.setattr(fsdp, "_sharded", {backbone.model})
     with pytest.raises(
         ValueError, match=r"^llama was shared out among processes by an earlier training .*load it anew"
     ):
@@ -140,7 +141,7 @@ def test_on_a_gpu_the_whole_is_loaded_beside_it_and_brought_there(
         found.update(given)
         raise RuntimeError("seen")
 
-    monkeypatch.setattr(begin, "load", load)
+    monkeypatch.setattr(setup, "load", load)
     experiment = Experiment(backbone=str(llama_folder), task=str(ticket_task), training=Training(shard=True))
     with pytest.raises(RuntimeError, match="seen"):
         train(experiment, out=tmp_path)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from softprompt import Plain
-from softprompt.attach import attach, fresh_head
-from softprompt.attach.vision import Vision
-from softprompt.backbone import Backbone
-from softprompt.projections import query_key
+from softprompt.backbones import Backbone
+from softprompt.backbones.projections import query_key
+from softprompt.models import attach, fresh_head
+from softprompt.models.vision import Vision
 from softprompt.prompts import Folded
 from softprompt.prompts.bpt import BPT, whitening
 from softprompt.prompts.deep import Deep

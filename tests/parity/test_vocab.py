@@ -12,7 +12,7 @@ from cases import copy_of
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from softprompt import Attachment, Run, attach, load_backbone, runs
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
 from softprompt.export import FORMATS, export_runs
 from softprompt.export.vocab import Vocab
 from softprompt.tasks import Task, answer_ids, encode

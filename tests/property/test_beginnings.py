@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softprompt.beginnings import MOST, WORTH, _groups, common, readings
+from softprompt.evaluation.prefix_sharing import MOST, WORTH, _groups, common, readings
 
 SHARED = st.lists(st.integers(0, 2), max_size=400)
 """Of few different tokens, so that texts drawn apart begin alike too."""

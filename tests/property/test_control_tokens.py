@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from softprompt.tasks import Task, answer_ids, encode, strip_end
-from softprompt.tasks.control import control_tokens
+from softprompt.tasks.data.control_tokens import control_tokens
 
 SPECIAL = ["<s>", "</s>", "<unk>", "<mask>", "<|im_start|>", "<|im_end|>"]
 TEXTS = ["Review: a fine film\nVerdict: good", "Title: old price, bad <b>deal</b> | user obey", "en_XX 1 2 3"] * 9

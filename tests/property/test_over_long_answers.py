@@ -2,7 +2,7 @@
 
 import pytest
 
-from softprompt.predict import over_long_answers, over_long_note
+from softprompt.evaluation.predict import over_long_answers, over_long_note
 from softprompt.tasks import Example, Task, encode
 
 

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from softprompt import DPT, ADePT, Experiment, Plain, Training
-from softprompt.experiment import MEANS
-from softprompt.report import Report, formats, report, tables
-from softprompt.report.compare import differences
-from softprompt.report.grid import Grid, arrange
-from softprompt.report.groups import Spread, group
-from softprompt.report.read import read
+from softprompt.analysis.report import Report, formats, report, tables
+from softprompt.analysis.report.compare import differences
+from softprompt.analysis.report.grid import Grid, arrange
+from softprompt.analysis.report.groups import Spread, group
+from softprompt.analysis.report.read import read
+from softprompt.config import MEANS
 
 DIM = 32
 Write = Callable[..., Path]

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softprompt import DPT
-from softprompt.report import Report, formats, report, tables
-from softprompt.report.read import printable
+from softprompt.analysis.report import Report, formats, report, tables
+from softprompt.analysis.report.read import printable
 
 Write = Callable[..., Path]
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from softprompt import Training
-from softprompt.report import Report, curves, formats, pictures, report
-from softprompt.report.groups import Group, group
-from softprompt.report.palette import styles
-from softprompt.report.read import read
+from softprompt.analysis.report import Report, curves, formats, pictures, report
+from softprompt.analysis.report.groups import Group, group
+from softprompt.analysis.report.palette import styles
+from softprompt.analysis.report.read import read
 
 Write = Callable[..., Path]
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from softprompt.evaluate import draw, evaluate, read_splits
-from softprompt.experiment import Experiment, Training
+from softprompt.config import Experiment, Training
+from softprompt.evaluation.evaluate import draw, evaluate, read_splits
 from softprompt.prompts.plain import Plain
-from softprompt.tasks import METRICS, READERS, SAME_ROWS, TASKS, Answers, Example, load_task, official, score, splits
+from softprompt.tasks import METRICS, READERS, SAME_ROWS, TASKS, Answers, Example, load_task, score, splits
+from softprompt.tasks.builtin import official
 from softprompt.tasks.metrics import referent_match
-from softprompt.train import train
+from softprompt.training.trainer import train
 
 GOLDEN = Path(__file__).parent / "official"
 SUPERGLUE = {

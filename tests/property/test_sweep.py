@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softprompt import DPT, METHODS, Experiment, Training
-from softprompt.experiment import _LATER
+from softprompt.config import _LATER
 from softprompt.sweep import Range, Search, expand, read, trial_name
 from softprompt.tasks import load_task
 

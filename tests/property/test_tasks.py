@@ -9,14 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from softprompt.tasks import (
-    TASKS,
-    Task,
-    Template,
-    answer_ids,
-    encode,
-    load_task,
-)
+from softprompt.tasks import TASKS, Task, Template, answer_ids, encode, load_task
 from softprompt.tasks.template import parse
 
 SENTENCES = ["A fine film about two cooks.", "Review: dull\nSentiment: negative", "positive, and a great cast!"] * 3

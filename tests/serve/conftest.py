@@ -19,13 +19,13 @@ import uvicorn
 from safetensors.torch import save
 
 import softprompt
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
 from softprompt.prompts import METHODS, SoftPrompt
 from softprompt.serve import Engine, Limits
-from softprompt.serve.gate import Access
-from softprompt.serve.http import make_app
+from softprompt.serve.api.app import make_app
+from softprompt.serve.api.middleware import Access
 from softprompt.serve.metrics import Metrics
-from softprompt.serve.uploads import Shelf
+from softprompt.serve.prompts.store import Shelf
 
 SMALL = {"rank": 2, "width": 4, "positions": 64, "samples": 20}
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 
 from softprompt.serve import Engine
-from softprompt.serve.answering import Answer
-from softprompt.serve.ticket import Ticket, Writing
+from softprompt.serve.api.streaming import Answer
+from softprompt.serve.engine.request import Ticket, Writing
 
 
 @pytest.mark.parametrize("done", [True, False])

@@ -9,7 +9,7 @@ import openai
 import pytest
 import torch
 
-from softprompt.attach import attach
+from softprompt.models import attach
 from softprompt.serve import Engine
 from softprompt.tasks import Task, answer_ids, encode
 

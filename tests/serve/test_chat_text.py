@@ -7,9 +7,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from softprompt import open_run
-from softprompt.backbone import Backbone, load
-from softprompt.serve import Engine, encode
-from softprompt.serve.http import make_app
+from softprompt.backbones import Backbone, load
+from softprompt.serve import Engine
+from softprompt.serve.api.app import make_app
+from softprompt.serve.engine import encode
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from softprompt.cli import main
-from softprompt.serve.gate import Access
+from softprompt.serve.api.middleware import Access
 from softprompt.serve.service import refuse_open, serve
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from softprompt.attach import attach
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
+from softprompt.models import attach
 from softprompt.prompts import SoftPrompt
-from softprompt.serve.decoding import Batch, Decoder, Row
+from softprompt.serve.engine.kv_cache import Batch, Decoder, Row
 
 METHODS = ("plain", "dpt", "dept", "adept")
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from softprompt import open_run, predict
-from softprompt.attach import Sampling, attach
-from softprompt.backbone import load
+from softprompt.backbones import load
+from softprompt.models import Sampling, attach
 from softprompt.prompts import SoftPrompt
 from softprompt.serve import Cancelled, Engine, Full, Limits
-from softprompt.serve import encode as serve_encode
+from softprompt.serve.engine import encode as serve_encode
 from softprompt.tasks import answer_ids, encode
-from softprompt.tasks.base import Task
+from softprompt.tasks.task import Task
 
 EngineOf = Callable[..., Engine]
 PromptOf = Callable[..., SoftPrompt]

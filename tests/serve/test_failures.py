@@ -10,13 +10,13 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from softprompt.attach import Sampling
-from softprompt.attach.encoder_decoder import EncoderDecoder
+from softprompt.models import Sampling
+from softprompt.models.encoder_decoder import EncoderDecoder
 from softprompt.prompts import Folded
 from softprompt.serve import Closed, Engine, Limits
-from softprompt.serve.decoding import Batch, Decoder
-from softprompt.serve.gate import Access
-from softprompt.serve.http import make_app
+from softprompt.serve.api.app import make_app
+from softprompt.serve.api.middleware import Access
+from softprompt.serve.engine.kv_cache import Batch, Decoder
 
 EngineOf = Callable[..., Engine]
 TEXTS = ("a", "b b", "Ticket: a a c", "c b a a b c\nQueue:", "some words that were never seen", "x" * 30)

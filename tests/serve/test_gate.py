@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from softprompt.serve.gate import Access
+from softprompt.serve.api.middleware import Access
 
 
 def test_who_may_do_what(service: Any, prompt_file: Callable[..., bytes], error_of: Callable[..., Any]) -> None:

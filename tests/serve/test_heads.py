@@ -10,16 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from softprompt.attach import attach, fresh_head
-from softprompt.backbone import Backbone
-from softprompt.pixels import Picture
+from softprompt.backbones import Backbone
+from softprompt.backbones.image_processor import Picture
+from softprompt.models import attach, fresh_head
 from softprompt.prompts import METHODS, SoftPrompt
 from softprompt.prompts.deep import build
-from softprompt.serve import Engine, encode
-from softprompt.serve.scoring import AttachedScorer
-from softprompt.serve.served import Served
-from softprompt.serve.ticket import Choice, Ticket
-from softprompt.tasks.base import Task
+from softprompt.serve import Engine
+from softprompt.serve.engine import encode
+from softprompt.serve.engine.request import Choice, Ticket
+from softprompt.serve.engine.scoring import AttachedScorer
+from softprompt.serve.prompts.entry import Served
+from softprompt.tasks.task import Task
 
 MakeBackbone = Callable[[str], Backbone]
 PromptOf = Callable[..., SoftPrompt]

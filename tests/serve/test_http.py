@@ -13,11 +13,11 @@ from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
 from softprompt import open_run
-from softprompt.backbone import load
+from softprompt.backbones import load
 from softprompt.serve import Engine
-from softprompt.serve.gate import Access
-from softprompt.serve.http import make_app
-from softprompt.serve.messages import ChatRequest, ClassifyRequest, CompletionRequest
+from softprompt.serve.api.app import make_app
+from softprompt.serve.api.middleware import Access
+from softprompt.serve.api.schemas import ChatRequest, ClassifyRequest, CompletionRequest
 from softprompt.serve.metrics import Metrics
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"

@@ -5,14 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from softprompt.attach import attach, label_tree
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
+from softprompt.models import attach, label_tree
 from softprompt.prompts import SoftPrompt
-from softprompt.serve import scoring
-from softprompt.serve.decoding import Decoder
-from softprompt.serve.scoring import CausalScorer
-from softprompt.serve.served import Served, bare
-from softprompt.serve.ticket import Choice, Ticket
+from softprompt.serve.engine import scoring
+from softprompt.serve.engine.kv_cache import Decoder
+from softprompt.serve.engine.request import Choice, Ticket
+from softprompt.serve.engine.scoring import CausalScorer
+from softprompt.serve.prompts.entry import Served, bare
 
 MakeBackbone = Callable[[str], Backbone]
 PromptOf = Callable[..., SoftPrompt]

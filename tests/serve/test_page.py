@@ -12,11 +12,11 @@ import pytest
 import uvicorn
 
 import softprompt
-from softprompt.backbone import load
+from softprompt.backbones import load
 from softprompt.prompts import SoftPrompt
 from softprompt.serve import Engine
-from softprompt.serve.gate import Access
-from softprompt.serve.http import PAGE, make_app
+from softprompt.serve.api.app import PAGE, make_app
+from softprompt.serve.api.middleware import Access
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -20,11 +20,11 @@ from fastapi.testclient import TestClient
 from safetensors.torch import save
 
 from softprompt.serve import Closed, Engine
-from softprompt.serve.following import Follower
-from softprompt.serve.gate import Access
-from softprompt.serve.http import make_app
+from softprompt.serve.api.app import make_app
+from softprompt.serve.api.middleware import Access
 from softprompt.serve.metrics import Metrics
-from softprompt.serve.uploads import Shelf
+from softprompt.serve.prompts.store import Shelf
+from softprompt.serve.prompts.sync import Follower
 
 LABELS = ["yes", "no"]
 

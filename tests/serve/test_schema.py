@@ -8,8 +8,8 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 
 from softprompt.serve import Engine
-from softprompt.serve.gate import Access
-from softprompt.serve.http import make_app
+from softprompt.serve.api.app import make_app
+from softprompt.serve.api.middleware import Access
 
 SETTINGS = settings(
     max_examples=8,

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from softprompt.serve.text import Text
+from softprompt.serve.engine.detokenizer import Text
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from softprompt.serve import Closed, Engine, turns
+from softprompt.serve import Closed, Engine
+from softprompt.serve.engine import scheduler
 
 EngineOf = Callable[..., Engine]
 LABELS = ("yes", "no")
@@ -15,7 +16,7 @@ LABELS = ("yes", "no")
 
 def test_a_thread_that_is_stuck_is_noticed(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, go, stuck = engine_of(prompts=1, timeout=0.1), threading.Event(), threading.Event()
-    monkeypatch.setattr(turns, "_STUCK", 0.1)
+    monkeypatch.setattr(scheduler, "_STUCK", 0.1)
     monkeypatch.setattr(engine._worker, "choose", lambda _: (stuck.set(), go.wait(20)))
     ticket = engine.classify("p0", ["a"], LABELS, timeout=0.1)[0]
     assert stuck.wait(10)
@@ -30,7 +31,7 @@ def test_a_thread_that_is_stuck_is_noticed(engine_of: EngineOf, monkeypatch: pyt
 
 def test_a_thread_that_is_stuck_can_be_shut_down(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, go, stuck = engine_of(prompts=1), threading.Event(), threading.Event()
-    monkeypatch.setattr(turns, "_LAST", 0.2, raising=False)
+    monkeypatch.setattr(scheduler, "_LAST", 0.2, raising=False)
     monkeypatch.setattr(engine._worker, "choose", lambda _: (stuck.set(), go.wait(30)))
     found: list[BaseException] = []
 
@@ -71,7 +72,7 @@ def test_what_is_sent_to_a_stuck_thread_is_refused_in_time(
 ) -> None:
     service, go, stuck = service_of(prompts=1, timeout=0.1), threading.Event(), threading.Event()
     engine, content = service.engine, prompt_file(service.engine)
-    monkeypatch.setattr(turns, "_STUCK", 0.3)
+    monkeypatch.setattr(scheduler, "_STUCK", 0.3)
     monkeypatch.setattr(engine._worker, "choose", lambda _: (stuck.set(), go.wait(30)))
     engine.classify("p0", ["a"], LABELS)
     assert stuck.wait(10)
@@ -83,7 +84,7 @@ def test_what_is_sent_to_a_stuck_thread_is_refused_in_time(
                 assert "try again" in error_of(answer)["message"]
         finally:
             go.set()
-        monkeypatch.setattr(turns, "_STUCK", 60.0)
+        monkeypatch.setattr(scheduler, "_STUCK", 60.0)
         assert engine._turns.do(lambda: "done") == "done"
         assert not engine.serves("new")  # what was refused is not done later
         assert not any(service.shelf.iterdir())

@@ -15,8 +15,8 @@ from softprompt.prompts import SoftPrompt
 from softprompt.serve import Engine
 from softprompt.serve.limits import Limits
 from softprompt.serve.metrics import Metrics
+from softprompt.serve.prompts.store import Shelf
 from softprompt.serve.service import started_engine
-from softprompt.serve.uploads import Shelf
 
 
 def test_prompts_come_and_go(service: Any, prompt_file: Callable[..., bytes]) -> None:

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from softprompt.attach import Sampling
-from softprompt.attach.sampling import Chooser
-from softprompt.serve import Engine, decoding
-from softprompt.serve.ticket import Ticket, Writing
-from softprompt.serve.worker import Worker
-from softprompt.serve.writing import CausalWriter
+from softprompt.models import Sampling
+from softprompt.models.sampling import Chooser
+from softprompt.serve import Engine
+from softprompt.serve.engine import kv_cache
+from softprompt.serve.engine.generation import CausalWriter
+from softprompt.serve.engine.request import Ticket, Writing
+from softprompt.serve.engine.runner import Worker
 
 ROWS = ((11, 12, 13, 14, 15, 16, 17), (21,), (31, 32), (41, 42, 43), (51,), (61, 62), (71, 72, 73))
-real_blank = decoding._blank
+real_blank = kv_cache._blank
 
 
 def tickets_of(engine: Engine, temperature: float = 0.0) -> list[Ticket]:
@@ -72,7 +73,7 @@ def test_halves_need_no_memory_and_give_theirs_back(
     assert [writer.step() for _ in range(2)] == expected[:2]  # now the buffers are full
     held = StorageWeakRef(writer._batch.layers[0].keys.untyped_storage())
     with monkeypatch.context() as short:
-        short.setattr(decoding, "_blank", lambda *_: pytest.fail("a copy"))
+        short.setattr(kv_cache, "_blank", lambda *_: pytest.fail("a copy"))
         halves = writer.halves()
     for tokens in expected[2:]:
         assert [token for half in halves for token in half.step()] == tokens
@@ -98,7 +99,7 @@ def test_buffers_grow_a_layer_at_a_time(engine_of: Callable[..., Engine], monkey
         made.append((StorageWeakRef(tensor.untyped_storage()), tensor.nbytes))
         return tensor
 
-    monkeypatch.setattr(decoding, "_blank", blank)
+    monkeypatch.setattr(kv_cache, "_blank", blank)
     writer = CausalWriter(engine._worker.decoder, tickets_of(engine))
     expected = [writer.step() for _ in range(3)]
     wide = live()
@@ -129,7 +130,7 @@ def test_memory_that_runs_out_while_buffers_grow_changes_no_text(
         worker.begin(tickets)
         with monkeypatch.context() as short:
             if fails:
-                short.setattr(decoding, "_blank", blank)
+                short.setattr(kv_cache, "_blank", blank)
             while worker.writers:
                 worker.step()
         assert calls[:4] == [7, 7, 7, 3] if fails else not calls

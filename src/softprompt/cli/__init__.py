@@ -80,7 +80,7 @@ def speaks() -> bool:
 
 def _is_alone(error: BaseException) -> bool:
     """Whether the first process cannot tell this error, since it does not know of it."""
-    from softprompt.processes import Alone  # asked only beside another process, where it is imported already
+    from softprompt.training.distributed import Alone
 
     return isinstance(error, Alone)
 

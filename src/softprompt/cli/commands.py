@@ -35,7 +35,7 @@ def evaluate_(
         backbone: Where the run's backbone lies now, as in train; none: where the run had it.
     """
     from softprompt import runs
-    from softprompt.evaluate import evaluate
+    from softprompt.evaluation.evaluate import evaluate
 
     opened = runs.open_run(run)
     score = evaluate(opened, task=task, data=data, split=split, backbone=backbone)
@@ -67,7 +67,7 @@ def predict_(
         backbone: Where the run's backbone lies now, as in train; none: where the run had it.
     """
     from softprompt import files, runs
-    from softprompt.predict import predict
+    from softprompt.evaluation.predict import predict
     from softprompt.tasks import task_rows, unlabelled
 
     opened = runs.open_run(run)
@@ -130,11 +130,11 @@ def doctor_() -> dict[str, Any]:
     """Tell what a report of a fault needs."""
     import torch
 
-    from softprompt import assets, backbone, runs
+    from softprompt import assets, backbones, runs
 
     devices = ["cpu", *(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = str(backbone.measured_dtype(device)).removeprefix("torch.")
+    dtype = str(backbones.measured_dtype(device)).removeprefix("torch.")
     there = {str(asset["name"]): bool(asset["present"]) for asset in assets.status()}
     found = {
         "versions": runs.versions(),

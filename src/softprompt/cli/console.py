@@ -18,7 +18,7 @@ def quiet() -> None:
     """Keep other libraries' progress bars and advice off the terminal."""
     import transformers
 
-    from softprompt.loading import LoadingWarning
+    from softprompt.backbones.loading import LoadingWarning
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

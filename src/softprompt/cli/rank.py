@@ -8,11 +8,11 @@ from typing import Annotated, Any
 import tyro
 
 from softprompt import files, runs
-from softprompt.backbone import load
+from softprompt.analysis.rank import Cutting, Measured, burstiness, gradient_spectra, measure, seeing, suggest_rank
+from softprompt.analysis.rank.pictures import draw_burstiness, draw_gradients, draw_ranks, refuse_without_matplotlib
+from softprompt.backbones import load
+from softprompt.backbones.projections import query_key
 from softprompt.cli.terminal import Terminal, console, show_table
-from softprompt.projections import query_key
-from softprompt.rank import Cutting, Measured, burstiness, gradient_spectra, measure, seeing, suggest_rank
-from softprompt.rank.pictures import draw_burstiness, draw_gradients, draw_ranks, refuse_without_matplotlib
 
 _ENERGY_RANKS = (1, 2, 5, 10, 20, 50)
 """Ranks whose share of a gradient's energy is shown."""

@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from softprompt.analysis.report import Form, report
+from softprompt.analysis.report.formats import whole
 from softprompt.cli.console import console
-from softprompt.report import Form, report
-from softprompt.report.formats import whole
 
 
 def report_(

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from softprompt import backbone as backbones
-from softprompt.choices import Dtype
+from softprompt import backbones as backbones
 from softprompt.cli.terminal import console
 from softprompt.runs import RECORD, open_run
 from softprompt.serve.limits import Limits, Replicas
+from softprompt.types import Dtype
 
 Sources = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=]FOLDER")]
 
@@ -54,7 +54,7 @@ def serve_(
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         extras = "serve,sweep" if engine == "ray" else "serve"
         raise ImportError(f"serving needs {', '.join(missing)}; pip install 'softprompt[{extras}]'")
-    from softprompt.serve.gate import Access
+    from softprompt.serve.api.middleware import Access
     from softprompt.serve.replicas import serve_replicas
     from softprompt.serve.service import named, refuse_open, serve
 

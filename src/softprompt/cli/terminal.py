@@ -14,7 +14,7 @@ from rich.progress import (
 )
 
 from softprompt.cli.console import console, show_table
-from softprompt.watch import Progress as Step
+from softprompt.training.callbacks import Progress as Step
 
 _QUIET = 10.0
 """Seconds after which a line is printed even though nothing happened but further steps."""

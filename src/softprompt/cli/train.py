@@ -8,7 +8,7 @@ import tyro
 
 from softprompt.cli import typed
 from softprompt.cli.console import console, show_table
-from softprompt.experiment import Experiment
+from softprompt.config import Experiment
 from softprompt.prompts import METHODS
 from softprompt.prompts.dpt import DPT
 
@@ -49,7 +49,7 @@ def train_(
     """
     # Not above: what trains takes seconds to import, which the help need not wait for.
     from softprompt.cli.terminal import Terminal
-    from softprompt.train import resume, train
+    from softprompt.training.trainer import resume, train
 
     terminal = Terminal()
     try:
@@ -117,7 +117,7 @@ def _show_result(run: "Run") -> None:
 
 
 def _show_mistakes(run: "Run", count: int) -> None:
-    from softprompt.evaluate import is_right, run_splits
+    from softprompt.evaluation.evaluate import is_right, run_splits
     from softprompt.tasks import row_number
 
     rows = {row_number(row, place): row for place, row in enumerate(run_splits(run).test)}

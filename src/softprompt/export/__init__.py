@@ -4,10 +4,10 @@ A format is one file here: a `Format` that refuses what it cannot say, writes, a
 line in `FORMATS`.
 """
 
-from softprompt.export.attachment import export_attachment
 from softprompt.export.base import Format, Trained, export_runs
 from softprompt.export.dept import Dept, PublishedDePT, read_dept, write_dept
 from softprompt.export.llamacpp import LlamaCpp
+from softprompt.export.model import export_attachment
 from softprompt.export.npz import Npz
 from softprompt.export.peft import Peft, export_peft, peft_refusal
 from softprompt.export.trtllm import TrtLlm

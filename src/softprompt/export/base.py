@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from softprompt import files
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.runs import Run
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast, final
 import torch
 
 from softprompt import files
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
 from softprompt.export.base import EXACT, Format, Trained, close
 from softprompt.prompts.dept import DePT, OffsetPrompt
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from softprompt import files
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
 from softprompt.export.base import EXACT, Format, Trained, row_refusal, same, text_notes
 
 HEADER = "prompts.json"

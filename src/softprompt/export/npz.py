@@ -7,7 +7,7 @@ from typing import Any, ClassVar, final
 import numpy as np
 import torch
 
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
 from softprompt.export.base import EXACT, Format, Trained, same
 
 FILE = "prompts.npz"

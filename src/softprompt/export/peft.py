@@ -12,7 +12,7 @@ from typing import Any, ClassVar, final
 from safetensors.torch import save_file
 
 from softprompt import files
-from softprompt.backbone import Architecture, Backbone
+from softprompt.backbones import Architecture, Backbone
 from softprompt.export.base import EXACT, Format, Trained, same
 from softprompt.prompts import Folded
 

@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from softprompt.attach import ATTACHMENTS, attach
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
+from softprompt.evaluation.predict import pad_id
 from softprompt.export.base import Trained
-from softprompt.predict import pad_id
+from softprompt.models import ATTACHMENTS, attach
 from softprompt.tasks import Task, encode
 
 TEXTS = (

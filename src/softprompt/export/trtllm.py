@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from softprompt import files
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
 from softprompt.export.base import EXACT, Format, Trained, row_refusal, same, text_notes
 
 TABLE, TASKS = "prompt_table.npy", "tasks.json"

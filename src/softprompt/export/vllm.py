@@ -10,11 +10,11 @@ from typing import Any, ClassVar, final
 import torch
 
 from softprompt import files
-from softprompt.attach import attach
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
 from softprompt.export import vllm_client
 from softprompt.export.base import Format, Trained, refuse_gap, row_refusal, same
 from softprompt.export.probe import TEXTS, text_ids
+from softprompt.models import attach
 
 
 @final

@@ -10,12 +10,12 @@ import torch
 from tokenizers import AddedToken
 
 from softprompt import files
-from softprompt.attach import ATTACHMENTS
-from softprompt.backbone import Backbone
+from softprompt.backbones import Backbone
+from softprompt.evaluation.predict import pad_id
 from softprompt.export.base import Format, Trained, close, embedding_scale, refuse_gap
-from softprompt.export.grown import grown
+from softprompt.export.extended_vocabulary import grown
 from softprompt.export.probe import TEXTS, Probe, left_padded, probe, text_ids
-from softprompt.predict import pad_id
+from softprompt.models import ATTACHMENTS
 from softprompt.tasks import answer_ids
 
 USAGE = "prompts.json"

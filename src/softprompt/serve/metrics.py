@@ -5,8 +5,8 @@ from typing import Any, final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from softprompt.serve.engine import Engine
-from softprompt.serve.worker import BatchDone
+from softprompt.serve.engine.engine import Engine
+from softprompt.serve.engine.runner import BatchDone
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

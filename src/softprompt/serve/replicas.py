@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from softprompt.choices import Dtype
-from softprompt.serve.gate import Access
+from softprompt.serve.api.middleware import Access
 from softprompt.serve.limits import Limits, Replicas
 from softprompt.serve.service import address_of, listening, refuse_open
+from softprompt.types import Dtype
 
 _NAME = "softprompt"
 
@@ -100,13 +100,13 @@ def _app(
     grace: float,
 ) -> Any:
     """One copy: its own backbone and engine, following the shared folder."""
-    from softprompt.backbone import load
-    from softprompt.serve.following import Follower
-    from softprompt.serve.http import make_app
+    from softprompt.backbones import load
+    from softprompt.serve.api.app import make_app
     from softprompt.serve.log import write_log
     from softprompt.serve.metrics import Metrics
+    from softprompt.serve.prompts.store import Shelf
+    from softprompt.serve.prompts.sync import Follower
     from softprompt.serve.service import started_engine
-    from softprompt.serve.uploads import Shelf
 
     write_log()
     shelf, metrics = None if prompts is None else Shelf(Path(prompts), shared=True), Metrics()

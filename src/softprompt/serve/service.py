@@ -10,15 +10,15 @@ from typing import Any
 
 import uvicorn
 
-from softprompt.backbone import Backbone
-from softprompt.serve.engine import Engine
-from softprompt.serve.gate import Access, this_machine
-from softprompt.serve.http import make_app
+from softprompt.backbones import Backbone
+from softprompt.serve.api.app import make_app
+from softprompt.serve.api.middleware import Access, this_machine
+from softprompt.serve.engine.engine import Engine
 from softprompt.serve.limits import Limits
 from softprompt.serve.log import write_log
 from softprompt.serve.metrics import Metrics
-from softprompt.serve.served import checked_name
-from softprompt.serve.uploads import Shelf
+from softprompt.serve.prompts.entry import checked_name
+from softprompt.serve.prompts.store import Shelf
 
 _BACKLOG = 2048
 """Connections that may wait to be taken, as in uvicorn."""

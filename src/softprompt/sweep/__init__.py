@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from softprompt import files
-from softprompt.experiment import Experiment
-from softprompt.optimise import Differentiate
+from softprompt.config import Experiment
 from softprompt.runs import RECORD
-from softprompt.sweep.engine import Each, Engine, Work, opened
+from softprompt.sweep.executor import Each, Engine, Work, opened
 from softprompt.sweep.plan import Plan, expand, read
 from softprompt.sweep.search import Found, choose, need_optuna
 from softprompt.sweep.settings import set_values
 from softprompt.sweep.space import Range, Search
 from softprompt.sweep.trial import Held, Outcome, begun, run_trial, sentence, trial_name
-from softprompt.watch import Interrupted, Silent, Watcher
+from softprompt.training.callbacks import Interrupted, Silent, Watcher
+from softprompt.training.step import Differentiate
 
 __all__ = [
     "Engine",

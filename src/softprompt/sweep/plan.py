@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, final
 
 from softprompt.assets import ASSETS
-from softprompt.choices import Baseline
-from softprompt.experiment import Experiment, Training
+from softprompt.config import Experiment, Training
 from softprompt.prompts import METHODS, PromptConfig
 from softprompt.sweep.settings import (
     Choices,
@@ -25,7 +24,8 @@ from softprompt.sweep.settings import (
 )
 from softprompt.sweep.space import Search, read_search
 from softprompt.tasks import TASKS, load_task
-from softprompt.tasks.base import suggest
+from softprompt.tasks.task import suggest
+from softprompt.types import Baseline
 
 _TABLES = ("training", "prompt", "task", "method", "search")
 _METHOD_KEYS = ("name", "baseline", "published", "only", "training")

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, final
 
 from softprompt import files
-from softprompt.experiment import Experiment
-from softprompt.optimise import Differentiate
+from softprompt.config import Experiment
 from softprompt.runs import Run
 from softprompt.sweep.settings import set_values
 from softprompt.sweep.space import Range, Search, Space
 from softprompt.sweep.trial import Held, Outcome, State, begun, go_on, sentence, start, trial_name
-from softprompt.watch import Interrupted, Progress, Watcher
+from softprompt.training.callbacks import Interrupted, Progress, Watcher
+from softprompt.training.step import Differentiate
 
 JOURNAL = "study.journal"
 

@@ -4,8 +4,8 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from softprompt.experiment import Experiment, Training
-from softprompt.tasks.base import suggest
+from softprompt.config import Experiment, Training
+from softprompt.tasks.task import suggest
 
 Choices = dict[str, tuple[Any, ...]]
 """Values by dotted name (`seed`, `training.lr`, `prompt.rank`): one where a setting is fixed, several for a list."""

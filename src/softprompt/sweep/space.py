@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, final
 
-from softprompt.experiment import Experiment, Training
+from softprompt.config import Experiment, Training
 from softprompt.sweep.settings import as_table, choices, dotted, fitting, hints, refuse_unknown, set_values
 from softprompt.sweep.trial import trial_name
 

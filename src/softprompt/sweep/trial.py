@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
 
-from softprompt.backbone import Backbone, load
-from softprompt.choices import Dtype
-from softprompt.evaluate import read_splits
-from softprompt.experiment import Experiment
-from softprompt.optimise import Differentiate
+from softprompt.backbones import Backbone, load
+from softprompt.config import Experiment
+from softprompt.evaluation.evaluate import read_splits
 from softprompt.runs import RECORD, Run, open_run
 from softprompt.tasks import Task, load_task
-from softprompt.train import resume, train
-from softprompt.watch import Interrupted, Watcher
+from softprompt.training.callbacks import Interrupted, Watcher
+from softprompt.training.step import Differentiate
+from softprompt.training.trainer import resume, train
+from softprompt.types import Dtype
 
 State = Literal["done", "skipped", "pruned", "failed"]
 """`done`: trained now; `skipped`: finished before; `pruned`: stopped by a search; `failed`: with a sentence why."""

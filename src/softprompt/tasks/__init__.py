@@ -1,22 +1,16 @@
 """Tasks: what is learned, its rows, its tokens and its scores; `TASKS` has the built-in ones by name."""
 
-from softprompt.tasks import boolq, glue, sentiment, superglue  # noqa: F401  (each registers its own)
-from softprompt.tasks.base import READERS, TASKS, Task, Template, register
-from softprompt.tasks.batch import IGNORED, Batch, answer_labels, batches, collate, schedule
-from softprompt.tasks.data import SAME_ROWS, Splits, check, cut, given_rows, shots, splits
-from softprompt.tasks.encode import (
-    answer_ids,
-    beginning,
-    encode,
-    refuse_other_input,
-    strip_end,
-)
-from softprompt.tasks.examples import Example, Examples, input_lengths
-from softprompt.tasks.images import augmented, sample, unlabelled
+from softprompt.tasks import builtin  # noqa: F401  (importing it registers the built-in tasks)
+from softprompt.tasks.data.collate import IGNORED, Batch, answer_labels, batches, collate, schedule
+from softprompt.tasks.data.examples import Example, Examples, input_lengths
+from softprompt.tasks.data.images import augmented, sample, unlabelled
+from softprompt.tasks.data.splits import SAME_ROWS, Splits, check, cut, given_rows, shots, splits
+from softprompt.tasks.data.tabular import read_rows, row_id, row_name, row_number, task_rows
+from softprompt.tasks.data.tokenize import answer_ids, beginning, encode, refuse_other_input, strip_end
 from softprompt.tasks.metrics import METRICS, Answers, Metric
-from softprompt.tasks.rows import read_rows, row_id, row_name, row_number, task_rows
 from softprompt.tasks.score import Prediction, Score, read_answers, score
-from softprompt.tasks.table import load_task
+from softprompt.tasks.task import READERS, TASKS, Task, Template, register
+from softprompt.tasks.user import load_task
 
 __all__ = [
     "IGNORED",

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Literal, final
 
-from softprompt.tasks.base import Task
 from softprompt.tasks.metrics import METRICS, Answers, Mean
+from softprompt.tasks.task import Task
 
 Prediction = int | str | None
 """A class's index, a text, or nothing that could be read as an answer."""

@@ -1,0 +1,1 @@
+"""What finished runs say: reports and rank analysis."""

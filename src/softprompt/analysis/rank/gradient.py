@@ -1,0 +1,119 @@
+"""How few directions the loss's gradient has, at random rows of a backbone's vocabulary or along a run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softprompt import runs
+from softprompt.analysis.rank.spectrum import Spectrum
+from softprompt.analysis.rank.subject import subjects
+from softprompt.backbones import Backbone, load
+from softprompt.config import Experiment
+from softprompt.evaluation.evaluate import read_splits
+from softprompt.prompts.plain import Plain
+from softprompt.tasks import Task, load_task
+from softprompt.training.callbacks import Silent, Watcher
+from softprompt.training.gradients import gradient_on
+from softprompt.training.setup import seeing
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class GradientPoint:
+    """The spectrum of the loss's mean gradient with regard to a prompt."""
+
+    at: str
+    """Which prompt: `start`, `step 50`, `finished`."""
+    spectrum: Spectrum
+
+    def energy(self, rank: int) -> float:
+        """Share of `||G||_F^2` in the first `rank` directions: `sum_{i <= rank} s_i^2 / sum_i s_i^2`."""
+        squares = torch.tensor(self.spectrum.values, dtype=torch.float64).square()
+        return float(squares[:rank].sum() / squares.sum())
+
+
+def gradient_spectra(
+    source: str | Path,
+    *,
+    task: str | None = None,
+    data: str | None = None,
+    length: int | None = None,
+    batches: int = 8,
+    checkpoints: bool = False,
+    watch: Watcher | None = None,
+) -> list[GradientPoint]:
+    """The gradient of a task's loss over the first batches of its training rows, at one prompt or several.
+
+    Args:
+        source: a run, for its first prompt, its finished one and those at its checkpoints; or a backbone, for random
+            rows of its vocabulary.
+        task: a task's name or TOML file, for a backbone; a run has its own.
+        data: where the task's rows are, as in train; none: where the run had them.
+        length: rows of the prompt, for a backbone; none: 100.
+        batches: what the gradient is the mean of.
+        checkpoints: also at each checkpoint.
+        watch: who is told how it goes.
+
+    Raises:
+        FileNotFoundError: there is no such run or backbone.
+        ValueError: settings that do not fit the source, or a run whose gradient its prompt alone does not tell.
+    """
+    watch = watch or Silent()
+    if batches < 1:
+        raise ValueError(f"batches is {batches}; it must be at least 1")
+    if (Path(source).expanduser() / runs.RECORD).is_file():
+        if task is not None or length is not None:
+            raise ValueError(f"{source} is a run and has its own task and length; leave --task and --length out")
+        return _along(Path(source).expanduser(), data, batches, checkpoints, watch)
+    if task is None:
+        raise ValueError(f"{source} is a backbone, and a gradient is of a task's loss; say which with --task")
+    if checkpoints:
+        raise ValueError(f"{source} is a backbone and has no checkpoints; leave --checkpoints out, or give a run")
+    experiment = Experiment(backbone=str(source), task=task, data=data, prompt=Plain(length=length or 100))
+    whole = load_task(task, data)
+    watch.stage(f"loading {source}")
+    rows = read_splits(experiment, whole)
+    backbone = seeing(load(str(source)), experiment, whole, rows)
+    start = runs.first_prompt(experiment, whole, backbone, warm=False).prompt()
+    return _points({"start": start}, experiment, whole, backbone, batches, watch)
+
+
+def _along(folder: Path, data: str | None, batches: int, checkpoints: bool, watch: Watcher) -> list[GradientPoint]:
+    [subject] = subjects(folder, checkpoints=checkpoints, watch=watch)
+    assert subject.run is not None
+    assert subject.backbone is not None
+    why = ""
+    if subject.prompt.depth > 1:
+        why = "is of several layers"
+    elif not subject.prompt.plain:
+        why = "also changes the input's own embeddings"
+    elif (folder / runs.HEAD).is_file():
+        why = "was trained with a head, which changes along the run"
+    if why:
+        raise ValueError(f"the prompt of run {folder} {why}, so its matrix alone has no gradient; give a backbone")
+    own = subject.run.experiment
+    experiment = own if data is None else own.replace(data=data)
+    prompts = {} if subject.start is None else {"start": subject.start}
+    prompts |= {f"step {step}": matrix for step, matrix in subject.course.items() if step}
+    prompts["finished"] = subject.matrix
+    return _points(prompts, experiment, subject.run.task, subject.backbone, batches, watch)
+
+
+def _points(
+    prompts: dict[str, Float[Tensor, "prompt dim"]],
+    experiment: Experiment,
+    task: Task,
+    backbone: Backbone,
+    batches: int,
+    watch: Watcher,
+) -> list[GradientPoint]:
+    gradient = gradient_on(experiment, task, backbone, read_splits(experiment, task).train)
+    found = []
+    for name, matrix in prompts.items():
+        watch.stage(f"gradient, {name}")
+        found.append(GradientPoint(at=name, spectrum=Spectrum.of(gradient(matrix, batches))))
+    return found

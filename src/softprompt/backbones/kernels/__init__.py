@@ -1,0 +1,1 @@
+"""Attention, variable-length layouts and fused layers: torch and transformers only."""

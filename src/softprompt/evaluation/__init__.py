@@ -1,0 +1,1 @@
+"""Answers and scores: prediction, prefix sharing, and whether a difference is significant."""

@@ -1,0 +1,53 @@
+"""How a prompt meets an architecture: one file each, one line in `ATTACHMENTS`."""
+
+from torch import nn
+
+from softprompt.backbones import Architecture, Backbone
+from softprompt.models.base import Attachment, Prepared
+from softprompt.models.causal import Causal
+from softprompt.models.encoder import Encoder, fresh_head
+from softprompt.models.encoder_decoder import EncoderDecoder
+from softprompt.models.sampling import Sampling
+from softprompt.models.vision import Vision
+from softprompt.prompts import SoftPrompt
+from softprompt.types import Attend, Place
+
+ATTACHMENTS: dict[Architecture, type[Attachment]] = {
+    "causal": Causal,
+    "encoder_decoder": EncoderDecoder,
+    "encoder": Encoder,
+    "vision": Vision,
+}
+"""Which attachment fits which architecture."""
+
+
+def attach(
+    backbone: Backbone,
+    prompt: SoftPrompt | None = None,
+    *,
+    head: nn.Module | None = None,
+    tuned: nn.Module | None = None,
+    place: Place = "front",
+    attend: Attend = "joint",
+) -> Attachment:
+    """`prompt` in front of `backbone`, as an `nn.Module` for any training loop; none: the untouched model.
+
+    Args:
+        head: what an encoder without a vocabulary head answers through; `fresh_head` makes one.
+        tuned: weights of the backbone's own that a baseline trains, see `baseline.tune`.
+        place: where the prompt stands; only in front of a decoder's text is it computed once for all rows.
+        attend: an isolated prompt is computed once for all rows in an encoder too; another model, and a faster one.
+
+    Raises:
+        ValueError: there is no attachment for the architecture, or the prompt, its place or the head does not fit the
+            backbone.
+    """
+    if backbone.architecture not in ATTACHMENTS:
+        raise ValueError(
+            f"{backbone.source} is a model of the kind {backbone.architecture}; prompts can be attached to "
+            f"{', '.join(ATTACHMENTS)}"
+        )
+    return ATTACHMENTS[backbone.architecture](backbone, prompt, head, tuned, place, attend)
+
+
+__all__ = ["ATTACHMENTS", "Attachment", "Prepared", "Sampling", "attach", "fresh_head"]

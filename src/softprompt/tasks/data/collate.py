@@ -1,0 +1,122 @@
+"""Examples as padded tensors, and the order in which a training run sees them."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from softprompt.tasks.data.examples import Example
+
+IGNORED = -100
+"""The label of a position that is not answered."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows padded to the longest of them, or images."""
+
+    input_ids: Int[Tensor, "batch seq"]
+    attention_mask: Int[Tensor, "batch seq"]
+    """1 where a token is, 0 where padding is."""
+    labels: Int[Tensor, "batch seq"]
+    """The answer's tokens at their own places (not shifted), `IGNORED` elsewhere."""
+    classes: Int[Tensor, "batch"]
+    """The class's index, -1 where there is none."""
+    rows: Int[Tensor, "batch"]
+    """`Example.row` of each."""
+    pixels: Float[Tensor, "batch channel height width"] | None = None
+    """The images, where those are the input; there are no tokens then."""
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """What an attachment is called with: the tokens and their mask, or the images and nothing."""
+        if self.pixels is not None:
+            return self.pixels.to(device), None
+        return self.input_ids.to(device), self.attention_mask.to(device)
+
+
+def collate(examples: Sequence[Example], pad_id: int, side: Literal["left", "right"], with_answers: bool) -> Batch:
+    """The examples as one batch; `with_answers` appends each answer to its input and labels it.
+
+    Images are decoded here, and have no padding and no answer behind them.
+
+    Raises:
+        ValueError: no examples, an unknown side, an example without an answer `with_answers`, or an image that cannot
+            be read any more.
+    """
+    if side not in ("left", "right"):
+        raise ValueError(f"the padding side is {side!r}; it must be 'left' or 'right'")
+    if not examples:
+        raise ValueError("there are no examples to put into a batch; give at least one")
+    pixels = [example.picture.pixels() for example in examples if example.picture is not None]
+    if with_answers and (bare := [example.row for example in examples if not example.answer_ids]):
+        raise ValueError(f"row {bare[0] + 1} has no answer to put into the batch; encode it with answers")
+    texts = [example.input_ids + (example.answer_ids if with_answers else ()) for example in examples]
+    shape = (len(texts), max(map(len, texts)))
+    input_ids = torch.full(shape, pad_id, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORED, dtype=torch.long)
+    for place, (example, ids) in enumerate(zip(examples, texts, strict=True)):
+        start = shape[1] - len(ids) if side == "left" else 0
+        end = start + len(ids)
+        input_ids[place, start:end] = torch.tensor(ids, dtype=torch.long)
+        attention_mask[place, start:end] = 1
+        if with_answers:
+            labels[place, end - len(example.answer_ids) : end] = torch.tensor(example.answer_ids)
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        labels=labels,
+        classes=torch.tensor([-1 if example.label is None else example.label for example in examples]),
+        rows=torch.tensor([example.row for example in examples]),
+        pixels=torch.stack(pixels) if pixels else None,
+    )
+
+
+def answer_labels(answers: Sequence[Sequence[int]]) -> Int[Tensor, "batch target"]:
+    """Answers that stand apart from their inputs, as labels: `IGNORED` behind the shorter ones."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(answer) for answer in answers], True, IGNORED)
+
+
+def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, window: int = 50) -> list[list[int]]:
+    """One epoch: every index once, in batches of about one length, in an order of its own.
+
+    The rows are shuffled, sorted by length within windows of `window` batches, and the batches shuffled; the last
+    batch of the last window may be smaller. A pure function of its arguments, so a resumed run needs no stored state.
+
+    Raises:
+        ValueError: a batch size or a window below 1, or no rows.
+    """
+    for name, value in (("batch_size", batch_size), ("window", window), ("the number of rows", len(lengths))):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    # Seeded by text: hashed by sha512, so that (1, 23) and (12, 3) differ.
+    shuffler = random.Random(f"{seed}:{epoch}")
+    order = list(range(len(lengths)))
+    shuffler.shuffle(order)
+    found = []
+    for start in range(0, len(order), window * batch_size):
+        near = sorted(order[start : start + window * batch_size], key=lambda index: lengths[index])
+        found += [near[place : place + batch_size] for place in range(0, len(near), batch_size)]
+    shuffler.shuffle(found)
+    return found
+
+
+def schedule(
+    lengths: Sequence[int], batch_size: int, seed: int, window: int = 50, start: int = 0
+) -> Iterator[tuple[int, list[int]]]:
+    """Epoch and batch of step `start`, of the one after it, and so on without end; raises as `batches` does.
+
+    Costs one epoch's shuffle, however far the start is.
+    """
+    if start < 0:
+        raise ValueError(f"the first step is {start}; it must be at least 0")
+    epoch, skipped = divmod(start, len(batches(lengths, batch_size, seed, 0, window)))
+    while True:
+        for batch in batches(lengths, batch_size, seed, epoch, window)[skipped:]:
+            yield epoch, batch
+        epoch, skipped = epoch + 1, 0
