@@ -16,8 +16,8 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/softprompt fetch smollm2-135m
 	$(BIN)/softprompt fetch rotten-tomatoes
-	$(BIN)/softprompt train --backbone smollm2-135m --task sentiment --untouched --show 3 \
-	    --steps 300 --batch 16 --test-rows 1000 --evaluate-every 300 --dev-rows 250 dpt --rank 10 --length 20
+	$(BIN)/softprompt train --backbone smollm2-135m --task sentiment --zero-shot --show 3 \
+	    --steps 300 --batch-size 16 --test-rows 1000 --eval-steps 300 --dev-rows 250 dpt --rank 10 --length 20
 	@echo
 	@echo 'Next:'
 	@echo '  .venv/bin/softprompt list runs'

@@ -1,6 +1,6 @@
 """Seconds to a first token and for a whole text, beside PEFT's prompt tuning in the same run.
 
-    python benchmarks/generate.py [--tokens 32] [--batch 1 16] [--dtype float32] [--rounds 3] [--steps 3]
+    python benchmarks/generate.py [--tokens 32] [--batch-size 1 16] [--dtype float32] [--rounds 3] [--steps 3]
 
 Both sides get the same weights, rows, dtype and prompt, without gradients, and write greedily: `first` and `peft_first`
 one token, `text` and `peft` 32 (the end of sequence ends nothing, so that all write as many). Ours has the prompt's
@@ -31,15 +31,15 @@ def ours(new: int) -> Callable[[Part], Callable[[int], Work]]:
         from softprompt import attach, load_backbone
 
         backbone = load_backbone(BACKBONE, dtype=part.dtype, device="cpu")
-        attachment, prompt = attach(backbone), decomposed(backbone, part).fold()
+        prompted, prompt = attach(backbone), decomposed(backbone, part).fold()
         with torch.no_grad():
-            prepared = attachment.prepare([prompt])
+            prepared = prompted.prepare([prompt])
 
         def ready(tokens: int) -> Work:
             ids, mask, _ = batch(backbone.model, part, tokens)
 
             def run() -> float:
-                return written([*attachment.generate(ids, mask, max_new_tokens=new, stop=[], prompts=prepared)], new)
+                return written([*prompted.generate(ids, mask, max_new_tokens=new, stop=[], prompts=prepared)], new)
 
             return Work(run, backbone.model, multiply_adds(backbone.model, part, tokens, new))
 

@@ -1,6 +1,6 @@
 """Seconds and memory of one training step on a Llama of a billion weights' shape, beside PEFT's prompt tuning.
 
-    python benchmarks/llama_step.py [--tokens 32 64] [--batch 16] [--length 100] [--dtype float32] [--rounds 3]
+    python benchmarks/llama_step.py [--tokens 32 64] [--batch-size 16] [--length 100] [--dtype float32] [--rounds 3]
 
 The shape is Llama 3.2 1B's, with 4 of its 16 layers, since the whole would take minutes a step on two cores; weights
 are random, the same on all sides: speed needs no trained ones. Sides, floor and all else are train_step.py's.

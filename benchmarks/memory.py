@@ -1,6 +1,6 @@
 """Memory and seconds of a training step whose layers are computed again, or quantised, beside ours without either.
 
-    python benchmarks/memory.py [--batch 8 32] [--tokens 128] [--length 100] [--dtype float32] [--rounds 3]
+    python benchmarks/memory.py [--batch-size 8 32] [--tokens 128] [--length 100] [--dtype float32] [--rounds 3]
 
 `recomputed` is a step under `--gradient-checkpointing`, `nf4` one of a backbone of `--dtype nf4` (extra `quantise`; its
 weights are others, so its loss is not compared), `both` is both. The peer is ourselves: the same step of whole weights,

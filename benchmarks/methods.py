@@ -1,6 +1,6 @@
 """Seconds of one training step of each text method, in turn in one process.
 
-    python benchmarks/methods.py [--backbone smollm2-135m] [--tokens 30] [--batch 16] [--rounds 5]
+    python benchmarks/methods.py [--backbone smollm2-135m] [--tokens 30] [--batch-size 16] [--rounds 5]
 
 The sizes are those of docs/results/methods. A step is the label words' scores, cross-entropy, backward, and AdamW. The
 first round warms up. The last line of stdout is JSON: the median seconds of each method, and the load before.
@@ -48,8 +48,10 @@ def main(settings: Settings) -> None:
     busy = os.getloadavg()[0]
     backbone = load_backbone(settings.backbone)
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, backbone.host().embedding.shape[0], (settings.batch, settings.tokens), generator=draw)
-    classes = torch.zeros(settings.batch, dtype=torch.long)
+    ids = torch.randint(
+        1000, backbone.host().embedding.shape[0], (settings.batch_size, settings.tokens), generator=draw
+    )
+    classes = torch.zeros(settings.batch_size, dtype=torch.long)
     seconds: dict[str, list[float]] = {name: [] for name in SIZES}
     sides = {}
     for name, sizes in SIZES.items():
@@ -57,12 +59,12 @@ def main(settings: Settings) -> None:
         model = attach(backbone, prompt, head=fresh_head(backbone, 2, torch.Generator().manual_seed(0)))
         sides[name] = model, torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(settings.rounds + 1):
-        for name, (model, optimiser) in sides.items():
+        for name, (model, training_step) in sides.items():
             start = time.perf_counter()
             scores = model.score(ids, torch.ones_like(ids), [[5], [9]])
             torch.nn.functional.cross_entropy(scores, classes).backward()
-            optimiser.step()
-            optimiser.zero_grad()
+            training_step.step()
+            training_step.zero_grad()
             seconds[name].append(time.perf_counter() - start)
     found = {name: round(statistics.median(times[1:]), 3) for name, times in seconds.items()}
     print(json.dumps({"benchmark": "methods", "backbone": settings.backbone, "load_before": busy, "seconds": found}))

@@ -1,6 +1,6 @@
 """Seconds and memory of a batch whose rows belong to 16 prompts, beside PEFT that switches between its adapters.
 
-    python benchmarks/mixed.py [--tokens 32] [--batch 32] [--dtype float32] [--rounds 3] [--steps 3]
+    python benchmarks/mixed.py [--tokens 32] [--batch-size 32] [--dtype float32] [--rounds 3] [--steps 3]
 
 Both sides get the same weights, rows, dtype and 16 prompts, without gradients, and score two answers to each row as
 score.py does. Ours has the prompts' keys and values ready and takes the whole batch in one call with an index; PEFT,
@@ -36,9 +36,9 @@ def indexed(part: Part) -> Callable[[int], Work]:
     from softprompt import attach, load_backbone
 
     backbone = load_backbone(BACKBONE, dtype=part.dtype, device="cpu")
-    attachment, answers = attach(backbone), answer_ids(backbone.tokenizer)
+    prompted, answers = attach(backbone), answer_ids(backbone.tokenizer)
     with torch.no_grad():
-        prepared = attachment.prepare(matrices(backbone, part))
+        prepared = prompted.prepare(matrices(backbone, part))
     index = torch.arange(part.batch) % PROMPTS
 
     def ready(tokens: int) -> Work:
@@ -47,7 +47,7 @@ def indexed(part: Part) -> Callable[[int], Work]:
         def run() -> float:
             with torch.no_grad():
                 candidates = [[first] for first in answers]
-                return loss(attachment.score(ids, mask, candidates, prompts=prepared, index=index))
+                return loss(prompted.score(ids, mask, candidates, prompts=prepared, index=index))
 
         return Work(run, backbone.model, multiply_adds(backbone.model, part, tokens))
 

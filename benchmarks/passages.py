@@ -1,8 +1,8 @@
 """Seconds and memory of answering questions about passages, beside PEFT's prompt tuning in the same run.
 
-    python benchmarks/passages.py [--tokens 32] [--batch 32] [--dtype float32] [--rounds 3] [--steps 1]
+    python benchmarks/passages.py [--tokens 32] [--batch-size 32] [--dtype float32] [--rounds 3] [--steps 1]
 
-`--batch` rows ask about two passages of 300 tokens, `--tokens` more each (the rows of MultiRC are of this kind: about
+`--batch-size` rows ask about two passages of 300 tokens, `--tokens` more each (the rows of MultiRC are of this kind: about
 350 tokens, 19 of 20 of them a beginning that another row has too). Ours is `predict.answer`, which reads each passage
 once behind the prompt; `whole` is the same with every row read whole, and PEFT runs prompt and passage in front of
 every row. What ours plans and prepares is in its time. `loss` as in score.py.
@@ -20,7 +20,7 @@ from train_step import BACKBONE, decomposed, peft_model, widths
 PASSAGES, PASSAGE = 2, 300
 
 
-def ours(*, extends: bool) -> Callable[[Part], Callable[[int], Work]]:
+def ours(*, supports_prefix_sharing: bool) -> Callable[[Part], Callable[[int], Work]]:
     """Through `predict.answer`.
 
     Args:
@@ -35,8 +35,8 @@ def ours(*, extends: bool) -> Callable[[Part], Callable[[int], Work]]:
         from softprompt.tasks import Example, Task
 
         backbone = load_backbone(BACKBONE, dtype=part.dtype, device="cpu")
-        attachment = attach(backbone, decomposed(backbone, part).fold())
-        attachment.extends = attachment.extends and extends
+        prompted = attach(backbone, decomposed(backbone, part).fold())
+        prompted.supports_prefix_sharing = prompted.supports_prefix_sharing and supports_prefix_sharing
         task = Task(name="passages", template="{x}", label="y", words={one.strip(): one.strip() for one in ANSWERS})
 
         def ready(tokens: int) -> Work:
@@ -44,7 +44,7 @@ def ours(*, extends: bool) -> Callable[[Part], Callable[[int], Work]]:
             examples = [Example(tuple(row), (), None, place) for place, row in enumerate(ids.tolist())]
 
             def run() -> float:
-                found = answer(attachment, task, examples, max_new_tokens=1)
+                found = answer(prompted, task, examples, max_new_tokens=1)
                 return loss(torch.tensor([list(one.probabilities.values()) for one in found]).log())
 
             return Work(run, backbone.model, multiply_adds(backbone.model, part, tokens))
@@ -98,5 +98,5 @@ def multiply_adds(model: Any, part: Part, tokens: int) -> int:
 
 if __name__ == "__main__":
     settings = Settings(tokens=(32,), batch=(32,))
-    sides = {"passages": ours(extends=True), "whole": ours(extends=False), "peft": peft}
+    sides = {"passages": ours(supports_prefix_sharing=True), "whole": ours(supports_prefix_sharing=False), "peft": peft}
     main(__file__, sides, [Pair("passages", "whole"), Pair("passages", "peft")], settings, str(__doc__), roundings=3)

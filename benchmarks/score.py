@@ -1,6 +1,6 @@
 """Seconds and memory of scoring two answers to each row, beside PEFT's prompt tuning in the same run.
 
-    python benchmarks/score.py [--tokens 32] [--batch 32] [--dtype float32] [--rounds 3] [--steps 3]
+    python benchmarks/score.py [--tokens 32] [--batch-size 32] [--dtype float32] [--rounds 3] [--steps 3]
 
 Both sides get the same weights, rows, dtype and prompt, without gradients. Ours prepares the prompt's keys and values
 once, before the clock starts, as serving and evaluation do, and scores with `Attachment.score`; PEFT runs the prompt in
@@ -28,17 +28,17 @@ def folded(part: Part) -> Callable[[int], Work]:
     from softprompt import attach, load_backbone
 
     backbone = load_backbone(BACKBONE, dtype=part.dtype, device="cpu")
-    attachment = attach(backbone, decomposed(backbone, part).fold())
+    prompted = attach(backbone, decomposed(backbone, part).fold())
     answers = answer_ids(backbone.tokenizer)
     with torch.no_grad():
-        prepared = attachment.prepare([attachment.prompt])
+        prepared = prompted.prepare([prompted.prompt])
 
     def ready(tokens: int) -> Work:
         ids, mask, _ = batch(backbone.model, part, tokens)
 
         def run() -> float:
             with torch.no_grad():
-                return loss(attachment.score(ids, mask, [[first] for first in answers], prompts=prepared))
+                return loss(prompted.score(ids, mask, [[first] for first in answers], prompts=prepared))
 
         return Work(run, backbone.model, multiply_adds(backbone.model, part, tokens))
 

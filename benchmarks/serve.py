@@ -75,7 +75,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--length", type=int, default=100, help="virtual tokens of a random prompt")
     parser.add_argument("--pairs", type=int, default=200, help="prompts with a row each, asked alone first")
-    parser.add_argument("--words", type=int, default=30, help="words of a review, at most")
+    parser.add_argument("--token-names", type=int, default=30, help="words of a review, at most")
     parser.add_argument("--runs", type=Path, default=None, help="folder with trained runs of the backbone")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--service", default="", help=argparse.SUPPRESS)

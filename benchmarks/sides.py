@@ -1,7 +1,7 @@
 """How two ways of doing the same work are compared: in processes of their own, in turn, on the same weights and rows.
 
 A benchmark says what its sides do and which pairs of them to compare; `main` is its command line. Every combination of
-`--batch` and `--length` gets processes of its own, which go through `--tokens`. The first time that a side works warms
+`--batch-size` and `--length` gets processes of its own, which go through `--tokens`. The first time that a side works warms
 up and is not timed; its loss must be the same on both sides of a pair that does the same work, else the exit status
 is 1.
 

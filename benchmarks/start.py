@@ -43,12 +43,12 @@ def ours(folder: Path, dtype: str) -> Any:
     from softprompt.runs import read_prompt
 
     backbone = load_backbone(BACKBONE, dtype=dtype, device="cpu")  # type: ignore[arg-type]
-    attachment = attach(backbone, read_prompt(folder, backbone))
+    prompted = attach(backbone, read_prompt(folder, backbone))
 
     def run() -> float:
         ids = torch.tensor([backbone.tokenizer(TEXT)["input_ids"]])
         with torch.no_grad():
-            return float(attachment.score(ids, None, [[one] for one in answers(backbone.tokenizer)])[0, 0])
+            return float(prompted.score(ids, None, [[one] for one in answers(backbone.tokenizer)])[0, 0])
 
     return run
 

@@ -47,7 +47,7 @@ def batch(part: Part, tokens: int) -> tuple[Any, Any, Any]:
     return ids, torch.ones_like(ids), ids[:, :LABELS].clone()
 
 
-def ours(attend: str) -> Callable[[Part], Callable[[int], Work]]:
+def ours(prompt_attention: str) -> Callable[[Part], Callable[[int], Work]]:
     """Our training step."""
 
     def side(part: Part) -> Callable[[int], Work]:
@@ -56,10 +56,12 @@ def ours(attend: str) -> Callable[[Part], Callable[[int], Work]]:
         backbone = t5(part)
 
         def ready(tokens: int) -> Work:
-            attachment = attach(backbone, decomposed(backbone, part), attend=attend)
+            prompted = attach(backbone, decomposed(backbone, part), prompt_attention=prompt_attention)
             ids, mask, labels = batch(part, tokens)
-            run = training_step(lambda: attachment(ids, mask, labels).loss, list(attachment.parameters()))
-            return Work(run, backbone.model, multiply_adds(backbone.model, part, tokens, attend == "isolated"))
+            run = training_step(lambda: prompted(ids, mask, labels).loss, list(prompted.parameters()))
+            return Work(
+                run, backbone.model, multiply_adds(backbone.model, part, tokens, prompt_attention == "isolated")
+            )
 
         return ready
 

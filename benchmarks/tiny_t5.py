@@ -67,15 +67,15 @@ def reversed_rows(ids: torch.Tensor) -> torch.Tensor:
 
 def learn(t5: Any) -> None:
     """Both tasks, from random weights."""
-    optimiser, generator = torch.optim.AdamW(t5.parameters()), torch.Generator().manual_seed(1)
+    training_step, generator = torch.optim.AdamW(t5.parameters()), torch.Generator().manual_seed(1)
     for step in range(STEPS):
-        optimiser.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * (1 - step / STEPS)
+        training_step.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * (1 - step / STEPS)
         text, marked = batch(generator, 64)
         loss = t5(input_ids=text, labels=text).loss + t5(input_ids=marked, labels=reversed_rows(text)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(t5.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        training_step.step()
+        training_step.zero_grad()
 
 
 def share(t5: Any, ids: torch.Tensor, answer: torch.Tensor) -> float:

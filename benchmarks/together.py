@@ -1,9 +1,9 @@
 """Seconds of a training step of eight prompts: all in one pass, beside one after another in the same run.
 
-    python benchmarks/together.py [--batch 2 8] [--tokens 16 64] [--length 20] [--dtype float32] [--rounds 3]
+    python benchmarks/together.py [--batch-size 2 8] [--tokens 16 64] [--length 20] [--dtype float32] [--rounds 3]
 
 Both sides train the same prompts, each with `batch` rows of its own, on one backbone: `together` as `softprompt sweep
---together 8` does, `apart` as `softprompt sweep` does, so that the peer is ourselves. sides.py says how they are
+--concurrent 8` does, `apart` as `softprompt sweep` does, so that the peer is ourselves. sides.py says how they are
 measured and what the JSON holds; the floor is eight times train_step.py's.
 """
 
@@ -33,13 +33,13 @@ def ours(step: Callable[[list[Any], Any, Any, Any], float]) -> Side:
             ids = torch.randint(vocab, (PROMPTS * part.batch, tokens), generator=generator(part))
             labels = torch.full_like(ids, -100)
             labels[:, -LABELS:] = ids[:, -LABELS:]
-            optimisers = [torch.optim.AdamW(attachment.parameters(), lr=1e-3) for attachment in attachments]
+            optimisers = [torch.optim.AdamW(prompted.parameters(), lr=1e-3) for prompted in attachments]
 
             def run() -> float:
                 loss = step(attachments, ids, torch.ones_like(ids), labels)
-                for optimiser in optimisers:
-                    optimiser.step()
-                    optimiser.zero_grad(set_to_none=True)
+                for training_step in optimisers:
+                    training_step.step()
+                    training_step.zero_grad(set_to_none=True)
                 return loss
 
             return Work(run, backbone.model, PROMPTS * training_multiply_adds(backbone.model, part, tokens))

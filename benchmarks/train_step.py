@@ -1,6 +1,6 @@
 """Seconds and memory of one training step, beside PEFT's prompt tuning in the same run.
 
-    python benchmarks/train_step.py [--tokens 32 64] [--batch 16] [--length 100] [--dtype float32] [--rounds 3]
+    python benchmarks/train_step.py [--tokens 32 64] [--batch-size 16] [--length 100] [--dtype float32] [--rounds 3]
 
 Both sides get the same weights, tokens, labels (the last two tokens of each row), dtype, and initial prompt; both run
 in eval mode, on the CPU. The step is forward, backward, AdamW on the prompt, and setting the gradient to none. `peft`
@@ -43,17 +43,17 @@ def ours(prompt_of: Callable[[Any, Part], Any], load: Load = smollm2, *, recompu
 
     def side(part: Part) -> Callable[[int], Work]:
         from softprompt import attach
-        from softprompt.backbones.kernels.gradient_checkpointing import recomputing
+        from softprompt.backbones.kernels.gradient_checkpointing import gradient_checkpointing
 
         backbone = load(part)
 
         def ready(tokens: int) -> Work:
-            attachment = attach(backbone, prompt_of(backbone, part))
+            prompted = attach(backbone, prompt_of(backbone, part))
             ids, mask, labels = batch(backbone.model, part, tokens)
-            step = training_step(lambda: attachment(ids, mask, labels).loss, list(attachment.parameters()))
+            step = training_step(lambda: prompted(ids, mask, labels).loss, list(prompted.parameters()))
 
             def run() -> float:
-                with recomputing(backbone.model, recompute):
+                with gradient_checkpointing(backbone.model, recompute):
                     return step()
 
             return Work(run, backbone.model, training_multiply_adds(backbone.model, part, tokens))

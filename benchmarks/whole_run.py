@@ -89,11 +89,11 @@ class Clock:
 
 def experiment(settings: Settings, seed: int) -> Any:
     """The training, as ours has it."""
-    from softprompt import Experiment, Training
+    from softprompt import Experiment, TrainingConfig
     from softprompt.prompts.plain import Plain
 
-    training = Training(
-        steps=settings.steps, batch=settings.batch, lr=settings.lr, evaluate_every=settings.every,
+    training = TrainingConfig(
+        steps=settings.steps, batch_size=settings.batch_size, lr=settings.lr, eval_steps=settings.every,
         dev_rows=settings.dev_rows, test_rows=1, vocabulary_weight=1.0,
     )  # fmt: skip
     return Experiment(
@@ -143,7 +143,8 @@ def peft(settings: Settings, seed: int, clock: Clock) -> None:
     rows = read_splits(whole, task)
     answers = torch.tensor([ids for (ids,) in answer_ids(task, backbone.tokenizer)])
     split = {
-        name: encode(task, backbone.tokenizer, getattr(rows, name), task.max_tokens)[0] for name in ("train", "dev")
+        name: encode(task, backbone.tokenizer, getattr(rows, name), task.max_input_tokens)[0]
+        for name in ("train", "dev")
     }
     split["dev"] = draw(task, rows.dev, split["dev"], settings.dev_rows, seed)
     prompt = whole.prompt.build(backbone.host(), torch.Generator().manual_seed(seed))
@@ -179,8 +180,8 @@ def peft(settings: Settings, seed: int, clock: Clock) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
-            folder, max_steps=settings.steps, per_device_train_batch_size=settings.batch,
-            per_device_eval_batch_size=2 * settings.batch, learning_rate=settings.lr * backbone.host().rms,
+            folder, max_steps=settings.steps, per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=2 * settings.batch_size, learning_rate=settings.lr * backbone.host().rms,
             warmup_steps=round(0.1 * settings.steps), weight_decay=1e-5, max_grad_norm=1.0, eval_strategy="steps",
             eval_steps=settings.every, train_sampling_strategy="group_by_length", save_strategy="no", report_to="none",
             use_cpu=True, seed=seed, dataloader_pin_memory=False, disable_tqdm=True, logging_strategy="no",

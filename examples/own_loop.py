@@ -15,15 +15,15 @@ PAIRS = [("The opposite of hot is", " cold"), ("The opposite of big is", " small
 def main(source: str, steps: int = 30) -> None:
     backbone = load_backbone(source, dtype="float32")
     prompt = DPT(length=20, rank=4).build(backbone.host(), torch.Generator().manual_seed(0))
-    attachment = attach(backbone, prompt)
-    optimizer = torch.optim.AdamW(attachment.parameters(), lr=0.03)
+    prompted = attach(backbone, prompt)
+    optimizer = torch.optim.AdamW(prompted.parameters(), lr=0.03)
     rows = [[backbone.tokenizer(text, add_special_tokens=False)["input_ids"] for text in pair] for pair in PAIRS]
     for step in range(steps):
         loss = torch.zeros(())
         for question, answer in rows:
             ids = torch.tensor([question + answer])
             labels = torch.tensor([[-100] * len(question) + answer])  # not shifted: a label stands at its own token
-            loss = loss + attachment(ids, labels=labels).loss / len(rows)
+            loss = loss + prompted(ids, labels=labels).loss / len(rows)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from softprompt.analysis.report import report
     from softprompt.backbones import Backbone
     from softprompt.backbones import load as load_backbone
-    from softprompt.config import Experiment, Training
+    from softprompt.config import Experiment, TrainingConfig
     from softprompt.evaluation.evaluate import evaluate
     from softprompt.evaluation.predict import Answer, predict
     from softprompt.export import export_peft
-    from softprompt.models import Attachment, Sampling, attach
+    from softprompt.models import PromptedModel, Sampling, attach
     from softprompt.prompts import METHODS, Folded, Host, PromptConfig, PromptOnly, SoftPrompt
     from softprompt.prompts.adept import ADePT
     from softprompt.prompts.bpt import BPT
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from softprompt.runs import Run, list_runs, open_run, read_prompt
     from softprompt.sweep import sweep
     from softprompt.tasks import TASKS, Score, Task, load_task
-    from softprompt.training.callbacks import Interrupted, Progress, Watcher
+    from softprompt.training.callbacks import Interrupted, Progress, TrainingCallback
     from softprompt.training.trainer import resume, train
 
 _PLACES = {
     "ADePT": "softprompt.prompts.adept:ADePT",
     "Answer": "softprompt.evaluation.predict:Answer",
-    "Attachment": "softprompt.models:Attachment",
+    "PromptedModel": "softprompt.models:PromptedModel",
     "BPT": "softprompt.prompts.bpt:BPT",
     "Backbone": "softprompt.backbones:Backbone",
     "DPT": "softprompt.prompts.dpt:DPT",
@@ -60,8 +60,8 @@ _PLACES = {
     "Spectral": "softprompt.prompts.spectral:Spectral",
     "TASKS": "softprompt.tasks:TASKS",
     "Task": "softprompt.tasks:Task",
-    "Training": "softprompt.config:Training",
-    "Watcher": "softprompt.training.callbacks:Watcher",
+    "TrainingConfig": "softprompt.config:TrainingConfig",
+    "TrainingCallback": "softprompt.training.callbacks:TrainingCallback",
     "attach": "softprompt.models:attach",
     "evaluate": "softprompt.evaluation.evaluate:evaluate",
     "export_peft": "softprompt.export:export_peft",
@@ -85,7 +85,6 @@ __all__ = [
     "TASKS",
     "ADePT",
     "Answer",
-    "Attachment",
     "Backbone",
     "DePT",
     "Experiment",
@@ -96,6 +95,7 @@ __all__ = [
     "Progress",
     "PromptConfig",
     "PromptOnly",
+    "PromptedModel",
     "Residual",
     "Run",
     "Sampling",
@@ -103,8 +103,8 @@ __all__ = [
     "SoftPrompt",
     "Spectral",
     "Task",
-    "Training",
-    "Watcher",
+    "TrainingCallback",
+    "TrainingConfig",
     "attach",
     "evaluate",
     "export_peft",

@@ -63,7 +63,7 @@ def _name_fault(name: str) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A draft's path beside `path`; it takes `path`'s place when the block ends well, else it is removed.
 
     The draft may become a file or a folder. A folder replaces only a place where there is none, or an empty one. Who
@@ -144,7 +144,7 @@ def _usual_mode(probe: Path) -> int:
 
 def write_text(path: Path, text: str) -> None:
     """`text` as the whole content of `path`, at once."""
-    with replacing(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
@@ -158,7 +158,7 @@ def _sync(path: Path) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """A safetensors file, at once."""
-    with replacing(path) as draft:
+    with atomic_write(path) as draft:
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
             save_file(whole, draft, metadata={"format": "pt"})

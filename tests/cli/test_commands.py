@@ -20,7 +20,7 @@ from softprompt.prompts import METHODS
 from softprompt.tasks import TASKS
 
 KRONECKER = Path(__file__).with_name("kronecker.py")
-QUICK = ["--dtype", "float32", "--steps", "3", "--batch", "8", "--evaluate-every", "3"]
+QUICK = ["--dtype", "float32", "--steps", "3", "--batch-size", "8", "--eval-steps", "3"]
 LABELS = {"Billing", "Sales", "Returns", "Login", "Delivery", "Other"}
 
 
@@ -91,9 +91,9 @@ def test_train(trained: Any, where: list[str], llama_folder: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_train_every_method(method: str, where: list[str]) -> None:
-    result = call("train", *where, *QUICK, "--untouched", "--show", "2", method).result
+    result = call("train", *where, *QUICK, "--zero-shot", "--show", "2", method).result
     assert (result["method"], result["trainable"]) == (method, METHODS[method]().count(32))
-    assert 0 <= result["untouched"] <= 1
+    assert 0 <= result["zero_shot"] <= 1
 
 
 def test_the_default_method_is_dpt(where: list[str]) -> None:
@@ -112,9 +112,9 @@ def test_settings_reach_the_run(where: list[str]) -> None:
 
 
 def test_a_small_disturbance_of_the_rows_is_told(where: list[str]) -> None:
-    called = call("train", *where, *QUICK, "--max-tokens", "9", "dpt", "--length", "6", "--rank", "2")
+    called = call("train", *where, *QUICK, "--max-input-tokens", "9", "dpt", "--length", "6", "--rank", "2")
     assert called.result["steps"] == 3
-    assert any("train rows were cut to 9 tokens (--max-tokens)" in line for line in called.err)
+    assert any("train rows were cut to 9 tokens (--max-input-tokens)" in line for line in called.err)
 
 
 def test_evaluate(trained: Any, ticket_task: Path) -> None:
@@ -225,7 +225,7 @@ def test_settings_that_do_not_fit_what_they_meet(
     [
         (["--steps", "0"], "steps is 0; it must be at least 1"),
         (["--lr", "-1"], "lr is -1.0; it must be a positive number"),
-        (["--accumulate", "99"], "accumulate is 99 and batch 16"),
+        (["--gradient-accumulation-steps", "99"], "accumulate is 99 and batch 16"),
         (["dpt", "--rank", "7", "--length", "6"], "rank is 7 and length is 6; a prompt's rank cannot exceed"),
     ],
 )

@@ -44,7 +44,7 @@ def folders(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.Temp
 
 
 def test_several_runs_in_one_checkpoint(folders: dict[str, Path], tmp_path: Path) -> None:
-    words = ["--words", "one=<first>", "two=<second>"]
+    words = ["--token-names", "one=<first>", "two=<second>"]
     said = result("export", folders["one"], folders["two"], "--to", "vocab", "--output", tmp_path / "out", *words)
     assert said["runs"] == [str(folders["one"]), str(folders["two"])]
     assert (said["to"], said["output"]) == ("vocab", str(tmp_path / "out"))
@@ -76,10 +76,14 @@ def test_beside_the_run_by_default(folders: dict[str, Path]) -> None:
     [
         (["three"], ["--to", "vocab"], "dept also changes the input's own embeddings; export to npz"),
         (["one", "two"], ["--to", "peft"], "peft holds one prompt and 2 runs are given"),
-        (["one"], ["--to", "vocab", "--words", "first"], "words holds 'first'; give NAME=<word>"),
-        (["one"], ["--to", "vocab", "--words", "x=<y>"], "words names 'x', which is none of the runs one"),
-        (["one"], ["--to", "vocab", "--words", "one=<x>", "one=<y>"], "words names a run twice (one=<x>, one=<y>)"),
-        (["one"], ["--to", "peft", "--words", "one=<y>"], "peft has no words for its prompts"),
+        (["one"], ["--to", "vocab", "--token-names", "first"], "words holds 'first'; give NAME=<word>"),
+        (["one"], ["--to", "vocab", "--token-names", "x=<y>"], "words names 'x', which is none of the runs one"),
+        (
+            ["one"],
+            ["--to", "vocab", "--token-names", "one=<x>", "one=<y>"],
+            "words names a run twice (one=<x>, one=<y>)",
+        ),
+        (["one"], ["--to", "peft", "--token-names", "one=<y>"], "peft has no words for its prompts"),
         (["one"], ["--to", "dept"], "the run trained plain"),
         ([], ["--to", "vocab"], "no run is given"),
     ],

@@ -15,7 +15,7 @@ UNITS |= {"llamacpp": "prompt value", "trtllm": "prompt value"}
 def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, ticket_task: Path) -> Path:
     out = tmp_path_factory.mktemp("runs")
     flags = ["--backbone", str(llama_folder), "--task", str(ticket_task), "--out", str(out), "--name", "r"]
-    flags += ["--dtype", "float32", "--steps", "1", "--batch", "4", "--evaluate-every", "1"]
+    flags += ["--dtype", "float32", "--steps", "1", "--batch-size", "4", "--eval-steps", "1"]
     assert main(["train", *flags, "plain", "--length", "3"]) == 0
     return out / "r"
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from softprompt.analysis.rank import pictures
 from softprompt.cli import main
 
-QUICK = ["--dtype", "float32", "--steps", "4", "--batch", "8", "--evaluate-every", "2"]
+QUICK = ["--dtype", "float32", "--steps", "4", "--batch-size", "8", "--eval-steps", "2"]
 
 
 class Called(NamedTuple):
@@ -214,7 +214,7 @@ def test_a_warm_start_that_is_gone(
 ) -> None:
     first = tmp_path / "first"
     shutil.copytree(run, first)
-    where = ["--backbone", llama_folder, "--task", ticket_task, "--out", tmp_path, *QUICK, "--start", first]
+    where = ["--backbone", llama_folder, "--task", ticket_task, "--out", tmp_path, *QUICK, "--init-prompt", first]
     second = call("train", *where, "--name", "second", "plain", "--length", "6").result["run"]
     [prompt] = call("rank", second, "--checkpoints").result["prompts"]
     assert prompt["course"][0]["prompt"]["numerical"] == 2  # the start is the other run's prompt

@@ -16,7 +16,7 @@ from softprompt.evaluation.evaluate import read_splits
 from softprompt.tasks import load_task
 from softprompt.training.gradients import gradient_on
 
-QUICK = ["--dtype", "float32", "--steps", "4", "--batch", "8", "--evaluate-every", "2"]
+QUICK = ["--dtype", "float32", "--steps", "4", "--batch-size", "8", "--eval-steps", "2"]
 
 
 def call(*arguments: str | Path) -> tuple[int, Any, str]:

@@ -11,7 +11,7 @@ import pytest
 from softprompt.cli import main
 from softprompt.runs import open_run
 
-QUICK = ["--dtype", "float32", "--steps", "4", "--batch", "8", "--evaluate-every", "2"]
+QUICK = ["--dtype", "float32", "--steps", "4", "--batch-size", "8", "--eval-steps", "2"]
 
 
 def call(*arguments: str | Path) -> tuple[int, list[str], list[str]]:

@@ -89,7 +89,9 @@ def test_what_failed_is_listed_and_the_rest_is_kept(file: Path, done: Path, swee
         assert name.endswith(run.experiment.hash[:8])
 
 
-@pytest.mark.parametrize(("name", "old", "new"), [("train.csv", "a a", "a b a"), ("tickets.toml", "Ticket", "Message")])
+@pytest.mark.parametrize(
+    ("name", "old", "new"), [("train.csv", "a a", "a b a"), ("tickets.toml", "EngineRequest", "Message")]
+)
 def test_a_run_of_other_rows_or_another_task_is_not_taken_for_this_one(
     name: str, old: str, new: str, file: Path, ticket_task: Path, tmp_path: Path, sweep: Sweep
 ) -> None:
@@ -148,7 +150,7 @@ def test_baselines_are_trained_one_by_one(file: Path, tmp_path: Path, sweep: Swe
     """Each has a copy of the whole backbone; of prompts that share passes no stage is told."""
     own = tmp_path / "sweep.toml"
     own.write_text(file.read_text().replace('name = "plain"', 'baseline = "full"').replace("training.shots = 1000", ""))
-    code, result, shown = sweep(own, "--out", tmp_path / "out", "--together", 4)
+    code, result, shown = sweep(own, "--out", tmp_path / "out", "--concurrent", 4)
     assert (code, len(result["done"])) == (0, 4)
     assert shown.count("testing ...") == 2
     assert shown.index("note: trial 2 of 4") < shown.index("testing ...") < shown.index("note: trial 3 of 4")
@@ -157,8 +159,8 @@ def test_baselines_are_trained_one_by_one(file: Path, tmp_path: Path, sweep: Swe
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--together", "0"], "together is 0; it must be at least 1"),
-        (["--together", "2", "--engine", "ray"], "together is for trainings in this process"),
+        (["--concurrent", "0"], "together is 0; it must be at least 1"),
+        (["--concurrent", "2", "--engine", "ray"], "together is for trainings in this process"),
     ],
 )
 def test_what_cannot_go_together(flags: list[str], sentence: str, file: Path, tmp_path: Path, sweep: Sweep) -> None:

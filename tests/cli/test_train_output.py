@@ -13,7 +13,7 @@ from softprompt.cli.terminal import Terminal
 from softprompt.tasks import Score
 from softprompt.training.callbacks import Progress
 
-QUICK = ["--dtype", "float32", "--steps", "3", "--batch", "8", "--evaluate-every", "3"]
+QUICK = ["--dtype", "float32", "--steps", "3", "--batch-size", "8", "--eval-steps", "3"]
 
 
 def call(*arguments: str | Path) -> tuple[int, list[str], list[str]]:
@@ -53,7 +53,7 @@ def test_setting_beside_resume_is_refused_also_at_its_default(run: str, flags: l
     code, out, err = call("train", "--resume", run, *flags)
     assert (code, out) == (1, [])
     assert flags[0].partition("=")[0].replace("_", "-") in err[-1]
-    assert "--start" in err[-1]
+    assert "--init-prompt" in err[-1]
 
 
 def test_finished_run_that_is_resumed_says_so_and_gives_its_results(run: str) -> None:

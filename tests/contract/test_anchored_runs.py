@@ -23,7 +23,7 @@ from softprompt import (
     Plain,
     Progress,
     Run,
-    Training,
+    TrainingConfig,
     attach,
     evaluate,
     load_backbone,
@@ -32,14 +32,14 @@ from softprompt import (
     resume,
     train,
 )
-from softprompt.analysis.rank import Cutting, functional_rank, measure, subjects
+from softprompt.analysis.rank import Truncation, functional_rank, measure, subjects
 from softprompt.prompts import Folded, PromptConfig
 from softprompt.prompts.deep import build
 from softprompt.prompts.dpt import AnchoredPrompt
-from softprompt.runs import first_attachment
+from softprompt.runs import build_prompted_model
 from softprompt.serve.prompts.entry import from_folder
 from softprompt.training import setup as begin_module
-from softprompt.training.callbacks import Silent
+from softprompt.training.callbacks import NullCallback
 
 MakeBackbone = Callable[[str], Backbone]
 SAME = ("metrics.jsonl", "softprompt.safetensors", "adapter_model.safetensors", "predictions.jsonl")
@@ -59,7 +59,7 @@ def experiment(llama_folder: Path, ticket_task: Path) -> Experiment:
         backbone=str(llama_folder),
         task=str(ticket_task),
         prompt=DPT(length=6, rank=2),
-        training=Training(steps=4, batch=8, evaluate_every=2, lr=0.1),
+        training=TrainingConfig(steps=4, batch_size=8, eval_steps=2, lr=0.1),
         dtype="float32",
     )
 
@@ -117,7 +117,7 @@ def test_a_finished_prompt_needs_neither_seed_nor_gradient(
     again = open_run(run.folder)
     assert again.experiment.seed == 99
     assert torch.equal(again.prompt(backbone).prompt(), wanted)
-    attached = again.attachment(backbone)
+    attached = again.prompted(backbone)
     assert attached.prompt is not None
     assert torch.equal(attached.prompt.prompt(), wanted)
 
@@ -135,7 +135,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Silent, "step", step)
+        patch.setattr(NullCallback, "step", step)
         with pytest.raises(Interrupted):
             train(one, out=tmp_path, name="stopped")
     assert_same(resume(tmp_path / "stopped"), whole)
@@ -156,10 +156,10 @@ def test_a_warm_start_loses_nothing(prompt: DPT, experiment: Experiment, backbon
     first = train(experiment.replace(prompt=Plain(length=6)), out=tmp_path, name="first", backbone=backbone)
     given = first.prompt(backbone).prompt()
     assert torch.linalg.matrix_rank(given) == 6
-    warm = experiment.replace(start=str(first.folder), prompt=prompt, training=Training(steps=2, evaluate_every=1))
+    warm = experiment.replace(start=str(first.folder), prompt=prompt, training=TrainingConfig(steps=2, eval_steps=1))
     notes: list[str] = []
 
-    class Notes(Silent):
+    class Notes(NullCallback):
         def note(self, text: str) -> None:
             notes.append(text)
 
@@ -189,7 +189,7 @@ def test_a_file_without_its_frozen_part_is_refused(
 
 def test_the_frozen_parts_do_not_move(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
     run = train(experiment, out=tmp_path, backbone=backbone)
-    first = first_attachment(experiment, run.task, backbone, warm=True).prompt
+    first = build_prompted_model(experiment, run.task, backbone, warm=True).prompt
     assert isinstance(first, AnchoredPrompt)
     assert torch.equal(first.prompt(), first.anchor)
     own = tensors(run)
@@ -205,16 +205,16 @@ def test_an_update_is_measured_from_the_anchor(
 ) -> None:
     run = train(experiment.replace(prompt=PROMPTS[name]), out=tmp_path, backbone=backbone)
     [one] = subjects(run.folder, checkpoints=True)
-    assert one.start is not None
-    assert torch.equal(one.start, tensors(run)["anchor"])
-    assert torch.equal(one.course[0], one.start)
-    found = functional_rank(one, Cutting(part="update", split="train", rows=0))
+    assert one.init_prompt is not None
+    assert torch.equal(one.init_prompt, tensors(run)["anchor"])
+    assert torch.equal(one.course[0], one.init_prompt)
+    found = functional_rank(one, Truncation(part="update", split="train", rows=0))
     assert [cut.rank for cut in found.cuts] == [0, 1, 2, 3, 4]  # at most twice the rank
     assert found.cuts[-1].score == found.full
     assert (
         found.cuts[0].score
         == functional_rank(
-            dataclasses.replace(one, prompt=Folded(one.start)), Cutting(ranks=(6,), split="train", rows=0)
+            dataclasses.replace(one, prompt=Folded(one.init_prompt)), Truncation(ranks=(6,), split="train", rows=0)
         ).full
     )
     [measured] = measure(run.folder)
@@ -228,11 +228,11 @@ def test_a_gradient_start_of_a_product_is_found_again_for_its_update(
     gradient = begin_module.gradient_on(
         run.experiment, run.task, backbone, begin_module.read_splits(run.experiment, run.task).train
     )
-    first = first_attachment(run.experiment, run.task, backbone, warm=True, gradient=gradient).prompt
+    first = build_prompted_model(run.experiment, run.task, backbone, warm=True, gradient=gradient).prompt
     assert first is not None
     [one] = subjects(run.folder)
-    assert one.start is not None
-    assert torch.equal(one.start, first.prompt())
+    assert one.init_prompt is not None
+    assert torch.equal(one.init_prompt, first.prompt())
 
 
 @pytest.mark.parametrize("name", ["t5", "bert_mlm", "bert", "gpt2"])
@@ -259,7 +259,7 @@ def test_every_architecture_starts_from_an_anchor(
         backbone=str(folder),
         task=str(file),
         prompt=PROMPTS[which],
-        training=Training(steps=2, batch=4, evaluate_every=1),
+        training=TrainingConfig(steps=2, batch_size=4, eval_steps=1),
         dtype="float32",
     )
     run = train(experiment, out=tmp_path / "runs")
@@ -284,7 +284,7 @@ def test_a_deep_prompt_has_an_anchor_a_layer(tiny_backbone: MakeBackbone) -> Non
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"training": Training(shard=True)}, "start from the gradient and shard is on"),
+    ({"training": TrainingConfig(shard=True)}, "start from the gradient and shard is on"),
     ({"prompt": DPT(length=6, rank=2, anchor="text", init_text="a text that is far too long")}, "so its end would be"),
 ]
 
@@ -307,7 +307,7 @@ def test_a_deep_gradient_is_refused_before_there_is_a_folder(tiny_backbone: Make
         (photos / label).mkdir(parents=True)
         for number in range(12):
             Image.effect_noise((32, 32), 9 + 30 * number).convert("RGB").save(photos / label / f"{number}.png")
-    training = Training(steps=2, batch=4, evaluate_every=2)
+    training = TrainingConfig(steps=2, batch_size=4, eval_steps=2)
     one = Experiment(
         backbone="vit", task=str(photos), prompt=DPT(length=3, rank=1, factor_init="gradient"), training=training
     )

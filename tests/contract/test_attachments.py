@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompt.backbones import Backbone
-from softprompt.models import Attachment, attach, fresh_head
+from softprompt.models import PromptedModel, attach, fresh_head
 from softprompt.prompts import METHODS, SoftPrompt
 
 BACKBONES = ("llama", "gpt2", "qwen3", "t5", "bart", "bert_mlm", "roberta_mlm", "roberta", "mpnet")
@@ -33,7 +33,7 @@ def prompt_of(method: str, backbone: Backbone) -> SoftPrompt:
     return prompt.eval()
 
 
-def attachment_of(method: str, backbone: Backbone) -> Attachment:
+def attachment_of(method: str, backbone: Backbone) -> PromptedModel:
     head = fresh_head(backbone, len(CANDIDATES), torch.Generator().manual_seed(2))
     return attach(backbone, prompt_of(method, backbone), head=head)
 
@@ -49,28 +49,28 @@ def batch(extra: int = 0, side: str = "left") -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def labels_of(attachment: Attachment, ids: Tensor) -> Tensor:
+def labels_of(prompted: PromptedModel, ids: Tensor) -> Tensor:
     """Labels of the shape that the attachment wants."""
-    if not attachment.closed:
+    if not prompted.appends_eos:
         return ids.masked_fill(torch.arange(ids.shape[1]) < ids.shape[1] - 1, -100)
-    if attachment.backbone.architecture == "encoder":
+    if prompted.backbone.architecture == "encoder":
         return torch.tensor([[0], [2], [1], [1]])
-    return torch.tensor([attachment.target((40 + row,)) for row in range(len(ids))])
+    return torch.tensor([prompted.target((40 + row,)) for row in range(len(ids))])
 
 
 @methods
 @backbones
 def test_forward_and_score_run_and_padding_changes_nothing(method: str, name: str, tiny_backbone: MakeBackbone) -> None:
-    attachment = attachment_of(method, tiny_backbone(name))
+    prompted = attachment_of(method, tiny_backbone(name))
     ids, mask = batch()
-    output = attachment(ids, mask, labels_of(attachment, ids))
+    output = prompted(ids, mask, labels_of(prompted, ids))
     assert output.loss.dtype == torch.float32
     assert output.logits.shape[0] == 4
-    scores = attachment.score(ids, mask, CANDIDATES)
+    scores = prompted.score(ids, mask, CANDIDATES)
     assert scores.shape == (4, 3)
     assert bool((scores <= 0).all())
     for extra, side in ((1, "left"), (40, "left"), (0, "right"), (40, "right")):
-        again = attachment.score(*batch(extra, side), CANDIDATES)
+        again = prompted.score(*batch(extra, side), CANDIDATES)
         # float32 sums over other shapes, at logits of order 10.
         torch.testing.assert_close(again, scores, rtol=1e-4, atol=1e-4)
 
@@ -78,12 +78,12 @@ def test_forward_and_score_run_and_padding_changes_nothing(method: str, name: st
 @methods
 @backbones
 def test_live_equals_folded(method: str, name: str, tiny_backbone: MakeBackbone) -> None:
-    attachment = attachment_of(method, tiny_backbone(name))
-    assert attachment.prompt is not None
-    folded = attach(attachment.backbone, attachment.prompt.fold(), head=attachment.head)
+    prompted = attachment_of(method, tiny_backbone(name))
+    assert prompted.prompt is not None
+    folded = attach(prompted.backbone, prompted.prompt.fold(), head=prompted.head)
     assert not list(folded.prompt.parameters())  # type: ignore[union-attr]
     ids, mask = batch()
-    live = attachment.score(ids, mask, CANDIDATES)
+    live = prompted.score(ids, mask, CANDIDATES)
     # The tables of DePT and ADePT are the live numbers in another order of summation.
     torch.testing.assert_close(
         folded.score(ids, mask, CANDIDATES), live, rtol=1e-5, atol=1e-5 * float(live.abs().max())
@@ -96,18 +96,18 @@ def test_one_step_moves_prompt_and_head_and_no_bit_of_the_backbone(
     method: str, name: str, tiny_backbone: MakeBackbone
 ) -> None:
     backbone = tiny_backbone(name)
-    attachment, before = attachment_of(method, backbone), backbone.checksum()
-    assert (attachment.head is not None) == (name in ("roberta", "mpnet"))
-    named = dict(attachment.named_parameters())
-    grouped = [id(parameter) for group in attachment.groups().values() for parameter in group]
+    prompted, before = attachment_of(method, backbone), backbone.checksum()
+    assert (prompted.head is not None) == (name in ("roberta", "mpnet"))
+    named = dict(prompted.named_parameters())
+    grouped = [id(parameter) for group in prompted.groups().values() for parameter in group]
     assert sorted(grouped) == sorted(id(parameter) for parameter in named.values())
-    assert all(key.startswith(("prompt.", "head.")) for key in attachment.state_dict())
-    optimiser = torch.optim.Adam(attachment.parameters(), lr=0.01)
+    assert all(key.startswith(("prompt.", "head.")) for key in prompted.state_dict())
+    training_step = torch.optim.Adam(prompted.parameters(), lr=0.01)
     first = {key: parameter.detach().clone() for key, parameter in named.items()}
     ids, mask = batch()
-    loss = nn.functional.cross_entropy(attachment.score(ids, mask, CANDIDATES), torch.tensor([0, 2, 1, 1]))
+    loss = nn.functional.cross_entropy(prompted.score(ids, mask, CANDIDATES), torch.tensor([0, 2, 1, 1]))
     loss.backward()
-    optimiser.step()
+    training_step.step()
     for key, parameter in named.items():
         assert parameter.grad is not None, key
         assert math.isfinite(float(parameter.grad.norm())), key

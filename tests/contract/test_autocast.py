@@ -11,7 +11,7 @@ from cases import attached, loss_of
 from softprompt.backbones import Backbone
 from softprompt.models import attach
 from softprompt.prompts.dpt import DPT
-from softprompt.types import Attend
+from softprompt.types import PromptAttention
 
 MakeBackbone = Callable[[str], Backbone]
 FAMILIES = ("llama", "gpt2", "bloom", "gemma2", "t5", "bart", "bert", "bert_mlm", "roberta", "vit", "dinov2")
@@ -19,55 +19,57 @@ ISOLATED = ("t5", "bert", "bert_mlm")
 CASES = [(name, "joint") for name in FAMILIES] + [(name, "isolated") for name in ISOLATED]
 
 
-def _gradients(attachment: Any) -> torch.Tensor:
-    return torch.cat([parameter.grad.flatten() for parameter in attachment.parameters()])
+def _gradients(prompted: Any) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in prompted.parameters()])
 
 
 @pytest.mark.parametrize("outside", [False, True], ids=["backward inside", "backward outside"])
-@pytest.mark.parametrize(("name", "attend"), CASES)
-def test_a_loss_in_an_autocast_region(name: str, attend: Attend, outside: bool, tiny_backbone: MakeBackbone) -> None:
+@pytest.mark.parametrize(("name", "prompt_attention"), CASES)
+def test_a_loss_in_an_autocast_region(
+    name: str, prompt_attention: PromptAttention, outside: bool, tiny_backbone: MakeBackbone
+) -> None:
     backbone = tiny_backbone(name)
-    reference = attached(backbone, attend)
+    reference = attached(backbone, prompt_attention)
     wanted = loss_of(reference)
     wanted.backward()
     with torch.autocast("cpu", torch.bfloat16):
-        attachment = attached(backbone, attend)
-        loss = loss_of(attachment)
+        prompted = attached(backbone, prompt_attention)
+        loss = loss_of(prompted)
         if not outside:
             loss.backward()
     if outside:
         loss.backward()
-    assert all(parameter.grad.dtype is torch.float32 for parameter in attachment.parameters())
+    assert all(parameter.grad.dtype is torch.float32 for parameter in prompted.parameters())
     assert float(loss - wanted) != 0, "nothing was cast"
     assert abs(float(loss) / float(wanted) - 1) < 0.05
     if name == "t5":  # unscaled scores of large weights: its gradient in bfloat16 is noise in torch's own kernel too
         return
-    near = torch.nn.functional.cosine_similarity(_gradients(attachment), _gradients(reference), dim=0)
+    near = torch.nn.functional.cosine_similarity(_gradients(prompted), _gradients(reference), dim=0)
     assert float(near) > 0.9
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "bert_mlm"])
 def test_a_graph_made_outside_is_differentiated_inside(name: str, tiny_backbone: MakeBackbone) -> None:
-    reference, attachment = (attached(tiny_backbone(name), "joint") for _ in range(2))
+    reference, prompted = (attached(tiny_backbone(name), "joint") for _ in range(2))
     loss_of(reference).backward()
-    loss = loss_of(attachment)
+    loss = loss_of(prompted)
     with torch.autocast("cpu", torch.bfloat16):
         loss.backward()
-    near = torch.nn.functional.cosine_similarity(_gradients(attachment), _gradients(reference), dim=0)
+    near = torch.nn.functional.cosine_similarity(_gradients(prompted), _gradients(reference), dim=0)
     assert float(near) > 0.99
 
 
 @pytest.mark.parametrize("name", ["llama", "bart"])
 def test_texts_are_written_in_an_autocast_region(name: str, tiny_backbone: MakeBackbone) -> None:
-    attachment = attached(tiny_backbone(name), "joint")
+    prompted = attached(tiny_backbone(name), "joint")
     ids = torch.randint(3, 200, (2, 7), generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        prepared = attachment.prepare([attachment.prompt])
-        made = list(attachment.generate(ids, max_new_tokens=3, stop=[], prompts=prepared))
-        scores = attachment.score(ids, None, [(5, 6), (7,)], prepared)
+        prepared = prompted.prepare([prompted.prompt])
+        made = list(prompted.generate(ids, max_new_tokens=3, stop=[], prompts=prepared))
+        scores = prompted.score(ids, None, [(5, 6), (7,)], prepared)
     assert len(made) == 3
     with torch.no_grad():
-        wanted = attachment.score(ids, None, [(5, 6), (7,)])
+        wanted = prompted.score(ids, None, [(5, 6), (7,)])
     torch.testing.assert_close(scores.float(), wanted, rtol=0.05, atol=0.3)
 
 
@@ -82,8 +84,8 @@ class _Rows(torch.utils.data.Dataset[Mapping[str, torch.Tensor]]):
 
 def test_transformers_trainer_in_bfloat16(tiny_backbone: MakeBackbone, tmp_path: Any) -> None:
     backbone = tiny_backbone("llama")
-    attachment = attach(backbone, DPT(length=6, rank=2).build(backbone.host(), torch.Generator().manual_seed(0)))
-    first = {name: value.clone() for name, value in attachment.state_dict().items()}
+    prompted = attach(backbone, DPT(length=6, rank=2).build(backbone.host(), torch.Generator().manual_seed(0)))
+    first = {name: value.clone() for name, value in prompted.state_dict().items()}
     settings = transformers.TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=3,
@@ -93,7 +95,7 @@ def test_transformers_trainer_in_bfloat16(tiny_backbone: MakeBackbone, tmp_path:
         save_strategy="no",
         logging_steps=1,
     )
-    trainer = transformers.Trainer(model=attachment, args=settings, train_dataset=_Rows())
+    trainer = transformers.Trainer(model=prompted, args=settings, train_dataset=_Rows())
     assert trainer.train().training_loss > 0
-    assert all(value.isfinite().all() for value in attachment.state_dict().values())
-    assert any(bool((attachment.state_dict()[name] != value).any()) for name, value in first.items())
+    assert all(value.isfinite().all() for value in prompted.state_dict().values())
+    assert any(bool((prompted.state_dict()[name] != value).any()) for name, value in first.items())

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from softprompt.backbones import Backbone
-from softprompt.models import Attachment, attach
+from softprompt.models import PromptedModel, attach
 from softprompt.prompts import METHODS
 
 PAD, END, REVERSE = 2, 1, 20
@@ -52,23 +52,23 @@ def backbone() -> Backbone:
         dropout_rate=0.0,
     )
     model = transformers.T5ForConditionalGeneration(config)
-    optimiser, generator, steps = torch.optim.AdamW(model.parameters()), torch.Generator().manual_seed(1), 450
+    training_step, generator, steps = torch.optim.AdamW(model.parameters()), torch.Generator().manual_seed(1), 450
     for step in range(steps):
-        optimiser.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * (1 - step / steps)
+        training_step.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * (1 - step / steps)
         text = rows(generator, 64)
         marked = torch.cat([torch.full((64, 1), REVERSE), text], 1)
         copied = model(input_ids=closed(text), labels=closed(text)).loss
         (copied + model(input_ids=closed(marked), labels=closed(text.flip(1))).loss).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        training_step.step()
+        training_step.zero_grad()
     tokenizer = type("Tokenizer", (), {"all_special_ids": [END, PAD]})()
     return Backbone(model, tokenizer, "learner", "learner", "encoder_decoder")
 
 
-def correct(attachment: Attachment, text: Tensor, answer: Tensor) -> float:
+def correct(prompted: PromptedModel, text: Tensor, answer: Tensor) -> float:
     """Share of rows that greedy decoding answers exactly."""
-    made = torch.stack(list(attachment.generate(closed(text), max_new_tokens=4)), 1)
+    made = torch.stack(list(prompted.generate(closed(text), max_new_tokens=4)), 1)
     return float((made == closed(answer)).all(1).float().mean()) if made.shape[1] == 4 else 0.0
 
 
@@ -83,21 +83,23 @@ def test_the_backbone_has_learned_both(backbone: Backbone) -> None:
 def test_a_prompt_makes_the_frozen_model_reverse(method: str, backbone: Backbone) -> None:
     config = METHODS[method]()
     config = config.replace(**{name: value for name, value in SETTINGS.items() if hasattr(config, name)})
-    attachment = attach(backbone, config.build(backbone.host(), torch.Generator().manual_seed(0)))
+    prompted = attach(backbone, config.build(backbone.host(), torch.Generator().manual_seed(0)))
     rates, before = config.rates(), backbone.checksum()
-    optimiser = torch.optim.AdamW([{"params": group, "rate": rates[key]} for key, group in attachment.groups().items()])
+    training_step = torch.optim.AdamW(
+        [{"params": group, "rate": rates[key]} for key, group in prompted.groups().items()]
+    )
     generator = torch.Generator().manual_seed(2)
     for step in range(STEPS):
-        for group in optimiser.param_groups:
+        for group in training_step.param_groups:
             group["lr"] = 0.1 * group["rate"] * (1 - step / STEPS)
         text = rows(generator, 32)
-        attachment(closed(text), labels=closed(text.flip(1))).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        prompted(closed(text), labels=closed(text.flip(1))).loss.backward()
+        training_step.step()
+        training_step.zero_grad()
     unseen = rows(torch.Generator().manual_seed(8), 200)
-    learned = correct(attachment.eval(), unseen, unseen.flip(1))
-    untouched = correct(attach(backbone), unseen, unseen.flip(1))
-    print(f"{method}: {learned:.2f} with the prompt, {untouched:.2f} without")
-    assert untouched < 0.2
+    learned = correct(prompted.eval(), unseen, unseen.flip(1))
+    zero_shot = correct(attach(backbone), unseen, unseen.flip(1))
+    print(f"{method}: {learned:.2f} with the prompt, {zero_shot:.2f} without")
+    assert zero_shot < 0.2
     assert learned > 0.8
     assert backbone.checksum() == before

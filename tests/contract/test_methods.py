@@ -206,9 +206,9 @@ def test_one_step_of_the_default_rates_lowers_a_loss(config: PromptConfig, host:
 
     rates = config.rates()
     groups = [{"params": group, "lr": 1e-3 * rates[name]} for name, group in prompt.groups().items()]
-    optimiser, before = torch.optim.Adam(groups), loss()
+    training_step, before = torch.optim.Adam(groups), loss()
     before.backward()
-    optimiser.step()
+    training_step.step()
     assert loss() < before
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from softprompt import DPT, Experiment, Run, Training, attach, evaluate, load_backbone, open_run, train
+from softprompt import DPT, Experiment, Run, TrainingConfig, attach, evaluate, load_backbone, open_run, train
 from softprompt.backbones.kernels import llama
 from softprompt.backbones.projections import query_key
 from softprompt.backbones.quantization import KINDS, matrix
@@ -17,7 +17,7 @@ QUANTISED = pytest.mark.parametrize("kind", KINDS)
 
 
 def experiment(folder: Path, task: Path, kind: Any, **settings: Any) -> Experiment:
-    training = Training(steps=6, batch=8, evaluate_every=3)
+    training = TrainingConfig(steps=6, batch_size=8, eval_steps=3)
     return Experiment(
         backbone=str(folder), task=str(task), prompt=DPT(length=6, rank=2), training=training, dtype=kind, **settings
     )
@@ -52,7 +52,7 @@ def test_the_model_is_its_own_forward_over_prompt_and_text(kind: Any, llama_fold
 def test_our_layers_compute_with_the_weights_as_held(kind: Any, llama_folder: Path) -> None:
     """To the bit what they give with the same weights made whole for good."""
     backbone = load_backbone(str(llama_folder), dtype=kind)
-    assert llama.is_known(backbone.model)
+    assert llama.is_supported(backbone.model)
     ids = torch.randint(3, 200, (4, 9), generator=torch.Generator().manual_seed(1))
     labels = torch.where(torch.arange(9) < 7, -100, ids)
     found = []
@@ -106,7 +106,7 @@ def test_a_resumed_run_loads_the_same_weights(
     kind: Any, llama_folder: Path, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from softprompt import resume
-    from softprompt.training.callbacks import Silent
+    from softprompt.training.callbacks import NullCallback
 
     class Stop(Exception):
         pass
@@ -116,7 +116,7 @@ def test_a_resumed_run_loads_the_same_weights(
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(Silent, "step", stop)
+        patch.setattr(NullCallback, "step", stop)
         with pytest.raises(Stop):
             train(experiment(llama_folder, ticket_task, kind), out=tmp_path, name="run")
     assert resume(tmp_path / "run").results is not None

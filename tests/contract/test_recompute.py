@@ -11,44 +11,44 @@ from cases import attached, loss_of
 from safetensors.torch import load_file
 from torch import Tensor
 
-from softprompt import DPT, Backbone, Experiment, Training, train
-from softprompt.backbones.kernels.gradient_checkpointing import recomputing
+from softprompt import DPT, Backbone, Experiment, TrainingConfig, train
+from softprompt.backbones.kernels.gradient_checkpointing import gradient_checkpointing
 from softprompt.cli import main
-from softprompt.models import Attachment
-from softprompt.training.step import Optimiser
+from softprompt.models import PromptedModel
+from softprompt.training.step import TrainingStep
 
 MakeBackbone = Callable[[str], Backbone]
 KINDS = [("llama", "joint"), ("qwen3", "joint"), ("gemma", "joint"), ("t5", "joint"), ("t5", "isolated")]
 KINDS += [("bart", "joint"), ("bert", "joint"), ("bert", "isolated"), ("roberta_mlm", "joint"), ("dinov2", "joint")]
 
 
-def kept(attachment: Attachment, on: bool) -> tuple[Tensor, list[Tensor], int]:
+def kept(prompted: PromptedModel, on: bool) -> tuple[Tensor, list[Tensor], int]:
     """Loss, gradients, and the numbers that the forward pass keeps for the backward one."""
     sizes: dict[int, int] = {}
-    frozen = {one.data_ptr() for one in attachment.backbone.model.state_dict().values()}
+    frozen = {one.data_ptr() for one in prompted.backbone.model.state_dict().values()}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.data_ptr() not in frozen:
             sizes[tensor.data_ptr()] = tensor.numel()
         return tensor
 
-    with recomputing(attachment.backbone.model, on):
+    with gradient_checkpointing(prompted.backbone.model, on):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = loss_of(attachment)
-        found = torch.autograd.grad(loss, list(attachment.parameters()))
+            loss = loss_of(prompted)
+        found = torch.autograd.grad(loss, list(prompted.parameters()))
     return loss.detach(), list(found), sum(sizes.values())
 
 
-@pytest.mark.parametrize(("kind", "attend"), KINDS)
-def test_the_same_numbers_with_less_kept(kind: str, attend: str, tiny_backbone: MakeBackbone) -> None:
-    attachment = attached(tiny_backbone(kind), attend)
-    forwards = [type(module).forward for module in attachment.backbone.model.modules()]
-    loss, gradients, numbers = kept(attachment, False)
-    again, others, fewer = kept(attachment, True)
+@pytest.mark.parametrize(("kind", "prompt_attention"), KINDS)
+def test_the_same_numbers_with_less_kept(kind: str, prompt_attention: str, tiny_backbone: MakeBackbone) -> None:
+    prompted = attached(tiny_backbone(kind), prompt_attention)
+    forwards = [type(module).forward for module in prompted.backbone.model.modules()]
+    loss, gradients, numbers = kept(prompted, False)
+    again, others, fewer = kept(prompted, True)
     torch.testing.assert_close(again, loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(others, gradients, rtol=1e-5, atol=1e-6)
     assert fewer < 0.6 * numbers
-    assert [module.forward.__func__ for module in attachment.backbone.model.modules()] == forwards, "all put back"
+    assert [module.forward.__func__ for module in prompted.backbone.model.modules()] == forwards, "all put back"
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -58,7 +58,9 @@ def test_a_training_comes_to_the_same(
     backbone = tiny_backbone("t5")
     tensors = []
     for on in (False, True):
-        training = Training(steps=3, batch=8, lr=0.003, evaluate_every=3, dropout=dropout, gradient_checkpointing=on)
+        training = TrainingConfig(
+            steps=3, batch_size=8, lr=0.003, eval_steps=3, dropout=dropout, gradient_checkpointing=on
+        )
         experiment = Experiment(
             backbone="t5", task=str(ticket_task), prompt=DPT(length=6, rank=2), training=training, dtype="float32"
         )
@@ -68,7 +70,7 @@ def test_a_training_comes_to_the_same(
 
 
 def test_it_is_another_means_and_the_same_experiment() -> None:
-    one, other = (Experiment(training=Training(gradient_checkpointing=on)) for on in (False, True))
+    one, other = (Experiment(training=TrainingConfig(gradient_checkpointing=on)) for on in (False, True))
     assert one.hash == other.hash
 
 
@@ -83,7 +85,7 @@ def test_a_layer_keeps_a_forward_of_its_own(tiny_backbone: MakeBackbone) -> None
 
     layer.forward = hooked
     try:
-        with recomputing(model, True):
+        with gradient_checkpointing(model, True):
             pass
         assert layer.forward is hooked
     finally:
@@ -94,7 +96,7 @@ def test_a_layer_keeps_a_forward_of_its_own(tiny_backbone: MakeBackbone) -> None
 def test_a_model_without_such_layers_is_refused(
     kind: str, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
 ) -> None:
-    experiment = Experiment(backbone=kind, task=str(ticket_task), training=Training(gradient_checkpointing=True))
+    experiment = Experiment(backbone=kind, task=str(ticket_task), training=TrainingConfig(gradient_checkpointing=True))
     with pytest.raises(ValueError, match="has no layers that can be computed again; leave it off"):
         train(experiment, out=tmp_path, backbone=tiny_backbone(kind))
     assert not list(tmp_path.iterdir())
@@ -119,15 +121,15 @@ def test_a_run_that_had_no_memory_goes_on_with_it(
         )
         return main(["sweep", str(file), "--out", str(tmp_path / "out")])
 
-    losses = Optimiser.losses
+    losses = TrainingStep.losses
 
-    def short(self: Optimiser, *given: Any) -> Any:
+    def short(self: TrainingStep, *given: Any) -> Any:
         seen.append(self.settings.gradient_checkpointing)
         if not seen[-1]:
             raise RuntimeError("out of memory")
         return losses(self, *given)
 
-    monkeypatch.setattr(Optimiser, "losses", short)
+    monkeypatch.setattr(TrainingStep, "losses", short)
     assert sweep("false") == 1
     [run] = (tmp_path / "out").iterdir()
     copy = shutil.copytree(run, tmp_path / "copy")
@@ -143,7 +145,7 @@ def test_where_rows_go_on_from_a_cache_it_is_refused(
     kind: str, place: Any, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
 ) -> None:
     experiment = Experiment(
-        backbone=kind, task=str(ticket_task), place=place, training=Training(gradient_checkpointing=True)
+        backbone=kind, task=str(ticket_task), place=place, training=TrainingConfig(gradient_checkpointing=True)
     )
     with pytest.raises(ValueError, match=r"gradient_checkpointing is on, and rows of .* go on from a cache"):
         train(experiment, out=tmp_path, backbone=tiny_backbone(kind))

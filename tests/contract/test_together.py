@@ -24,16 +24,16 @@ from softprompt import (
     Progress,
     Residual,
     Run,
-    Training,
+    TrainingConfig,
     open_run,
     resume,
     train,
 )
 from softprompt.prompts import PromptConfig
 from softprompt.sweep import sweep
-from softprompt.training.callbacks import Interrupted, Silent, interruptible
+from softprompt.training.callbacks import Interrupted, NullCallback, interruptible
 from softprompt.training.concurrent import together
-from softprompt.training.step import Differentiate, Optimiser
+from softprompt.training.step import Differentiate, TrainingStep
 
 MakeBackbone = Callable[[str], Backbone]
 
@@ -45,7 +45,7 @@ def several(backbone: str, task: Path, **settings: Any) -> list[Experiment]:
     """
 
     def one(prompt: PromptConfig, seed: int = 0, **training: Any) -> Experiment:
-        whole = Training(evaluate_every=2, **training)
+        whole = TrainingConfig(eval_steps=2, **training)
         return Experiment(
             backbone=backbone, task=str(task), dtype="float32", prompt=prompt, seed=seed, training=whole, **settings
         )
@@ -142,13 +142,13 @@ def test_generating_trainings_share_a_pass_too(tiny_backbone: MakeBackbone, tmp_
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompts each pass had, as they come."""
     found: list[int] = []
-    losses = Optimiser.losses
+    losses = TrainingStep.losses
 
-    def counted(self: Optimiser, rows: Any, prompts: Any = None, index: Any = None) -> Any:
+    def counted(self: TrainingStep, rows: Any, prompts: Any = None, index: Any = None) -> Any:
         found.append(1 if prompts is None else len(prompts))
         return losses(self, rows, prompts, index)
 
-    monkeypatch.setattr(Optimiser, "losses", counted)
+    monkeypatch.setattr(TrainingStep, "losses", counted)
     return found
 
 
@@ -160,7 +160,7 @@ def test_one_pass_is_for_all_that_draw_nothing(
     # The first passes show who draws random numbers: the last one does, and has its own ever after.
     assert passes[:5] == [1] * 5
     assert passes[5:7] == [4, 1]
-    assert sum(passes) == sum(one.training.steps * one.training.accumulate for one in experiments)
+    assert sum(passes) == sum(one.training.steps * one.training.gradient_accumulation_steps for one in experiments)
 
 
 def test_each_draws_its_own_random_numbers(tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_no_more_than_asked_are_at_work(tmp_path: Path) -> None:
 
 def test_who_diverges_falls_alone(tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path) -> None:
     backbone, experiments = tiny_backbone("llama"), several("llama", ticket_task)[:3]
-    wild = experiments[0].replace(training=Training(steps=5, batch=8, lr=1e30, evaluate_every=5))
+    wild = experiments[0].replace(training=TrainingConfig(steps=5, batch_size=8, lr=1e30, eval_steps=5))
     problems: list[str] = []
 
     def excused(one: Experiment, name: str, differentiate: Differentiate) -> Run | None:
@@ -206,9 +206,9 @@ def test_what_fails_only_together_goes_on_in_smaller_passes(
     tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone, experiments = tiny_backbone("llama"), several("llama", ticket_task)[:4]
-    losses, notes, passes, held = Optimiser.losses, list[str](), list[int](), list[weakref.ref[torch.Tensor]]()
+    losses, notes, passes, held = TrainingStep.losses, list[str](), list[int](), list[weakref.ref[torch.Tensor]]()
 
-    def crowded(self: Optimiser, rows: Any, prompts: Any = None, index: Any = None) -> Any:
+    def crowded(self: TrainingStep, rows: Any, prompts: Any = None, index: Any = None) -> Any:
         assert all(one() is None for one in held), "a pass that failed still holds its memory"
         passes.append(1 if prompts is None else len(prompts))
         found = losses(self, rows, prompts, index)
@@ -218,7 +218,7 @@ def test_what_fails_only_together_goes_on_in_smaller_passes(
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(Optimiser, "losses", crowded)
+        patch.setattr(TrainingStep, "losses", crowded)
         found = sorted(together(works(experiments, backbone, tmp_path), 4, notes.append), key=lambda run: run.name)
     assert passes[:11] == [1, 1, 1, 1, 4, 1, 1, 1, 1, 2, 2]
     assert len(notes) == 1
@@ -240,7 +240,7 @@ def test_ctrl_c_stops_all_with_a_checkpoint_each(
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Silent, "step", press)
+        patch.setattr(NullCallback, "step", press)
         with pytest.raises(Interrupted):
             trained_together(experiments, backbone, tmp_path / "together", 3)
     assert signal.getsignal(signal.SIGINT) is handler
@@ -286,7 +286,7 @@ def test_seconds_are_all_that_a_training_took(
         return step(self, *given)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", slow)
-    experiments = [one.replace(training=Training(steps=5, evaluate_every=5)) for one in several("llama", ticket_task)]
+    experiments = [one.replace(training=TrainingConfig(steps=5, eval_steps=5)) for one in several("llama", ticket_task)]
     started = time.perf_counter()
     found = trained_together(experiments[:3], backbone, tmp_path, 3)
     whole, seconds = time.perf_counter() - started, [float((run.results or {})["seconds"]) for run in found]

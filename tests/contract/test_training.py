@@ -15,7 +15,7 @@ from softprompt import (
     Experiment,
     Progress,
     Run,
-    Training,
+    TrainingConfig,
     attach,
     evaluate,
     load_backbone,
@@ -25,10 +25,10 @@ from softprompt import (
 from softprompt.export import FORMATS, export_runs
 from softprompt.models.causal import Causal
 from softprompt.prompts import METHODS, Folded
-from softprompt.runs import first_attachment
+from softprompt.runs import build_prompted_model
 from softprompt.serve.prompts.entry import from_folder
-from softprompt.training.callbacks import Silent
-from softprompt.types import Place
+from softprompt.training.callbacks import NullCallback
+from softprompt.types import PromptPosition
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MakeBackbone = Callable[[str], Backbone]
@@ -40,7 +40,7 @@ def experiment(llama_folder: Path, ticket_task: Path) -> Experiment:
         backbone=str(llama_folder),
         task=str(ticket_task),
         prompt=DPT(length=6, rank=2),
-        training=Training(steps=6, batch=8, evaluate_every=3),
+        training=TrainingConfig(steps=6, batch_size=8, eval_steps=3),
         dtype="float32",
     )
 
@@ -62,12 +62,12 @@ def losses(run: Run) -> list[float]:
 def test_only_the_prompt_moves(method: str, experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
     before = {name: weights.clone() for name, weights in backbone.model.state_dict().items()}
     checksum = backbone.checksum()
-    one = experiment.replace(prompt=METHODS[method](), training=Training(steps=2, batch=8, evaluate_every=2))
+    one = experiment.replace(prompt=METHODS[method](), training=TrainingConfig(steps=2, batch_size=8, eval_steps=2))
     run = train(one, out=tmp_path, backbone=backbone)
     assert backbone.checksum() == checksum == run.record["backbone"]["hash"]
     assert all(torch.equal(weights, before[name]) for name, weights in backbone.model.state_dict().items())
     assert not any(weights.requires_grad or weights.grad is not None for weights in backbone.model.parameters())
-    fresh, trained = first_attachment(run.experiment, run.task, backbone, warm=False).prompt, tensors(run)
+    fresh, trained = build_prompted_model(run.experiment, run.task, backbone, warm=False).prompt, tensors(run)
     assert fresh is not None
     for name, parameter in fresh.named_parameters():
         assert not torch.equal(parameter, trained[name]), f"{name} did not move"
@@ -83,7 +83,7 @@ def test_a_changed_backbone_is_noticed(
     def meddle(_: object, __: Progress) -> None:
         next(own.model.parameters()).data[0, 0] += 1
 
-    monkeypatch.setattr(Silent, "step", meddle)
+    monkeypatch.setattr(NullCallback, "step", meddle)
     with pytest.raises(RuntimeError, match=r"the weights of .* changed in training"):
         train(experiment, out=tmp_path, backbone=own)
 
@@ -104,7 +104,9 @@ def test_accumulating_changes_nothing(
     experiment: Experiment, backbone: Backbone, tmp_path: Path, weight: float
 ) -> None:
     def run(parts: int) -> Run:
-        training = Training(steps=4, batch=8, evaluate_every=4, vocabulary_weight=weight, accumulate=parts)
+        training = TrainingConfig(
+            steps=4, batch_size=8, eval_steps=4, vocabulary_weight=weight, gradient_accumulation_steps=parts
+        )
         return train(experiment.replace(training=training), out=tmp_path, backbone=backbone)
 
     whole, parted = run(1), run(4)
@@ -116,7 +118,7 @@ def test_accumulating_changes_nothing(
 
 def test_the_best_prompt_is_kept_and_patience_ends(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
     # A learning rate that cannot help: the first evaluation stays the best, and two worse ones end it.
-    training = Training(steps=20, batch=8, evaluate_every=1, lr=1e-9, patience=2)
+    training = TrainingConfig(steps=20, batch_size=8, eval_steps=1, lr=1e-9, patience=2)
     run = train(experiment.replace(training=training), out=tmp_path, backbone=backbone)
     assert run.results is not None
     assert (run.results["steps"], run.results["best_step"]) == (3, 1)
@@ -130,10 +132,10 @@ def test_a_methods_dropout_is_of_training_alone(
 ) -> None:
     score, modes = Causal.score, []
 
-    def spy(attachment: Causal, *given: Any, **named: Any) -> torch.Tensor:
-        if not isinstance(attachment.prompt, Folded):
-            modes.append((torch.is_grad_enabled(), attachment.prompt.training))
-        return score(attachment, *given, **named)
+    def spy(prompted: Causal, *given: Any, **named: Any) -> torch.Tensor:
+        if not isinstance(prompted.prompt, Folded):
+            modes.append((torch.is_grad_enabled(), prompted.prompt.training))
+        return score(prompted, *given, **named)
 
     monkeypatch.setattr(Causal, "score", spy)
     train(experiment, out=tmp_path, backbone=backbone)
@@ -144,7 +146,7 @@ def test_a_methods_dropout_is_of_training_alone(
 def test_results_come_from_the_test_split_with_the_majority_beside(
     experiment: Experiment, backbone: Backbone, tmp_path: Path
 ) -> None:
-    training = Training(steps=2, batch=8, evaluate_every=2, untouched=True)
+    training = TrainingConfig(steps=2, batch_size=8, eval_steps=2, zero_shot=True)
     run = train(experiment.replace(training=training), out=tmp_path, backbone=backbone)
     results = run.results
     assert results is not None
@@ -154,13 +156,13 @@ def test_results_come_from_the_test_split_with_the_majority_beside(
     assert results["test"] == pytest.approx(right)
     assert results["majority"] == pytest.approx(1 / 6)
     assert 0 <= results["low"] <= results["test"] <= results["high"] <= 1
-    assert 0 <= results["untouched"] <= 1
+    assert 0 <= results["zero_shot"] <= 1
     assert results["trainable"] == DPT(length=6, rank=2).count(backbone.dim)
 
 
 def test_the_loss_falls(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
     """A random model knows no task, but its answers' shares can be learned."""
-    training = Training(steps=60, batch=24, evaluate_every=60, lr=0.1)
+    training = TrainingConfig(steps=60, batch_size=24, eval_steps=60, lr=0.1)
     run = train(experiment.replace(prompt=DPT(length=10, rank=8), training=training), out=tmp_path, backbone=backbone)
     epoch = 4  # batches; one of them alone may be of easy rows
     assert sum(losses(run)[-epoch:]) < 0.9 * sum(losses(run)[:epoch])
@@ -186,15 +188,15 @@ def test_transformers_trainer(llama_folder: Path, tmp_path: Path, capsys: pytest
 def test_an_attachment_is_a_module_of_the_prompt_alone(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("gpt2")
     prompt = DPT(length=6, rank=2).build(backbone.host(), torch.Generator().manual_seed(0))
-    attachment = attach(backbone, prompt)
-    assert {id(one) for one in attachment.parameters()} == {id(one) for one in prompt.parameters()}
-    attachment.train()
+    prompted = attach(backbone, prompt)
+    assert {id(one) for one in prompted.parameters()} == {id(one) for one in prompt.parameters()}
+    prompted.train()
     assert not backbone.model.training
 
 
-@pytest.mark.parametrize("place", ["after_first", "behind"])
+@pytest.mark.parametrize("place", ["after_bos", "behind"])
 def test_a_prompt_elsewhere_trains_and_is_used_there(
-    place: Place, experiment: Experiment, backbone: Backbone, tmp_path: Path
+    place: PromptPosition, experiment: Experiment, backbone: Backbone, tmp_path: Path
 ) -> None:
     run = train(experiment.replace(place=place), out=tmp_path / "runs", backbone=backbone)
     in_front = train(experiment, out=tmp_path / "front", backbone=backbone)
@@ -214,20 +216,20 @@ def test_an_isolated_prompt_trains_and_is_used_so(
     name: str, experiment: Experiment, tiny_backbone: MakeBackbone, tmp_path: Path
 ) -> None:
     own = tiny_backbone(name)
-    run = train(experiment.replace(attend="isolated"), out=tmp_path / "runs", backbone=own)
+    run = train(experiment.replace(prompt_attention="self"), out=tmp_path / "runs", backbone=own)
     joint = train(experiment, out=tmp_path / "joint", backbone=own)
     assert losses(run) != losses(joint)
     assert evaluate(run, backbone=own).value == run.results["test"]
-    assert run.attachment(own).attend == "isolated"
+    assert run.prompted(own).prompt_attention == "self"
     assert not (run.folder / "adapter_config.json").exists()
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("bert", {"place": "after_first"}, "cannot stand 'after_first'"),
+        ("bert", {"place": "after_bos"}, "cannot stand 'after_bos'"),
         ("llama", {"attend": "isolated"}, "cannot be isolated"),
-        ("t5", {"attend": "isolated", "training": Training(dropout=True)}, "leave dropout off"),
+        ("t5", {"attend": "isolated", "training": TrainingConfig(dropout=True)}, "leave dropout off"),
         ("llama", {"baseline": "lora", "place": "behind"}, "place is for prompts, and the baseline lora has none"),
         ("llama", {"start": "/nowhere/run"}, "/nowhere/run. holds neither a run"),
         ("llama", {"depth": "deep"}, "depth is for images"),

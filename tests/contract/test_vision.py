@@ -21,7 +21,7 @@ from softprompt import (
     Experiment,
     Plain,
     Progress,
-    Training,
+    TrainingConfig,
     attach,
     evaluate,
     open_run,
@@ -30,7 +30,7 @@ from softprompt import (
     train,
 )
 from softprompt.cli import main
-from softprompt.models import Attachment, fresh_head
+from softprompt.models import PromptedModel, fresh_head
 from softprompt.prompts import METHODS, Folded, SoftPrompt
 from softprompt.prompts.concatenation import Concatenation
 from softprompt.prompts.deep import build
@@ -64,7 +64,7 @@ def prompt_of(method: str, backbone: Backbone, depth: int, seed: int = 0) -> Sof
     return prompt
 
 
-def attachment_of(method: str, backbone: Backbone, depth: int) -> Attachment:
+def attachment_of(method: str, backbone: Backbone, depth: int) -> PromptedModel:
     return attach(backbone, prompt_of(method, backbone, depth), head=fresh_head(backbone, 3, seeded(2)))
 
 
@@ -95,19 +95,19 @@ def test_one_step_moves_prompt_and_head_and_no_bit_of_the_backbone(
     method: str, name: str, depth: int, tiny_backbone: MakeBackbone
 ) -> None:
     backbone = tiny_backbone(name)
-    attachment, before = attachment_of(method, backbone, depth), backbone.checksum()
-    named = dict(attachment.named_parameters())
-    grouped = [id(parameter) for group in attachment.groups().values() for parameter in group]
+    prompted, before = attachment_of(method, backbone, depth), backbone.checksum()
+    named = dict(prompted.named_parameters())
+    grouped = [id(parameter) for group in prompted.groups().values() for parameter in group]
     assert sorted(grouped) == sorted(id(parameter) for parameter in named.values())
     with torch.no_grad():  # off the first values, of which some are zeros that stop another's gradient
         for parameter in named.values():
             parameter += 0.1 * torch.randn(parameter.shape, generator=seeded(len(parameter)))
     first = {key: parameter.detach().clone() for key, parameter in named.items()}
-    optimiser = torch.optim.Adam(attachment.parameters(), lr=0.01)
-    scores = attachment.score(pixels(), None, ((0,), (1,), (2,)))
+    training_step = torch.optim.Adam(prompted.parameters(), lr=0.01)
+    scores = prompted.score(pixels(), None, ((0,), (1,), (2,)))
     assert scores.shape == (4, 3)
     nn.functional.cross_entropy(scores, torch.tensor([0, 2, 1, 1])).backward()
-    optimiser.step()
+    training_step.step()
     for key, parameter in named.items():
         assert parameter.grad is not None, key
         assert math.isfinite(float(parameter.grad.norm())), key
@@ -122,14 +122,14 @@ def test_live_equals_folded_and_survives_a_file(
     method: str, depth: int, tiny_backbone: MakeBackbone, tmp_path: Path
 ) -> None:
     backbone = tiny_backbone("dinov2")
-    attachment = attachment_of(method, backbone, depth).eval()
+    prompted = attachment_of(method, backbone, depth).eval()
     with torch.no_grad():
-        live = attachment(pixels()).logits
-        folded = attachment.folded()
+        live = prompted(pixels()).logits
+        folded = prompted.folded()
         assert isinstance(folded.prompt, SoftPrompt)
         assert not list(folded.prompt.parameters())
         torch.testing.assert_close(folded(pixels()).logits, live)
-        save_file({name: tensor.contiguous() for name, tensor in attachment.state_dict().items()}, tmp_path / "it")
+        save_file({name: tensor.contiguous() for name, tensor in prompted.state_dict().items()}, tmp_path / "it")
         other = attach(backbone, prompt_of(method, backbone, depth, seed=7), head=fresh_head(backbone, 3, seeded(8)))
         other.load_state_dict(load_file(tmp_path / "it"))
         torch.testing.assert_close(other.eval()(pixels()).logits, live, rtol=0, atol=0)
@@ -174,7 +174,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def experiment_of(backbone: Path, task: Path | str, **changes: Any) -> Experiment:
-    training = Training(steps=6, batch=8, evaluate_every=3, image_size=16)
+    training = TrainingConfig(steps=6, batch_size=8, eval_steps=3, image_size=16)
     values = {"prompt": Plain(length=3), "training": training, "dtype": "float32", **changes}
     return Experiment(backbone=str(backbone), task=str(task), **values)
 
@@ -200,7 +200,7 @@ def test_a_folder_of_images_trains_evaluates_and_predicts(
 
 
 def test_it_learns_colours(dinov2_folder: Path, photos: Path, tmp_path: Path) -> None:
-    training = Training(steps=60, batch=16, evaluate_every=20, image_size=16, lr=0.1)
+    training = TrainingConfig(steps=60, batch_size=16, eval_steps=20, image_size=16, lr=0.1)
     run = train(experiment_of(dinov2_folder, photos, training=training), out=tmp_path)
     assert run.results is not None
     assert run.results["test"] > run.results["majority"] + 0.3
@@ -248,7 +248,7 @@ def test_a_stopped_training_with_random_crops_goes_on_bit_by_bit(
     stop: int, dinov2_folder: Path, photos: Path, tmp_path: Path
 ) -> None:
     """Stopped before its first checkpoint and after one; whitening samples the same training images again."""
-    training = Training(steps=6, batch=8, evaluate_every=3, image_size=16, augment="crop+flip")
+    training = TrainingConfig(steps=6, batch_size=8, eval_steps=3, image_size=16, augment="crop+flip")
     config = BPT(length=3, mode="frozen")
     experiment = experiment_of(dinov2_folder, photos, training=training, prompt=config, depth="deep")
     whole = train(experiment, out=tmp_path, name="whole")
@@ -258,7 +258,7 @@ def test_a_stopped_training_with_random_crops_goes_on_bit_by_bit(
     for file in ("metrics.jsonl", "softprompt.safetensors", "head.safetensors", "predictions.jsonl"):
         assert (again.folder / file).read_bytes() == (whole.folder / file).read_bytes(), file
     plain = train(
-        experiment.replace(training=Training(steps=6, batch=8, evaluate_every=3, image_size=16)), out=tmp_path
+        experiment.replace(training=TrainingConfig(steps=6, batch_size=8, eval_steps=3, image_size=16)), out=tmp_path
     )
     assert [line["loss"] for line in plain.metrics()] != [line["loss"] for line in whole.metrics()]
 
@@ -285,7 +285,7 @@ def test_a_warm_start_is_layer_by_layer(dinov2_folder: Path, photos: Path, tmp_p
 def test_the_command_line_takes_a_folder_a_table_and_an_image(
     dinov2_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--image-size", "16", "--steps", "2", "--batch", "4", "--evaluate-every", "2", "--dtype", "float32"]
+    flags = ["--image-size", "16", "--steps", "2", "--batch-size", "4", "--eval-steps", "2", "--dtype", "float32"]
     flags += ["--augment", "crop", "--depth", "deep"]
     start = ["train", "--backbone", str(dinov2_folder), "--task", str(photos), "--out", str(tmp_path), "--name", "it"]
     assert main([*start, *flags, "plain", "--length", "2"]) == 0

@@ -29,7 +29,7 @@ import torch
 
 from softprompt import Backbone, Experiment, backbones, cli, resume, runs, train
 from softprompt.training import checkpoint
-from softprompt.training.step import Optimiser
+from softprompt.training.step import TrainingStep
 
 SECONDS = 60
 """After which a process that waits for one that is not there is ended."""
@@ -37,7 +37,7 @@ SECONDS = 60
 
 def arm(kind: str, at: int) -> None:
     """Make it happen in this process before the end of step `at`."""
-    losses, save, start, calls = Optimiser.losses, checkpoint.save, runs.first_attachment, [0]
+    losses, save, start, calls = TrainingStep.losses, checkpoint.save, runs.build_prompted_model, [0]
 
     def spoilt(self: Any, *given: Any) -> Any:
         calls[0] += 1
@@ -56,20 +56,20 @@ def arm(kind: str, at: int) -> None:
         save(run, saved)
 
     def elsewhere(*given: Any, **also: Any) -> Any:
-        attachment = start(*given, **also)
+        prompted = start(*given, **also)
         with torch.no_grad():
-            for parameter in attachment.parameters():
+            for parameter in prompted.parameters():
                 parameter.neg_()
-        return attachment
+        return prompted
 
     if kind == "start":
-        runs.first_attachment = elsewhere
+        runs.build_prompted_model = elsewhere
     elif kind == "full":
         checkpoint.save = no_room
     elif kind == "dtype":
         backbones.measured_dtype = lambda _: torch.bfloat16
     else:
-        Optimiser.losses = spoilt  # type: ignore[method-assign]
+        TrainingStep.losses = spoilt  # type: ignore[method-assign]
 
 
 def work(job: dict[str, Any], out: Path, loaded: Backbone) -> int:

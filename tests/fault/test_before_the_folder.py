@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from softprompt import Experiment, Plain, Training, resume, sweep, train
+from softprompt import Experiment, Plain, TrainingConfig, resume, sweep, train
 from softprompt.backbones import load
-from softprompt.models import Attachment
+from softprompt.models import PromptedModel
 from softprompt.training.tracking import TrackerFailed, check_tracker
 
-QUICK = Training(steps=2, batch=4, evaluate_every=2, max_new_tokens=4)
+QUICK = TrainingConfig(steps=2, batch_size=4, eval_steps=2, max_new_tokens=4)
 
 
 def experiment(folder: Path, task: Path, **changes: Any) -> Experiment:
@@ -40,11 +40,11 @@ def left_in(out: Path) -> list[str]:
 def test_row_of_any_split_is_checked_first(
     llama_folder: Path, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
 ) -> None:
-    def refuse(self: Attachment, input_ids: Sequence[int], answer_ids: Sequence[int], where: str) -> None:
+    def refuse(self: PromptedModel, input_ids: Sequence[int], answer_ids: Sequence[int], where: str) -> None:
         if f"({split} split)" in where:
             raise ValueError(f"{where} does not fit")
 
-    monkeypatch.setattr(Attachment, "check_row", refuse)
+    monkeypatch.setattr(PromptedModel, "check_row", refuse)
     with pytest.raises(ValueError, match=rf"row \d+ of .*train.csv \({split} split\) does not fit"):
         train(experiment(llama_folder, ticket_task), out=tmp_path / "runs")
     assert left_in(tmp_path / "runs") == []
@@ -53,10 +53,10 @@ def test_row_of_any_split_is_checked_first(
 def test_row_is_checked_in_a_sweep_too(
     llama_folder: Path, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Attachment, input_ids: Sequence[int], answer_ids: Sequence[int], where: str) -> None:
+    def refuse(self: PromptedModel, input_ids: Sequence[int], answer_ids: Sequence[int], where: str) -> None:
         raise ValueError(f"{where} does not fit")
 
-    monkeypatch.setattr(Attachment, "check_row", refuse)
+    monkeypatch.setattr(PromptedModel, "check_row", refuse)
     file = tmp_path / "sweep.toml"
     lines = [f'backbone = "{llama_folder}"', f'task = "{ticket_task}"', 'dtype = "float32"', "seed = [0, 1]"]
     file.write_text("\n".join([*lines, "[training]", "steps = 1"]))
@@ -129,7 +129,9 @@ def test_long_answers_are_told_before_the_first_step(llama_folder: Path, tmp_pat
     train(experiment(llama_folder, table(tmp_path, rows)), out=tmp_path / "runs", watch=_Notes(notes))
     [note] = [text for text in notes if "can never be right" in text]
     assert "--max-new-tokens" in note
-    few = experiment(llama_folder, tmp_path / "own.toml", training=Training(steps=1, batch=4, max_new_tokens=100))
+    few = experiment(
+        llama_folder, tmp_path / "own.toml", training=TrainingConfig(steps=1, batch_size=4, max_new_tokens=100)
+    )
     notes.clear()
     train(few, out=tmp_path / "runs", watch=_Notes(notes))
     assert not [text for text in notes if "can never be right" in text]
@@ -152,7 +154,7 @@ class _Notes:
 
 def test_score_is_shown_at_the_step_it_is_of_alone(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
     watch = _Notes([])
-    every = Training(steps=6, batch=4, evaluate_every=2)
+    every = TrainingConfig(steps=6, batch_size=4, eval_steps=2)
     train(experiment(llama_folder, ticket_task, training=every), out=tmp_path, watch=watch)
     assert [progress.step for progress in watch.steps if progress.dev is not None] == [2, 4, 6]
 
@@ -161,7 +163,7 @@ def test_finished_run_says_that_it_is_finished(llama_folder: Path, ticket_task: 
     done, notes = train(experiment(llama_folder, ticket_task), out=tmp_path), list[str]()
     again = resume(done.folder, watch=_Notes(notes), backbone=load(str(llama_folder), dtype="float32"))
     assert again.results == done.results
-    assert any("finished after 2 steps" in note and f"--start {done.folder}" in note for note in notes)
+    assert any("finished after 2 steps" in note and f"--init-prompt {done.folder}" in note for note in notes)
 
 
 def test_all_metrics_are_results(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from softprompt.analysis.rank import Cutting, functional_rank
+from softprompt.analysis.rank import Truncation, functional_rank
 from softprompt.analysis.rank.subject import subjects
 from softprompt.cli import main
-from softprompt.config import Experiment, Training
+from softprompt.config import Experiment, TrainingConfig
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.prompts.plain import Plain
 from softprompt.runs import Run
@@ -27,7 +27,7 @@ def write(path: Path, lines: list[str]) -> None:
 def run(tmp_path: Path, llama_folder: Path) -> Run:
     write(tmp_path / "train.csv", LINES)
     (tmp_path / "task.toml").write_text(TOML)
-    training = Training(steps=2, batch=4, evaluate_every=2, shots=4)
+    training = TrainingConfig(steps=2, batch_size=4, eval_steps=2, shots=4)
     whole = Experiment(backbone=str(llama_folder), task=str(tmp_path / "task.toml"), dtype="float32", training=training)
     return train(whole.replace(prompt=Plain(length=3)), out=tmp_path / "runs")
 
@@ -70,7 +70,7 @@ def test_ranks_are_not_scored_on_changed_rows(run: Run, tmp_path: Path) -> None:
     [one] = subjects(run.folder)
     write(tmp_path / "train.csv", LINES[1:])
     with pytest.raises(ValueError, match="are not those that run"):
-        functional_rank(one, Cutting(ranks=(2,)))
+        functional_rank(one, Truncation(ranks=(2,)))
 
 
 def test_mistakes_are_not_shown_from_changed_rows(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from softprompt import (
     Interrupted,
     Progress,
     Run,
-    Training,
+    TrainingConfig,
     files,
     list_runs,
     resume,
@@ -33,7 +33,7 @@ from softprompt import (
 )
 from softprompt.cli import main
 from softprompt.tasks import load_task
-from softprompt.training.callbacks import Silent
+from softprompt.training.callbacks import NullCallback
 
 Damage = Callable[[Path], object]
 
@@ -44,7 +44,7 @@ def experiment(llama_folder: Path, ticket_task: Path) -> Experiment:
         backbone=str(llama_folder),
         task=str(ticket_task),
         prompt=DPT(length=6, rank=2),
-        training=Training(steps=4, batch=8, evaluate_every=2),
+        training=TrainingConfig(steps=4, batch_size=8, eval_steps=2),
         dtype="float32",
     )
 
@@ -64,7 +64,7 @@ def stopped(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) ->
 
     out = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Silent, "step", stop)
+        patch.setattr(NullCallback, "step", stop)
         with pytest.raises(Interrupted):
             train(experiment, out=out, name="run")
     return out / "run"
@@ -185,11 +185,11 @@ CHECKPOINT = {
     "optimizer other names": ("optimizer.safetensors", SWAPPED["other names"]),
     "random other size": ("random.safetensors", tensors(lambda own: {"cpu": own["cpu"][:7]})),
     "random other names": ("random.safetensors", SWAPPED["other names"]),
-    "place truncated": ("place.json", truncated),
-    "place missing": ("place.json", Path.unlink),
-    "place without its step": ("place.json", edited(lambda values: values.pop("step") and None)),
-    "place without its best": ("place.json", edited(lambda values: values.pop("best_step") and None)),
-    "place of another step": ("place.json", edited(lambda values: values.update(step=3))),
+    "place truncated": ("trainer_state.json", truncated),
+    "place missing": ("trainer_state.json", Path.unlink),
+    "place without its step": ("trainer_state.json", edited(lambda values: values.pop("step") and None)),
+    "place without its best": ("trainer_state.json", edited(lambda values: values.pop("best_step") and None)),
+    "place of another step": ("trainer_state.json", edited(lambda values: values.update(step=3))),
 }  # fmt: skip
 
 

@@ -10,10 +10,10 @@ from softprompt.evaluation.evaluate import score_answers
 from softprompt.evaluation.predict import Answer
 from softprompt.runs import PREDICTIONS
 from softprompt.tasks import Example, Splits, Task
-from softprompt.training.callbacks import Silent
+from softprompt.training.callbacks import NullCallback
 
 
-class _Notes(Silent):
+class _Notes(NullCallback):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
@@ -30,7 +30,7 @@ def _train(folder: Path, backbone: Path, end: str) -> tuple[softprompt.runs.Run,
         backbone=str(backbone),
         task=str(task),
         prompt=softprompt.DPT(rank=2, length=3),
-        training=softprompt.Training(steps=2, batch=4, evaluate_every=2, max_new_tokens=3),
+        training=softprompt.TrainingConfig(steps=2, batch_size=4, eval_steps=2, max_new_tokens=3),
         dtype="float32",
     )
     watch = _Notes()

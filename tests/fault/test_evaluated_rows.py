@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from softprompt.analysis.rank import Cutting, functional_rank
+from softprompt.analysis.rank import Truncation, functional_rank
 from softprompt.analysis.rank.subject import subjects
 from softprompt.cli import main
-from softprompt.config import Experiment, Training
+from softprompt.config import Experiment, TrainingConfig
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.prompts.plain import Plain
 from softprompt.runs import Run
@@ -37,7 +37,7 @@ def write(path: Path, table: Sequence[Sequence[str]], head: Sequence[str] = HEAD
 
 def trained(folder: Path, backbone: Path, toml: str, **settings: Any) -> Run:
     (folder / "task.toml").write_text(toml)
-    training = Training(steps=2, batch=4, evaluate_every=2, **settings)
+    training = TrainingConfig(steps=2, batch_size=4, eval_steps=2, **settings)
     experiment = Experiment(
         backbone=str(backbone), task=str(folder / "task.toml"), dtype="float32", prompt=Plain(length=3)
     )
@@ -110,10 +110,10 @@ def test_groups_are_not_needed_and_questions_stay_whole(llama_folder: Path, tmp_
 def test_ranks_are_measured_on_every_row_of_a_given_file(run: Run, place: Path) -> None:
     [one] = subjects(run.folder)
     data = str(place / "new.csv")
-    found = functional_rank(one, Cutting(ranks=(2,), rows=0, data=data))
+    found = functional_rank(one, Truncation(ranks=(2,), rows=0, data=data))
     assert (found.full, found.split) == (evaluate(run, data=data), "given")
     with pytest.raises(ValueError, match="is scored whole"):
-        functional_rank(one, Cutting(ranks=(2,), data=data, split="dev"))
+        functional_rank(one, Truncation(ranks=(2,), data=data, split="dev"))
 
 
 def test_a_file_for_a_benchmark_task_is_scored_whole(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
-from softprompt import Backbone, Experiment, Plain, Training, load_backbone, train
+from softprompt import Backbone, Experiment, Plain, TrainingConfig, load_backbone, train
 from softprompt.backbones.image_processor import Processor, described, read
 from softprompt.models import attach, fresh_head
 from softprompt.prompts import Folded
@@ -210,7 +210,7 @@ def test_images_and_text_do_not_meet(photos: Path, llama_folder: Path, tmp_path:
     with pytest.raises(ValueError, match=r"depth is for images, and .* reads text"):
         train(vision.replace(backbone=str(llama_folder), task=str(ticket_task), depth="deep"), out=tmp_path / "runs")
     with pytest.raises(ValueError, match=r"an image of 20 x 20 pixels is no whole number of patches of 8; give .* 16"):
-        train(vision.replace(training=Training(steps=1, image_size=20)), out=tmp_path / "runs")
+        train(vision.replace(training=TrainingConfig(steps=1, image_size=20)), out=tmp_path / "runs")
     with pytest.raises(ValueError, match="the initial text 'cats' means nothing to a vision model"):
         train(vision.replace(prompt=Plain(length=2, init="text", init_text="cats")), out=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
@@ -225,18 +225,18 @@ def test_a_call_that_cannot_be(tiny_backbone: MakeBackbone, unchecked: None) -> 
         attach(backbone, None)
     with pytest.raises(ValueError, match="for 4 layers and vit has 3"):
         attach(backbone, Folded(torch.zeros(8, 32), depth=4), head=head)
-    attachment = attach(backbone, Folded(torch.zeros(4, 32)), head=head)
+    prompted = attach(backbone, Folded(torch.zeros(4, 32)), head=head)
     with pytest.raises(ValueError, match="the head tells 3 classes apart and 2 candidates"):
-        attachment.score(pixels, None, ((0,), (1,)))
+        prompted.score(pixels, None, ((0,), (1,)))
     with pytest.raises(ValueError, match="images, which have no padding"):
-        attachment(pixels, torch.ones(2, 4, dtype=torch.long))
+        prompted(pixels, torch.ones(2, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="does not generate"):
-        attachment.generate(pixels)
+        prompted.generate(pixels)
     both = [Folded(torch.zeros(4, 32)), Folded(torch.zeros(12, 32), depth=3)]
     with pytest.raises(ValueError, match=r"depths \[1, 3\] are in one call"):
-        attachment(pixels, prompts=both, index=torch.tensor([0, 1]))
+        prompted(pixels, prompts=both, index=torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="16 wide, but vit embeds in 32"):
-        attachment(pixels, prompts=[Folded(torch.zeros(4, 16))])
+        prompted(pixels, prompts=[Folded(torch.zeros(4, 16))])
 
 
 def test_a_model_of_another_build_is_refused(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from softprompt import DPT, Experiment, Run, Training, evaluate, load_backbone, predict, runs, train
-from softprompt.analysis.rank import Cutting, measure
+from softprompt import DPT, Experiment, Run, TrainingConfig, evaluate, load_backbone, predict, runs, train
+from softprompt.analysis.rank import Truncation, measure
 from softprompt.cli import main
 from softprompt.export import read_dept
 
@@ -24,7 +24,7 @@ def moved(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPa
         backbone=str(place / "before"),
         task=str(ticket_task),
         prompt=DPT(length=4, rank=2),
-        training=Training(steps=2, batch=8, evaluate_every=2),
+        training=TrainingConfig(steps=2, batch_size=8, eval_steps=2),
         dtype="float32",
     )
     run = train(experiment, out=tmp_path_factory.mktemp("runs"), name="run")
@@ -103,7 +103,7 @@ def test_the_library_takes_a_place_or_a_loaded_backbone(moved: tuple[Run, Path])
     by_place, by_model = (predict(run, [{"text": "a a b"}], backbone=given) for given in (str(now), loaded))
     assert by_place == by_model
     assert evaluate(run, backbone=str(now)) == evaluate(run, backbone=loaded)
-    [found] = measure(run.folder, functional=Cutting(backbone=str(now), rows=8, ranks=(1,)))
+    [found] = measure(run.folder, functional=Truncation(backbone=str(now), rows=8, ranks=(1,)))
     assert found.functional is not None
 
 

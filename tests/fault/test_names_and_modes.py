@@ -72,7 +72,7 @@ def test_a_name_that_is_refused(name: str) -> None:
 )
 def test_a_name_of_any_alphabet_is_taken_and_makes_a_folder(name: str, tmp_path: Path) -> None:
     assert files.check_name(name, "run name") == name
-    with files.replacing(tmp_path / f"{name}-llamacpp-2") as draft:
+    with files.atomic_write(tmp_path / f"{name}-llamacpp-2") as draft:
         draft.mkdir()
     assert [path.name for path in tmp_path.iterdir()] == [f"{name}-llamacpp-2"]
 
@@ -100,7 +100,7 @@ def test_every_file_is_as_readable_as_the_umask_says(mask: int, mode: int, tmp_p
     """safetensors makes files of mode 0600 whatever the umask is."""
     with umask(mask):
         files.write_tensors(tmp_path / "single.safetensors", {"x": torch.zeros(1)})
-        with files.replacing(tmp_path / "folder") as draft:
+        with files.atomic_write(tmp_path / "folder") as draft:
             (draft / "inner").mkdir(parents=True)
             save_file({"x": torch.zeros(1)}, draft / "inner" / "model.safetensors")
             (draft / "config.json").write_text("{}")

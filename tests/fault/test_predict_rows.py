@@ -12,7 +12,7 @@ import pytest
 
 import softprompt
 from softprompt.backbones import Backbone
-from softprompt.config import Experiment, Training
+from softprompt.config import Experiment, TrainingConfig
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.evaluation.predict import predict
 from softprompt.prompts.plain import Plain
@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Run:
     (folder / "rows.csv").write_text("text,label\n" + "fine,good\npoor,bad\n" * 20)
     (folder / "task.toml").write_text('train = "rows.csv"\ntemplate = "Review: {text}\\nVerdict:"\nlabel = "label"\n')
     whole = Experiment(backbone=str(llama_folder), task=str(folder / "task.toml"), dtype="float32")
-    training = Training(steps=1, batch=4, evaluate_every=1)
+    training = TrainingConfig(steps=1, batch_size=4, eval_steps=1)
     return softprompt.train(whole.replace(prompt=Plain(length=3), training=training), out=folder / "runs")
 
 

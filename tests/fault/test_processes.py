@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from softprompt import DPT, Experiment, Run, Training, open_run
+from softprompt import DPT, Experiment, Run, TrainingConfig, open_run
 from softprompt.prompts import METHODS
-from softprompt.training.distributed import Processes
+from softprompt.training.distributed import DistributedGroup
 
 LABELS_OF = {"candidates": 0.0, "both": 0.5, "vocabulary": 1.0}
 FAULTS = ("kill", "raise", "stop")
@@ -28,7 +28,7 @@ def experiment(llama_folder: Path, ticket_task: Path) -> Experiment:
         backbone=str(llama_folder),
         task=str(ticket_task),
         prompt=DPT(length=6, rank=2),
-        training=Training(steps=6, batch=8, evaluate_every=2, lr=0.1),
+        training=TrainingConfig(steps=6, batch_size=8, eval_steps=2, lr=0.1),
         dtype="auto",
     )
 
@@ -68,14 +68,14 @@ def ended(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> E
     jobs: list[dict[str, Any]] = []
     for objective in LABELS_OF:
         # 84 rows in batches of 83: every other batch has one row, and one process has none of it.
-        settings = Training(
+        settings = TrainingConfig(
             steps=4,
-            batch=83,
-            evaluate_every=2,
+            batch_size=83,
+            eval_steps=2,
             lr=0.1,
             vocabulary_weight=LABELS_OF[objective],
-            accumulate=2,
-            untouched=True,
+            gradient_accumulation_steps=2,
+            zero_shot=True,
         )
         # And of odd numbers of rows to score, one process has one more.
         settings = dataclasses.replace(settings, dev_rows=11, test_rows=23)
@@ -91,7 +91,8 @@ def ended(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> E
     ]
     jobs += [{"name": kind, "count": 2, "experiment": whole, "fault": [kind, 1, 3]} for kind in ("raise", "kill")]
     written = experiment.replace(
-        task=str(writing(out)), training=Training(steps=2, batch=8, evaluate_every=2, dev_rows=3, max_new_tokens=9)
+        task=str(writing(out)),
+        training=TrainingConfig(steps=2, batch_size=8, eval_steps=2, dev_rows=3, max_new_tokens=9),
     )
     of_parts = written.replace(training=dataclasses.replace(written.training, shard=True))
     jobs += [
@@ -108,7 +109,7 @@ def ended(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> E
         {"name": "dtype", "count": 2, "experiment": whole, "fault": ["dtype", 1, 0]},
     ]
     where = ["--backbone", experiment.backbone, "--task", experiment.task, "--out", str(out)]
-    settings_ = ["--steps", "2", "--batch", "8", "--dtype", "float32", "--show", "1"]
+    settings_ = ["--steps", "2", "--batch-size", "8", "--dtype", "float32", "--show", "1"]
     prompt = ["dpt", "--length", "6", "--rank", "2"]
     jobs += [
         {"name": "cli", "count": 2, "arguments": ["train", *where, *settings_, "--name", "cli", *prompt]},
@@ -245,7 +246,7 @@ def test_where_they_meet_in_every_pass_each_has_as_many_rows(count: int) -> None
     for rows in (list(range(number)) for number in range(10)):
         given = []
         for index in range(count):
-            one = Processes(cpu=True)
+            one = DistributedGroup(cpu=True)
             one.count, one.index, one.sharded = count, index, True
             mine = one.share(rows)
             given.append(one.evened(mine, rows))

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from softprompt.backbones import Backbone, load
-from softprompt.models import ATTACHMENTS, attach
+from softprompt.models import PROMPTED_MODELS, attach
 from softprompt.models.base import Prepared
 from softprompt.prompts import Folded
 
@@ -33,19 +33,19 @@ def refused(call: Callable[[], object], *words: str) -> str:
 def test_rows_beyond_the_sliding_window(tiny_backbone: MakeBackbone) -> None:
     for name in ("mistral", "gemma2"):
         backbone = tiny_backbone(name)
-        attachment = attach(backbone, prompt_of(backbone))
-        attachment(torch.full((1, 124), 5))
-        refused(lambda a=attachment: a(torch.full((1, 125), 5)), "sliding window of 128", name)
-        refused(lambda a=attachment: list(a.generate(torch.full((1, 120), 5), max_new_tokens=9)), "window of 128")
+        prompted = attach(backbone, prompt_of(backbone))
+        prompted(torch.full((1, 124), 5))
+        refused(lambda a=prompted: a(torch.full((1, 125), 5)), "sliding window of 128", name)
+        refused(lambda a=prompted: list(a.generate(torch.full((1, 120), 5), max_new_tokens=9)), "window of 128")
         # Four tokens of the longest candidate are fed back after the text.
-        refused(lambda a=attachment: a.score(torch.full((1, 121), 5), None, [[5, 6, 7, 8, 9]]), "window of 128")
+        refused(lambda a=prompted: a.score(torch.full((1, 121), 5), None, [[5, 6, 7, 8, 9]]), "window of 128")
 
 
 def test_rows_beyond_the_models_positions(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("llama")
-    attachment = attach(backbone, prompt_of(backbone))
-    attachment(torch.full((1, 252), 5))
-    refused(lambda: attachment(torch.full((1, 253), 5)), "257 positions", "llama has 256")
+    prompted = attach(backbone, prompt_of(backbone))
+    prompted(torch.full((1, 252), 5))
+    refused(lambda: prompted(torch.full((1, 253), 5)), "257 positions", "llama has 256")
 
 
 def test_padding_does_not_count_as_positions(tiny_backbone: MakeBackbone) -> None:
@@ -111,27 +111,27 @@ def test_a_prompt_of_another_width(tiny_backbone: MakeBackbone) -> None:
 
 def test_an_index_that_fits_nothing(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("llama")
-    attachment, two = attach(backbone), [prompt_of(backbone), prompt_of(backbone, 6)]
-    refused(lambda: attachment(IDS, prompts=two), "2 prompts", "no index", "2 rows")
+    prompted, two = attach(backbone), [prompt_of(backbone), prompt_of(backbone, 6)]
+    refused(lambda: prompted(IDS, prompts=two), "2 prompts", "no index", "2 rows")
     for index in ([0, 2], [-1, 0], [0], [0, 1, 1]):
-        refused(lambda i=index: attachment(IDS, prompts=two, index=torch.tensor(i)), f"index is {index}", "0 to 1")
+        refused(lambda i=index: prompted(IDS, prompts=two, index=torch.tensor(i)), f"index is {index}", "0 to 1")
 
 
 def test_rows_and_masks_that_fit_nothing(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("llama")
-    attachment = attach(backbone, prompt_of(backbone))
+    prompted = attach(backbone, prompt_of(backbone))
     empty = torch.tensor([[1, 1, 1], [0, 0, 0]])
-    refused(lambda: attachment(IDS, empty), "rows [1] have no token")
-    refused(lambda: attachment(IDS, torch.ones(2, 4, dtype=torch.long)), "(2, 4)", "(2, 3)")
-    refused(lambda: attachment(IDS, torch.full((2, 3), 7)), "attention_mask", "0 and 1")
-    refused(lambda: attachment(IDS, None, torch.zeros(2, 5, dtype=torch.long)), "labels are (2, 5)")
-    refused(lambda: attachment(IDS, None, torch.full((2, 3), -100)), "no row has a label")
+    refused(lambda: prompted(IDS, empty), "rows [1] have no token")
+    refused(lambda: prompted(IDS, torch.ones(2, 4, dtype=torch.long)), "(2, 4)", "(2, 3)")
+    refused(lambda: prompted(IDS, torch.full((2, 3), 7)), "attention_mask", "0 and 1")
+    refused(lambda: prompted(IDS, None, torch.zeros(2, 5, dtype=torch.long)), "labels are (2, 5)")
+    refused(lambda: prompted(IDS, None, torch.full((2, 3), -100)), "no row has a label")
 
 
 @pytest.mark.parametrize("candidates", [[], [[5], []]])
 def test_candidates_without_tokens(tiny_backbone: MakeBackbone, candidates: list[list[int]]) -> None:
-    attachment = attach(tiny_backbone("llama"))
-    refused(lambda: attachment.score(IDS, None, candidates), "candidates are", "at least one token")
+    prompted = attach(tiny_backbone("llama"))
+    refused(lambda: prompted.score(IDS, None, candidates), "candidates are", "at least one token")
 
 
 def test_what_was_prepared_for_another_architecture(tiny_backbone: MakeBackbone) -> None:
@@ -144,7 +144,7 @@ def test_what_was_prepared_for_another_architecture(tiny_backbone: MakeBackbone)
 def test_an_architecture_without_an_attachment(
     tiny_backbone: MakeBackbone, tokenizer: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(ATTACHMENTS, "vision")
+    monkeypatch.delitem(PROMPTED_MODELS, "vision")
     odd = Backbone(tiny_backbone("llama").model, tokenizer, "vit", "vit", "vision")
     refused(lambda: attach(odd), "vit", "kind vision", "causal")
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from softprompt import DPT, Experiment, Interrupted, Progress, Run, Training, list_runs, open_run, resume, train
+from softprompt import DPT, Experiment, Interrupted, Progress, Run, TrainingConfig, list_runs, open_run, resume, train
 from softprompt.cli import main
 from softprompt.cli.terminal import Terminal
 from softprompt.prompts import METHODS
-from softprompt.training.callbacks import Silent
+from softprompt.training.callbacks import NullCallback
 
 KILLS = [
     ("replace", "", 1),  # before there is a run
@@ -45,7 +45,7 @@ def experiment(llama_folder: Path, ticket_task: Path) -> Experiment:
         backbone=str(llama_folder),
         task=str(ticket_task),
         prompt=DPT(length=6, rank=2),
-        training=Training(steps=6, batch=8, evaluate_every=2),
+        training=TrainingConfig(steps=6, batch_size=8, eval_steps=2),
         dtype="float32",
     )
 
@@ -103,7 +103,7 @@ def interrupting(at: int) -> Callable[[object, Progress], None]:
 def test_ctrl_c_saves_and_says_how_to_go_on(
     at: int, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Silent, "step", interrupting(at))
+    monkeypatch.setattr(NullCallback, "step", interrupting(at))
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(
         Interrupted, match=rf"stopped after step {at} of 6; go on with: softprompt train --resume \S+run$"
@@ -120,7 +120,7 @@ def test_a_second_ctrl_c_stops_at_once(whole: Run, tmp_path: Path, monkeypatch: 
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Silent, "step", twice)
+    monkeypatch.setattr(NullCallback, "step", twice)
     with pytest.raises(KeyboardInterrupt):
         train(whole.experiment, out=tmp_path, name="run")
     monkeypatch.undo()
@@ -131,7 +131,7 @@ def test_ctrl_c_on_the_command_line(
     whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Terminal, "step", interrupting(3))
-    settings = ["--dtype", "float32", "--steps", "6", "--batch", "8", "--evaluate-every", "2"]
+    settings = ["--dtype", "float32", "--steps", "6", "--batch-size", "8", "--eval-steps", "2"]
     where = ["--backbone", whole.experiment.backbone, "--task", whole.experiment.task, "--out", str(tmp_path)]
     prompt = ["dpt", "--length", "6", "--rank", "2"]
     assert main(["train", *where, *settings, "--name", "run", *prompt]) == 1
@@ -172,7 +172,7 @@ def test_random_draws_of_a_method_go_on_too(whole: Run, tmp_path: Path, monkeypa
     experiment = whole.experiment.replace(prompt=METHODS["adept"](length=4, width=3, dropout=0.3))
     torch.manual_seed(1)
     dropped = train(experiment, out=tmp_path, name="dropped")
-    monkeypatch.setattr(Silent, "step", interrupting(3))
+    monkeypatch.setattr(NullCallback, "step", interrupting(3))
     torch.manual_seed(2)
     with pytest.raises(Interrupted):
         train(experiment, out=tmp_path, name="stopped")
@@ -203,7 +203,7 @@ def test_other_rows_or_weights_than_it_was_started_with(
     shutil.copytree(whole.experiment.backbone, model)
     shutil.copytree(Path(whole.experiment.task).parent, task)
     experiment = whole.experiment.replace(backbone=str(model), task=str(task / "tickets.toml"))
-    monkeypatch.setattr(Silent, "step", interrupting(2))
+    monkeypatch.setattr(NullCallback, "step", interrupting(2))
     with pytest.raises(Interrupted):
         train(experiment, out=tmp_path, name="run")
     monkeypatch.undo()

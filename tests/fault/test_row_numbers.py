@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from softprompt.cli import main
-from softprompt.config import Experiment, Training
+from softprompt.config import Experiment, TrainingConfig
 from softprompt.prompts.plain import Plain
 from softprompt.runs import Run
 from softprompt.tasks import encode, load_task, row_name, row_number, shots, splits
@@ -56,7 +56,7 @@ def test_numbers_are_not_part_of_what_rows_are_known_by(tmp_path: Path) -> None:
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Run:
     folder = tmp_path_factory.mktemp("numbers")
     file = task(folder, head=("text", "queue", request.param, "customer"))
-    training = Training(steps=1, batch=4, evaluate_every=1, test_rows=9)
+    training = TrainingConfig(steps=1, batch_size=4, eval_steps=1, test_rows=9)
     whole = Experiment(backbone=str(llama_folder), task=file, dtype="float32", training=training)
     return train(whole.replace(prompt=Plain(length=3)), out=folder / "runs")
 

@@ -65,24 +65,24 @@ def test_an_encoder_and_its_decoder_have_their_own_positions() -> None:
 def test_the_longest_row_runs_and_the_next_is_refused(name: str, tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone(name)
     head = fresh_head(backbone, 2, torch.Generator())
-    attachment = attach(backbone, Plain(length=4).build(backbone.host(), torch.Generator()), head=head)
+    prompted = attach(backbone, Plain(length=4).build(backbone.host(), torch.Generator()), head=head)
     most = int(backbone.max_positions or 0) - 4
-    attachment(torch.full((1, most), 7))
-    attachment.check_row([7] * most, (), "row 1 of train")
+    prompted(torch.full((1, most), 7))
+    prompted.check_row([7] * most, (), "row 1 of train")
     with pytest.raises(ValueError, match=rf"row 2 of test has {most + 5} positions"):
-        attachment.check_row([7] * (most + 1), (), "row 2 of test")
+        prompted.check_row([7] * (most + 1), (), "row 2 of test")
     with pytest.raises(ValueError, match=f"a row has {most + 5} positions"):
-        attachment(torch.full((1, most + 1), 7))
+        prompted(torch.full((1, most + 1), 7))
 
 
 def test_a_decoders_answer_counts_with_its_text(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("llama")
-    attachment = attach(backbone, Plain(length=4).build(backbone.host(), torch.Generator()))
-    attachment.check_row([7] * 52, [9] * 201, "row 1 of train")  # whose last token is predicted and never fed
+    prompted = attach(backbone, Plain(length=4).build(backbone.host(), torch.Generator()))
+    prompted.check_row([7] * 52, [9] * 201, "row 1 of train")  # whose last token is predicted and never fed
     labels = torch.tensor([[-100] * 52 + [9] * 201])
-    attachment(torch.full((1, 253), 9), None, labels)
+    prompted(torch.full((1, 253), 9), None, labels)
     with pytest.raises(ValueError, match=r"row 6 of train has 257 positions \(4 of the prompt, 52 .*, 202 .*\)"):
-        attachment.check_row([7] * 52, [9] * 202, "row 6 of train")
+        prompted.check_row([7] * 52, [9] * 202, "row 6 of train")
 
 
 def test_a_window_is_a_limit_too(tiny_backbone: MakeBackbone) -> None:
@@ -91,14 +91,14 @@ def test_a_window_is_a_limit_too(tiny_backbone: MakeBackbone) -> None:
 
 
 def test_an_encoder_decoders_answer_has_the_decoders_positions(tiny_backbone: MakeBackbone) -> None:
-    attachment = attach(tiny_backbone("bart"))
-    attachment.check_row([7] * 256, [9] * 255, "row 1 of train")
+    prompted = attach(tiny_backbone("bart"))
+    prompted.check_row([7] * 256, [9] * 255, "row 1 of train")
     with pytest.raises(ValueError, match=r"row 2 of dev has an answer of 257 tokens.* 256 positions"):
-        attachment.check_row([7], [9] * 256, "row 2 of dev")
+        prompted.check_row([7], [9] * 256, "row 2 of dev")
     with pytest.raises(ValueError, match="an answer of 300 tokens does not fit the 256 positions"):
-        attachment(torch.tensor([[7]]), None, torch.full((1, 300), 9))
+        prompted(torch.tensor([[7]]), None, torch.full((1, 300), 9))
     with pytest.raises(ValueError, match="label word 'long' has 257 tokens"):
-        attachment.check_candidates(["a", "long"], [(9,), (9,) * 256])
+        prompted.check_candidates(["a", "long"], [(9,), (9,) * 256])
 
 
 @pytest.mark.parametrize("name", ["llama", "bart", "bert", "bert_mlm"])
@@ -112,25 +112,25 @@ def test_a_token_without_an_embedding_is_named(name: str, tiny_backbone: MakeBac
         pad_token="<pad>",
     )
     more.add_tokens([f"@{number}" for number in range(400)])
-    extended = Backbone(backbone.model, more, name, name, backbone.architecture)
-    head = fresh_head(extended, 2, torch.Generator())
-    attachment, text = attach(extended, head=head), more.convert_ids_to_tokens(300)
+    with_shared_prefix = Backbone(backbone.model, more, name, name, backbone.architecture)
+    head = fresh_head(with_shared_prefix, 2, torch.Generator())
+    prompted, text = attach(with_shared_prefix, head=head), more.convert_ids_to_tokens(300)
     with pytest.raises(ValueError, match=rf"row 21 of train has the token '{text}' \(300\)"):
-        attachment.check_row([5, 300], (), "row 21 of train")
+        prompted.check_row([5, 300], (), "row 21 of train")
     with pytest.raises(ValueError, match=f"has the token '{text}'"):
-        attachment(torch.tensor([[5, 300, 6]]))
+        prompted(torch.tensor([[5, 300, 6]]))
     if head is None:
         with pytest.raises(ValueError, match=f"label word 'x' has the token '{text}'"):
-            attachment.check_candidates(["x"], [(300,)])
+            prompted.check_candidates(["x"], [(300,)])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bart", "bert", "bert_mlm"])
 def test_padding_may_be_any_id(name: str, tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone(name)
-    attachment = attach(backbone, head=fresh_head(backbone, 2, torch.Generator().manual_seed(0)))
+    prompted = attach(backbone, head=fresh_head(backbone, 2, torch.Generator().manual_seed(0)))
     mask, found = torch.tensor([[1, 1, 0], [1, 1, 1]]), []
     for padding in (2, 300, 70000, -1):
-        found.append(attachment(torch.tensor([[5, 6, padding], [7, 8, 9]]), mask).logits[:, :1])
+        found.append(prompted(torch.tensor([[5, 6, padding], [7, 8, 9]]), mask).logits[:, :1])
     assert all(torch.equal(found[0], other) for other in found)
 
 
@@ -146,12 +146,12 @@ def test_our_own_padding_is_an_id_of_the_table(tiny_backbone: MakeBackbone, toke
 
 
 def test_words_that_a_mask_cannot_hold_are_named(tiny_backbone: MakeBackbone) -> None:
-    attachment = attach(tiny_backbone("bert_mlm"))
-    attachment.check_candidates([" a", " b"], [(5,), (6,)])
+    prompted = attach(tiny_backbone("bert_mlm"))
+    prompted.check_candidates([" a", " b"], [(5,), (6,)])
     with pytest.raises(ValueError, match=r"'excellent' \(3 tokens\), 'bad' \(2 tokens\).*one mask"):
-        attachment.check_candidates([" good", " excellent", " bad"], [(5,), (6, 7, 8), (9, 10)])
+        prompted.check_candidates([" good", " excellent", " bad"], [(5,), (6, 7, 8), (9, 10)])
     with pytest.raises(ValueError, match="row 3 of train is 2 tokens"):
-        attachment.check_row([0, 5, 1], [6, 7], "row 3 of train")
+        prompted.check_row([0, 5, 1], [6, 7], "row 3 of train")
 
 
 def test_each_rows_mask_is_its_own_affair(tiny_backbone: MakeBackbone) -> None:
@@ -160,27 +160,27 @@ def test_each_rows_mask_is_its_own_affair(tiny_backbone: MakeBackbone) -> None:
     mask_id = backbone.tokenizer.mask_token_id
     rows = [[0, 20, mask_id, 30, 1], [0, 20, 1], [0, mask_id, 40, mask_id, 41, 1], [0, 50, 51, 52, 53, 54, 1]]
     wide = max(map(len, rows))
-    for place in ("front", "behind"):
-        attachment = attach(backbone, Plain(length=3).build(backbone.host(), torch.Generator()), place=place)
+    for place in ("prefix", "behind"):
+        prompted = attach(backbone, Plain(length=3).build(backbone.host(), torch.Generator()), place=place)
         ids = torch.tensor([row + [2] * (wide - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (wide - len(row)) for row in rows])
-        together = attachment(ids, mask).logits
+        together = prompted(ids, mask).logits
         for row, logits in zip(rows, together, strict=True):
-            torch.testing.assert_close(logits, attachment(torch.tensor([row])).logits[0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(logits, prompted(torch.tensor([row])).logits[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_ends_are_the_tokenizers_and_the_models(
     name: str, tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attachment = attach(tiny_backbone(name))
-    model = attachment.backbone.model
+    prompted = attach(tiny_backbone(name))
+    model = prompted.backbone.model
     monkeypatch.setattr(model.generation_config, "eos_token_id", [5, 7])
     monkeypatch.setattr(model.config, "eos_token_id", 2)  # a special token; an ordinary one is a class's default
-    assert attachment.end_of_sequence() == [1, 5, 7, 2]
+    assert prompted.end_of_sequence() == [1, 5, 7, 2]
     monkeypatch.setattr(model.config, "eos_token_id", 9)
-    assert attachment.end_of_sequence() == [1, 5, 7]
+    assert prompted.end_of_sequence() == [1, 5, 7]
     if name == "t5":
-        assert attachment.target((20, 1)) == (20, 1)
-        assert attachment.target((20, 7)) == (20, 7)
-        assert attachment.target((20,)) == (20, 1)
+        assert prompted.target((20, 1)) == (20, 1)
+        assert prompted.target((20, 7)) == (20, 7)
+        assert prompted.target((20,)) == (20, 1)

@@ -17,7 +17,7 @@ from softprompt import (
     Experiment,
     Progress,
     Run,
-    Training,
+    TrainingConfig,
     attach,
     evaluate,
     load_backbone,
@@ -32,7 +32,7 @@ from softprompt.prompts import METHODS
 from softprompt.tasks import encode, load_task
 
 PROMPT = DPT(length=6, rank=2)
-TRAINING = Training(steps=2, batch=8, evaluate_every=2)
+TRAINING = TrainingConfig(steps=2, batch_size=8, eval_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +132,13 @@ def test_rows_that_exceed_the_positions_of_the_model_or_the_prompt_are_cut_and_t
     prompt = METHODS[method](rank=2, **settings)
     run = train(whole.experiment.replace(task=str(long_task), prompt=prompt), out=tmp_path, watch=Listener())
     backbone, task = load_backbone(whole.experiment.backbone, dtype="float32"), load_task(str(long_task))
-    attachment = run.attachment(backbone)
+    prompted = run.prompted(backbone)
     longest = max(len(backbone.tokenizer(word, add_special_tokens=False)["input_ids"]) for word in task.answers)
-    limit = input_limit(attachment, task, TRAINING)
+    limit = input_limit(prompted, task, TRAINING)
     assert limit == room - longest
-    assert [note.endswith(f"train rows were cut to {limit} tokens (--max-tokens)") for note in notes].count(True) == 1
+    assert [note.endswith(f"train rows were cut to {limit} tokens (--max-input-tokens)") for note in notes].count(
+        True
+    ) == 1
     rows = [{"text": "a " * 400}]
     [example] = encode(task, backbone.tokenizer, rows, limit, answers=False)[0]
     assert len(example.input_ids) == limit
@@ -172,17 +174,17 @@ def test_an_answer_apart_from_the_input_takes_none_of_its_offsets_and_one_at_a_m
     kind: str, limit: int, tiny_backbone: Callable[[str], Backbone], ticket_task: Path
 ) -> None:
     backbone, config = tiny_backbone(kind), METHODS["dept"](length=6, positions=30)
-    attachment = attach(backbone, config.build(backbone.host(), torch.Generator().manual_seed(0)))
+    prompted = attach(backbone, config.build(backbone.host(), torch.Generator().manual_seed(0)))
     task = load_task(str(ticket_task))
-    assert input_limit(attachment, task, TRAINING) == limit
+    assert input_limit(prompted, task, TRAINING) == limit
     [example] = encode(task, backbone.tokenizer, [{"text": "a " * 99}], limit, closing=True, answers=False)[0]
     assert len(example.input_ids) == limit
-    attachment.score(torch.tensor([example.input_ids]), None, [[5], [6]])
+    prompted.score(torch.tensor([example.input_ids]), None, [[5], [6]])
 
 
 def flags(experiment: Experiment, out: Path) -> list[str]:
     where = ["--backbone", experiment.backbone, "--out", str(out), "--dtype", "float32"]
-    return [*where, "--steps", "2", "--batch", "8", "dpt", "--length", "6", "--rank", "2"]
+    return [*where, "--steps", "2", "--batch-size", "8", "dpt", "--length", "6", "--rank", "2"]
 
 
 def test_square_brackets_in_a_row_are_shown_as_they_stand(

@@ -9,12 +9,12 @@ from typing import Any
 import optuna
 import pytest
 
-from softprompt import Experiment, Run, Training
+from softprompt import Experiment, Run, TrainingConfig
 from softprompt.runs import METRICS
-from softprompt.sweep import Swept, executor, search, sweep
+from softprompt.sweep import SweepResult, executor, search, sweep
 from softprompt.sweep import trial as trial_module
 from softprompt.tasks import TASKS
-from softprompt.training.callbacks import Silent
+from softprompt.training.callbacks import NullCallback
 
 STOPS: dict[str, tuple[Any, str, int]] = {
     "between two random draws": (optuna.trial.Trial, "suggest_categorical", 2),
@@ -49,7 +49,7 @@ def file(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
-def whole(file: Path) -> Swept:
+def whole(file: Path) -> SweepResult:
     """The search that nothing stopped."""
     swept = sweep(file, out=file.parent / "whole")
     states = [trial.state for trial in swept.searches[0].trials]
@@ -58,20 +58,20 @@ def whole(file: Path) -> Swept:
     return swept
 
 
-def steps(swept: Swept) -> list[int]:
+def steps(swept: SweepResult) -> list[int]:
     """How far each trial was trained."""
     [found] = swept.searches
     return [len((trial.folder / METRICS).read_text().splitlines()) for trial in found.trials]
 
 
-def said(swept: Swept) -> list[Any]:
+def said(swept: SweepResult) -> list[Any]:
     [found] = swept.searches
     trials = [(one.name, one.state == "pruned", one.results) for one in found.trials]
     return [found.values, found.dev, trials, steps(swept)]
 
 
 @pytest.mark.parametrize("stop", STOPS)
-def test_stopped(stop: str, file: Path, whole: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped(stop: str, file: Path, whole: SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, name, count = STOPS[stop]
     call, calls = getattr(owner, name), itertools.count(1)
 
@@ -87,7 +87,7 @@ def test_stopped(stop: str, file: Path, whole: Swept, tmp_path: Path, monkeypatc
 
 
 def test_a_network_that_fails_is_no_answer(
-    file: Path, whole: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, whole: SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreached(*_: Any) -> None:
         raise ConnectionError("the hub cannot be reached")
@@ -99,7 +99,7 @@ def test_a_network_that_fails_is_no_answer(
     assert said(sweep(file, out=tmp_path)) == said(whole)
 
 
-def test_a_search_on_other_rows_is_another_one(file: Path, whole: Swept, tmp_path: Path) -> None:
+def test_a_search_on_other_rows_is_another_one(file: Path, whole: SweepResult, tmp_path: Path) -> None:
     out, rows = tmp_path / "out", Path(whole.trials[0].experiment.task).with_name("train.csv")
     shutil.copytree(rows.parent, tmp_path / "task")
     own = tmp_path / "search.toml"
@@ -148,13 +148,13 @@ def test_the_last_score_does_not_prune_when_an_earlier_one_is_gone_through_again
     trial.report(0.7, 4)
     assert trial.should_prune()
     (tmp_path / METRICS).write_text('{"step": 2, "dev": 0.6}\n{"step": 4, "dev": 0.7}\n')
-    experiment = Experiment(training=Training(steps=4))
+    experiment = Experiment(training=TrainingConfig(steps=4))
     run = Run(folder=tmp_path, experiment=experiment, task=TASKS["cb"], record={})
-    search._Pruning(Silent(), trial, [2, 4], prune=True).go_on(run)
+    search._Pruning(NullCallback(), trial, [2, 4], prune=True).go_on(run)
 
 
 def test_a_finished_search_stands_without_its_rows(
-    file: Path, whole: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, whole: SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(file.parent / "whole", tmp_path / "runs")
 

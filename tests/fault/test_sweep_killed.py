@@ -15,8 +15,8 @@ import pytest
 
 from softprompt import Interrupted, Progress, sweep
 from softprompt.runs import RECORD, run_folders
-from softprompt.sweep import Swept
-from softprompt.training.callbacks import Silent
+from softprompt.sweep import SweepResult
+from softprompt.training.callbacks import NullCallback
 
 SAME = ("metrics.jsonl", "softprompt.safetensors", "adapter_model.safetensors", "predictions.jsonl")
 KILLS: dict[str, Sequence[tuple[str, str, int]]] = {
@@ -52,7 +52,7 @@ def files(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="module")
-def whole(files: Path) -> Swept:
+def whole(files: Path) -> SweepResult:
     """The sweep that nothing stopped."""
     return sweep(files / "sweep.toml", out=files / "whole")
 
@@ -79,7 +79,7 @@ def assert_same(found: Path, expected: Path) -> None:
         assert (found / name).read_bytes() == (expected / name).read_bytes(), f"{name} of {found.name}"
 
 
-def test_killed_twice_and_started_again(files: Path, whole: Swept, tmp_path: Path) -> None:
+def test_killed_twice_and_started_again(files: Path, whole: SweepResult, tmp_path: Path) -> None:
     outs = [tmp_path / f"out-{number}" for number in range(len(KILLS))]
     jobs = [
         {"file": str(files / "sweep.toml"), "out": str(out), "kill": kill}
@@ -126,12 +126,14 @@ def test_a_search_killed_again_and_again(files: Path, tmp_path: Path) -> None:
     assert found.values["training.lr"] == best.experiment.training.lr
 
 
-def test_ctrl_c_says_how_to_go_on(files: Path, whole: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_says_how_to_go_on(
+    files: Path, whole: SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def step(_: object, progress: Progress) -> None:
         if progress.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Silent, "step", step)
+    monkeypatch.setattr(NullCallback, "step", step)
     with pytest.raises(Interrupted, match=r"^stopped after step 3 of 4; the same sweep command goes on from there$"):
         sweep(files / "sweep.toml", out=tmp_path)
     monkeypatch.undo()
@@ -142,7 +144,7 @@ def test_ctrl_c_says_how_to_go_on(files: Path, whole: Swept, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("damage", ["no JSON", "another experiment"])
-def test_a_damaged_run_fails_alone(damage: str, files: Path, whole: Swept, tmp_path: Path) -> None:
+def test_a_damaged_run_fails_alone(damage: str, files: Path, whole: SweepResult, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(files / "whole", out)
     kept, broken = (trial.name for trial in whole.trials)

@@ -88,7 +88,7 @@ Sales = "selling"
 BILLING = "paying"
 """
     task = load_task(folder.task(text))
-    assert (task.name, task.group, task.max_tokens, task.split_seed) == ("tickets", "customer", 64, 3)
+    assert (task.name, task.group, task.max_input_tokens, task.split_seed) == ("tickets", "customer", 64, 3)
     assert task.answers == (" selling", " paying")
     whole = splits(task)
     assert [len(whole.train), len(whole.dev), len(whole.test)] == [40, 10, 12]

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from softprompt.cli import main
-from softprompt.config import Experiment, Training
+from softprompt.config import Experiment, TrainingConfig
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.prompts.plain import Plain
 from softprompt.runs import Run
@@ -129,7 +129,7 @@ def test_numbers_that_are_read_stay_as_they_are_written(tmp_path: Path) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Run:
     folder = tmp_path_factory.mktemp("unread")
     jsonl(folder, ROWS)
-    training = Training(steps=1, batch=4, evaluate_every=1)
+    training = TrainingConfig(steps=1, batch_size=4, eval_steps=1)
     whole = Experiment(backbone=str(llama_folder), task=task(folder, "rows.jsonl"), dtype="float32", training=training)
     return train(whole.replace(prompt=Plain(length=3)), out=folder / "runs")
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from softprompt.backbones import Backbone
-from softprompt.models import Attachment, attach, fresh_head
+from softprompt.models import PromptedModel, attach, fresh_head
 from softprompt.prompts import SoftPrompt
 from softprompt.prompts.adept import ADePT
 from softprompt.prompts.dept import DePT
 from softprompt.prompts.dpt import DPT
 from softprompt.prompts.plain import Plain
-from softprompt.types import Attend
+from softprompt.types import PromptAttention
 
 
 def prompts_of(backbone: Backbone) -> list[SoftPrompt]:
@@ -85,20 +85,22 @@ def assert_same_gradients(ours: Tensor, theirs: Tensor, parameters: Sequence[Ten
         torch.testing.assert_close(found, reference, rtol=1e-3, atol=tolerance * scale)
 
 
-def attached(backbone: Backbone, attend: Attend) -> Attachment:
+def attached(backbone: Backbone, prompt_attention: PromptAttention) -> PromptedModel:
     """A DPT prompt, and a head where the backbone has no words to answer with."""
     generator = torch.Generator().manual_seed(0)
     head = fresh_head(backbone, 3, generator)
-    return attach(backbone, DPT(length=12, rank=2).build(backbone.host(), generator), head=head, attend=attend)
+    return attach(
+        backbone, DPT(length=12, rank=2).build(backbone.host(), generator), head=head, prompt_attention=prompt_attention
+    )
 
 
-def loss_of(attachment: Attachment, count: int = 6, seed: int = 1) -> Tensor:
+def loss_of(prompted: PromptedModel, count: int = 6, seed: int = 1) -> Tensor:
     """Of `count` rows of 24 tokens, or small images, that answer something."""
     draw = torch.Generator().manual_seed(seed)
-    if attachment.backbone.architecture == "vision":
+    if prompted.backbone.architecture == "vision":
         pixels = torch.randn(count, 3, 32, 32, generator=draw)
-        return attachment.losses(pixels, None, torch.ones(count, 1, dtype=torch.long)).sum()
+        return prompted.losses(pixels, None, torch.ones(count, 1, dtype=torch.long)).sum()
     ids = torch.randint(3, 200, (count, 24), generator=draw)
-    if attachment.backbone.architecture == "causal":
-        return attachment.losses(ids, None, torch.where(torch.arange(24) < 20, -100, ids)).sum()
-    return attachment.losses(ids, None, torch.full((count, 1), 1 if attachment.head else 11)).sum()
+    if prompted.backbone.architecture == "causal":
+        return prompted.losses(ids, None, torch.where(torch.arange(24) < 20, -100, ids)).sum()
+    return prompted.losses(ids, None, torch.full((count, 1), 1 if prompted.head else 11)).sum()

@@ -20,16 +20,16 @@ from torch.distributed.tensor import DTensor
 
 from softprompt import Backbone
 from softprompt.backbones import fsdp
-from softprompt.backbones.kernels.gradient_checkpointing import layers, recomputing
-from softprompt.models import Attachment, attach
+from softprompt.backbones.kernels.gradient_checkpointing import gradient_checkpointing, layers
+from softprompt.models import PromptedModel, attach
 
 
-def said(attachment: Attachment, index: int, recompute: bool = False) -> dict[str, Any]:
+def said(prompted: PromptedModel, index: int, recompute: bool = False) -> dict[str, Any]:
     """What comes of this process's own rows, of which each has another number."""
-    backbone = attachment.backbone
-    with recomputing(backbone.model, recompute):
-        loss = loss_of(attachment, 3 + index, seed=index)
-        gradients = torch.autograd.grad(loss, list(attachment.parameters()))
+    backbone = prompted.backbone
+    with gradient_checkpointing(backbone.model, recompute):
+        loss = loss_of(prompted, 3 + index, seed=index)
+        gradients = torch.autograd.grad(loss, list(prompted.parameters()))
     held = [weights for layer in layers(backbone.model) for weights in layer.parameters()]
     found = {
         "loss": loss.detach(),
@@ -41,12 +41,12 @@ def said(attachment: Attachment, index: int, recompute: bool = False) -> dict[st
     if backbone.architecture != "vision":
         ids = torch.randint(3, 200, (2 + index, 9 + index), generator=torch.Generator().manual_seed(9 + index))
         answers = [[1], [2], [0]] if backbone.architecture == "encoder" else [[11, 12], [13], [14, 15, 16]]
-        scores = attachment.score(ids, None, answers)
-        found["scores"] = scores.detach(), torch.autograd.grad(scores[:, 0].sum(), list(attachment.parameters()))
+        scores = prompted.score(ids, None, answers)
+        found["scores"] = scores.detach(), torch.autograd.grad(scores[:, 0].sum(), list(prompted.parameters()))
         if backbone.architecture in ("causal", "encoder_decoder"):
-            ever = torch.stack(list(attachment.generate(ids, max_new_tokens=6, stop=[])), 1)
+            ever = torch.stack(list(prompted.generate(ids, max_new_tokens=6, stop=[])), 1)
             stop = set(ever[:, 0].tolist()) if index == 0 else set()  # this one ends at once, the other never
-            found["tokens"], found["ever"] = list(attachment.generate(ids, max_new_tokens=6, stop=list(stop))), ever
+            found["tokens"], found["ever"] = list(prompted.generate(ids, max_new_tokens=6, stop=list(stop))), ever
     return found
 
 
@@ -56,11 +56,11 @@ def child(index: int, port: int, backbones: dict[str, tuple[Backbone, Any]], out
         "gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=60), world_size=2, rank=index
     )
     found = {}
-    for name, (backbone, attend) in backbones.items():
-        whole = attached(backbone, attend)
+    for name, (backbone, prompt_attention) in backbones.items():
+        whole = attached(backbone, prompt_attention)
         before = said(whole, index)
         fsdp.shard(backbone.model, "cpu")
-        parts = attach(backbone, whole.prompt, head=whole.head, attend=attend)
+        parts = attach(backbone, whole.prompt, head=whole.head, prompt_attention=prompt_attention)
         found[name] = before, said(parts, index), said(parts, index, recompute=True)
     torch.save(found, out / f"{index}.pt")
 

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from softprompt.backbones.kernels import attention
 from softprompt.backbones.kernels.attention import grouped_attention
-from softprompt.backbones.kernels.varlen import Packing
+from softprompt.backbones.kernels.varlen import VarlenLayout
 
 
 def causal_with_pads(batch: int, seq: int, keys: int) -> torch.Tensor:
@@ -88,15 +88,15 @@ def test_packed_tokens_are_rows_of_their_own(
     looser mask."""
     monkeypatch.setattr(attention, "MOST_KEPT", most_kept)
     prompts, rows, index = PACKINGS[name]
-    packing = Packing(prompts, rows, torch.tensor(index), causal=causal)
+    packing = VarlenLayout(prompts, rows, torch.tensor(index), causal=causal)
     draw = torch.Generator().manual_seed(3)
     total = sum(prompts) + sum(rows)
     states = [torch.randn(1, heads, total, 8, generator=draw).double() for heads in (6, 2, 2)]
     query, key, value = (one.float().requires_grad_() for one in states)
     if how == "grouped":
-        found = attention.packed_attention(query, key, value, packing, 0.3)
+        found = attention.varlen_attention(query, key, value, packing, 0.3)
     else:
-        found = attention.packed_fused(query, key, value, packing, 0.3, 0.0)
+        found = attention.varlen_sdpa(query, key, value, packing, 0.3, 0.0)
     exact = [one.requires_grad_() for one in states]
     starts = [sum(prompts[:which]) for which in range(len(prompts))]
     expected = []

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from softprompt.backbones import Backbone
-from softprompt.backbones.kernels.gradient_checkpointing import recomputing
-from softprompt.backbones.kernels.varlen import Packing
+from softprompt.backbones.kernels.gradient_checkpointing import gradient_checkpointing
+from softprompt.backbones.kernels.varlen import VarlenLayout
 from softprompt.evaluation.predict import answer
-from softprompt.models import Attachment, attach
+from softprompt.models import PromptedModel, attach
 from softprompt.models import varlen as packed_module
 from softprompt.prompts import SoftPrompt
 from softprompt.prompts.adept import ADePT
@@ -25,15 +25,15 @@ INDEX = torch.tensor([2, 0, 1, 0, 2])
 
 
 @pytest.fixture
-def packings(monkeypatch: pytest.MonkeyPatch) -> list[Packing]:
+def packings(monkeypatch: pytest.MonkeyPatch) -> list[VarlenLayout]:
     """How each pass was laid out."""
-    made: list[Packing] = []
+    made: list[VarlenLayout] = []
 
-    def noted(*given: Any, **also: Any) -> Packing:
-        made.append(Packing(*given, **also))
+    def noted(*given: Any, **also: Any) -> VarlenLayout:
+        made.append(VarlenLayout(*given, **also))
         return made[-1]
 
-    monkeypatch.setattr(packed_module, "Packing", noted)
+    monkeypatch.setattr(packed_module, "VarlenLayout", noted)
     return made
 
 
@@ -54,19 +54,19 @@ def loss_of(backbone: Backbone, prompts: Sequence[SoftPrompt], rows: Sequence[Te
 
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("last", [1, 2])
-def test_a_training_batch(decoder: Backbone, last: int, several: bool, packings: list[Packing]) -> None:
+def test_a_training_batch(decoder: Backbone, last: int, several: bool, packings: list[VarlenLayout]) -> None:
     """One row is hardly more than the beginning, and the tokens of the last answer are read in no row."""
     prompts, rows = prompts_of(decoder), rows_of([7, last, 4, 9, 3], front=BEGINNING)
     index = INDEX if several else torch.ones_like(INDEX)
-    attachment = attach(decoder)
+    prompted = attach(decoder)
     packings.clear()
     live = prompts if several else prompts[1:2]
-    loss = attachment(*answered(rows, last), prompts=live, index=INDEX if several else None).loss
+    loss = prompted(*answered(rows, last), prompts=live, index=INDEX if several else None).loss
     wanted = loss_of(decoder, [prompts[which] for which in index], rows, last)
     assert_near(loss, wanted)
     for ours, theirs in zip(gradients(loss, prompts), gradients(wanted, prompts), strict=True):
         assert_near(ours, theirs, 2e-4)
-    if attachment.packs:
+    if prompted.packs:
         (packing,) = packings
         left = min(4, 4 + last - 2)  # each row is left one token, and the last one is not read
         assert packing.rows.lengths == tuple(4 + own - 1 - left for own in (7, last, 4, 9, 3))
@@ -75,7 +75,7 @@ def test_a_training_batch(decoder: Backbone, last: int, several: bool, packings:
 
 
 def test_labels_in_what_is_shared_are_answered_in_every_row(
-    tiny_backbone: MakeBackbone, packings: list[Packing]
+    tiny_backbone: MakeBackbone, packings: list[VarlenLayout]
 ) -> None:
     backbone, rows = tiny_backbone("llama"), rows_of([3, 3, 3], front=BEGINNING)
     prompt = prompts_of(backbone)[1]
@@ -84,7 +84,9 @@ def test_labels_in_what_is_shared_are_answered_in_every_row(
     assert packings[-1].rows.lengths == (5, 5, 5), "the first label is for the second token: the first alone is shared"
 
 
-def test_without_a_prompt_the_beginning_alone_is_shared(tiny_backbone: MakeBackbone, packings: list[Packing]) -> None:
+def test_without_a_prompt_the_beginning_alone_is_shared(
+    tiny_backbone: MakeBackbone, packings: list[VarlenLayout]
+) -> None:
     backbone, rows = tiny_backbone("llama"), rows_of([3, 5, 4], front=BEGINNING)
     loss = attach(backbone)(*answered(rows, 1)).loss
     logits = [backbone.model(input_ids=row[None]).logits[0, -2] for row in rows]
@@ -92,14 +94,14 @@ def test_without_a_prompt_the_beginning_alone_is_shared(tiny_backbone: MakeBackb
     assert packings[-1].rows.lengths == (2, 4, 3)
 
 
-def test_one_row_a_prompt_shares_nothing(tiny_backbone: MakeBackbone, packings: list[Packing]) -> None:
+def test_one_row_a_prompt_shares_nothing(tiny_backbone: MakeBackbone, packings: list[VarlenLayout]) -> None:
     backbone, rows = tiny_backbone("llama"), rows_of([3, 5, 4], front=BEGINNING)
     attach(backbone)(*answered(rows, 1), prompts=prompts_of(backbone), index=torch.arange(3))
     assert packings[-1].rows.lengths == (6, 8, 7)
 
 
 def test_a_beginning_that_is_shifted_by_chance_is_each_rows_own(
-    tiny_backbone: MakeBackbone, packings: list[Packing]
+    tiny_backbone: MakeBackbone, packings: list[VarlenLayout]
 ) -> None:
     """ADePT's dropout, which is on while the prompt trains and the backbone does not."""
     backbone, rows = tiny_backbone("llama"), rows_of([3, 5, 4], front=BEGINNING)
@@ -107,33 +109,33 @@ def test_a_beginning_that_is_shifted_by_chance_is_each_rows_own(
     with torch.no_grad():
         for parameter in prompt.parameters():  # fresh ones shift nothing
             parameter += 0.3
-    attachment = attach(backbone, prompt)
-    attachment.train()
-    attachment(*answered(rows, 1))
+    prompted = attach(backbone, prompt)
+    prompted.train()
+    prompted(*answered(rows, 1))
     assert packings[-1].rows.lengths == (6, 8, 7)
-    attachment.eval()
-    attachment(*answered(rows, 1))
+    prompted.eval()
+    prompted(*answered(rows, 1))
     assert packings[-1].rows.lengths == (2, 4, 3)
 
 
-def test_layers_that_are_computed_again(tiny_backbone: MakeBackbone, packings: list[Packing]) -> None:
+def test_layers_that_are_computed_again(tiny_backbone: MakeBackbone, packings: list[VarlenLayout]) -> None:
     backbone, rows = tiny_backbone("llama"), rows_of([3, 5, 4], front=BEGINNING)
-    prompts, attachment = prompts_of(backbone)[1:2], attach(backbone)
+    prompts, prompted = prompts_of(backbone)[1:2], attach(backbone)
     found = []
     for on in (False, True):
-        with recomputing(backbone.model, on):
-            found.append(gradients(attachment(*answered(rows, 1), prompts=prompts).loss, prompts))
+        with gradient_checkpointing(backbone.model, on):
+            found.append(gradients(prompted(*answered(rows, 1), prompts=prompts).loss, prompts))
     assert packings[-1].rows.lengths == (2, 4, 3)
     for ours, theirs in zip(*found, strict=True):
         assert_near(ours, theirs, 1e-5)
 
 
-def extended(attachment: Attachment, prompts: Sequence[SoftPrompt]) -> tuple[Any, list[Tensor], list[int]]:
+def with_shared_prefix(prompted: PromptedModel, prompts: Sequence[SoftPrompt]) -> tuple[Any, list[Tensor], list[int]]:
     """Two beginnings behind each prompt, one of them read in two parts, and what each has in all."""
-    first = attachment.extended(attachment.prepare(prompts), [[11]] * 3, torch.arange(3))
+    first = prompted.with_shared_prefix(prompted.prepare(prompts), [[11]] * 3, torch.arange(3))
     beginnings = [[12, 13], [21], [22, 23, 24], [12, 13], [29], [30, 31]]
     every = [0, 0, 1, 1, 2, 2]
-    ready = attachment.extended(first, beginnings, torch.tensor(every))
+    ready = prompted.with_shared_prefix(first, beginnings, torch.tensor(every))
     return ready, [torch.tensor([11, *beginning]) for beginning in beginnings], every
 
 
@@ -143,21 +145,21 @@ def test_texts_behind_beginnings_that_were_read_before(
     decoder: Backbone, candidates: list[list[int]], grad: bool
 ) -> None:
     """Scores, generated tokens and the logits of every token that is left."""
-    attachment, prompts = attach(decoder), prompts_of(decoder)
-    if not attachment.extends:
+    prompted, prompts = attach(decoder), prompts_of(decoder)
+    if not prompted.supports_prefix_sharing:
         assert decoder.model.config.model_type in ("mistral", "gemma2"), "they have a sliding window"
         with pytest.raises(ValueError, match="give the whole text"):
-            extended(attachment, prompts)
+            with_shared_prefix(prompted, prompts)
         return
     rests = rows_of([3, 1, 4, 2, 5, 3, 2])
     index = torch.tensor([5, 0, 2, 1, 3, 4, 0])
     ids, mask = padded(rests, "right", 2)
     with torch.set_grad_enabled(grad):
-        ready, beginnings, every = extended(attachment, prompts)
-        scores = attachment.score(ids, mask, candidates, ready, index)
-        logits, targets = attachment.labelled(ids, mask, ids.masked_fill(mask == 0, -100), ready, index)
+        ready, beginnings, every = with_shared_prefix(prompted, prompts)
+        scores = prompted.score(ids, mask, candidates, ready, index)
+        logits, targets = prompted.label_logits(ids, mask, ids.masked_fill(mask == 0, -100), ready, index)
         tokens = torch.stack(
-            list(attachment.generate(ids, mask, max_new_tokens=4, stop=[], prompts=ready, index=index)), 1
+            list(prompted.generate(ids, mask, max_new_tokens=4, stop=[], prompts=ready, index=index)), 1
         )
     for place, (which, rest) in enumerate(zip(index.tolist(), rests, strict=True)):
         prompt, lead = prompts[every[which]], len(beginnings[which])
@@ -172,12 +174,12 @@ def test_texts_behind_beginnings_that_were_read_before(
 
 
 def test_a_bare_model_reads_beginnings_too(decoder: Backbone) -> None:
-    attachment, rest = attach(decoder), rows_of([3, 1])
-    if not attachment.extends:
+    prompted, rest = attach(decoder), rows_of([3, 1])
+    if not prompted.supports_prefix_sharing:
         return
     ids, mask = padded(rest, "left", 1)
-    ready = attachment.extended(None, [BEGINNING, BEGINNING[:1]])
-    scores = attachment.score(ids, mask, [[5], [7, 8]], ready, torch.tensor([0, 1]))
+    ready = prompted.with_shared_prefix(None, [BEGINNING, BEGINNING[:1]])
+    scores = prompted.score(ids, mask, [[5], [7, 8]], ready, torch.tensor([0, 1]))
     for found, lead, own in zip(scores, (4, 1), rest, strict=True):
         text = torch.cat([torch.tensor(BEGINNING[:lead]), own])
         for chance, candidate in zip(found, ([5], [7, 8]), strict=True):
@@ -195,7 +197,7 @@ def test_answers_are_those_of_texts_read_whole(tiny_backbone: MakeBackbone, task
     """An instruction in front of all, and passages with several questions each."""
     backbone, counts = tiny_backbone("llama"), list[int]()
     table = backbone.model.get_input_embeddings()
-    attachment = attach(backbone, prompts_of(backbone)[2])
+    prompted = attach(backbone, prompts_of(backbone)[2])
     passages = rows_of([40, 5, 60, 30])
     rows = [torch.cat([passages[place % 4], own]) for place, own in enumerate(rows_of([4, 1, 3, 6, 2] * 7, seed=3))]
     examples = [
@@ -203,10 +205,10 @@ def test_answers_are_those_of_texts_read_whole(tiny_backbone: MakeBackbone, task
         for place, row in enumerate(rows)
     ]
     with table.register_forward_hook(lambda _, given, __: counts.append(given[0].numel())):
-        found = answer(attachment, task, examples, batch=8, max_new_tokens=4)
+        found = answer(prompted, task, examples, batch=8, max_new_tokens=4)
         read = sum(counts)
-        attachment.extends = False
-        wanted = answer(attachment, task, examples, batch=8, max_new_tokens=4)
+        prompted.supports_prefix_sharing = False
+        wanted = answer(prompted, task, examples, batch=8, max_new_tokens=4)
     assert [one.row for one in found] == list(range(35))
     assert [one.text for one in found] == [one.text for one in wanted]
     for ours, theirs in zip(found, wanted, strict=True):
@@ -218,7 +220,7 @@ def test_beginnings_are_refused_where_they_cannot_be_read(tiny_backbone: MakeBac
     llama = attach(tiny_backbone("llama"))
     for wrong in ([], [[]], [[5], []]):
         with pytest.raises(ValueError, match="give at least one, each with at least one token"):
-            llama.extended(llama.prepare([]), wrong)
+            llama.with_shared_prefix(llama.prepare([]), wrong)
     encoder = attach(tiny_backbone("bert_mlm"))
     with pytest.raises(ValueError, match="give the whole text"):
-        encoder.extended(encoder.prepare([]), [[5]])
+        encoder.with_shared_prefix(encoder.prepare([]), [[5]])

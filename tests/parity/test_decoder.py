@@ -8,7 +8,7 @@ from cases import copy_of
 
 from softprompt.backbones import Backbone
 from softprompt.backbones.kernels import llama
-from softprompt.backbones.kernels.varlen import Packing
+from softprompt.backbones.kernels.varlen import VarlenLayout
 from softprompt.models import attach
 from softprompt.prompts.plain import Plain
 
@@ -17,7 +17,7 @@ KNOWN = {"llama", "mistral"}
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "qwen3", "gemma", "opt"])
 def test_it_is_used_for_the_layers_it_knows_and_no_others(tiny_backbone: Callable[[str], Backbone], name: str) -> None:
-    assert llama.is_known(tiny_backbone(name).model) == (name in KNOWN)
+    assert llama.is_supported(tiny_backbone(name).model) == (name in KNOWN)
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
@@ -25,9 +25,9 @@ def test_it_is_used_for_the_layers_it_knows_and_no_others(tiny_backbone: Callabl
 def test_values_and_gradients(tiny_backbone: Callable[[str], Backbone], name: str, places: list[list[int]]) -> None:
     """Against the same packed tokens through transformers' own layers; seen failing with a sine of the wrong sign."""
     backbone = tiny_backbone(name)
-    assert llama.is_known(backbone.model)
+    assert llama.is_supported(backbone.model)
     draw = torch.Generator().manual_seed(0)
-    packing = Packing([4, 2], [3, 1, 5], torch.tensor([1, 0, 1]))
+    packing = VarlenLayout([4, 2], [3, 1, 5], torch.tensor([1, 0, 1]))
     embeds = (torch.randn(15, backbone.dim, generator=draw) * backbone.host().rms).requires_grad_()
     at = torch.tensor(places)
     found = llama.run(backbone.model, embeds, packing, at)
@@ -62,9 +62,9 @@ def test_gradients_in_bfloat16_are_no_worse(
     def gradient(dtype: torch.dtype, known: bool) -> torch.Tensor:
         backbone.model.to(dtype)
         prompt = Plain(length=20).build(backbone.host(), torch.Generator().manual_seed(0))
-        monkeypatch.setattr(llama, "is_known", lambda _: known)
-        attachment = attach(backbone, prompt)
-        attachment(ids, labels=labels).loss.backward()
+        monkeypatch.setattr(llama, "is_supported", lambda _: known)
+        prompted = attach(backbone, prompt)
+        prompted(ids, labels=labels).loss.backward()
         return torch.cat([parameter.grad.flatten() for parameter in prompt.parameters()])
 
     exact = gradient(torch.float32, False)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import softprompt
 from softprompt.backbones import Backbone, load
-from softprompt.models import Attachment, attach, fresh_head
+from softprompt.models import PromptedModel, attach, fresh_head
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.prompts.dpt import DPT
-from softprompt.runs import first_attachment
+from softprompt.runs import build_prompted_model
 
 MODELS = ("bert", "roberta", "mpnet", "distilbert")
 CLS, SEP, PAD, MASK = 0, 1, 2, 3
@@ -49,7 +49,7 @@ def head_of(backbone: Backbone) -> nn.Linear | None:
 
 
 @pytest.fixture(params=[*MODELS, *(f"{name}_mlm" for name in MODELS)])
-def attachment(request: pytest.FixtureRequest, tiny_backbone: MakeBackbone) -> Attachment:
+def prompted(request: pytest.FixtureRequest, tiny_backbone: MakeBackbone) -> PromptedModel:
     backbone = tiny_backbone(request.param)
     assert backbone.masked_lm == request.param.endswith("_mlm")
     return attach(backbone, head=head_of(backbone))
@@ -59,20 +59,20 @@ def texts() -> list[Tensor]:
     return rows_of(TEXTS, front=[CLS], behind=[SEP])
 
 
-def alone(attachment: Attachment, prompt: SoftPrompt | None, text: Tensor) -> Tensor:
+def alone(prompted: PromptedModel, prompt: SoftPrompt | None, text: Tensor) -> Tensor:
     """The answer's logits for one row, from plainly concatenated vectors."""
-    model = attachment.backbone.model
-    if attachment.head is None:
+    model = prompted.backbone.model
+    if prompted.head is None:
         text = torch.cat([text[:-1], torch.tensor([MASK, SEP])])
     embeds, length = model.get_input_embeddings()(text)[None], 0
     if prompt is not None:
         own, length = prompt.shift(embeds, text[None], torch.arange(len(text))[None]), len(prompt.prompt())
         embeds = torch.cat([own[:, :1], prompt.prompt()[None], own[:, 1:]], 1)
     output = model(inputs_embeds=embeds)[0][0]
-    if attachment.head is None:
+    if prompted.head is None:
         return output[-2]
     mine = torch.cat([output[:1], output[1 + length :]])
-    return attachment.head(mine.mean(0))
+    return prompted.head(mine.mean(0))
 
 
 def close(ours: Tensor, reference: Tensor) -> None:
@@ -81,56 +81,56 @@ def close(ours: Tensor, reference: Tensor) -> None:
 
 
 @sides
-def test_logits_loss_and_gradients_are_those_of_concatenation(attachment: Attachment, side: str, extra: int) -> None:
-    prompts, rows = prompts_of(attachment.backbone), texts()
+def test_logits_loss_and_gradients_are_those_of_concatenation(prompted: PromptedModel, side: str, extra: int) -> None:
+    prompts, rows = prompts_of(prompted.backbone), texts()
     ids, mask = padded(rows, side, extra)
     labels = torch.tensor([1, 3, 0, 2, 1])
-    found = attachment(ids, mask, labels[:, None], prompts=prompts, index=torch.tensor(INDEX))
-    logits = torch.stack([alone(attachment, prompts[which], text) for text, which in zip(rows, INDEX, strict=True)])
+    found = prompted(ids, mask, labels[:, None], prompts=prompts, index=torch.tensor(INDEX))
+    logits = torch.stack([alone(prompted, prompts[which], text) for text, which in zip(rows, INDEX, strict=True)])
     loss = nn.functional.cross_entropy(logits, labels)
     close(found.logits.view_as(logits), logits)
     close(found.loss, loss)
-    trained = [p for prompt in prompts for p in prompt.parameters()] + list(attachment.parameters())
-    assert len(trained) == (9 if attachment.head is None else 11)
+    trained = [p for prompt in prompts for p in prompt.parameters()] + list(prompted.parameters())
+    assert len(trained) == (9 if prompted.head is None else 11)
     assert_same_gradients(found.loss, loss, trained)
 
 
-def test_without_a_prompt_it_is_the_model_on_ids(attachment: Attachment) -> None:
-    rows, model = texts(), attachment.backbone.model
+def test_without_a_prompt_it_is_the_model_on_ids(prompted: PromptedModel) -> None:
+    rows, model = texts(), prompted.backbone.model
     ids, mask = padded(rows, "left", 5)
-    logits = attachment(ids, mask).logits
+    logits = prompted(ids, mask).logits
     for row, text in enumerate(rows):
-        ids = (text if attachment.head is not None else torch.cat([text[:-1], torch.tensor([MASK, SEP])]))[None]
+        ids = (text if prompted.head is not None else torch.cat([text[:-1], torch.tensor([MASK, SEP])]))[None]
         # MPNet takes id 1, the end here, for padding, whatever its config says, and gives it no position.
         places = {"position_ids": torch.arange(2, 2 + ids.shape[1])[None]} if model.config.model_type == "mpnet" else {}
         whole = model(input_ids=ids, **places)[0][0]
-        close(logits[row].flatten(), whole[-2] if attachment.head is None else attachment.head(whole.mean(0)))
+        close(logits[row].flatten(), whole[-2] if prompted.head is None else prompted.head(whole.mean(0)))
 
 
-def test_scores_are_log_probabilities(attachment: Attachment) -> None:
-    prompts, rows = prompts_of(attachment.backbone), texts()
+def test_scores_are_log_probabilities(prompted: PromptedModel) -> None:
+    prompts, rows = prompts_of(prompted.backbone), texts()
     ids, mask = padded(rows, "left", 3)
-    prepared, index = attachment.prepare(prompts), torch.tensor(INDEX)
-    scores = attachment.score(ids, mask, WORDS, prompts=prepared, index=index)
-    assert torch.equal(scores, attachment.score(ids, mask, WORDS, prompts=prompts, index=index))
+    prepared, index = prompted.prepare(prompts), torch.tensor(INDEX)
+    scores = prompted.score(ids, mask, WORDS, prompts=prepared, index=index)
+    assert torch.equal(scores, prompted.score(ids, mask, WORDS, prompts=prompts, index=index))
     for row, (text, which) in enumerate(zip(rows, INDEX, strict=True)):
-        slow = alone(attachment, prompts[which], text).log_softmax(-1)
-        close(scores[row], slow if attachment.head is not None else slow[[word[0] for word in WORDS]])
+        slow = alone(prompted, prompts[which], text).log_softmax(-1)
+        close(scores[row], slow if prompted.head is not None else slow[[word[0] for word in WORDS]])
 
 
 def test_a_mask_of_the_rows_own_stays_where_it_is(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("bert_mlm")
-    attachment, prompt = attach(backbone), prompts_of(backbone)[0]
+    prompted, prompt = attach(backbone), prompts_of(backbone)[0]
     rows = [torch.tensor([CLS, 20, MASK, 30, SEP]), torch.tensor([CLS, MASK, 40, SEP])]
     ids, mask = padded(rows, "left", 2)
-    logits = attachment(ids, mask, prompts=[prompt]).logits
+    logits = prompted(ids, mask, prompts=[prompt]).logits
     for row, text in enumerate(rows):
         embeds = backbone.model.get_input_embeddings()(text)[None]
         whole = backbone.model(inputs_embeds=torch.cat([embeds[:, :1], prompt.prompt()[None], embeds[:, 1:]], 1))[0][0]
         close(logits[row, 0], whole[3 + int((text == MASK).nonzero())])
-    mixed = attachment(*padded([rows[0], torch.tensor([CLS, 20, SEP])], "left", 0), prompts=[prompt]).logits
+    mixed = prompted(*padded([rows[0], torch.tensor([CLS, 20, SEP])], "left", 0), prompts=[prompt]).logits
     close(mixed[0], logits[0])
-    close(mixed[1], attachment(torch.tensor([[CLS, 20, SEP]]), prompts=[prompt]).logits[0])
+    close(mixed[1], prompted(torch.tensor([[CLS, 20, SEP]]), prompts=[prompt]).logits[0])
 
 
 def test_a_row_without_a_closing_token_ends_with_the_mask(tiny_backbone: MakeBackbone) -> None:
@@ -143,11 +143,11 @@ def test_a_row_without_a_closing_token_ends_with_the_mask(tiny_backbone: MakeBac
 def test_rows_up_to_the_last_position_fit_and_longer_ones_are_refused(tiny_backbone: MakeBackbone) -> None:
     # RoBERTa's and MPNet's tables begin behind the padding token's row: 256 - (2 + 1), and MPNet's padding is row 1.
     for name, limit in (("bert", 256), ("roberta", 253), ("mpnet", 254), ("distilbert", 256)):
-        attachment = attach(tiny_backbone(name), head=head_of(tiny_backbone(name)))
+        prompted = attach(tiny_backbone(name), head=head_of(tiny_backbone(name)))
         ids = torch.full((1, 10), 9)
-        attachment(ids, prompts=[Folded(torch.zeros(limit - 10, 32))])
+        prompted(ids, prompts=[Folded(torch.zeros(limit - 10, 32))])
         with pytest.raises(ValueError, match=f"a row has {limit + 1} positions with its prompt and answer, but {name}"):
-            attachment(ids, prompts=[Folded(torch.zeros(limit - 9, 32))])
+            prompted(ids, prompts=[Folded(torch.zeros(limit - 9, 32))])
 
 
 def test_wrong_input_is_refused_by_name(tiny_backbone: MakeBackbone) -> None:
@@ -207,7 +207,7 @@ def test_a_run_keeps_its_head_and_answers_again(
         words = "".join(f'{label} = "{word}"\n' for label, word in WHOLE_WORDS.items())
         task = tmp_path / "tickets.toml"
         task.write_text(f"train = {json.dumps(str(ticket_task.parent / 'train.csv'))}\n" + text + words)
-    training = softprompt.Training(steps=4, evaluate_every=2, batch=4)
+    training = softprompt.TrainingConfig(steps=4, eval_steps=2, batch_size=4)
     experiment = softprompt.Experiment(
         backbone=str(folder), task=str(task), prompt=DPT(length=4, rank=2), training=training, dtype="float32"
     )
@@ -223,10 +223,10 @@ def test_a_run_keeps_its_head_and_answers_again(
         assert run.results["trainable"] == 4 * 2 + 2 * 32 + 32 * 6 + 6  # type: ignore[index]
         trained = load_file(run.folder / "head.safetensors")
         backbone = load(str(folder), dtype="float32")
-        first = first_attachment(experiment, run.task, backbone, warm=False).head
+        first = build_prompted_model(experiment, run.task, backbone, warm=False).head
         assert first is not None
         assert not torch.equal(trained["weight"], first.weight)
-        asked = experiment.replace(training=softprompt.Training(steps=4, untouched=True))
+        asked = experiment.replace(training=softprompt.TrainingConfig(steps=4, zero_shot=True))
         with pytest.raises(ValueError, match="answers through a trained head, so untouched it says nothing"):
             softprompt.train(asked, out=tmp_path)
 
@@ -258,7 +258,7 @@ def test_a_stopped_training_goes_on_with_its_head(
     folder = tmp_path / "model"
     tiny_backbone("bert").model.save_pretrained(folder)
     tiny_backbone("bert").tokenizer.save_pretrained(folder)
-    training = softprompt.Training(steps=5, evaluate_every=2, batch=4)
+    training = softprompt.TrainingConfig(steps=5, eval_steps=2, batch_size=4)
     experiment = softprompt.Experiment(
         backbone=str(folder), task=str(ticket_task), prompt=DPT(length=4, rank=2), training=training, dtype="float32"
     )

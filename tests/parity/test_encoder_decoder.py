@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import softprompt
 from softprompt.backbones.backbone import Backbone, _check_embeddings
 from softprompt.evaluation.evaluate import read_splits
-from softprompt.models import Attachment, Sampling, attach
+from softprompt.models import PromptedModel, Sampling, attach
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.prompts.plain import Plain
-from softprompt.runs import first_attachment
+from softprompt.runs import build_prompted_model
 from softprompt.tasks import encode, schedule
 
 NAMES = ("t5", "t5_1.1", "mt5", "bart", "bart_forced", "marian")
@@ -53,11 +53,11 @@ def start_of(backbone: Backbone) -> int:
 
 @pytest.mark.parametrize(("side", "extra"), [("left", 0), ("right", 0), ("left", 1), ("right", 40), ("left", 40)])
 def test_logits_loss_and_gradients_are_those_of_concatenation(backbone: Backbone, side: str, extra: int) -> None:
-    prompts, rows, attachment = prompts_of(backbone), rows_of(TEXTS), attach(backbone)
+    prompts, rows, prompted = prompts_of(backbone), rows_of(TEXTS), attach(backbone)
     ids, mask = padded(rows, side, extra)
     answers = rows_of((3, 1, 2, 4, 2), seed=7)
     labels = nn.utils.rnn.pad_sequence(answers, True, -100)
-    found = attachment(ids, mask, labels, prompts=prompts, index=torch.tensor(INDEX))
+    found = prompted(ids, mask, labels, prompts=prompts, index=torch.tensor(INDEX))
     losses, logits = [], []
     for text, answer, which in zip(rows, answers, INDEX, strict=True):
         own = alone(backbone, prompts[which], text, [start_of(backbone), *answer[:-1].tolist()])
@@ -84,9 +84,9 @@ def test_without_a_prompt_it_is_the_model(backbone: Backbone) -> None:
 def test_scores_are_log_likelihoods_with_the_end_of_sequence(
     backbone: Backbone, candidates: Sequence[Sequence[int]]
 ) -> None:
-    prompts, rows, attachment = prompts_of(backbone), rows_of(TEXTS), attach(backbone)
+    prompts, rows, prompted = prompts_of(backbone), rows_of(TEXTS), attach(backbone)
     ids, mask = padded(rows, "left", 3)
-    scores = attachment.score(ids, mask, candidates, prompts=prompts, index=torch.tensor(INDEX))
+    scores = prompted.score(ids, mask, candidates, prompts=prompts, index=torch.tensor(INDEX))
     forced = backbone.model.generation_config.forced_bos_token_id
     lead = [start_of(backbone)] + ([] if forced is None else [forced])
     assert (backbone.source == "bart_forced") == (forced is not None)
@@ -101,27 +101,27 @@ def test_scores_are_log_likelihoods_with_the_end_of_sequence(
 def test_the_loss_of_a_target_is_minus_its_score(backbone: Backbone) -> None:
     if backbone.source == "bart_forced":
         pytest.skip("a forced first token is in the target's loss and not in its score")
-    prompt, attachment = prompts_of(backbone)[1], attach(backbone)
+    prompt, prompted = prompts_of(backbone)[1], attach(backbone)
     ids, mask = padded(rows_of((5,)), "left", 0)
-    target = attachment.target((12, 13))
+    target = prompted.target((12, 13))
     assert target == (12, 13, 1)
-    assert attachment.target(target) == target
-    loss = attachment(ids, mask, torch.tensor([target]), prompts=[prompt]).loss
-    score = attachment.score(ids, mask, [(12, 13)], prompts=[prompt])
+    assert prompted.target(target) == target
+    loss = prompted(ids, mask, torch.tensor([target]), prompts=[prompt]).loss
+    score = prompted.score(ids, mask, [(12, 13)], prompts=[prompt])
     close(-loss * len(target), score[0, 0])
 
 
 def test_a_forced_first_token_is_in_targets_and_generations(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("bart_forced")
-    attachment = attach(backbone)
-    assert attachment.target((12,)) == (0, 12, 1)
-    assert attachment.target((0, 12, 1)) == (0, 12, 1)
+    prompted = attach(backbone)
+    assert prompted.target((12,)) == (0, 12, 1)
+    assert prompted.target((0, 12, 1)) == (0, 12, 1)
     ids, mask = padded(rows_of(TEXTS), "left", 0)
-    assert next(attachment.generate(ids, mask)).tolist() == [0] * len(ids)
+    assert next(prompted.generate(ids, mask)).tolist() == [0] * len(ids)
 
 
-def run(attachment: Attachment, ids: Tensor, mask: Tensor, **settings: object) -> Tensor:
-    return torch.stack(list(attachment.generate(ids, mask, **settings)), 1)  # type: ignore[arg-type]
+def run(prompted: PromptedModel, ids: Tensor, mask: Tensor, **settings: object) -> Tensor:
+    return torch.stack(list(prompted.generate(ids, mask, **settings)), 1)  # type: ignore[arg-type]
 
 
 def theirs(backbone: Backbone, prompt: SoftPrompt, text: Tensor, **settings: object) -> Tensor:
@@ -148,42 +148,40 @@ def test_greedy_generation_is_transformers_own(backbone: Backbone) -> None:
 
 @torch.no_grad()
 def test_beam_search_is_transformers_own(backbone: Backbone) -> None:
-    prompts, rows, attachment = prompts_of(backbone), rows_of(TEXTS), attach(backbone)
+    prompts, rows, prompted = prompts_of(backbone), rows_of(TEXTS), attach(backbone)
     ids, mask = padded(rows, "left", 2)
-    found = attachment.beam(  # type: ignore[attr-defined]
+    found = prompted.beam(  # type: ignore[attr-defined]
         ids, mask, beams=3, max_new_tokens=8, prompts=prompts, index=torch.tensor(INDEX)
     )
     for row, (text, which) in enumerate(zip(rows, INDEX, strict=True)):
         wanted = theirs(backbone, prompts[which], text, num_beams=3).tolist()
         assert found[row, : len(wanted)].tolist() == wanted
     with pytest.raises(ValueError, match="beams is 0; it must be at least 1"):
-        attachment.beam(ids, mask, beams=0)  # type: ignore[attr-defined]
+        prompted.beam(ids, mask, beams=0)  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
 def test_sampling_draws_from_the_models_distribution_and_follows_its_seed(tiny_backbone: MakeBackbone) -> None:
-    attachment = attach(tiny_backbone("t5"), prompts_of(tiny_backbone("t5"))[0])
+    prompted = attach(tiny_backbone("t5"), prompts_of(tiny_backbone("t5"))[0])
     ids, mask = padded(rows_of((5,)), "left", 0)
     ids, mask = ids.expand(400, -1), mask.expand(400, -1)
-    draws = [
-        run(attachment, ids, mask, max_new_tokens=1, sampling=Sampling(temperature=4.0, seed=s)) for s in (0, 0, 1)
-    ]
+    draws = [run(prompted, ids, mask, max_new_tokens=1, sampling=Sampling(temperature=4.0, seed=s)) for s in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
-    chances = (attachment(ids[:1], mask[:1]).logits[0, 0] / 4).softmax(-1)
+    chances = (prompted(ids[:1], mask[:1]).logits[0, 0] / 4).softmax(-1)
     likeliest = int(chances.argmax())
     share, chance = float((draws[0] == likeliest).float().mean()), float(chances[likeliest])
     assert abs(share - chance) < 4 * (chance * (1 - chance) / 400) ** 0.5  # four standard errors of 400 draws
 
 
 def test_prepared_prompts_answer_like_the_prompts(backbone: Backbone) -> None:
-    prompts, attachment = prompts_of(backbone), attach(backbone)
+    prompts, prompted = prompts_of(backbone), attach(backbone)
     ids, mask = padded(rows_of(TEXTS), "left", 0)
     index = torch.tensor(INDEX)
-    prepared = attachment.prepare(prompts)
+    prepared = prompted.prepare(prompts)
     for _ in range(2):
-        again = attachment.score(ids, mask, CANDIDATES, prompts=prepared, index=index)
-        assert torch.equal(again, attachment.score(ids, mask, CANDIDATES, prompts=prompts, index=index))
+        again = prompted.score(ids, mask, CANDIDATES, prompts=prepared, index=index)
+        assert torch.equal(again, prompted.score(ids, mask, CANDIDATES, prompts=prompts, index=index))
 
 
 def test_ids_and_embeddings_agree_where_the_scale_is_inside_the_embedding(tiny_backbone: MakeBackbone) -> None:
@@ -228,8 +226,8 @@ def test_a_run_trains_and_answers(
     answer = 'target = "queue"\nmetrics = ["exact_match"]' if objective == "texts" else 'label = "queue"'
     data = json.dumps(str(ticket_task.parent / "train.csv"))
     task.write_text(f'train = {data}\ntemplate = "Ticket: {{text}}\\nQueue:"\n{answer}\n')
-    training = softprompt.Training(
-        steps=2, evaluate_every=2, batch=4, vocabulary_weight=0.0 if objective == "candidates" else 1.0
+    training = softprompt.TrainingConfig(
+        steps=2, eval_steps=2, batch_size=4, vocabulary_weight=0.0 if objective == "candidates" else 1.0
     )
     experiment = softprompt.Experiment(
         backbone=str(folder), task=str(task), prompt=Plain(length=3), training=training, dtype="float32"
@@ -239,18 +237,18 @@ def test_a_run_trains_and_answers(
     assert softprompt.predict(run, [{"text": "a a b"}]) == softprompt.predict(run, [{"text": "a a b"}])
     if objective == "candidates":
         return
-    attachment = first_attachment(experiment, run.task, backbone, warm=False)
+    prompted = build_prompted_model(experiment, run.task, backbone, warm=False)
     table = read_splits(experiment, run.task).train
     examples = encode(run.task, backbone.tokenizer, table, 512, closing=True)[0]
     batch = next(schedule([len(example.input_ids) for example in examples], 4, 0))[1]
     losses = []
     for example in (examples[place] for place in batch):
         assert example.input_ids[-1] == 1
-        target = torch.tensor(attachment.target(example.answer_ids))
+        target = torch.tensor(prompted.target(example.answer_ids))
         assert target[-1] == 1
         assert (target[0] == 0) == (name == "bart_forced")
         decoder_ids = [start_of(backbone), *target[:-1].tolist()]
-        own = alone(backbone, attachment.prompt, torch.tensor(example.input_ids), decoder_ids)
+        own = alone(backbone, prompted.prompt, torch.tensor(example.input_ids), decoder_ids)
         losses.append(nn.functional.cross_entropy(own, target, reduction="none"))
     first = next(iter(run.metrics()))["loss"]
     close(torch.tensor(first), torch.cat(losses).mean().detach())
@@ -258,23 +256,23 @@ def test_a_run_trains_and_answers(
 
 def test_wrong_input_is_refused_by_name(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("bart")
-    attachment, (ids, mask) = attach(backbone), padded(rows_of(TEXTS), "left", 0)
+    prompted, (ids, mask) = attach(backbone), padded(rows_of(TEXTS), "left", 0)
     labels = torch.full((5, 2), 7)
     labels[1, 0] = -100
     with pytest.raises(ValueError, match="labels have -100 in front of a token"):
-        attachment(ids, mask, labels)
+        prompted(ids, mask, labels)
     with pytest.raises(ValueError, match="no row has a label"):
-        attachment(ids, mask, torch.full((5, 2), -100))
+        prompted(ids, mask, torch.full((5, 2), -100))
     with pytest.raises(ValueError, match=r"candidates are \[\[\]\]; give at least one"):
-        attachment.score(ids, mask, [[]])
+        prompted.score(ids, mask, [[]])
     with pytest.raises(ValueError, match="a row has 257 positions with its prompt and answer, but bart has 256"):
-        attachment(ids, mask, prompts=[Folded(torch.zeros(248, 32))])
+        prompted(ids, mask, prompts=[Folded(torch.zeros(248, 32))])
     with pytest.raises(ValueError, match="an answer of 300 tokens does not fit the 256 positions of bart"):
-        next(attachment.generate(ids, mask, max_new_tokens=300))
+        next(prompted.generate(ids, mask, max_new_tokens=300))
     with pytest.raises(ValueError, match="the prompt is 16 wide, but bart embeds in 32"):
-        attachment(ids, mask, prompts=[Folded(torch.zeros(3, 16))])
+        prompted(ids, mask, prompts=[Folded(torch.zeros(3, 16))])
     prefix = attach(tiny_backbone("llama")).prepare([Folded(torch.zeros(3, 32))])
     with pytest.raises(ValueError, match="was prepared for another architecture"):
-        attachment(ids, mask, prompts=prefix)
+        prompted(ids, mask, prompts=prefix)
     with pytest.raises(ValueError, match="answers in words and takes no head"):
         attach(backbone, head=nn.Linear(2, 2))

@@ -221,22 +221,22 @@ def test_spectral_values_that_are_off_stay_off() -> None:
     prompt = Spectral(length=LENGTH).build(host(), seeded(3))
     with torch.no_grad():
         prompt.values[4] = -0.01
-    optimiser = torch.optim.AdamW(prompt.parameters(), lr=0.05, weight_decay=0.0)
+    training_step = torch.optim.AdamW(prompt.parameters(), lr=0.05, weight_decay=0.0)
     for _ in range(5):
-        optimiser.zero_grad()
+        training_step.zero_grad()
         (prompt.prompt() - host().embedding[:LENGTH]).square().sum().backward()
-        optimiser.step()
+        training_step.step()
     assert prompt.values[4].item() == pytest.approx(-0.01)
     assert prompt.rank() <= LENGTH - 1
 
 
 def test_spectral_weight_decay_crosses_a_threshold() -> None:
     prompt = Spectral(length=LENGTH, threshold=1.0).build(host(), seeded(3))
-    optimiser = torch.optim.AdamW(prompt.parameters(), lr=0.1, weight_decay=1.0)
+    training_step = torch.optim.AdamW(prompt.parameters(), lr=0.1, weight_decay=1.0)
     for _ in range(30):
-        optimiser.zero_grad()
+        training_step.zero_grad()
         (0 * prompt.prompt()).sum().backward()
-        optimiser.step()
+        training_step.step()
     assert prompt.rank() == 0
     with pytest.raises(ValueError, match="every singular value is off"):
         prompt.to_dpt()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from softprompt.backbones import Backbone
-from softprompt.models import Attachment, Sampling, attach
+from softprompt.models import PromptedModel, Sampling, attach
 from softprompt.prompts import Folded
 
 NEW = 10
@@ -46,13 +46,13 @@ def transformers_own(backbone: Backbone, prompt: Folded, row: Tensor, stop: list
 
 
 @pytest.fixture
-def llama(tiny_backbone: MakeBackbone) -> Attachment:
+def llama(tiny_backbone: MakeBackbone) -> PromptedModel:
     backbone = tiny_backbone("llama")
     return attach(backbone, prompts_of(backbone)[0])
 
 
-def tokens(attachment: Attachment, row: Tensor, **settings: object) -> list[int]:
-    return [int(token) for token in attachment.generate(row[None], **{"stop": [], "max_new_tokens": NEW, **settings})]
+def tokens(prompted: PromptedModel, row: Tensor, **settings: object) -> list[int]:
+    return [int(token) for token in prompted.generate(row[None], **{"stop": [], "max_new_tokens": NEW, **settings})]
 
 
 def test_greedy_one_row(decoder: Backbone) -> None:
@@ -83,7 +83,9 @@ def test_a_stop_token_ends_its_row_and_all_of_them_the_call(decoder: Backbone) -
         assert set(row[end:]) == {whole[end]}, "a finished row repeats its stop token"
 
 
-def test_the_backbones_end_of_sequence_is_the_default_stop(llama: Attachment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backbones_end_of_sequence_is_the_default_stop(
+    llama: PromptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     row = texts()[0]
     free = tokens(llama, row)
     monkeypatch.setattr(llama.backbone.model.generation_config, "eos_token_id", free[3])
@@ -91,7 +93,7 @@ def test_the_backbones_end_of_sequence_is_the_default_stop(llama: Attachment, mo
     assert made == free[: free.index(free[3]) + 1]
 
 
-def test_each_token_comes_before_the_next_is_computed(llama: Attachment) -> None:
+def test_each_token_comes_before_the_next_is_computed(llama: PromptedModel) -> None:
     calls: list[int] = []
     handle = llama.backbone.model.register_forward_hook(lambda *_: calls.append(1))
     prepared = llama.prepare([llama.prompt])
@@ -104,7 +106,7 @@ def test_each_token_comes_before_the_next_is_computed(llama: Attachment) -> None
     handle.remove()
 
 
-def test_streams_leave_gradients_as_they_are(llama: Attachment) -> None:
+def test_streams_leave_gradients_as_they_are(llama: PromptedModel) -> None:
     """Two streams read in turn and never to their end: the reader's own mode is untouched in between and after."""
     first, second = (llama.generate(row[None], max_new_tokens=4, stop=[]) for row in texts()[:2])
     for stream in (first, second, first, second, first):
@@ -121,11 +123,11 @@ def test_streams_leave_gradients_as_they_are(llama: Attachment) -> None:
     [Sampling(temperature=1e-4), Sampling(temperature=2.0, top_k=1), Sampling(temperature=2.0, top_p=1e-6)],
     ids=["cold", "top_k", "top_p"],
 )
-def test_sampling_that_leaves_one_token_is_greedy(llama: Attachment, sampling: Sampling) -> None:
+def test_sampling_that_leaves_one_token_is_greedy(llama: PromptedModel, sampling: Sampling) -> None:
     assert tokens(llama, texts()[0], sampling=sampling) == tokens(llama, texts()[0])
 
 
-def test_equal_seeds_draw_equal_tokens(llama: Attachment) -> None:
+def test_equal_seeds_draw_equal_tokens(llama: PromptedModel) -> None:
     def drawn(seed: int) -> list[int]:
         return tokens(llama, texts()[0], sampling=Sampling(temperature=3.0, seed=seed))
 
@@ -137,7 +139,7 @@ def test_equal_seeds_draw_equal_tokens(llama: Attachment) -> None:
     assert torch.equal(torch.get_rng_state(), before), "drawing used torch's global generator"
 
 
-def test_draws_follow_the_warped_distribution(llama: Attachment) -> None:
+def test_draws_follow_the_warped_distribution(llama: PromptedModel) -> None:
     row, count = texts()[0], 4000
     logits = llama(row[None]).logits[0, -1].detach() / 4.0
     kept = logits.masked_fill(logits < logits.topk(20).values[-1], -torch.inf)

@@ -40,10 +40,10 @@ READY = pytest.mark.parametrize("ready", [False, True], ids=["live", "prepared"]
 @pytest.mark.parametrize("name", ["t5", "t5_1.1", "mt5"])
 def test_t5(tiny_backbone: MakeBackbone, name: str, side: str, ready: bool) -> None:
     backbone = tiny_backbone(name)
-    attachment, prompts, rows = attach(backbone, attend="isolated"), prompts_of(backbone), rows_of(TEXTS)
+    prompted, prompts, rows = attach(backbone, prompt_attention="self"), prompts_of(backbone), rows_of(TEXTS)
     labels = torch.tensor([[11, 12, 1]] * len(rows))
-    given = attachment.prepare(prompts) if ready else prompts
-    ours = attachment(*padded(rows, side, 2), labels, prompts=given, index=torch.tensor(INDEX)).loss
+    given = prompted.prepare(prompts) if ready else prompts
+    ours = prompted(*padded(rows, side, 2), labels, prompts=given, index=torch.tensor(INDEX)).loss
     losses = []
     for which, row in zip(INDEX, rows, strict=True):
         embeds, seen, _ = laid_out(backbone, prompts[which], row, 0)
@@ -58,10 +58,10 @@ def test_t5(tiny_backbone: MakeBackbone, name: str, side: str, ready: bool) -> N
 def test_an_encoder_that_answers_in_words(tiny_backbone: MakeBackbone, name: str, side: str, ready: bool) -> None:
     backbone = tiny_backbone(name)
     first, closing, mask = (getattr(backbone.tokenizer, f"{one}_token_id") for one in ("cls", "sep", "mask"))
-    attachment, prompts = attach(backbone, attend="isolated"), prompts_of(backbone)
+    prompted, prompts = attach(backbone, prompt_attention="self"), prompts_of(backbone)
     rows, labels = rows_of(TEXTS, front=[first], behind=[mask, closing]), torch.full((len(TEXTS), 1), 11)
-    given = attachment.prepare(prompts) if ready else prompts
-    ours = attachment(*padded(rows, side, 2), labels, prompts=given, index=torch.tensor(INDEX)).loss
+    given = prompted.prepare(prompts) if ready else prompts
+    ours = prompted(*padded(rows, side, 2), labels, prompts=given, index=torch.tensor(INDEX)).loss
     losses = []
     for which, row in zip(INDEX, rows, strict=True):
         embeds, seen, own = laid_out(backbone, prompts[which], row, 1)
@@ -76,9 +76,9 @@ def test_an_encoder_with_a_head(tiny_backbone: MakeBackbone, name: str, ready: b
     backbone = tiny_backbone(name)
     head = fresh_head(backbone, 3, torch.Generator().manual_seed(2))
     prompts, rows = prompts_of(backbone), rows_of(TEXTS, front=[0], behind=[1])
-    attachment, labels = attach(backbone, head=head, attend="isolated"), torch.full((len(TEXTS), 1), 2)
-    given = attachment.prepare(prompts) if ready else prompts
-    ours = attachment(*padded(rows, "right", 2), labels, prompts=given, index=torch.tensor(INDEX)).loss
+    prompted, labels = attach(backbone, head=head, prompt_attention="self"), torch.full((len(TEXTS), 1), 2)
+    given = prompted.prepare(prompts) if ready else prompts
+    ours = prompted(*padded(rows, "right", 2), labels, prompts=given, index=torch.tensor(INDEX)).loss
     losses = []
     for which, row in zip(INDEX, rows, strict=True):
         embeds, seen, own = laid_out(backbone, prompts[which], row, 1)
@@ -90,40 +90,40 @@ def test_an_encoder_with_a_head(tiny_backbone: MakeBackbone, name: str, ready: b
 @pytest.mark.parametrize("name", ["llama", "bart", "distilbert_mlm", "mpnet_mlm"])
 def test_a_model_that_cannot_isolate_is_refused(tiny_backbone: MakeBackbone, name: str) -> None:
     with pytest.raises(ValueError, match="isolated"):
-        attach(tiny_backbone(name), attend="isolated")
+        attach(tiny_backbone(name), prompt_attention="self")
 
 
 def test_an_isolated_prompt_stands_in_front(tiny_backbone: MakeBackbone) -> None:
     with pytest.raises(ValueError, match="cannot be isolated 'behind'"):
-        attach(tiny_backbone("t5"), attend="isolated", place="behind")
+        attach(tiny_backbone("t5"), prompt_attention="self", place="suffix")
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("t5")
     prompt, rows = prompts_of(backbone)[0], rows_of(TEXTS)
-    attachment = attach(backbone, prompt, attend="isolated")
-    together = attachment.score(*padded(rows, "right", 2), [(11,), (12, 13)])
-    alone = torch.cat([attachment.score(row[None], None, [(11,), (12, 13)]) for row in rows])
+    prompted = attach(backbone, prompt, prompt_attention="self")
+    together = prompted.score(*padded(rows, "right", 2), [(11,), (12, 13)])
+    alone = torch.cat([prompted.score(row[None], None, [(11,), (12, 13)]) for row in rows])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["t5", "bert_mlm"])
 def test_a_prepared_prompt_is_not_run_again(tiny_backbone: MakeBackbone, name: str) -> None:
     backbone = tiny_backbone(name)
-    attachment, rows = attach(backbone, attend="isolated"), rows_of(TEXTS)
+    prompted, rows = attach(backbone, prompt_attention="self"), rows_of(TEXTS)
     layer = next(module for module in backbone.model.modules() if type(module) is torch.nn.Linear)
-    prepared, tokens = attachment.prepare(prompts_of(backbone)), []
+    prepared, tokens = prompted.prepare(prompts_of(backbone)), []
     watching = layer.register_forward_hook(lambda module, given, found: tokens.append(found.shape[:-1].numel()))
     with watching, torch.no_grad():
         for _ in range(2):
-            attachment.score(*padded(rows, "right", 2), [(11,), (12,)], prompts=prepared, index=torch.tensor(INDEX))
+            prompted.score(*padded(rows, "right", 2), [(11,), (12,)], prompts=prepared, index=torch.tensor(INDEX))
     of_mask = len(rows) if name == "bert_mlm" else 0  # each row gets a mask token
     assert tokens == [sum(TEXTS) + of_mask] * 2
 
 
 def test_prompts_prepared_for_another_kind_are_refused(tiny_backbone: MakeBackbone) -> None:
     backbone, ids = tiny_backbone("t5"), torch.tensor([[3, 4]])
-    joint, isolated = attach(backbone), attach(backbone, attend="isolated")
+    joint, isolated = attach(backbone), attach(backbone, prompt_attention="self")
     for one, other in ((joint, isolated), (isolated, joint)):
         with pytest.raises(ValueError, match=r"was prepared for .*; prepare the prompts again"):
             one.score(ids, None, [(11,)], prompts=other.prepare(prompts_of(backbone)[:1]))

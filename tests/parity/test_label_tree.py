@@ -90,24 +90,24 @@ def test_alibi_takes_no_tree(tiny_backbone: MakeBackbone) -> None:
     assert not label_tree.takes_tree(attach(tiny_backbone("bloom")))
 
 
-@pytest.mark.parametrize("place", ["front", "after_first", "behind"])
+@pytest.mark.parametrize("place", ["front", "after_bos", "behind"])
 def test_prompt_positions(place: str, tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, rows = tiny_backbone("llama"), rows_of(TEXTS)
-    attachment, prompts = attach(backbone, place=place), prompts_of(backbone)
+    prompted, prompts = attach(backbone, prompt_position=place), prompts_of(backbone)
     arguments = *padded(rows, "left", 2), CANDIDATES, [prompt.eval() for prompt in prompts], torch.tensor(INDEX)
     with torch.no_grad():
-        tree = attachment.score(*arguments)
-        monkeypatch.setattr(label_tree, "takes_tree", lambda attachment: False)
-        assert_near(attachment.score(*arguments), tree)
+        tree = prompted.score(*arguments)
+        monkeypatch.setattr(label_tree, "takes_tree", lambda prompted: False)
+        assert_near(prompted.score(*arguments), tree)
 
 
 def test_eager_attention_takes_the_tree(tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, rows = tiny_backbone("qwen3"), rows_of(TEXTS)
     monkeypatch.setattr(backbone.model.config, "_attn_implementation", "eager")
     forget(backbone.model)
-    attachment, prompts = attach(backbone), [prompt.eval() for prompt in prompts_of(backbone)]
-    assert label_tree.takes_tree(attachment)
-    scores = attachment.score(*padded(rows, "left", 3), CANDIDATES, prompts, torch.tensor(INDEX))
+    prompted, prompts = attach(backbone), [prompt.eval() for prompt in prompts_of(backbone)]
+    assert label_tree.takes_tree(prompted)
+    scores = prompted.score(*padded(rows, "left", 3), CANDIDATES, prompts, torch.tensor(INDEX))
     assert_near(scores, reference(backbone, prompts, rows))
     forget(backbone.model)  # which the other tests share
 
@@ -123,15 +123,15 @@ def test_a_pass_has_no_more_tokens_however_many_candidates(
     name: str, tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = tiny_backbone(name)
-    attachment, rows = attach(backbone), rows_of(TEXTS)
+    prompted, rows = attach(backbone), rows_of(TEXTS)
     candidates = [(a, b, c) for a in range(11, 16) for b in range(20, 26) for c in range(30, 36)]
-    attachment.score(*padded(rows, "left", 0), candidates[:2])  # a model is tried once
+    prompted.score(*padded(rows, "left", 0), candidates[:2])  # a model is tried once
     cut(monkeypatch, 64)
     sizes = []
     with backbone.model.get_output_embeddings().register_forward_pre_hook(
         lambda module, given: sizes.append(given[0][..., 0].numel())
     ):
-        attachment.score(*padded(rows, "left", 0), candidates)
+        prompted.score(*padded(rows, "left", 0), candidates)
     assert len(sizes) > 3
     assert max(sizes) <= 64
 

@@ -12,11 +12,11 @@ from cases import assert_near, padded, rows_of
 from torch import Tensor, nn
 
 from softprompt.backbones import Architecture, Backbone
-from softprompt.models import Attachment, attach, fresh_head
+from softprompt.models import PromptedModel, attach, fresh_head
 from softprompt.models import verify as known
 from softprompt.prompts import Folded
 from softprompt.serve.engine.kv_cache import Decoder, Row
-from softprompt.types import Place
+from softprompt.types import PromptPosition
 
 BASE: dict[str, Any] = {
     "vocab_size": 300,
@@ -125,7 +125,7 @@ def alone(backbone: Backbone, prompt: Folded, text: Tensor, lead: int = 0) -> Te
     return logits
 
 
-def beside(attachment: Attachment, width: int) -> tuple[Tensor, Tensor]:
+def beside(prompted: PromptedModel, width: int) -> tuple[Tensor, Tensor]:
     """A short row and one of `width` tokens, as one batch padded in front."""
     rows = [torch.tensor(SHORT), *rows_of((width,), first=3)]
     return padded(rows, "left", 0)
@@ -139,16 +139,16 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 @pytest.mark.parametrize("width", [4, 5, 9, LONG])
 def test_a_decoders_row_is_the_same_beside_any_other(backbone: Backbone, width: int) -> None:
     prompt = prompt_of(backbone, 5)
-    attachment, text = attach(backbone, prompt), torch.tensor(SHORT)
-    ids, mask = beside(attachment, width)
+    prompted, text = attach(backbone, prompt), torch.tensor(SHORT)
+    ids, mask = beside(prompted, width)
     wanted = alone(backbone, prompt, text)[4:]
-    assert_near(attachment(ids, mask).logits[0, -4:], wanted[1:])
+    assert_near(prompted(ids, mask).logits[0, -4:], wanted[1:])
     labels = torch.where(mask == 1, ids, -100)
     labels[1:] = -100
     loss = nn.functional.cross_entropy(wanted[:-1], text)
-    assert_near(attachment(ids, mask, labels).loss, loss)
+    assert_near(prompted(ids, mask, labels).loss, loss)
     with torch.no_grad():
-        scores = attachment.score(ids, mask, [(9, 11, 12), (5,)])[0]
+        scores = prompted.score(ids, mask, [(9, 11, 12), (5,)])[0]
         longer = alone(backbone, prompt, torch.tensor([*SHORT, 9, 11, 12]))[8:].log_softmax(-1)
     assert_near(scores, torch.stack([longer[0, 9] + longer[1, 11] + longer[2, 12], longer[0, 5]]))
 
@@ -168,13 +168,13 @@ def test_a_decoders_gradient_is_that_of_the_row_alone(backbone: Backbone) -> Non
     assert_near(ours, theirs, 1e-4)
 
 
-@pytest.mark.parametrize("place", ["front", "after_first", "behind"])
-def test_a_decoder_writes_what_it_writes_alone(backbone: Backbone, place: Place) -> None:
+@pytest.mark.parametrize("place", ["front", "after_bos", "behind"])
+def test_a_decoder_writes_what_it_writes_alone(backbone: Backbone, place: PromptPosition) -> None:
     prompt = prompt_of(backbone, 5)
-    attachment = attach(backbone, prompt, place=place)
-    ids, mask = beside(attachment, LONG)
-    made = torch.stack(list(attachment.generate(ids, mask, max_new_tokens=6, stop=[])), 1)[0]
-    lead = {"front": 0, "after_first": 1, "behind": len(SHORT)}[place]
+    prompted = attach(backbone, prompt, prompt_position=place)
+    ids, mask = beside(prompted, LONG)
+    made = torch.stack(list(prompted.generate(ids, mask, max_new_tokens=6, stop=[])), 1)[0]
+    lead = {"front": 0, "after_bos": 1, "behind": len(SHORT)}[place]
     wanted = alone(backbone, prompt, torch.cat([torch.tensor(SHORT), made]), lead)[-7:-1].argmax(-1)
     assert torch.equal(made, wanted)
 
@@ -205,9 +205,9 @@ def test_the_services_rows_come_and_go(backbone: Backbone) -> None:
 def test_a_model_that_counts_columns_runs_its_prompts_in_the_row(by: float, dtype: torch.dtype) -> None:
     """Whatever the size of its weights: small logits differ by little, and bfloat16 rounds."""
     backbone = backbone_of(transformers.MptConfig(**MPT), "causal", by=by)
-    attachment: Any = attach(Backbone(backbone.model.to(dtype), TOKENIZER, "mpt", "mpt", "causal"))
-    assert attachment.in_row
-    assert not attachment.extends
+    prompted: Any = attach(Backbone(backbone.model.to(dtype), TOKENIZER, "mpt", "mpt", "causal"))
+    assert prompted.in_row
+    assert not prompted.supports_prefix_sharing
 
 
 ENCODERS: dict[str, Callable[[], Any]] = {
@@ -224,10 +224,10 @@ ENCODERS: dict[str, Callable[[], Any]] = {
 def test_an_encoders_row_is_the_same_beside_a_longer_one(name: str) -> None:
     backbone = backbone_of(ENCODERS[name](), "encoder")
     head = fresh_head(backbone, 3, torch.Generator().manual_seed(0))
-    attachment = attach(backbone, prompt_of(backbone, 5), head=head)
-    ids, mask = beside(attachment, LONG)
+    prompted = attach(backbone, prompt_of(backbone, 5), head=head)
+    ids, mask = beside(prompted, LONG)
     short = torch.tensor([SHORT])
-    assert_near(attachment(ids, mask).logits[:1], attachment(short, torch.ones_like(short)).logits)
+    assert_near(prompted(ids, mask).logits[:1], prompted(short, torch.ones_like(short)).logits)
 
 
 ENCODER_DECODERS: dict[str, Callable[[], Any]] = {
@@ -244,11 +244,11 @@ ENCODER_DECODERS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
 def test_an_encoder_decoders_row_is_the_same_beside_a_longer_one(name: str) -> None:
     backbone = backbone_of(ENCODER_DECODERS[name](), "encoder_decoder")
-    attachment = attach(backbone, prompt_of(backbone, 5))
-    ids, mask = beside(attachment, LONG)
+    prompted = attach(backbone, prompt_of(backbone, 5))
+    ids, mask = beside(prompted, LONG)
     labels, short = torch.tensor([[9, 11, 1]] * 2), torch.tensor([SHORT])
-    found = attachment(ids, mask, labels).logits[0]
-    assert_near(found, attachment(short, torch.ones_like(short), labels[:1]).logits[0])
+    found = prompted(ids, mask, labels).logits[0]
+    assert_near(found, prompted(short, torch.ones_like(short), labels[:1]).logits[0])
 
 
 REFUSED: dict[str, tuple[Architecture, Callable[[], Any], str]] = {
@@ -335,7 +335,7 @@ def test_a_model_that_takes_positions_and_ignores_them_is_refused(cached_only: b
 
 def test_the_services_decoder_compares_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the attachment does not do, rows that join, may be wrong where all else is right."""
-    attachment = attach(backbone_of(transformers.LlamaConfig(**BASE), "causal"))
+    prompted = attach(backbone_of(transformers.LlamaConfig(**BASE), "causal"))
     right = Decoder.joined
 
     def wrong(self: Decoder, *args: Any) -> Any:
@@ -345,7 +345,7 @@ def test_the_services_decoder_compares_by_itself(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Decoder, "joined", wrong)
     with pytest.raises(ValueError, match="rows that join and leave a batch"):
-        Decoder(attachment)
+        Decoder(prompted)
 
 
 def test_a_model_that_fails_is_refused_by_its_own_words() -> None:

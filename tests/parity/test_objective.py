@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from softprompt import Backbone, Experiment, Plain, Run, Training, attach, open_run, train
+from softprompt import Backbone, Experiment, Plain, Run, TrainingConfig, attach, open_run, train
 from softprompt.evaluation.evaluate import read_splits
 from softprompt.prompts import Folded
 from softprompt.tasks import Example, Task, answer_ids, encode, load_task, schedule
 from softprompt.training.concurrent import together
-from softprompt.training.distributed import Processes
+from softprompt.training.distributed import DistributedGroup
 from softprompt.training.gradients import gradient_on
 from softprompt.training.objective import Objective
-from softprompt.training.step import Differentiate, Optimiser
+from softprompt.training.step import Differentiate, TrainingStep
 
 MakeBackbone = Callable[[str], Backbone]
 WHOLE_WORDS = {
@@ -91,7 +91,7 @@ def test_losses_and_gradients_are_those_of_rows_alone(
     start = 0.5 * torch.randn(4, backbone.dim, generator=torch.Generator().manual_seed(2))
     ours, theirs = (start.clone().requires_grad_() for _ in range(2))
     prompt = Folded(ours)
-    objective = Objective(attach(backbone, prompt), task, Training(vocabulary_weight=weight))
+    objective = Objective(attach(backbone, prompt), task, TrainingConfig(vocabulary_weight=weight))
     found = objective.losses(rows)
     words, wanted = answer_ids(task, backbone.tokenizer), []
     for row in rows:
@@ -110,9 +110,9 @@ def test_losses_and_gradients_are_those_of_rows_alone(
 
 def test_a_mean_is_over_rows_but_at_weight_1_over_tokens(case: tuple[Backbone, Task, list[Example]]) -> None:
     backbone, task, rows = case
-    attachment = attach(backbone, Folded(torch.zeros(2, backbone.dim)))
-    weights = [Objective(attachment, task, Training(vocabulary_weight=one)).weight(rows) for one in WEIGHTS]
-    tokens = sum(len(attachment.target(row.answer_ids)) for row in rows)
+    prompted = attach(backbone, Folded(torch.zeros(2, backbone.dim)))
+    weights = [Objective(prompted, task, TrainingConfig(vocabulary_weight=one)).weight(rows) for one in WEIGHTS]
+    tokens = sum(len(prompted.target(row.answer_ids)) for row in rows)
     assert weights == [len(rows), len(rows), tokens]
 
 
@@ -122,7 +122,7 @@ def test_the_gradient_at_a_start_is_the_mean_over_the_first_batches(
     weight: float, accumulate: int, tiny_backbone: MakeBackbone, ticket_task: Path
 ) -> None:
     backbone, task, batches = tiny_backbone("llama"), load_task(str(ticket_task)), 3
-    settings = Training(batch=5, vocabulary_weight=weight, accumulate=accumulate)
+    settings = TrainingConfig(batch_size=5, vocabulary_weight=weight, gradient_accumulation_steps=accumulate)
     experiment = Experiment(task=str(ticket_task), seed=4, training=settings)
     table = read_splits(experiment, task).train
     start = 0.5 * torch.randn(4, backbone.dim, generator=torch.Generator().manual_seed(2))
@@ -159,7 +159,9 @@ def test_the_gradient_through_a_head_is_finite_and_not_zero(
             for number in range(9):
                 Image.effect_noise((40, 40), 9 + 30 * number).convert("RGB").save(tmp_path / label / f"{number}.png")
         task = load_task(str(tmp_path))
-    experiment = Experiment(task=str(tmp_path if name == "dinov2" else ticket_task), training=Training(batch=4))
+    experiment = Experiment(
+        task=str(tmp_path if name == "dinov2" else ticket_task), training=TrainingConfig(batch_size=4)
+    )
     start = torch.randn(3, backbone.dim, generator=torch.Generator().manual_seed(2))
     found = gradient_on(experiment, task, backbone, lambda: read_splits(experiment, task).train)(start, 2)
     assert found.shape == start.shape
@@ -168,7 +170,7 @@ def test_the_gradient_through_a_head_is_finite_and_not_zero(
 
 
 def experiment_of(folder: Path, task: Path, **settings: Any) -> Experiment:
-    whole = Training(**{"steps": 3, "batch": 6, "evaluate_every": 3, "lr": 0.003, **settings})
+    whole = TrainingConfig(**{"steps": 3, "batch": 6, "eval_steps": 3, "lr": 0.003, **settings})
     return Experiment(backbone=str(folder), task=str(task), prompt=Plain(length=3), training=whole, dtype="float32")
 
 
@@ -191,7 +193,7 @@ def test_concurrent_trainings_of_other_weights_share_no_pass(
     def kind(weight: float) -> Any:
         one = experiment_of(llama_folder, ticket_task, vocabulary_weight=weight)
         prompt = Plain(length=3).build(backbone.host(), torch.Generator())
-        return Optimiser(attach(backbone, prompt), one, task, Processes(cpu=True)).kind
+        return TrainingStep(attach(backbone, prompt), one, task, DistributedGroup(cpu=True)).kind
 
     assert kind(0.0) == kind(0.0) != kind(0.3) != kind(0.6)
     assert kind(1.0) == kind(1.0) != kind(0.0)
@@ -228,7 +230,7 @@ def test_a_head_has_no_words_to_weigh(
 @pytest.mark.parametrize("weight", [-0.1, 1.5, float("nan")])
 def test_a_weight_beyond_its_range_is_refused(weight: float) -> None:
     with pytest.raises(ValueError, match=r"vocabulary_weight is .*; it must be from 0 to 1"):
-        Training(vocabulary_weight=weight)
+        TrainingConfig(vocabulary_weight=weight)
 
 
 def test_texts_take_the_vocabulary_whatever_the_weight(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
-from softprompt import Experiment, Run, Training, attach, export_peft, load_backbone, read_prompt, train
+from softprompt import Experiment, Run, TrainingConfig, attach, export_peft, load_backbone, read_prompt, train
 from softprompt.backbones import Backbone
 from softprompt.export import peft_refusal
 from softprompt.prompts import METHODS, Folded
@@ -49,7 +49,7 @@ def trained(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.Temp
                 backbone=str(llama_folder),
                 task=str(ticket_task),
                 prompt=METHODS[method](length=12),
-                training=Training(steps=3, batch=8, evaluate_every=3),
+                training=TrainingConfig(steps=3, batch_size=8, eval_steps=3),
                 dtype="float32",
             )
             made[method] = train(experiment, out=out, name=method, backbone=backbone)

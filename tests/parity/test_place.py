@@ -8,10 +8,10 @@ from cases import assert_near, copy_of, gradients, padded, prompts_of, rows_of
 from torch import Tensor
 
 from softprompt.backbones import Backbone
-from softprompt.models import Attachment, attach
+from softprompt.models import PromptedModel, attach
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.prompts.plain import Plain
-from softprompt.types import Place
+from softprompt.types import PromptPosition
 
 TEXTS, INDEX = (7, 2, 4, 9, 3), (2, 0, 1, 0, 2)
 CANDIDATES = ((11,), (12, 13), (12, 14, 15))
@@ -24,8 +24,8 @@ def by_hand(backbone: Backbone, prompt: SoftPrompt, row: Tensor, lead: int) -> T
     return torch.cat([own[:lead], prompt.prompt(), own[lead:]])[None]
 
 
-def lead_of(place: Place, row: Tensor) -> int:
-    return 1 if place == "after_first" else len(row)
+def lead_of(place: PromptPosition, row: Tensor) -> int:
+    return 1 if place == "after_bos" else len(row)
 
 
 @pytest.fixture(params=["llama", "gpt2", "qwen3"])
@@ -34,11 +34,13 @@ def decoder(request: pytest.FixtureRequest, tiny_backbone: MakeBackbone) -> Back
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("place", ["after_first", "behind"])
-def test_a_decoders_logits(decoder: Backbone, place: Place, side: str) -> None:
+@pytest.mark.parametrize("place", ["after_bos", "behind"])
+def test_a_decoders_logits(decoder: Backbone, place: PromptPosition, side: str) -> None:
     prompts, rows = prompts_of(decoder), rows_of(TEXTS)
     ids, mask = padded(rows, side, 3)
-    found = attach(decoder, place=place)(ids, mask, prompts=prompts, index=torch.tensor(INDEX)).logits[mask.bool()]
+    found = attach(decoder, prompt_position=place)(ids, mask, prompts=prompts, index=torch.tensor(INDEX)).logits[
+        mask.bool()
+    ]
     wanted = []
     for which, row in zip(INDEX, rows, strict=True):
         lead = lead_of(place, row)
@@ -48,8 +50,8 @@ def test_a_decoders_logits(decoder: Backbone, place: Place, side: str) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("place", ["after_first", "behind"])
-def test_a_decoders_loss_and_its_gradient(decoder: Backbone, place: Place, side: str) -> None:
+@pytest.mark.parametrize("place", ["after_bos", "behind"])
+def test_a_decoders_loss_and_its_gradient(decoder: Backbone, place: PromptPosition, side: str) -> None:
     """The last two tokens of each row are the answer; a prompt behind the text stands before them."""
     prompts, rows = prompts_of(decoder), rows_of(TEXTS)
     ids, mask = padded(rows, side, 3)
@@ -63,7 +65,7 @@ def test_a_decoders_loss_and_its_gradient(decoder: Backbone, place: Place, side:
         losses.append(
             torch.nn.functional.cross_entropy(logits[-len(places) - 1 : -1], row[-len(places) :], reduction="none")
         )
-    loss = attach(decoder, place=place)(ids, mask, labels, prompts=prompts, index=torch.tensor(INDEX)).loss
+    loss = attach(decoder, prompt_position=place)(ids, mask, labels, prompts=prompts, index=torch.tensor(INDEX)).loss
     wanted = torch.cat(losses).mean()
     assert_near(loss, wanted)
     for ours, theirs in zip(gradients(loss, prompts), gradients(wanted, prompts), strict=True):
@@ -72,14 +74,14 @@ def test_a_decoders_loss_and_its_gradient(decoder: Backbone, place: Place, side:
 
 
 @pytest.mark.parametrize("prepared", [False, True])
-@pytest.mark.parametrize("place", ["after_first", "behind"])
-def test_a_decoders_scores_and_tokens(decoder: Backbone, place: Place, prepared: bool) -> None:
-    attachment, prompts, rows = attach(decoder, place=place), prompts_of(decoder), rows_of(TEXTS)
+@pytest.mark.parametrize("place", ["after_bos", "behind"])
+def test_a_decoders_scores_and_tokens(decoder: Backbone, place: PromptPosition, prepared: bool) -> None:
+    prompted, prompts, rows = attach(decoder, prompt_position=place), prompts_of(decoder), rows_of(TEXTS)
     ids, mask = padded(rows, "right", 2)
-    given = attachment.prepare(prompts) if prepared else prompts
+    given = prompted.prepare(prompts) if prepared else prompts
     index = torch.tensor(INDEX)
-    scores = attachment.score(ids, mask, CANDIDATES, prompts=given, index=index)
-    tokens = torch.stack(list(attachment.generate(ids, mask, max_new_tokens=4, stop=[], prompts=given, index=index)), 1)
+    scores = prompted.score(ids, mask, CANDIDATES, prompts=given, index=index)
+    tokens = torch.stack(list(prompted.generate(ids, mask, max_new_tokens=4, stop=[], prompts=given, index=index)), 1)
     with torch.no_grad():
         for at, (which, row) in enumerate(zip(INDEX, rows, strict=True)):
             lead = lead_of(place, row)
@@ -103,20 +105,20 @@ def greedy_by_hand(backbone: Backbone, prompt: SoftPrompt, row: Tensor, lead: in
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
 @pytest.mark.parametrize("closed", [False, True])
-@pytest.mark.parametrize("place", ["after_first", "behind"])
-def test_an_encoder_decoders_loss(tiny_backbone: MakeBackbone, name: str, place: Place, closed: bool) -> None:
+@pytest.mark.parametrize("place", ["after_bos", "behind"])
+def test_an_encoder_decoders_loss(tiny_backbone: MakeBackbone, name: str, place: PromptPosition, closed: bool) -> None:
     """Behind the text, and in front of its end of sequence where it has one.
 
     In float64: T5 does not scale its attention, so that float32 may lose any number of digits in one row.
     """
     backbone = copy_of(tiny_backbone(name), torch.float64)
-    attachment, prompts, rows = attach(backbone, place=place), prompts_of(backbone), rows_of(TEXTS)
-    [end] = attachment.end_of_sequence()
+    prompted, prompts, rows = attach(backbone, prompt_position=place), prompts_of(backbone), rows_of(TEXTS)
+    [end] = prompted.end_of_sequence()
     if closed:
         rows = [torch.cat([row, torch.tensor([end])]) for row in rows]
     ids, mask = padded(rows, "right", 2)
     labels = torch.tensor([[11, 12, end]] * len(rows))
-    loss = attachment(ids, mask, labels, prompts=prompts, index=torch.tensor(INDEX)).loss
+    loss = prompted(ids, mask, labels, prompts=prompts, index=torch.tensor(INDEX)).loss
     losses = []
     for which, row in zip(INDEX, rows, strict=True):
         lead = lead_of(place, row[: len(row) - closed])
@@ -135,7 +137,7 @@ def test_an_encoders_scores(tiny_backbone: MakeBackbone, closed: bool) -> None:
     tokenizer, prompts, rows = backbone.tokenizer, prompts_of(backbone), rows_of(TEXTS)
     behind = [tokenizer.sep_token_id] if closed else []
     ids, mask = padded([torch.cat([row, torch.tensor(behind, dtype=torch.long)]) for row in rows], "right", 2)
-    scores = attach(backbone, place="behind").score(
+    scores = attach(backbone, prompt_position="suffix").score(
         ids, mask, [(11,), (12,)], prompts=prompts, index=torch.tensor(INDEX)
     )
     for at, (which, row) in enumerate(zip(INDEX, rows, strict=True)):
@@ -145,33 +147,33 @@ def test_an_encoders_scores(tiny_backbone: MakeBackbone, closed: bool) -> None:
 
 
 def test_a_place_that_cannot_be_is_refused(tiny_backbone: MakeBackbone) -> None:
-    with pytest.raises(ValueError, match="cannot stand 'after_first'; it can stand 'front' or 'behind'"):
-        attach(tiny_backbone("bert"), place="after_first")
+    with pytest.raises(ValueError, match="cannot stand 'after_bos'; it can stand 'front' or 'behind'"):
+        attach(tiny_backbone("bert"), place="after_bos")
 
 
 def test_prompts_prepared_for_another_place_are_refused(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("llama")
     prompt, ids = Folded(torch.randn(3, backbone.dim)), torch.tensor([[5, 6]])
 
-    def prepared(place: Place) -> tuple[Attachment, object]:
-        attachment = attach(backbone, place=place)
-        return attachment, attachment.prepare([prompt])
+    def prepared(place: PromptPosition) -> tuple[PromptedModel, object]:
+        prompted = attach(backbone, prompt_position=place)
+        return prompted, prompted.prepare([prompt])
 
     (front, of_front), (behind, of_behind) = prepared("front"), prepared("behind")
-    for attachment, other in ((front, of_behind), (behind, of_front)):
+    for prompted, other in ((front, of_behind), (behind, of_front)):
         with pytest.raises(ValueError, match="prepared for another architecture or place"):
-            attachment(ids, prompts=other)
+            prompted(ids, prompts=other)
 
 
 def test_folding_keeps_the_place(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("llama")
     prompt = Plain(length=3).build(backbone.host(), torch.Generator().manual_seed(0))
-    assert attach(backbone, prompt, place="behind").folded().place == "behind"
+    assert attach(backbone, prompt, prompt_position="suffix").folded().place == "suffix"
 
 
-@pytest.mark.parametrize("place", ["after_first", "behind"])
-def test_without_a_prompt_a_decoder_is_the_model(place: Place, tiny_backbone: MakeBackbone) -> None:
+@pytest.mark.parametrize("place", ["after_bos", "behind"])
+def test_without_a_prompt_a_decoder_is_the_model(place: PromptPosition, tiny_backbone: MakeBackbone) -> None:
     backbone, ids = tiny_backbone("llama"), torch.stack(rows_of((5, 5)))
-    found = attach(backbone, place=place)(ids, labels=ids)
+    found = attach(backbone, prompt_position=place)(ids, labels=ids)
     whole = backbone.model(input_ids=ids).logits
     assert_near(found.loss, torch.nn.functional.cross_entropy(whole[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softprompt.backbones import Backbone
 from softprompt.backbones.kernels import llama as own_layers
-from softprompt.models import Attachment, attach
+from softprompt.models import PromptedModel, attach
 from softprompt.prompts import METHODS, Folded, SoftPrompt
 from softprompt.prompts.plain import Plain
 
@@ -69,23 +69,23 @@ def test_the_inputs_shift_counts_positions_from_the_texts_first_token(method: st
     with torch.no_grad():
         for parameter in prompt.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    attachment = attach(backbone, prompt)
+    prompted = attach(backbone, prompt)
     ids, mask = padded(rows, "right", 5)
-    found = attachment(ids, mask).logits[mask.bool()]
+    found = prompted(ids, mask).logits[mask.bool()]
     assert_near(found, torch.cat([concatenated(backbone, prompt, row)[1:] for row in rows]))
     # Candidates and generated tokens come after the text, and count on from there.
     answer = torch.tensor([9, 11, 12])
-    scores = attachment.score(ids, mask, [answer.tolist()])[:, 0]
+    scores = prompted.score(ids, mask, [answer.tolist()])[:, 0]
     slow = [concatenated(backbone, prompt, torch.cat([row, answer]))[-4:-1].log_softmax(-1) for row in rows]
     assert_near(scores, torch.stack([logp.gather(1, answer[:, None]).sum() for logp in slow]))
     for row, made in zip(
-        rows, torch.stack(list(attachment.generate(ids, mask, max_new_tokens=5, stop=[])), 1), strict=True
+        rows, torch.stack(list(prompted.generate(ids, mask, max_new_tokens=5, stop=[])), 1), strict=True
     ):
         whole = torch.cat([row, made])
         assert torch.equal(concatenated(backbone, prompt, whole)[len(row) : -1].argmax(-1), made)
 
 
-def labelled(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor, Tensor]:
+def label_logits(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor, Tensor]:
     """A batch with 3 pads and labels at the end of each row, at its first token, and on padding (to be ignored)."""
     ids, mask = padded(rows, side, 3)
     labels = torch.where(mask == 1, ids, 5)
@@ -100,7 +100,7 @@ def labelled(rows: Sequence[Tensor], side: str) -> tuple[Tensor, Tensor, Tensor]
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_loss_with_labels_on_the_first_token(decoder: Backbone, side: str) -> None:
     prompts, rows = prompts_of(decoder), texts()
-    ids, mask, labels = labelled(rows, side)
+    ids, mask, labels = label_logits(rows, side)
     output = attach(decoder)(ids, mask, labels, prompts=prompts, index=INDEX)
     losses = []
     for place, row in enumerate(rows):
@@ -154,22 +154,22 @@ def test_scores_are_sums_of_log_probabilities(decoder: Backbone, candidates: lis
 
 
 def test_prompts_prepared_once_answer_as_prompts_do(decoder: Backbone) -> None:
-    prompts, attachment = prompts_of(decoder), attach(decoder)
+    prompts, prompted = prompts_of(decoder), attach(decoder)
     ids, mask = padded(texts(), "left", 4)
-    prepared = attachment.prepare(prompts)
-    first: Any = attachment(ids, mask, prompts=prepared, index=INDEX).logits
-    again = attachment(ids, mask, prompts=prepared, index=INDEX).logits
-    fresh = attachment(ids, mask, prompts=prompts, index=INDEX).logits
+    prepared = prompted.prepare(prompts)
+    first: Any = prompted(ids, mask, prompts=prepared, index=INDEX).logits
+    again = prompted(ids, mask, prompts=prepared, index=INDEX).logits
+    fresh = prompted(ids, mask, prompts=prompts, index=INDEX).logits
     assert torch.equal(first, again), "a call changed what was prepared"
     assert_near(first, fresh)
 
 
 def test_a_batch_moves_nothing_in_a_rows_answer(decoder: Backbone) -> None:
     prompts, rows = prompts_of(decoder), texts()
-    attachment: Attachment = attach(decoder)
-    together = attachment.score(*padded(rows, "left", 0), [[5], [9, 11]], prompts=prompts, index=INDEX)
+    prompted: PromptedModel = attach(decoder)
+    together = prompted.score(*padded(rows, "left", 0), [[5], [9, 11]], prompts=prompts, index=INDEX)
     alone = [
-        attachment.score(row[None], None, [[5], [9, 11]], prompts=[prompts[which]])
+        prompted.score(row[None], None, [[5], [9, 11]], prompts=[prompts[which]])
         for which, row in zip(INDEX, rows, strict=True)
     ]
     assert_near(together, torch.cat(alone))
@@ -182,11 +182,11 @@ def test_prompts_and_rows_run_packed_wherever_the_model_hands_it_on(decoder: Bac
 
 @pytest.mark.parametrize("prepared", [False, True])
 def test_packed_and_prepared_prompts_score_alike(decoder: Backbone, prepared: bool) -> None:
-    attachment = attach(decoder)
+    prompted = attach(decoder)
     prompts = prompts_of(decoder)
     ids, mask = padded(texts(), "right", 2)
-    found = attachment.score(
-        ids, mask, [[5], [9]], prompts=attachment.prepare(prompts) if prepared else prompts, index=INDEX
+    found = prompted.score(
+        ids, mask, [[5], [9]], prompts=prompted.prepare(prompts) if prepared else prompts, index=INDEX
     )
     wanted = [
         concatenated(decoder, prompts[which], row)[-1].log_softmax(-1)[[5, 9]]
@@ -212,13 +212,13 @@ def test_prepared_prompts_run_through_our_own_layers(
     monkeypatch.setattr(own_layers, "run", counted)
     prompts = prompts_of(backbone, lengths)
     index = INDEX if len(lengths) > 1 else torch.zeros_like(INDEX)
-    attachment, rows = attach(backbone), texts()
+    prompted, rows = attach(backbone), texts()
     ids, mask = padded(rows, "right", 2)
     passes = 0  # attach has compared once
     with torch.no_grad():
-        prepared = attachment.prepare(prompts)
-        found, targets = attachment.labelled(ids, mask, ids.masked_fill(mask == 0, -100), prepared, index)
-        again = attachment.score(ids, mask, [[5], [9]], prepared, index)
+        prepared = prompted.prepare(prompts)
+        found, targets = prompted.label_logits(ids, mask, ids.masked_fill(mask == 0, -100), prepared, index)
+        again = prompted.score(ids, mask, [[5], [9]], prepared, index)
         assert passes == 2
         wanted = [concatenated(backbone, prompts[which], row) for which, row in zip(index, rows, strict=True)]
     assert_near(found[targets != -100], torch.cat([one[:-1] for one in wanted]))

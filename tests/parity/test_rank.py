@@ -19,18 +19,18 @@ from softprompt import (
     Plain,
     Run,
     Score,
-    Training,
+    TrainingConfig,
     evaluate,
     load_backbone,
     train,
 )
 from softprompt.analysis.rank import (
     Cut,
-    Cutting,
     Drop,
     Functional,
+    LoadedPrompt,
     Spectrum,
-    Subject,
+    Truncation,
     best_part,
     functional_rank,
     measure,
@@ -40,7 +40,7 @@ from softprompt.analysis.rank import (
     views,
 )
 from softprompt.prompts.dept import DePT
-from softprompt.runs import first_attachment
+from softprompt.runs import build_prompted_model
 
 MakeBackbone = Callable[[str], Backbone]
 
@@ -159,8 +159,8 @@ def test_the_smallest_rank_by_both_rules() -> None:
     assert (never.smallest, never.paired) == (None, None)
 
 
-def subject(name: str, length: int = 20) -> Subject:
-    return Subject(name=name, folder=Path(name), prompt=Folded(torch.zeros(length, 32)))
+def subject(name: str, length: int = 20) -> LoadedPrompt:
+    return LoadedPrompt(name=name, folder=Path(name), prompt=Folded(torch.zeros(length, 32)))
 
 
 def test_the_suggestion_is_the_largest_over_seeds() -> None:
@@ -215,7 +215,7 @@ def trained(llama_folder: Path, ticket_task: Path, backbone: Backbone, tmp_path_
     out = tmp_path_factory.mktemp("runs")
 
     def make(prompt: Any) -> Run:
-        training = Training(steps=40, batch=16, evaluate_every=20, lr=0.3)
+        training = TrainingConfig(steps=40, batch_size=16, eval_steps=20, lr=0.3)
         experiment = Experiment(
             backbone=str(llama_folder), task=str(ticket_task), prompt=prompt, training=training, dtype="float32"
         )
@@ -230,7 +230,7 @@ def low_rank(trained: Callable[[Any], Run]) -> Run:
 
 
 def test_a_cut_at_or_above_the_rank_changes_nothing(low_rank: Run) -> None:
-    [measured] = measure(low_rank.folder, functional=Cutting(ranks=(1, 2, 3, 5, 8), split="train", rows=0))
+    [measured] = measure(low_rank.folder, functional=Truncation(ranks=(1, 2, 3, 5, 8), split="train", rows=0))
     assert measured.ranks["prompt"].numerical == 3
     found = measured.functional
     assert found is not None
@@ -246,7 +246,7 @@ def test_a_cut_at_or_above_the_rank_changes_nothing(low_rank: Run) -> None:
 
 
 def test_without_ranks_the_cuts_end_at_the_matrix_own_rank(low_rank: Run) -> None:
-    [measured] = measure(low_rank.folder, functional=Cutting(rows=10))
+    [measured] = measure(low_rank.folder, functional=Truncation(rows=10))
     assert measured.functional is not None
     assert [cut.rank for cut in measured.functional.cuts] == [1, 2, 3]
     assert measured.functional.full.n == 10
@@ -254,17 +254,17 @@ def test_without_ranks_the_cuts_end_at_the_matrix_own_rank(low_rank: Run) -> Non
 
 def test_an_update_cut_to_nothing_is_the_prompt_before_training(low_rank: Run, backbone: Backbone) -> None:
     [one] = subjects(low_rank.folder)
-    found = functional_rank(one, Cutting(part="update", split="train", rows=0))
+    found = functional_rank(one, Truncation(part="update", split="train", rows=0))
     assert [cut.rank for cut in found.cuts] == list(range(7))  # A B - A_0 B_0 has at most twice the rank
     assert found.cuts[-1].score == found.full
     assert found.cuts[-1].drop.chance == 1
     assert found.cuts[0].score != found.full
-    assert one.start is not None
-    first = first_attachment(low_rank.experiment, low_rank.task, backbone, warm=False).prompt
+    assert one.init_prompt is not None
+    first = build_prompted_model(low_rank.experiment, low_rank.task, backbone, warm=False).prompt
     assert first is not None
-    assert torch.equal(one.start, first.prompt())
-    untrained = dataclasses.replace(one, prompt=Folded(one.start))
-    assert functional_rank(untrained, Cutting(ranks=(8,), split="train", rows=0)).full == found.cuts[0].score
+    assert torch.equal(one.init_prompt, first.prompt())
+    untrained = dataclasses.replace(one, prompt=Folded(one.init_prompt))
+    assert functional_rank(untrained, Truncation(ranks=(8,), split="train", rows=0)).full == found.cuts[0].score
 
 
 def test_the_course_goes_from_the_start_to_the_end(low_rank: Run, backbone: Backbone) -> None:
@@ -282,7 +282,7 @@ def test_a_shift_of_the_input_stays_whole(trained: Callable[[Any], Run]) -> None
     run = trained(DePT(length=6, rank=2, positions=40))
     [one] = subjects(run.folder)
     assert "the matrix alone is measured" in one.note
-    found = functional_rank(one, Cutting(ranks=(6,), split="train", rows=0))
+    found = functional_rank(one, Truncation(ranks=(6,), split="train", rows=0))
     assert found.cuts[0].score == found.full
     assert found.full == evaluate(run, split="train")
     assert found.cuts[0].drop.chance == 1
@@ -306,4 +306,4 @@ def test_a_deep_prompt_is_a_matrix_a_layer(backbone: Backbone) -> None:
         "update of layer 2": 3,
         "update of layer 3": 0,
     }
-    assert Subject(name="deep", folder=Path("deep"), prompt=Folded(torch.cat(layers), depth=3)).most == 6
+    assert LoadedPrompt(name="deep", folder=Path("deep"), prompt=Folded(torch.cat(layers), depth=3)).most == 6

@@ -11,11 +11,11 @@ import pytest
 import torch
 from cases import copy_of
 
-from softprompt import DPT, Experiment, Training, train
+from softprompt import DPT, Experiment, TrainingConfig, train
 from softprompt.backbones import Backbone, fsdp
 from softprompt.training import setup
-from softprompt.training.callbacks import Silent
-from softprompt.training.distributed import Processes
+from softprompt.training.callbacks import NullCallback
+from softprompt.training.distributed import DistributedGroup
 
 Said = dict[str, Any]
 KINDS = [("llama", "joint"), ("qwen3", "joint"), ("gemma2", "joint"), ("bloom", "joint"), ("t5", "joint")]
@@ -34,7 +34,11 @@ def processes(
     """What each of two processes says of each backbone: whole, sharded, and sharded with layers computed again."""
     file = tmp_path_factory.mktemp("shards") / "backbones.pt"
     torch.save(
-        {f"{kind}-{attend}": (copy_of(tiny_backbone(kind), precision(kind)), attend) for kind, attend in KINDS}, file
+        {
+            f"{kind}-{prompt_attention}": (copy_of(tiny_backbone(kind), precision(kind)), prompt_attention)
+            for kind, prompt_attention in KINDS
+        },
+        file,
     )
     ended = subprocess.run(
         [sys.executable, Path(__file__).with_name("shards.py"), file],
@@ -48,12 +52,12 @@ def processes(
     return [torch.load(file.with_name(f"{index}.pt")) for index in range(2)]
 
 
-@pytest.mark.parametrize(("kind", "attend"), KINDS)
+@pytest.mark.parametrize(("kind", "prompt_attention"), KINDS)
 def test_loss_gradients_and_answers_are_those_of_the_whole(
-    kind: str, attend: str, processes: list[dict[str, tuple[Said, ...]]]
+    kind: str, prompt_attention: str, processes: list[dict[str, tuple[Said, ...]]]
 ) -> None:
     for said in processes:
-        whole, *sharded = said[f"{kind}-{attend}"]
+        whole, *sharded = said[f"{kind}-{prompt_attention}"]
         for parts in sharded:
             assert parts["checksum"] == whole["checksum"]
             for name in whole.keys() & {"loss", "gradients", "scores", "ever"}:
@@ -61,9 +65,9 @@ def test_loss_gradients_and_answers_are_those_of_the_whole(
                 torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "attend"), KINDS)
-def test_each_holds_its_part(kind: str, attend: str, processes: list[dict[str, tuple[Said, ...]]]) -> None:
-    name = f"{kind}-{attend}"
+@pytest.mark.parametrize(("kind", "prompt_attention"), KINDS)
+def test_each_holds_its_part(kind: str, prompt_attention: str, processes: list[dict[str, tuple[Said, ...]]]) -> None:
+    name = f"{kind}-{prompt_attention}"
     all_of, parts = processes[0][name][0]["held"], [said[name][1]["held"] for said in processes]
     tables = 2 * 32 * 4 if kind == "t5" else 0  # the relative bias, whole in each
     assert sum(parts) == all_of + tables
@@ -92,7 +96,7 @@ def test_generation_goes_on_until_all_are_done(kind: str, processes: list[dict[s
 def test_what_cannot_be_shared_out_is_refused(
     kind: str, changes: Any, why: str, tiny_backbone: Callable[[str], Backbone], ticket_task: Path, tmp_path: Path
 ) -> None:
-    experiment = Experiment(backbone=kind, task=str(ticket_task), training=Training(shard=True), **changes)
+    experiment = Experiment(backbone=kind, task=str(ticket_task), training=TrainingConfig(shard=True), **changes)
     with pytest.raises(ValueError, match=f"^shard is on, and .*{why}; leave it off$"):
         train(experiment, out=tmp_path, backbone=tiny_backbone(kind))
     assert not list(tmp_path.iterdir())
@@ -100,7 +104,7 @@ def test_what_cannot_be_shared_out_is_refused(
 
 def test_four_bits_are_refused(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
     experiment = Experiment(
-        backbone=str(llama_folder), task=str(ticket_task), training=Training(shard=True), dtype="nf4"
+        backbone=str(llama_folder), task=str(ticket_task), training=TrainingConfig(shard=True), dtype="nf4"
     )
     with pytest.raises(ValueError, match=r"^shard is on, and the weights are held as nf4; leave it off$"):
         train(experiment, out=tmp_path)
@@ -120,12 +124,12 @@ def test_a_backbone_of_an_earlier_training_is_refused(
 def test_one_process_is_told_that_it_holds_the_whole(
     tiny_backbone: Callable[[str], Backbone], ticket_task: Path, tmp_path: Path
 ) -> None:
-    class Told(Silent):
+    class Told(NullCallback):
         def note(self, text: str) -> None:
             notes.append(text)
 
     notes: list[str] = []
-    training = Training(steps=2, batch=4, evaluate_every=2, shard=True)
+    training = TrainingConfig(steps=2, batch_size=4, eval_steps=2, shard=True)
     experiment = Experiment(backbone="llama", task=str(ticket_task), prompt=DPT(length=4, rank=2), training=training)
     assert train(experiment, out=tmp_path, backbone=tiny_backbone("llama"), watch=Told()).results is not None
     assert any(note.startswith("one process holds the whole backbone (--shard)") for note in notes)
@@ -142,12 +146,12 @@ def test_on_a_gpu_the_whole_is_loaded_beside_it_and_brought_there(
         raise RuntimeError("seen")
 
     monkeypatch.setattr(setup, "load", load)
-    experiment = Experiment(backbone=str(llama_folder), task=str(ticket_task), training=Training(shard=True))
+    experiment = Experiment(backbone=str(llama_folder), task=str(ticket_task), training=TrainingConfig(shard=True))
     with pytest.raises(RuntimeError, match="seen"):
         train(experiment, out=tmp_path)
     assert found["device"] == "cpu"
     assert found["dtype"] in ("float32", "bfloat16"), "what auto comes to on the device that computes"
-    processes = Processes(cpu=True)
+    processes = DistributedGroup(cpu=True)
     processes.device = torch.device("meta")
     model = torch.nn.Linear(2, 2)
     processes.shard(model)
@@ -159,7 +163,7 @@ def test_layers_that_each_process_leaves_out_by_chance_are_refused(
 ) -> None:
     backbone = tiny_backbone("bart")
     monkeypatch.setattr(backbone.model.config, "encoder_layerdrop", 0.1)
-    experiment = Experiment(backbone="bart", task=str(ticket_task), training=Training(shard=True, dropout=True))
+    experiment = Experiment(backbone="bart", task=str(ticket_task), training=TrainingConfig(shard=True, dropout=True))
     with pytest.raises(ValueError, match="dropout makes each process leave out other layers of bart; leave it off"):
         train(experiment, out=tmp_path, backbone=backbone)
 

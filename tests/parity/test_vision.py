@@ -104,23 +104,23 @@ def test_several_prompts_in_one_call_are_each_alone(name: str, depth: int, tiny_
     """Of unequal length: what fills the shorter one up is not seen."""
     backbone = tiny_backbone(name)
     prompts = [Folded(torch.randn(depth * length, 32, generator=seeded(length)), depth=depth) for length in (3, 7, 5)]
-    attachment = attached(backbone, None)
+    prompted = attached(backbone, None)
     index = torch.tensor([1, 0, 2])
     with torch.no_grad():
-        together = attachment(images(), prompts=prompts, index=index).logits
-        prepared = attachment(images(), prompts=attachment.prepare(prompts), index=index).logits
+        together = prompted(images(), prompts=prompts, index=index).logits
+        prepared = prompted(images(), prompts=prompted.prepare(prompts), index=index).logits
         for row, which in enumerate(index):
-            alone = attachment(images()[row : row + 1], prompts=[prompts[int(which)]]).logits
+            alone = prompted(images()[row : row + 1], prompts=[prompts[int(which)]]).logits
             close(together[row : row + 1], alone)
     torch.testing.assert_close(prepared, together, rtol=0, atol=0)
 
 
 def test_loss_and_score_are_cross_entropy(tiny_backbone: MakeBackbone) -> None:
-    attachment = attached(tiny_backbone("dinov2"), Folded(torch.randn(2, 32, generator=seeded(3))))
+    prompted = attached(tiny_backbone("dinov2"), Folded(torch.randn(2, 32, generator=seeded(3))))
     labels = torch.tensor([[1], [-100], [3]])
     with torch.no_grad():
-        found = attachment(images(), labels=labels)
-        scores = attachment.score(images(), None, [(0,), (1,), (2,), (3,)])
+        found = prompted(images(), labels=labels)
+        scores = prompted.score(images(), None, [(0,), (1,), (2,), (3,)])
     torch.testing.assert_close(scores, found.logits.log_softmax(1))
     torch.testing.assert_close(found.loss, -(scores[0, 1] + scores[2, 3]) / 2)
 

@@ -11,7 +11,7 @@ import torch
 from cases import copy_of
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from softprompt import Attachment, Run, attach, load_backbone, runs
+from softprompt import PromptedModel, Run, attach, load_backbone, runs
 from softprompt.backbones import Backbone
 from softprompt.export import FORMATS, export_runs
 from softprompt.export.vocab import Vocab
@@ -39,7 +39,7 @@ def padded(rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torc
 
 
 def laid_out(
-    folder: Path, live: Attachment, task: Task, names: Sequence[str]
+    folder: Path, live: PromptedModel, task: Task, names: Sequence[str]
 ) -> tuple[list[list[int]], torch.Tensor, Any]:
     """Rows of plain ids, the prompts mixed; and what the live run is given for the same."""
     usage = json.loads((folder / "prompts.json").read_text())
@@ -229,7 +229,7 @@ def test_a_word_that_the_tokenizer_has(made: MakeRun, tiny_backbone: Callable[[s
     tokenizer = AutoTokenizer.from_pretrained(saved(own.tokenizer, tmp_path / "runs"))
     tokenizer.add_tokens(["<x-0>"])
     backbone = Backbone(own.model, tokenizer, "llama", "llama", "causal")
-    with pytest.raises(ValueError, match=r"the word is taken.*--words"):
+    with pytest.raises(ValueError, match=r"the word is taken.*--token-names"):
         export_runs(
             [made(backbone, "plain")], FORMATS["vocab"], tmp_path / "out", backbone=backbone, words={"plain": "<x>"}
         )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from softprompt import DPT, Experiment, Training
+from softprompt import DPT, Experiment, TrainingConfig
 from softprompt.tasks import TASKS
 
 DIM = 32
@@ -23,7 +23,7 @@ def _write_run(
     task: str = "rte",
     prompt: Any = None,
     seed: int = 0,
-    training: Training | None = None,
+    training: TrainingConfig | None = None,
     test: float = 0.6,
     backbone: dict[str, Any] | None = None,
     created: str = "2026-11-20T10:00:00+00:00",
@@ -33,7 +33,7 @@ def _write_run(
 ) -> Path:
     """A finished run's folder below `root`, as the library writes one."""
     prompt = prompt or DPT(length=6, rank=2)
-    experiment = Experiment(task=task, prompt=prompt, seed=seed, training=training or Training(steps=6))
+    experiment = Experiment(task=task, prompt=prompt, seed=seed, training=training or TrainingConfig(steps=6))
     experiment = experiment.replace(**wanted or {})
     folder = root / "runs" / (name or f"{len(list((root / 'runs').glob('*')))}-run")
     folder.mkdir(parents=True)

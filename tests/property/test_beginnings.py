@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softprompt.evaluation.prefix_sharing import MOST, WORTH, _groups, common, readings
+from softprompt.evaluation.prefix_sharing import MIN_SAVING, MOST, _groups, common, plan_prefix_groups
 
 SHARED = st.lists(st.integers(0, 2), max_size=400)
 """Of few different tokens, so that texts drawn apart begin alike too."""
@@ -19,7 +19,7 @@ def texts(draw: st.DrawFn) -> list[tuple[int, ...]]:
 
 @given(given=texts(), batch=st.integers(1, 40), share=st.booleans())
 def test_readings(given: list[tuple[int, ...]], batch: int, share: bool) -> None:
-    found = readings(given, batch, share=share)
+    found = plan_prefix_groups(given, batch, share=share)
     assert sorted(text for reading in found for text, _ in reading.texts) == list(range(len(given)))
     for reading in found:
         for text, which in reading.texts:
@@ -33,7 +33,7 @@ def test_readings(given: list[tuple[int, ...]], batch: int, share: bool) -> None
         assert all(reading.beginnings)
         whole = sum(len(given[text]) for text, _ in reading.texts)
         rests = sum(len(given[text]) - len(reading.beginnings[which]) for text, which in reading.texts)
-        assert whole - rests - sum(map(len, reading.beginnings)) >= WORTH
+        assert whole - rests - sum(map(len, reading.beginnings)) >= MIN_SAVING
         if len(reading.beginnings) > 1:
             longest = max(map(len, reading.beginnings))
             assert len(reading.beginnings) * longest <= MOST
@@ -45,7 +45,7 @@ def test_readings(given: list[tuple[int, ...]], batch: int, share: bool) -> None
 def test_what_all_begin_with(given: list[tuple[int, ...]]) -> None:
     found = common(given)
     assert all(text[: len(found)] == found and len(text) > len(found) for text in given)
-    assert not found or len(found) * (len(given) - 1) >= WORTH
+    assert not found or len(found) * (len(given) - 1) >= MIN_SAVING
 
 
 def best(texts: list[tuple[int, ...]], depth: int = 0) -> int:
@@ -75,7 +75,7 @@ def test_questions_about_passages() -> None:
     passages = [(1, *(2 + place,) * 300) for place in range(4)]
     asked = [0, *[1] * 50, *[2] * 3, *[3] * 4]
     given = [(*passages[which], place) for place, which in enumerate(asked)]
-    found = readings(given, 32)
+    found = plan_prefix_groups(given, 32)
     assert sum(len(beginning) for reading in found for beginning in reading.beginnings) == 903
     assert [len(reading.texts) for reading in found] in ([50, 7, 1], [7, 50, 1])
 
@@ -83,9 +83,9 @@ def test_questions_about_passages() -> None:
 def test_readings_fill_batches() -> None:
     """Seven passages with five questions each are 30 and 5 rows, and not 32 and 3; one much longer runs apart."""
     given = [(place,) * 100 + (other,) for place in range(7) for other in range(5)]
-    assert [len(reading.texts) for reading in readings(given, 32)] == [30, 5]
+    assert [len(reading.texts) for reading in plan_prefix_groups(given, 32)] == [30, 5]
     longer = [(9,) * 900 + (other,) for other in range(5)]
-    assert [len(reading.texts) for reading in readings(given + longer, 32)] == [5, 30, 5]
+    assert [len(reading.texts) for reading in plan_prefix_groups(given + longer, 32)] == [5, 30, 5]
 
 
 def test_an_instruction_for_all() -> None:

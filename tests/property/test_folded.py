@@ -51,7 +51,7 @@ def test_shift_adds_each_tokens_rows(shape: dict[str, int], seed: int, use_posit
 def test_refuse_refuses_exactly_what_lies_beyond(shape: dict[str, int], seed: int) -> None:
     matrix, by_position, _, embeds, ids, positions = draw(shape, seed, shape["places"] + 1)
     strict, lenient = (Folded(matrix, by_position, beyond=beyond) for beyond in ("refuse", "none"))
-    assert (strict.reach, lenient.reach) == (shape["places"], None)
+    assert (strict.max_input_length, lenient.max_input_length) == (shape["places"], None)
     if bool((positions >= shape["places"]).any()):
         with pytest.raises(ValueError, match=f"has offsets for {shape['places']};"):
             strict.shift(embeds, ids, positions)

@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from softprompt import DPT, ADePT, Experiment, Plain, Training
+from softprompt import DPT, ADePT, Experiment, Plain, TrainingConfig
 from softprompt.analysis.report import Report, formats, report, tables
 from softprompt.analysis.report.compare import differences
 from softprompt.analysis.report.grid import Grid, arrange
 from softprompt.analysis.report.groups import Spread, group
 from softprompt.analysis.report.read import read
-from softprompt.config import MEANS
+from softprompt.config import MEMORY_OPTIONS
 
 DIM = 32
 Write = Callable[..., Path]
@@ -30,13 +30,13 @@ Write = Callable[..., Path]
 
 def another(field: "dataclasses.Field[Any]") -> Any:
     """Another value than the default for a setting of the training."""
-    if choices := get_args(get_type_hints(Training)[field.name]):
+    if choices := get_args(get_type_hints(TrainingConfig)[field.name]):
         return next(choice for choice in choices if choice != field.default)
     return not field.default if isinstance(field.default, bool) else type(field.default)(field.default * 0.5 + 7)
 
 
-OTHERS = {field.name: another(field) for field in dataclasses.fields(Training)}
-SAME = ("untouched", *MEANS)
+OTHERS = {field.name: another(field) for field in dataclasses.fields(TrainingConfig)}
+SAME = ("zero_shot", *MEMORY_OPTIONS)
 """Settings that score one thing more, or need less, and train the same."""
 SETTINGS = {name: value for name, value in OTHERS.items() if name not in SAME}
 
@@ -79,9 +79,9 @@ def test_one_seed_has_no_spread(write: Write, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_setting_that_differs_makes_another_row(name: str, write: Write, tmp_path: Path) -> None:
-    write(training=Training(steps=6), test=0.5)
+    write(training=TrainingConfig(steps=6), test=0.5)
     changed = {name: 0.5} if name in ("warmup", "vocabulary_weight") else {name: SETTINGS[name]}  # shares
-    write(training=dataclasses.replace(Training(steps=6), **changed), test=0.7, seed=1)
+    write(training=dataclasses.replace(TrainingConfig(steps=6), **changed), test=0.7, seed=1)
     found = tabled(tmp_path)
     assert len(found.rows) == 2
     assert all(f"{name}=" in label for label in labels(tmp_path))
@@ -90,8 +90,8 @@ def test_a_setting_that_differs_makes_another_row(name: str, write: Write, tmp_p
 
 @pytest.mark.parametrize("name", SAME)
 def test_a_setting_that_changes_nothing_of_what_comes_makes_none(name: str, write: Write, tmp_path: Path) -> None:
-    write(training=Training(steps=6), test=0.5)
-    write(training=dataclasses.replace(Training(steps=6), **{name: OTHERS[name]}), test=0.7, seed=1)
+    write(training=TrainingConfig(steps=6), test=0.5)
+    write(training=dataclasses.replace(TrainingConfig(steps=6), **{name: OTHERS[name]}), test=0.7, seed=1)
     [cell] = formats.cells(tabled(tmp_path))
     assert cell["test"] == pytest.approx(0.6)
 
@@ -131,7 +131,7 @@ def test_no_field_of_an_experiment_but_the_seed_is_averaged_over(write: Write, t
     others: dict[str, Any] = {
         "task": {"task": "cb"},
         "prompt": {"prompt": DPT(length=6, rank=3)},
-        "training": {"training": Training(steps=7)},
+        "training": {"training": TrainingConfig(steps=7)},
         "backbone": {"backbone": {"hash": "cd" * 32}},  # its weights count, and not where they lie
         "dtype": {"backbone": {"dtype": "bfloat16"}},  # what it came to, and not what was asked for
         "data": {"wanted": {"data": "/other"}},
@@ -177,8 +177,8 @@ def test_a_setting_of_a_method_is_told_from_the_trainings(write: Write, tmp_path
 
 @pytest.mark.usefixtures("unchecked")
 def test_whole_numbers_are_one_value_however_written(write: Write, tmp_path: Path) -> None:
-    write(training=Training(steps=6, clip=1))
-    write(training=Training(steps=6, clip=1.0), seed=1)
+    write(training=TrainingConfig(steps=6, max_grad_norm=1))
+    write(training=TrainingConfig(steps=6, max_grad_norm=1.0), seed=1)
     assert len(tabled(tmp_path).rows) == 1
 
 
@@ -202,15 +202,15 @@ def test_the_same_run_counts_once(write: Write, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("majority", "standing", "mark"),
+    ("majority", "trial_status", "mark"),
     [(0.40, "above", ""), (0.549, "above", ""), (0.56, "within", "†"), (0.64, "within", "†"), (0.70, "below", "‡")],
 )
 def test_the_table_says_how_a_score_stands(
-    majority: float, standing: str, mark: str, write: Write, tmp_path: Path
+    majority: float, trial_status: str, mark: str, write: Write, tmp_path: Path
 ) -> None:
     write(test=0.6, majority=majority)
     found = tabled(tmp_path)
-    assert formats.cells(found)[0]["against_majority"] == standing
+    assert formats.cells(found)[0]["against_majority"] == trial_status
     shown = tables.scores(found).rows[-1][1].splitlines()[0]
     assert shown == f"60.0 (1){mark}"
     assert (
@@ -306,7 +306,7 @@ def test_runs_are_found_at_any_depth_and_not_in_runs_or_hidden_folders(write: Wr
 
 def test_trials_of_a_search_are_seen_only_where_they_are_asked_for(write: Write, tmp_path: Path) -> None:
     chosen = write("chosen")
-    trial = write("search/study/trial", training=Training(steps=6, lr=0.5))
+    trial = write("search/study/trial", training=TrainingConfig(steps=6, lr=0.5))
     (trial.parent / "study.journal").write_text("{}\n")
     results, [left] = read([tmp_path])
     assert [result.run.folder for result in results] == [chosen]
@@ -388,8 +388,8 @@ def test_an_unclear_reference_is_refused(name: str, said: str, write: Write, tmp
 
 def test_settings_are_chosen_on_development_scores_alone(write: Write, tmp_path: Path) -> None:
     for lr, dev, test in ((0.01, 0.7, 0.55), (0.1, 0.6, 0.95)):
-        write(training=Training(steps=6, lr=lr), dev=dev, test=test)
-    write(training=Training(steps=6, lr=0.1, shots=8), dev=0.9, test=0.3)
+        write(training=TrainingConfig(steps=6, lr=lr), dev=dev, test=test)
+    write(training=TrainingConfig(steps=6, lr=0.1, shots=8), dev=0.9, test=0.3)
     found = tabled(tmp_path, choose=True)
     cells = {cell["row"]: (cell["test"], cell["chosen"]) for cell in formats.cells(found)}
     # Shots are a condition: the two are not rivals.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from softprompt import Training
+from softprompt import TrainingConfig
 from softprompt.analysis.report import Report, curves, formats, pictures, report
 from softprompt.analysis.report.groups import Group, group
 from softprompt.analysis.report.palette import styles
@@ -47,7 +47,7 @@ def test_a_method_looks_the_same_everywhere() -> None:
 
 def test_pictures_of_a_sweep(write: Write, tmp_path: Path) -> None:
     for lr in (0.01, 0.1):
-        write(training=Training(steps=6, lr=lr), dev=0.6 + lr, test=0.4)
+        write(training=TrainingConfig(steps=6, lr=lr), dev=0.6 + lr, test=0.4)
     found = made(tmp_path)
     names = {path.name for path in found.files}
     assert names >= {f"{stem}.{kind}" for stem in ("learning-1", "sizes", "rates-dev") for kind in ("png", "svg")}

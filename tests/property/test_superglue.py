@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from softprompt.config import Experiment, Training
+from softprompt.config import Experiment, TrainingConfig
 from softprompt.evaluation.evaluate import draw, evaluate, read_splits
 from softprompt.prompts.plain import Plain
 from softprompt.tasks import METRICS, READERS, SAME_ROWS, TASKS, Answers, Example, load_task, score, splits
@@ -372,7 +372,7 @@ def test_paper_needs_an_official_validation_split(ticket_task: Path, unchecked: 
 
 @pytest.mark.parametrize(("balanced", "count"), [(True, 6), (False, 2)])
 def test_shots_leave_the_papers_validation_whole(superglue: Path, balanced: bool, count: int) -> None:
-    few = Training(shots=2, shots_balanced=balanced)
+    few = TrainingConfig(shots=2, shots_balanced=balanced)
     paper = Experiment(task="cb", data=str(superglue), protocol="paper", training=few)
     found = read_splits(paper, TASKS["cb"])
     assert (len(found.train), len(found.dev), found.shared) == (count, 24, True)
@@ -404,7 +404,7 @@ def test_a_run_says_that_it_selected_on_what_it_reports(superglue: Path, llama_f
         data=str(superglue),
         protocol="paper",
         prompt=Plain(length=2),
-        training=Training(steps=1, batch=4, evaluate_every=1, dev_rows=3),
+        training=TrainingConfig(steps=1, batch_size=4, eval_steps=1, dev_rows=3),
     )
     run = train(experiment, out=tmp_path)
     results = run.results

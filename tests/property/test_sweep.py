@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softprompt import DPT, METHODS, Experiment, Training
+from softprompt import DPT, METHODS, Experiment, TrainingConfig
 from softprompt.config import _LATER
 from softprompt.sweep import Range, Search, expand, read, trial_name
 from softprompt.tasks import load_task
@@ -100,9 +100,9 @@ def test_whole_numbers_are_numbers() -> None:
 
 def test_an_experiment_is_known_by_what_it_always_was() -> None:
     """A field that is new must not make finished runs strangers; see `_LATER` in experiment.py."""
-    one = Experiment(task="boolq", prompt=DPT(length=100, rank=5), training=Training(shots=8), seed=3)
+    one = Experiment(task="boolq", prompt=DPT(length=100, rank=5), training=TrainingConfig(shots=8), seed=3)
     assert one.hash == "58f8434e4703ef18791f4a3d5acaa9e0e208fb0e4b05c19fd2cd99a099619fd9"
-    assert len({one.hash, one.replace(place="behind").hash, one.replace(attend="isolated").hash}) == 3
+    assert len({one.hash, one.replace(place="suffix").hash, one.replace(prompt_attention="self").hash}) == 3
     for name, value in _LATER.items():
         assert getattr(Experiment(), name) == value
 

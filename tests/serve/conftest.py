@@ -23,9 +23,9 @@ from softprompt.backbones import Backbone
 from softprompt.prompts import METHODS, SoftPrompt
 from softprompt.serve import Engine, Limits
 from softprompt.serve.api.app import make_app
-from softprompt.serve.api.middleware import Access
+from softprompt.serve.api.middleware import AuthConfig
 from softprompt.serve.metrics import Metrics
-from softprompt.serve.prompts.store import Shelf
+from softprompt.serve.prompts.store import PromptStore
 
 SMALL = {"rank": 2, "width": 4, "positions": 64, "samples": 20}
 
@@ -77,7 +77,7 @@ def run_folders(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, ti
             backbone=str(llama_folder),
             task=str(ticket_task),
             prompt=softprompt.DPT(rank=2, length=length),
-            training=softprompt.Training(steps=2, batch=4, evaluate_every=2),
+            training=softprompt.TrainingConfig(steps=2, batch_size=4, eval_steps=2),
             dtype="float32",
         )
         found.append(softprompt.train(experiment, out=out, name=f"tickets-{length}").folder)
@@ -90,7 +90,7 @@ class Service:
 
     address: str
     engine: Engine
-    shelf: Path
+    store: Path
     token: str = "sesame"
     master: str = "master"
 
@@ -124,11 +124,11 @@ def service_of(engine_of: Callable[..., Engine], tmp_path: Path) -> Iterator[Cal
     """`service_of(access, prompts=3)`: a service on a free port, its prompts kept in `tmp_path / "shelf"`."""
     servers: list[tuple[uvicorn.Server, threading.Thread]] = []
 
-    def make(access: Access | None = None, **of_engine: Any) -> Service:
+    def make(access: AuthConfig | None = None, **of_engine: Any) -> Service:
         engine, metrics = engine_of(**of_engine), Metrics()
         engine._worker._watch = metrics.passed
-        access = access or Access(tokens=(Service.token,), admin_tokens=(Service.master,), body_seconds=1.0)
-        app = make_app(engine, access, metrics=metrics, shelf=Shelf(tmp_path / "shelf"), grace=10.0)
+        access = access or AuthConfig(tokens=(Service.token,), admin_tokens=(Service.master,), body_seconds=1.0)
+        app = make_app(engine, access, metrics=metrics, store=PromptStore(tmp_path / "shelf"), grace=10.0)
         config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=10)
         sock = config.bind_socket()
         server = uvicorn.Server(config)

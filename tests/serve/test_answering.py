@@ -7,7 +7,7 @@ import pytest
 
 from softprompt.serve import Engine
 from softprompt.serve.api.streaming import Answer
-from softprompt.serve.engine.request import Ticket, Writing
+from softprompt.serve.engine.request import EngineRequest, GenerateParams
 
 
 @pytest.mark.parametrize("done", [True, False])
@@ -17,10 +17,10 @@ def test_what_was_written_in_time_reaches_a_slow_reader(engine_of: Callable[...,
 
     async def read() -> str:
         answer = Answer(engine.backbone.tokenizer, ())
-        work = Writing(max_new_tokens=len(ids) if done else len(ids) + 1)
-        ticket = answer.begin(lambda put: Ticket(engine.get("p0"), (1,), work, timeout=-60.0, on_token=put))
+        work = GenerateParams(max_new_tokens=len(ids) if done else len(ids) + 1)
+        request = answer.begin(lambda put: EngineRequest(engine.get("p0"), (1,), work, timeout=-60.0, on_token=put))
         for token in ids:
-            ticket.write(token)
+            request.write(token)
         await asyncio.sleep(0.01)
         return await answer.whole()
 

@@ -29,11 +29,11 @@ def test_base_says_what_the_model_says_without_a_prompt(engine_of: EngineOf, nam
     )[0]
     # Beside a prompt's rows, which wait in the same batch.
     others = engine.classify("p1", ["c d e f", "a"], words)
-    tickets = engine.classify("base", texts, words)
-    for example, ticket in zip(examples, tickets, strict=True):
+    requests = engine.classify("base", texts, words)
+    for example, request in zip(examples, requests, strict=True):
         ids = torch.tensor([example.input_ids])
         expected = alone.score(ids, torch.ones_like(ids), answer_ids(task, engine.backbone.tokenizer))[0]
-        torch.testing.assert_close(torch.tensor(ticket.result(30.0).scores), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.tensor(request.result(30.0).scores), expected, atol=1e-4, rtol=1e-4)
     assert all(len(other.result(30.0).scores) == 2 for other in others)
     if name == "bert_mlm":
         return

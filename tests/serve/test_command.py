@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from softprompt.cli import main
-from softprompt.serve.api.middleware import Access
+from softprompt.serve.api.middleware import AuthConfig
 from softprompt.serve.service import refuse_open, serve
 
 
@@ -58,7 +58,7 @@ def test_it_does_not_listen_beyond_this_machine_without_a_token(
     monkeypatch.delenv("SOFTPROMPT_ADMIN_TOKEN", raising=False)
     assert main(["serve", "--backbone", "nothing", "--host", host]) == 1
     assert "there is no token" in capsys.readouterr().err
-    refuse_open(host, Access(tokens=("sesame",)))
+    refuse_open(host, AuthConfig(tokens=("sesame",)))
 
 
 def test_a_port_that_is_taken_is_named(tiny_backbone: Callable[..., Any]) -> None:

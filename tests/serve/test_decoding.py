@@ -20,8 +20,8 @@ def test_logits_through_reading_joining_and_leaving(
     decoder: Backbone, prompt_of: Callable[..., SoftPrompt], begun: int
 ) -> None:
     """With `begun`, the first tokens of the longer rows were read with their prompts."""
-    attachment = attach(decoder, None)
-    service = Decoder(attachment)
+    prompted = attach(decoder, None)
+    service = Decoder(prompted)
     prompts = [prompt_of(decoder, seed, method).fold() for seed, method in enumerate(METHODS)]
     draw = torch.Generator().manual_seed(0)
     texts = [torch.randint(5, 300, (count,), generator=draw).tolist() for count in (3, 1, 9, 6)]
@@ -33,7 +33,7 @@ def test_logits_through_reading_joining_and_leaving(
 
     def check(logits: Tensor, which: list[int]) -> None:
         for ours, row in zip(logits, which, strict=True):
-            expected = attachment(torch.tensor([texts[row]]), prompts=[prompts[row]]).logits[0, -1]
+            expected = prompted(torch.tensor([texts[row]]), prompts=[prompts[row]]).logits[0, -1]
             # float32 sums in another order, on logits of about 10.
             torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
@@ -85,8 +85,8 @@ def test_no_column_slides_out_of_the_window_before_its_row_is_as_wide(
 ) -> None:
     """A long text beside a long prompt, which together are wider than either row."""
     backbone = tiny_backbone("mistral")
-    attachment = attach(backbone, None)
-    service = Decoder(attachment)
+    prompted = attach(backbone, None)
+    service = Decoder(prompted)
     assert service.window == 128
     prompts = [prompt_of(backbone, seed, "plain", length).fold() for seed, length in enumerate((4, 68))]
     states = [service.prompt_state(prompt) for prompt in prompts]
@@ -97,7 +97,7 @@ def test_no_column_slides_out_of_the_window_before_its_row_is_as_wide(
 
     batch, _ = service.read(rows(59), room=1)
     ours = service.advance(batch, torch.tensor([9, 9]))[1:]
-    expected = attachment(torch.tensor([[7, 8, 9]]), prompts=prompts[1:]).logits[:, -1]
+    expected = prompted(torch.tensor([[7, 8, 9]]), prompts=prompts[1:]).logits[:, -1]
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     service.read(rows(60))
     with pytest.raises(ValueError, match="window of 128"):

@@ -13,7 +13,7 @@ from softprompt import open_run, predict
 from softprompt.backbones import load
 from softprompt.models import Sampling, attach
 from softprompt.prompts import SoftPrompt
-from softprompt.serve import Cancelled, Engine, Full, Limits
+from softprompt.serve import Cancelled, Engine, Limits, QueueFull
 from softprompt.serve.engine import encode as serve_encode
 from softprompt.tasks import answer_ids, encode
 from softprompt.tasks.task import Task
@@ -28,20 +28,20 @@ DECODERS = ("llama", "gpt2", "qwen3", "bloom", "opt", "gemma2", "mistral")
 def alone(engine: Engine, name: str, text: str) -> list[float]:
     """The attachment's own scores, one row at a time."""
     backbone = engine.backbone
-    attachment = attach(backbone, engine.get(name).prompt)
+    prompted = attach(backbone, engine.get(name).prompt)
     task = Task(name="t", template="{text}", label="y", words={label: label for label in LABELS})
-    ids = encode(task, backbone.tokenizer, [{"text": text}], 500, closing=attachment.closed, answers=False)[0][0]
+    ids = encode(task, backbone.tokenizer, [{"text": text}], 500, closing=prompted.appends_eos, answers=False)[0][0]
     with torch.no_grad():
-        return attachment.score(torch.tensor([ids.input_ids]), None, answer_ids(task, backbone.tokenizer))[0].tolist()
+        return prompted.score(torch.tensor([ids.input_ids]), None, answer_ids(task, backbone.tokenizer))[0].tolist()
 
 
 @pytest.mark.parametrize("name", [*DECODERS, "t5", "bart"])
 def test_choices_of_a_mixed_batch_are_those_of_the_row_alone(engine_of: EngineOf, name: str) -> None:
     engine = engine_of(name, max_wait=200.0)
     asked = [(f"p{place % 5}", text) for place, text in enumerate(TEXTS * 2)]
-    tickets = [engine.classify(prompt, [text], LABELS)[0] for prompt, text in asked]
-    for (prompt, text), ticket in zip(asked, tickets, strict=True):
-        ours, expected = ticket.result(30.0).scores, alone(engine, prompt, text)
+    requests = [engine.classify(prompt, [text], LABELS)[0] for prompt, text in asked]
+    for (prompt, text), request in zip(asked, requests, strict=True):
+        ours, expected = request.result(30.0).scores, alone(engine, prompt, text)
         # The same sums in another order: a few units in the last place of a float32.
         assert ours == pytest.approx(expected, abs=1e-5, rel=1e-5)
         assert max(range(3), key=ours.__getitem__) == max(range(3), key=expected.__getitem__)
@@ -49,12 +49,12 @@ def test_choices_of_a_mixed_batch_are_those_of_the_row_alone(engine_of: EngineOf
 
 def written_alone(engine: Engine, name: str, text: str, tokens: int) -> list[int]:
     backbone = engine.backbone
-    attachment = attach(backbone, engine.get(name).prompt)
+    prompted = attach(backbone, engine.get(name).prompt)
     task = Task(name="t", template="{text}", target="y", metrics=("exact_match",))
-    ids = encode(task, backbone.tokenizer, [{"text": text}], 500, closing=attachment.closed, answers=False)[0][0]
-    stop = attachment.end_of_sequence()
+    ids = encode(task, backbone.tokenizer, [{"text": text}], 500, closing=prompted.appends_eos, answers=False)[0][0]
+    stop = prompted.end_of_sequence()
     found = []
-    for token in attachment.generate(torch.tensor([ids.input_ids]), max_new_tokens=tokens):
+    for token in prompted.generate(torch.tensor([ids.input_ids]), max_new_tokens=tokens):
         if int(token) in stop:
             break
         found.append(int(token))
@@ -65,12 +65,12 @@ def written_alone(engine: Engine, name: str, text: str, tokens: int) -> list[int
 def test_texts_written_together_are_those_written_alone(engine_of: EngineOf, name: str) -> None:
     engine = engine_of(name, max_batch=4)
     asked = [(f"p{place % 5}", text, 3 + 5 * (place % 4)) for place, text in enumerate(TEXTS * 2)]
-    tickets = []
+    requests = []
     for prompt, text, tokens in asked:  # some are being written when others come
-        tickets.append(engine.generate(prompt, text, max_new_tokens=tokens))
+        requests.append(engine.generate(prompt, text, max_new_tokens=tokens))
         time.sleep(0.003)
-    for (prompt, text, tokens), ticket in zip(asked, tickets, strict=True):
-        assert list(ticket.result(60.0).tokens) == written_alone(engine, prompt, text, tokens)
+    for (prompt, text, tokens), request in zip(asked, requests, strict=True):
+        assert list(request.result(60.0).tokens) == written_alone(engine, prompt, text, tokens)
 
 
 def test_a_drawn_text_does_not_depend_on_its_neighbours(engine_of: EngineOf) -> None:
@@ -79,9 +79,9 @@ def test_a_drawn_text_does_not_depend_on_its_neighbours(engine_of: EngineOf) -> 
     first = [engine.generate("p1", "a b", max_new_tokens=12, sampling=draw).result(30.0).tokens for draw in draws]
     crowd = [engine.generate(f"p{place % 5}", "c", max_new_tokens=9 + place) for place in range(4)]
     again = [engine.generate("p1", "a b", max_new_tokens=12, sampling=draw) for draw in draws]
-    assert [ticket.result(30.0).tokens for ticket in again] == first
+    assert [request.result(30.0).tokens for request in again] == first
     assert len(set(first)) == 3
-    assert all(ticket.result(30.0) for ticket in crowd)
+    assert all(request.result(30.0) for request in crowd)
 
 
 @pytest.mark.parametrize("name", ["bert_mlm", "distilbert_mlm"])
@@ -89,10 +89,10 @@ def test_an_encoder_answers_in_words(engine_of: EngineOf, name: str) -> None:
     engine = engine_of(name, shifting=False, max_wait=200.0)
     words = ["a", "b", "c"]
     asked = [(f"p{place % 5}", text) for place, text in enumerate(TEXTS)]
-    tickets = [engine.classify(prompt, [text], words)[0] for prompt, text in asked]
+    requests = [engine.classify(prompt, [text], words)[0] for prompt, text in asked]
     single = [engine.classify(prompt, [text], words)[0].result(30.0).scores for prompt, text in asked]
-    for ticket, expected in zip(tickets, single, strict=True):
-        assert ticket.result(30.0).scores == pytest.approx(expected, abs=1e-5)
+    for request, expected in zip(requests, single, strict=True):
+        assert request.result(30.0).scores == pytest.approx(expected, abs=1e-5)
     with pytest.raises(ValueError, match="writes no text"):
         engine.generate("p0", "a")
 
@@ -109,10 +109,10 @@ def test_two_runs_answer_as_predict_does(run_folders: list[Path], worth: int, mo
             served = engine.add(run.name, run.folder)
             assert (served.begun is not None) == (worth == 1)
             assert served.describe()["bytes"] == sum(state.bytes for state in served.states)
-        tickets = [(run, engine.classify(run.name, rows)) for run in runs]
-        for run, asked in tickets:
-            for ticket, answer in zip(asked, predict(run, rows, backbone=backbone), strict=True):
-                chances = torch.tensor(ticket.result(30.0).scores).softmax(0).tolist()
+        requests = [(run, engine.classify(run.name, rows)) for run in runs]
+        for run, asked in requests:
+            for request, answer in zip(asked, predict(run, rows, backbone=backbone), strict=True):
+                chances = torch.tensor(request.result(30.0).scores).softmax(0).tolist()
                 assert chances == pytest.approx(list(answer.probabilities.values()), abs=1e-5)
                 assert max(range(len(chances)), key=chances.__getitem__) == answer.index
         other = engine.classify(runs[0].name, ["no words of the template"], LABELS)[0].result(30.0).scores
@@ -178,9 +178,9 @@ def test_a_waiting_row_gets_the_prompt_that_it_came_for(engine_of: EngineOf, pro
     engine = engine_of(prompts=0, max_wait=300.0)
     engine.add("p", prompt_of(engine.backbone, 1))
     expected = alone(engine, "p", "a b")
-    ticket = engine.classify("p", ["a b"], LABELS)[0]
+    request = engine.classify("p", ["a b"], LABELS)[0]
     engine.add("p", prompt_of(engine.backbone, 2), over=True)
-    assert ticket.result(30.0).scores == pytest.approx(expected, abs=1e-5)
+    assert request.result(30.0).scores == pytest.approx(expected, abs=1e-5)
     assert engine.classify("p", ["a b"], LABELS)[0].result(30.0).scores != pytest.approx(expected, abs=1e-3)
 
 
@@ -188,23 +188,23 @@ def test_prompts_take_turns(engine_of: EngineOf) -> None:
     engine = engine_of(prompts=2, max_batch=2, max_wait=0.0, max_waiting=1000)
     many = engine.classify("p0", ["a b c"] * 200, LABELS)
     few = engine.classify("p1", ["a b c"] * 2, LABELS)
-    for ticket in few:
-        ticket.result(30.0)
-    assert sum(ticket.over for ticket in many) < 100
+    for request in few:
+        request.result(30.0)
+    assert sum(request.over for request in many) < 100
 
 
 def test_a_full_line_refuses_at_once_and_recovers(engine_of: EngineOf) -> None:
     engine = engine_of(
         prompts=1, max_waiting=6, max_wait=2000.0
     )  # fewer than a CPU takes at once: they wait for others
-    tickets = engine.classify("p0", ["a"] * 6, LABELS)
+    requests = engine.classify("p0", ["a"] * 6, LABELS)
     start = time.monotonic()
-    with pytest.raises(Full) as refused:
+    with pytest.raises(QueueFull) as refused:
         engine.classify("p0", ["a"] * 3, LABELS)
     assert time.monotonic() - start < 1
     assert refused.value.after >= 1
-    for ticket in tickets:
-        ticket.result(30.0)
+    for request in requests:
+        request.result(30.0)
     assert engine.classify("p0", ["a"], LABELS)[0].result(30.0)
 
 
@@ -225,9 +225,9 @@ def test_a_deadline_ends_what_waits_and_what_is_written(engine_of: EngineOf) -> 
     engine = engine_of(prompts=1, timeout=0.05, max_wait=400.0)
     with pytest.raises(TimeoutError, match=r"0\.05 seconds"):
         engine.classify("p0", ["a"], LABELS)[0].result(10.0)
-    ticket = engine.generate("p0", "a", max_new_tokens=200, on_token=lambda token: time.sleep(0.01))
+    request = engine.generate("p0", "a", max_new_tokens=200, on_token=lambda token: time.sleep(0.01))
     with pytest.raises(TimeoutError, match=r"0\.05 seconds"):
-        ticket.result(10.0)
+        request.result(10.0)
 
 
 def test_closing_finishes_what_there_is_and_takes_no_more(engine_of: EngineOf) -> None:

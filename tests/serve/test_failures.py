@@ -13,9 +13,9 @@ from fastapi.testclient import TestClient
 from softprompt.models import Sampling
 from softprompt.models.encoder_decoder import EncoderDecoder
 from softprompt.prompts import Folded
-from softprompt.serve import Closed, Engine, Limits
+from softprompt.serve import Engine, EngineClosed, Limits
 from softprompt.serve.api.app import make_app
-from softprompt.serve.api.middleware import Access
+from softprompt.serve.api.middleware import AuthConfig
 from softprompt.serve.engine.kv_cache import Batch, Decoder
 
 EngineOf = Callable[..., Engine]
@@ -47,9 +47,9 @@ def test_memory_that_runs_out_halves_the_batch(engine_of: EngineOf, monkeypatch:
             return [engine.classify(f"p{row % 4}", [TEXTS[row % 6]], LABELS)[0] for row in range(8)]
         return [engine.generate(f"p{row % 4}", TEXTS[row % 6], max_new_tokens=6) for row in range(8)]
 
-    expected = [ticket.result(30.0) for ticket in ask()]
+    expected = [request.result(30.0) for request in ask()]
     monkeypatch.setattr(engine.backbone.model, "get_input_embeddings", lambda: failing)
-    found = [ticket.result(30.0) for ticket in ask()]
+    found = [request.result(30.0) for request in ask()]
     assert engine.status().max_batch < 8
     if kind == "writing":
         assert [one.tokens for one in found] == [one.tokens for one in expected]
@@ -66,13 +66,13 @@ def test_one_bad_row_fails_alone(engine_of: EngineOf, monkeypatch: pytest.Monkey
     monkeypatch.setattr(engine.backbone.model, "get_input_embeddings", lambda: failing)
     texts = ["a", "b", "x", "c", "a b"]
     if kind == "choice":
-        tickets: list[Any] = [engine.classify(f"p{i % 3}", [text], LABELS)[0] for i, text in enumerate(texts)]
+        requests: list[Any] = [engine.classify(f"p{i % 3}", [text], LABELS)[0] for i, text in enumerate(texts)]
     else:
-        tickets = [engine.generate(f"p{i % 3}", text, max_new_tokens=1) for i, text in enumerate(texts)]
+        requests = [engine.generate(f"p{i % 3}", text, max_new_tokens=1) for i, text in enumerate(texts)]
     with pytest.raises(RuntimeError, match="broken"):
-        tickets[2].result(30.0)
+        requests[2].result(30.0)
     for place in (0, 1, 3, 4):
-        assert tickets[place].result(30.0)
+        assert requests[place].result(30.0)
 
 
 def memory() -> torch.OutOfMemoryError:
@@ -98,11 +98,11 @@ def test_memory_that_runs_out_between_two_steps_changes_no_text(
         return real(self, rows, room)
 
     monkeypatch.setattr(Decoder, "joined", joined)
-    began, tickets = threading.Event(), []
+    began, requests = threading.Event(), []
     for name, text, most in asked:
-        tickets.append(engine.generate(name, text, max_new_tokens=most, on_token=lambda _: began.set()))
+        requests.append(engine.generate(name, text, max_new_tokens=most, on_token=lambda _: began.set()))
         assert began.wait(30)  # the first is being written, and 39 of its tokens are to come, when the others join
-    assert [ticket.result(30.0).tokens for ticket in tickets] == expected
+    assert [request.result(30.0).tokens for request in requests] == expected
     assert fails[0]
     assert engine.alive
 
@@ -122,8 +122,8 @@ def test_what_a_failed_pass_had_computed_is_freed_before_the_next_one(
         return real(ids)
 
     monkeypatch.setattr(engine.backbone.model, "get_input_embeddings", lambda: embed)
-    for ticket in [engine.classify(f"p{row % 2}", ["a"], LABELS)[0] for row in range(4)]:
-        ticket.result(30.0)
+    for request in [engine.classify(f"p{row % 2}", ["a"], LABELS)[0] for row in range(4)]:
+        request.result(30.0)
     assert found
     assert all(found)
 
@@ -143,10 +143,10 @@ def test_a_row_that_overflows_fails_alone_while_it_is_written(
 
     monkeypatch.setattr(Decoder, "advance", advance)
     broken = engine.generate("p2", "a b", max_new_tokens=12, sampling=Sampling(temperature=1.0))
-    tickets = [engine.generate(f"p{row}", "a b", max_new_tokens=12) for row in (0, 1)]
+    requests = [engine.generate(f"p{row}", "a b", max_new_tokens=12) for row in (0, 1)]
     with pytest.raises(FloatingPointError, match="p2"):
         broken.result(30.0)
-    assert [ticket.result(30.0).tokens for ticket in tickets] == expected
+    assert [request.result(30.0).tokens for request in requests] == expected
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -164,20 +164,20 @@ def test_a_row_of_an_encoder_decoder_that_overflows_fails_alone(
 
     monkeypatch.setattr(EncoderDecoder, "_encoded", encoded)
     busy, began = threading.Event(), threading.Event()  # so that all come at once
-    holding = threading.Thread(target=engine._turns.do, args=(lambda: busy.set() or began.wait(20),))
+    holding = threading.Thread(target=engine._scheduler.do, args=(lambda: busy.set() or began.wait(20),))
     holding.start()
     assert busy.wait(20)
     broken = [
         engine.generate("huge", "a b", max_new_tokens=12, sampling=Sampling(temperature=temperature))
         for temperature in (0.0, 1.0)
     ]
-    tickets = [engine.generate(f"p{row}", "a b", max_new_tokens=12) for row in (0, 1)]
+    requests = [engine.generate(f"p{row}", "a b", max_new_tokens=12) for row in (0, 1)]
     began.set()
     holding.join()
-    for ticket in broken:
+    for request in broken:
         with pytest.raises(FloatingPointError, match="huge"):
-            ticket.result(30.0)
-    assert [ticket.result(30.0).tokens for ticket in tickets] == expected
+            request.result(30.0)
+    assert [request.result(30.0).tokens for request in requests] == expected
     assert engine.status().writing == 0
 
 
@@ -238,11 +238,11 @@ def test_a_thread_that_dies_leaves_nobody_waiting(engine_of: EngineOf, monkeypat
     monkeypatch.setattr(engine._worker, "choose", die)
     with TestClient(make_app(engine), base_url="http://localhost") as client:
         assert client.get("/healthz").status_code == 200
-        with pytest.raises(Closed, match="failed"):
+        with pytest.raises(EngineClosed, match="failed"):
             engine.classify("p0", ["a"], LABELS)[0].result(10.0)
-        with pytest.raises(Closed):
+        with pytest.raises(EngineClosed):
             engine.generate("p0", "a")
-        engine._turns._thread.join(10)
+        engine._scheduler._thread.join(10)
         assert client.get("/healthz").status_code == client.get("/readyz").status_code == 503
 
 
@@ -255,7 +255,7 @@ def test_an_error_of_ours_is_counted_and_logged_as_one(
         raise RuntimeError("secret")
 
     monkeypatch.setattr(engine, "classify", broken)
-    app = make_app(engine, Access())
+    app = make_app(engine, AuthConfig())
     with (
         caplog.at_level("INFO", logger="softprompt.serve"),
         TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client,

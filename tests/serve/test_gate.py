@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from softprompt.serve.api.middleware import Access
+from softprompt.serve.api.middleware import AuthConfig
 
 
 def test_who_may_do_what(service: Any, prompt_file: Callable[..., bytes], error_of: Callable[..., Any]) -> None:
@@ -38,7 +38,7 @@ def test_who_may_do_what(service: Any, prompt_file: Callable[..., bytes], error_
 def test_without_a_token_nothing_can_be_changed_and_other_names_are_refused(
     service_of: Callable[..., Any], prompt_file: Callable[..., bytes]
 ) -> None:
-    service = service_of(Access(), prompts=1)
+    service = service_of(AuthConfig(), prompts=1)
     with service.client({}) as client:
         assert client.get("/v1/models").status_code == 200
         assert client.put("/v1/prompts/x", content=prompt_file(service.engine)).status_code == 403
@@ -73,7 +73,7 @@ def test_a_body_that_never_ends_is_given_up(service: Any) -> None:
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost.evil.example:8000"])
 def test_without_a_token_no_page_of_another_site_may_ask(service_of: Callable[..., Any], origin: str) -> None:
-    service = service_of(Access(), prompts=1)
+    service = service_of(AuthConfig(), prompts=1)
     body = {"model": "p0", "prompt": "a", "max_tokens": 1}
     with service.client({}) as client:
         assert client.post("/v1/completions", json=body, headers={"Origin": origin}).status_code == 403
@@ -92,4 +92,4 @@ def test_without_a_token_no_body_is_taken(service: Any) -> None:
 @pytest.mark.parametrize("tokens", [("",), ("good", " ")])
 def test_an_empty_token_is_none(tokens: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="a token is empty"):
-        Access(tokens=tokens)
+        AuthConfig(tokens=tokens)

@@ -17,19 +17,19 @@ from softprompt.prompts import METHODS, SoftPrompt
 from softprompt.prompts.deep import build
 from softprompt.serve import Engine
 from softprompt.serve.engine import encode
-from softprompt.serve.engine.request import Choice, Ticket
-from softprompt.serve.engine.scoring import AttachedScorer
-from softprompt.serve.prompts.entry import Served
+from softprompt.serve.engine.request import ClassifyParams, EngineRequest
+from softprompt.serve.engine.scoring import GeneralScorer
+from softprompt.serve.prompts.entry import PromptEntry
 from softprompt.tasks.task import Task
 
 MakeBackbone = Callable[[str], Backbone]
 PromptOf = Callable[..., SoftPrompt]
 
 
-def served(name: str, prompt: SoftPrompt, backbone: Backbone, classes: int, seed: int, **more: Any) -> Served:
+def served(name: str, prompt: SoftPrompt, backbone: Backbone, classes: int, seed: int, **more: Any) -> PromptEntry:
     candidates = tuple((index,) for index in range(classes))
     head = fresh_head(backbone, classes, torch.Generator().manual_seed(seed))
-    return Served(name=name, prompt=prompt.fold(), source="run", candidates=candidates, head=head, **more)
+    return PromptEntry(name=name, prompt=prompt.fold(), source="run", candidates=candidates, head=head, **more)
 
 
 @torch.no_grad()
@@ -38,10 +38,12 @@ def test_texts_through_heads_of_different_sizes(name: str, tiny_backbone: MakeBa
     backbone = tiny_backbone(name)
     ones = [served(f"p{seed}", prompt_of(backbone, seed), backbone, 2 + seed, seed) for seed in range(3)]
     rows = [[0, 40, 41, 1], [0, 50, 1], [0, 60, 61, 62, 63, 1], [0, 70, 1]]
-    tickets = [Ticket(ones[i % 3], ids, Choice(candidates=ones[i % 3].candidates)) for i, ids in enumerate(rows)]
-    for ticket, ours in zip(tickets, AttachedScorer(backbone)(tickets), strict=True):
-        one = ticket.served
-        alone = attach(backbone, one.prompt, head=one.head).score(torch.tensor([ticket.ids]), None, one.candidates)
+    requests = [
+        EngineRequest(ones[i % 3], ids, ClassifyParams(candidates=ones[i % 3].candidates)) for i, ids in enumerate(rows)
+    ]
+    for request, ours in zip(requests, GeneralScorer(backbone)(requests), strict=True):
+        one = request.served
+        alone = attach(backbone, one.prompt, head=one.head).score(torch.tensor([request.ids]), None, one.candidates)
         assert ours == pytest.approx(alone[0].tolist(), abs=1e-5)
 
 
@@ -55,12 +57,12 @@ def test_images_under_prompts_of_different_depths(name: str, tiny_backbone: Make
         config = METHODS["plain"](length=2 + seed)
         prompt = build(config, backbone.hosts(depth), torch.Generator().manual_seed(seed))
         ones.append(served(f"p{seed}", prompt, backbone, 2 + seed, seed))
-    tickets = [
-        Ticket(ones[i % 3], (), Choice(candidates=ones[i % 3].candidates), pixels=image)
+    requests = [
+        EngineRequest(ones[i % 3], (), ClassifyParams(candidates=ones[i % 3].candidates), pixels=image)
         for i, image in enumerate(images)
     ]
-    for ticket, ours, image in zip(tickets, AttachedScorer(backbone)(tickets), images, strict=True):
-        one = ticket.served
+    for request, ours, image in zip(requests, GeneralScorer(backbone)(requests), images, strict=True):
+        one = request.served
         alone = attach(backbone, one.prompt, head=one.head).score(image[None], None, one.candidates)
         assert ours == pytest.approx(alone[0].tolist(), abs=1e-5)
 
@@ -88,5 +90,5 @@ def test_an_image_is_what_was_sent_and_never_a_file_of_this_machine(
         with pytest.raises(ValueError, match="head"):
             engine.add("bare", prompt)
         engine._served["p"] = one
-        ticket = engine.classify("p", [text])[0]
-        assert sum(torch.tensor(ticket.result(30.0).scores).exp().tolist()) == pytest.approx(1)
+        request = engine.classify("p", [text])[0]
+        assert sum(torch.tensor(request.result(30.0).scores).exp().tolist()) == pytest.approx(1)

@@ -16,7 +16,7 @@ from softprompt import open_run
 from softprompt.backbones import load
 from softprompt.serve import Engine
 from softprompt.serve.api.app import make_app
-from softprompt.serve.api.middleware import Access
+from softprompt.serve.api.middleware import AuthConfig
 from softprompt.serve.api.schemas import ChatRequest, ClassifyRequest, CompletionRequest
 from softprompt.serve.metrics import Metrics
 
@@ -165,7 +165,7 @@ def test_the_log_keeps_no_texts_unless_asked(
     engine_of: Callable[..., Engine], caplog: pytest.LogCaptureFixture, log_texts: bool
 ) -> None:
 
-    app = make_app(engine_of(prompts=1), Access(), log_texts=log_texts)
+    app = make_app(engine_of(prompts=1), AuthConfig(), log_texts=log_texts)
     with caplog.at_level("INFO", logger="softprompt.serve"), TestClient(app, base_url="http://localhost") as client:
         assert client.post("/v1/completions", json={"model": "p0", "prompt": "secret a", "max_tokens": 2}).is_success
     lines = [record.fields for record in caplog.records if hasattr(record, "fields")]

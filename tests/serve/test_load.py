@@ -32,7 +32,7 @@ def test_overload_is_answered_at_once_and_passes(
 ) -> None:
     service = service_of(prompts=3, max_batch=2, max_waiting=6)
     real = service.engine._worker.choose
-    monkeypatch.setattr(service.engine._worker, "choose", lambda tickets: (time.sleep(0.05), real(tickets)))
+    monkeypatch.setattr(service.engine._worker, "choose", lambda requests: (time.sleep(0.05), real(requests)))
     codes: list[int] = []
     took: dict[int, list[float]] = {200: [], 429: []}
 

@@ -10,9 +10,9 @@ from softprompt.models import attach, label_tree
 from softprompt.prompts import SoftPrompt
 from softprompt.serve.engine import scoring
 from softprompt.serve.engine.kv_cache import Decoder
-from softprompt.serve.engine.request import Choice, Ticket
+from softprompt.serve.engine.request import ClassifyParams, EngineRequest
 from softprompt.serve.engine.scoring import CausalScorer
-from softprompt.serve.prompts.entry import Served, bare
+from softprompt.serve.prompts.entry import PromptEntry, bare
 
 MakeBackbone = Callable[[str], Backbone]
 PromptOf = Callable[..., SoftPrompt]
@@ -21,15 +21,15 @@ SETS = (((11, 12, 13), (11, 12, 14), (15,)), ((16,), (17,)), MANY, ((11, 12, 13)
 ROWS = ([40, 41, 42, 43, 44], [50], [60, 61, 62], [70, 71], [80, 81, 82, 83])
 
 
-def tickets_of(backbone: Backbone, prompt_of: PromptOf) -> tuple[CausalScorer, list[Ticket]]:
+def tickets_of(backbone: Backbone, prompt_of: PromptOf) -> tuple[CausalScorer, list[EngineRequest]]:
     decoder = Decoder(bare(backbone))
     served = []
     for seed in range(3):
         prompt = prompt_of(backbone, seed).fold()
         state = decoder.prompt_state(prompt)
-        served.append(Served(name=f"p{seed}", prompt=prompt, source="", state=state))
-    tickets = [Ticket(served[i % 3], ids, Choice(candidates=SETS[i])) for i, ids in enumerate(ROWS)]
-    return CausalScorer(decoder), tickets
+        served.append(PromptEntry(name=f"p{seed}", prompt=prompt, source="", state=state))
+    requests = [EngineRequest(served[i % 3], ids, ClassifyParams(candidates=SETS[i])) for i, ids in enumerate(ROWS)]
+    return CausalScorer(decoder), requests
 
 
 @torch.no_grad()
@@ -40,10 +40,10 @@ def test_rows_with_their_own_candidates(
 ) -> None:
     monkeypatch.setattr(label_tree, "MOST_TOKENS", tokens)
     backbone = tiny_backbone(name)
-    scorer, tickets = tickets_of(backbone, prompt_of)
-    for ticket, ours in zip(tickets, scorer(tickets), strict=True):
-        candidates = ticket.work.candidates
-        alone = attach(backbone).score(torch.tensor([ticket.ids]), None, candidates, prompts=[ticket.served.prompt])
+    scorer, requests = tickets_of(backbone, prompt_of)
+    for request, ours in zip(requests, scorer(requests), strict=True):
+        candidates = request.work.candidates
+        alone = attach(backbone).score(torch.tensor([request.ids]), None, candidates, prompts=[request.served.prompt])
         assert ours == pytest.approx(alone[0].tolist(), abs=2e-5)
 
 
@@ -51,25 +51,25 @@ def test_rows_with_their_own_candidates(
 def test_few_candidates_are_scored_in_vain(
     tiny_backbone: MakeBackbone, prompt_of: PromptOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scorer, tickets = tickets_of(tiny_backbone("llama"), prompt_of)
+    scorer, requests = tickets_of(tiny_backbone("llama"), prompt_of)
     passes: list[tuple[int, int]] = []
     before = scoring.score_rest
 
-    def noted(attachment: object, state: label_tree.State, candidates: list[tuple[int, ...]]) -> torch.Tensor:
+    def noted(prompted: object, state: label_tree.State, candidates: list[tuple[int, ...]]) -> torch.Tensor:
         passes.append((len(state.mask), len(candidates)))
-        return before(attachment, state, candidates)
+        return before(prompted, state, candidates)
 
     monkeypatch.setattr(scoring, "score_rest", noted)
-    scorer(tickets)
+    scorer(requests)
     assert sorted(passes) == [(1, len(MANY)), (3, 7)]  # the row whose candidates are single tokens is in neither
 
 
 @torch.no_grad()
 def test_candidates_beyond_the_window_are_refused(tiny_backbone: MakeBackbone, prompt_of: PromptOf) -> None:
-    scorer, tickets = tickets_of(tiny_backbone("mistral"), prompt_of)
-    served = tickets[0].served
+    scorer, requests = tickets_of(tiny_backbone("mistral"), prompt_of)
+    served = requests[0].served
     room = 128 - served.state.length
-    fits = Ticket(served, [5] * (room - 2), Choice(candidates=((11, 12, 13),)))
+    fits = EngineRequest(served, [5] * (room - 2), ClassifyParams(candidates=((11, 12, 13),)))
     assert len(scorer([fits])) == 1
     with pytest.raises(ValueError, match="window of 128"):
-        scorer([Ticket(served, [5] * (room - 1), Choice(candidates=((11, 12, 13),)))])
+        scorer([EngineRequest(served, [5] * (room - 1), ClassifyParams(candidates=((11, 12, 13),)))])

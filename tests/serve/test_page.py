@@ -16,7 +16,7 @@ from softprompt.backbones import load
 from softprompt.prompts import SoftPrompt
 from softprompt.serve import Engine
 from softprompt.serve.api.app import PAGE, make_app
-from softprompt.serve.api.middleware import Access
+from softprompt.serve.api.middleware import AuthConfig
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -37,7 +37,7 @@ def address(run_folders: list[Path], prompt_of: Callable[..., SoftPrompt]) -> It
         engine.add(folder.name, folder)
     for seed in (1, 2):
         engine.add(f"writer-{seed}", prompt_of(backbone, seed))
-    config = uvicorn.Config(make_app(engine, Access(tokens=("sesame",))), port=0, log_config=None)
+    config = uvicorn.Config(make_app(engine, AuthConfig(tokens=("sesame",))), port=0, log_config=None)
     sock = config.bind_socket()
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)

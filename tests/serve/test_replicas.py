@@ -19,12 +19,12 @@ import torch
 from fastapi.testclient import TestClient
 from safetensors.torch import save
 
-from softprompt.serve import Closed, Engine
+from softprompt.serve import Engine, EngineClosed
 from softprompt.serve.api.app import make_app
-from softprompt.serve.api.middleware import Access
+from softprompt.serve.api.middleware import AuthConfig
 from softprompt.serve.metrics import Metrics
-from softprompt.serve.prompts.store import Shelf
-from softprompt.serve.prompts.sync import Follower
+from softprompt.serve.prompts.store import PromptStore
+from softprompt.serve.prompts.sync import PromptSync
 
 LABELS = ["yes", "no"]
 
@@ -37,11 +37,11 @@ def test_every_engine_serves_what_lies_in_the_folder(
     engine_of: Callable[..., Engine], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     engines = [engine_of(prompts=1), engine_of(prompts=1)]
-    shelf = Shelf(tmp_path, shared=True)
+    store = PromptStore(tmp_path, shared=True)
     metrics = [Metrics(), Metrics()]
     for numbers, engine in zip(metrics, engines, strict=True):
         numbers.follow(engine)
-    followers = [Follower(engine, shelf, numbers) for engine, numbers in zip(engines, metrics, strict=True)]
+    followers = [PromptSync(engine, store, numbers) for engine, numbers in zip(engines, metrics, strict=True)]
 
     def look() -> list[list[str]]:
         for follower in followers:
@@ -52,14 +52,14 @@ def test_every_engine_serves_what_lies_in_the_folder(
         return [engine.classify("new", ["a"], LABELS)[0].result(30.0).scores for engine in engines]
 
     dim = engines[0].backbone.dim
-    with shelf.keeping("new", content(dim, 0)):
+    with store.keeping("new", content(dim, 0)):
         engines[0].add(
             "new", next(iter([engines[0].get("p0").prompt]))
         )  # what the first one has is not what lies there
     assert look() == [["new", "p0"]] * 2
     first = scores()
     assert first[0] == first[1]
-    with shelf.keeping("new", content(dim, 1, length=7)):
+    with store.keeping("new", content(dim, 1, length=7)):
         pass
     look()
     second = scores()
@@ -69,20 +69,20 @@ def test_every_engine_serves_what_lies_in_the_folder(
         (tmp_path / name / "adapter_model.safetensors").write_bytes(b"nonsense")
     assert look() == [["new", "p0"]] * 2
     assert "the prompt name 'no name' is not one" in caplog.text
-    shelf.drop("new")
+    store.drop("new")
     metrics[1].answered("/v1/classify", 200, "new", 0.1, 1, 0)
     assert b"new" in metrics[1].page()
     assert look() == [["p0"]] * 2
     assert b"new" not in metrics[1].page()
     with pytest.raises(PermissionError, match="restart without it"):
-        shelf.drop("p0")
+        store.drop("p0")
 
 
 def test_one_bad_folder_does_not_hold_up_the_others(
     engine_of: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine, shelf = engine_of(prompts=0), Shelf(tmp_path, shared=True)
-    follower, real = Follower(engine, shelf, Metrics()), engine.add
+    engine, store = engine_of(prompts=0), PromptStore(tmp_path, shared=True)
+    follower, real = PromptSync(engine, store, Metrics()), engine.add
     wrong: dict[str, Exception] = {"a": KeyError("prompt"), "b": torch.OutOfMemoryError("memory")}
     tried: list[str] = []
 
@@ -94,7 +94,7 @@ def test_one_bad_folder_does_not_hold_up_the_others(
 
     monkeypatch.setattr(engine, "add", add)
     for seed, name in enumerate("abc"):
-        with shelf.keeping(name, content(engine.backbone.dim, seed)):
+        with store.keeping(name, content(engine.backbone.dim, seed)):
             pass
     follower.look()
     assert [served.name for served in engine.prompts] == ["c"]
@@ -103,20 +103,20 @@ def test_one_bad_folder_does_not_hold_up_the_others(
     follower.look()  # memory may be there again, and a damaged file is still damaged
     assert [served.name for served in engine.prompts] == ["b", "c"]
     assert tried == ["a", "b", "c", "b"]
-    shelf.drop("c")
-    with shelf.keeping("d", content(engine.backbone.dim, 4)):
+    store.drop("c")
+    with store.keeping("d", content(engine.backbone.dim, 4)):
         pass
-    wrong["d"] = Closed("the service is shutting down")
-    with pytest.raises(Closed):
+    wrong["d"] = EngineClosed("the service is shutting down")
+    with pytest.raises(EngineClosed):
         follower.look()
 
 
 def test_two_copies_do_not_both_add_a_name(engine_of: Callable[..., Engine], tmp_path: Path) -> None:
-    access = Access(tokens=("ask",), admin_tokens=("change",))
+    access = AuthConfig(tokens=("ask",), admin_tokens=("change",))
     files = [content(engine_of(prompts=0).backbone.dim, seed) for seed in (0, 1)]
     codes = []
     for file in files:  # none of them looks at the folder meanwhile
-        app = make_app(engine_of(prompts=0), access, shelf=Shelf(tmp_path, shared=True))
+        app = make_app(engine_of(prompts=0), access, store=PromptStore(tmp_path, shared=True))
         with TestClient(app, base_url="http://localhost", headers={"Authorization": "Bearer change"}) as client:
             codes.append(client.post("/v1/prompts", params={"name": "x"}, content=file).status_code)
             assert client.get("/v1/prompts/x").status_code == (200 if codes[-1] == 201 else 404)

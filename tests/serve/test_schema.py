@@ -9,7 +9,7 @@ from schemathesis.checks import not_a_server_error
 
 from softprompt.serve import Engine
 from softprompt.serve.api.app import make_app
-from softprompt.serve.api.middleware import Access
+from softprompt.serve.api.middleware import AuthConfig
 
 SETTINGS = settings(
     max_examples=8,
@@ -23,7 +23,7 @@ SETTINGS = settings(
 
 def test_no_request_of_the_openapi_page_breaks_the_service(engine_of: Callable[..., Engine]) -> None:
     engine = engine_of(prompts=1, max_new_tokens=8)
-    app = make_app(engine, Access(tokens=("sesame",)))
+    app = make_app(engine, AuthConfig(tokens=("sesame",)))
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     seen: set[str] = set()
     answered: set[int] = set()

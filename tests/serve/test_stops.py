@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from softprompt.serve.engine.detokenizer import Text
+from softprompt.serve.engine.detokenizer import IncrementalDetokenizer
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -27,7 +27,7 @@ def _ids(text: str) -> list[int]:
 
 
 def _said(written: str, *stops: str, raw: list[int] | None = None) -> tuple[str, int, bool]:
-    text = Text(TOKENIZER, stops)
+    text = IncrementalDetokenizer(TOKENIZER, stops)
     said = ""
     for token in raw or _ids(written):
         said += text.add(token)

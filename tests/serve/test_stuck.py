@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from softprompt.serve import Closed, Engine
+from softprompt.serve import Engine, EngineClosed
 from softprompt.serve.engine import scheduler
 
 EngineOf = Callable[..., Engine]
@@ -18,12 +18,12 @@ def test_a_thread_that_is_stuck_is_noticed(engine_of: EngineOf, monkeypatch: pyt
     engine, go, stuck = engine_of(prompts=1, timeout=0.1), threading.Event(), threading.Event()
     monkeypatch.setattr(scheduler, "_STUCK", 0.1)
     monkeypatch.setattr(engine._worker, "choose", lambda _: (stuck.set(), go.wait(20)))
-    ticket = engine.classify("p0", ["a"], LABELS, timeout=0.1)[0]
+    request = engine.classify("p0", ["a"], LABELS, timeout=0.1)[0]
     assert stuck.wait(10)
     time.sleep(0.2)
     assert not engine.alive
     assert not engine.status().ready
-    ticket.cancel()
+    request.cancel()
     go.set()
     while not engine.alive:
         time.sleep(0.01)
@@ -37,7 +37,7 @@ def test_a_thread_that_is_stuck_can_be_shut_down(engine_of: EngineOf, monkeypatc
 
     def change() -> None:
         try:
-            engine._turns.do(lambda: stuck.set() or go.wait(30))
+            engine._scheduler.do(lambda: stuck.set() or go.wait(30))
         except BaseException as error:
             found.append(error)
 
@@ -47,21 +47,21 @@ def test_a_thread_that_is_stuck_can_be_shut_down(engine_of: EngineOf, monkeypatc
         for thread in changes:
             thread.start()
         assert stuck.wait(10)
-        tickets = [engine.classify("p0", ["a"], LABELS)[0], engine.generate("p0", "a")]
+        requests = [engine.classify("p0", ["a"], LABELS)[0], engine.generate("p0", "a")]
         closing.start()
         closing.join(10)
         assert not closing.is_alive()
-        for ticket in tickets:
-            with pytest.raises(Closed, match="shut down"):
-                ticket.result(0.0)
+        for request in requests:
+            with pytest.raises(EngineClosed, match="shut down"):
+                request.result(0.0)
         for thread in changes:
             thread.join(10)
-        assert [type(error) for error in found] == [Closed, Closed]
+        assert [type(error) for error in found] == [EngineClosed, EngineClosed]
         engine.close(0.0)
     finally:
         go.set()
-    engine._turns._thread.join(10)  # it comes back to a service that is closed
-    assert not engine._turns._thread.is_alive()
+    engine._scheduler._thread.join(10)  # it comes back to a service that is closed
+    assert not engine._scheduler._thread.is_alive()
 
 
 def test_what_is_sent_to_a_stuck_thread_is_refused_in_time(
@@ -85,7 +85,7 @@ def test_what_is_sent_to_a_stuck_thread_is_refused_in_time(
         finally:
             go.set()
         monkeypatch.setattr(scheduler, "_STUCK", 60.0)
-        assert engine._turns.do(lambda: "done") == "done"
+        assert engine._scheduler.do(lambda: "done") == "done"
         assert not engine.serves("new")  # what was refused is not done later
-        assert not any(service.shelf.iterdir())
+        assert not any(service.store.iterdir())
         assert client.put("/v1/prompts/new", content=content).status_code == 200

@@ -15,7 +15,7 @@ from softprompt.prompts import SoftPrompt
 from softprompt.serve import Engine
 from softprompt.serve.limits import Limits
 from softprompt.serve.metrics import Metrics
-from softprompt.serve.prompts.store import Shelf
+from softprompt.serve.prompts.store import PromptStore
 from softprompt.serve.service import started_engine
 
 
@@ -23,7 +23,7 @@ def test_prompts_come_and_go(service: Any, prompt_file: Callable[..., bytes]) ->
     content = prompt_file(service.engine)
     with service.admin() as client:
         assert client.post("/v1/prompts", params={"name": "new"}, content=content).status_code == 201
-        assert (service.shelf / "new" / "adapter_model.safetensors").read_bytes() == content
+        assert (service.store / "new" / "adapter_model.safetensors").read_bytes() == content
         assert client.post("/v1/prompts", params={"name": "new"}, content=content).status_code == 409
         body = {"model": "new", "input": "a", "labels": ["yes", "no"]}
         before = client.post("/v1/classify", json=body).json()["results"]
@@ -34,7 +34,7 @@ def test_prompts_come_and_go(service: Any, prompt_file: Callable[..., bytes]) ->
         assert client.delete("/v1/prompts/new").json() == {"name": "new", "deleted": True}
         assert client.get("/v1/models/new").status_code == 404
         assert client.delete("/v1/prompts/new").status_code == 404
-        assert not (service.shelf / "new").exists()
+        assert not (service.store / "new").exists()
 
 
 def damaged(engine: Engine, prompt_file: Callable[..., bytes]) -> dict[str, bytes]:
@@ -90,7 +90,7 @@ def test_a_bad_file_changes_nothing(
                 assert response.status_code == 400, (what, response.text)
                 error_of(response)
         assert client.get("/v1/prompts").json() == before
-        assert [path.name for path in service.shelf.rglob("*") if path.is_file()] == ["adapter_model.safetensors"]
+        assert [path.name for path in service.store.rglob("*") if path.is_file()] == ["adapter_model.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -119,28 +119,28 @@ def test_what_was_sent_is_served_again(
     with service.admin() as client:
         client.put("/v1/prompts/kept", content=prompt_file(service.engine)).raise_for_status()
     expected = service.engine.classify("kept", ["a"], ["x", "y"])[0].result(30.0).scores
-    with started_engine(tiny_backbone("llama"), [], Shelf(service.shelf), Limits(), Metrics()) as again:
+    with started_engine(tiny_backbone("llama"), [], PromptStore(service.store), Limits(), Metrics()) as again:
         assert again.classify("kept", ["a"], ["x", "y"])[0].result(30.0).scores == pytest.approx(expected, abs=1e-6)
 
 
 def test_what_a_killed_process_left_does_not_stand_in_the_way(service: Any, prompt_file: Callable[..., bytes]) -> None:
     with service.admin() as client:
         client.put("/v1/prompts/kept", content=prompt_file(service.engine)).raise_for_status()
-        (service.shelf / "kept" / ".adapter_model.safetensors.123-456").write_bytes(b"half")
+        (service.store / "kept" / ".adapter_model.safetensors.123-456").write_bytes(b"half")
         client.put("/v1/prompts/kept", content=prompt_file(service.engine, length=6)).raise_for_status()
         client.delete("/v1/prompts/kept").raise_for_status()
-        (service.shelf / "run").mkdir()
-        (service.shelf / "run" / "softprompt.json").write_text("{}")
+        (service.store / "run").mkdir()
+        (service.store / "run" / "softprompt.json").write_text("{}")
         assert client.put("/v1/prompts/run", content=prompt_file(service.engine)).status_code == 403
-    assert [path.name for path in service.shelf.iterdir()] == ["run"]
+    assert [path.name for path in service.store.iterdir()] == ["run"]
 
 
 def test_a_prompt_that_fails_leaves_what_another_copy_put_there(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, shared=True)
+    store = PromptStore(tmp_path, shared=True)
     place = tmp_path / "x" / "adapter_model.safetensors"
 
     def fail(meanwhile: bytes | None) -> None:
-        with shelf.keeping("x", b"ours"):
+        with store.keeping("x", b"ours"):
             if meanwhile is not None:
                 place.write_bytes(meanwhile)
             raise RuntimeError("broken")
@@ -168,7 +168,7 @@ def test_a_prompt_that_cannot_be_kept_is_not_served(
     with service.admin() as client:
         assert client.post("/v1/prompts", params={"name": "fresh"}, content=content).status_code == 500
     assert all(one is other for one, other in zip(service.engine.prompts, before, strict=True))
-    assert list(service.shelf.iterdir()) == []
+    assert list(service.store.iterdir()) == []
     monkeypatch.undo()
     with service.admin() as client:
         assert client.post("/v1/prompts", params={"name": "fresh"}, content=content).status_code == 201

@@ -12,20 +12,20 @@ from softprompt.models import Sampling
 from softprompt.models.sampling import Chooser
 from softprompt.serve import Engine
 from softprompt.serve.engine import kv_cache
-from softprompt.serve.engine.generation import CausalWriter
-from softprompt.serve.engine.request import Ticket, Writing
+from softprompt.serve.engine.generation import CausalGenerationBatch
+from softprompt.serve.engine.request import EngineRequest, GenerateParams
 from softprompt.serve.engine.runner import Worker
 
 ROWS = ((11, 12, 13, 14, 15, 16, 17), (21,), (31, 32), (41, 42, 43), (51,), (61, 62), (71, 72, 73))
 real_blank = kv_cache._blank
 
 
-def tickets_of(engine: Engine, temperature: float = 0.0) -> list[Ticket]:
+def tickets_of(engine: Engine, temperature: float = 0.0) -> list[EngineRequest]:
     return [
-        Ticket(
+        EngineRequest(
             engine.get(f"p{row % 3}"),
             ids,
-            Writing(max_new_tokens=8, sampling=Sampling(temperature=temperature, seed=row)),
+            GenerateParams(max_new_tokens=8, sampling=Sampling(temperature=temperature, seed=row)),
         )
         for row, ids in enumerate(ROWS)
     ]
@@ -41,7 +41,7 @@ def test_a_row_draws_once_a_step_though_the_step_is_tried_again(
 ) -> None:
     engine = engine_of(prompts=3, shifting=False)
     assert engine._worker.decoder is not None
-    calm = CausalWriter(engine._worker.decoder, tickets_of(engine, 1.5))
+    calm = CausalGenerationBatch(engine._worker.decoder, tickets_of(engine, 1.5))
     expected = [calm.step() for _ in range(4)]
     real, calls = Chooser.__call__, [0]
 
@@ -52,7 +52,7 @@ def test_a_row_draws_once_a_step_though_the_step_is_tried_again(
         return real(self, logits)
 
     monkeypatch.setattr(Chooser, "__call__", choose)
-    writer = CausalWriter(engine._worker.decoder, tickets_of(engine, 1.5))
+    writer = CausalGenerationBatch(engine._worker.decoder, tickets_of(engine, 1.5))
     assert [writer.step() for _ in range(2)] == expected[:2]
     with pytest.raises(torch.OutOfMemoryError):
         writer.step()
@@ -67,9 +67,9 @@ def test_halves_need_no_memory_and_give_theirs_back(
 ) -> None:
     engine = engine_of(prompts=3, shifting=False)
     assert engine._worker.decoder is not None
-    calm = CausalWriter(engine._worker.decoder, tickets_of(engine))
+    calm = CausalGenerationBatch(engine._worker.decoder, tickets_of(engine))
     expected = [calm.step() for _ in range(5)]
-    writer = CausalWriter(engine._worker.decoder, tickets_of(engine))
+    writer = CausalGenerationBatch(engine._worker.decoder, tickets_of(engine))
     assert [writer.step() for _ in range(2)] == expected[:2]  # now the buffers are full
     held = StorageWeakRef(writer._batch.layers[0].keys.untyped_storage())
     with monkeypatch.context() as short:
@@ -100,12 +100,12 @@ def test_buffers_grow_a_layer_at_a_time(engine_of: Callable[..., Engine], monkey
         return tensor
 
     monkeypatch.setattr(kv_cache, "_blank", blank)
-    writer = CausalWriter(engine._worker.decoder, tickets_of(engine))
+    writer = CausalGenerationBatch(engine._worker.decoder, tickets_of(engine))
     expected = [writer.step() for _ in range(3)]
     wide = live()
     del writer
     assert live() == 0
-    writer = CausalWriter(engine._worker.decoder, tickets_of(engine))
+    writer = CausalGenerationBatch(engine._worker.decoder, tickets_of(engine))
     most.append(wide + live() // 2)  # the model has two layers: the new buffers, and one of the old ones
     assert [writer.step() for _ in range(3)] == expected
     assert live() == wide
@@ -119,7 +119,7 @@ def test_memory_that_runs_out_while_buffers_grow_changes_no_text(
     engine = engine_of(prompts=3, shifting=False)
 
     def written(fails: bool) -> list[Any]:
-        worker, tickets, calls = Worker(engine.backbone, 8, lambda _: None), tickets_of(engine), []
+        worker, requests, calls = Worker(engine.backbone, 8, lambda _: None), tickets_of(engine), []
 
         def blank(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
             calls.append(rows)
@@ -127,13 +127,13 @@ def test_memory_that_runs_out_while_buffers_grow_changes_no_text(
                 raise memory()
             return real_blank(like, rows, columns)
 
-        worker.begin(tickets)
+        worker.begin(requests)
         with monkeypatch.context() as short:
             if fails:
                 short.setattr(kv_cache, "_blank", blank)
             while worker.writers:
                 worker.step()
         assert calls[:4] == [7, 7, 7, 3] if fails else not calls
-        return [ticket.result(0.0).tokens for ticket in tickets]
+        return [request.result(0.0).tokens for request in requests]
 
     assert written(fails=True) == written(fails=False)

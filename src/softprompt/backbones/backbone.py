@@ -45,7 +45,7 @@ class Backbone:
     """What a run folder names as its base model: a hub id, or a folder's path."""
     architecture: Architecture
     """Which attachment fits."""
-    quantised: str = ""
+    quantized: str = ""
     """How its linear layers hold their weights, one of `quantization.KINDS`; empty: as `dtype` says."""
     note: str = ""
     """What a reader of a result should know of these weights; empty for most."""
@@ -72,7 +72,7 @@ class Backbone:
     @property
     def precision(self) -> str:
         """What `load` was told as `dtype`, and `auto` came to."""
-        return self.quantised or str(self.dtype).removeprefix("torch.")
+        return self.quantized or str(self.dtype).removeprefix("torch.")
 
     @property
     def device(self) -> torch.device:
@@ -195,9 +195,9 @@ def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbon
     folder, base, note = _locate(source)
     config = _config(folder, source)
     architecture = _architecture(config)
-    quantised = dtype if dtype in quantization.KINDS else ""
+    quantized = dtype if dtype in quantization.KINDS else ""
     quantization.refuse_other(config, dtype, source)
-    kind = torch.bfloat16 if quantised else measured_dtype(place) if dtype == "auto" else getattr(torch, dtype)
+    kind = torch.bfloat16 if quantized else measured_dtype(place) if dtype == "auto" else getattr(torch, dtype)
     if kind is torch.float16 and config.model_type in ("t5", "mt5", "umt5", "longt5"):
         raise ValueError(f"{source} is a T5, which overflows in float16; use bfloat16 or float32")
     loader = _loader(architecture, config)
@@ -206,15 +206,15 @@ def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbon
         given |= loading.text_model(config, source)
     elif architecture == "vision":
         given |= vit.without_pooler(config)
-    given |= quantization.loading(dtype, place, config) if quantised else {}
+    given |= quantization.loading(dtype, place, config) if quantized else {}
     model = loading.pretrained(loader, folder, source, **given)
-    model = quantization.settled(model) if quantised else model.to(place)
+    model = quantization.wait_or_cancel(model) if quantized else model.to(place)
     if architecture == "vision":
         vit.refuse_unknown(model, source)
-        return Backbone(model, image_processor.processor(folder, config), source, base, architecture, quantised, note)
+        return Backbone(model, image_processor.processor(folder, config), source, base, architecture, quantized, note)
     rows = int(model.get_input_embeddings().weight.shape[0])
     tokenizer = loading.tokenizer(folder, source, config, rows)
-    backbone = Backbone(model, tokenizer, source, base, architecture, quantised, note)
+    backbone = Backbone(model, tokenizer, source, base, architecture, quantized, note)
     _check_embeddings(backbone)
     return backbone
 

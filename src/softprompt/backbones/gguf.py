@@ -31,7 +31,7 @@ def converted(file: Path, digest: str | None = None) -> Path:
         rows = int(model.get_input_embeddings().weight.shape[0])
         tokenizer = loading.tokenizer(str(file.parent), str(file), model.config, rows, gguf_file=file.name)
         try:
-            with files.replacing(folder) as draft:
+            with files.atomic_write(folder) as draft:
                 model.save_pretrained(draft)
                 tokenizer.save_pretrained(draft)
         except OSError:

@@ -71,7 +71,7 @@ def loading(kind: str, device: torch.device, config: Any) -> dict[str, Any]:
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModuleNotFoundError(
-            f"dtype {kind} needs bitsandbytes; install it with: pip install 'softprompt[quantise]'"
+            f"dtype {kind} needs bitsandbytes; install it with: pip install 'softprompt[quantize]'"
         )
     from transformers import BitsAndBytesConfig
 
@@ -83,7 +83,7 @@ def loading(kind: str, device: torch.device, config: Any) -> dict[str, Any]:
     return {"quantization_config": held, "device_map": {"": device}}
 
 
-def settled(model: Any) -> Any:
+def wait_or_cancel(model: Any) -> Any:
     """The same, its weights held in one way for good.
 
     On some CPUs a 4-bit layer is packed anew, with scales of bfloat16, at the first forward that needs no gradient, and

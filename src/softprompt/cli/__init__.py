@@ -80,9 +80,9 @@ def speaks() -> bool:
 
 def _is_alone(error: BaseException) -> bool:
     """Whether the first process cannot tell this error, since it does not know of it."""
-    from softprompt.training.distributed import Alone
+    from softprompt.training.distributed import LocalFailure
 
-    return isinstance(error, Alone)
+    return isinstance(error, LocalFailure)
 
 
 def _run(command: str, argv: list[str]) -> Any:

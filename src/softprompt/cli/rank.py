@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from softprompt import files, runs
-from softprompt.analysis.rank import Cutting, Measured, burstiness, gradient_spectra, measure, seeing, suggest_rank
+from softprompt.analysis.rank import Measured, Truncation, burstiness, gradient_spectra, measure, seeing, suggest_rank
 from softprompt.analysis.rank.pictures import draw_burstiness, draw_gradients, draw_ranks, refuse_without_matplotlib
 from softprompt.backbones import load
 from softprompt.backbones.projections import query_key
@@ -23,7 +23,7 @@ def rank_(
     checkpoints: bool = False,
     functional: bool = False,
     suggest: bool = False,
-    cutting: Cutting = Cutting(),  # noqa: B008  (a frozen value)
+    cutting: Truncation = Truncation(),  # noqa: B008  (a frozen value)
     burstiness_: Annotated[bool, tyro.conf.arg(name="burstiness")] = False,
     samples: int = 1000,
     gradient: bool = False,
@@ -47,13 +47,13 @@ def rank_(
         batches: Batches of training rows that the gradient of --gradient is the mean of.
         out: Folder for pictures (PNG and SVG) and all numbers (rank.json); none: neither.
     """
-    cuts = dataclasses.replace(cutting, backbone=None) != Cutting()
+    cuts = dataclasses.replace(cutting, backbone=None) != Truncation()
     if burstiness_ and (checkpoints or functional or suggest or cuts):
         raise ValueError(
             "--burstiness is of a backbone and not of a prompt; give it with --samples, --backbone and --out alone"
         )
     if gradient:
-        if burstiness_ or functional or suggest or cutting != Cutting(task=cutting.task, data=cutting.data):
+        if burstiness_ or functional or suggest or cutting != Truncation(task=cutting.task, data=cutting.data):
             raise ValueError("--gradient goes with --task, --data, --length, --batches, --checkpoints and --out alone")
     elif length is not None or batches != 8:
         raise ValueError("--length and --batches do nothing without --gradient; give it too, or leave them out")
@@ -148,7 +148,7 @@ def _show_functional(found: Measured) -> None:
 
 
 def _gradients(
-    source: str, cutting: Cutting, length: int | None, batches: int, checkpoints: bool, out: Path | None
+    source: str, cutting: Truncation, length: int | None, batches: int, checkpoints: bool, out: Path | None
 ) -> dict[str, Any]:
     points = gradient_spectra(
         source,

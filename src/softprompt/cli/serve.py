@@ -54,11 +54,11 @@ def serve_(
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         extras = "serve,sweep" if engine == "ray" else "serve"
         raise ImportError(f"serving needs {', '.join(missing)}; pip install 'softprompt[{extras}]'")
-    from softprompt.serve.api.middleware import Access
+    from softprompt.serve.api.middleware import AuthConfig
     from softprompt.serve.replicas import serve_replicas
     from softprompt.serve.service import named, refuse_open, serve
 
-    access = Access(
+    access = AuthConfig(
         tokens=_tokens(token_file, "SOFTPROMPT_TOKEN"),
         admin_tokens=_tokens(admin_token_file, "SOFTPROMPT_ADMIN_TOKEN"),
     )

@@ -8,7 +8,7 @@ import tyro
 
 from softprompt.cli.console import console, show_table
 from softprompt.cli.terminal import Terminal
-from softprompt.sweep import Engine, Outcome, Swept, read, standing, sweep
+from softprompt.sweep import ExecutorName, SweepResult, TrialResult, read, sweep, trial_status
 
 SweepFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
 
@@ -18,7 +18,7 @@ def sweep_(
     out: Path = Path("runs"),
     data: Path | None = None,
     dry_run: bool = False,
-    engine: Engine = "local",
+    engine: ExecutorName = "local",
     together: int = 1,
     address: str | None = None,
     cpus: float = 1.0,
@@ -39,7 +39,7 @@ def sweep_(
     """
     if dry_run:
         plan = read(file, data)
-        rows = [{"trial": name, "state": state} for name, state in standing(plan, out)]
+        rows = [{"trial": name, "state": state} for name, state in trial_status(plan, out)]
         show_table(rows)
         console.print(f"{len(rows)} trials" + (f", after {plan.search.trials} for each choice" if plan.search else ""))
         return {"command": "sweep", "out": str(out), "trials": rows}
@@ -59,7 +59,7 @@ def sweep_(
     return result
 
 
-def _listed(swept: Swept, out: Path) -> dict[str, Any]:
+def _listed(swept: SweepResult, out: Path) -> dict[str, Any]:
     show_table([_row(trial) for trial in swept.trials])
     names = {state: [trial.name for trial in swept.trials if trial.state == state] for state in ("done", "skipped")}
     failed = [{"trial": trial.name, "problem": trial.problem} for trial in swept.failed]
@@ -76,6 +76,6 @@ def _listed(swept: Swept, out: Path) -> dict[str, Any]:
     return {"command": "sweep", "out": str(out), **names, "failed": failed, **({"chosen": chosen} if chosen else {})}
 
 
-def _row(trial: Outcome) -> dict[str, Any]:
+def _row(trial: TrialResult) -> dict[str, Any]:
     scores = {key: f"{trial.results[key]:.3f}" for key in ("dev", "test", "majority") if key in trial.results}
     return {"trial": trial.name, "state": trial.state, **scores}

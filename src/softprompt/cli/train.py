@@ -55,7 +55,7 @@ def train_(
     try:
         if resume_ is not None:
             _refuse_settings(resume_, typed())
-            run = resume(resume_, means_of=experiment, watch=terminal, log_with=log_with)
+            run = resume(resume_, memory_options_of=experiment, watch=terminal, log_with=log_with)
         else:
             whole = experiment.replace(prompt=prompt)
             run = train(whole, out=out, name=name, watch=terminal, log_with=log_with)
@@ -93,7 +93,7 @@ def _refuse_settings(run: Path, words: Sequence[str]) -> None:
         if is_method or is_setting:
             raise ValueError(
                 f"{flag} is given beside --resume {run}, and a resumed run keeps every setting of its own; leave it "
-                f"out, or start a new run from its prompt: softprompt train --start {run} ..."
+                f"out, or start a new run from its prompt: softprompt train --init-prompt {run} ..."
             )
 
 
@@ -104,8 +104,8 @@ def _show_result(run: "Run") -> None:
     row: dict[str, Any] = {"": f"{run.experiment.method}, {results['trainable']:,} trainable parameters"}
     row |= {metric: f"{results['test']:.3f}"} | {name: f"{value:.3f}" for name, value in others.items()}
     rows = [row]
-    if "untouched" in results:
-        rows.insert(0, {"": "untouched model, same template", metric: f"{results['untouched']:.3f}"})
+    if "zero_shot" in results:
+        rows.insert(0, {"": "untouched model, same template", metric: f"{results['zero_shot']:.3f}"})
     constant = f"always {results['majority_answer'][:40]!r}, the best constant answer ({results['majority_source']})"
     rows.insert(0, {"": constant, metric: f"{results['majority']:.3f}"})
     interval = f"{results['low']:.3f} to {results['high']:.3f}"

@@ -10,7 +10,7 @@ from datasets import Dataset
 from softprompt.backbones import Backbone
 from softprompt.config import Experiment
 from softprompt.evaluation.predict import Answer, answer, input_limit
-from softprompt.models import Attachment
+from softprompt.models import PromptedModel
 from softprompt.runs import Run, opened
 from softprompt.tasks import (
     METRICS,
@@ -64,15 +64,15 @@ def evaluate(
     if not len(getattr(rows, split)):
         raise ValueError(f"task {chosen.name!r} has no {split} rows; it can only be scored on its test split")
     backbone = run.backbone(backbone)
-    attachment = run.attachment(backbone)
-    _refuse_other_classes(run, attachment, chosen)
-    limit = input_limit(attachment, chosen, experiment.training)
+    prompted = run.prompted(backbone)
+    _refuse_other_classes(run, prompted, chosen)
+    limit = input_limit(prompted, chosen, experiment.training)
     if chosen.is_classification:
-        attachment.check_candidates(chosen.answers, answer_ids(chosen, backbone.tokenizer))
-    examples = encode(chosen, backbone.tokenizer, getattr(rows, split), limit, closing=attachment.closed)[0]
+        prompted.check_candidates(chosen.answers, answer_ids(chosen, backbone.tokenizer))
+    examples = encode(chosen, backbone.tokenizer, getattr(rows, split), limit, closing=prompted.appends_eos)[0]
     for example in examples:  # an answer is compared as a text here, and need not fit
-        attachment.check_row(example.input_ids, (), example.where)
-    return score_examples(attachment, chosen, rows, split, examples, experiment.training.max_new_tokens)[0]
+        prompted.check_row(example.input_ids, (), example.where)
+    return score_examples(prompted, chosen, rows, split, examples, experiment.training.max_new_tokens)[0]
 
 
 def _rows_to_score(run: Run, task: Task, data: str | None, split: str | None, *, own: bool) -> tuple[Splits, str]:
@@ -89,10 +89,10 @@ def _rows_to_score(run: Run, task: Task, data: str | None, split: str | None, *,
     return rows, split or "test"
 
 
-def _refuse_other_classes(run: Run, attachment: Attachment, task: Task) -> None:
+def _refuse_other_classes(run: Run, prompted: PromptedModel, task: Task) -> None:
     """A trained head knows its classes by their number: those of another task may be others, or in another order."""
     trained, asked = (list(one.words.values()) for one in (run.task, task))
-    if attachment.head is not None and trained != asked:
+    if prompted.head is not None and trained != asked:
         raise ValueError(
             f"run {run.folder} answers through a head trained for {', '.join(trained)}, and task {task.name!r} has "
             f"{', '.join(asked) or 'no labels'}; score it on a task with the same words in the same order"
@@ -138,7 +138,7 @@ def run_splits(run: Run) -> Splits:
 
 
 def score_examples(
-    attachment: Attachment,
+    prompted: PromptedModel,
     task: Task,
     rows: Splits,
     split: str,
@@ -146,8 +146,8 @@ def score_examples(
     max_new_tokens: int,
 ) -> tuple[Score, list[Answer]]:
     """The attachment's score on `examples` of a split, and its answers."""
-    answers = answer(attachment, task, examples, max_new_tokens=max_new_tokens)
-    return score_answers(task, rows, split, examples, answers, attachment.backbone.tokenizer), answers
+    answers = answer(prompted, task, examples, max_new_tokens=max_new_tokens)
+    return score_answers(task, rows, split, examples, answers, prompted.backbone.tokenizer), answers
 
 
 def score_answers(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from softprompt.backbones import Backbone
-from softprompt.config import Training
+from softprompt.config import TrainingConfig
 from softprompt.evaluation import prefix_sharing
-from softprompt.models import Attachment, Prepared
+from softprompt.models import Prepared, PromptedModel
 from softprompt.runs import Run, opened
 from softprompt.tasks import Example, Task, answer_ids, collate, encode
 
@@ -52,12 +52,12 @@ def predict(run: Run | str | Path, rows: Any, *, backbone: Backbone | str | None
     if not table:
         return []
     backbone = run.backbone(backbone)
-    attachment = run.attachment(backbone)
-    limit = input_limit(attachment, run.task, run.experiment.training)
-    examples = encode(run.task, backbone.tokenizer, table, limit, closing=attachment.closed, answers=False)[0]
+    prompted = run.prompted(backbone)
+    limit = input_limit(prompted, run.task, run.experiment.training)
+    examples = encode(run.task, backbone.tokenizer, table, limit, closing=prompted.appends_eos, answers=False)[0]
     for example in examples:
-        attachment.check_row(example.input_ids, (), example.where)
-    return answer(attachment, run.task, examples, max_new_tokens=run.experiment.training.max_new_tokens)
+        prompted.check_row(example.input_ids, (), example.where)
+    return answer(prompted, run.task, examples, max_new_tokens=run.experiment.training.max_new_tokens)
 
 
 def _table(task: Task, given: Any) -> list[Mapping[str, Any]]:
@@ -114,37 +114,37 @@ def _is_file(text: str) -> bool:
 
 @torch.no_grad()
 def answer(
-    attachment: Attachment, task: Task, examples: Sequence[Example], *, batch: int = 32, max_new_tokens: int
+    prompted: PromptedModel, task: Task, examples: Sequence[Example], *, batch: int = 32, max_new_tokens: int
 ) -> list[Answer]:
     """An answer an example, in their order.
 
     The prompt's share is computed once, and where the model allows it what texts begin with alike is once too; rows of
     like length run together.
     """
-    prepared = attachment.prepare([] if attachment.prompt is None else [attachment.prompt])
+    prepared = prompted.prepare([] if prompted.prompt is None else [prompted.prompt])
     texts = [example.input_ids for example in examples]
-    if attachment.extends and (shared := prefix_sharing.common(texts)):
-        prepared = attachment.extended(prepared, [shared])
+    if prompted.supports_prefix_sharing and (shared := prefix_sharing.common(texts)):
+        prepared = prompted.with_shared_prefix(prepared, [shared])
         texts = [text[len(shared) :] for text in texts]
     answers: dict[int, Answer] = {}
-    for reading in prefix_sharing.readings(texts, batch, share=attachment.extends):
-        ready = attachment.extended(prepared, reading.beginnings) if any(reading.beginnings) else prepared
+    for reading in prefix_sharing.plan_prefix_groups(texts, batch, share=prompted.supports_prefix_sharing):
+        ready = prompted.with_shared_prefix(prepared, reading.beginnings) if any(reading.beginnings) else prepared
         for start in range(0, len(reading.texts), batch):
             part = reading.texts[start : start + batch]
-            which = torch.tensor([beginning for _, beginning in part], device=attachment.backbone.device)
+            which = torch.tensor([beginning for _, beginning in part], device=prompted.backbone.device)
             rows = [
                 dataclasses.replace(examples[place], input_ids=texts[place][len(reading.beginnings[beginning]) :])
                 for place, beginning in part
             ]
             if task.is_classification:
-                found = _classify(attachment, ready, task, rows, which)
+                found = _classify(prompted, ready, task, rows, which)
             else:
-                found = _generate(attachment, ready, rows, which, max_new_tokens)
+                found = _generate(prompted, ready, rows, which, max_new_tokens)
             answers.update(zip([place for place, _ in part], found, strict=True))
     return [answers[place] for place in range(len(examples))]
 
 
-def input_limit(attachment: Attachment, task: Task, training: Training) -> int:
+def input_limit(prompted: PromptedModel, task: Task, training: TrainingConfig) -> int:
     """Most tokens of an input: what was asked for, else what the task says, else 512; never more than fit.
 
     Of an image it is its side in pixels: what was asked for, else what the backbone was made for.
@@ -153,27 +153,27 @@ def input_limit(attachment: Attachment, task: Task, training: Training) -> int:
         ValueError: prompt and answer alone fill the backbone's positions, or the answer those that the prompt knows.
     """
     if task.image:
-        return training.image_size or int(attachment.backbone.tokenizer.size)
-    limit = training.max_tokens or task.max_tokens or 512
-    words = answer_ids(task, attachment.backbone.tokenizer) if task.is_classification else ()
+        return training.image_size or int(prompted.backbone.tokenizer.size)
+    limit = training.max_input_tokens or task.max_input_tokens or 512
+    words = answer_ids(task, prompted.backbone.tokenizer) if task.is_classification else ()
     longest = max(map(len, words), default=training.max_new_tokens)
-    if attachment.prompt is not None and (reach := attachment.prompt.reach) is not None:
-        left = reach - longest if attachment.within else reach
+    if prompted.prompt is not None and (max_input_length := prompted.prompt.max_input_length) is not None:
+        left = max_input_length - longest if prompted.answer_in_sequence else max_input_length
         if left < 1:
             raise ValueError(
-                f"the prompt has offsets for {reach} tokens, of which an answer of {longest} leaves none to the input; "
+                f"the prompt has offsets for {max_input_length} tokens, of which an answer of {longest} leaves none to the input; "
                 "give it more positions, or lower max_new_tokens"
             )
         limit = min(limit, left)
-    attachment.refuse_long_answer(longest)
-    most = attachment.max_row
+    prompted.refuse_long_answer(longest)
+    most = prompted.max_row
     if most is None:
         return limit
-    length, longest = attachment.prompt_length, longest if attachment.within else 0
+    length, longest = prompted.prompt_length, longest if prompted.answer_in_sequence else 0
     if length + longest >= most:
         raise ValueError(
             f"a prompt of {length} and an answer of {longest} tokens leave no room in the {most} positions of "
-            f"{attachment.backbone.source}; lower the length or max_new_tokens"
+            f"{prompted.backbone.source}; lower the length or max_new_tokens"
         )
     return min(limit, most - length - longest)
 
@@ -196,11 +196,11 @@ def over_long_note(examples: Sequence[Example], max_new_tokens: int, split: str)
 
 
 def _classify(
-    attachment: Attachment, prepared: Prepared, task: Task, part: Sequence[Example], which: Tensor
+    prompted: PromptedModel, prepared: Prepared, task: Task, part: Sequence[Example], which: Tensor
 ) -> list[Answer]:
-    tokenizer, device = attachment.backbone.tokenizer, attachment.backbone.device
-    inputs = collate(part, pad_id=pad_id(attachment.backbone), side="left", with_answers=False)
-    scores = attachment.score(*inputs.inputs(device), answer_ids(task, tokenizer), prepared, which)
+    tokenizer, device = prompted.backbone.tokenizer, prompted.backbone.device
+    inputs = collate(part, pad_id=pad_id(prompted.backbone), side="left", with_answers=False)
+    scores = prompted.score(*inputs.inputs(device), answer_ids(task, tokenizer), prepared, which)
     labels, words = list(task.words), list(task.words.values())
     result = []
     for example, chances in zip(part, scores.softmax(-1).tolist(), strict=True):
@@ -218,12 +218,12 @@ def _classify(
 
 
 def _generate(
-    attachment: Attachment, prepared: Prepared, part: Sequence[Example], which: Tensor, max_new_tokens: int
+    prompted: PromptedModel, prepared: Prepared, part: Sequence[Example], which: Tensor, max_new_tokens: int
 ) -> list[Answer]:
-    tokenizer, device = attachment.backbone.tokenizer, attachment.backbone.device
-    inputs = collate(part, pad_id=pad_id(attachment.backbone), side="left", with_answers=False)
+    tokenizer, device = prompted.backbone.tokenizer, prompted.backbone.device
+    inputs = collate(part, pad_id=pad_id(prompted.backbone), side="left", with_answers=False)
     ids, mask = inputs.input_ids.to(device), inputs.attention_mask.to(device)
-    steps = attachment.generate(ids, mask, max_new_tokens=max_new_tokens, prompts=prepared, index=which)
+    steps = prompted.generate(ids, mask, max_new_tokens=max_new_tokens, prompts=prepared, index=which)
     tokens = torch.stack(list(steps), 1).tolist()
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [Answer(row=example.row, text=text.strip()) for example, text in zip(part, texts, strict=True)]

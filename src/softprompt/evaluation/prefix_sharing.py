@@ -12,7 +12,7 @@ Tokens = tuple[int, ...]
 Group = tuple[int, list[int]]
 """How many tokens texts share, and which texts."""
 
-WORTH = 200
+MIN_SAVING = 200
 """Tokens that must be saved to pay for a pass of its own; on a CPU a pass of few tokens costs as one of a hundred."""
 MOST = 8192
 """Tokens of beginnings, padded, whose keys and values are held at a time, so that memory stays that of a batch."""
@@ -34,10 +34,10 @@ def common(texts: Sequence[Tokens]) -> Tokens:
     if not texts:
         return ()
     shared = _shared(min(texts), max(texts))[: min(map(len, texts)) - 1]
-    return shared if len(shared) * (len(texts) - 1) >= WORTH else ()
+    return shared if len(shared) * (len(texts) - 1) >= MIN_SAVING else ()
 
 
-def readings(texts: Sequence[Tokens], batch: int, *, share: bool = True) -> list[Reading]:
+def plan_prefix_groups(texts: Sequence[Tokens], batch: int, *, share: bool = True) -> list[Reading]:
     """All texts, once each: those that share a beginning where that pays, and the others by length, `batch` at a time.
 
     A reading has at most `batch` texts, or all those of one beginning.
@@ -59,7 +59,7 @@ def readings(texts: Sequence[Tokens], batch: int, *, share: bool = True) -> list
                 break
             taken.append(groups.pop())
             rows += len(taken[-1][1])
-        if sum(_saving(*group) for group in taken) < WORTH:
+        if sum(_saving(*group) for group in taken) < MIN_SAVING:
             alone += [text for _, members in taken for text in members]
             continue
         placed = [(text, which) for which, (_, members) in enumerate(taken) for text in members]

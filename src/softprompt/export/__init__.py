@@ -7,7 +7,7 @@ line in `FORMATS`.
 from softprompt.export.base import Format, Trained, export_runs
 from softprompt.export.dept import Dept, PublishedDePT, read_dept, write_dept
 from softprompt.export.llamacpp import LlamaCpp
-from softprompt.export.model import export_attachment
+from softprompt.export.model import export_model
 from softprompt.export.npz import Npz
 from softprompt.export.peft import Peft, export_peft, peft_refusal
 from softprompt.export.trtllm import TrtLlm
@@ -24,7 +24,7 @@ __all__ = [
     "Format",
     "PublishedDePT",
     "Trained",
-    "export_attachment",
+    "export_model",
     "export_peft",
     "export_runs",
     "peft_refusal",

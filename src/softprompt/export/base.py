@@ -87,20 +87,20 @@ def export_runs(
     if len(runs) > 1 and not form.many:
         raise ValueError(f"{form.name} holds one prompt and {len(runs)} runs are given; export them one by one")
     if words and not form.worded:
-        raise ValueError(f"{form.name} has no words for its prompts; leave --words out, or export to vocab")
+        raise ValueError(f"{form.name} has no words for its prompts; leave --token-names out, or export to vocab")
     _refuse_mixed(runs, backbone)
     names = _words([run.folder.resolve().name for run in runs], words or {})
     backbone = runs[0].backbone(backbone)
     trained = [_trained(run, backbone, name, word) for run, (name, word) in zip(runs, names.items(), strict=True)]
     for one in trained:
-        if own := one.run.experiment.own_layout:
+        if own := one.run.experiment.unusual_layout:
             raise ValueError(
                 f"the prompt of run {one.run.folder} is {own}, which other software does not do; use the run with "
-                "softprompt predict, or train one with place=front and attend=joint"
+                "softprompt predict, or train one with prompt_position=prefix and prompt_attention=full"
             )
         if reason := form.refusal(one, backbone):
             raise ValueError(f"run {one.run.folder} cannot be exported to {form.name}: {reason}")
-    with files.replacing(folder) as draft:
+    with files.atomic_write(folder) as draft:
         draft.mkdir()
         form.write(trained, backbone, draft)
         return form.check(trained, backbone, draft)
@@ -223,10 +223,10 @@ def _words(names: Sequence[str], words: Mapping[str, str]) -> dict[str, str]:
         if not _WORD.fullmatch(word):
             raise ValueError(
                 f"run {name!r} has the word {word!r}; give it one such as <{name.split()[0]}>, in angle brackets and "
-                "without a space, with --words"
+                "without a space, with --token-names"
             )
         if list(found.values()).count(word) > 1:
-            raise ValueError(f"two runs have the word {word!r}; give each its own with --words")
+            raise ValueError(f"two runs have the word {word!r}; give each its own with --token-names")
     return found
 
 

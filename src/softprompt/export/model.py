@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from softprompt.export.peft import export_peft, peft_refusal
-from softprompt.models import Attachment
+from softprompt.models import PromptedModel
 from softprompt.models.baselines import export_lora
-from softprompt.types import own_layout
+from softprompt.types import unusual_layout
 
 
-def export_attachment(finished: Attachment, folder: Path) -> str:
+def export_model(finished: PromptedModel, folder: Path) -> str:
     """Write what stock PEFT loads, if its format can say what was trained; else the reason why it cannot."""
     backbone = finished.backbone
     if finished.tuned is not None:
@@ -18,7 +18,7 @@ def export_attachment(finished: Attachment, folder: Path) -> str:
         return ""
     if finished.prompt is None:
         return "a head alone was trained; it is in head.safetensors"
-    if own := own_layout(finished.place, finished.attend):
+    if own := unusual_layout(finished.prompt_position, finished.prompt_attention):
         return f"the prompt is {own}, and PEFT puts every prompt in front of it"
     folded = finished.prompt.fold()
     refusal = peft_refusal(folded, backbone.architecture)

@@ -63,7 +63,7 @@ def export_peft(folded: Folded, backbone: Backbone, folder: Path) -> None:
         "token_dim": matrix.shape[1],
         "tokenizer_name_or_path": None,
     }
-    with files.replacing(folder / "adapter_model.safetensors") as draft:
+    with files.atomic_write(folder / "adapter_model.safetensors") as draft:
         save_file({"prompt_embeddings": matrix}, draft, metadata={"format": "pt"})
     files.write_text(folder / "adapter_config.json", json.dumps(values, indent=2))
 

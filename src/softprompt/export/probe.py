@@ -10,7 +10,7 @@ from torch import Tensor
 from softprompt.backbones import Backbone
 from softprompt.evaluation.predict import pad_id
 from softprompt.export.base import Trained
-from softprompt.models import ATTACHMENTS, attach
+from softprompt.models import PROMPTED_MODELS, attach
 from softprompt.tasks import Task, encode
 
 TEXTS = (
@@ -47,7 +47,7 @@ def probe(trained: Sequence[Trained], backbone: Backbone) -> Iterator[Probe]:
     """Every text with every prompt, a batch at a time, neighbours with different prompts."""
     live = attach(backbone)
     prepared = live.prepare([one.folded.to(backbone.device) for one in trained])
-    texts = text_ids(backbone, TEXTS, ATTACHMENTS[backbone.architecture].closed)
+    texts = text_ids(backbone, TEXTS, PROMPTED_MODELS[backbone.architecture].appends_eos)
     rows = [(which, ids) for ids in texts for which in range(len(trained))]
     for start in range(0, len(rows), _BATCH):
         part = rows[start : start + _BATCH]

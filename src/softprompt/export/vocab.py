@@ -15,7 +15,7 @@ from softprompt.evaluation.predict import pad_id
 from softprompt.export.base import Format, Trained, close, embedding_scale, refuse_gap
 from softprompt.export.extended_vocabulary import grown
 from softprompt.export.probe import TEXTS, Probe, left_padded, probe, text_ids
-from softprompt.models import ATTACHMENTS
+from softprompt.models import PROMPTED_MODELS
 from softprompt.tasks import answer_ids
 
 USAGE = "prompts.json"
@@ -50,9 +50,9 @@ class Vocab(Format):
                 f"{backbone.source} is a model of the kind {backbone.architecture}, whose answer does not come as text "
                 "behind a row; export to npz, or serve it with softprompt serve"
             )
-        if backbone.quantised:
+        if backbone.quantized:
             return (
-                f"the backbone's weights are held as {backbone.quantised}, and a checkpoint needs them whole; train in "
+                f"the backbone's weights are held as {backbone.quantized}, and a checkpoint needs them whole; train in "
                 "bfloat16, or export to npz"
             )
         if embedding_scale(backbone) is None:
@@ -78,7 +78,7 @@ class Vocab(Format):
         usage = {
             "backbone": backbone.base,
             "layout": "the prompt's ids, then the text's own ids"
-            + ("" if ATTACHMENTS[backbone.architecture].closed else " without closing tokens"),
+            + ("" if PROMPTED_MODELS[backbone.architecture].appends_eos else " without closing tokens"),
             "never_said": never,
             "as_text": as_text,
             "prompts": {one.name: _entry(one, ids[one.name], as_text, backbone) for one in trained},
@@ -146,7 +146,7 @@ def _tokenizer(tokenizer: Any, trained: Sequence[Trained], first: int) -> Any:
     if new.convert_tokens_to_ids(tokens) != list(range(first, first + len(tokens))):
         raise ValueError(
             f"the tokenizer does not give {tokens[0]} the id {first}: the word is taken, or its ids have holes; "
-            "give the prompt another word with --words"
+            "give the prompt another word with --token-names"
         )
     return new
 
@@ -162,7 +162,7 @@ def _as_text(tokenizer: Any, trained: Trained, ids: Sequence[int], backbone: Bac
 
     None where neither does (SentencePiece tokenizers treat a text's first word in their own way): ids alone then.
     """
-    rows = text_ids(backbone, TEXTS, ATTACHMENTS[backbone.architecture].closed)
+    rows = text_ids(backbone, TEXTS, PROMPTED_MODELS[backbone.architecture].appends_eos)
     lead = ""
     for count in range(len(rows[0])):
         if rows[0][count] not in backbone.tokenizer.all_special_ids or len({row[: count + 1] for row in rows}) > 1:

@@ -13,7 +13,7 @@ from softprompt.backbones import Backbone
 from softprompt.models.padding import row_index
 from softprompt.models.sampling import Sampling
 from softprompt.prompts import SoftPrompt
-from softprompt.types import Attend, Place
+from softprompt.types import PromptAttention, PromptPosition
 
 
 class Prepared(ABC):
@@ -36,7 +36,7 @@ Index = Int[Tensor, " batch"] | None
 """Which of several prompts each row takes."""
 
 
-class Attachment(nn.Module, ABC):
+class PromptedModel(nn.Module, ABC):
     """A prompt in front of a frozen backbone, as a module whose only parameters are the prompt's and its head's.
 
     The backbone is deliberately no submodule: `state_dict`, `parameters`, `train` and `to` concern what is trained.
@@ -45,23 +45,23 @@ class Attachment(nn.Module, ABC):
     row. Nothing is remembered between calls, so threads may share an attachment.
     """
 
-    closed: ClassVar[bool]
+    appends_eos: ClassVar[bool]
     """The text ends with the tokenizer's closing tokens, and the answer stands apart from it; else it goes on there."""
-    within: bool = False
+    answer_in_sequence: bool = False
     """The answer's tokens are among the input's own: behind the text, or at a mask in it."""
-    places: ClassVar[tuple[Place, ...]] = ("front",)
+    prompt_positions: ClassVar[tuple[PromptPosition, ...]] = ("prefix",)
     """Where a prompt may stand."""
-    isolates: ClassVar[bool] = False
+    supports_self_attention: ClassVar[bool] = False
     """Prompts may be isolated from the text, and then run once for all rows."""
-    isolates_dropout: ClassVar[bool] = False
+    supports_self_attention_dropout: ClassVar[bool] = False
     """They can be trained with the model's own dropout on."""
     deep: ClassVar[bool] = False
     """Prompts of several layers fit; else only those that enter with the input."""
-    recomputes: bool = True
+    supports_gradient_checkpointing: bool = True
     """Layers can be computed again in the backward pass (gradient checkpointing)."""
-    shards: bool = True
+    supports_fsdp: bool = True
     """Layers can be run by their own call, so that each of several processes may hold a part of their weights."""
-    extends: bool = False
+    supports_prefix_sharing: bool = False
     """Beginnings that texts share can be read once for all of them, `extended`."""
     head_rate: ClassVar[float] = 0.5
     """Learning rate of the group `head`, relative to the prompt's; MiniLM learned best with it of 0.02, 0.1, 0.5."""
@@ -78,19 +78,19 @@ class Attachment(nn.Module, ABC):
         prompt: SoftPrompt | None,
         head: nn.Module | None = None,
         tuned: nn.Module | None = None,
-        place: Place = "front",
-        attend: Attend = "joint",
+        prompt_position: PromptPosition = "prefix",
+        prompt_attention: PromptAttention = "full",
     ) -> None:
         super().__init__()
-        if attend != "joint" and not (self.isolates and place == "front"):
+        if prompt_attention != "full" and not (self.supports_self_attention and prompt_position == "prefix"):
             raise ValueError(
-                f"the prompt of {backbone.source} ({backbone.architecture}) cannot be isolated {place!r}; prompts in "
+                f"the prompt of {backbone.source} ({backbone.architecture}) cannot be isolated {prompt_position!r}; prompts in "
                 "front of an encoder's or an encoder-decoder's text can, and a decoder's is so already"
             )
-        if place not in self.places:
-            wrong = f"the prompt of {backbone.source} ({backbone.architecture}) cannot stand {place!r}"
-            raise ValueError(f"{wrong}; it can stand {' or '.join(map(repr, self.places))}")
-        self.place, self.attend = place, attend
+        if prompt_position not in self.prompt_positions:
+            wrong = f"the prompt of {backbone.source} ({backbone.architecture}) cannot stand {prompt_position!r}"
+            raise ValueError(f"{wrong}; it can stand {' or '.join(map(repr, self.prompt_positions))}")
+        self.prompt_position, self.prompt_attention = prompt_position, prompt_attention
         self.backbone = backbone
         self.prompt = prompt
         self.head = head
@@ -103,7 +103,9 @@ class Attachment(nn.Module, ABC):
         Pass the result as `prompts` to answer many calls from one computation.
         """
 
-    def extended(self, prompts: Prompts, beginnings: Sequence[Sequence[int]], index: Index = None) -> Prepared:
+    def with_shared_prefix(
+        self, prompts: Prompts, beginnings: Sequence[Sequence[int]], index: Index = None
+    ) -> Prepared:
         """Prompts with beginnings of texts behind them, made ready: to be given with what is left of the texts.
 
         Args:
@@ -131,7 +133,7 @@ class Attachment(nn.Module, ABC):
         """A transformers ModelOutput with `logits`, and `loss` where `labels` are given (-100: no label)."""
 
     @abstractmethod
-    def labelled(
+    def label_logits(
         self, input_ids: Ids, attention_mask: Mask, labels: Labels, prompts: Prompts = None, index: Index = None
     ) -> tuple[Float[Tensor, "batch kept classes"], Int[Tensor, "batch kept"]]:
         """The logits that predict the labels, and what they should say; -100 where a row has no label of its own."""
@@ -145,7 +147,7 @@ class Attachment(nn.Module, ABC):
         index: Index = None,
     ) -> Float[Tensor, " batch"]:
         """Each row's loss, float32: the sum of the cross-entropies at its labels."""
-        logits, targets = self.labelled(input_ids, attention_mask, labels, prompts, index)
+        logits, targets = self.label_logits(input_ids, attention_mask, labels, prompts, index)
         at = targets != -100
         each = nn.functional.cross_entropy(logits[at].float(), targets[at], reduction="none")
         return each.new_zeros(targets.shape).masked_scatter(at, each).sum(1)
@@ -183,12 +185,12 @@ class Attachment(nn.Module, ABC):
         others = {"head": self.head, "tuned": self.tuned}
         return groups | {name: list(other.parameters()) for name, other in others.items() if other is not None}
 
-    def folded(self) -> "Attachment":
+    def folded(self) -> "PromptedModel":
         """The same with its prompt folded, for use."""
         prompt = None if self.prompt is None else self.prompt.fold().to(self.backbone.device)
-        return type(self)(self.backbone, prompt, self.head, self.tuned, self.place, self.attend)
+        return type(self)(self.backbone, prompt, self.head, self.tuned, self.prompt_position, self.prompt_attention)
 
-    def chosen(self, prompts: Prompts) -> Prepared:
+    def resolve(self, prompts: Prompts) -> Prepared:
         """`prompts` made ready, or the attachment's own."""
         if isinstance(prompts, Prepared):
             return prompts
@@ -217,7 +219,7 @@ class Attachment(nn.Module, ABC):
                     result = result.index_copy(0, mine, prompt.shift(result[mine], ids[mine], positions[mine]))
         return result.to(embeds.dtype)
 
-    def matrices(self, prompts: Sequence[SoftPrompt]) -> list[Float[Tensor, "_ dim"]]:
+    def prompt_embeddings(self, prompts: Sequence[SoftPrompt]) -> list[Float[Tensor, "_ dim"]]:
         """Each prompt's virtual tokens, float32.
 
         Raises:
@@ -281,8 +283,8 @@ class Attachment(nn.Module, ABC):
         """
         refuse_unknown(self.backbone, input_ids, where)
         # The answer's last token is predicted and never fed.
-        fed = len(input_ids) + (max(len(answer_ids) - 1, 0) if self.within else 0)
-        if self.within:
+        fed = len(input_ids) + (max(len(answer_ids) - 1, 0) if self.answer_in_sequence else 0)
+        if self.answer_in_sequence:
             refuse_unknown(self.backbone, answer_ids, where)
         if self.max_row is not None and self.prompt_length + fed > self.max_row:
             raise ValueError(
@@ -291,10 +293,10 @@ class Attachment(nn.Module, ABC):
                 f"{self.backbone.source} has {self.max_row}; shorten its answer, leave the row out, or lower "
                 "max_tokens or the prompt's length"
             )
-        reach = None if self.prompt is None else self.prompt.reach
-        if reach is not None and fed > reach:
+        max_input_length = None if self.prompt is None else self.prompt.max_input_length
+        if max_input_length is not None and fed > max_input_length:
             raise ValueError(
-                f"{where} has {fed} tokens with its answer, but the prompt has offsets for {reach}; shorten its "
+                f"{where} has {fed} tokens with its answer, but the prompt has offsets for {max_input_length}; shorten its "
                 "answer, leave the row out, or give the prompt more positions"
             )
 

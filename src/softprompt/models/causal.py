@@ -2,7 +2,7 @@
 
 A causal model's prompt positions see prompt positions only, so running them once and letting every row see their keys
 and values is exact, gradients included. Prompts that are given as they are (in training) and their rows run packed, one
-behind another without padding (`packing.py`), where the model allows it. Prompts that were prepared (at inference) are
+behind another without padding (`layout.py`), where the model allows it. Prompts that were prepared (at inference) are
 keys and values already: where the layers are our own (`llama.py`) scored rows run packed behind them too, else a row
 is `prompt, pads, text` with explicit positions. Either way padding on any side and of any length changes nothing.
 
@@ -22,22 +22,22 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from softprompt.backbones import Backbone, fsdp
 from softprompt.backbones.kernels import attention, llama
-from softprompt.models.base import Attachment, Candidates, Ids, Index, Labels, Mask, Prepared, Prompts, mean_loss
-from softprompt.models.decode_state import State
-from softprompt.models.inline import Matrices, matrices, whole
+from softprompt.models.base import Candidates, Ids, Index, Labels, Mask, Prepared, PromptedModel, Prompts, mean_loss
+from softprompt.models.decode_state import DecodeState
+from softprompt.models.inline import PromptEmbeddings, insert_prompts, prompt_embeddings
 from softprompt.models.kv_prefix import Prefix
 from softprompt.models.label_tree import score_rest
-from softprompt.models.padding import Rows, aligned, checked_mask, row_index, side_by_side
+from softprompt.models.padding import Rows, align_padding, checked_mask, pad_batch, row_index
 from softprompt.models.sampling import Chooser, Sampling
-from softprompt.models.varlen import packed_logits
+from softprompt.models.varlen import varlen_logits
 from softprompt.models.verify import Different, refuse_length_bound, refuse_unusual, remembered, sliding_window
 from softprompt.models.verify_causal import check_rows, packs_alike
 from softprompt.prompts import SoftPrompt
-from softprompt.types import Attend, Place
+from softprompt.types import PromptAttention, PromptPosition
 
 
 @final
-class Causal(Attachment):
+class Causal(PromptedModel):
     """A prompt in front of a decoder-only model's text.
 
     Costs a training step one pass over the prompt at batch 1 and over the text; at inference `prepare` pays for the
@@ -47,9 +47,9 @@ class Causal(Attachment):
         ValueError: the model keeps state other than attention's keys and values, or its prefix is not exact.
     """
 
-    closed = False
-    within = True
-    places = ("front", "after_first", "behind")
+    appends_eos = False
+    answer_in_sequence = True
+    prompt_positions = ("prefix", "after_bos", "suffix")
 
     def __init__(
         self,
@@ -57,10 +57,12 @@ class Causal(Attachment):
         prompt: SoftPrompt | None,
         head: nn.Module | None = None,
         tuned: nn.Module | None = None,
-        place: Place = "front",
-        attend: Attend = "joint",
+        prompt_position: PromptPosition = "prefix",
+        prompt_attention: PromptAttention = "full",
     ) -> None:
-        super().__init__(backbone, prompt, tuned=tuned, place=place, attend=attend)
+        super().__init__(
+            backbone, prompt, tuned=tuned, prompt_position=prompt_position, prompt_attention=prompt_attention
+        )
         if head is not None:
             raise ValueError(f"{backbone.source} answers in words and takes no head; leave it out")
         self._accepted = frozenset(inspect.signature(backbone.model.forward).parameters)
@@ -68,14 +70,16 @@ class Causal(Attachment):
         """The narrowest attention window, where there is one: no row may be wider."""
         refuse_unusual(backbone, self._accepted)
         refuse_length_bound(backbone)
-        self._by_layer = tuned is None and llama.is_known(backbone.model)
-        self.in_row = place != "front"
+        self._by_layer = tuned is None and llama.is_supported(backbone.model)
+        self.in_row = prompt_position != "prefix"
         """Whether prompts are run in every row; else their keys and values are computed once for all of them."""
         self.packs = False
         """Whether prompts and rows run packed in training; where not, they run one after the other and slower."""
         self._check_exact()
-        self.extends = not self.in_row and self.window is None and not fsdp.is_sharded(backbone.model)
-        self.recomputes = self.packs  # else rows go on from a cache, which would be written to twice
+        self.supports_prefix_sharing = not self.in_row and self.window is None and not fsdp.is_sharded(backbone.model)
+        self.supports_gradient_checkpointing = (
+            self.packs
+        )  # else rows go on from a cache, which would be written to twice
 
     def _check_exact(self) -> None:
         """Compare mixed batches with rows alone, once a model and place; choose a layout that is exact, or refuse.
@@ -101,19 +105,19 @@ class Causal(Attachment):
         if self.in_row:
 
             def inline() -> bool:
-                check_rows(self, f"prompts in rows of other lengths, {self.place!r},")
+                check_rows(self, f"prompts in rows of other lengths, {self.prompt_position!r},")
                 return True
 
-            remembered(model, f"in row {self.place}", inline)
+            remembered(model, f"in row {self.prompt_position}", inline)
             return
-        self.packs = "position_ids" in self._accepted and attention.takes_packing(model)
+        self.packs = "position_ids" in self._accepted and attention.supports_varlen(model)
         self.packs = self.packs and remembered(model, f"packed {self._by_layer}", lambda: packs_alike(self))
 
-    def prepare(self, prompts: Sequence[SoftPrompt]) -> Prefix | Matrices:
+    def prepare(self, prompts: Sequence[SoftPrompt]) -> Prefix | PromptEmbeddings:
         """The prompts' keys and values, or their vectors where text stands before them, for any number of calls."""
         if self.in_row and prompts:
-            return matrices(self, prompts)
-        device, found = self.backbone.device, self.matrices(prompts)
+            return prompt_embeddings(self, prompts)
+        device, found = self.backbone.device, self.prompt_embeddings(prompts)
         if not found:
             empty = torch.ones(1, 0, dtype=torch.long, device=device)
             return Prefix([], (), empty, None, empty.sum(1))
@@ -127,19 +131,21 @@ class Causal(Attachment):
         logits = logits[torch.arange(len(rows)), torch.searchsorted(last, lengths - 1)]
         return Prefix.of(list(prompts), cache, mask, logits, torch.zeros_like(lengths))
 
-    def extended(self, prompts: Prompts, beginnings: Sequence[Sequence[int]], index: Index = None) -> Prepared:
+    def with_shared_prefix(
+        self, prompts: Prompts, beginnings: Sequence[Sequence[int]], index: Index = None
+    ) -> Prepared:
         """Prompts with beginnings of texts behind them, whose keys and values are computed once too."""
-        if not self.extends:
-            return super().extended(prompts, beginnings, index)
+        if not self.supports_prefix_sharing:
+            return super().with_shared_prefix(prompts, beginnings, index)
         if not beginnings or not all(beginnings):
             raise ValueError(f"the beginnings are {list(beginnings)}; give at least one, each with at least one token")
         prepared = self._prepared(prompts)
         assert isinstance(prepared, Prefix)  # as all in front
-        text = aligned(*side_by_side(beginnings, self.backbone.device))
+        text = align_padding(*pad_batch(beginnings, self.backbone.device))
         which = row_index(index, len(prepared.mask), text.ids)
         state = self._read(text, prepared, which, keep=torch.tensor([-1], device=text.ids.device))
         behind = [prepared.prompts[row] for row in which.tolist()] if prepared.prompts else []
-        return Prefix.of(behind, state.cache, state.mask, state.logits[:, -1], state.place[:, 0])
+        return Prefix.of(behind, state.cache, state.mask, state.logits[:, -1], state.next_position[:, 0])
 
     def forward(
         self,
@@ -157,14 +163,14 @@ class Causal(Attachment):
         front) at which any row has a label.
         """
         if labels is None:
-            text = aligned(input_ids, checked_mask(input_ids, attention_mask))
+            text = align_padding(input_ids, checked_mask(input_ids, attention_mask))
             found = self._read(text, self._prepared(prompts), index, keep=None).logits
             logits = torch.zeros(*input_ids.shape, found.shape[-1], dtype=found.dtype, device=found.device)
             return CausalLMOutput(logits=logits.scatter(1, text.order[..., None].expand_as(found), found))
-        logits, targets = self.labelled(input_ids, attention_mask, labels, prompts, index)
+        logits, targets = self.label_logits(input_ids, attention_mask, labels, prompts, index)
         return CausalLMOutput(loss=mean_loss(logits, targets), logits=logits)
 
-    def labelled(
+    def label_logits(
         self, input_ids: Ids, attention_mask: Mask, labels: Labels, prompts: Prompts = None, index: Index = None
     ) -> tuple[Float[Tensor, "batch kept vocab"], Int[Tensor, "batch kept"]]:
         """The logits that predict the labels, and the labels, in `forward`'s columns."""
@@ -172,7 +178,7 @@ class Causal(Attachment):
             raise ValueError(
                 f"labels are {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)}; make them equal"
             )
-        text = aligned(input_ids, checked_mask(input_ids, attention_mask))
+        text = align_padding(input_ids, checked_mask(input_ids, attention_mask))
         wanted = labels.gather(1, text.order).masked_fill(text.mask == 0, -100)
         columns = (wanted != -100).any(0).nonzero()[:, 0]
         if not len(columns):
@@ -193,7 +199,7 @@ class Causal(Attachment):
         """
         if not candidates or not all(candidates):
             raise ValueError(f"candidates are {list(candidates)}; give at least one, each with at least one token")
-        text = aligned(input_ids, checked_mask(input_ids, attention_mask))
+        text = align_padding(input_ids, checked_mask(input_ids, attention_mask))
         longest = max(len(candidate) for candidate in candidates)
         if longest == 1 and self._may_pack(prompts):
             end = torch.tensor([text.ids.shape[1]], device=text.ids.device)
@@ -268,7 +274,7 @@ class Causal(Attachment):
         if self._may_pack(prompts):
             own = [] if self.prompt is None else [self.prompt]
             live = own if prompts is None else prompts
-            logits = packed_logits(
+            logits = varlen_logits(
                 self,
                 text,
                 columns,
@@ -282,16 +288,16 @@ class Causal(Attachment):
                 return live.predicting(logits, first, which), live.logits is None
             return logits, not live
         prepared, seq = self._prepared(prompts), text.ids.shape[1]
-        if isinstance(prepared, Matrices):
+        if isinstance(prepared, PromptEmbeddings):
             state = self._read(text, prepared, index, keep=columns - 1 - seq, labels=labels)
-            return state.logits, self.place == "after_first"  # elsewhere a prompt stands before the first token
+            return state.logits, self.prompt_position == "after_bos"  # elsewhere a prompt stands before the first token
         state = self._read(text, prepared, index, keep=(columns - 1).clamp(min=0) - seq)
         which = row_index(index, len(prepared.mask), text.ids)
         return prepared.predicting(state.logits, first, which), prepared.logits is None
 
-    def _prepared(self, prompts: Prompts) -> Prefix | Matrices:
-        prepared = self.chosen(prompts)
-        if not isinstance(prepared, Matrices if self.in_row and prepared.prompts else Prefix):
+    def _prepared(self, prompts: Prompts) -> Prefix | PromptEmbeddings:
+        prepared = self.resolve(prompts)
+        if not isinstance(prepared, PromptEmbeddings if self.in_row and prepared.prompts else Prefix):
             raise ValueError(
                 f"{type(prepared).__name__} was prepared for another architecture or place; prepare the prompts again"
             )
@@ -305,41 +311,41 @@ class Causal(Attachment):
     def _read(
         self,
         text: Rows,
-        prepared: Prefix | Matrices,
+        prepared: Prefix | PromptEmbeddings,
         index: Index,
         keep: Int[Tensor, " kept"] | None,
         room: int = 0,
         labels: Int[Tensor, "batch seq"] | None = None,
-    ) -> State:
+    ) -> DecodeState:
         """The text with its prompt, from the prompt's keys and values where it stands in front.
 
         Args:
             keep: places of the head, counted from the end and so negative; none: at each of the text's tokens.
             labels: those of `text`, in front of the first of which a prompt behind the text stands.
         """
-        everywhere, place = 0 if keep is None else keep, text.mask.sum(1, keepdim=True)
-        if isinstance(prepared, Matrices):
-            behind = aligned(text.ids, text.mask, pads="behind")
-            rows = whole(self, prepared, index, behind, self._lead(text, labels), None).padded_in_front()
+        everywhere, next_position = 0 if keep is None else keep, text.mask.sum(1, keepdim=True)
+        if isinstance(prepared, PromptEmbeddings):
+            behind = align_padding(text.ids, text.mask, pads="behind")
+            rows = insert_prompts(self, prepared, index, behind, self._lead(text, labels), None).padded_in_front()
             cache, mask = DynamicCache(), rows.mask
             self._refuse_beyond(int(mask.sum(1).max()) + room, mask.shape[1] + room)
             output = self._run(rows.embeds, cache, mask, mask, everywhere)
             if keep is None:
                 own = rows.own.long().argsort(dim=1, stable=True)[:, -text.ids.shape[1] :]
                 output = output.gather(1, own[..., None].expand(-1, -1, output.shape[-1]))
-            return State(cache, mask, output, place, prepared.prompts, index)
+            return DecodeState(cache, mask, output, next_position, prepared.prompts, index)
         which = row_index(index, len(prepared.mask), text.ids)
         cache, mask = prepared.cache(which), torch.cat([prepared.mask[which], text.mask], 1)
         self._refuse_beyond(int(mask.sum(1).max()) + room, mask.shape[1] + room)
         before = prepared.read[which][:, None]
         embeds = self.shifted(prepared.prompts, which, text.ids, before + text.positions())
         logits = self._run(embeds, cache, mask, text.mask, everywhere)
-        return State(cache, mask, logits, before + place, prepared.prompts, which)
+        return DecodeState(cache, mask, logits, before + next_position, prepared.prompts, which)
 
     def _lead(self, text: Rows, labels: Int[Tensor, "batch seq"] | None) -> int | Int[Tensor, "batch 1"]:
         """Each row's tokens in front of its prompt: none, its first one, or all before its first label."""
-        if self.place != "behind":
-            return 0 if self.place == "front" else 1
+        if self.prompt_position != "suffix":
+            return 0 if self.prompt_position == "prefix" else 1
         own = text.mask if labels is None else text.mask * ((labels != -100).cumsum(1) == 0)
         return own.sum(1, keepdim=True)
 
@@ -369,21 +375,23 @@ class Causal(Attachment):
 
     def prefill(
         self, input_ids: Ids, attention_mask: Mask, prompts: Prompts = None, index: Index = None, room: int = 0
-    ) -> State:
+    ) -> DecodeState:
         """Texts read behind their prompts, to be gone on with by `room` tokens; logits are those of the next one."""
-        text = aligned(input_ids, checked_mask(input_ids, attention_mask))
+        text = align_padding(input_ids, checked_mask(input_ids, attention_mask))
         last = torch.tensor([-1], device=text.ids.device)
         return self._read(text, self._prepared(prompts), index, keep=last, room=room)
 
     def decode(
-        self, state: State, ids: Int[Tensor, "batch more"], real: Int[Tensor, "batch more"] | None = None
-    ) -> State:
+        self, state: DecodeState, ids: Int[Tensor, "batch more"], real: Int[Tensor, "batch more"] | None = None
+    ) -> DecodeState:
         """Further tokens after a batch that has been read; `real` marks padding behind them."""
         more = ids.shape[1]
         mask = torch.cat([state.mask, torch.ones_like(ids) if real is None else real], 1)
-        embeds = self.shifted(state.prompts, state.rows, ids, state.place + torch.arange(more, device=ids.device))
+        embeds = self.shifted(
+            state.prompts, state.rows, ids, state.next_position + torch.arange(more, device=ids.device)
+        )
         logits = self._run(embeds, state.cache, mask, ids, 0)
-        return state._replace(mask=mask, logits=logits, place=state.place + more)
+        return state._replace(mask=mask, logits=logits, next_position=state.next_position + more)
 
     def _refuse_beyond(self, longest: int, wide: int) -> None:
         """Refuse rows of `longest` positions, or of `wide` ones with their padding, that the model has no room for."""

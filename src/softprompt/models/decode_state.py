@@ -10,7 +10,7 @@ from softprompt.models.base import Index
 from softprompt.prompts import SoftPrompt
 
 
-class State(NamedTuple):
+class DecodeState(NamedTuple):
     """A batch in the middle of being read."""
 
     cache: Any
@@ -18,7 +18,7 @@ class State(NamedTuple):
     """Of all so far."""
     logits: Float[Tensor, "batch kept vocab"]
     """Those asked for."""
-    place: Int[Tensor, "batch 1"]
+    next_position: Int[Tensor, "batch 1"]
     """Of each row's next token in its text."""
     prompts: Sequence[SoftPrompt]
     rows: Index

@@ -11,16 +11,16 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 
 from softprompt.backbones import Backbone
 from softprompt.backbones.kernels import attention
-from softprompt.backbones.kernels.varlen import Packing
-from softprompt.models.base import Attachment, Candidates, Ids, Index, Labels, Mask, Prompts, mean_loss
-from softprompt.models.encoder_prefix import Kept, kept, laid_out
-from softprompt.models.inline import Matrices, Whole, chosen, matrices, whole
-from softprompt.models.padding import Rows, aligned, checked_mask
+from softprompt.backbones.kernels.varlen import VarlenLayout
+from softprompt.models.base import Candidates, Ids, Index, Labels, Mask, PromptedModel, Prompts, mean_loss
+from softprompt.models.encoder_prefix import EncoderPrefixStates, encoder_prefix_states, lay_out
+from softprompt.models.inline import PromptEmbeddings, RowsWithPrompts, insert_prompts, prompt_embeddings, resolve
+from softprompt.models.padding import Rows, align_padding, checked_mask
 from softprompt.models.sampling import Sampling
 from softprompt.models.verify import Sample, refuse_different, refuse_length_bound, refusing, remembered, sample
 from softprompt.models.vision import Pooling
 from softprompt.prompts import SoftPrompt
-from softprompt.types import Attend, Place, Pool
+from softprompt.types import Pool, PromptAttention, PromptPosition
 
 
 def fresh_head(backbone: Backbone, classes: int, generator: torch.Generator, pool: Pool = "cls") -> nn.Module | None:
@@ -50,7 +50,7 @@ def fresh_head(backbone: Backbone, classes: int, generator: torch.Generator, poo
 
 
 @final
-class Encoder(Attachment):
+class Encoder(PromptedModel):
     """A prompt between an encoder's first token and its text, answered by a vocabulary head or by a trained one.
 
     A checkpoint with a masked-LM head answers in words: the mask token is put behind the text (in front of the
@@ -67,10 +67,10 @@ class Encoder(Attachment):
             the model's results.
     """
 
-    closed = True
-    places = ("front", "behind")
-    isolates = True
-    isolates_dropout = True
+    appends_eos = True
+    prompt_positions = ("prefix", "suffix")
+    supports_self_attention = True
+    supports_self_attention_dropout = True
 
     def __init__(
         self,
@@ -78,10 +78,10 @@ class Encoder(Attachment):
         prompt: SoftPrompt | None,
         head: nn.Module | None = None,
         tuned: nn.Module | None = None,
-        place: Place = "front",
-        attend: Attend = "joint",
+        prompt_position: PromptPosition = "prefix",
+        prompt_attention: PromptAttention = "full",
     ) -> None:
-        super().__init__(backbone, prompt, head, tuned, place, attend)
+        super().__init__(backbone, prompt, head, tuned, prompt_position, prompt_attention)
         if head is None and not backbone.masked_lm:
             raise ValueError(
                 f"{backbone.source} has no vocabulary head to answer with; give a head to train, as in "
@@ -89,18 +89,18 @@ class Encoder(Attachment):
             )
         if head is None and backbone.tokenizer.mask_token_id is None:
             raise ValueError(f"the tokenizer of {backbone.source} has no mask token to answer at; give a head to train")
-        self.within = head is None
+        self.answer_in_sequence = head is None
         refuse_length_bound(backbone)
         remembered(backbone.model, f"padding {self._words() is None}", self._check_exact)
-        if attend == "isolated":
+        if prompt_attention == "self":
             self._refuse_not_isolated()
             remembered(backbone.model, "isolated", self._check_isolated)
 
-    def prepare(self, prompts: Sequence[SoftPrompt]) -> Matrices | Kept:
+    def prepare(self, prompts: Sequence[SoftPrompt]) -> PromptEmbeddings | EncoderPrefixStates:
         """The prompts' vectors, since everything else depends on the text; isolated, their states in every layer."""
-        if self.attend == "isolated":
-            return kept(self, prompts, self._packed)
-        return matrices(self, prompts)
+        if self.prompt_attention == "self":
+            return encoder_prefix_states(self, prompts, self._packed)
+        return prompt_embeddings(self, prompts)
 
     def target(self, answer: Sequence[int]) -> tuple[int, ...]:
         """As it is: it stands in the mask's place."""
@@ -143,7 +143,7 @@ class Encoder(Attachment):
     ) -> MaskedLMOutput | SequenceClassifierOutput:
         """Logits at the mask, `[batch, 1, vocab]`, or the head's, `[batch, classes]`; the loss is a mean in float32.
 
-        `labels` are one column: the token in the mask's place, or with a head the class; -100 where there is none.
+        `labels` are one column: the token in the mask's prompt_position, or with a head the class; -100 where there is none.
 
         Raises:
             ValueError: several columns of labels, or no label at all.
@@ -152,13 +152,13 @@ class Encoder(Attachment):
         if labels is None:
             logits = self._logits(input_ids, attention_mask, prompts, index)[:, None]
         else:
-            logits, targets = self.labelled(input_ids, attention_mask, labels, prompts, index)
+            logits, targets = self.label_logits(input_ids, attention_mask, labels, prompts, index)
             loss = mean_loss(logits, targets)
         if self.head is not None:
             return SequenceClassifierOutput(loss=loss, logits=logits[:, 0])
         return MaskedLMOutput(loss=loss, logits=logits)
 
-    def labelled(
+    def label_logits(
         self, input_ids: Ids, attention_mask: Mask, labels: Labels, prompts: Prompts = None, index: Index = None
     ) -> tuple[Float[Tensor, "batch 1 classes"], Int[Tensor, "batch 1"]]:
         """The logits at the mask or of the head's classes, and the labels; raises as `forward` does."""
@@ -216,15 +216,15 @@ class Encoder(Attachment):
         self, input_ids: Ids, attention_mask: Mask, prompts: Prompts, index: Index
     ) -> Float[Tensor, "batch answer"]:
         """Of the vocabulary at the mask, or of the head's classes."""
-        text = aligned(input_ids, checked_mask(input_ids, attention_mask), pads="behind")
-        if self.attend == "isolated":
+        text = align_padding(input_ids, checked_mask(input_ids, attention_mask), pads="behind")
+        if self.prompt_attention == "self":
             return self._isolated(prompts, index, text)
-        prepared = chosen(self, prompts)
+        prepared = resolve(self, prompts)
         if self.head is not None:
-            rows = whole(self, prepared, index, text, lead=self._lead(text), limit=self.backbone.max_positions)
+            rows = insert_prompts(self, prepared, index, text, lead=self._lead(text), limit=self.backbone.max_positions)
             return self.head(_mean(self._states(rows), rows.own))
         lead, text = self._lead(text), self._masked(text)
-        rows = whole(self, prepared, index, text, lead=lead, limit=self.backbone.max_positions)
+        rows = insert_prompts(self, prepared, index, text, lead=lead, limit=self.backbone.max_positions)
         at = self._answered(text)
         at = torch.where(at < lead, at, at + (rows.mask.sum(1) - text.mask.sum(1))[:, None])[:, 0]
         each = torch.arange(len(at), device=at.device)
@@ -244,22 +244,22 @@ class Encoder(Attachment):
 
     def _isolated_states(self, prompts: Prompts, index: Index, text: Rows) -> Float[Tensor, "batch seq hidden"]:
         """The text's own last states."""
-        embeds, packing = laid_out(self, prompts, index, text, self.backbone.max_positions)
-        return packing.rows.padded(self._packed(embeds, packing))
+        embeds, layout = lay_out(self, prompts, index, text, self.backbone.max_positions)
+        return layout.rows.padded(self._packed(embeds, layout))
 
-    def _packed(self, embeds: Float[Tensor, "token dim"], packing: Packing) -> Float[Tensor, "token hidden"]:
+    def _packed(self, embeds: Float[Tensor, "token dim"], layout: VarlenLayout) -> Float[Tensor, "token hidden"]:
         """The last states; every token is in the place that it has in `[first; prompt; rest]`."""
-        positions = packing.positions[0] + self._skipped()
-        if packing.keeps:  # of prompts alone
+        positions = layout.positions[0] + self._skipped()
+        if layout.record_kv:  # of prompts alone
             positions += 1
         else:
-            positions[: packing.rows.start] += 1
-            positions[packing.rows.starts] = self._skipped()
+            positions[: layout.rows.start] += 1
+            positions[layout.rows.starts] = self._skipped()
         output = self.backbone.model.base_model(
             inputs_embeds=embeds[None],
             attention_mask=attention.everything(embeds.device),
             position_ids=positions[None],
-            packing=packing,
+            layout=layout,
         )
         return output.last_hidden_state[0]
 
@@ -268,7 +268,7 @@ class Encoder(Attachment):
         # Looked up, not kept: an attribute would make a part of the backbone a submodule.
         return next((found for name in _HEADS if (found := getattr(self.backbone.model, name, None)) is not None), None)
 
-    def _states(self, rows: Whole) -> Float[Tensor, "batch total hidden"]:
+    def _states(self, rows: RowsWithPrompts) -> Float[Tensor, "batch total hidden"]:
         """The last hidden states."""
         output = self.backbone.model.base_model(inputs_embeds=rows.embeds, attention_mask=rows.mask)
         states: Tensor = output.last_hidden_state
@@ -284,7 +284,7 @@ class Encoder(Attachment):
         column = torch.arange(seq + 1, device=text.ids.device).expand(len(text.ids), -1)
         source = torch.where(needs & (column > end), column - 1, column).clamp(max=seq - 1)
         ids = text.ids.gather(1, source).masked_fill(needs & (column == end), self.backbone.tokenizer.mask_token_id)
-        return aligned(ids, (column < lengths + needs.long()).long(), pads="behind")
+        return align_padding(ids, (column < lengths + needs.long()).long(), pads="behind")
 
     def _masks(self, text: Rows) -> Bool[Tensor, "batch seq"]:
         """Where mask tokens are."""
@@ -297,7 +297,7 @@ class Encoder(Attachment):
 
     def _lead(self, text: Rows) -> int | Int[Tensor, "batch 1"]:
         """Tokens in front of the prompt: [CLS], or the whole text, before a mask is put behind it."""
-        return 1 if self.place == "front" else self._end(text)
+        return 1 if self.prompt_position == "prefix" else self._end(text)
 
     def _end(self, text: Rows) -> Int[Tensor, "batch 1"]:
         """Each row's tokens in front of its closing one."""
@@ -316,8 +316,13 @@ class Encoder(Attachment):
         with refusing(self.backbone, how):
             given = sample(self.backbone)
             ids, mask = given.batch(self.backbone.device)
-            rows = whole(
-                self, matrices(self, given.prompts), given.prompt_index, Rows(ids, mask, ids), lead=1, limit=None
+            rows = insert_prompts(
+                self,
+                prompt_embeddings(self, given.prompts),
+                given.prompt_index,
+                Rows(ids, mask, ids),
+                lead=1,
+                limit=None,
             )
             words = self._words()
             ours = (
@@ -357,10 +362,14 @@ class Encoder(Attachment):
         """Refuse a model that does not hand positions and attention on."""
         model = self.backbone.model
         accepted = inspect.signature(model.base_model.forward).parameters
-        if not attention.takes_packing(model) or "position_ids" not in accepted or (self.head or self._words()) is None:
+        if (
+            not attention.supports_varlen(model)
+            or "position_ids" not in accepted
+            or (self.head or self._words()) is None
+        ):
             raise ValueError(
                 f"{self.backbone.source} ({model.config.model_type}) does not hand positions and attention on, so its "
-                "prompts cannot be isolated; leave attend=joint, or choose a BERT or RoBERTa"
+                "prompts cannot be isolated; leave prompt_attention=full, or choose a BERT or RoBERTa"
             )
 
 

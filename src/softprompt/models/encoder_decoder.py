@@ -12,15 +12,25 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from softprompt.backbones import Backbone, fsdp
 from softprompt.backbones.kernels import attention, t5
-from softprompt.models.base import Attachment, Candidates, Ids, Index, Labels, Mask, Prompts, mean_loss, refuse_unknown
-from softprompt.models.encoder_prefix import Kept, kept, laid_out
-from softprompt.models.inline import Matrices, Whole, chosen, matrices, whole
+from softprompt.models.base import (
+    Candidates,
+    Ids,
+    Index,
+    Labels,
+    Mask,
+    PromptedModel,
+    Prompts,
+    mean_loss,
+    refuse_unknown,
+)
+from softprompt.models.encoder_prefix import EncoderPrefixStates, encoder_prefix_states, lay_out
+from softprompt.models.inline import PromptEmbeddings, RowsWithPrompts, insert_prompts, prompt_embeddings, resolve
 from softprompt.models.label_tree import LabelTree, SharedLayer, in_parts
-from softprompt.models.padding import Rows, aligned, checked_mask, side_by_side
+from softprompt.models.padding import Rows, align_padding, checked_mask, pad_batch
 from softprompt.models.sampling import Chooser, Sampling
 from softprompt.models.verify import refuse_different, refuse_length_bound, refusing, remembered, sample
 from softprompt.prompts import SoftPrompt
-from softprompt.types import Attend, Place
+from softprompt.types import PromptAttention, PromptPosition
 
 
 class _Read(NamedTuple):
@@ -32,7 +42,7 @@ class _Read(NamedTuple):
 
 
 @final
-class EncoderDecoder(Attachment):
+class EncoderDecoder(PromptedModel):
     """A prompt in front of the encoder's text, or where `place` says; the decoder sees it through its cross-attention.
 
     Costs one pass of the encoder over prompt and text a call; candidates and generated tokens share it, and the
@@ -46,9 +56,9 @@ class EncoderDecoder(Attachment):
         ValueError: the model has no encoder to call by itself, or padding changes its results.
     """
 
-    closed = True
-    places = ("front", "after_first", "behind")
-    isolates = True
+    appends_eos = True
+    prompt_positions = ("prefix", "after_bos", "suffix")
+    supports_self_attention = True
 
     def __init__(
         self,
@@ -56,10 +66,12 @@ class EncoderDecoder(Attachment):
         prompt: SoftPrompt | None,
         head: nn.Module | None = None,
         tuned: nn.Module | None = None,
-        place: Place = "front",
-        attend: Attend = "joint",
+        prompt_position: PromptPosition = "prefix",
+        prompt_attention: PromptAttention = "full",
     ) -> None:
-        super().__init__(backbone, prompt, tuned=tuned, place=place, attend=attend)
+        super().__init__(
+            backbone, prompt, tuned=tuned, prompt_position=prompt_position, prompt_attention=prompt_attention
+        )
         if head is not None:
             raise ValueError(f"{backbone.source} answers in words and takes no head; leave it out")
         if not hasattr(backbone.model, "prepare_decoder_input_ids_from_labels"):
@@ -70,20 +82,20 @@ class EncoderDecoder(Attachment):
         generation = backbone.model.generation_config
         forced = generation.forced_bos_token_id
         self._first: tuple[int, ...] = () if forced is None else (int(forced),)
-        if attend == "isolated" and not t5.is_known(backbone.model.get_encoder()):
+        if prompt_attention == "self" and not t5.is_supported(backbone.model.get_encoder()):
             raise ValueError(
                 f"{backbone.source} ({backbone.model.config.model_type}) is no T5 or mT5, whose prompts alone can be "
-                "isolated among encoder-decoders; leave attend=joint"
+                "isolated among encoder-decoders; leave prompt_attention=full"
             )
-        self.shards = attend != "isolated"
+        self.supports_fsdp = prompt_attention != "self"
         refuse_length_bound(backbone)
         remembered(backbone.model, "padding", self._check_exact)
 
-    def prepare(self, prompts: Sequence[SoftPrompt]) -> Matrices | Kept:
+    def prepare(self, prompts: Sequence[SoftPrompt]) -> PromptEmbeddings | EncoderPrefixStates:
         """The prompts' vectors, since the encoder's pass depends on the text; isolated, their states in the encoder."""
-        if self.attend == "isolated":
-            return kept(self, prompts, partial(t5.run, self.backbone.model.get_encoder()))
-        return matrices(self, prompts)
+        if self.prompt_attention == "self":
+            return encoder_prefix_states(self, prompts, partial(t5.run, self.backbone.model.get_encoder()))
+        return prompt_embeddings(self, prompts)
 
     def target(self, answer: Sequence[int]) -> tuple[int, ...]:
         """The answer with the forced first token, if there is one, and the end of sequence, once each."""
@@ -134,10 +146,10 @@ class EncoderDecoder(Attachment):
         if labels is None:
             read = self._read(input_ids, attention_mask, prompts, index)
             return Seq2SeqLMOutput(logits=self._decode(read, self._begin(input_ids)))
-        logits, targets = self.labelled(input_ids, attention_mask, labels, prompts, index)
+        logits, targets = self.label_logits(input_ids, attention_mask, labels, prompts, index)
         return Seq2SeqLMOutput(loss=mean_loss(logits, targets), logits=logits)
 
-    def labelled(
+    def label_logits(
         self, input_ids: Ids, attention_mask: Mask, labels: Labels, prompts: Prompts = None, index: Index = None
     ) -> tuple[Float[Tensor, "batch target vocab"], Int[Tensor, "batch target"]]:
         """The decoder's logits at each label, and the labels; raises as `forward` does."""
@@ -182,7 +194,7 @@ class EncoderDecoder(Attachment):
         folds = attention.is_ours(model)
 
         def scores(rows: slice, part: Candidates) -> Tensor:
-            padded, real = side_by_side(part, read.mask.device)
+            padded, real = pad_batch(part, read.mask.device)
             mask, count = read.mask[rows], len(part)
             before = torch.ones(len(mask) * count, own[0][0].shape[2], dtype=torch.long, device=mask.device)
             cache = EncoderDecoderCache(
@@ -274,32 +286,34 @@ class EncoderDecoder(Attachment):
 
     def _read(self, input_ids: Ids, attention_mask: Mask, prompts: Prompts, index: Index) -> _Read:
         """The encoder's states of prompts and text, and an empty cache for the decoder."""
-        text = aligned(input_ids, checked_mask(input_ids, attention_mask), pads="behind")
-        if self.attend == "isolated":
+        text = align_padding(input_ids, checked_mask(input_ids, attention_mask), pads="behind")
+        if self.prompt_attention == "self":
             return self._isolated(prompts, index, text)
-        rows = whole(self, chosen(self, prompts), index, text, lead=self._lead(text), limit=self.backbone.max_positions)
+        rows = insert_prompts(
+            self, resolve(self, prompts), index, text, lead=self._lead(text), limit=self.backbone.max_positions
+        )
         return self._encoded(rows)
 
     def _isolated(self, prompts: Prompts, index: Index, text: Rows) -> _Read:
         """The same of prompts that see themselves alone: each is run once, and every row goes on from its states."""
-        embeds, packing = laid_out(self, prompts, index, text, self.backbone.max_positions)
-        states = t5.run(self.backbone.model.get_encoder(), embeds, packing)
-        rows, mask = packing.rows.padded(states), text.mask
-        if packing.prompts is not None:
-            before = prompts.last if isinstance(prompts, Kept) else packing.prompts.padded(states)
+        embeds, layout = lay_out(self, prompts, index, text, self.backbone.max_positions)
+        states = t5.run(self.backbone.model.get_encoder(), embeds, layout)
+        rows, mask = layout.rows.padded(states), text.mask
+        if layout.prompts is not None:
+            before = prompts.last if isinstance(prompts, EncoderPrefixStates) else layout.prompts.padded(states)
             assert before is not None
-            rows = torch.cat([before[packing.index], rows], 1)
-            mask = torch.cat([packing.prompts.real[packing.index].long(), mask], 1)
+            rows = torch.cat([before[layout.index], rows], 1)
+            mask = torch.cat([layout.prompts.real[layout.index].long(), mask], 1)
         return _Read(rows, mask, EncoderDecoderCache(DynamicCache(), DynamicCache()))
 
-    def _encoded(self, rows: Whole) -> _Read:
+    def _encoded(self, rows: RowsWithPrompts) -> _Read:
         states = self.backbone.model.get_encoder()(inputs_embeds=rows.embeds, attention_mask=rows.mask)[0]
         return _Read(states, rows.mask, EncoderDecoderCache(DynamicCache(), DynamicCache()))
 
     def _lead(self, text: Rows) -> int | Int[Tensor, "batch 1"]:
         """Tokens in front of the prompt; behind a text it still stands in front of the end of sequence."""
-        if self.place != "behind":
-            return 0 if self.place == "front" else 1
+        if self.prompt_position != "suffix":
+            return 0 if self.prompt_position == "prefix" else 1
         lengths = text.mask.sum(1, keepdim=True)
         ends = torch.tensor(self.end_of_sequence(), dtype=torch.long, device=text.ids.device)
         return lengths - torch.isin(text.ids.gather(1, lengths - 1), ends).long()
@@ -340,8 +354,10 @@ class EncoderDecoder(Attachment):
         with refusing(self.backbone, how):
             given = sample(self.backbone)
             ids, mask = given.batch(self.backbone.device)
-            text = aligned(ids, mask, pads="behind")
-            rows = whole(self, matrices(self, given.prompts), given.prompt_index, text, lead=0, limit=None)
+            text = align_padding(ids, mask, pads="behind")
+            rows = insert_prompts(
+                self, prompt_embeddings(self, given.prompts), given.prompt_index, text, lead=0, limit=None
+            )
             begin = self._begin(ids)
             follow = torch.tensor(given.answer, device=ids.device).expand(len(ids), -1)
             fed = torch.cat([begin, follow], 1)

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from softprompt.backbones.kernels.varlen import States
 from softprompt.models.base import Prepared
-from softprompt.models.padding import aligned
+from softprompt.models.padding import align_padding
 from softprompt.prompts import SoftPrompt
 
 
@@ -47,7 +47,7 @@ class Prefix(Prepared):
         layers = tuple((layer.keys, layer.values) for layer in cache.layers)
         if bool((mask.diff(dim=1) <= 0).all()):  # it stands there already
             return cls(prompts, layers, mask, logits, read)
-        rows = aligned(mask, mask, pads="behind")
+        rows = align_padding(mask, mask, pads="behind")
         at = rows.order[:, None, :, None]
 
         def moved(states: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Prefix(Prepared):
         """Vectors and tokens of each; none at all where nothing stands before the text."""
         return self.mask.sum(1).tolist() if self.layers else []
 
-    def kept(self) -> list[States]:
+    def as_varlen(self) -> list[States]:
         """The same keys and values as packed rows see them."""
         return [(key.transpose(1, 2), value.transpose(1, 2)) for key, value in self.layers]
 

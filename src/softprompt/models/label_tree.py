@@ -23,9 +23,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from softprompt.backbones import fsdp
 from softprompt.backbones.kernels import attention
-from softprompt.models.base import Attachment, Candidates
-from softprompt.models.decode_state import State
-from softprompt.models.padding import side_by_side
+from softprompt.models.base import Candidates, PromptedModel
+from softprompt.models.decode_state import DecodeState
+from softprompt.models.padding import pad_batch
 from softprompt.models.verify import remembered
 
 MOST_LOGITS = 2**25
@@ -165,7 +165,7 @@ class SharedLayer(CacheLayerMixin):
         return -1
 
 
-def score_rest(attachment: Attachment, state: State, candidates: Candidates) -> Float[Tensor, "batch candidate"]:
+def score_rest(prompted: PromptedModel, state: DecodeState, candidates: Candidates) -> Float[Tensor, "batch candidate"]:
     """Log-probability, float32, of all tokens but the first of each candidate, after what a decoder has read.
 
     Args:
@@ -174,16 +174,16 @@ def score_rest(attachment: Attachment, state: State, candidates: Candidates) -> 
     """
     width = state.mask.shape[1]
     layers = [(layer.keys[:, :, :width], layer.values[:, :, :width]) for layer in state.cache.layers]
-    tree = takes_tree(attachment)
+    tree = takes_tree(prompted)
     run = _tree_logits if tree else _row_logits
 
     def scores(rows: slice, part: Candidates) -> Tensor:
         index = None if state.rows is None else state.rows[rows]
-        cut = state._replace(mask=state.mask[rows], place=state.place[rows], rows=index)
+        cut = state._replace(mask=state.mask[rows], next_position=state.next_position[rows], rows=index)
         own = [(keys[rows], values[rows]) for keys, values in layers]
-        return LabelTree.of(part).scores(run(attachment, cut, own, part), tree=tree)
+        return LabelTree.of(part).scores(run(prompted, cut, own, part), tree=tree)
 
-    return in_parts(scores, candidates, len(state.mask), attachment.backbone.model, None if tree else width)
+    return in_parts(scores, candidates, len(state.mask), prompted.backbone.model, None if tree else width)
 
 
 def in_parts(
@@ -243,8 +243,8 @@ def _parts(
 
 
 def _tree_logits(
-    attachment: Attachment,
-    state: State,
+    prompted: PromptedModel,
+    state: DecodeState,
     layers: Sequence[tuple[Tensor, Tensor]],
     candidates: Candidates,
 ) -> Float[Tensor, "batch node vocab"]:
@@ -254,12 +254,12 @@ def _tree_logits(
     depths = torch.tensor(tree.depths, device=device)
     own = tree.ancestors(device).expand(batch, 1, -1, -1)
     seen = torch.cat([state.mask.bool()[:, None, None].expand(-1, -1, own.shape[2], -1), own], 3)
-    embeds = attachment.shifted(state.prompts, state.rows, ids, state.place + depths)
-    if attachment.backbone.model.config._attn_implementation == "eager":  # which adds its mask
+    embeds = prompted.shifted(state.prompts, state.rows, ids, state.next_position + depths)
+    if prompted.backbone.model.config._attn_implementation == "eager":  # which adds its mask
         seen = torch.zeros(seen.shape, dtype=embeds.dtype, device=device).masked_fill(
             ~seen, torch.finfo(embeds.dtype).min
         )
-    logits: Tensor = attachment.backbone.model(
+    logits: Tensor = prompted.backbone.model(
         inputs_embeds=embeds,
         past_key_values=Cache(layers=[SharedLayer(keys, values) for keys, values in layers]),
         use_cache=True,
@@ -270,21 +270,23 @@ def _tree_logits(
 
 
 def _row_logits(
-    attachment: Attachment,
-    state: State,
+    prompted: PromptedModel,
+    state: DecodeState,
     layers: Sequence[tuple[Tensor, Tensor]],
     candidates: Candidates,
 ) -> Float[Tensor, "batch candidate more vocab"]:
     """Logits after each token of each candidate but its last: every candidate is a row."""
-    padded, real = side_by_side(candidates, state.mask.device)
-    (count, longest), batch, model = padded.shape, len(state.mask), attachment.backbone.model
+    padded, real = pad_batch(candidates, state.mask.device)
+    (count, longest), batch, model = padded.shape, len(state.mask), prompted.backbone.model
     ids, more = padded[:, :-1].repeat(batch, 1), real[:, :-1].repeat(batch, 1)
     mask = torch.cat([state.mask.repeat_interleave(count, 0), more], 1)
     depths = torch.arange(longest - 1, device=mask.device)
     index = None if state.rows is None else state.rows.repeat_interleave(count, 0)
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, 1 - longest :]
     logits: Tensor = model(
-        inputs_embeds=attachment.shifted(state.prompts, index, ids, state.place.repeat_interleave(count, 0) + depths),
+        inputs_embeds=prompted.shifted(
+            state.prompts, index, ids, state.next_position.repeat_interleave(count, 0) + depths
+        ),
         past_key_values=Cache(layers=[SharedLayer(keys, values, count) for keys, values in layers]),
         use_cache=True,
         attention_mask=mask,
@@ -293,15 +295,15 @@ def _row_logits(
     return logits.view(batch, count, *logits.shape[1:])
 
 
-def takes_tree(attachment: Attachment) -> bool:
+def takes_tree(prompted: PromptedModel) -> bool:
     """Whether the decoder gives under a tree's mask what it gives for each candidate alone; tried once a model."""
-    model = attachment.backbone.model
+    model = prompted.backbone.model
 
     def find() -> bool:
         if model.config._attn_implementation not in ("sdpa", "eager", attention.NAME) or not _counts_positions(model):
             return False
         try:
-            return _tree_is_exact(attachment)
+            return _tree_is_exact(prompted)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError, IndexError):  # its own code makes something else of such a mask
@@ -311,28 +313,28 @@ def takes_tree(attachment: Attachment) -> bool:
 
 
 @torch.no_grad()
-def _tree_is_exact(attachment: Attachment) -> bool:
-    backbone = attachment.backbone
+def _tree_is_exact(prompted: PromptedModel) -> bool:
+    backbone = prompted.backbone
     size = len(backbone.model.get_input_embeddings().weight)
     a, b, c, d, e, f, g = (int(one) % size for one in torch.linspace(0.1 * size, 0.9 * size, 7).long())
     ids, mask = torch.tensor([[a, b, c, d], [a, e, f, b]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     ids, mask = ids.to(backbone.device), mask.to(backbone.device)
     candidates, cache = [(a, b, c, d), (a, b, e, d), (a, f, g, d), (g, c, b, d)], DynamicCache()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    embeds = attachment.shifted([], None, ids, positions)
+    embeds = prompted.shifted([], None, ids, positions)
     backbone.model(
         inputs_embeds=embeds, past_key_values=cache, use_cache=True, attention_mask=mask, position_ids=positions
     )
     layers = [(layer.keys, layer.values) for layer in cache.layers]
-    state = State(cache, mask, embeds[:, :0], mask.sum(1, keepdim=True), [], None)
+    state = DecodeState(cache, mask, embeds[:, :0], mask.sum(1, keepdim=True), [], None)
     tree = LabelTree.of(candidates)
-    ours = _tree_logits(attachment, state, layers, candidates).float()
-    rows = _row_logits(attachment, state, layers, candidates).float()
+    ours = _tree_logits(prompted, state, layers, candidates).float()
+    rows = _row_logits(prompted, state, layers, candidates).float()
     at = {edge: (which, depth) for which, path in enumerate(tree.paths) for depth, edge in enumerate(path)}
     nodes = [node for node, _ in tree.edges]
     which, depth = zip(*(at[edge] for edge in range(len(tree.edges))), strict=True)
-    whole = rows[:, list(which), list(depth)]
-    gap = float((ours[:, nodes] - whole).norm() / whole.norm())
+    insert_prompts = rows[:, list(which), list(depth)]
+    gap = float((ours[:, nodes] - insert_prompts).norm() / insert_prompts.norm())
     return gap <= (1e-3 if backbone.dtype is torch.float32 else 0.1)
 
 

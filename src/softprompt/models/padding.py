@@ -42,7 +42,7 @@ class Rows(NamedTuple):
         return starts + torch.arange(count, device=self.ids.device)
 
 
-def aligned(
+def align_padding(
     ids: Int[Tensor, "batch seq"], mask: Int[Tensor, "batch seq"], pads: Literal["front", "behind"] = "front"
 ) -> Rows:
     """The rows with their padding in front or behind, and columns of padding alone cut off.
@@ -58,7 +58,7 @@ def aligned(
     return Rows(ids.gather(1, order).masked_fill(mask == 0, 0), mask, order)
 
 
-def side_by_side(
+def pad_batch(
     rows: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Int[Tensor, "batch longest"], Int[Tensor, "batch longest"]]:
     """Rows of tokens as one batch, shorter ones padded behind, and its mask."""

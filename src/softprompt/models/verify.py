@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softprompt.backbones import Backbone
-from softprompt.models.padding import side_by_side
+from softprompt.models.padding import pad_batch
 from softprompt.prompts import Folded
 
 _NEIGHBOUR = 32
@@ -104,7 +104,7 @@ class Sample(NamedTuple):
 
     def batch(self, device: torch.device) -> tuple[Int[Tensor, "row longest"], Int[Tensor, "row longest"]]:
         """The texts side by side, and their mask."""
-        return side_by_side(self.texts, device)
+        return pad_batch(self.texts, device)
 
     def prompt(self, row: int) -> Float[Tensor, "prompt dim"]:
         """That of a row."""
@@ -157,9 +157,9 @@ class Different(ValueError):
     """A model gives other outputs than it should."""
 
 
-def is_near(backbone: Backbone, whole: Float[Tensor, "*shape"], ours: Float[Tensor, "*shape"]) -> bool:
+def is_near(backbone: Backbone, insert_prompts: Float[Tensor, "*shape"], ours: Float[Tensor, "*shape"]) -> bool:
     """Whether two outputs differ by no more than roundings do."""
-    wide, gap = whole.float(), whole.float() - ours.float()
+    wide, gap = insert_prompts.float(), insert_prompts.float() - ours.float()
     if backbone.dtype is torch.float32:
         return float(gap.abs().max()) <= 1e-3 * float(wide.abs().max())
     # bfloat16 is off by much at single places (a first token, a rare one), and by little on the whole; what all outputs
@@ -169,7 +169,11 @@ def is_near(backbone: Backbone, whole: Float[Tensor, "*shape"], ours: Float[Tens
 
 
 def refuse_different(
-    backbone: Backbone, whole: Float[Tensor, "*shape"], ours: Float[Tensor, "*shape"], how: str, what: str = "logits"
+    backbone: Backbone,
+    insert_prompts: Float[Tensor, "*shape"],
+    ours: Float[Tensor, "*shape"],
+    how: str,
+    what: str = "logits",
 ) -> None:
     """Refuse a model whose outputs differ from those of the prompt in the row.
 
@@ -180,8 +184,8 @@ def refuse_different(
     Raises:
         ValueError: they differ by more than roundings.
     """
-    if not is_near(backbone, whole, ours):
-        gap = float((whole.float() - ours.float()).abs().max())
+    if not is_near(backbone, insert_prompts, ours):
+        gap = float((insert_prompts.float() - ours.float()).abs().max())
         raise Different(
             f"{backbone.source} ({backbone.model.config.model_type}) gives other {what} with {how} than with the "
             f"prompt in the row (largest difference {gap:.2g}); its attention is unusual, so it is refused: choose "

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from softprompt.backbones import Backbone, vit
-from softprompt.models.base import Attachment, Candidates, Index, Labels, Prepared, Prompts, mean_loss
+from softprompt.models.base import Candidates, Index, Labels, Prepared, PromptedModel, Prompts, mean_loss
 from softprompt.models.padding import row_index
 from softprompt.models.verify import refuse_different, refusing, remembered
 from softprompt.prompts import SoftPrompt
-from softprompt.types import Attend, Place, Pool
+from softprompt.types import Pool, PromptAttention, PromptPosition
 
 
 @final
@@ -34,7 +34,7 @@ class Pooling(nn.Module):
 
 @final
 @dataclass(frozen=True)
-class Layered(Prepared):
+class LayerPrompts(Prepared):
     """Several prompts' virtual tokens, layer by layer, filled up to the longest."""
 
     prompts: Sequence[SoftPrompt]
@@ -45,7 +45,7 @@ class Layered(Prepared):
 
 
 @final
-class Vision(Attachment):
+class Vision(PromptedModel):
     """A prompt between [CLS] (with DeiT's distillation token, DINOv2's registers) and the patches, without positions.
 
     A prompt of depth 1 enters with the patches and runs through every layer; one of depth n is replaced in front of
@@ -63,7 +63,7 @@ class Vision(Attachment):
             model's layers do not run one after another.
     """
 
-    closed = True
+    appends_eos = True
     deep = True
     head_rate = 0.1  # DINOv2's states are large: of 0.5, a rate that suits the prompt throws the head about
 
@@ -73,10 +73,10 @@ class Vision(Attachment):
         prompt: SoftPrompt | None,
         head: nn.Module | None = None,
         tuned: nn.Module | None = None,
-        place: Place = "front",
-        attend: Attend = "joint",
+        prompt_position: PromptPosition = "prefix",
+        prompt_attention: PromptAttention = "full",
     ) -> None:
-        super().__init__(backbone, prompt, head, tuned, place, attend)
+        super().__init__(backbone, prompt, head, tuned, prompt_position, prompt_attention)
         if head is None:
             raise ValueError(
                 f"{backbone.source} has no words to answer with; give a head to train, as in "
@@ -86,7 +86,7 @@ class Vision(Attachment):
             refuse_unfit(backbone, prompt)
         remembered(backbone.model, "layers", self._check_exact)
 
-    def prepare(self, prompts: Sequence[SoftPrompt]) -> Layered:
+    def prepare(self, prompts: Sequence[SoftPrompt]) -> LayerPrompts:
         """The prompts' vectors; everything else depends on the image.
 
         Raises:
@@ -97,12 +97,14 @@ class Vision(Attachment):
         if len(depths) > 1:
             raise ValueError(f"prompts of depths {sorted(depths)} are in one call; run each depth on its own")
         [depth] = depths
-        found = [matrix.view(depth, -1, dim) for matrix in self.matrices(prompts)]
+        found = [matrix.view(depth, -1, dim) for matrix in self.prompt_embeddings(prompts)]
         found = found or [torch.zeros(depth, 0, dim, device=device)]
         lengths = torch.tensor([matrix.shape[1] for matrix in found], device=device)
         longest = int(lengths.max())
         vectors = [nn.functional.pad(matrix, (0, 0, 0, longest - matrix.shape[1])) for matrix in found]
-        return Layered(list(prompts), torch.stack(vectors), torch.arange(longest, device=device) < lengths[:, None])
+        return LayerPrompts(
+            list(prompts), torch.stack(vectors), torch.arange(longest, device=device) < lengths[:, None]
+        )
 
     def target(self, answer: Sequence[int]) -> tuple[int, ...]:
         """As it is: the class's number."""
@@ -132,7 +134,7 @@ class Vision(Attachment):
             loss = mean_loss(logits[:, None], labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
-    def labelled(
+    def label_logits(
         self,
         pixels: Float[Tensor, "batch channel height width"],
         attention_mask: Tensor | None,
@@ -178,8 +180,8 @@ class Vision(Attachment):
         self, pixels: Float[Tensor, "batch channel height width"], prompts: Prompts = None, index: Index = None
     ) -> Float[Tensor, "batch token hidden"]:
         """The model's normalised last states without the prompt's: leading tokens and patches."""
-        prepared, model = self.chosen(prompts), self.backbone.model
-        if not isinstance(prepared, Layered):
+        prepared, model = self.resolve(prompts), self.backbone.model
+        if not isinstance(prepared, LayerPrompts):
             raise ValueError(
                 f"{type(prepared).__name__} was prepared for another architecture; prepare the prompts again"
             )
@@ -218,8 +220,8 @@ class Vision(Attachment):
             given = given.to(self.backbone.device)
             ours = self.states(given, [])
             for row in range(len(given)):
-                whole = vit.run(model, given[row : row + 1])[0]
-                refuse_different(self.backbone, whole, ours[row], how, "states")
+                insert_prompts = vit.run(model, given[row : row + 1])[0]
+                refuse_different(self.backbone, insert_prompts, ours[row], how, "states")
         return True
 
 

@@ -80,7 +80,7 @@ class SoftPrompt(nn.Module, ABC):
 
     depth: int = 1
     """Layers that have vectors of their own: `prompt()` holds them one layer behind another."""
-    reach: int | None = None
+    max_input_length: int | None = None
     """Tokens that an input may have, with what it goes on with; none: any number."""
 
     @abstractmethod
@@ -162,7 +162,7 @@ class Folded(SoftPrompt):
         super().__init__()
         self.beyond = beyond
         self.depth = depth
-        self.reach = None if position_table is None else reach(position_table, beyond)
+        self.max_input_length = None if position_table is None else max_input_length(position_table, beyond)
         self.register_buffer("matrix", matrix)
         self.register_buffer("position_table", position_table)
         self.register_buffer("input_table", input_table)
@@ -293,7 +293,7 @@ def at_least(least: int, **settings: int) -> None:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
 
 
-def reach(table: Float[Tensor, "place dim"], beyond: Beyond) -> int | None:
+def max_input_length(table: Float[Tensor, "place dim"], beyond: Beyond) -> int | None:
     """Tokens that an input may have where `table` has an offset for each place."""
     return len(table) if beyond == "refuse" else None
 

@@ -35,7 +35,9 @@ class Concatenation(Several):
                 f"a prompt for {depth} layers cannot be concatenated; give prompts that enter with the input"
             )
         self.parts = nn.ModuleList(parts)
-        self.reach = min((part.reach for part in parts if part.reach is not None), default=None)
+        self.max_input_length = min(
+            (part.max_input_length for part in parts if part.max_input_length is not None), default=None
+        )
 
     def shift(
         self,

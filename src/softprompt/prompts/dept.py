@@ -7,7 +7,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from softprompt.prompts.base import Beyond, Folded, Host, PromptConfig, SoftPrompt, add_by_position, at_least, reach
+from softprompt.prompts.base import (
+    Beyond,
+    Folded,
+    Host,
+    PromptConfig,
+    SoftPrompt,
+    add_by_position,
+    at_least,
+    max_input_length,
+)
 from softprompt.prompts.init import Init, check_init, check_scale, initial_matrix
 
 
@@ -34,7 +43,7 @@ class OffsetPrompt(SoftPrompt):
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
         self.register_buffer("gain", torch.tensor(gain, dtype=torch.float32))
         self.beyond = beyond
-        self.reach = reach(left, beyond)
+        self.max_input_length = max_input_length(left, beyond)
 
     def prompt(self) -> Float[Tensor, "prompt dim"]:
         """The short prompt in the host's units."""

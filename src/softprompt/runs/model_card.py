@@ -6,13 +6,13 @@ from typing import Any
 
 from softprompt import files
 from softprompt.backbones import Backbone
-from softprompt.models import Attachment
+from softprompt.models import PromptedModel
 from softprompt.runs import HEAD, TENSORS, TUNED, Run
 
 _MODELS = {"causal": "AutoModelForCausalLM", "encoder_decoder": "AutoModelForSeq2SeqLM"}
 
 
-def write(run: Run, trained: Attachment, results: Mapping[str, Any], refusal: str) -> None:
+def write(run: Run, trained: PromptedModel, results: Mapping[str, Any], refusal: str) -> None:
     """Write `README.md`, and `curve.png` where the extra `report` is installed.
 
     Args:
@@ -26,7 +26,7 @@ def write(run: Run, trained: Attachment, results: Mapping[str, Any], refusal: st
         _curve(run)
 
 
-def _use(run: Run, trained: Attachment) -> str:
+def _use(run: Run, trained: PromptedModel) -> str:
     model = _model(trained.backbone)
     head = f" The head that was trained with it is apart, in `{HEAD}`." if trained.head is not None else ""
     return f"""Stock PEFT loads this folder as it is.{head}
@@ -48,14 +48,14 @@ def _model(backbone: Backbone) -> str:
 def _text(run: Run, results: Mapping[str, Any], use: str, kept: str) -> str:
     experiment, backbone = run.experiment, run.record["backbone"]
     where = ", in front of every layer" if experiment.depth == "deep" else ""
-    where = f", {experiment.own_layout}" if experiment.own_layout else where
+    where = f", {experiment.unusual_layout}" if experiment.unusual_layout else where
     size = f"{experiment.method}, {experiment.prompt.length} virtual tokens{where}"
     what = (
         f"A soft prompt ({size}) on `{backbone['base']}`"
         if experiment.baseline == "none"
         else f"The baseline `{experiment.baseline}` on `{backbone['base']}`"
     )
-    untouched = f"| untouched model, same template | {results['untouched']:.3f} |\n" if "untouched" in results else ""
+    zero_shot = f"| untouched model, same template | {results['zero_shot']:.3f} |\n" if "zero_shot" in results else ""
     caution = (
         f"\n**{results['caution'].capitalize()}**, as the papers do: compare it with such scores alone.\n"
         if "caution" in results
@@ -69,7 +69,7 @@ def _text(run: Run, results: Mapping[str, Any], use: str, kept: str) -> str:
 | | {results["metric"]} |
 |---|---|
 | test ({results["n_test"]} rows, 95 % interval {results["low"]:.3f} to {results["high"]:.3f}) | {results["test"]:.3f} |
-{untouched}| always the majority answer | {results["majority"]:.3f} |
+{zero_shot}| always the majority answer | {results["majority"]:.3f} |
 | development ({results["n_dev"]} rows, chose the checkpoint of step {results["best_step"]}) | {results["dev"]:.3f} |
 {caution}
 {use}
@@ -95,5 +95,5 @@ def _curve(run: Run) -> None:
     points = [(line["step"], line["dev"]) for line in lines if "dev" in line]
     scores.plot([step for step, _ in points], [value for _, value in points], marker="o", color="C0")
     scores.set_ylabel(f"development {run.task.metrics[0]}", color="C0")
-    with files.replacing(run.folder / "curve.png") as draft:
+    with files.atomic_write(run.folder / "curve.png") as draft:
         figure.savefig(draft, format="png", dpi=120)

@@ -19,7 +19,7 @@ from torch import Tensor
 from softprompt import __version__, files
 from softprompt.backbones import Backbone, load
 from softprompt.config import Experiment
-from softprompt.models import Attachment, attach, fresh_head
+from softprompt.models import PromptedModel, attach, fresh_head
 from softprompt.models.baselines import tune
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.prompts.deep import build
@@ -59,7 +59,7 @@ class Run:
         """What came out; none while it is not finished."""
         return self.record.get("results")
 
-    def finish(self, trained: Attachment, results: Mapping[str, Any]) -> "Run":
+    def finish(self, trained: PromptedModel, results: Mapping[str, Any]) -> "Run":
         """Keep what was trained and its results; the record is written last, so a run with results is whole."""
         for file, part in ((TENSORS, trained.prompt), (HEAD, trained.head), (TUNED, trained.tuned)):
             if part is not None:
@@ -126,10 +126,10 @@ class Run:
                 "use the backbone it was trained on"
             )
 
-    def attachment(self, backbone: Backbone) -> Attachment:
+    def prompted(self, backbone: Backbone) -> PromptedModel:
         """The folded prompt, with its head where it has one, in front of `backbone`; raises as `prompt` does."""
         self._refuse_unfit(backbone)
-        attached = first_attachment(self.experiment, self.task, backbone, warm=False)
+        attached = build_prompted_model(self.experiment, self.task, backbone, warm=False)
         for file, part in ((TENSORS, attached.prompt), (HEAD, attached.head), (TUNED, attached.tuned)):
             if part is not None:
                 files.load_tensors(part, files.read_tensors(self.folder / file), str(self.folder / file))
@@ -154,9 +154,9 @@ class Run:
         files.write_text(self.folder / METRICS, "".join(kept))
 
 
-def first_attachment(
+def build_prompted_model(
     experiment: Experiment, task: Task, backbone: Backbone, *, warm: bool, gradient: Gradient | None = None
-) -> Attachment:
+) -> PromptedModel:
     """What is trained, as it is before the first step: the prompt or the baseline's weights, and the head.
 
     Args:
@@ -172,7 +172,13 @@ def first_attachment(
     if experiment.baseline != "none":
         return attach(copied, head=head, tuned=tuned)
     prompt = first_prompt(experiment, task, backbone, warm=warm, gradient=gradient).to(backbone.device)
-    return attach(backbone, prompt, head=head, place=experiment.place, attend=experiment.attend)
+    return attach(
+        backbone,
+        prompt,
+        head=head,
+        prompt_position=experiment.prompt_position,
+        prompt_attention=experiment.prompt_attention,
+    )
 
 
 def first_prompt(
@@ -186,16 +192,16 @@ def first_prompt(
         gradient: the loss's mean gradient at a prompt over some batches, for a method that starts from it.
     """
     start, depth = None, backbone.layers if experiment.depth == "deep" else 1
-    if warm and experiment.start is not None:
-        folded = read_prompt(Path(experiment.start).expanduser(), backbone).fold()
+    if warm and experiment.init_prompt is not None:
+        folded = read_prompt(Path(experiment.init_prompt).expanduser(), backbone).fold()
         if not folded.plain:
             raise ValueError(
-                f"the prompt to start from, {experiment.start}, also changes the input's own embeddings, which a new "
+                f"the prompt to start from, {experiment.init_prompt}, also changes the input's own embeddings, which a new "
                 "prompt cannot take over; start from a plain one (plain, dpt, residual, ...)"
             )
         if folded.depth != depth:
             raise ValueError(
-                f"the prompt to start from, {experiment.start}, is of {folded.depth} layers and the new one of "
+                f"the prompt to start from, {experiment.init_prompt}, is of {folded.depth} layers and the new one of "
                 f"{depth}; give both the same depth"
             )
         start = folded.prompt().detach().cpu()
@@ -357,7 +363,7 @@ def _claim(out: Path, name: str | None, stem: str, record: str) -> Path:
     for count in range(1, 10_000):
         folder = out / (name or (stem if count == 1 else f"{stem}-{count}"))
         try:
-            with files.replacing(folder) as draft:
+            with files.atomic_write(folder) as draft:
                 draft.mkdir()
                 (draft / RECORD).write_text(record, encoding="utf-8")
         except OSError as error:

@@ -16,7 +16,7 @@ class Limits:
     """Milliseconds that a choice may wait for others to share its pass."""
     max_waiting: int = 256
     """Rows in line; more are refused."""
-    max_tokens: int = 2048
+    max_input_tokens: int = 2048
     """Tokens of an input."""
     max_new_tokens: int = 1024
     """Tokens of an answer that a request may ask for."""
@@ -26,7 +26,7 @@ class Limits:
     """Prompts at once."""
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "max_waiting", "max_tokens", "max_new_tokens", "max_prompts"):
+        for name in ("max_batch", "max_waiting", "max_input_tokens", "max_new_tokens", "max_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.max_wait <= 60_000 or not self.timeout > 0:

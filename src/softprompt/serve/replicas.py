@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from softprompt.serve.api.middleware import Access
+from softprompt.serve.api.middleware import AuthConfig
 from softprompt.serve.limits import Limits, Replicas
 from softprompt.serve.service import address_of, listening, refuse_open
 from softprompt.types import Dtype
@@ -27,7 +27,7 @@ def serve_replicas(
     host: str = "127.0.0.1",
     port: int = 8000,
     prompts: Path | None = None,
-    access: Access | None = None,
+    access: AuthConfig | None = None,
     limits: Limits | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
@@ -56,15 +56,15 @@ def serve_replicas(
     import ray
     from ray import serve
 
-    access = access or Access()
+    access = access or AuthConfig()
     refuse_open(host, access)
     if prompts is None:
         access = replace(access, changes=False)
     folders = [(name, str(folder.resolve())) for name, folder in sources]
-    shelf = None if prompts is None else str(prompts.expanduser().resolve())
+    store = None if prompts is None else str(prompts.expanduser().resolve())
 
     def build() -> Any:  # in each copy's own process
-        return _app(source, folders, shelf, access, limits or Limits(), dtype, device, log_texts, grace)
+        return _app(source, folders, store, access, limits or Limits(), dtype, device, log_texts, grace)
 
     port = port or _free_port(host)
     local = {} if how.cluster else {"include_dashboard": False}  # a running cluster refuses to be told
@@ -92,7 +92,7 @@ def _app(
     source: str,
     folders: Sequence[tuple[str, str]],
     prompts: str | None,
-    access: Access,
+    access: AuthConfig,
     limits: Limits,
     dtype: Dtype,
     device: str,
@@ -104,17 +104,17 @@ def _app(
     from softprompt.serve.api.app import make_app
     from softprompt.serve.log import write_log
     from softprompt.serve.metrics import Metrics
-    from softprompt.serve.prompts.store import Shelf
-    from softprompt.serve.prompts.sync import Follower
+    from softprompt.serve.prompts.store import PromptStore
+    from softprompt.serve.prompts.sync import PromptSync
     from softprompt.serve.service import started_engine
 
     write_log()
-    shelf, metrics = None if prompts is None else Shelf(Path(prompts), shared=True), Metrics()
+    store, metrics = None if prompts is None else PromptStore(Path(prompts), shared=True), Metrics()
     pairs = [(name, Path(folder)) for name, folder in folders]
     engine = started_engine(load(source, dtype=dtype, device=device), pairs, None, limits, metrics)
-    if shelf is not None:
-        Follower(engine, shelf, metrics).start()
-    return make_app(engine, access, metrics=metrics, shelf=shelf, log_texts=log_texts, grace=grace)
+    if store is not None:
+        PromptSync(engine, store, metrics).start()
+    return make_app(engine, access, metrics=metrics, store=store, log_texts=log_texts, grace=grace)
 
 
 def _copy() -> type[Any]:

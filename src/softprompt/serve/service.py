@@ -12,13 +12,13 @@ import uvicorn
 
 from softprompt.backbones import Backbone
 from softprompt.serve.api.app import make_app
-from softprompt.serve.api.middleware import Access, this_machine
+from softprompt.serve.api.middleware import AuthConfig, this_machine
 from softprompt.serve.engine.engine import Engine
 from softprompt.serve.limits import Limits
 from softprompt.serve.log import write_log
 from softprompt.serve.metrics import Metrics
 from softprompt.serve.prompts.entry import checked_name
-from softprompt.serve.prompts.store import Shelf
+from softprompt.serve.prompts.store import PromptStore
 
 _BACKLOG = 2048
 """Connections that may wait to be taken, as in uvicorn."""
@@ -38,7 +38,7 @@ def named(source: str) -> tuple[str, Path]:
     return checked_name(name if equals else path.resolve().name), path
 
 
-def refuse_open(host: str, access: Access) -> None:
+def refuse_open(host: str, access: AuthConfig) -> None:
     """Refuse to listen beyond this machine without a token.
 
     Raises:
@@ -78,16 +78,16 @@ def address_of(host: str, port: int) -> str:
 
 
 def started_engine(
-    backbone: Backbone, sources: Sequence[tuple[str, Path]], shelf: Shelf | None, limits: Limits, metrics: Metrics
+    backbone: Backbone, sources: Sequence[tuple[str, Path]], store: PromptStore | None, limits: Limits, metrics: Metrics
 ) -> Engine:
     """An engine with all its prompts; one that was sent takes the place of a run of its name."""
     engine = Engine(backbone, limits, metrics.passed)
     try:
         for name, folder in sources:
             engine.add(name, folder)
-        for name in shelf.names() if shelf is not None else ():
-            assert shelf is not None
-            engine.add(name, shelf.path(name), over=True)
+        for name in store.names() if store is not None else ():
+            assert store is not None
+            engine.add(name, store.path(name), over=True)
     except BaseException:
         engine.close(0.0)
         raise
@@ -101,7 +101,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     prompts: Path | None = None,
-    access: Access | None = None,
+    access: AuthConfig | None = None,
     limits: Limits | None = None,
     log_texts: bool = False,
     grace: float = 30.0,
@@ -119,13 +119,13 @@ def serve(
         ValueError: `host` is beyond this machine and `access` has no token, or a prompt does not fit.
         OSError: the port is taken.
     """
-    access = access or Access()
+    access = access or AuthConfig()
     refuse_open(host, access)
     with closing(listening(host, port)) as place:
-        shelf, metrics = None if prompts is None else Shelf(prompts), Metrics()
-        engine = started_engine(backbone, sources, shelf, limits or Limits(), metrics)
+        store, metrics = None if prompts is None else PromptStore(prompts), Metrics()
+        engine = started_engine(backbone, sources, store, limits or Limits(), metrics)
         write_log()
-        app = make_app(engine, access, metrics=metrics, shelf=shelf, log_texts=log_texts, grace=grace)
+        app = make_app(engine, access, metrics=metrics, store=store, log_texts=log_texts, grace=grace)
         server = _server(app, grace)
         try:
             with _stopped_once(server):

@@ -11,23 +11,23 @@ from typing import Any, Literal, final
 from softprompt import files
 from softprompt.config import Experiment
 from softprompt.runs import RECORD
-from softprompt.sweep.executor import Each, Engine, Work, opened
+from softprompt.sweep.executor import Executor, ExecutorName, Work, opened
 from softprompt.sweep.plan import Plan, expand, read
-from softprompt.sweep.search import Found, choose, need_optuna
+from softprompt.sweep.search import SearchResult, choose, need_optuna
 from softprompt.sweep.settings import set_values
 from softprompt.sweep.space import Range, Search
-from softprompt.sweep.trial import Held, Outcome, begun, run_trial, sentence, trial_name
-from softprompt.training.callbacks import Interrupted, Silent, Watcher
+from softprompt.sweep.trial import BackboneCache, TrialResult, begun, run_trial, sentence, trial_name
+from softprompt.training.callbacks import Interrupted, NullCallback, TrainingCallback
 from softprompt.training.step import Differentiate
 
 __all__ = [
-    "Engine",
-    "Found",
-    "Outcome",
+    "ExecutorName",
     "Plan",
     "Range",
     "Search",
-    "Swept",
+    "SearchResult",
+    "SweepResult",
+    "TrialResult",
     "expand",
     "read",
     "standing",
@@ -38,16 +38,16 @@ __all__ = [
 
 @final
 @dataclass(frozen=True)
-class Swept:
+class SweepResult:
     """What became of a sweep."""
 
-    trials: tuple[Outcome, ...]
+    trials: tuple[TrialResult, ...]
     """Of the file's experiments, in its order."""
-    searches: tuple[Found, ...] = ()
+    searches: tuple[SearchResult, ...] = ()
     """What was chosen before, where the file leaves something to choose."""
 
     @property
-    def failed(self) -> tuple[Outcome, ...]:
+    def failed(self) -> tuple[TrialResult, ...]:
         """Trials with a problem, those of the searches first."""
         every = [*(trial for found in self.searches for trial in found.trials), *self.trials]
         return tuple(trial for trial in every if trial.state == "failed")
@@ -58,13 +58,13 @@ def sweep(
     *,
     out: str | Path = "runs",
     data: str | Path | None = None,
-    engine: Engine = "local",
+    engine: ExecutorName = "local",
     together: int = 1,
     address: str | None = None,
     cpus: int | float = 1,
     gpus: int | float = 0,
-    watch: Watcher | None = None,
-) -> Swept:
+    watch: TrainingCallback | None = None,
+) -> SweepResult:
     """Run every experiment of a sweep's file that is not finished yet, each in a folder of its own in `out`.
 
     A finished run is skipped, an unfinished one resumed; a trial that raises fails alone. Where the file has a
@@ -89,7 +89,7 @@ def sweep(
     """
     _refuse_several_processes()
     _refuse_together(together, engine)
-    plan, watch, folder = read(file, data), watch or Silent(), Path(out).expanduser().resolve()
+    plan, watch, folder = read(file, data), watch or NullCallback(), Path(out).expanduser().resolve()
     if plan.search:
         need_optuna()
     if engine == "ray":
@@ -109,10 +109,10 @@ def sweep(
         except Interrupted as error:
             raise Interrupted(f"{str(error).partition(';')[0]}; the same sweep command goes on from there") from None
     order = _chosen(plan, searches)
-    return Swept(tuple(done[experiment.hash] for experiment in order), searches)
+    return SweepResult(tuple(done[experiment.hash] for experiment in order), searches)
 
 
-def standing(plan: Plan, out: str | Path) -> list[tuple[str, Literal["finished", "begun", "new"]]]:
+def trial_status(plan: Plan, out: str | Path) -> list[tuple[str, Literal["finished", "begun", "new"]]]:
     """Every experiment's run in `out` by name, and whether it is there; of a search its studies.
 
     Raises:
@@ -136,10 +136,10 @@ def _cells(plan: Plan) -> Iterator[Experiment]:
             yield cell
 
 
-def _searched(plan: Plan, out: Path, each: Each, watch: Watcher) -> tuple[Found, ...]:
+def _searched(plan: Plan, out: Path, each: Executor, watch: TrainingCallback) -> tuple[SearchResult, ...]:
     assert plan.search is not None
     cells = {cell.hash: cell for cell in _cells(plan)}
-    work: Work[Found] = partial(_search, plan.search, out)
+    work: Work[SearchResult] = partial(_search, plan.search, out)
     found = {}
     for one in each(work, _by_backbone(cells.values()), partial(_lost_search, plan.search, out)):
         watch.note(f"search {one.study}: {one.values or 'nothing'} with development score {one.dev}")
@@ -148,13 +148,20 @@ def _searched(plan: Plan, out: Path, each: Each, watch: Watcher) -> tuple[Found,
 
 
 # At module level, and with the item first among what `each` gives: a cluster's workers import them by name.
-def _trial(out: Path, experiment: Experiment, held: Held, watch: Watcher, differentiate: Differentiate) -> Outcome:
+def _trial(
+    out: Path, experiment: Experiment, held: BackboneCache, watch: TrainingCallback, differentiate: Differentiate
+) -> TrialResult:
     return run_trial(experiment, out, held, watch, differentiate)
 
 
 def _search(
-    search: Search, out: Path, cell: Experiment, held: Held, watch: Watcher, differentiate: Differentiate
-) -> Found:
+    search: Search,
+    out: Path,
+    cell: Experiment,
+    held: BackboneCache,
+    watch: TrainingCallback,
+    differentiate: Differentiate,
+) -> SearchResult:
     try:
         return choose(cell, search, out, held, watch, differentiate)
     except Interrupted:
@@ -163,16 +170,16 @@ def _search(
         return _lost_search(search, out, cell, sentence(error))
 
 
-def _lost(out: Path, experiment: Experiment, problem: str) -> Outcome:
-    return Outcome(out / trial_name(experiment), experiment, "failed", problem)
+def _lost(out: Path, experiment: Experiment, problem: str) -> TrialResult:
+    return TrialResult(out / trial_name(experiment), experiment, "failed", problem)
 
 
-def _lost_search(search: Search, out: Path, cell: Experiment, problem: str) -> Found:
+def _lost_search(search: Search, out: Path, cell: Experiment, problem: str) -> SearchResult:
     study = search.study(cell)
-    return Found(cell, study, (Outcome(out / "search" / study, cell, "failed", problem),), None, None)
+    return SearchResult(cell, study, (TrialResult(out / "search" / study, cell, "failed", problem),), None, None)
 
 
-def _chosen(plan: Plan, searches: Sequence[Found]) -> list[Experiment]:
+def _chosen(plan: Plan, searches: Sequence[SearchResult]) -> list[Experiment]:
     """The experiments with the chosen values; those of a search in which every trial failed are left out."""
     if plan.search is None:
         return list(plan.experiments)
@@ -188,7 +195,7 @@ def _chosen(plan: Plan, searches: Sequence[Found]) -> list[Experiment]:
     return list(chosen.values())
 
 
-def _adopt(found: Found, trials: Sequence[Experiment], out: Path) -> None:
+def _adopt(found: SearchResult, trials: Sequence[Experiment], out: Path) -> None:
     """Copy a finished run of the search, if it is still there, that is one of the sweep's own trials."""
     wanted = {experiment.hash for experiment in trials}
     for trial in found.trials:
@@ -196,7 +203,7 @@ def _adopt(found: Found, trials: Sequence[Experiment], out: Path) -> None:
         if trial.experiment.hash not in wanted or place.exists():
             continue
         if trial.results and (trial.folder / RECORD).is_file():
-            with files.replacing(place) as draft:
+            with files.atomic_write(place) as draft:
                 shutil.copytree(trial.folder, draft)
 
 
@@ -210,7 +217,7 @@ def _refuse_several_processes() -> None:
         raise ValueError(f"the sweep was started as {count} processes; start it alone, several trials at once need ray")
 
 
-def _refuse_together(together: int, engine: Engine) -> None:
+def _refuse_together(together: int, engine: ExecutorName) -> None:
     if together < 1:
         raise ValueError(f"together is {together}; it must be at least 1")
     if together > 1 and engine == "ray":

@@ -9,37 +9,37 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from softprompt.config import Experiment
-from softprompt.sweep.trial import Held, sentence, trial_name
-from softprompt.training.callbacks import Named, Silent, Watcher
+from softprompt.sweep.trial import BackboneCache, sentence, trial_name
+from softprompt.training.callbacks import NamedCallback, NullCallback, TrainingCallback
 from softprompt.training.concurrent import together
 from softprompt.training.step import Differentiate, differentiate
 
-Engine = Literal["local", "ray"]
+ExecutorName = Literal["local", "ray"]
 """`local`: this process; `ray`: a cluster, each trial a task."""
 
 R = TypeVar("R")
-Work = Callable[[Experiment, Held, Watcher, Differentiate], R]
+Work = Callable[[Experiment, BackboneCache, TrainingCallback, Differentiate], R]
 """What is done with one experiment; it must be importable by name, to be found by the workers of a cluster."""
-Each = Callable[[Work[Any], Sequence[Experiment], Callable[[Experiment, str], Any]], Iterator[Any]]
+Executor = Callable[[Work[Any], Sequence[Experiment], Callable[[Experiment, str], Any]], Iterator[Any]]
 """Does the work on every experiment and yields what comes of it, as it comes.
 
 The last argument makes an outcome of an experiment whose worker died, and the reason.
 """
 
-_HELD = Held()
+_HELD = BackboneCache()
 """A Ray worker's own: its process takes one task after another."""
 
 
 @contextmanager
 def opened(
-    engine: Engine,
-    watch: Watcher,
+    engine: ExecutorName,
+    watch: TrainingCallback,
     *,
     at_once: int = 1,
     address: str | None = None,
     cpus: int | float = 1,
     gpus: int | float = 0,
-) -> Iterator[Each]:
+) -> Iterator[Executor]:
     """An engine to work with, until the block ends.
 
     Args:
@@ -55,14 +55,14 @@ def opened(
         ConnectionError: there is no cluster at `address`.
     """
     if engine == "local":
-        held = Held()
+        held = BackboneCache()
 
         def each(work: Work[R], items: Sequence[Experiment], lost: Callable[[Experiment, str], R]) -> Iterator[R]:
             # A baseline has a copy of the whole backbone, so these are trained one by one.
             ordered = sorted(items, key=_room) if at_once > 1 else items
             for (*_, baseline), group in itertools.groupby(ordered, key=_room):
                 count = 1 if baseline else at_once
-                told = ((one, watch if count == 1 else Named(trial_name(one), watch)) for one in group)
+                told = ((one, watch if count == 1 else NamedCallback(trial_name(one), watch)) for one in group)
                 works = (partial(work, one, held, watcher) for one, watcher in told)
                 yield from together(works, count, watch.note)
 
@@ -93,7 +93,7 @@ def _cluster(address: str | None) -> Iterator[Any]:
         local = {} if address else {"include_dashboard": False}
         ray.init(address=address or "local", log_to_driver=False, logging_level="error", **local)
     except Exception as error:
-        where = f"at {address}; give the --address of a running one" if address else "on this machine"
+        where = f"at {address}; give the --ray-address of a running one" if address else "on this machine"
         raise ConnectionError(f"Ray cannot be used {where} ({sentence(error)})") from None
     try:
         yield ray
@@ -101,7 +101,7 @@ def _cluster(address: str | None) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _ray_each(ray: Any, cpus: int | float, gpus: int | float) -> Each:
+def _ray_each(ray: Any, cpus: int | float, gpus: int | float) -> Executor:
     # A task whose worker dies is started again; its run then goes on from its last checkpoint.
     remote = ray.remote(_remote).options(num_cpus=cpus, num_gpus=gpus, max_retries=2)
 
@@ -125,4 +125,4 @@ def _ray_each(ray: Any, cpus: int | float, gpus: int | float) -> Each:
 
 
 def _remote(work: Work[R], item: Experiment) -> R:
-    return work(item, _HELD, Silent(), differentiate)
+    return work(item, _HELD, NullCallback(), differentiate)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, final
 
 from softprompt.assets import ASSETS
-from softprompt.config import Experiment, Training
+from softprompt.config import Experiment, TrainingConfig
 from softprompt.prompts import METHODS, PromptConfig
 from softprompt.sweep.settings import (
     Choices,
@@ -124,7 +124,7 @@ def _first(searched: Mapping[str, Any], method: _Method, listed: Choices) -> Cho
     found = Choices()
     for name, choice in searched.items():
         part, _, key = name.rpartition(".")
-        kind = {"training": Training, "prompt": method.config}.get(part)
+        kind = {"training": TrainingConfig, "prompt": method.config}.get(part)
         first = choice.get("low") if isinstance(choice, Mapping) else choice[0] if isinstance(choice, list) else None
         if kind is None or key not in hints(kind) or first is None:
             continue  # said by name where the space is read
@@ -151,7 +151,7 @@ def _combined(values: Mapping[str, Any], source: str) -> Iterator[tuple[_Method,
     own = {key: value for key, value in values.items() if key not in tables}
     refuse_unknown(own, [*hints(Experiment), *_TABLES], source)
     top = choices(own, Experiment, source + ":")
-    top |= choices(values.get("training", {}), Training, f"{source}: [training]", "training.")
+    top |= choices(values.get("training", {}), TrainingConfig, f"{source}: [training]", "training.")
     tasks = _tasks(values, source) if "task" in tables and "task" in values else [Choices()]
     methods = list(_methods(values, source))
     names = {name for task in tasks for name in (top | task).get("task", (Experiment().task,))}
@@ -183,7 +183,7 @@ def _tasks(values: Mapping[str, Any], source: str) -> list[Choices]:
             raise ValueError(f'{where} has no name; add the line name = "cb", or that of another task')
         settings = {"task" if key == "name" else key: value for key, value in table.items() if key != "training"}
         own = choices(settings, Experiment, where)
-        found.append(own | choices(table.get("training", {}), Training, f"{where} training", "training."))
+        found.append(own | choices(table.get("training", {}), TrainingConfig, f"{where} training", "training."))
     return found
 
 
@@ -196,7 +196,7 @@ def _methods(values: Mapping[str, Any], source: str) -> Iterator[_Method]:
     for where, table in tables:
         if ("name" in table) == ("baseline" in table):
             raise ValueError(f'{where} must have either a name ("dpt") or a baseline ("lora"), and has not')
-        training = choices(table.get("training", {}), Training, f"{where} training", "training.")
+        training = choices(table.get("training", {}), TrainingConfig, f"{where} training", "training.")
         settings = {key: value for key, value in table.items() if key not in _METHOD_KEYS}
         only = _only_tasks(table.get("only", []), where)
         if "baseline" in table:
@@ -244,7 +244,7 @@ def _build(method: _Method, settings: Mapping[str, Any]) -> Experiment:
 def _located(experiment: Experiment, folder: Path, begins: Path, source: str) -> Experiment:
     """The same with absolute paths: the file's paths begin in its `folder`, its data in `begins`."""
     changes: dict[str, Any] = {}
-    for name in ("backbone", "task", "start"):
+    for name in ("backbone", "task", "init_prompt"):
         value = getattr(experiment, name)
         if value and value not in ASSETS and value.partition(":")[0] not in TASKS and (folder / value).exists():
             changes[name] = str((folder / value).resolve())

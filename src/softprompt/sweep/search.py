@@ -12,8 +12,8 @@ from softprompt.config import Experiment
 from softprompt.runs import Run
 from softprompt.sweep.settings import set_values
 from softprompt.sweep.space import Range, Search, Space
-from softprompt.sweep.trial import Held, Outcome, State, begun, go_on, sentence, start, trial_name
-from softprompt.training.callbacks import Interrupted, Progress, Watcher
+from softprompt.sweep.trial import BackboneCache, State, TrialResult, begun, go_on, sentence, start, trial_name
+from softprompt.training.callbacks import Interrupted, Progress, TrainingCallback
 from softprompt.training.step import Differentiate
 
 JOURNAL = "study.journal"
@@ -21,13 +21,13 @@ JOURNAL = "study.journal"
 
 @final
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search came to, for one cell of a sweep."""
 
     cell: Experiment
     study: str
     """Its folder's name below `search`."""
-    trials: tuple[Outcome, ...]
+    trials: tuple[TrialResult, ...]
     """In the order of the draws."""
     values: Mapping[str, Any] | None
     """The values with the best development score, the earliest of equals; none where every trial failed."""
@@ -43,7 +43,7 @@ class Pruned(Exception):
 class _Pruning:
     """A `Watcher` that reports each development score to the study, and stops the training when the study says so."""
 
-    def __init__(self, watch: Watcher, trial: Any, reported: Iterable[int], prune: bool) -> None:
+    def __init__(self, watch: TrainingCallback, trial: Any, reported: Iterable[int], prune: bool) -> None:
         self._watch, self._trial, self._reported, self._prune = watch, trial, set(reported), prune
 
     def stage(self, text: str) -> None:
@@ -88,8 +88,13 @@ def need_optuna() -> None:
 
 
 def choose(
-    cell: Experiment, search: Search, out: Path, held: Held, watch: Watcher, differentiate: Differentiate
-) -> Found:
+    cell: Experiment,
+    search: Search,
+    out: Path,
+    held: BackboneCache,
+    watch: TrainingCallback,
+    differentiate: Differentiate,
+) -> SearchResult:
     """Go on with the cell's study in `out/search` until it has all its trials; what its values raise ends a trial.
 
     Test scores are never looked at.
@@ -174,8 +179,8 @@ def _one(
     cell: Experiment,
     search: Search,
     folder: Path,
-    held: Held,
-    watch: Watcher,
+    held: BackboneCache,
+    watch: TrainingCallback,
     differentiate: Differentiate,
 ) -> None:
     import optuna
@@ -202,7 +207,9 @@ def _one(
         study.tell(trial, float((run.results or {})["dev"]))
 
 
-def _trained(experiment: Experiment, folder: Path, held: Held, watch: _Pruning, differentiate: Differentiate) -> Run:
+def _trained(
+    experiment: Experiment, folder: Path, held: BackboneCache, watch: _Pruning, differentiate: Differentiate
+) -> Run:
     """The finished run; two trials with equal values share it."""
     run = begun(experiment, folder)
     if run is None:
@@ -230,7 +237,7 @@ def _draw(trial: Any, name: str, choice: Range | tuple[Any, ...]) -> Any:
     return suggest(name, choice.low, choice.high, log=choice.log)
 
 
-def _found(study: Any, cell: Experiment, search: Search, folder: Path, name: str, fresh: set[int]) -> Found:
+def _found(study: Any, cell: Experiment, search: Search, folder: Path, name: str, fresh: set[int]) -> SearchResult:
     outcomes, best = [], None
     for trial in study.trials[: search.trials]:
         finished = trial.state.name == "COMPLETE"
@@ -244,7 +251,7 @@ def _found(study: Any, cell: Experiment, search: Search, folder: Path, name: str
         place = folder / trial_name(experiment)
         problem = trial.user_attrs.get("problem", "")
         results = {"dev": trial.value} if finished else {}
-        outcomes.append(Outcome(place, experiment, states.get(trial.state.name, "failed"), problem, results))
-    return Found(
+        outcomes.append(TrialResult(place, experiment, states.get(trial.state.name, "failed"), problem, results))
+    return SearchResult(
         cell, name, tuple(outcomes), None if best is None else dict(best.params), None if best is None else best.value
     )

@@ -4,7 +4,7 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from softprompt.config import Experiment, Training
+from softprompt.config import Experiment, TrainingConfig
 from softprompt.tasks.task import suggest
 
 Choices = dict[str, tuple[Any, ...]]
@@ -95,7 +95,7 @@ def set_values(experiment: Experiment, values: Mapping[str, Any]) -> Experiment:
         ValueError: values that do not fit together.
     """
     parts = split(values)
-    training = Training(**{**vars(experiment.training), **parts["training"]})
+    training = TrainingConfig(**{**vars(experiment.training), **parts["training"]})
     return experiment.replace(prompt=experiment.prompt.replace(**parts["prompt"]), training=training, **parts[""])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, final
 
-from softprompt.config import Experiment, Training
+from softprompt.config import Experiment, TrainingConfig
 from softprompt.sweep.settings import as_table, choices, dotted, fitting, hints, refuse_unknown, set_values
 from softprompt.sweep.trial import trial_name
 
@@ -53,7 +53,7 @@ class Search:
 
     def fitting(self, experiment: Experiment) -> Space:
         """What of the space the experiment has: a method without ranks has none to choose."""
-        known = {f"training.{name}" for name in hints(Training)}
+        known = {f"training.{name}" for name in hints(TrainingConfig)}
         if experiment.baseline == "none":
             known |= {f"prompt.{name}" for name in hints(type(experiment.prompt))}
         return {name: choice for name, choice in self.space.items() if name in known}
@@ -103,7 +103,7 @@ def read_search(table: Any, experiments: Sequence[Experiment], source: str) -> S
 def _choice(name: str, value: Any, experiments: Sequence[Experiment], where: str) -> Range | tuple[Any, ...]:
     part, _, key = name.rpartition(".")
     kinds: dict[str, list[type[Any]]] = {
-        "training": [Training],
+        "training": [TrainingConfig],
         "prompt": [type(one.prompt) for one in experiments if one.baseline == "none"],
     }
     kind = next((kind for kind in kinds.get(part, []) if key in hints(kind)), None)

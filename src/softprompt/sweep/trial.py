@@ -13,7 +13,7 @@ from softprompt.config import Experiment
 from softprompt.evaluation.evaluate import read_splits
 from softprompt.runs import RECORD, Run, open_run
 from softprompt.tasks import Task, load_task
-from softprompt.training.callbacks import Interrupted, Watcher
+from softprompt.training.callbacks import Interrupted, TrainingCallback
 from softprompt.training.step import Differentiate
 from softprompt.training.trainer import resume, train
 from softprompt.types import Dtype
@@ -24,7 +24,7 @@ State = Literal["done", "skipped", "pruned", "failed"]
 
 @final
 @dataclass(frozen=True)
-class Outcome:
+class TrialResult:
     """What became of a trial."""
 
     folder: Path
@@ -43,7 +43,7 @@ class Outcome:
 
 
 @final
-class Held:
+class BackboneCache:
     """What trials share: the backbone of the one before, and what their rows are known by."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Held:
             self._rows[key] = _fingerprint(task, read_splits(experiment, task).fingerprint)
         return self._rows[key]
 
-    def rows_if_readable(self, experiment: Experiment, of: str, watch: Watcher) -> str | None:
+    def rows_if_readable(self, experiment: Experiment, of: str, watch: TrainingCallback) -> str | None:
         """The same; none, with a note on what they are `of`, where they cannot be read: finished work stands without.
 
         Raises:
@@ -120,7 +120,9 @@ def begun(experiment: Experiment, out: Path) -> Run | None:
     return run
 
 
-def run_trial(experiment: Experiment, out: Path, held: Held, watch: Watcher, differentiate: Differentiate) -> Outcome:
+def run_trial(
+    experiment: Experiment, out: Path, held: BackboneCache, watch: TrainingCallback, differentiate: Differentiate
+) -> TrialResult:
     """Bring the experiment's run to its end; what goes wrong is an outcome, so that the others go on.
 
     Raises:
@@ -132,7 +134,7 @@ def run_trial(experiment: Experiment, out: Path, held: Held, watch: Watcher, dif
         if run is not None:
             _refuse_changed(run, held, watch)
         if run is not None and run.results is not None:
-            return Outcome(folder, experiment, "skipped", results=run.results)
+            return TrialResult(folder, experiment, "skipped", results=run.results)
         if run is None:
             run = start(experiment, out, held, watch, differentiate)
         else:
@@ -140,11 +142,11 @@ def run_trial(experiment: Experiment, out: Path, held: Held, watch: Watcher, dif
     except Interrupted:
         raise
     except Exception as error:
-        return Outcome(folder, experiment, "failed", problem=sentence(error))
-    return Outcome(folder, experiment, "done", results=run.results or {})
+        return TrialResult(folder, experiment, "failed", problem=sentence(error))
+    return TrialResult(folder, experiment, "done", results=run.results or {})
 
 
-def _refuse_changed(run: Run, held: Held, watch: Watcher) -> None:
+def _refuse_changed(run: Run, held: BackboneCache, watch: TrainingCallback) -> None:
     """The settings' hash has the paths of task and rows; what is in the files may be another since the run began.
 
     Raises:
@@ -158,14 +160,18 @@ def _refuse_changed(run: Run, held: Held, watch: Watcher) -> None:
         )
 
 
-def start(experiment: Experiment, out: Path, held: Held, watch: Watcher, differentiate: Differentiate) -> Run:
+def start(
+    experiment: Experiment, out: Path, held: BackboneCache, watch: TrainingCallback, differentiate: Differentiate
+) -> Run:
     """Train it from the first step; raises as `train` does."""
     backbone = held.get(experiment.backbone, experiment.backbone_dtype)
     name = trial_name(experiment)
     return train(experiment, out=out, name=name, backbone=backbone, watch=watch, differentiate=differentiate)
 
 
-def go_on(run: Run, experiment: Experiment, held: Held, watch: Watcher, differentiate: Differentiate) -> Run:
+def go_on(
+    run: Run, experiment: Experiment, held: BackboneCache, watch: TrainingCallback, differentiate: Differentiate
+) -> Run:
     """Train it from its last checkpoint, or from the first step where there is none; raises as `resume` does.
 
     Args:
@@ -175,7 +181,7 @@ def go_on(run: Run, experiment: Experiment, held: Held, watch: Watcher, differen
     fits = backbone.precision == run.record["backbone"]["dtype"]
     return resume(
         run.folder,
-        means_of=experiment,
+        memory_options_of=experiment,
         watch=watch,
         backbone=backbone if fits else None,
         differentiate=differentiate,

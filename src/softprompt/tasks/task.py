@@ -74,7 +74,7 @@ class Task:
     """Rows with equal values in this column stay in one split."""
     question: str = ""
     """Rows with equal values in this column are one question to a metric that scores whole questions."""
-    max_tokens: int | None = None
+    max_input_tokens: int | None = None
     """How many tokens an input of this task wants at most; none: no advice."""
     templates: Mapping[str, Template] = field(default_factory=dict, hash=False)
     """Other wordings by name, for `using`."""
@@ -98,8 +98,10 @@ class Task:
             )
         self._check_answers()
         self._check_metrics()
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens of task {self.name!r} is {self.max_tokens}; it must be at least 1")
+        if self.max_input_tokens is not None and self.max_input_tokens < 1:
+            raise ValueError(
+                f"max_input_tokens of task {self.name!r} is {self.max_input_tokens}; it must be at least 1"
+            )
 
     def _check_image(self) -> None:
         if self.template or not self.label:

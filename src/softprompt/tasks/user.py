@@ -16,7 +16,7 @@ _SPLITS = ("train", "dev", "test")
 _KEYS: dict[str, type] = {
     **dict.fromkeys((*_SPLITS, "name", "description", "template", "label", "target", "group", "question"), str),
     **dict.fromkeys(("image", "broken", "hub"), str),
-    **dict.fromkeys(("max_tokens", "split_seed"), int),
+    **dict.fromkeys(("max_input_tokens", "split_seed"), int),
     "metrics": list,
     "words": dict,
 }
@@ -59,7 +59,7 @@ def load_table(path: Path, data: str | None = None) -> Task:
         [words]                               # optional: else each label in lower case
         BILLING = "billing"
 
-    Optional are also name, description, dev and test (else cut from train), group, question, max_tokens, metrics and
+    Optional are also name, description, dev and test (else cut from train), group, question, max_input_tokens, metrics and
     split_seed. A task of images has no template but `image`, the column of their paths, and may have
     `broken = "skip"`; `train` is then a table or a folder of class folders, or `hub` names a dataset in its place.
 

@@ -25,7 +25,7 @@ class Progress:
 
 
 @runtime_checkable
-class Watcher(Protocol):
+class TrainingCallback(Protocol):
     """Who is told how it goes."""
 
     def stage(self, text: str) -> None:
@@ -39,7 +39,7 @@ class Watcher(Protocol):
 
 
 @final
-class Silent:
+class NullCallback:
     """Nobody."""
 
     def stage(self, text: str) -> None:
@@ -53,10 +53,10 @@ class Silent:
 
 
 @final
-class Named:
+class NamedCallback:
     """One of several trainings at a time: its notes and development scores are told with its name."""
 
-    def __init__(self, name: str, watch: Watcher) -> None:
+    def __init__(self, name: str, watch: TrainingCallback) -> None:
         self._name, self._watch = name, watch
 
     def stage(self, text: str) -> None:

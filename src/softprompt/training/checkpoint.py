@@ -41,11 +41,11 @@ def place(run: Path, step: int) -> Path:
 
 def save(run: Path, checkpoint: Checkpoint) -> None:
     """Write the checkpoint's folder, whole or not at all."""
-    with files.replacing(place(run, checkpoint.step)) as draft:
+    with files.atomic_write(place(run, checkpoint.step)) as draft:
         draft.mkdir()
         for part in _PARTS:
             files.write_tensors(draft / f"{part}.safetensors", getattr(checkpoint, part))
-        (draft / "place.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.place}))
+        (draft / "trainer_state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.place}))
 
 
 def steps(run: Path) -> list[int]:
@@ -61,9 +61,9 @@ def load(run: Path, step: int) -> Checkpoint:
     """
     folder = place(run, step)
     parts = {part: files.read_tensors(folder / f"{part}.safetensors") for part in _PARTS}
-    values = files.read_json(folder / "place.json")
+    values = files.read_json(folder / "trainer_state.json")
     if values.pop("step", None) != step:
-        raise ValueError(f"{folder / 'place.json'} is not of step {step}; it was swapped or damaged, {_REMEDY}")
+        raise ValueError(f"{folder / 'trainer_state.json'} is not of step {step}; it was swapped or damaged, {_REMEDY}")
     return Checkpoint(step=step, place=values, **parts)
 
 

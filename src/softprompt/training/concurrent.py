@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softprompt.training.callbacks import Interrupted, interruptible
-from softprompt.training.step import Differentiate, Given, Wanted, differentiate, wait_for_device
+from softprompt.training.step import Differentiate, GradientRequest, GradientResult, differentiate, wait_for_device
 
 T = TypeVar("T")
 
@@ -89,8 +89,8 @@ class _Going(Generic[T]):
     result: T
 
     def __init__(self, work: Work[T]) -> None:
-        self.wanted: Wanted | None = None
-        self.given: Given | Exception | None = None
+        self.wanted: GradientRequest | None = None
+        self.given: GradientResult | Exception | None = None
         self.draws: bool | None = None
         """Whether its pass takes random numbers; not known before its first."""
         self._random: tuple[Tensor, list[Tensor]] | None = None
@@ -160,7 +160,7 @@ class _Going(Generic[T]):
             self._ended = True
             self._our_turn.release()
 
-    def _wait_for(self, wanted: Wanted) -> Given:
+    def _wait_for(self, wanted: GradientRequest) -> GradientResult:
         """In the training's thread, where it wants a gradient."""
         self.wanted = wanted
         self._our_turn.release()
@@ -188,7 +188,7 @@ class _Passes:
         kinds: dict[Hashable, list[_Going[Any]]] = {}
         for one in going:
             assert one.wanted is not None
-            kinds.setdefault(id(one) if one.draws is not False else one.wanted.optimiser.kind, []).append(one)
+            kinds.setdefault(id(one) if one.draws is not False else one.wanted.training_step.kind, []).append(one)
         for kind, every in kinds.items():
             most = self._most.get(kind, len(every))
             for start in range(0, len(every), most):
@@ -212,7 +212,7 @@ class _Passes:
 def _give_in_one_pass(going: Sequence[_Going[Any]]) -> str | None:
     """One pass for all of them, or why there is none; then no gradient and nothing of the pass is left."""
     start, wanted = time.perf_counter(), [one.wanted for one in going if one.wanted]
-    parameters = [list(one.optimiser.attachment.parameters()) for one in wanted]
+    parameters = [list(one.training_step.prompted.parameters()) for one in wanted]
     try:
         losses, found = _differentiated(wanted, [one for own in parameters for one in own])
     except Exception as error:
@@ -226,20 +226,20 @@ def _give_in_one_pass(going: Sequence[_Going[Any]]) -> str | None:
         for parameter, gradient in zip(own, gradients, strict=False):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        one.given = Given(loss, seconds * len(want.rows) / rows)
+        one.given = GradientResult(loss, seconds * len(want.rows) / rows)
     return None
 
 
 def _differentiated(
-    wanted: Sequence[Wanted], parameters: Sequence[Tensor]
+    wanted: Sequence[GradientRequest], parameters: Sequence[Tensor]
 ) -> tuple[Float[Tensor, " training"], Sequence[Tensor | None]]:
     """The loss of each, and the gradients of their sum."""
-    prompts = [one.optimiser.attachment.prompt for one in wanted]
+    prompts = [one.training_step.prompted.prompt for one in wanted]
     rows = [row for one in wanted for row in one.rows]
     counts = torch.tensor([len(one.rows) for one in wanted])
-    with wanted[0].optimiser.modes():
+    with wanted[0].training_step.modes():
         index = torch.arange(len(wanted)).repeat_interleave(counts)
-        each = wanted[0].optimiser.losses(rows, [prompt for prompt in prompts if prompt is not None], index)
+        each = wanted[0].training_step.losses(rows, [prompt for prompt in prompts if prompt is not None], index)
         sums = torch.split(each, counts.tolist())
         losses = torch.stack([part.sum() / one.weight for part, one in zip(sums, wanted, strict=True)])
         # Not `backward`: a pass that fails must leave no gradient behind.

@@ -26,12 +26,12 @@ _MISSED = ("gloo", "remote process", "Connection closed", "Connection reset")
 
 
 @final
-class Alone(RuntimeError):
+class LocalFailure(RuntimeError):
     """One of several processes has failed and cannot tell the others why: whoever it is says it itself."""
 
 
 @final
-class Processes:
+class DistributedGroup:
     """All that were started together by `torchrun` or `accelerate launch`; this process is number `index` of `count`.
 
     Where there are several every method is a meeting: each process calls the same ones in the same order.
@@ -171,7 +171,9 @@ class Processes:
         except Exception as error:
             if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _MISSED):
                 raise RuntimeError(_ENDED) from error
-            raise Alone(f"process {self.index} of {self.count} failed: {error or type(error).__name__}") from error
+            raise LocalFailure(
+                f"process {self.index} of {self.count} failed: {error or type(error).__name__}"
+            ) from error
 
     def from_main(self, call: Callable[[], _T]) -> _T:
         """What `call` gives in the main process, which alone makes it."""

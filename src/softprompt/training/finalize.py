@@ -7,19 +7,19 @@ from typing import Any
 from softprompt import files, runs
 from softprompt.evaluation.evaluate import prediction_line, score_answers
 from softprompt.evaluation.predict import Answer
-from softprompt.export import export_attachment
-from softprompt.models import Attachment
+from softprompt.export import export_model
+from softprompt.models import PromptedModel
 from softprompt.runs import Run, model_card
 from softprompt.tasks import SAME_ROWS, Example, Splits, Task
 
 
 def tested(
     run: Run,
-    trained: Attachment,
+    trained: PromptedModel,
     rows: Splits,
     dev: Sequence[Example],
     test: Sequence[Example],
-    answers_of: Callable[[Attachment, Sequence[Example]], list[Answer]],
+    answers_of: Callable[[PromptedModel, Sequence[Example]], list[Answer]],
 ) -> tuple[dict[str, Any], list[Answer]]:
     """The results of the folded prompt, and its answers on the test rows."""
     finished = trained.folded()
@@ -43,7 +43,7 @@ def tested(
 
 def written(
     run: Run,
-    trained: Attachment,
+    trained: PromptedModel,
     rows: Splits,
     test: Sequence[Example],
     answers: Sequence[Answer],
@@ -53,7 +53,7 @@ def written(
     files.write_text(
         run.folder / runs.PREDICTIONS, "".join(_lines(run.task, rows, test, answers, trained.backbone.tokenizer))
     )
-    model_card.write(run, trained, results, export_attachment(trained.folded(), run.folder))
+    model_card.write(run, trained, results, export_model(trained.folded(), run.folder))
     return run.finish(trained, results)
 
 

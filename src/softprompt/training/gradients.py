@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softprompt.backbones import Backbone
-from softprompt.backbones.kernels.gradient_checkpointing import recomputing
+from softprompt.backbones.kernels.gradient_checkpointing import gradient_checkpointing
 from softprompt.config import Experiment
 from softprompt.evaluation.predict import input_limit
 from softprompt.models import attach, fresh_head
@@ -39,19 +39,25 @@ def gradient_on(
             )
         leaf = PlainPrompt(prompt.detach().clone(), 1.0).to(backbone.device)
         head = fresh_head(backbone, len(task.words), generator, experiment.pool)
-        attachment = attach(backbone, leaf, head=head, place=experiment.place, attend=experiment.attend)
-        objective = Objective(attachment, task, settings)
+        prompted = attach(
+            backbone,
+            leaf,
+            head=head,
+            prompt_position=experiment.prompt_position,
+            prompt_attention=experiment.prompt_attention,
+        )
+        objective = Objective(prompted, task, settings)
         table = rows() if callable(rows) else rows
-        limit = input_limit(attachment, task, settings)
-        examples = encode(task, backbone.tokenizer, table, limit, closing=attachment.closed)[0]
-        order = schedule([len(example.input_ids) for example in examples], settings.batch, experiment.seed)
+        limit = input_limit(prompted, task, settings)
+        examples = encode(task, backbone.tokenizer, table, limit, closing=prompted.appends_eos)[0]
+        order = schedule([len(example.input_ids) for example in examples], settings.batch_size, experiment.seed)
         total = torch.zeros_like(leaf.matrix)
         for _ in range(batches):
             batch = [examples[place] for place in next(order)[1]]
             weight = objective.weight(batch)
-            for part in range(settings.accumulate):
-                if piece := batch[part :: settings.accumulate]:
-                    with recomputing(backbone.model, settings.gradient_checkpointing):
+            for part in range(settings.gradient_accumulation_steps):
+                if piece := batch[part :: settings.gradient_accumulation_steps]:
+                    with gradient_checkpointing(backbone.model, settings.gradient_checkpointing):
                         loss = objective.losses(piece).sum() / weight
                         total += torch.autograd.grad(loss, leaf.matrix)[0]
         return (total / batches).cpu()

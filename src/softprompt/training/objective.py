@@ -6,9 +6,9 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from softprompt.config import Training
+from softprompt.config import TrainingConfig
 from softprompt.evaluation.predict import pad_id
-from softprompt.models import Attachment
+from softprompt.models import PromptedModel
 from softprompt.prompts import SoftPrompt
 from softprompt.tasks import Example, Task, answer_ids, answer_labels, collate
 
@@ -22,8 +22,8 @@ class Objective:
     several tokens. Texts have no label words and always take that.
     """
 
-    def __init__(self, attachment: Attachment, task: Task, settings: Training) -> None:
-        self.attachment, self.task = attachment, task
+    def __init__(self, prompted: PromptedModel, task: Task, settings: TrainingConfig) -> None:
+        self.prompted, self.task = prompted, task
         self._weight = settings.vocabulary_weight
 
     def weight(self, rows: Sequence[Example]) -> float:
@@ -33,7 +33,7 @@ class Objective:
     @property
     def kind(self) -> Hashable:
         """Objectives of one kind give a row the same loss."""
-        words = answer_ids(self.task, self.attachment.backbone.tokenizer) if self._candidates else None
+        words = answer_ids(self.task, self.prompted.backbone.tokenizer) if self._candidates else None
         return words, self._weight if self._candidates else None
 
     def losses(
@@ -44,21 +44,21 @@ class Objective:
         Args:
             prompts: in place of the attachment's own; `index` says which is a row's.
         """
-        tokenizer, device = self.attachment.backbone.tokenizer, self.attachment.backbone.device
-        joined = not self._candidates and not self.attachment.closed
-        batch = collate(rows, pad_id=pad_id(self.attachment.backbone), side="left", with_answers=joined)
+        tokenizer, device = self.prompted.backbone.tokenizer, self.prompted.backbone.device
+        joined = not self._candidates and not self.prompted.appends_eos
+        batch = collate(rows, pad_id=pad_id(self.prompted.backbone), side="left", with_answers=joined)
         ids, mask = batch.inputs(device)
         if self._candidates:
-            scores = self.attachment.score(ids, mask, answer_ids(self.task, tokenizer), prompts, index)
+            scores = self.prompted.score(ids, mask, answer_ids(self.task, tokenizer), prompts, index)
             among = nn.functional.cross_entropy(scores, batch.classes.to(device), reduction="none")
             # No label word begins another, so that their probabilities add up.
             return among - self._weight * scores.logsumexp(-1) if self._weight else among
         labels = (batch.labels if joined else answer_labels([self._target(row) for row in rows])).to(device)
-        return self.attachment.losses(ids, mask, labels, prompts, index)
+        return self.prompted.losses(ids, mask, labels, prompts, index)
 
     @property
     def _candidates(self) -> bool:
-        return self.task.is_classification and (self._weight < 1 or self.attachment.head is not None)
+        return self.task.is_classification and (self._weight < 1 or self.prompted.head is not None)
 
     def _target(self, row: Example) -> tuple[int, ...]:
-        return self.attachment.target(row.answer_ids)
+        return self.prompted.target(row.answer_ids)

@@ -13,7 +13,7 @@ from softprompt.backbones.kernels import gradient_checkpointing
 from softprompt.config import Experiment
 from softprompt.evaluation.evaluate import beside_golds, draw, read_splits
 from softprompt.evaluation.predict import input_limit
-from softprompt.models import Attachment, fresh_head
+from softprompt.models import PromptedModel, fresh_head
 from softprompt.models.vision import refuse_unfit
 from softprompt.prompts import SoftPrompt
 from softprompt.runs import Run
@@ -31,20 +31,20 @@ from softprompt.tasks import (
     sample,
 )
 from softprompt.training import checkpoint
-from softprompt.training.callbacks import Watcher
+from softprompt.training.callbacks import TrainingCallback
 from softprompt.training.gradients import gradient_on
 from softprompt.types import Dtype
 
 
 @final
 @dataclass(frozen=True)
-class Material:
+class TrainingSetup:
     """What a training is made of."""
 
     task: Task
     rows: Splits
     backbone: Backbone
-    attachment: Attachment
+    prompted: PromptedModel
     """What will be trained, before its first step."""
     train: Sequence[Example]
     """The training rows as tokens, or with their images, as often augmented as the experiment says."""
@@ -54,7 +54,7 @@ class Material:
     """The test rows that are scored at the end."""
 
 
-def anew(experiment: Experiment, backbone: Backbone | None, watch: Watcher) -> Material:
+def anew(experiment: Experiment, backbone: Backbone | None, watch: TrainingCallback) -> TrainingSetup:
     """The material of a new run.
 
     Args:
@@ -73,15 +73,15 @@ def anew(experiment: Experiment, backbone: Backbone | None, watch: Watcher) -> M
     backbone = seeing(backbone, experiment, task, rows)
     _refuse_pointless(experiment, task, backbone)
     gradient = gradient_on(experiment, task, backbone, rows.train)
-    attachment = runs.first_attachment(experiment, task, backbone, warm=True, gradient=gradient)
-    _refuse_unfit(experiment, attachment)
-    if experiment.start is not None and attachment.prompt is not None:
-        start = runs.read_prompt(Path(experiment.start), backbone)
-        watch.note(_start_note(experiment.start, attachment.prompt, start))
-    return _encoded(experiment, task, rows, attachment, watch)
+    prompted = runs.build_prompted_model(experiment, task, backbone, warm=True, gradient=gradient)
+    _refuse_unfit(experiment, prompted)
+    if experiment.init_prompt is not None and prompted.prompt is not None:
+        start = runs.read_prompt(Path(experiment.init_prompt), backbone)
+        watch.note(_start_note(experiment.init_prompt, prompted.prompt, start))
+    return _encoded(experiment, task, rows, prompted, watch)
 
 
-def again(run: Run, backbone: Backbone | None, watch: Watcher) -> Material:
+def again(run: Run, backbone: Backbone | None, watch: TrainingCallback) -> TrainingSetup:
     """The material of an unfinished run.
 
     Args:
@@ -105,31 +105,33 @@ def again(run: Run, backbone: Backbone | None, watch: Watcher) -> Material:
         )
     backbone = seeing(backbone, experiment, run.task, rows)
     gradient = gradient_on(experiment, run.task, backbone, rows.train)
-    attachment = runs.first_attachment(
+    prompted = runs.build_prompted_model(
         experiment, run.task, backbone, warm=not checkpoint.steps(run.folder), gradient=gradient
     )
     if experiment.training.shard:
-        _refuse_shards(experiment, attachment)
-    return _encoded(experiment, run.task, rows, attachment, watch)
+        _refuse_shards(experiment, prompted)
+    return _encoded(experiment, run.task, rows, prompted, watch)
 
 
-def _encoded(experiment: Experiment, task: Task, rows: Splits, attachment: Attachment, watch: Watcher) -> Material:
+def _encoded(
+    experiment: Experiment, task: Task, rows: Splits, prompted: PromptedModel, watch: TrainingCallback
+) -> TrainingSetup:
     """The material with every row that will be used as tokens, each one checked: here, before there is a folder.
 
     Raises:
         ValueError: a row that does not fit the model, by its number and split.
     """
-    settings, backbone = experiment.training, attachment.backbone
+    settings, backbone = experiment.training, prompted.backbone
     watch.stage("tokenising")
-    limit = input_limit(attachment, task, settings)
+    limit = input_limit(prompted, task, settings)
     if task.is_classification:
-        attachment.check_candidates(task.answers, answer_ids(task, backbone.tokenizer))
+        prompted.check_candidates(task.answers, answer_ids(task, backbone.tokenizer))
 
     def encoded(split: str, count: int, seed: int) -> Sequence[Example]:
         table = getattr(rows, split)
-        examples, shortened = encode(task, backbone.tokenizer, table, limit, closing=attachment.closed)
+        examples, shortened = encode(task, backbone.tokenizer, table, limit, closing=prompted.appends_eos)
         if shortened:
-            watch.note(f"{shortened} of {len(examples)} {split} rows were cut to {limit} tokens (--max-tokens)")
+            watch.note(f"{shortened} of {len(examples)} {split} rows were cut to {limit} tokens (--max-input-tokens)")
         if isinstance(examples, Examples) and examples.answers_ended:
             watch.note(
                 f"{examples.answers_ended} of {len(examples)} {split} answers end with the tokenizer's own "
@@ -141,7 +143,7 @@ def _encoded(experiment: Experiment, task: Task, rows: Splits, attachment: Attac
         for example in used:
             if example.picture is None:
                 where = f"{example.where} ({split} split)"
-                attachment.check_row(example.input_ids, example.answer_ids if fed else (), where)
+                prompted.check_row(example.input_ids, example.answer_ids if fed else (), where)
         if split != "train":
             _refuse_unscorable(task, table, used, backbone.tokenizer)
         return used
@@ -151,7 +153,7 @@ def _encoded(experiment: Experiment, task: Task, rows: Splits, attachment: Attac
     test = encoded("test", settings.test_rows, 0)
     if not task.is_classification and (note := _too_long_to_write([*dev, *test], settings.max_new_tokens)):
         watch.note(note)
-    return Material(task, rows, backbone, attachment, augmented(train, settings.augment), dev, test)
+    return TrainingSetup(task, rows, backbone, prompted, augmented(train, settings.augment), dev, test)
 
 
 def _refuse_unscorable(task: Task, table: Any, examples: Sequence[Example], tokenizer: Any) -> None:
@@ -199,7 +201,7 @@ def _refuse_pointless(experiment: Experiment, task: Task, backbone: Backbone) ->
     if most is not None and experiment.prompt.length >= most:
         raise ValueError(f"length is {experiment.prompt.length}, but {backbone.source} has {most} positions; lower it")
     head = fresh_head(backbone, len(task.words), torch.Generator())
-    if experiment.training.untouched and head is not None:
+    if experiment.training.zero_shot and head is not None:
         raise ValueError(
             f"{backbone.source} answers through a trained head, so untouched it says nothing; leave it out"
         )
@@ -212,37 +214,41 @@ def _refuse_pointless(experiment: Experiment, task: Task, backbone: Backbone) ->
         raise ValueError(f"{backbone.source} answers in words and has no head to train; use the baseline lora or full")
 
 
-def _refuse_unfit(experiment: Experiment, attachment: Attachment) -> None:
+def _refuse_unfit(experiment: Experiment, prompted: PromptedModel) -> None:
     """Refuse what the attachment could not be trained with."""
-    backbone = attachment.backbone
-    if backbone.architecture == "vision" and attachment.prompt is not None:
-        refuse_unfit(backbone, attachment.prompt)
-    if experiment.training.dropout and attachment.attend == "isolated" and not attachment.isolates_dropout:
+    backbone = prompted.backbone
+    if backbone.architecture == "vision" and prompted.prompt is not None:
+        refuse_unfit(backbone, prompted.prompt)
+    if (
+        experiment.training.dropout
+        and prompted.prompt_attention == "self"
+        and not prompted.supports_self_attention_dropout
+    ):
         raise ValueError(
             f"dropout is on, and isolated prompts of {backbone.source} ({backbone.architecture}) run without the "
-            "model's own; leave dropout off, or attend=joint"
+            "model's own; leave dropout off, or prompt_attention=full"
         )
     if experiment.training.shard:
-        _refuse_shards(experiment, attachment)
+        _refuse_shards(experiment, prompted)
     if not experiment.training.gradient_checkpointing:
         return
-    if not attachment.recomputes:
+    if not prompted.supports_gradient_checkpointing:
         raise ValueError(
             f"gradient_checkpointing is on, and rows of {backbone.source} go on from a cache, which cannot be written "
-            "to twice; leave it off, or give place=front and a model whose attention is not its own"
+            "to twice; leave it off, or give prompt_position=prefix and a model whose attention is not its own"
         )
     if not gradient_checkpointing.layers(backbone.model):
         raise ValueError(
             f"gradient_checkpointing is on, and {backbone.source} ({backbone.model.config.model_type}) has no layers "
-            "that can be computed again; leave it off, or give --accumulate"
+            "that can be computed again; leave it off, or give --gradient-accumulation-steps"
         )
 
 
-def _refuse_shards(experiment: Experiment, attachment: Attachment) -> None:
+def _refuse_shards(experiment: Experiment, prompted: PromptedModel) -> None:
     """Refuse what cannot be shared out among processes."""
-    backbone, why = attachment.backbone, ""
-    if backbone.quantised:
-        why = f"the weights are held as {backbone.quantised}"
+    backbone, why = prompted.backbone, ""
+    if backbone.quantized:
+        why = f"the weights are held as {backbone.quantized}"
     elif experiment.baseline != "none":
         why = f"the baseline {experiment.baseline} trains beside or in the layers"
     elif experiment.training.dropout and any(
@@ -251,7 +257,7 @@ def _refuse_shards(experiment: Experiment, attachment: Attachment) -> None:
         why = f"dropout makes each process leave out other layers of {backbone.source}"
     elif not gradient_checkpointing.layers(backbone.model):
         why = f"{backbone.source} ({backbone.model.config.model_type}) has no layers that can be told from the rest"
-    elif not attachment.shards:
+    elif not prompted.supports_fsdp:
         why = f"isolated prompts of {backbone.source} ({backbone.architecture}) go past its layers' own call"
     if why:
         raise ValueError(f"shard is on, and {why}; leave it off")
@@ -264,7 +270,7 @@ def _given(experiment: Experiment, settings: Callable[[Experiment], dict[str, An
 
 
 def _of_prompts(experiment: Experiment) -> dict[str, Any]:
-    return {name: getattr(experiment, name) for name in ("depth", "place", "attend", "start")}
+    return {name: getattr(experiment, name) for name in ("depth", "prompt_position", "prompt_attention", "init_prompt")}
 
 
 def _of_images(experiment: Experiment) -> dict[str, Any]:

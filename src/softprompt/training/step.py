@@ -10,27 +10,27 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from softprompt.backbones.kernels.gradient_checkpointing import recomputing
+from softprompt.backbones.kernels.gradient_checkpointing import gradient_checkpointing
 from softprompt.config import Experiment
-from softprompt.models import Attachment
+from softprompt.models import PromptedModel
 from softprompt.models.baselines import RATES
 from softprompt.prompts import SoftPrompt
 from softprompt.tasks import Example, Task
-from softprompt.training.distributed import Processes
+from softprompt.training.distributed import DistributedGroup
 from softprompt.training.objective import Objective
 
 
 @final
 @dataclass(frozen=True)
-class Wanted:
+class GradientRequest:
     """Rows whose loss is summed, divided by `weight` and differentiated."""
 
-    optimiser: "Optimiser"
+    training_step: "TrainingStep"
     rows: Sequence[Example]
     weight: float
 
 
-class Given(NamedTuple):
+class GradientResult(NamedTuple):
     """What came of it, once the gradient has been added to the parameters' own."""
 
     loss: Tensor
@@ -38,18 +38,18 @@ class Given(NamedTuple):
     """The training's share of the time that it took."""
 
 
-Differentiate = Callable[[Wanted], Given]
+Differentiate = Callable[[GradientRequest], GradientResult]
 """Computes a loss and its gradient: `differentiate`, or one that serves several trainings in one pass."""
 
 
-def differentiate(wanted: Wanted) -> Given:
+def differentiate(wanted: GradientRequest) -> GradientResult:
     """Forward, loss and backward of one training's rows."""
-    start, optimiser = time.perf_counter(), wanted.optimiser
-    with optimiser.modes():
-        loss = optimiser.losses(wanted.rows).sum() / wanted.weight
+    start, training_step = time.perf_counter(), wanted.training_step
+    with training_step.modes():
+        loss = training_step.losses(wanted.rows).sum() / wanted.weight
         loss.backward()  # type: ignore[no-untyped-call]
     wait_for_device(loss)
-    return Given(loss.detach(), time.perf_counter() - start)
+    return GradientResult(loss.detach(), time.perf_counter() - start)
 
 
 def wait_for_device(loss: Tensor) -> None:
@@ -59,7 +59,7 @@ def wait_for_device(loss: Tensor) -> None:
 
 
 @final
-class Optimiser:
+class TrainingStep:
     """AdamW over what an attachment trains; a step's loss is the mean over the whole batch, however it is cut up.
 
     Args:
@@ -68,24 +68,24 @@ class Optimiser:
 
     def __init__(
         self,
-        attachment: Attachment,
+        prompted: PromptedModel,
         experiment: Experiment,
         task: Task,
-        processes: Processes,
+        processes: DistributedGroup,
         differentiate: Differentiate = differentiate,
     ) -> None:
-        self.attachment, self.task, self.processes = attachment, task, processes
+        self.prompted, self.task, self.processes = prompted, task, processes
         self.settings = settings = experiment.training
         self._differentiate = differentiate
-        self.objective = Objective(attachment, task, settings)
-        rates = experiment.prompt.rates() | {"head": attachment.head_rate, "tuned": RATES[experiment.baseline]}
+        self.objective = Objective(prompted, task, settings)
+        rates = experiment.prompt.rates() | {"head": prompted.head_rate, "tuned": RATES[experiment.baseline]}
         self.adamw = torch.optim.AdamW(
-            [{"params": group, "rate": rates[name]} for name, group in attachment.groups().items()],
+            [{"params": group, "rate": rates[name]} for name, group in prompted.groups().items()],
             lr=settings.lr,
             weight_decay=settings.weight_decay,
         )
 
-    def step(self, rows: Sequence[Example], rate: float, number: int) -> Given:
+    def step(self, rows: Sequence[Example], rate: float, number: int) -> GradientResult:
         """One step over `rows`, the whole batch, at the learning rate `rate`; its loss, and the time that it took.
 
         Args:
@@ -95,49 +95,58 @@ class Optimiser:
             ValueError: the loss or its gradient is no number.
         """
         start, shared = time.perf_counter(), 0.0
-        self.attachment.train()  # a method's own dropout; the backbone stays in evaluation mode
+        self.prompted.train()  # a method's own dropout; the backbone stays in evaluation mode
         for group in self.adamw.param_groups:
             group["lr"] = rate * group["rate"]
-        loss = torch.zeros((), device=self.attachment.backbone.device)
+        loss = torch.zeros((), device=self.prompted.backbone.device)
         with self.processes.passes():
             for wanted in self._parts(rows):
                 asked = time.perf_counter()
                 given = self._differentiate(wanted)  # forward, loss, backward
                 loss += given.loss
                 shared += given.seconds - (time.perf_counter() - asked)
-        parameters = list(self.attachment.parameters())
+        parameters = list(self.prompted.parameters())
         self.processes.total(loss, parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
         _refuse_not_finite(float(loss), float(norm), rate, number, rows)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        return Given(loss, time.perf_counter() - start + shared)
+        return GradientResult(loss, time.perf_counter() - start + shared)
 
-    def _parts(self, rows: Sequence[Example]) -> Iterator[Wanted]:
+    def _parts(self, rows: Sequence[Example]) -> Iterator[GradientRequest]:
         """The process's share of the batch, cut for gradient accumulation; each part weighs as in the whole batch."""
         weight = self.objective.weight(rows)
         own = self.processes.share(rows)
-        for part in range(self.settings.accumulate):
-            if piece := own[part :: self.settings.accumulate]:
-                yield Wanted(self, piece, weight)
+        for part in range(self.settings.gradient_accumulation_steps):
+            if piece := own[part :: self.settings.gradient_accumulation_steps]:
+                yield GradientRequest(self, piece, weight)
             elif self.processes.sharded:
                 # A pass that others meet in is made without rows too, over one that counts for nothing.
-                yield Wanted(self, rows[:1], math.inf)
+                yield GradientRequest(self, rows[:1], math.inf)
 
     @property
     def kind(self) -> Hashable:
         """Trainings of one kind may go through one pass: the rows of each differ in their prompt alone."""
-        attachment = self.attachment
-        if attachment.prompt is None or attachment.head is not None or self.settings.dropout:
+        prompted = self.prompted
+        if prompted.prompt is None or prompted.head is not None or self.settings.dropout:
             return id(self)
         means = self.settings.gradient_checkpointing
-        return id(attachment.backbone.model), attachment.place, attachment.attend, self.objective.kind, means
+        return (
+            id(prompted.backbone.model),
+            prompted.prompt_position,
+            prompted.prompt_attention,
+            self.objective.kind,
+            means,
+        )
 
     @contextmanager
     def modes(self) -> Iterator[None]:
         """The backbone as it is while a loss is computed and while it is differentiated."""
-        backbone, settings = self.attachment.backbone, self.settings
-        with backbone.dropout(settings.dropout), recomputing(backbone.model, settings.gradient_checkpointing):
+        backbone, settings = self.prompted.backbone, self.settings
+        with (
+            backbone.dropout(settings.dropout),
+            gradient_checkpointing(backbone.model, settings.gradient_checkpointing),
+        ):
             yield
 
     def losses(

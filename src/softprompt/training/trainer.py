@@ -19,15 +19,15 @@ from softprompt.backbones import Backbone, fsdp
 from softprompt.config import Experiment
 from softprompt.evaluation.evaluate import score_answers
 from softprompt.evaluation.predict import Answer, answer
-from softprompt.models import Attachment, attach, verify
+from softprompt.models import PromptedModel, attach, verify
 from softprompt.runs import Run
 from softprompt.tasks import Example, Score, input_lengths, schedule
 from softprompt.training import checkpoint, finalize, setup
-from softprompt.training.callbacks import Interrupted, Progress, Silent, Watcher, interruptible
+from softprompt.training.callbacks import Interrupted, NullCallback, Progress, TrainingCallback, interruptible
 from softprompt.training.checkpoint import Checkpoint
-from softprompt.training.distributed import Processes
-from softprompt.training.setup import Material
-from softprompt.training.step import Differentiate, Optimiser, differentiate
+from softprompt.training.distributed import DistributedGroup
+from softprompt.training.setup import TrainingSetup
+from softprompt.training.step import Differentiate, TrainingStep, differentiate
 from softprompt.training.tracking import check_tracker, start_tracker
 
 
@@ -37,7 +37,7 @@ def train(
     out: str | Path = "runs",
     name: str | None = None,
     backbone: Backbone | None = None,
-    watch: Watcher | None = None,
+    watch: TrainingCallback | None = None,
     log_with: str | None = None,
     differentiate: Differentiate = differentiate,
 ) -> Run:
@@ -71,9 +71,9 @@ def train(
 def resume(
     folder: str | Path,
     *,
-    means_of: Experiment | None = None,
+    memory_options_of: Experiment | None = None,
     backbone: Backbone | None = None,
-    watch: Watcher | None = None,
+    watch: TrainingCallback | None = None,
     log_with: str | None = None,
     differentiate: Differentiate = differentiate,
 ) -> Run:
@@ -95,31 +95,31 @@ def resume(
     if run.results is not None:
         told.note(
             f"run {run.folder} is finished after {run.results['steps']} steps; to train it further, start a new run "
-            f"from its prompt (--start {run.folder}) with the steps that are wanted"
+            f"from its prompt (--init-prompt {run.folder}) with the steps that are wanted"
         )
         return run
-    if means_of is not None:
-        run = dataclasses.replace(run, experiment=run.experiment.by_means_of(means_of))
+    if memory_options_of is not None:
+        run = dataclasses.replace(run, experiment=run.experiment.with_memory_options(memory_options_of))
     found = processes.in_turn(lambda: setup.again(run, backbone, told))
     return _work_on(run, found, processes, told, log_with, differentiate)
 
 
-def _processes(backbone: Backbone | None, watch: Watcher | None) -> tuple[Processes, Watcher]:
+def _processes(backbone: Backbone | None, watch: TrainingCallback | None) -> tuple[DistributedGroup, TrainingCallback]:
     """All that train this run, and who is told: the main process's watcher alone."""
     if backbone is not None and fsdp.is_sharded(backbone.model):
         raise ValueError(
             f"{backbone.source} was shared out among processes by an earlier training (--shard); load it anew"
         )
     cpu = not torch.cuda.is_available() if backbone is None else backbone.device.type == "cpu"
-    processes = Processes(cpu=cpu)
-    return processes, watch if watch and processes.main else Silent()
+    processes = DistributedGroup(cpu=cpu)
+    return processes, watch if watch and processes.main else NullCallback()
 
 
 def _work_on(
     run: Run,
-    found: Material,
-    processes: Processes,
-    watch: Watcher,
+    found: TrainingSetup,
+    processes: DistributedGroup,
+    watch: TrainingCallback,
     log_with: str | None,
     differentiate: Differentiate,
     *,
@@ -137,18 +137,24 @@ def _work_on(
         return work.go()
 
 
-def _sharded(found: Material, processes: Processes, watch: Watcher) -> Material:
+def _sharded(found: TrainingSetup, processes: DistributedGroup, watch: TrainingCallback) -> TrainingSetup:
     """The same, the backbone's layers shared out among the processes for good, and compared anew as they now run."""
     if processes.count == 1:
         watch.note("one process holds the whole backbone (--shard); start several: torchrun --nproc-per-node 2 ...")
-    backbone, first = found.backbone, found.attachment
-    processes.refuse_different("the layers' ways to run", first.recomputes)
+    backbone, first = found.backbone, found.prompted
+    processes.refuse_different("the layers' ways to run", first.supports_gradient_checkpointing)
     processes.shard(backbone.model)
     first.to(backbone.device)
     verify.forget(backbone.model)
     with processes.passes():
-        attachment = attach(backbone, first.prompt, head=first.head, place=first.place, attend=first.attend)
-    return dataclasses.replace(found, attachment=attachment)
+        prompted = attach(
+            backbone,
+            first.prompt,
+            head=first.head,
+            prompt_position=first.prompt_position,
+            prompt_attention=first.prompt_attention,
+        )
+    return dataclasses.replace(found, prompted=prompted)
 
 
 class _Training:
@@ -157,10 +163,10 @@ class _Training:
     def __init__(
         self,
         run: Run,
-        found: Material,
+        found: TrainingSetup,
         saved: Checkpoint | None,
-        processes: Processes,
-        watch: Watcher,
+        processes: DistributedGroup,
+        watch: TrainingCallback,
         log_with: str | None,
         differentiate: Differentiate,
     ) -> None:
@@ -171,11 +177,11 @@ class _Training:
             log_with=log_with, project_dir=run.folder, cpu=self.backbone.device.type == "cpu"
         )
         start_tracker(self.accelerator, log_with, _flat(run.experiment.to_json()))
-        self.attachment = found.attachment
+        self.prompted = found.prompted
         # What a method and the model's dropout draw in training: other numbers for the rows of other processes.
         torch.manual_seed(processes.own_seed(run.experiment.seed))
         self.train, self.dev, self.test = found.train, found.dev, found.test
-        self.optimiser = Optimiser(self.attachment, run.experiment, run.task, processes, differentiate)
+        self.training_step = TrainingStep(self.prompted, run.experiment, run.task, processes, differentiate)
         self.done = 0
         self.best: dict[str, Tensor] = {}
         self.place: dict[str, Any] = {"best": -math.inf, "best_step": 0, "stale": 0, "seconds": 0.0}
@@ -187,14 +193,14 @@ class _Training:
     def go(self) -> Run:
         """Train to the end and write down what came of it."""
         before = self.backbone.hash
-        self.processes.alike(self.attachment.state_dict().values())
+        self.processes.alike(self.prompted.state_dict().values())
         self.watch.stage("training")
         log_file = self.run.folder / runs.METRICS if self.processes.main else Path(os.devnull)
         with interruptible(twice=self.processes.count == 1) as interrupted, log_file.open("a", encoding="utf-8") as log:
             self._loop(log, interrupted)
-        self.attachment.load_state_dict(self.best)
+        self.prompted.load_state_dict(self.best)
         with self.processes.passes():
-            if self.attachment.tuned is None and self.backbone.checksum() != before:
+            if self.prompted.tuned is None and self.backbone.checksum() != before:
                 raise RuntimeError(
                     f"the weights of {self.backbone.source} changed in training; this is a bug, report it"
                 )
@@ -202,16 +208,16 @@ class _Training:
 
     def _loop(self, log: Any, interrupted: threading.Event) -> None:
         settings = self.settings
-        order = schedule(input_lengths(self.train), settings.batch, self.run.experiment.seed, start=self.done)
+        order = schedule(input_lengths(self.train), settings.batch_size, self.run.experiment.seed, start=self.done)
         while self.done < settings.steps and not self._stale():
             rows = [self.train[place] for place in next(order)[1]]
             rate = settings.rate(self.done)
-            given = self.optimiser.step(rows, rate, self.done + 1)
+            given = self.training_step.step(rows, rate, self.done + 1)
             loss, start = float(given.loss), time.perf_counter()
             self.done += 1
             line: dict[str, Any] = {"step": self.done, "loss": loss, "lr": rate}
             score: Score | None = None
-            if self.done % settings.evaluate_every == 0 or self.done == settings.steps:
+            if self.done % settings.eval_steps == 0 or self.done == settings.steps:
                 score = self._evaluate()
                 line["dev"] = score.value
             self.place["seconds"] += given.seconds + time.perf_counter() - start
@@ -239,23 +245,23 @@ class _Training:
 
     def _evaluate(self) -> Score:
         """Score the development rows, and keep the best prompt."""
-        self.attachment.eval()
-        answers = self._answers(self.attachment, self.dev)
+        self.prompted.eval()
+        answers = self._answers(self.prompted, self.dev)
         score = score_answers(self.run.task, self.rows, "dev", self.dev, answers, self.backbone.tokenizer)
         if score.value > self.place["best"]:
             self.place.update(best=score.value, best_step=self.done, stale=0)
-            self.best = {name: tensor.detach().clone() for name, tensor in self.attachment.state_dict().items()}
+            self.best = {name: tensor.detach().clone() for name, tensor in self.prompted.state_dict().items()}
         else:
             self.place["stale"] += 1
         return score
 
-    def _answers(self, attachment: Attachment, examples: Sequence[Example]) -> list[Answer]:
+    def _answers(self, prompted: PromptedModel, examples: Sequence[Example]) -> list[Answer]:
         """An answer an example, in their order; each process gives those of its share."""
         own: list[Answer] = []
         with self.processes.passes():
             mine = self.processes.share(examples)
             given = self.processes.evened(mine, examples)
-            own = answer(attachment, self.run.task, given, max_new_tokens=self.settings.max_new_tokens)[: len(mine)]
+            own = answer(prompted, self.run.task, given, max_new_tokens=self.settings.max_new_tokens)[: len(mine)]
         return self.processes.joined(own)
 
     def _stale(self) -> bool:
@@ -269,9 +275,9 @@ class _Training:
                     self.run.folder,
                     Checkpoint(
                         step=self.done,
-                        prompt=self.attachment.state_dict(),
+                        prompt=self.prompted.state_dict(),
                         best=self.best,
-                        optimizer=checkpoint.pack(self.optimiser.adamw),
+                        optimizer=checkpoint.pack(self.training_step.adamw),
                         random=random,
                         place=self.place,
                     ),
@@ -280,11 +286,11 @@ class _Training:
     def _restore(self, saved: Checkpoint) -> None:
         folder, device = checkpoint.place(self.run.folder, saved.step), self.backbone.device
         if saved.place.keys() != self.place.keys():
-            raise ValueError(f"{folder / 'place.json'} holds {sorted(saved.place)}; it is damaged, train again")
+            raise ValueError(f"{folder / 'trainer_state.json'} holds {sorted(saved.place)}; it is damaged, train again")
         if saved.best:  # loaded to be checked, like the prompt after it
-            files.load_tensors(self.attachment, saved.best, str(folder / "best.safetensors"))
-        files.load_tensors(self.attachment, saved.prompt, str(folder / "prompt.safetensors"))
-        checkpoint.unpack(saved.optimizer, self.optimiser.adamw, folder / "optimizer.safetensors")
+            files.load_tensors(self.prompted, saved.best, str(folder / "best.safetensors"))
+        files.load_tensors(self.prompted, saved.prompt, str(folder / "prompt.safetensors"))
+        checkpoint.unpack(saved.optimizer, self.training_step.adamw, folder / "optimizer.safetensors")
         checkpoint.restore_random(saved.random, device, folder / "random.safetensors", self.processes.index)
         self.done, self.place = saved.step, dict(saved.place)
         self.best = {name: tensor.to(device) for name, tensor in saved.best.items()}
@@ -298,17 +304,17 @@ class _Training:
             "best_step": self.place["best_step"],
             "seconds": round(self.place["seconds"], 3),
         }
-        results, answers = finalize.tested(self.run, self.attachment, self.rows, self.dev, test, self._answers)
+        results, answers = finalize.tested(self.run, self.prompted, self.rows, self.dev, test, self._answers)
         if caution := results.get("caution"):
             self.watch.note(str(caution))
-        if self.settings.untouched:
+        if self.settings.zero_shot:
             self.watch.stage("testing the untouched model")
             bare = self._answers(attach(self.backbone), test)
-            results["untouched"] = score_answers(
+            results["zero_shot"] = score_answers(
                 self.run.task, self.rows, "test", test, bare, self.backbone.tokenizer
             ).value
         run = self.processes.from_main(
-            lambda: finalize.written(self.run, self.attachment, self.rows, test, answers, {**results, **progress})
+            lambda: finalize.written(self.run, self.prompted, self.rows, test, answers, {**results, **progress})
         )
         for tracker in self.accelerator.trackers:  # not `end_training`, after which processes cannot meet again
             tracker.finish()

@@ -1,28 +1,28 @@
 """What rank a prompt has, and what rank its task needs; and how bursty a backbone's inputs are."""
 
-from softprompt.analysis.rank.bench import Cutting
+from softprompt.analysis.rank.bench import Truncation
 from softprompt.analysis.rank.burstiness import Burstiness, Distribution, Pair, burstiness, whitened
 from softprompt.analysis.rank.functional import Cut, Functional, functional_rank, ranks_up_to
 from softprompt.analysis.rank.gradient import GradientPoint, gradient_spectra
 from softprompt.analysis.rank.measured import Measured, measure
 from softprompt.analysis.rank.spectrum import Spectrum, best_part
-from softprompt.analysis.rank.subject import Subject, seeing, subjects, views
+from softprompt.analysis.rank.subject import LoadedPrompt, seeing, subjects, views
 from softprompt.analysis.rank.suggestion import Suggestion, suggest_rank
 from softprompt.evaluation.significance import Drop, drop
 
 __all__ = [
     "Burstiness",
     "Cut",
-    "Cutting",
     "Distribution",
     "Drop",
     "Functional",
     "GradientPoint",
+    "LoadedPrompt",
     "Measured",
     "Pair",
     "Spectrum",
-    "Subject",
     "Suggestion",
+    "Truncation",
     "best_part",
     "burstiness",
     "drop",

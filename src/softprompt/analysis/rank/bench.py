@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from softprompt import files
-from softprompt.analysis.rank.subject import Subject
+from softprompt.analysis.rank.subject import LoadedPrompt
 from softprompt.backbones import load
 from softprompt.config import Experiment
 from softprompt.evaluation.evaluate import beside_golds, draw, read_splits, run_splits, score_examples
 from softprompt.evaluation.predict import input_limit
-from softprompt.models import Attachment, attach
+from softprompt.models import PromptedModel, attach
 from softprompt.prompts import Folded
 from softprompt.tasks import Answers, Example, Score, Splits, Task, encode, given_rows, load_task, read_answers
 
@@ -20,7 +20,7 @@ Part = Literal["prompt", "update"]
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Cutting:
+class Truncation:
     """How a functional rank is measured."""
 
     part: Part = "prompt"
@@ -48,10 +48,10 @@ class Cutting:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class RankScorer:
     """Rows ready to be scored with any prompt."""
 
-    attachment: Attachment
+    prompted: PromptedModel
     task: Task
     splits: Splits
     split: str
@@ -61,7 +61,7 @@ class Bench:
     max_new_tokens: int
 
     @classmethod
-    def of(cls, subject: Subject, cutting: Cutting) -> "Bench":
+    def of(cls, subject: LoadedPrompt, cutting: Truncation) -> "RankScorer":
         """Read, draw and tokenise the rows; raises as `functional_rank` does."""
         experiment = _experiment(subject, cutting)
         whole = load_task(experiment.task) if subject.run is None else subject.run.task
@@ -74,11 +74,11 @@ class Bench:
         if not len(table):
             raise ValueError(f"task {whole.name!r} has no {split} rows; choose another split")
         own = subject.backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
-        attachment = attach(own, subject.prompt) if subject.run is None else subject.run.attachment(own)
-        limit = input_limit(attachment, whole, experiment.training)
-        examples = encode(whole, own.tokenizer, table, limit, closing=attachment.closed)[0]
+        prompted = attach(own, subject.prompt) if subject.run is None else subject.run.prompted(own)
+        limit = input_limit(prompted, whole, experiment.training)
+        examples = encode(whole, own.tokenizer, table, limit, closing=prompted.appends_eos)[0]
         return cls(
-            attachment=attachment,
+            prompted=prompted,
             task=whole,
             splits=splits,
             split=split,
@@ -89,9 +89,13 @@ class Bench:
 
     def score(self, prompt: Folded) -> tuple[Score, Answers]:
         """The prompt's score, and its answers as the metric reads them."""
-        own = self.attachment
+        own = self.prompted
         attached = attach(
-            own.backbone, prompt.to(own.backbone.device), head=own.head, place=own.place, attend=own.attend
+            own.backbone,
+            prompt.to(own.backbone.device),
+            head=own.head,
+            prompt_position=own.prompt_position,
+            prompt_attention=own.prompt_attention,
         )
         rows, split, task = self.splits, self.split, self.task
         found, answers = score_examples(attached, task, rows, split, self.examples, self.max_new_tokens)
@@ -101,7 +105,7 @@ class Bench:
         return found, read_answers(task, found.metric, given, golds, questions)
 
 
-def _experiment(subject: Subject, cutting: Cutting) -> Experiment:
+def _experiment(subject: LoadedPrompt, cutting: Truncation) -> Experiment:
     """What says where rows come from and how long they may be."""
     if subject.run is not None:
         if cutting.task is not None:

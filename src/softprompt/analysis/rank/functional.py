@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softprompt.analysis.rank.bench import Bench, Cutting, Part
+from softprompt.analysis.rank.bench import Part, RankScorer, Truncation
 from softprompt.analysis.rank.spectrum import best_part
-from softprompt.analysis.rank.subject import Subject, views
+from softprompt.analysis.rank.subject import LoadedPrompt, views
 from softprompt.evaluation.significance import Drop, drop
 from softprompt.prompts import Folded
 from softprompt.tasks import METRICS, Score
-from softprompt.training.callbacks import Silent, Watcher
+from softprompt.training.callbacks import NullCallback, TrainingCallback
 
 
 @final
@@ -83,10 +83,10 @@ def ranks_up_to(most: int) -> list[int]:
 
 
 def functional_rank(
-    subject: Subject,
-    cutting: Cutting = Cutting(),  # noqa: B008  (a frozen value)
+    subject: LoadedPrompt,
+    cutting: Truncation = Truncation(),  # noqa: B008  (a frozen value)
     *,
-    watch: Watcher | None = None,
+    watch: TrainingCallback | None = None,
 ) -> Functional:
     """The task's score of `subject` when its matrix is cut to its best rank-k part, for several k.
 
@@ -101,10 +101,10 @@ def functional_rank(
     Raises:
         ValueError: a rank that the matrix cannot have, a split without rows, or a prompt that cannot be cut or scored.
     """
-    watch = watch or Silent()
+    watch = watch or NullCallback()
     start, tried = _start(subject, cutting.part), _ranks(subject, cutting)
     matrix = subject.matrix if start is None else subject.matrix - start
-    bench = Bench.of(subject, cutting)
+    bench = RankScorer.of(subject, cutting)
     full, answers = bench.score(subject.prompt)
     watch.note(f"{subject.name}: full prompt, {full.metric} {full.value:.3f} on {full.n} {bench.rows_of} rows")
     cuts = []
@@ -116,7 +116,7 @@ def functional_rank(
         cuts.append(Cut(rank=rank, score=found, drop=lost))
     return Functional(
         task=bench.task.name,
-        backbone=bench.attachment.backbone.source,
+        backbone=bench.prompted.backbone.source,
         part=cutting.part,
         split=bench.rows_of,
         full=full,
@@ -124,7 +124,7 @@ def functional_rank(
     )
 
 
-def _start(subject: Subject, part: Part) -> Float[Tensor, "prompt dim"] | None:
+def _start(subject: LoadedPrompt, part: Part) -> Float[Tensor, "prompt dim"] | None:
     if part == "prompt":
         return None
     if subject.start is None:
@@ -134,7 +134,7 @@ def _start(subject: Subject, part: Part) -> Float[Tensor, "prompt dim"] | None:
     return subject.start
 
 
-def _ranks(subject: Subject, cutting: Cutting) -> list[int]:
+def _ranks(subject: LoadedPrompt, cutting: Truncation) -> list[int]:
     least = 0 if cutting.part == "update" else 1
     if wrong := [rank for rank in cutting.ranks if not least <= rank <= subject.most]:
         raise ValueError(f"rank {wrong[0]} cannot be tried on {subject.name}; choose from {least} to {subject.most}")

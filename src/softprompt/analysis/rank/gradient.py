@@ -16,7 +16,7 @@ from softprompt.config import Experiment
 from softprompt.evaluation.evaluate import read_splits
 from softprompt.prompts.plain import Plain
 from softprompt.tasks import Task, load_task
-from softprompt.training.callbacks import Silent, Watcher
+from softprompt.training.callbacks import NullCallback, TrainingCallback
 from softprompt.training.gradients import gradient_on
 from softprompt.training.setup import seeing
 
@@ -44,7 +44,7 @@ def gradient_spectra(
     length: int | None = None,
     batches: int = 8,
     checkpoints: bool = False,
-    watch: Watcher | None = None,
+    watch: TrainingCallback | None = None,
 ) -> list[GradientPoint]:
     """The gradient of a task's loss over the first batches of its training rows, at one prompt or several.
 
@@ -62,7 +62,7 @@ def gradient_spectra(
         FileNotFoundError: there is no such run or backbone.
         ValueError: settings that do not fit the source, or a run whose gradient its prompt alone does not tell.
     """
-    watch = watch or Silent()
+    watch = watch or NullCallback()
     if batches < 1:
         raise ValueError(f"batches is {batches}; it must be at least 1")
     if (Path(source).expanduser() / runs.RECORD).is_file():
@@ -82,7 +82,9 @@ def gradient_spectra(
     return _points({"start": start}, experiment, whole, backbone, batches, watch)
 
 
-def _along(folder: Path, data: str | None, batches: int, checkpoints: bool, watch: Watcher) -> list[GradientPoint]:
+def _along(
+    folder: Path, data: str | None, batches: int, checkpoints: bool, watch: TrainingCallback
+) -> list[GradientPoint]:
     [subject] = subjects(folder, checkpoints=checkpoints, watch=watch)
     assert subject.run is not None
     assert subject.backbone is not None
@@ -109,7 +111,7 @@ def _points(
     task: Task,
     backbone: Backbone,
     batches: int,
-    watch: Watcher,
+    watch: TrainingCallback,
 ) -> list[GradientPoint]:
     gradient = gradient_on(experiment, task, backbone, read_splits(experiment, task).train)
     found = []

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from softprompt.analysis.rank.bench import Cutting
+from softprompt.analysis.rank.bench import Truncation
 from softprompt.analysis.rank.functional import Functional, functional_rank
 from softprompt.analysis.rank.spectrum import Spectrum
-from softprompt.analysis.rank.subject import Subject, subjects, views
-from softprompt.training.callbacks import Watcher
+from softprompt.analysis.rank.subject import LoadedPrompt, subjects, views
+from softprompt.training.callbacks import TrainingCallback
 
 
 @final
@@ -18,7 +18,7 @@ from softprompt.training.callbacks import Watcher
 class Measured:
     """One prompt's ranks."""
 
-    subject: Subject
+    subject: LoadedPrompt
     ranks: Mapping[str, Spectrum]
     """Of the finished prompt, by view; see `views`."""
     course: Mapping[int, Mapping[str, Spectrum]]
@@ -50,9 +50,9 @@ def measure(
     folder: str | Path,
     *,
     checkpoints: bool = False,
-    functional: Cutting | None = None,
+    functional: Truncation | None = None,
     backbone: str | None = None,
-    watch: Watcher | None = None,
+    watch: TrainingCallback | None = None,
 ) -> list[Measured]:
     """The ranks of a run, a PEFT folder, or every finished run in a folder of runs.
 

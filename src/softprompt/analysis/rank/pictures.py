@@ -95,7 +95,7 @@ def _figure(columns: int, rows: int) -> Any:
 def _save(figure: Any, folder: Path, name: str) -> list[Path]:
     made = []
     for kind in ("png", "svg"):
-        with files.replacing(folder / f"{name}.{kind}") as draft:
+        with files.atomic_write(folder / f"{name}.{kind}") as draft:
             figure.savefig(draft, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
         made.append(folder / f"{name}.{kind}")
     return made

@@ -15,7 +15,7 @@ from softprompt.evaluation.evaluate import run_splits
 from softprompt.prompts import Folded
 from softprompt.runs import Run
 from softprompt.training import checkpoint, setup
-from softprompt.training.callbacks import Silent, Watcher
+from softprompt.training.callbacks import NullCallback, TrainingCallback
 from softprompt.training.gradients import gradient_on
 
 _ADAPTER = "adapter_model.safetensors"
@@ -24,7 +24,7 @@ _MATRIX = "prompt_embeddings"
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class LoadedPrompt:
     """A trained prompt whose rank is measured."""
 
     name: str
@@ -85,8 +85,8 @@ def _views(matrix: Float[Tensor, "prompt dim"], start: Float[Tensor, "prompt dim
 
 
 def subjects(
-    folder: str | Path, *, checkpoints: bool = False, backbone: str | None = None, watch: Watcher | None = None
-) -> Iterator[Subject]:
+    folder: str | Path, *, checkpoints: bool = False, backbone: str | None = None, watch: TrainingCallback | None = None
+) -> Iterator[LoadedPrompt]:
     """The prompt of a run or a PEFT folder, or of every finished run in a folder of runs, by name.
 
     Args:
@@ -98,7 +98,7 @@ def subjects(
         FileNotFoundError: nothing is there whose rank could be measured.
         ValueError: a damaged or unfinished run, or a PEFT folder without a prompt.
     """
-    path, watch = Path(folder).expanduser(), watch or Silent()
+    path, watch = Path(folder).expanduser(), watch or NullCallback()
     if (path / runs.RECORD).is_file():
         run = runs.open_run(path)
         if reason := _nothing(run):
@@ -113,7 +113,7 @@ def subjects(
         yield from _of_folder(path, checkpoints, backbone, watch)
 
 
-def _of_folder(path: Path, checkpoints: bool, backbone: str | None, watch: Watcher) -> Iterator[Subject]:
+def _of_folder(path: Path, checkpoints: bool, backbone: str | None, watch: TrainingCallback) -> Iterator[LoadedPrompt]:
     kept: dict[tuple[str, str, str], Backbone] = {}
     count = 0
     for run in runs.list_runs(path):
@@ -141,7 +141,7 @@ def _nothing(run: Run) -> str:
     return "is not finished" if run.results is None else ""
 
 
-def _of_run(run: Run, backbone: Backbone, checkpoints: bool) -> Subject:
+def _of_run(run: Run, backbone: Backbone, checkpoints: bool) -> LoadedPrompt:
     prompt, notes = run.prompt(backbone).fold(), []
     if not prompt.plain:
         notes.append("it also changes the input's own embeddings, which is left out: the matrix alone is measured")
@@ -152,7 +152,7 @@ def _of_run(run: Run, backbone: Backbone, checkpoints: bool) -> Subject:
     except (FileNotFoundError, ValueError) as error:  # a warm start whose folder is gone, images that have changed
         start = None
         notes.append(f"its first prompt is not known, so what it learned is not measured ({error})")
-    return Subject(
+    return LoadedPrompt(
         name=run.name,
         folder=run.folder,
         prompt=prompt,
@@ -190,7 +190,7 @@ def _course(
     return found
 
 
-def _of_adapter(path: Path) -> Subject:
+def _of_adapter(path: Path) -> LoadedPrompt:
     """Any adapter with a prompt's matrix, also such as stock PEFT cannot load: the matrix is all that is read."""
     file = path / _ADAPTER
     tensors = files.read_tensors(file, "save the adapter again, or fetch it again")
@@ -203,4 +203,4 @@ def _of_adapter(path: Path) -> Subject:
     if tensors:
         note += f"; its {', '.join(sorted(tensors))} are left out: the matrix alone is measured"
     name = path.resolve().name
-    return Subject(name=name, folder=path, prompt=Folded(matrix.float()), whole=not tensors, note=note)
+    return LoadedPrompt(name=name, folder=path, prompt=Folded(matrix.float()), whole=not tensors, note=note)

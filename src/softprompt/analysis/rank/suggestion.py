@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import final
 
 from softprompt.analysis.rank.functional import Functional
-from softprompt.analysis.rank.subject import Subject
+from softprompt.analysis.rank.subject import LoadedPrompt
 
 
 @final
@@ -28,7 +28,7 @@ class Suggestion:
     """How it was found."""
 
 
-def suggest_rank(measured: Sequence[tuple[Subject, Functional]]) -> list[Suggestion]:
+def suggest_rank(measured: Sequence[tuple[LoadedPrompt, Functional]]) -> list[Suggestion]:
     """For each task, backbone, method and size: the largest functional rank (`Functional.paired`) over its prompts.
 
     The largest over seeds, since a rank has to do for the seed that needs most; at least 1, and never more than the
@@ -38,7 +38,7 @@ def suggest_rank(measured: Sequence[tuple[Subject, Functional]]) -> list[Suggest
     Raises:
         ValueError: it was not the prompt itself that was cut.
     """
-    groups: dict[tuple[str, str, str, int, int], list[tuple[Subject, Functional]]] = {}
+    groups: dict[tuple[str, str, str, int, int], list[tuple[LoadedPrompt, Functional]]] = {}
     for subject, found in measured:
         if found.part != "prompt":
             raise ValueError(f"a rank for DPT is that of the whole prompt, and {found.part} was cut; cut the prompt")
@@ -50,7 +50,7 @@ def suggest_rank(measured: Sequence[tuple[Subject, Functional]]) -> list[Suggest
 
 
 def _suggestion(
-    task: str, backbone: str, method: str, length: int, depth: int, members: Sequence[tuple[Subject, Functional]]
+    task: str, backbone: str, method: str, length: int, depth: int, members: Sequence[tuple[LoadedPrompt, Functional]]
 ) -> Suggestion:
     evidence = {subject.name: found.paired if found.above_majority else None for subject, found in members}
     needed = [max(rank, 1) for rank in evidence.values() if rank is not None]
@@ -70,7 +70,7 @@ def _suggestion(
     )
 
 
-def _too_few(short: Sequence[str], members: Sequence[tuple[Subject, Functional]]) -> str:
+def _too_few(short: Sequence[str], members: Sequence[tuple[LoadedPrompt, Functional]]) -> str:
     tried = max(cut.rank for subject, found in members if subject.name in short for cut in found.cuts)
     return (
         f"No rank can be suggested: {', '.join(short)} still loses at rank {tried}, the largest that was tried; "
@@ -78,7 +78,7 @@ def _too_few(short: Sequence[str], members: Sequence[tuple[Subject, Functional]]
     )
 
 
-def _sentence(rank: int | None, count: int, members: Sequence[tuple[Subject, Functional]]) -> str:
+def _sentence(rank: int | None, count: int, members: Sequence[tuple[LoadedPrompt, Functional]]) -> str:
     split, total = members[0][1].split, len(members)
     if rank is None:
         return (

@@ -11,7 +11,7 @@ from softprompt.analysis.report import formats, tables
 from softprompt.analysis.report.compare import Difference, differences
 from softprompt.analysis.report.grid import Grid, arrange
 from softprompt.analysis.report.groups import group
-from softprompt.analysis.report.read import LeftOut, read
+from softprompt.analysis.report.read import SkippedRun, read
 
 if TYPE_CHECKING:
     from softprompt.analysis.report.drawing import Picture
@@ -28,7 +28,7 @@ class Report:
     grid: Grid
     """What the tables show."""
     differences: tuple[Difference, ...]
-    left_out: tuple[LeftOut, ...]
+    left_out: tuple[SkippedRun, ...]
     files: tuple[Path, ...]
     """All that was written; the page is first."""
     tables: tuple[tables.Table, ...]
@@ -111,7 +111,7 @@ def _write_texts(place: Path, texts: dict[str, str]) -> list[Path]:
 def _write_pictures(place: Path, pictures: "Sequence[Picture]") -> list[Path]:
     written = []
     for one in pictures:
-        with files.replacing(place / f"{one.name}.png") as draft:
+        with files.atomic_write(place / f"{one.name}.png") as draft:
             draft.write_bytes(one.png)
         files.write_text(place / f"{one.name}.svg", one.svg)
         written += [place / f"{one.name}.png", place / f"{one.name}.svg"]

@@ -10,7 +10,7 @@ from typing import Any
 from softprompt.analysis.report.compare import Difference
 from softprompt.analysis.report.grid import Grid
 from softprompt.analysis.report.groups import Interval
-from softprompt.analysis.report.read import LeftOut, Result, printable
+from softprompt.analysis.report.read import Result, SkippedRun, printable
 from softprompt.analysis.report.tables import Table
 
 _WIDTH = 110
@@ -149,11 +149,11 @@ def cells(grid: Grid) -> list[dict[str, Any]]:
                     "test_rows_interval": _ends(group.rows_interval),
                     "test_seeds_interval": _ends(test.interval),
                     "majority": group.spread("majority").mean,
-                    "against_majority": group.standing,
+                    "against_majority": group.trial_status,
                     "n_test": [int(value) for value in group.spread("n_test").values],
                     "dev": dev.mean,
                     "dev_sd": dev.deviation,
-                    "untouched": group.untouched,
+                    "zero_shot": group.zero_shot,
                     "trainable": int(max(group.spread("trainable").values)),
                     "bytes": max(result.size for result in group.results),
                     "seconds": group.spread("seconds").mean,
@@ -198,7 +198,7 @@ def _in_csv(value: Any) -> Any:
     return f"'{printable(value)}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
 
 
-def whole(grid: Grid, found: Sequence[Difference], left_out: Sequence[LeftOut]) -> dict[str, Any]:
+def whole(grid: Grid, found: Sequence[Difference], left_out: Sequence[SkippedRun]) -> dict[str, Any]:
     """All of a report as plain values; scores are fractions."""
     return {
         "cells": cells(grid),

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-from softprompt.analysis.report.read import LeftOut, Result, printable
-from softprompt.config import MEANS, Experiment, Training
+from softprompt.analysis.report.read import Result, SkippedRun, printable
+from softprompt.config import MEMORY_OPTIONS, Experiment, TrainingConfig
 from softprompt.tasks import TASKS, Task
 
 Settings = Mapping[str, Any]
@@ -94,7 +94,7 @@ class Group:
         return Interval(low=self.spread("low").mean, high=self.spread("high").mean)
 
     @property
-    def standing(self) -> str:
+    def trial_status(self) -> str:
         """Against the majority answer, by both intervals: `above`, `within` or `below` them."""
         intervals = [interval for interval in (self.rows_interval, self.spread("test").interval) if interval]
         majority = self.spread("majority").mean
@@ -108,20 +108,20 @@ class Group:
         return next((result.caution for result in self.results if result.caution), "")
 
     @property
-    def untouched(self) -> float | None:
+    def zero_shot(self) -> float | None:
         """The model's score without a prompt, a mean over those seeds that have it."""
-        known = [result.untouched for result in self.results if result.untouched is not None]
+        known = [result.zero_shot for result in self.results if result.zero_shot is not None]
         return statistics.fmean(known) if known else None
 
 
-def group(results: Iterable[Result]) -> tuple[list[Group], list[LeftOut]]:
+def group(results: Iterable[Result]) -> tuple[list[Group], list[SkippedRun]]:
     """Groups by all of the experiment but its seed, and the runs left out as second runs of the same seed.
 
     The backbone counts by its weights and the type it computed in, not by the place it was loaded from.
     """
     members: dict[str, dict[int, Result]] = {}
     keys: dict[str, tuple[str, Settings, Settings]] = {}
-    left_out: list[LeftOut] = []
+    left_out: list[SkippedRun] = []
     names: dict[str, str] = {}
     for result in sorted(results, key=lambda result: (str(result.run.record.get("created", "")), result.name)):
         settings = _settings(result)
@@ -132,7 +132,7 @@ def group(results: Iterable[Result]) -> tuple[list[Group], list[LeftOut]]:
         seeds = members.setdefault(key, {})
         if (first := seeds.setdefault(result.seed, result)) is not result:
             reason = f"the same experiment and seed as {first.name}, which is older and was taken"
-            left_out.append(LeftOut(folder=printable(str(result.run.folder)), reason=reason))
+            left_out.append(SkippedRun(folder=printable(str(result.run.folder)), reason=reason))
     groups = [
         Group(
             method=keys[key][0],
@@ -149,7 +149,7 @@ def own_settings(experiment: Experiment) -> dict[str, Any]:
     """The method's own settings; a name that the training has too is told apart. A baseline has none."""
     if experiment.baseline != "none":
         return {}
-    trainings = {field.name for field in dataclasses.fields(Training)}
+    trainings = {field.name for field in dataclasses.fields(TrainingConfig)}
     values = {name: value for name, value in experiment.prompt.to_json().items() if name != "method"}
     return {f"prompt.{name}" if name in trainings else name: value for name, value in values.items()}
 
@@ -163,7 +163,7 @@ WAYS = tuple(field.name for field in dataclasses.fields(Experiment) if field.nam
 def _settings(result: Result) -> dict[str, Any]:
     experiment, backbone = result.run.experiment, result.run.record["backbone"]
     settings = {**own_settings(experiment), **dataclasses.asdict(experiment.training)}
-    for name in ("untouched", *MEANS):  # what changes nothing of what comes of the training
+    for name in ("zero_shot", *MEMORY_OPTIONS):  # what changes nothing of what comes of the training
         del settings[name]
     return {
         # 1 and 1.0 are one value, whichever was written.

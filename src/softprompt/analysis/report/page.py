@@ -10,7 +10,7 @@ from softprompt.analysis.report.drawing import Picture
 from softprompt.analysis.report.grid import Grid
 from softprompt.analysis.report.groups import Group
 from softprompt.analysis.report.palette import styles
-from softprompt.analysis.report.read import LeftOut, printable
+from softprompt.analysis.report.read import SkippedRun, printable
 from softprompt.analysis.report.tables import Table, percent
 
 _FIRST = ("backbone", "dtype", "shots", "steps", "batch", "lr", "length")
@@ -23,7 +23,7 @@ def page(
     tables: Sequence[Table],
     comparison: Table | None,
     pictures: Sequence[tuple[str, Sequence[Picture]]],
-    left_out: Sequence[LeftOut],
+    left_out: Sequence[SkippedRun],
 ) -> str:
     """The page's whole text.
 

@@ -40,7 +40,7 @@ class Result:
     """The record's results: `dev`, `test`, `majority`, `low`, `high`, `n_test`, `trainable`, `seconds` and so on."""
     others: Mapping[str, float]
     """The task's further metrics on the test rows."""
-    untouched: float | None
+    zero_shot: float | None
     """The test score of the model without a prompt."""
     caution: str
     """What the record warns of; empty where it warns of nothing."""
@@ -58,7 +58,7 @@ class Result:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class LeftOut:
+class SkippedRun:
     """A run that is not in the report."""
 
     folder: str
@@ -92,20 +92,20 @@ def _below(top: Path) -> Iterator[Path]:
         inner[:] = sorted(name for name in inner if not name.startswith("."))
 
 
-def read(folders: Sequence[str | Path]) -> tuple[list[Result], list[LeftOut]]:
+def read(folders: Sequence[str | Path]) -> tuple[list[Result], list[SkippedRun]]:
     """The finished runs, and those left out with the reason; raises as `find` does."""
     results: list[Result] = []
-    left_out: list[LeftOut] = []
+    left_out: list[SkippedRun] = []
     for folder in find(folders):
         if not (folder / runs.RECORD).is_file():
             # Of one seed, some stopped early: beside the runs that they chose settings for they would be rows too.
             reason = "trials of a search, by which settings were chosen; give this folder itself to see them"
-            left_out.append(LeftOut(folder=printable(str(folder)), reason=reason))
+            left_out.append(SkippedRun(folder=printable(str(folder)), reason=reason))
             continue
         try:
             results.append(_result(runs.open_run(folder)))
         except (ValueError, OSError, OverflowError, RecursionError) as error:
-            left_out.append(LeftOut(folder=printable(str(folder)), reason=printable(str(error))))
+            left_out.append(SkippedRun(folder=printable(str(folder)), reason=printable(str(error))))
     return results, left_out
 
 
@@ -133,7 +133,7 @@ def _result(run: Run) -> Result:
         metric=printable(str(results.get("metric", run.task.metrics[0]))),
         numbers=numbers,
         others={printable(name): _number(others, name) for name in others} if isinstance(others, Mapping) else {},
-        untouched=_number(results, "untouched") if "untouched" in results else None,
+        zero_shot=_number(results, "zero_shot") if "zero_shot" in results else None,
         caution=printable(str(results.get("caution", ""))),
         warning=printable(str(results.get("warning", ""))),
         size=size,

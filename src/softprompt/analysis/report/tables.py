@@ -55,15 +55,15 @@ def scores(grid: Grid) -> Table:
 def details(grid: Grid) -> Table:
     """A line a cell, with both intervals."""
     head = ["task", "method", "test", "sd", "seeds", "95% test rows", "95% seeds", "majority", "n", "dev", "best step"]
-    untouched = any(group.untouched is not None for group in grid.groups)
-    if untouched:
-        head.insert(8, "untouched")
+    zero_shot = any(group.zero_shot is not None for group in grid.groups)
+    if zero_shot:
+        head.insert(8, "zero_shot")
     rows = []
     for name in grid.columns:
         for row, group in grid.of_column(name):
             line = [name, f"{row.label} {_brackets(grid.chosen.get((row.label, name), ''))}".strip(), *_numbers(group)]
-            if untouched:
-                line.insert(8, "" if group.untouched is None else percent(group.untouched))
+            if zero_shot:
+                line.insert(8, "" if group.zero_shot is None else percent(group.zero_shot))
             rows.append(tuple(line))
     others = sorted({other for group in grid.groups for result in group.results for other in result.others})
     notes = [f"Further metrics ({', '.join(others)}) are in results.json."] if others else []
@@ -146,7 +146,7 @@ def _score(group: Group | None, chosen: str) -> str:
 
 
 def _marks(group: Group) -> str:
-    return MARKS[group.standing] + (CAUTION if group.caution else "")
+    return MARKS[group.trial_status] + (CAUTION if group.caution else "")
 
 
 def _costs(groups: Sequence[Group]) -> list[str]:
@@ -186,12 +186,12 @@ def _notes(grid: Grid) -> Iterable[str]:
         "95% interval over test rows, of a single run (its ends are means over the seeds). Seconds are a run's."
     )
     groups = grid.groups
-    if any(group.standing == "within" for group in groups):
+    if any(group.trial_status == "within" for group in groups):
         yield (
             f"{MARKS['within']} Not shown to differ from the majority answer: its score lies within the 95% interval "
             "over test rows or over seeds."
         )
-    if any(group.standing == "below" for group in groups):
+    if any(group.trial_status == "below" for group in groups):
         yield f"{MARKS['below']} Worse than the majority answer, beyond both intervals."
     for caution in dict.fromkeys(group.caution for group in groups if group.caution):
         yield f"{CAUTION} {caution.capitalize()}: compare with such scores alone."

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from softprompt.backbones.kernels.varlen import Block, Packing
+from softprompt.backbones.kernels.varlen import Block, VarlenLayout
 
 NAME = "softprompt"
 """Under which transformers knows it."""
@@ -32,19 +32,19 @@ Pairs = tuple[int, int]
 def _weights(
     query: Float[Tensor, "pair rows head_dim"],
     key: Float[Tensor, "pair keys head_dim"],
-    hidden: Bool[Tensor, "#first #second 1 #seq some"],
+    blocked: Bool[Tensor, "#first #second 1 #seq some"],
     pairs: Pairs,
     bias: Float[Tensor, "#first second 1 seq keys"] | None = None,
 ) -> Float[Tensor, "pair rows keys"]:
-    """The attention weights, float32 at least; `hidden` is about the last keys, the ones before are all seen."""
+    """The attention weights, float32 at least; `blocked` is about the last keys, the ones before are all seen."""
     # In float32 like torch's own kernel: a large score rounded to bfloat16 is off by more than a weight can bear.
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = torch.bmm(query.to(wide), key.to(wide).transpose(1, 2))
-    seq, some = hidden.shape[-2:]
+    seq, some = blocked.shape[-2:]
     by_query = scores.view(*pairs, -1, seq, scores.shape[-1])
     if bias is not None:
         by_query += bias
-    by_query[..., scores.shape[-1] - some :].masked_fill_(hidden, torch.finfo(scores.dtype).min)
+    by_query[..., scores.shape[-1] - some :].masked_fill_(blocked, torch.finfo(scores.dtype).min)
     return torch.softmax(scores, -1)
 
 
@@ -66,20 +66,20 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, bias: Tensor | None, pairs: Pairs
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor, bias: Tensor | None, pairs: Pairs
     ) -> Tensor:
-        weights = _weights(query, key, hidden, pairs, bias).to(value.dtype)
+        weights = _weights(query, key, blocked, pairs, bias).to(value.dtype)
         kept = weights if weights.shape[-1] <= MOST_KEPT else None
-        ctx.save_for_backward(query, key, value, hidden, bias, kept)
+        ctx.save_for_backward(query, key, value, blocked, bias, kept)
         ctx.pairs = pairs
         return torch.bmm(weights, value)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, hidden, bias, weights = ctx.saved_tensors
+        query, key, value, blocked, bias, weights = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
             if weights is None:
-                weights = _weights(query, key, hidden, ctx.pairs, bias).to(value.dtype)
+                weights = _weights(query, key, blocked, ctx.pairs, bias).to(value.dtype)
             return (*_gradients(weights, query, key, value, grad), None, None, None)
 
 
@@ -102,21 +102,21 @@ def grouped_attention(
     batch, heads, seq, width = query.shape
     pairs = batch, key.shape[1]
     wide = None if bias is None else bias[:, :, None]
-    hidden = ~mask.expand(-1, -1, seq, -1)[:, None]
+    blocked = ~mask.expand(-1, -1, seq, -1)[:, None]
     with torch.autocast(query.device.type, enabled=False):
         rows = (query * scale).reshape(batch * pairs[1], heads // pairs[1] * seq, width)
         found = _Grouped.apply(  # type: ignore[no-untyped-call]
-            rows, key.reshape(len(rows), -1, width), value.reshape(len(rows), -1, value.shape[-1]), hidden, wide, pairs
+            rows, key.reshape(len(rows), -1, width), value.reshape(len(rows), -1, value.shape[-1]), blocked, wide, pairs
         )
     result: Tensor = found.view(batch, heads, seq, value.shape[-1])
     return result
 
 
-def packed_forward(
+def varlen_forward(
     query: Float[Tensor, "token head head_dim"],
     key: Float[Tensor, "token kv_head head_dim"],
     value: Float[Tensor, "token kv_head value_dim"],
-    packing: Packing,
+    layout: VarlenLayout,
     scale: float,
     *,
     differentiated: bool,
@@ -127,70 +127,70 @@ def packed_forward(
         differentiated: there will be a backward pass, which wants the weights. Where there is none, and where they are
             too many to keep, torch's fused kernel is faster, whose forward pass needs none of them.
     """
-    found, kept, prompts = list[Tensor](), list[Tensor | None](), packing.before(key, value)
-    for block in packing.blocks:
-        keys, values = prompts if prompts is not None and block is packing.rows else (None, None)
+    found, kept, prompts = list[Tensor](), list[Tensor | None](), layout.prefix_kv(key, value)
+    for block in layout.blocks:
+        keys, values = prompts if prompts is not None and block is layout.rows else (None, None)
         if not differentiated or block.longest + (0 if keys is None else keys.shape[1]) > MOST_KEPT:
-            found.append(_fused(query, *packing.view(block, key, value, prompts), packing, block, scale))
+            found.append(_fused(query, *layout.view(block, key, value, prompts), layout, block, scale))
             kept.append(None)
             continue
-        weights = _block_weights(query, key, keys, packing, block, scale)
+        weights = _block_weights(query, key, keys, layout, block, scale)
         kept.append(weights)
-        answer = torch.bmm(weights, _seen(value, values, packing, block))
+        answer = torch.bmm(weights, _visible_kv(value, values, layout, block))
         found.append(_ungrouped(answer, query, key, block))
     return torch.cat(found), kept
 
 
-def packed_backward(
+def varlen_backward(
     query: Float[Tensor, "token head head_dim"],
     key: Float[Tensor, "token kv_head head_dim"],
     value: Float[Tensor, "token kv_head value_dim"],
-    packing: Packing,
+    layout: VarlenLayout,
     scale: float,
     kept: Sequence[Tensor | None],
     grad: Float[Tensor, "token head value_dim"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; a row's view of its prompt, and weights not kept, are put together again."""
-    queries, keys, values, before = [], [], [], packing.before(key, value)
-    for block, weights in zip(packing.blocks, kept, strict=True):
-        prompts = before if before is not None and block is packing.rows else (None, None)
+    queries, keys, values, before = [], [], [], layout.prefix_kv(key, value)
+    for block, weights in zip(layout.blocks, kept, strict=True):
+        prompts = before if before is not None and block is layout.rows else (None, None)
         if weights is None:
-            weights = _block_weights(query, key, prompts[0], packing, block, scale)
+            weights = _block_weights(query, key, prompts[0], layout, block, scale)
         by_query, by_key, by_value = _gradients(
             weights,
             _grouped(query, key, block).mul_(scale),
-            _seen(key, prompts[0], packing, block),
-            _seen(value, prompts[1], packing, block),
+            _visible_kv(key, prompts[0], layout, block),
+            _visible_kv(value, prompts[1], layout, block),
             _grouped(grad, key, block, blank=True),
         )
         queries.append(_ungrouped(by_query.mul_(scale), query, key, block))
-        keys.append(_unseen(by_key, key, packing, block))
-        values.append(_unseen(by_value, value, packing, block))
+        keys.append(_scatter_grad(by_key, key, layout, block))
+        values.append(_scatter_grad(by_value, value, layout, block))
     return torch.cat(queries), _gathered(keys), _gathered(values)
 
 
 class _Packed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float) -> Tensor:
-        found, kept = packed_forward(query, key, value, packing, scale, differentiated=any(ctx.needs_input_grad))
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout, scale: float) -> Tensor:
+        found, kept = varlen_forward(query, key, value, layout, scale, differentiated=any(ctx.needs_input_grad))
         ctx.save_for_backward(query, key, value, *kept)
-        ctx.packing, ctx.scale = packing, scale
+        ctx.layout, ctx.scale = layout, scale
         return found
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            return (*packed_backward(query, key, value, ctx.packing, ctx.scale, kept, grad), None, None)
+            return (*varlen_backward(query, key, value, ctx.layout, ctx.scale, kept, grad), None, None)
 
 
 def _block_weights(
-    query: Tensor, key: Tensor, before: Tensor | None, packing: Packing, block: Block, scale: float
+    query: Tensor, key: Tensor, before: Tensor | None, layout: VarlenLayout, block: Block, scale: float
 ) -> Tensor:
     wide = torch.promote_types(query.dtype, torch.float32)
     rows = _grouped(query, key, block, wide).mul_(scale)
-    keys = _seen(key, before, packing, block, wide)
-    return _weights(rows, keys, packing.hidden(block), (key.shape[1], block.count)).to(query.dtype)
+    keys = _visible_kv(key, before, layout, block, wide)
+    return _weights(rows, keys, layout.blocked(block), (key.shape[1], block.count)).to(query.dtype)
 
 
 def _grouped(
@@ -210,8 +210,8 @@ def _ungrouped(rows: Tensor, query: Tensor, key: Tensor, block: Block) -> Tensor
     return block.flat(part.reshape(block.count, block.longest, query.shape[1], rows.shape[-1]))
 
 
-def _seen(
-    states: Tensor, before: Tensor | None, packing: Packing, block: Block, dtype: torch.dtype | None = None
+def _visible_kv(
+    states: Tensor, before: Tensor | None, layout: VarlenLayout, block: Block, dtype: torch.dtype | None = None
 ) -> Tensor:
     """A copy of the keys or values that a block's queries can see: their prompt's out of `before`, then their own."""
     own = block.padded(states).permute(2, 0, 1, 3)
@@ -221,22 +221,22 @@ def _seen(
     seen[:, :, length:] = own
     if before is not None:
         vectors = before.permute(2, 0, 1, 3)
-        seen[:, :, :length] = vectors if len(before) == 1 else vectors[:, packing.index]
+        seen[:, :, :length] = vectors if len(before) == 1 else vectors[:, layout.index]
     return seen.view(heads * count, length + longest, width)
 
 
-def _unseen(grad: Tensor, states: Tensor, packing: Packing, block: Block) -> list[Tensor]:
+def _scatter_grad(grad: Tensor, states: Tensor, layout: VarlenLayout, block: Block) -> list[Tensor]:
     """The gradient of the block's own keys or values and, before it, of the prompts' that its queries saw."""
     wide = grad.view(states.shape[1], block.count, -1, states.shape[-1]).permute(1, 2, 0, 3)
     own = block.flat(wide[:, wide.shape[1] - block.longest :])
-    prompts = packing.prompts if block is packing.rows else None
+    prompts = layout.prompts if block is layout.rows else None
     if prompts is None:
         return [own]
     seen = wide[:, : prompts.longest]
     if prompts.count == 1:
         return [prompts.flat(seen.sum(0, keepdim=True)), own]
     empty = seen.new_zeros(prompts.count, *seen.shape[1:])
-    return [prompts.flat(empty.index_add_(0, packing.index, seen)), own]
+    return [prompts.flat(empty.index_add_(0, layout.index, seen)), own]
 
 
 def _gathered(parts: list[list[Tensor]]) -> Tensor:
@@ -247,17 +247,17 @@ def _gathered(parts: list[list[Tensor]]) -> Tensor:
     return torch.cat([own + seen, rows])
 
 
-def packed_attention(
+def varlen_attention(
     query: Float[Tensor, "one head token head_dim"],
     key: Float[Tensor, "one kv_head token head_dim"],
     value: Float[Tensor, "one kv_head token value_dim"],
-    packing: Packing,
+    layout: VarlenLayout,
     scale: float,
 ) -> Float[Tensor, "one token head value_dim"]:
-    """Attention within each prompt, and within each row behind its prompt, as the packing says."""
+    """Attention within each prompt, and within each row behind its prompt, as the layout says."""
     by_token = (states[0].transpose(0, 1) for states in _one_dtype(query, key, value))
     with torch.autocast(query.device.type, enabled=False):
-        found: Tensor = _Packed.apply(*by_token, packing, scale)  # type: ignore[no-untyped-call]
+        found: Tensor = _Packed.apply(*by_token, layout, scale)  # type: ignore[no-untyped-call]
     return found[None]
 
 
@@ -270,32 +270,32 @@ def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-def packed_fused(
+def varlen_sdpa(
     query: Float[Tensor, "one head token head_dim"],
     key: Float[Tensor, "one kv_head token head_dim"],
     value: Float[Tensor, "one kv_head token value_dim"],
-    packing: Packing,
+    layout: VarlenLayout,
     scale: float,
     dropout: float,
 ) -> Float[Tensor, "one token head value_dim"]:
     """The same through torch's fused kernel; also of prompts that are kept."""
     by_token = [states[0].transpose(0, 1) for states in (query, key, value)]
     found = [
-        _fused(by_token[0], keys, values, packing, block, scale, dropout)
-        for block, keys, values in packing.views(*by_token[1:])
+        _fused(by_token[0], keys, values, layout, block, scale, dropout)
+        for block, keys, values in layout.views(*by_token[1:])
     ]
     return torch.cat(found)[None]
 
 
 def _fused(
-    query: Tensor, keys: Tensor, values: Tensor, packing: Packing, block: Block, scale: float, dropout: float = 0.0
+    query: Tensor, keys: Tensor, values: Tensor, layout: VarlenLayout, block: Block, scale: float, dropout: float = 0.0
 ) -> Float[Tensor, "token head value_dim"]:
     """One block's, from its view of the keys and values."""
     found = nn.functional.scaled_dot_product_attention(
         block.padded(query).transpose(1, 2),
         keys.transpose(1, 2),
         values.transpose(1, 2),
-        attn_mask=packing.seen(block),
+        attn_mask=layout.visible(block),
         dropout_p=dropout,
         scale=scale,
         enable_gqa=query.shape[1] != keys.shape[2],
@@ -311,19 +311,19 @@ def _attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    packing: Packing | None = None,
+    layout: VarlenLayout | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Ours for packed tokens, and for several tokens on a CPU under a plain mask; torch's fused kernel elsewhere."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     on_cpu = query.device.type == "cpu" and dropout == 0.0
-    if packing is not None:
-        if packing.keeps:
-            packing.keep(key[0].transpose(0, 1), value[0].transpose(0, 1))
-        if on_cpu and not packing.outside:
-            found = packed_attention(query, key, value, packing, scale)
+    if layout is not None:
+        if layout.record_kv:
+            layout.record(key[0].transpose(0, 1), value[0].transpose(0, 1))
+        if on_cpu and not layout.prefix_is_cached:
+            found = varlen_attention(query, key, value, layout, scale)
         else:
-            found = packed_fused(query, key, value, packing, scale, dropout)
+            found = varlen_sdpa(query, key, value, layout, scale, dropout)
         return found, None
     bias: Tensor | None = others.get("position_bias")
     if len(query) != len(key):
@@ -369,8 +369,8 @@ def install(model: Any) -> None:
         model.set_attn_implementation(NAME)
 
 
-def takes_packing(model: Any) -> bool:
-    """Whether `model` hands the packing on to its attention, and that is ours."""
+def supports_varlen(model: Any) -> bool:
+    """Whether `model` hands the layout on to its attention, and that is ours."""
     return bool(getattr(model, "_supports_attention_backend", False)) and is_ours(model)
 
 

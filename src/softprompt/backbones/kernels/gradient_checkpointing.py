@@ -20,7 +20,7 @@ _ON: ContextVar[bool] = ContextVar("recompute", default=False)
 
 
 @contextmanager
-def recomputing(model: Any, on: bool) -> Iterator[None]:
+def gradient_checkpointing(model: Any, on: bool) -> Iterator[None]:
     """While it lasts, and if `on`, the layers of `model` keep their inputs alone; the backward pass belongs inside.
 
     Layers that write to a cache are left as they are: computed again they would write again.

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from softprompt.backbones import quantization
 from softprompt.backbones.kernels import gradient_checkpointing
-from softprompt.backbones.kernels.attention import grouped_attention, packed_backward, packed_forward
-from softprompt.backbones.kernels.varlen import Packing
+from softprompt.backbones.kernels.attention import grouped_attention, varlen_backward, varlen_forward
+from softprompt.backbones.kernels.varlen import VarlenLayout
 from softprompt.backbones.quantization import matrix
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
@@ -61,7 +61,7 @@ class _Weights:
         )
 
 
-def is_known(model: Any) -> bool:
+def is_supported(model: Any) -> bool:
     """Whether `run` does what `model` does: all its layers are of a known kind, without biases where none are added."""
     body = getattr(model, "model", None)
     layers = getattr(body, "layers", None)
@@ -85,7 +85,7 @@ def _linear(layer: Any) -> list[Any]:
 def run(
     model: Any,
     embeds: Float[Tensor, "token dim"],
-    packing: Packing,
+    layout: VarlenLayout,
     places: Int[Tensor, "row kept"],
 ) -> Float[Tensor, "row kept vocab"]:
     """Logits of packed tokens.
@@ -94,11 +94,11 @@ def run(
         places: which of each row's own tokens they are wanted for; -1: the last of its prompt.
     """
     body = model.model
-    cosine, sine = (part[0] for part in body.rotary_emb(embeds, packing.positions))
+    cosine, sine = (part[0] for part in body.rotary_emb(embeds, layout.positions))
     hidden = embeds
     for layer in body.layers[:-1]:
-        hidden = gradient_checkpointing.through(_Layer.apply, hidden, cosine, sine, packing, _Weights.of(layer))
-    wanted = _last(_Weights.of(body.layers[-1]), body.layers[-1], hidden, cosine, sine, packing, places)
+        hidden = gradient_checkpointing.through(_Layer.apply, hidden, cosine, sine, layout, _Weights.of(layer))
+    wanted = _last(_Weights.of(body.layers[-1]), body.layers[-1], hidden, cosine, sine, layout, places)
     logits: Tensor = model.lm_head(body.norm(wanted))
     return logits
 
@@ -108,19 +108,19 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, cosine: Tensor, sine: Tensor, packing: Packing, weights: _Weights
+        ctx: Any, hidden: Tensor, cosine: Tensor, sine: Tensor, layout: VarlenLayout, weights: _Weights
     ) -> Float[Tensor, "token dim"]:
         normed, unit = _norm(hidden, weights.before, weights.epsilon)
         query = _rotated(_heads(weights.query(normed), weights), cosine, sine)
         key = _rotated(_heads(weights.key(normed), weights), cosine, sine)
         value = _heads(weights.value(normed), weights)
         trains = ctx.needs_input_grad[0]
-        found, kept = packed_forward(query, key, value, packing, weights.scale, differentiated=trains)
+        found, kept = varlen_forward(query, key, value, layout, weights.scale, differentiated=trains)
         middle = torch.addmm(hidden, found.flatten(1), matrix(weights.out).t())
         normed, middle_unit = _norm(middle, weights.between, weights.epsilon)
         gate, up = normed @ matrix(weights.gate).t(), normed @ matrix(weights.up).t()
         ctx.save_for_backward(hidden, unit, query, key, value, middle, middle_unit, gate, up, cosine, sine, *kept)
-        ctx.packing, ctx.weights = packing, weights
+        ctx.layout, ctx.weights = layout, weights
         return torch.addmm(middle, nn.functional.silu(gate).mul_(up), matrix(weights.down).t())
 
     @staticmethod
@@ -138,7 +138,7 @@ class _Layer(torch.autograd.Function):
         inner = (gate_grad @ matrix(weights.gate)).addmm_(up_grad, matrix(weights.up))
         middle_grad = _norm_gradient(inner, middle, middle_unit, weights.between).add_(grad)
         found = (middle_grad @ matrix(weights.out)).view_as(query)
-        grads = packed_backward(query, key, value, ctx.packing, weights.scale, kept, found)
+        grads = varlen_backward(query, key, value, ctx.layout, weights.scale, kept, found)
         turned = (_rotated(grads[0], cosine, -sine), _rotated(grads[1], cosine, -sine), grads[2])
         inner = turned[0].flatten(1) @ matrix(weights.query)
         inner.addmm_(turned[1].flatten(1), matrix(weights.key)).addmm_(turned[2].flatten(1), matrix(weights.value))
@@ -151,21 +151,21 @@ def _last(
     hidden: Float[Tensor, "token dim"],
     cosine: Tensor,
     sine: Tensor,
-    packing: Packing,
+    layout: VarlenLayout,
     places: Int[Tensor, "row kept"],
 ) -> Float[Tensor, "row kept dim"]:
     """The last layer at `places`, with keys and values from all tokens."""
-    rows, prompts = packing.rows, packing.prompts
+    rows, prompts = layout.rows, layout.prompts
     normed = layer.input_layernorm(hidden)
     key = _rotated(_heads(weights.key(normed), weights), cosine, sine)
     value = _heads(weights.value(normed), weights)
-    at = packing.at(places)
+    at = layout.at(places)
     query = _rotated(_heads(weights.query(normed[at.flatten()]), weights), cosine[at.flatten()], sine[at.flatten()])
     seen, mask = [rows.padded(key), rows.padded(value)], torch.arange(rows.longest) <= places[..., None]
-    before = packing.before(key, value)
+    before = layout.prefix_kv(key, value)
     if prompts and before:
-        seen = [torch.cat([one[packing.index], own], 1) for one, own in zip(before, seen, strict=True)]
-        mask = torch.cat([prompts.real[packing.index][:, None].expand(-1, places.shape[1], -1), mask], 2)
+        seen = [torch.cat([one[layout.index], own], 1) for one, own in zip(before, seen, strict=True)]
+        mask = torch.cat([prompts.real[layout.index][:, None].expand(-1, places.shape[1], -1), mask], 2)
     found = grouped_attention(
         query.view(*places.shape, *query.shape[1:]).transpose(1, 2),
         seen[0].transpose(1, 2),

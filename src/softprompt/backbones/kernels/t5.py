@@ -12,39 +12,41 @@ from torch import Tensor
 
 from softprompt.backbones.kernels import gradient_checkpointing
 from softprompt.backbones.kernels.attention import grouped_attention
-from softprompt.backbones.kernels.varlen import Block, Packing
+from softprompt.backbones.kernels.varlen import Block, VarlenLayout
 
 STACKS = ("T5Stack", "MT5Stack")
 """transformers' encoders of one relative bias that all layers share."""
 
 
-def is_known(encoder: Any) -> bool:
+def is_supported(encoder: Any) -> bool:
     """Whether `run` does what `encoder` does."""
     return type(encoder).__name__ in STACKS and not encoder.is_decoder
 
 
-def run(encoder: Any, embeds: Float[Tensor, "token dim"], packing: Packing) -> Float[Tensor, "token dim"]:
+def run(encoder: Any, embeds: Float[Tensor, "token dim"], layout: VarlenLayout) -> Float[Tensor, "token dim"]:
     """The encoder's last states of packed tokens; a row's places are counted behind its prompt's.
 
     Raises:
         ValueError: the encoder is in training mode, with its dropout.
     """
     if encoder.training:
-        raise ValueError("isolated prompts run without the model's own dropout; leave dropout off, or attend=joint")
+        raise ValueError(
+            "isolated prompts run without the model's own dropout; leave dropout off, or prompt_attention=full"
+        )
     first = encoder.block[0].layer[0].SelfAttention
-    layouts = [(_bias(first, packing, block), packing.seen(block)) for block in packing.blocks]
+    layouts = [(_bias(first, layout, block), layout.visible(block)) for block in layout.blocks]
     hidden = embeds
     for layer in encoder.block:
-        if packing.keeps or packing.outside:  # which is noted once a layer
-            hidden = _through(layer, hidden, packing, layouts)
+        if layout.record_kv or layout.prefix_is_cached:  # which is noted once a layer
+            hidden = _through(layer, hidden, layout, layouts)
         else:
-            hidden = gradient_checkpointing.through(_through, layer, hidden, packing, layouts)
+            hidden = gradient_checkpointing.through(_through, layer, hidden, layout, layouts)
     result: Tensor = encoder.final_layer_norm(hidden)
     return result
 
 
 def _through(
-    layer: Any, hidden: Float[Tensor, "token dim"], packing: Packing, layouts: Sequence[tuple[Tensor, Tensor]]
+    layer: Any, hidden: Float[Tensor, "token dim"], layout: VarlenLayout, layouts: Sequence[tuple[Tensor, Tensor]]
 ) -> Float[Tensor, "token dim"]:
     """One layer.
 
@@ -57,8 +59,8 @@ def _through(
     query, key, value = (
         part(normed).unflatten(1, (attention.n_heads, -1)) for part in (attention.q, attention.k, attention.v)
     )
-    if packing.keeps:
-        packing.keep(key, value)
+    if layout.record_kv:
+        layout.record(key, value)
     found = [
         block.flat(
             grouped_attention(
@@ -70,21 +72,21 @@ def _through(
                 bias,
             ).transpose(1, 2)
         )
-        for (block, keys, values), (bias, mask) in zip(packing.views(key, value), layouts, strict=True)
+        for (block, keys, values), (bias, mask) in zip(layout.views(key, value), layouts, strict=True)
     ]
     result: Tensor = feed_forward(hidden + attention.o(torch.cat(found).flatten(1)))
     return result
 
 
-def _bias(attention: Any, packing: Packing, block: Block) -> Tensor:
+def _bias(attention: Any, layout: VarlenLayout, block: Block) -> Tensor:
     """The relative bias of each query and key that it can see: one for all sequences whose prompts are equally long."""
     queries = torch.arange(block.longest, device=block.device)[None]
     keys = queries
-    if packing.prompts is not None and block is not packing.prompts:
-        lengths = torch.tensor(packing.prompts.lengths, device=block.device)
-        lengths = lengths[:1] if packing.prompts.even else lengths[packing.index]
+    if layout.prompts is not None and block is not layout.prompts:
+        lengths = torch.tensor(layout.prompts.lengths, device=block.device)
+        lengths = lengths[:1] if layout.prompts.even else lengths[layout.index]
         queries = queries + lengths[:, None]
-        of_prompt = torch.arange(packing.prompts.longest, device=block.device).expand(len(lengths), -1)
+        of_prompt = torch.arange(layout.prompts.longest, device=block.device).expand(len(lengths), -1)
         keys = torch.cat([of_prompt, queries], 1)
     buckets = attention._relative_position_bucket(
         keys[:, None] - queries[..., None],

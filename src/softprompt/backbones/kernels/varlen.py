@@ -71,7 +71,7 @@ States = tuple[Float[Tensor, "sequence longest head head_dim"], Float[Tensor, "s
 
 
 @final
-class Packing:
+class VarlenLayout:
     """How packed tokens are laid out: every prompt, then every row; a row sees its prompt and its own past, or itself.
 
     Args:
@@ -79,9 +79,9 @@ class Packing:
         rows: tokens of each row.
         index: the prompt of each row.
         causal: a token sees what stands before it; else all of its sequence, and a row all of its prompt.
-        kept: each layer's keys and values of the prompts, in the layers' order, where they were computed before; the
-            prompts are then not among the packed tokens, and the packing is for one pass.
-        keeps: the rows' own are wanted in `computed`, for later passes.
+        cached_kv: each layer's keys and values of the prompts, in the layers' order, where they were computed before; the
+            prompts are then not among the packed tokens, and the layout is for one pass.
+        record_kv: the rows' own are wanted in `recorded_kv`, for later passes.
     """
 
     def __init__(
@@ -91,21 +91,21 @@ class Packing:
         index: Int[Tensor, " row"],
         *,
         causal: bool = True,
-        kept: Sequence[States] | None = None,
-        keeps: bool = False,
+        cached_kv: Sequence[States] | None = None,
+        record_kv: bool = False,
     ) -> None:
-        self.index, self.causal, self.keeps = index, causal, keeps
+        self.index, self.causal, self.record_kv = index, causal, record_kv
         self.prompts = Block(0, prompts, index.device) if prompts else None
-        self.outside = kept is not None
-        self._kept: Iterator[States] = iter(kept or ())
-        self.rows = Block(0 if self.outside else sum(prompts), rows, index.device)
-        self.computed: list[States] = []
-        """Each layer's keys and values of the rows, where the packing keeps them, once a pass is through."""
+        self.prefix_is_cached = cached_kv is not None
+        self._cached_kv: Iterator[States] = iter(cached_kv or ())
+        self.rows = Block(0 if self.prefix_is_cached else sum(prompts), rows, index.device)
+        self.recorded_kv: list[States] = []
+        """Each layer's keys and values of the rows, where the layout record_kv them, once a pass is through."""
 
     @property
     def blocks(self) -> list[Block]:
         """In their order."""
-        return [self.rows] if self.prompts is None or self.outside else [self.prompts, self.rows]
+        return [self.rows] if self.prompts is None or self.prefix_is_cached else [self.prompts, self.rows]
 
     @cached_property
     def positions(self) -> Int[Tensor, "one token"]:
@@ -124,7 +124,7 @@ class Packing:
         before = self.prompts.ends[self.index] if self.prompts else self.rows.starts
         return torch.where(places < 0, before[:, None], self.rows.starts[:, None] + places)
 
-    def before(
+    def prefix_kv(
         self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head value_dim"]
     ) -> States | None:
         """The prompts' own of a layer's keys and values; none without prompts.
@@ -133,16 +133,18 @@ class Packing:
         """
         if self.prompts is None:
             return None
-        return next(self._kept) if self.outside else (self.prompts.padded(key), self.prompts.padded(value))
+        return (
+            next(self._cached_kv) if self.prefix_is_cached else (self.prompts.padded(key), self.prompts.padded(value))
+        )
 
     def views(
         self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head value_dim"]
     ) -> list[tuple[Block, Tensor, Tensor]]:
         """Each block with the keys and values that its queries may see, `[prompt, padded; own, padded]`.
 
-        To be called as `before` is.
+        To be called as `prefix_kv` is.
         """
-        prompts = self.before(key, value)
+        prompts = self.prefix_kv(key, value)
         return [(block, *self.view(block, key, value, prompts)) for block in self.blocks]
 
     def view(
@@ -152,15 +154,15 @@ class Packing:
         value: Float[Tensor, "token head value_dim"],
         prompts: States | None,
     ) -> tuple[Float[Tensor, "row some head head_dim"], Float[Tensor, "row some head value_dim"]]:
-        """The keys and values of one block's `views`; `prompts` is what `before` gave for the layer."""
+        """The keys and values of one block's `views`; `prompts` is what `prefix_kv` gave for the layer."""
         keys, values = block.padded(key), block.padded(value)
         if prompts is None or block is not self.rows:
             return keys, values
         return self._behind(prompts[0], keys), self._behind(prompts[1], values)
 
-    def keep(self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head value_dim"]) -> None:
+    def record(self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head value_dim"]) -> None:
         """Note a layer's keys and values of the rows; once a layer, in the layers' order."""
-        self.computed.append((self.rows.padded(key), self.rows.padded(value)))
+        self.recorded_kv.append((self.rows.padded(key), self.rows.padded(value)))
 
     def _behind(
         self, prompts: Float[Tensor, "prompt longest *width"], own: Float[Tensor, "row more *width"]
@@ -168,18 +170,18 @@ class Packing:
         one = prompts.expand(len(own), *prompts.shape[1:]) if len(prompts) == 1 else prompts[self.index]
         return torch.cat([one, own], 1)
 
-    def seen(self, block: Block) -> Bool[Tensor, "#sequence one #longest some"]:
+    def visible(self, block: Block) -> Bool[Tensor, "#sequence one #longest some"]:
         """Which of the keys in a block's view its queries do see."""
-        hidden = self.hidden(block)[0]
+        blocked = self.blocked(block)[0]
         before = 0 if self.prompts is None or block is self.prompts else self.prompts.longest
-        return nn.functional.pad(~hidden, (before + block.longest - hidden.shape[-1], 0), value=True)
+        return nn.functional.pad(~blocked, (before + block.longest - blocked.shape[-1], 0), value=True)
 
-    def hidden(self, block: Block) -> Bool[Tensor, "1 #sequence 1 longest some"]:
+    def blocked(self, block: Block) -> Bool[Tensor, "1 #sequence 1 longest some"]:
         """What a block's queries must not see of the last keys put before them: `[prompt, padded; own, padded]`."""
-        return self._hidden_rows if block is self.rows else self._later(block)
+        return self._rows_blocked if block is self.rows else self._later(block)
 
     @cached_property
-    def _hidden_rows(self) -> Bool[Tensor, "1 #sequence 1 longest some"]:
+    def _rows_blocked(self) -> Bool[Tensor, "1 #sequence 1 longest some"]:
         later = self._later(self.rows)
         if self.prompts is None or self.prompts.even:
             return later

@@ -15,14 +15,14 @@ from starlette.exceptions import HTTPException
 
 from softprompt import __version__
 from softprompt.serve.api import errors, openai
-from softprompt.serve.api.middleware import Access, Gate
+from softprompt.serve.api.middleware import AuthConfig, RequestMiddleware
 from softprompt.serve.api.schemas import ClassifyRequest
-from softprompt.serve.api.streaming import record_of, results, settled
+from softprompt.serve.api.streaming import record_of, results, wait_or_cancel
 from softprompt.serve.engine.engine import Engine
-from softprompt.serve.engine.request import Chosen, Ticket
+from softprompt.serve.engine.request import ClassifyOutput, EngineRequest
 from softprompt.serve.metrics import Metrics
-from softprompt.serve.prompts.entry import Served, called, checked_name
-from softprompt.serve.prompts.store import Shelf, read_prompt_bytes
+from softprompt.serve.prompts.entry import PromptEntry, called, checked_name
+from softprompt.serve.prompts.store import PromptStore, read_prompt_bytes
 
 PAGE = Path(__file__).with_name("page") / "index.html"
 _POLICY = (
@@ -35,10 +35,10 @@ _Name = Annotated[str, Query(max_length=128)]
 
 def make_app(
     engine: Engine,
-    access: Access | None = None,
+    access: AuthConfig | None = None,
     *,
     metrics: Metrics | None = None,
-    shelf: Shelf | None = None,
+    store: PromptStore | None = None,
     log_texts: bool = False,
     grace: float = 30.0,
 ) -> FastAPI:
@@ -65,13 +65,13 @@ def make_app(
         _health(engine, numbers),
         openai.routes(engine),
         _asking(engine),
-        _prompts(engine, shelf, numbers),
+        _prompts(engine, store, numbers),
     ):
         app.include_router(router)
     handled: tuple[Any, ...] = (RequestValidationError, HTTPException, *errors.EXPECTED, Exception)
     for kind in handled:
         app.add_exception_handler(kind, _explained)
-    app.add_middleware(Gate, access=access or Access(), metrics=numbers, log_texts=log_texts)
+    app.add_middleware(RequestMiddleware, access=access or AuthConfig(), metrics=numbers, log_texts=log_texts)
     return app
 
 
@@ -124,21 +124,21 @@ def _asking(engine: Engine) -> APIRouter:
         record, rows = record_of(request), body.rows()
         served = engine.get(body.model)
         record.prompt, record.rows, record.texts = served.name, len(rows), list(rows)
-        record.tickets = tickets = await asyncio.to_thread(engine.classify, served.name, rows, body.labels)
-        chosen = await settled(request, engine, results(tickets))
-        task = tickets[0].served.task  # the prompt may have been replaced since it was looked up
+        record.requests = requests = await asyncio.to_thread(engine.classify, served.name, rows, body.labels)
+        chosen = await wait_or_cancel(request, engine, results(requests))
+        task = requests[0].served.task  # the prompt may have been replaced since it was looked up
         labels = body.labels or (list(task.words) if task is not None else [])
         return {
             "object": "classification",
             "model": body.model,
-            "results": [_result(labels, *one) for one in enumerate(zip(tickets, chosen, strict=True))],
+            "results": [_result(labels, *one) for one in enumerate(zip(requests, chosen, strict=True))],
             "usage": {"prompt_tokens": record.read, "total_tokens": record.read},
         }
 
     return router
 
 
-def _result(labels: list[str], index: int, one: tuple[Ticket, Chosen]) -> dict[str, Any]:
+def _result(labels: list[str], index: int, one: tuple[EngineRequest, ClassifyOutput]) -> dict[str, Any]:
     logp = torch.tensor(one[1].scores, dtype=torch.float32)
     chances = logp.softmax(0).tolist()
     best = max(range(len(chances)), key=chances.__getitem__)
@@ -150,16 +150,16 @@ def _result(labels: list[str], index: int, one: tuple[Ticket, Chosen]) -> dict[s
     }
 
 
-def _prompts(engine: Engine, shelf: Shelf | None, metrics: Metrics) -> APIRouter:
+def _prompts(engine: Engine, store: PromptStore | None, metrics: Metrics) -> APIRouter:
     router = APIRouter()
     changing = asyncio.Lock()
     body = {"requestBody": {"content": _FILE, "required": True}}
 
     def put(name: str, content: bytes, over: bool) -> dict[str, Any]:
         prompt = read_prompt_bytes(content, engine.backbone)
-        if shelf is None:
+        if store is None:
             return engine.add(name, prompt, over=over).describe()
-        with shelf.keeping(name, content, over=over):  # kept only if it can be served, and served only if it was kept
+        with store.keeping(name, content, over=over):  # kept only if it can be served, and served only if it was kept
             ready = engine.ready(name, prompt, over=over)
         engine.serve(ready)
         return ready.describe()
@@ -190,8 +190,8 @@ def _prompts(engine: Engine, shelf: Shelf | None, metrics: Metrics) -> APIRouter
         async with changing:
             engine.refuse_base(name)
             engine.get(name)
-            if shelf is not None:
-                await asyncio.to_thread(shelf.drop, name)
+            if store is not None:
+                await asyncio.to_thread(store.drop, name)
             engine.remove(name)
             metrics.forget(name)
         return {"name": name, "deleted": True}
@@ -199,5 +199,5 @@ def _prompts(engine: Engine, shelf: Shelf | None, metrics: Metrics) -> APIRouter
     return router
 
 
-def _model(served: Served) -> dict[str, Any]:
+def _model(served: PromptEntry) -> dict[str, Any]:
     return {"id": served.name, "object": "model", "created": served.created, "owned_by": "softprompt"}

@@ -8,12 +8,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from softprompt.serve.engine.request import Cancelled, Closed, Full, Unknown
+from softprompt.serve.engine.request import Cancelled, EngineClosed, PromptNotFound, QueueFull
 
 _KINDS: tuple[tuple[type[BaseException], int, str, str | None], ...] = (
-    (Full, 429, "rate_limit_error", "rate_limit_exceeded"),
-    (Closed, 503, "server_error", "shutting_down"),
-    (Unknown, 404, "invalid_request_error", "model_not_found"),
+    (QueueFull, 429, "rate_limit_error", "rate_limit_exceeded"),
+    (EngineClosed, 503, "server_error", "shutting_down"),
+    (PromptNotFound, 404, "invalid_request_error", "model_not_found"),
     (TimeoutError, 504, "timeout", "timeout"),
     (Cancelled, 499, "cancelled", "cancelled"),
     (FileExistsError, 409, "invalid_request_error", "conflict"),
@@ -51,7 +51,7 @@ def described(error: BaseException) -> tuple[int, dict[str, Any], dict[str, str]
         return error.status_code, body_of(str(error.detail), "invalid_request_error", None), dict(error.headers or {})
     for known, status, kind, code in _KINDS:
         if isinstance(error, known):
-            headers = {"Retry-After": str(math.ceil(error.after))} if isinstance(error, Full) else {}
+            headers = {"Retry-After": str(math.ceil(error.after))} if isinstance(error, QueueFull) else {}
             return status, body_of(" ".join(str(error).split()), kind, code), headers
     return 500, body_of("the request failed inside the service; its log says why", "server_error", "internal"), {}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from softprompt.serve.api.errors import answer
-from softprompt.serve.engine.request import Ticket
+from softprompt.serve.engine.request import EngineRequest
 from softprompt.serve.metrics import Metrics
 
 _log = logging.getLogger("softprompt.serve.requests")
@@ -28,7 +28,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Access:
+class AuthConfig:
     """Who may ask and how much.
 
     Tokens are read as bytes and compared in constant time. Without any, whoever reaches the service may ask, nobody may
@@ -77,7 +77,7 @@ class Record:
 
     prompt: str = ""
     rows: int = 0
-    tickets: list[Ticket] = field(default_factory=list)
+    requests: list[EngineRequest] = field(default_factory=list)
     """Given up when the request is over, however it ends."""
     texts: list[Any] = field(default_factory=list)
     answers_each: int = 1
@@ -86,19 +86,19 @@ class Record:
     @property
     def read(self) -> int:
         """Tokens of the input, each input counted once."""
-        return sum(len(ticket.ids) for ticket in self.tickets[:: self.answers_each])
+        return sum(len(request.ids) for request in self.requests[:: self.answers_each])
 
     @property
     def written(self) -> int:
         """Tokens of the answer."""
-        return sum(ticket.written for ticket in self.tickets)
+        return sum(request.written for request in self.requests)
 
 
 @final
-class Gate:
+class RequestMiddleware:
     """ASGI middleware. A body is read whole before the application sees it: it is small, or it is refused."""
 
-    def __init__(self, app: App, access: Access, metrics: Metrics, log_texts: bool) -> None:
+    def __init__(self, app: App, access: AuthConfig, metrics: Metrics, log_texts: bool) -> None:
         self._app, self._access, self._metrics, self._log_texts = app, access, metrics, log_texts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -128,8 +128,8 @@ class Gate:
             status = 500 if status == 499 else status  # what is answered to it is sent from further out
             raise
         finally:
-            for ticket in record.tickets:
-                ticket.cancel()
+            for request in record.requests:
+                request.cancel()
             self._write_down(scope, record, status, time.monotonic() - start)
 
     def _refusal(self, scope: Scope) -> Any:

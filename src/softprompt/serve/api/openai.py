@@ -14,10 +14,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from softprompt.serve.api import errors
 from softprompt.serve.api.middleware import Record
 from softprompt.serve.api.schemas import MAX_ROWS, ChatRequest, CompletionRequest
-from softprompt.serve.api.streaming import Answer, record_of, settled
+from softprompt.serve.api.streaming import Answer, record_of, wait_or_cancel
 from softprompt.serve.engine import encode
 from softprompt.serve.engine.engine import Engine
-from softprompt.serve.engine.request import Ticket
+from softprompt.serve.engine.request import EngineRequest
 
 Input = str | Sequence[int] | Mapping[str, Any]
 Kind = Literal["text_completion", "chat.completion"]
@@ -114,7 +114,7 @@ async def _answer(
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         return StreamingResponse(_stream(job, usage), media_type="text/event-stream", headers=headers)
-    texts = await settled(request, engine, asyncio.gather(*(answer.whole() for answer in job.answers)))
+    texts = await wait_or_cancel(request, engine, asyncio.gather(*(answer.whole() for answer in job.answers)))
     choices = [
         job.choice(index, text, answer.finish)
         for index, (text, answer) in enumerate(zip(texts, job.answers, strict=True))
@@ -125,16 +125,16 @@ async def _answer(
 
 def _asking(
     engine: Engine, body: CompletionRequest | ChatRequest, given: Input, most: int | None, seed: int
-) -> Callable[[Callable[[int], None]], Ticket]:
-    def ask(on_token: Callable[[int], None]) -> Ticket:
+) -> Callable[[Callable[[int], None]], EngineRequest]:
+    def ask(on_token: Callable[[int], None]) -> EngineRequest:
         return engine.generate(body.model, given, max_new_tokens=most, sampling=body.sampling(seed), on_token=on_token)
 
     return ask
 
 
-def _begin(job: _Job, asks: Sequence[Callable[[Callable[[int], None]], Ticket]]) -> None:
+def _begin(job: _Job, asks: Sequence[Callable[[Callable[[int], None]], EngineRequest]]) -> None:
     for answer, ask in zip(job.answers, asks, strict=True):
-        job.record.tickets.append(answer.begin(ask))
+        job.record.requests.append(answer.begin(ask))
 
 
 async def _stream(job: _Job, usage: bool) -> AsyncIterator[str]:

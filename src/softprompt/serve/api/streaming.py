@@ -9,9 +9,9 @@ from typing import Any, TypeVar, final
 from fastapi import Request
 
 from softprompt.serve.api.middleware import Record
-from softprompt.serve.engine.detokenizer import Text
+from softprompt.serve.engine.detokenizer import IncrementalDetokenizer
 from softprompt.serve.engine.engine import Engine
-from softprompt.serve.engine.request import Cancelled, Ticket
+from softprompt.serve.engine.request import Cancelled, EngineRequest
 
 Result = TypeVar("Result")
 _SLACK = 5.0
@@ -23,31 +23,31 @@ class Answer:
     """One text that is being written, as it comes."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
-        self._text = Text(tokenizer, stops)
+        self._text = IncrementalDetokenizer(tokenizer, stops)
         self._loop = asyncio.get_running_loop()
         self._tokens: asyncio.Queue[int | None] = asyncio.Queue()
-        self.ticket: Ticket | None = None
+        self.request: EngineRequest | None = None
         self.finish = ""
         """Why it ended: `stop` or `length`."""
 
-    def begin(self, ask: Callable[[Callable[[int], None]], Ticket]) -> Ticket:
+    def begin(self, ask: Callable[[Callable[[int], None]], EngineRequest]) -> EngineRequest:
         """Put it in line; in any thread."""
-        self.ticket = ask(lambda token: self._put(token))
-        self.ticket.future.add_done_callback(lambda _: self._put(None))
-        return self.ticket
+        self.request = ask(lambda token: self._put(token))
+        self.request.future.add_done_callback(lambda _: self._put(None))
+        return self.request
 
     async def pieces(self) -> AsyncIterator[str]:
         """Its text, piece by piece; raises what the engine raised."""
-        assert self.ticket is not None
-        while (token := await self._next(self.ticket)) is not None:
+        assert self.request is not None
+        while (token := await self._next(self.request)) is not None:
             if piece := self._text.add(token):
                 yield piece
             if self._text.stopped:
                 self.finish = "stop"
                 self._counted()
-                self.ticket.cancel()
+                self.request.cancel()
                 return
-        result = self.ticket.result(0.0)
+        result = self.request.result(0.0)
         if piece := self._text.end():
             yield piece
         self._counted()
@@ -55,18 +55,18 @@ class Answer:
 
     def _counted(self) -> None:
         """What the answer is billed by: the engine may have written on behind a stop."""
-        assert self.ticket is not None
-        self.ticket.counted = self._text.count
+        assert self.request is not None
+        self.request.counted = self._text.count
 
     async def whole(self) -> str:
         """All of it."""
         return "".join([piece async for piece in self.pieces()])
 
-    async def _next(self, ticket: Ticket) -> int | None:
+    async def _next(self, request: EngineRequest) -> int | None:
         """The engine ends a row at its deadline; one that is stuck does not."""
         if not self._tokens.empty():  # where no time is left, `wait_for` gives up without looking
             return self._tokens.get_nowait()
-        left = None if ticket.deadline is None else ticket.deadline + _SLACK - time.monotonic()
+        left = None if request.deadline is None else request.deadline + _SLACK - time.monotonic()
         try:
             return await asyncio.wait_for(self._tokens.get(), left)
         except TimeoutError:
@@ -77,7 +77,7 @@ class Answer:
             self._loop.call_soon_threadsafe(self._tokens.put_nowait, token)
 
 
-async def settled(request: Request, engine: Engine, work: Awaitable[Result]) -> Result:
+async def wait_or_cancel(request: Request, engine: Engine, work: Awaitable[Result]) -> Result:
     """What `work` gives, unless the client goes away or time is over first.
 
     Raises:
@@ -98,9 +98,9 @@ async def settled(request: Request, engine: Engine, work: Awaitable[Result]) -> 
             task.cancel()
 
 
-async def results(tickets: Sequence[Ticket]) -> list[Any]:
+async def results(requests: Sequence[EngineRequest]) -> list[Any]:
     """Every ticket's answer, or the first error."""
-    return list(await asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets)))
+    return list(await asyncio.gather(*(asyncio.wrap_future(request.future) for request in requests)))
 
 
 def record_of(request: Request) -> Record:

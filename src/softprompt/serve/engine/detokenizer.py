@@ -8,7 +8,7 @@ _HALF = "\ufffd"
 
 
 @final
-class Text:
+class IncrementalDetokenizer:
     """The text of one answer, piece by piece; the pieces together are the whole.
 
     Special tokens are no part of the text, but a stop may name one: `<|im_start|>` ends the text where that is written.

@@ -15,8 +15,8 @@ from softprompt.backbones import Backbone
 from softprompt.backbones.image_processor import Picture
 from softprompt.models.base import refuse_unknown as refuse_unknown_tokens
 from softprompt.models.verify import sliding_window
-from softprompt.serve.engine.request import Choice, Ticket
-from softprompt.serve.prompts.entry import Served, called, needs_head
+from softprompt.serve.engine.request import ClassifyParams, EngineRequest
+from softprompt.serve.prompts.entry import PromptEntry, called, needs_head
 from softprompt.tasks import Task, answer_ids
 from softprompt.tasks import beginning as task_beginning
 from softprompt.tasks import encode as encode_rows
@@ -35,11 +35,11 @@ _MAX_LABEL = 32
 
 def choices(
     backbone: Backbone,
-    served: Served,
+    served: PromptEntry,
     rows: Sequence[str | Mapping[str, Any]],
     labels: Sequence[str] | None,
-    max_tokens: int,
-) -> list[tuple[tuple[int, ...], Choice]]:
+    max_input_tokens: int,
+) -> list[tuple[tuple[int, ...], ClassifyParams]]:
     """Each row's tokens and candidates; a row of a task is shortened as in training, any other is refused if too long.
 
     Raises:
@@ -50,10 +50,10 @@ def choices(
     if backbone.architecture == "vision":
         raise ValueError(f"{called(backbone)} reads images, and prompt {served.name!r} has no task of such")
     if served.task is None or labels is not None:
-        return _with_labels(backbone, served, rows, labels, max_tokens)
+        return _with_labels(backbone, served, rows, labels, max_input_tokens)
     if not served.classifies:
         raise ValueError(f"prompt {served.name!r} writes texts; ask for a completion, or give labels")
-    limit = min(served.max_tokens or max_tokens, max_tokens)
+    limit = min(served.max_input_tokens or max_input_tokens, max_input_tokens)
     with _tokenizing:
         found = encode_rows(
             served.task,
@@ -63,19 +63,19 @@ def choices(
             closing=backbone.architecture != "causal",
             answers=False,
         )[0]
-    return [(_some(example.input_ids), Choice(candidates=served.candidates)) for example in found]
+    return [(_some(example.input_ids), ClassifyParams(candidates=served.candidates)) for example in found]
 
 
-def beginning(backbone: Backbone, served: Served) -> tuple[int, ...]:
+def beginning(backbone: Backbone, served: PromptEntry) -> tuple[int, ...]:
     """The tokens that rows of the prompt's task begin with, where reading them when the prompt comes pays."""
     if served.task is None or sliding_window(backbone) is not None:  # in a window they would stand in others' way
         return ()
     with _tokenizing:
         found = task_beginning(served.task, backbone.tokenizer)
-    return found if _BEGINNING <= len(found) < (served.max_tokens or 0) else ()
+    return found if _BEGINNING <= len(found) < (served.max_input_tokens or 0) else ()
 
 
-def own_choice(served: Served, labels: Sequence[str] | None) -> Choice:
+def own_choice(served: PromptEntry, labels: Sequence[str] | None) -> ClassifyParams:
     """The prompt's own labels.
 
     Raises:
@@ -83,11 +83,11 @@ def own_choice(served: Served, labels: Sequence[str] | None) -> Choice:
     """
     if labels is not None:
         raise ValueError(f"prompt {served.name!r} answers through a head for its own labels; leave labels out")
-    return Choice(candidates=served.candidates)
+    return ClassifyParams(candidates=served.candidates)
 
 
 def images(
-    backbone: Backbone, served: Served, rows: Sequence[str | Mapping[str, Any]]
+    backbone: Backbone, served: PromptEntry, rows: Sequence[str | Mapping[str, Any]]
 ) -> list[Float[Tensor, "channel height width"]]:
     """Each row's image as the backbone sees it.
 
@@ -97,7 +97,7 @@ def images(
     if not rows:
         raise ValueError("there are no rows; give at least one")
     assert served.task is not None
-    column, size = served.task.image, served.max_tokens or int(backbone.tokenizer.size)
+    column, size = served.task.image, served.max_input_tokens or int(backbone.tokenizer.size)
     found = []
     for number, row in enumerate(rows, start=1):
         cell = row if isinstance(row, str | bytes) else row.get(column)
@@ -127,10 +127,10 @@ def _image_bytes(cell: Any, where: str, column: str) -> bytes:
 
 def text(
     backbone: Backbone,
-    served: Served,
+    served: PromptEntry,
     given: str | Mapping[str, Any] | Sequence[int],
     max_new_tokens: int,
-    max_tokens: int,
+    max_input_tokens: int,
 ) -> tuple[int, ...]:
     """The tokens to write behind.
 
@@ -145,7 +145,7 @@ def text(
         if served.task is None:
             raise ValueError(f"prompt {served.name!r} has no template for a row; give the text itself")
         with _tokenizing:
-            limit = min(served.max_tokens or max_tokens, max_tokens)
+            limit = min(served.max_input_tokens or max_input_tokens, max_input_tokens)
             ids = encode_rows(
                 served.task,
                 backbone.tokenizer,
@@ -160,7 +160,7 @@ def text(
         if wrong := [one for one in ids if not 0 <= one < size]:
             raise ValueError(f"token {wrong[0]} is not in the vocabulary of {size}; send ids from 0 to {size - 1}")
     ids = _some(ids)
-    _refuse_beyond(len(ids), max_tokens)
+    _refuse_beyond(len(ids), max_input_tokens)
     refuse_long(backbone, served, len(ids), max_new_tokens)
     return ids
 
@@ -188,7 +188,7 @@ def chat(backbone: Backbone, messages: Sequence[Mapping[str, str]]) -> tuple[int
         return tuple(made["input_ids"])
 
 
-def row_of(served: Served, row: str | Mapping[str, Any]) -> dict[str, Any]:
+def row_of(served: PromptEntry, row: str | Mapping[str, Any]) -> dict[str, Any]:
     """The row as the template reads it.
 
     Raises:
@@ -203,19 +203,19 @@ def row_of(served: Served, row: str | Mapping[str, Any]) -> dict[str, Any]:
     return {served.fields[0]: row}
 
 
-def refuse_unknown(backbone: Backbone, ticket: Ticket, where: str) -> None:
+def refuse_unknown(backbone: Backbone, request: EngineRequest, where: str) -> None:
     """Refuse a row, or labels of it, with tokens that the backbone has no embedding for.
 
     Raises:
         ValueError: naming the token by its text.
     """
-    refuse_unknown_tokens(backbone, ticket.ids, where, called(backbone))
-    if isinstance(ticket.work, Choice) and not needs_head(backbone):
-        for candidate in ticket.work.candidates:
+    refuse_unknown_tokens(backbone, request.ids, where, called(backbone))
+    if isinstance(request.work, ClassifyParams) and not needs_head(backbone):
+        for candidate in request.work.candidates:
             refuse_unknown_tokens(backbone, candidate, f"a label of {where}", called(backbone))
 
 
-def refuse_long(backbone: Backbone, served: Served, tokens: int, answer: int) -> None:
+def refuse_long(backbone: Backbone, served: PromptEntry, tokens: int, answer: int) -> None:
     """Refuse what does not fit the backbone's positions, or a decoder's attention window.
 
     Args:
@@ -244,11 +244,11 @@ def refuse_long(backbone: Backbone, served: Served, tokens: int, answer: int) ->
 
 def _with_labels(
     backbone: Backbone,
-    served: Served,
+    served: PromptEntry,
     rows: Sequence[str | Mapping[str, Any]],
     labels: Sequence[str] | None,
-    max_tokens: int,
-) -> list[tuple[tuple[int, ...], Choice]]:
+    max_input_tokens: int,
+) -> list[tuple[tuple[int, ...], ClassifyParams]]:
     if labels is None:
         raise ValueError(f"prompt {served.name!r} has no labels of its own; send labels")
     if served.head is not None:
@@ -257,7 +257,7 @@ def _with_labels(
         raise ValueError(f"the labels {', '.join(labels)[:200]} name one twice; name each once")
     task = Task(name="labels", template="{text}", label="label", words={label: label for label in labels})
     with _tokenizing:
-        work = Choice(candidates=answer_ids(task, backbone.tokenizer))
+        work = ClassifyParams(candidates=answer_ids(task, backbone.tokenizer))
     longest = max(map(len, work.candidates))
     if longest > _MAX_LABEL:
         raise ValueError(f"a label has {longest} tokens, and at most {_MAX_LABEL} are taken; choose shorter labels")
@@ -271,7 +271,7 @@ def _with_labels(
             ids = _some(_tokens(backbone, _PLAIN, {"text": given}))
         else:
             raise ValueError(f"prompt {served.name!r} has no template; send each row as a text")
-        _refuse_beyond(len(ids), max_tokens)
+        _refuse_beyond(len(ids), max_input_tokens)
         refuse_long(backbone, served, len(ids), longest)
         found.append((ids, work))
     return found

@@ -13,13 +13,13 @@ from softprompt.backbones import Backbone
 from softprompt.models import Sampling
 from softprompt.prompts import SoftPrompt
 from softprompt.serve.engine import encode
-from softprompt.serve.engine.request import Ticket, Unknown, Writing
+from softprompt.serve.engine.request import EngineRequest, GenerateParams, PromptNotFound
 from softprompt.serve.engine.runner import BatchDone, Worker
-from softprompt.serve.engine.scheduler import Turns
+from softprompt.serve.engine.scheduler import Scheduler
 from softprompt.serve.limits import Limits, Status
 from softprompt.serve.prompts.entry import (
     BASE,
-    Served,
+    PromptEntry,
     bare,
     called,
     from_folder,
@@ -56,14 +56,14 @@ class Engine:
         if not needs_head(backbone):
             # Refuses a model that it is not exact for, before a thread begins.
             self._stop = tuple(bare(backbone).end_of_sequence())
-        self._served: dict[str, Served] = {}
+        self._served: dict[str, PromptEntry] = {}
         self._changing = threading.Lock()
         with torch.no_grad():
             self._worker = Worker(backbone, self.limits.max_batch, watch or (lambda done: None))
             self._base = None if needs_head(backbone) else without_prompt(backbone)
             if self._base is not None and self._worker.decoder is not None:
                 self._base = replace(self._base, state=self._worker.decoder.prompt_state(self._base.prompt))
-        self._turns = Turns(self._worker, self.limits)
+        self._scheduler = Scheduler(self._worker, self.limits)
 
     def __enter__(self) -> "Engine":
         return self
@@ -72,27 +72,27 @@ class Engine:
         self.close()
 
     @property
-    def prompts(self) -> list[Served]:
+    def prompts(self) -> list[PromptEntry]:
         """What is served, by name."""
         served = self._served.copy()  # another thread may remove one meanwhile
         return [served[name] for name in sorted(served)]
 
     @property
-    def models(self) -> list[Served]:
+    def models(self) -> list[PromptEntry]:
         """What can be asked: the prompts, and the model without one where that says anything."""
         return self.prompts if self._base is None else [*self.prompts, self._base]
 
     @property
     def alive(self) -> bool:
         """Whether its thread runs and is not stuck."""
-        return self._turns.alive
+        return self._scheduler.alive
 
     @property
     def closed(self) -> bool:
         """Whether it takes nothing more, for good."""
-        return self._turns.closed
+        return self._scheduler.closed
 
-    def get(self, name: str) -> Served:
+    def get(self, name: str) -> PromptEntry:
         """The prompt of that name; `base` is the model without one.
 
         Raises:
@@ -101,7 +101,7 @@ class Engine:
         found = self._served.get(name)
         if found is None and name == BASE:
             if self._base is None:
-                raise Unknown(
+                raise PromptNotFound(
                     f"{called(self.backbone)} answers through a head that is trained with a prompt, and has no "
                     f"{BASE!r} to ask; name a prompt"
                 )
@@ -109,7 +109,7 @@ class Engine:
         if found is None:
             near = difflib.get_close_matches(name, [*self._served.copy(), BASE], n=3)
             names = " or ".join(map(repr, near))
-            raise Unknown(
+            raise PromptNotFound(
                 f"there is no prompt {name!r}; " + (f"did you mean {names}?" if near else "see the list of prompts")
             )
         return found
@@ -118,7 +118,7 @@ class Engine:
         """Whether there is a prompt of that name."""
         return name in self._served
 
-    def add(self, name: str, source: Path | str | SoftPrompt, *, over: bool = False) -> Served:
+    def add(self, name: str, source: Path | str | SoftPrompt, *, over: bool = False) -> PromptEntry:
         """Serve another prompt: a run, a PEFT prompt-tuning folder, or a prompt itself; the others run on.
 
         Args:
@@ -135,7 +135,7 @@ class Engine:
             self.serve(ready)
         return ready
 
-    def ready(self, name: str, source: Path | str | SoftPrompt, *, over: bool = False) -> Served:
+    def ready(self, name: str, source: Path | str | SoftPrompt, *, over: bool = False) -> PromptEntry:
         """What `add` would serve, computed and not served yet; raises what `add` raises."""
         self._refuse_taken(name, over)
         if isinstance(source, SoftPrompt):
@@ -143,7 +143,7 @@ class Engine:
         else:
             fresh = from_folder(name, Path(source).expanduser(), self.backbone)
 
-        def compute() -> Served:
+        def compute() -> PromptEntry:
             decoder = self._worker.decoder
             if decoder is None:
                 return fresh
@@ -155,10 +155,10 @@ class Engine:
             return ready
 
         # Served by whoever asked: where that one has given up, it is not served later.
-        computed: Served = self._turns.do(compute)
+        computed: PromptEntry = self._scheduler.do(compute)
         return computed
 
-    def serve(self, ready: Served) -> None:
+    def serve(self, ready: PromptEntry) -> None:
         """Serve what `ready` gave, in the place of one of its name."""
         self._served[ready.name] = ready
 
@@ -188,7 +188,7 @@ class Engine:
         labels: Sequence[str] | None = None,
         *,
         timeout: float | None = None,
-    ) -> list[Ticket]:
+    ) -> list[EngineRequest]:
         """Each row's choice among the prompt's labels, or among those given.
 
         Args:
@@ -207,12 +207,12 @@ class Engine:
         if served.task is not None and served.task.image:
             work = encode.own_choice(served, labels)
             images = encode.images(self.backbone, served, rows)
-            tickets = [Ticket(served, (), work, timeout=seconds, pixels=pixels) for pixels in images]
+            requests = [EngineRequest(served, (), work, timeout=seconds, pixels=pixels) for pixels in images]
         else:
-            choices = encode.choices(self.backbone, served, rows, labels, self.limits.max_tokens)
-            tickets = [Ticket(served, ids, work, timeout=seconds) for ids, work in choices]
-        self.submit(tickets)
-        return tickets
+            choices = encode.choices(self.backbone, served, rows, labels, self.limits.max_input_tokens)
+            requests = [EngineRequest(served, ids, work, timeout=seconds) for ids, work in choices]
+        self.submit(requests)
+        return requests
 
     def generate(
         self,
@@ -223,7 +223,7 @@ class Engine:
         sampling: Sampling | None = None,
         timeout: float | None = None,
         on_token: Callable[[int], None] | None = None,
-    ) -> Ticket:
+    ) -> EngineRequest:
         """What the model writes behind a text, a row of the prompt's template, or tokens.
 
         Args:
@@ -239,25 +239,25 @@ class Engine:
         most = served.max_new_tokens if max_new_tokens is None else max_new_tokens
         if not 1 <= most <= self.limits.max_new_tokens:
             raise ValueError(f"max_tokens is {most}; it must be from 1 to {self.limits.max_new_tokens}")
-        ids = encode.text(self.backbone, served, text, most, self.limits.max_tokens)
-        work = Writing(max_new_tokens=most, sampling=sampling or Sampling(), stop=self._stop)
-        ticket = Ticket(served, ids, work, timeout=self._seconds(timeout), on_token=on_token)
-        self.submit([ticket])
-        return ticket
+        ids = encode.text(self.backbone, served, text, most, self.limits.max_input_tokens)
+        work = GenerateParams(max_new_tokens=most, sampling=sampling or Sampling(), stop=self._stop)
+        request = EngineRequest(served, ids, work, timeout=self._seconds(timeout), on_token=on_token)
+        self.submit([request])
+        return request
 
-    def submit(self, tickets: Sequence[Ticket]) -> None:
+    def submit(self, requests: Sequence[EngineRequest]) -> None:
         """Let all of them wait for their turn, or none; raises `Full` and `Closed`.
 
         Raises:
             ValueError: a row has a token that the backbone has no embedding for; none of them waits.
         """
-        for number, ticket in enumerate(tickets, start=1):
-            encode.refuse_unknown(self.backbone, ticket, f"row {number}" if len(tickets) > 1 else "the text")
-        self._turns.submit(tickets)
+        for number, request in enumerate(requests, start=1):
+            encode.refuse_unknown(self.backbone, request, f"row {number}" if len(requests) > 1 else "the text")
+        self._scheduler.submit(requests)
 
     def status(self) -> Status:
         """What it is at."""
-        waiting = self._turns.by_prompt()
+        waiting = self._scheduler.by_prompt()
         return Status(
             ready=self.alive and not self.closed,
             prompts=len(self._served),
@@ -269,7 +269,7 @@ class Engine:
 
     def close(self, grace: float = 30.0) -> None:
         """Take nothing more and finish what there is; what is left after `grace` seconds fails with `Closed`."""
-        self._turns.close(grace)
+        self._scheduler.close(grace)
 
     def _refuse_taken(self, name: str, over: bool) -> None:
         self.refuse_base(name)
@@ -278,7 +278,7 @@ class Engine:
         if name not in self._served and len(self._served) >= self.limits.max_prompts:
             raise ValueError(f"{len(self._served)} prompts are served, which is all that may; remove one first")
 
-    def _refuse_endless(self, served: Served) -> None:
+    def _refuse_endless(self, served: PromptEntry) -> None:
         """A file may hold numbers that are finite and overflow in the backbone, for every row of the prompt."""
         if not all(state.finite for state in served.states):
             raise ValueError(

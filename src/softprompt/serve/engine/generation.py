@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softprompt.evaluation.predict import pad_id
-from softprompt.models import Attachment
+from softprompt.models import PromptedModel
 from softprompt.models.sampling import Chooser
 from softprompt.serve.engine.kv_cache import Decoder
-from softprompt.serve.engine.request import Ticket, Writing, overflow
+from softprompt.serve.engine.request import EngineRequest, GenerateParams, overflow
 from softprompt.serve.engine.scoring import distinct, examples, row_of
 from softprompt.tasks import collate
 
@@ -20,10 +20,10 @@ _OVERFLOW = -1
 """In the place of a token: the model gave no numbers."""
 
 
-class Writer(ABC):
+class GenerationBatch(ABC):
     """Rows that advance together. A step that fails leaves it as it was, so that its halves can go on instead."""
 
-    tickets: list[Ticket]
+    requests: list[EngineRequest]
 
     @abstractmethod
     def step(self) -> list[int]:
@@ -34,23 +34,23 @@ class Writer(ABC):
         """Go on with these rows alone."""
 
     @abstractmethod
-    def halves(self) -> tuple["Writer", "Writer"]:
+    def halves(self) -> tuple["GenerationBatch", "GenerationBatch"]:
         """The same rows in two batches."""
 
 
 @final
-class CausalWriter(Writer):
+class CausalGenerationBatch(GenerationBatch):
     """A decoder's rows: one can leave, and others can join, between any two tokens."""
 
-    def __init__(self, decoder: Decoder, tickets: Sequence[Ticket]) -> None:
+    def __init__(self, decoder: Decoder, requests: Sequence[EngineRequest]) -> None:
         self._decoder = decoder
-        self.tickets = list(tickets)
-        self._batch, logits = decoder.read([row_of(ticket) for ticket in tickets], room=1)
+        self.requests = list(requests)
+        self._batch, logits = decoder.read([row_of(request) for request in requests], room=1)
         self._logits: Tensor | None = logits
         self._last: list[int] = []
         self._drawn: list[int] = []
         """What the first rows have chosen in a step that broke off; a row that drew once more would draw another."""
-        self._choosers = [_chooser(ticket, logits.device) for ticket in tickets]
+        self._choosers = [_chooser(request, logits.device) for request in requests]
 
     def step(self) -> list[int]:
         """Each row by its own chooser, so that a drawn token does not depend on who else is in the batch."""
@@ -62,13 +62,13 @@ class CausalWriter(Writer):
         likeliest = logits.argmax(-1)
         # NaN counts as the largest. Drawing from it would fail, on a GPU together with all that comes after.
         finite = logits.gather(-1, likeliest[:, None])[:, 0].isfinite().tolist()
-        for ticket, is_number in zip(self.tickets, finite, strict=True):
-            if not is_number and not ticket.over:
-                raise overflow(ticket)
+        for request, is_number in zip(self.requests, finite, strict=True):
+            if not is_number and not request.over:
+                raise overflow(request)
         best = likeliest.tolist()
-        for row in range(len(self._drawn), len(self.tickets)):
+        for row in range(len(self._drawn), len(self.requests)):
             choose = self._choosers[row]
-            if choose is None or self.tickets[row].over:
+            if choose is None or self.requests[row].over:
                 self._drawn.append(best[row])
             else:
                 self._drawn.append(int(choose(logits[row : row + 1])))
@@ -77,38 +77,38 @@ class CausalWriter(Writer):
 
     def keep(self, places: Sequence[int]) -> None:
         """The columns that only leaving rows used are given back."""
-        if len(places) < len(self.tickets):
+        if len(places) < len(self.requests):
             if places:
                 self._batch = self._decoder.select(self._batch, places)
             self._pick(places)
 
-    def take(self, other: "CausalWriter") -> None:
+    def take(self, other: "CausalGenerationBatch") -> None:
         """Go on with another's rows too; both stand behind a step."""
         assert self._logits is None
         assert other._logits is None
         rows = [(batch, place) for batch in (self._batch, other._batch) for place in range(len(batch))]
         self._batch = self._decoder.joined(rows)
-        self.tickets = self.tickets + other.tickets
+        self.requests = self.requests + other.requests
         self._last = self._last + other._last
         self._choosers = self._choosers + other._choosers
 
-    def halves(self) -> tuple["CausalWriter", "CausalWriter"]:
+    def halves(self) -> tuple["CausalGenerationBatch", "CausalGenerationBatch"]:
         """Each with its part of the keys and values, where they are: memory may just have run out."""
-        middle = len(self.tickets) // 2
+        middle = len(self.requests) // 2
         first, second = self._part(slice(0, middle)), self._part(slice(middle, None))
         self._batch.layers = []  # whoever still holds this one shall not keep memory that the halves give back
         return first, second
 
-    def _part(self, rows: slice) -> "CausalWriter":
-        part = object.__new__(CausalWriter)
+    def _part(self, rows: slice) -> "CausalGenerationBatch":
+        part = object.__new__(CausalGenerationBatch)
         part._decoder, part._batch = self._decoder, self._batch.part(rows)
         part._logits = None if self._logits is None else self._logits[rows]
-        part.tickets, part._choosers = self.tickets[rows], self._choosers[rows]
+        part.requests, part._choosers = self.requests[rows], self._choosers[rows]
         part._last, part._drawn = self._last[rows], self._drawn[rows]
         return part
 
     def _pick(self, places: Sequence[int]) -> None:
-        self.tickets = [self.tickets[place] for place in places]
+        self.requests = [self.requests[place] for place in places]
         self._last = [self._last[place] for place in places] if self._last else []
         self._drawn = [self._drawn[place] for place in places if place < len(self._drawn)]
         self._choosers = [self._choosers[place] for place in places]
@@ -116,14 +116,14 @@ class CausalWriter(Writer):
 
 
 @final
-class AttachedWriter(Writer):
+class GeneralGenerationBatch(GenerationBatch):
     """An encoder-decoder's rows, through the attachment: they begin together, and a row that ends is passed over."""
 
-    def __init__(self, attachment: Attachment, tickets: Sequence[Ticket], skipped: int = 0) -> None:
-        self._attachment = attachment
-        self.tickets = list(tickets)
-        self._places = list(range(len(tickets)))
-        self._all = list(tickets)
+    def __init__(self, prompted: PromptedModel, requests: Sequence[EngineRequest], skipped: int = 0) -> None:
+        self._prompted = prompted
+        self.requests = list(requests)
+        self._places = list(range(len(requests)))
+        self._all = list(requests)
         self._steps = 0
         self._tokens = self._begin()
         for _ in range(skipped):
@@ -134,29 +134,29 @@ class AttachedWriter(Writer):
         tokens = next(self._tokens).tolist()
         self._steps += 1
         found = [tokens[place] for place in self._places]
-        for ticket, token in zip(self.tickets, found, strict=True):
+        for request, token in zip(self.requests, found, strict=True):
             if token == _OVERFLOW:
-                ticket.fail(overflow(ticket))
+                request.fail(overflow(request))
         return found
 
     def keep(self, places: Sequence[int]) -> None:
         """The others' tokens are computed on and not looked at."""
         self._places = [self._places[place] for place in places]
-        self.tickets = [self._all[place] for place in self._places]
+        self.requests = [self._all[place] for place in self._places]
 
-    def halves(self) -> tuple["AttachedWriter", "AttachedWriter"]:
+    def halves(self) -> tuple["GeneralGenerationBatch", "GeneralGenerationBatch"]:
         """From the beginning and up to the same token: what broke off cannot be gone on with."""
-        middle = len(self.tickets) // 2
-        parts = self.tickets[:middle], self.tickets[middle:]
-        first, second = (AttachedWriter(self._attachment, part, self._steps) for part in parts)
+        middle = len(self.requests) // 2
+        parts = self.requests[:middle], self.requests[middle:]
+        first, second = (GeneralGenerationBatch(self._prompted, part, self._steps) for part in parts)
         return first, second
 
     def _begin(self) -> Iterator[Tensor]:
-        backbone = self._attachment.backbone
+        backbone = self._prompted.backbone
         prompts, index = distinct(self._all)
         inputs = collate(examples(self._all), pad_id=pad_id(backbone), side="left", with_answers=False)
-        works = [writing_of(ticket) for ticket in self._all]
-        return self._attachment.generate(
+        works = [generation_batch_of(request) for request in self._all]
+        return self._prompted.generate(
             inputs.input_ids.to(backbone.device),
             inputs.attention_mask.to(backbone.device),
             max_new_tokens=max(work.max_new_tokens for work in works),
@@ -167,13 +167,13 @@ class AttachedWriter(Writer):
         )
 
 
-def writing_of(ticket: Ticket) -> Writing:
+def generation_batch_of(request: EngineRequest) -> GenerateParams:
     """What is asked for."""
-    assert isinstance(ticket.work, Writing)
-    return ticket.work
+    assert isinstance(request.work, GenerateParams)
+    return request.work
 
 
-def _chooser(ticket: Ticket, device: torch.device) -> Callable[[Float[Tensor, "one vocab"]], Tensor] | None:
+def _chooser(request: EngineRequest, device: torch.device) -> Callable[[Float[Tensor, "one vocab"]], Tensor] | None:
     """None for the likeliest token, which all such rows choose at once."""
-    sampling = writing_of(ticket).sampling
+    sampling = generation_batch_of(request).sampling
     return Chooser(sampling, device) if sampling.temperature else None

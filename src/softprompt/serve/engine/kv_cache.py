@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from softprompt.models import Attachment
+from softprompt.models import PromptedModel
 from softprompt.models.causal import Causal
 from softprompt.models.verify import Sample, refuse_different, refusing, remembered, sample, sliding_window
 from softprompt.prompts import Folded
@@ -27,7 +27,7 @@ ROOM = 64
 
 @final
 @dataclass(frozen=True)
-class PromptState:
+class KVPrefix:
     """A prompt's keys and values, without padding: what serving one more prompt costs."""
 
     layers: tuple[tuple[Columns, Columns], ...]
@@ -57,7 +57,7 @@ class Row:
 
     ids: Sequence[int]
     prompt: Folded
-    state: PromptState
+    state: KVPrefix
 
 
 @final
@@ -136,17 +136,17 @@ class Decoder:
         ValueError: the model gives a row something else beside others than it gives the row alone.
     """
 
-    def __init__(self, attachment: Attachment) -> None:
-        self.attachment = attachment
-        self._model = attachment.backbone.model
+    def __init__(self, prompted: PromptedModel) -> None:
+        self.prompted = prompted
+        self._model = prompted.backbone.model
         self._positions = "position_ids" in inspect.signature(self._model.forward).parameters
-        self._by_column = isinstance(attachment, Causal) and attachment.in_row
+        self._by_column = isinstance(prompted, Causal) and prompted.in_row
         """The model counts columns (MPT), so there may be no padding between a row's prompt, text and next token."""
-        self.window = sliding_window(attachment.backbone)
+        self.window = sliding_window(prompted.backbone)
         """The narrowest attention window, where there is one: no row may be wider."""
         remembered(self._model, "served", self._check_exact)
 
-    def prompt_state(self, prompt: Folded) -> PromptState:
+    def prompt_state(self, prompt: Folded) -> KVPrefix:
         """The prompt's keys and values, computed once; no other prompt is touched.
 
         Raises:
@@ -154,20 +154,20 @@ class Decoder:
         """
         if not len(prompt.prompt()):  # what a pass of one token leaves, without its column
             one = self.prompt_state(Folded(prompt.prompt().new_zeros(1, prompt.prompt().shape[1])))
-            return PromptState(tuple((keys[:, :0].clone(), values[:, :0].clone()) for keys, values in one.layers))
-        matrix = self.attachment.matrices([prompt])[0]
+            return KVPrefix(tuple((keys[:, :0].clone(), values[:, :0].clone()) for keys, values in one.layers))
+        matrix = self.prompted.prompt_embeddings([prompt])[0]
         cache, mask = DynamicCache(), torch.ones(1, len(matrix), dtype=torch.long, device=matrix.device)
-        embeds = matrix[None].to(self.attachment.backbone.dtype)
+        embeds = matrix[None].to(self.prompted.backbone.dtype)
         self._model(
             inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1, **self._places(mask, 0)
         )
-        return PromptState(tuple((layer.keys[0].clone(), layer.values[0].clone()) for layer in cache.layers))
+        return KVPrefix(tuple((layer.keys[0].clone(), layer.values[0].clone()) for layer in cache.layers))
 
-    def begun(self, prompt: Folded, state: PromptState, ids: Sequence[int]) -> PromptState:
+    def begun(self, prompt: Folded, state: KVPrefix, ids: Sequence[int]) -> KVPrefix:
         """The same for texts that begin with `ids`."""
         batch, _ = self.read([Row(ids, prompt, state)])
         kept = [(layer.keys[0, :, : layer.length], layer.values[0, :, : layer.length]) for layer in batch.layers]
-        return PromptState(tuple((keys.clone(), values.clone()) for keys, values in kept), tuple(ids))
+        return KVPrefix(tuple((keys.clone(), values.clone()) for keys, values in kept), tuple(ids))
 
     def read(self, rows: Sequence[Row], room: int = 0) -> tuple[Batch, Float[Tensor, "row vocab"]]:
         """The rows in one pass, and the logits behind each.
@@ -179,7 +179,7 @@ class Decoder:
         Raises:
             ValueError: several rows together are wider than the attention window; read fewer at once.
         """
-        device = self.attachment.backbone.device
+        device = self.prompted.backbone.device
         longest, before = max(len(row.ids) for row in rows), max(row.state.length for row in rows)
         wide = longest + before + room  # tokens that follow are fed at this width, prompt and text still apart
         if self.window is not None and wide > self.window:
@@ -277,7 +277,7 @@ class Decoder:
 
     def _check_exact(self) -> bool:
         """Rows of several prompts that come, go on and leave at different times, each compared with itself alone."""
-        backbone, how = self.attachment.backbone, "rows that join and leave a batch"
+        backbone, how = self.prompted.backbone, "rows that join and leave a batch"
         with refusing(backbone, how):
             given = sample(backbone, self.window)
             states = [self.prompt_state(prompt) for prompt in given.prompts]
@@ -313,7 +313,7 @@ class Decoder:
 
     def _alone(self, given: Sample, row: int) -> Float[Tensor, "step vocab"]:
         """The model's own logits behind one row's text and behind each of its answer's tokens."""
-        ids = torch.tensor([*given.texts[row], *given.answer], device=self.attachment.backbone.device)
+        ids = torch.tensor([*given.texts[row], *given.answer], device=self.prompted.backbone.device)
         own = self._model.get_input_embeddings()(ids)
         logits: Tensor = self._model(inputs_embeds=torch.cat([given.prompt(row).to(own), own])[None]).logits[0]
         return logits[-4:]
@@ -328,7 +328,7 @@ class Decoder:
             return embeds
         distinct = list({id(prompt): prompt for prompt in prompts}.values())
         index = torch.tensor([next(i for i, one in enumerate(distinct) if one is prompt) for prompt in prompts])
-        return self.attachment.shifted(distinct, index.to(ids.device), ids, places)
+        return self.prompted.shifted(distinct, index.to(ids.device), ids, places)
 
     def _places(self, mask: Int[Tensor, "row total"], start: int) -> dict[str, Any]:
         """Mask and explicit positions from column `start` on; models without the latter count the mask themselves."""

@@ -4,15 +4,15 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import final
 
-from softprompt.serve.engine.request import Choice, Full, Ticket, Writing
+from softprompt.serve.engine.request import ClassifyParams, EngineRequest, GenerateParams, QueueFull
 
-Kind = type[Choice] | type[Writing]
+Kind = type[ClassifyParams] | type[GenerateParams]
 _WINDOW = 4
 """Rows looked at for each that is taken, when rows of similar length are wanted."""
 
 
 @final
-class Waiting:
+class RequestQueue:
     """A line a prompt and kind of work; prompts take turns, so a busy one delays itself and no other.
 
     Args:
@@ -21,7 +21,10 @@ class Waiting:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._lines: dict[Kind, OrderedDict[str, deque[Ticket]]] = {Choice: OrderedDict(), Writing: OrderedDict()}
+        self._lines: dict[Kind, OrderedDict[str, deque[EngineRequest]]] = {
+            ClassifyParams: OrderedDict(),
+            GenerateParams: OrderedDict(),
+        }
 
     def __len__(self) -> int:
         return sum(self.count(kind) for kind in self._lines)
@@ -42,7 +45,7 @@ class Waiting:
         """When the row came that has waited longest."""
         return min((line[0].arrived for line in self._lines[kind].values()), default=None)
 
-    def put(self, tickets: Sequence[Ticket], seconds_each: float) -> None:
+    def put(self, requests: Sequence[EngineRequest], seconds_each: float) -> None:
         """Let all of them wait, or none.
 
         Args:
@@ -52,13 +55,13 @@ class Waiting:
             Full: there is no room for all.
         """
         waiting = len(self)
-        if waiting + len(tickets) > self._most:
-            raise Full(waiting, min(max(1.0, waiting * seconds_each), 60.0))
-        for ticket in tickets:
-            lines = self._lines[type(ticket.work)]
-            lines.setdefault(ticket.served.name, deque()).append(ticket)
+        if waiting + len(requests) > self._most:
+            raise QueueFull(waiting, min(max(1.0, waiting * seconds_each), 60.0))
+        for request in requests:
+            lines = self._lines[type(request.work)]
+            lines.setdefault(request.served.name, deque()).append(request)
 
-    def take(self, kind: Kind, most: int, *, alike: bool = False) -> list[Ticket]:
+    def take(self, kind: Kind, most: int, *, alike: bool = False) -> list[EngineRequest]:
         """Up to `most` rows, prompt after prompt.
 
         Args:
@@ -70,37 +73,37 @@ class Waiting:
         picked = self._in_turn(lines, most * _WINDOW if alike else most)
         if alike:
             length = len(picked[0].ids)
-            picked = sorted(picked, key=lambda ticket: abs(len(ticket.ids) - length))[:most]
+            picked = sorted(picked, key=lambda request: abs(len(request.ids) - length))[:most]
         taken = set(map(id, picked))
-        for name in dict.fromkeys(ticket.served.name for ticket in picked):
-            rest = deque(ticket for ticket in lines.pop(name) if id(ticket) not in taken)
+        for name in dict.fromkeys(request.served.name for request in picked):
+            rest = deque(request for request in lines.pop(name) if id(request) not in taken)
             if rest:
                 lines[name] = rest  # at the end: it had its turn
         return picked
 
-    def drop(self, over: Callable[[Ticket], bool]) -> None:
+    def drop(self, over: Callable[[EngineRequest], bool]) -> None:
         """Let those go for whom nothing is left to do."""
         for lines in self._lines.values():
             for name in list(lines):
-                rest = deque(ticket for ticket in lines[name] if not over(ticket))
+                rest = deque(request for request in lines[name] if not over(request))
                 if rest:
                     lines[name] = rest
                 else:
                     del lines[name]
 
-    def everyone(self) -> list[Ticket]:
+    def everyone(self) -> list[EngineRequest]:
         """All who wait."""
-        return [ticket for lines in self._lines.values() for line in lines.values() for ticket in line]
+        return [request for lines in self._lines.values() for line in lines.values() for request in line]
 
     @staticmethod
-    def _in_turn(lines: OrderedDict[str, deque[Ticket]], most: int) -> list[Ticket]:
-        found: list[Ticket] = []
+    def _in_turn(lines: OrderedDict[str, deque[EngineRequest]], most: int) -> list[EngineRequest]:
+        found: list[EngineRequest] = []
         turns = [iter(line) for line in lines.values()]
         while turns and len(found) < most:
             still = []
             for line in turns:
-                if (ticket := next(line, None)) is not None:
-                    found.append(ticket)
+                if (request := next(line, None)) is not None:
+                    found.append(request)
                     still.append(line)
                     if len(found) == most:
                         break

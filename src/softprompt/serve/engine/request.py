@@ -10,14 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softprompt.models import Sampling
-from softprompt.serve.prompts.entry import Served
+from softprompt.serve.prompts.entry import PromptEntry
 
 
-class Unknown(LookupError):
+class PromptNotFound(LookupError):
     """There is no prompt of that name."""
 
 
-class Full(RuntimeError):
+class QueueFull(RuntimeError):
     """The line is full; `after` seconds from now there should be room."""
 
     def __init__(self, waiting: int, after: float) -> None:
@@ -25,7 +25,7 @@ class Full(RuntimeError):
         self.after = after
 
 
-class Closed(RuntimeError):
+class EngineClosed(RuntimeError):
     """The engine takes no more requests."""
 
 
@@ -35,7 +35,7 @@ class Cancelled(RuntimeError):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class ClassifyParams:
     """Choose among candidates: their tokens, as `Attachment.score` takes them."""
 
     candidates: tuple[tuple[int, ...], ...]
@@ -43,7 +43,7 @@ class Choice:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Writing:
+class GenerateParams:
     """Write up to `max_new_tokens` tokens."""
 
     max_new_tokens: int
@@ -54,7 +54,7 @@ class Writing:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Chosen:
+class ClassifyOutput:
     """The answer to a `Choice`."""
 
     scores: tuple[float, ...]
@@ -63,7 +63,7 @@ class Chosen:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class GenerateOutput:
     """The answer to a `Writing`."""
 
     tokens: tuple[int, ...]
@@ -72,7 +72,7 @@ class Written:
 
 
 @final
-class Ticket:
+class EngineRequest:
     """A row in line, and the promise of its answer.
 
     Args:
@@ -86,9 +86,9 @@ class Ticket:
 
     def __init__(
         self,
-        served: Served,
+        served: PromptEntry,
         ids: Sequence[int],
-        work: Choice | Writing,
+        work: ClassifyParams | GenerateParams,
         *,
         timeout: float | None = None,
         on_token: Callable[[int], None] | None = None,
@@ -129,7 +129,7 @@ class Ticket:
         """Give it up; its place in the batch is free at the next step."""
         self.fail(Cancelled("the request was cancelled"))
 
-    def answer(self, value: Chosen | Written) -> None:
+    def answer(self, value: ClassifyOutput | GenerateOutput) -> None:
         """Settle it, unless it was given up meanwhile."""
         self._settle(lambda: self.future.set_result(value))
 
@@ -146,15 +146,15 @@ class Ticket:
     def write(self, token: int) -> None:
         """Take the next token of a `Writing`, and settle it where that was the last."""
         work = self.work
-        assert isinstance(work, Writing)
+        assert isinstance(work, GenerateParams)
         if token in work.stop:
-            self.answer(Written(tokens=tuple(self.tokens), finish="stop"))
+            self.answer(GenerateOutput(tokens=tuple(self.tokens), finish="stop"))
             return
         self.tokens.append(token)
         if self._on_token is not None:
             self._on_token(token)
         if len(self.tokens) >= work.max_new_tokens:
-            self.answer(Written(tokens=tuple(self.tokens), finish="length"))
+            self.answer(GenerateOutput(tokens=tuple(self.tokens), finish="length"))
 
     def _settle(self, settle: Callable[[], None]) -> None:
         if not self.future.done():
@@ -164,8 +164,8 @@ class Ticket:
                 return
 
 
-def overflow(ticket: Ticket) -> FloatingPointError:
+def overflow(request: EngineRequest) -> FloatingPointError:
     """The error of a row for which the model gives no numbers."""
     return FloatingPointError(
-        f"prompt {ticket.served.name!r} overflows in the model on this row; train it again, or use another dtype"
+        f"prompt {request.served.name!r} overflows in the model on this row; train it again, or use another dtype"
     )

@@ -11,10 +11,15 @@ from typing import Literal, final
 import torch
 
 from softprompt.backbones import Backbone
-from softprompt.serve.engine.generation import AttachedWriter, CausalWriter, Writer, writing_of
+from softprompt.serve.engine.generation import (
+    CausalGenerationBatch,
+    GeneralGenerationBatch,
+    GenerationBatch,
+    generation_batch_of,
+)
 from softprompt.serve.engine.kv_cache import Decoder
-from softprompt.serve.engine.request import Chosen, Ticket, overflow
-from softprompt.serve.engine.scoring import AttachedScorer, CausalScorer, Scorer
+from softprompt.serve.engine.request import ClassifyOutput, EngineRequest, overflow
+from softprompt.serve.engine.scoring import CausalScorer, GeneralScorer, Scorer
 from softprompt.serve.prompts.entry import bare
 
 _log = logging.getLogger("softprompt.serve")
@@ -52,8 +57,8 @@ class Worker:
             self.decoder = Decoder(bare(backbone))
             self._score: Scorer = CausalScorer(self.decoder)
         else:
-            self._score = AttachedScorer(backbone)
-        self.writers: list[Writer] = []
+            self._score = GeneralScorer(backbone)
+        self.writers: list[GenerationBatch] = []
         self.seconds_each = 0.05
         """What a row took lately."""
 
@@ -68,29 +73,31 @@ class Worker:
     @property
     def active(self) -> int:
         """Rows that are being written."""
-        return sum(len(writer.tickets) for writer in self.writers)
+        return sum(len(writer.requests) for writer in self.writers)
 
-    def choose(self, tickets: Sequence[Ticket]) -> None:
+    def choose(self, requests: Sequence[EngineRequest]) -> None:
         """Settle a batch of choices."""
         start = time.monotonic()
         try:
-            found = self._score(tickets)
+            found = self._score(requests)
         except Exception as error:
-            self._again(tickets, error, self.choose)
+            self._again(requests, error, self.choose)
             return
-        self._went_well("choice", len(tickets), time.monotonic() - start)
-        for ticket, scores in zip(tickets, found, strict=True):
+        self._went_well("choice", len(requests), time.monotonic() - start)
+        for request, scores in zip(requests, found, strict=True):
             if any(map(math.isnan, scores)):
-                self._fail(ticket, overflow(ticket))
+                self._fail(request, overflow(request))
             else:
-                ticket.answer(Chosen(scores=scores))
+                request.answer(ClassifyOutput(scores=scores))
 
-    def begin(self, tickets: Sequence[Ticket]) -> None:
+    def begin(self, requests: Sequence[EngineRequest]) -> None:
         """Let rows be written from the next step on."""
-        groups = [list(tickets)]
+        groups = [list(requests)]
         if self.decoder is None:  # a call draws all rows from one generator, so a drawn row goes alone
-            greedy = [ticket for ticket in tickets if not writing_of(ticket).sampling.temperature]
-            groups = [[one] for one in tickets if writing_of(one).sampling.temperature] + ([greedy] if greedy else [])
+            greedy = [request for request in requests if not generation_batch_of(request).sampling.temperature]
+            groups = [[one] for one in requests if generation_batch_of(one).sampling.temperature] + (
+                [greedy] if greedy else []
+            )
         for group in groups:
             self._begin(group)
 
@@ -104,31 +111,31 @@ class Worker:
         """Take out the rows that were given up."""
         for writer in self.writers:
             self._let_go(writer)
-        self.writers = [writer for writer in self.writers if writer.tickets]
+        self.writers = [writer for writer in self.writers if writer.requests]
 
-    def _begin(self, tickets: Sequence[Ticket]) -> None:
+    def _begin(self, requests: Sequence[EngineRequest]) -> None:
         try:
-            writer: Writer = (
-                AttachedWriter(bare(self._backbone), tickets)
+            writer: GenerationBatch = (
+                GeneralGenerationBatch(bare(self._backbone), requests)
                 if self.decoder is None
-                else CausalWriter(self.decoder, tickets)
+                else CausalGenerationBatch(self.decoder, requests)
             )
             self._advance(writer)
         except Exception as error:
-            self._again(tickets, error, self._begin)
+            self._again(requests, error, self._begin)
             return
         self._let_go(writer)
-        if writer.tickets:
+        if writer.requests:
             self.writers.append(writer)
 
-    def _step(self, writer: Writer) -> None:
+    def _step(self, writer: GenerationBatch) -> None:
         try:
             self._advance(writer)
         except Exception as error:
-            self._note(error, len(writer.tickets))
+            self._note(error, len(writer.requests))
             place = self.writers.index(writer)
-            if len(writer.tickets) == 1:
-                writer.tickets[0].fail(error)
+            if len(writer.requests) == 1:
+                writer.requests[0].fail(error)
                 self.writers.pop(place)
                 return
             parts = self.writers[place : place + 1] = self._halves(writer, error)
@@ -136,43 +143,43 @@ class Worker:
                 self._step(part)
             return
         self._let_go(writer)
-        if not writer.tickets:
+        if not writer.requests:
             self.writers.remove(writer)
 
-    def _let_go(self, writer: Writer) -> None:
+    def _let_go(self, writer: GenerationBatch) -> None:
         """Take out the rows that are over; where memory is short they stay until the next step, and are passed over."""
         try:
-            writer.keep([place for place, ticket in enumerate(writer.tickets) if not ticket.over])
+            writer.keep([place for place, request in enumerate(writer.requests) if not request.over])
         except Exception as error:
-            self._note(error, len(writer.tickets))
+            self._note(error, len(writer.requests))
 
-    def _halves(self, writer: Writer, error: Exception) -> list[Writer]:
+    def _halves(self, writer: GenerationBatch, error: Exception) -> list[GenerationBatch]:
         try:
             return list(writer.halves())
         except Exception:  # not even that; nothing is left to go on with
             _log.exception("a batch could not be halved")
-            for ticket in writer.tickets:
-                ticket.fail(error)
+            for request in writer.requests:
+                request.fail(error)
             return []
 
-    def _advance(self, writer: Writer) -> None:
+    def _advance(self, writer: GenerationBatch) -> None:
         """One step; nothing after `step` may fail, since what fails is done once more."""
-        start, rows = time.monotonic(), list(writer.tickets)
+        start, rows = time.monotonic(), list(writer.requests)
         tokens = writer.step()
         self._went_well("writing", len(rows), time.monotonic() - start)
-        for ticket, token in zip(rows, tokens, strict=True):
-            if ticket.over:
+        for request, token in zip(rows, tokens, strict=True):
+            if request.over:
                 continue
             try:
-                ticket.write(token)
+                request.write(token)
             except Exception as error:  # whoever listens is gone
-                ticket.fail(error)
+                request.fail(error)
 
     def _gather(self) -> None:
         """One batch of all decoder's rows, as far as they may share one."""
-        causal = [writer for writer in self.writers if isinstance(writer, CausalWriter)]
+        causal = [writer for writer in self.writers if isinstance(writer, CausalGenerationBatch)]
         for writer in causal[1:]:
-            rows = len(causal[0].tickets) + len(writer.tickets)
+            rows = len(causal[0].requests) + len(writer.requests)
             if rows <= self.most:
                 try:
                     causal[0].take(writer)
@@ -181,15 +188,17 @@ class Worker:
                     return
                 self.writers.remove(writer)
 
-    def _again(self, tickets: Sequence[Ticket], error: Exception, run: Callable[[Sequence[Ticket]], None]) -> None:
+    def _again(
+        self, requests: Sequence[EngineRequest], error: Exception, run: Callable[[Sequence[EngineRequest]], None]
+    ) -> None:
         """Both halves by themselves; a row that fails alone has failed."""
-        self._note(error, len(tickets))
-        if len(tickets) == 1:
-            tickets[0].fail(error)
+        self._note(error, len(requests))
+        if len(requests) == 1:
+            requests[0].fail(error)
             return
-        middle = len(tickets) // 2
-        run(tickets[:middle])
-        run(tickets[middle:])
+        middle = len(requests) // 2
+        run(requests[:middle])
+        run(requests[middle:])
 
     def _note(self, error: Exception, rows: int) -> None:
         if _is_memory(error):
@@ -213,9 +222,9 @@ class Worker:
         except Exception:  # whoever watches is no reason to fail a row
             _log.exception("a watcher failed")
 
-    def _fail(self, ticket: Ticket, error: Exception) -> None:
-        _log.error("prompt %s: %s", ticket.served.name, type(error).__name__)
-        ticket.fail(error)
+    def _fail(self, request: EngineRequest, error: Exception) -> None:
+        _log.error("prompt %s: %s", request.served.name, type(error).__name__)
+        request.fail(error)
 
 
 def _is_memory(error: Exception) -> bool:

@@ -11,8 +11,8 @@ from typing import Any, final
 
 import torch
 
-from softprompt.serve.engine.queue import Waiting
-from softprompt.serve.engine.request import Choice, Closed, Ticket, Writing
+from softprompt.serve.engine.queue import RequestQueue
+from softprompt.serve.engine.request import ClassifyParams, EngineClosed, EngineRequest, GenerateParams
 from softprompt.serve.engine.runner import Worker
 from softprompt.serve.limits import Limits
 
@@ -28,7 +28,7 @@ _SHUT = "the service shut down before the answer was there"
 
 
 @final
-class Turns:
+class Scheduler:
     """The thread that owns the model; any other hands it rows, and jobs to be done between two passes.
 
     However it ends, every row and job that it was given is settled.
@@ -41,8 +41,8 @@ class Turns:
         self._worker, self._limits = worker, limits
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._doing: list[tuple[Callable[[], Any], Future[Any]]] = []
-        self._waiting = Waiting(limits.max_waiting)
-        self._taken: list[Ticket] = []
+        self._waiting = RequestQueue(limits.max_waiting)
+        self._taken: list[EngineRequest] = []
         self._since: float | None = None
         self._wake = threading.Condition()
         self._closed, self._give_up = False, False
@@ -65,7 +65,7 @@ class Turns:
         with self._wake:
             return self._waiting.by_prompt()
 
-    def submit(self, tickets: Sequence[Ticket]) -> None:
+    def submit(self, requests: Sequence[EngineRequest]) -> None:
         """Let all of them wait for their turn, or none.
 
         Raises:
@@ -73,8 +73,8 @@ class Turns:
         """
         with self._wake:
             self._refuse_closed()
-            self._waiting.drop(lambda ticket: ticket.over)
-            self._waiting.put(tickets, self._worker.seconds_each)
+            self._waiting.drop(lambda request: request.over)
+            self._waiting.put(requests, self._worker.seconds_each)
             self._wake.notify()
 
     def do(self, job: Callable[[], Any]) -> Any:
@@ -103,7 +103,7 @@ class Turns:
         self._thread.join(_LAST)
         if self._thread.is_alive():
             _log.error("the engine's thread is stuck and left behind")
-            self._fail_all(Closed(_SHUT))
+            self._fail_all(EngineClosed(_SHUT))
 
     @property
     def _most(self) -> float:
@@ -112,7 +112,7 @@ class Turns:
 
     def _refuse_closed(self) -> None:
         if self._closed:
-            raise Closed("the service is shutting down; ask another one")
+            raise EngineClosed("the service is shutting down; ask another one")
 
     def _run(self) -> None:
         reason = _SHUT
@@ -124,7 +124,7 @@ class Turns:
             reason = "the service failed and takes nothing more; its log says why, start it anew"
             _log.exception("the engine's thread ended")
         finally:
-            self._fail_all(Closed(reason))
+            self._fail_all(EngineClosed(reason))
 
     def _turn(self) -> bool:
         """One round: jobs, a batch of choices, a token of every text; whether there may be another."""
@@ -138,11 +138,13 @@ class Turns:
                 return False
             self._since = now = time.monotonic()
             self._doing = [self._jobs.popleft() for _ in range(len(self._jobs))]
-            for ticket in (*self._waiting.everyone(), *(one for w in self._worker.writers for one in w.tickets)):
-                ticket.expire(now)
-            self._waiting.drop(lambda ticket: ticket.over)
-            choices = self._waiting.take(Choice, self._worker.most_choices, alike=True) if self._choice_due() else []
-            texts = self._waiting.take(Writing, min(_ENTER, self._worker.most - self._worker.active))
+            for request in (*self._waiting.everyone(), *(one for w in self._worker.writers for one in w.requests)):
+                request.expire(now)
+            self._waiting.drop(lambda request: request.over)
+            choices = (
+                self._waiting.take(ClassifyParams, self._worker.most_choices, alike=True) if self._choice_due() else []
+            )
+            texts = self._waiting.take(GenerateParams, min(_ENTER, self._worker.most - self._worker.active))
             self._taken = [*choices, *texts]
         for job, done in self._doing:
             if done.done():  # whoever asked has given up
@@ -155,8 +157,8 @@ class Turns:
                 _settle(done.set_result, found)
         self._doing = []
         self._worker.drop()
-        for run, tickets in ((self._worker.choose, choices), (self._worker.begin, texts)):
-            if wanted := [ticket for ticket in tickets if not ticket.over]:
+        for run, requests in ((self._worker.choose, choices), (self._worker.begin, texts)):
+            if wanted := [request for request in requests if not request.over]:
                 run(wanted)
         self._worker.step()
         return True
@@ -166,30 +168,34 @@ class Turns:
 
     def _due(self) -> bool:
         return bool(
-            self._give_up or self._jobs or self._worker.writers or self._choice_due() or self._waiting.count(Writing)
+            self._give_up
+            or self._jobs
+            or self._worker.writers
+            or self._choice_due()
+            or self._waiting.count(GenerateParams)
         )
 
     def _choice_due(self) -> bool:
-        oldest = self._waiting.oldest(Choice)
+        oldest = self._waiting.oldest(ClassifyParams)
         return oldest is not None and (
             self._closed
-            or self._waiting.count(Choice) >= self._worker.most_choices
+            or self._waiting.count(ClassifyParams) >= self._worker.most_choices
             or time.monotonic() - oldest >= self._limits.max_wait / 1000
         )
 
     def _pause(self) -> float | None:
         """Seconds until the oldest choice has waited long enough; none: until something comes."""
-        oldest = self._waiting.oldest(Choice)
+        oldest = self._waiting.oldest(ClassifyParams)
         return None if oldest is None else max(oldest + self._limits.max_wait / 1000 - time.monotonic(), 0.0)
 
-    def _fail_all(self, error: Closed) -> None:
+    def _fail_all(self, error: EngineClosed) -> None:
         with self._wake:
             self._closed = True
-            writing = [ticket for writer in self._worker.writers for ticket in writer.tickets]
+            writing = [request for writer in self._worker.writers for request in writer.requests]
             # What was taken and is in no batch yet, or not done yet, is in nobody else's hands.
-            for ticket in (*self._waiting.everyone(), *writing, *self._taken):
-                ticket.fail(error)
-            self._waiting.drop(lambda ticket: True)
+            for request in (*self._waiting.everyone(), *writing, *self._taken):
+                request.fail(error)
+            self._waiting.drop(lambda request: True)
             for _, done in (*self._jobs, *self._doing):
                 _settle(done.set_exception, error)
             self._jobs.clear()

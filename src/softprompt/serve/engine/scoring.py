@@ -11,12 +11,12 @@ from transformers.cache_utils import Cache
 
 from softprompt.backbones import Backbone
 from softprompt.evaluation.predict import pad_id
-from softprompt.models import Attachment
-from softprompt.models.decode_state import State
+from softprompt.models import PromptedModel
+from softprompt.models.decode_state import DecodeState
 from softprompt.models.label_tree import SharedLayer, score_rest
 from softprompt.serve.engine.kv_cache import Batch, Decoder, Row
-from softprompt.serve.engine.request import Choice, Ticket
-from softprompt.serve.prompts.entry import Served, bare, needs_head
+from softprompt.serve.engine.request import ClassifyParams, EngineRequest
+from softprompt.serve.prompts.entry import PromptEntry, bare, needs_head
 from softprompt.tasks import Example, collate
 
 _UNION = 8
@@ -28,7 +28,7 @@ class Scorer(ABC):
     """Scores the rows of a batch; a batch either has all its scores or fails as a whole."""
 
     @abstractmethod
-    def __call__(self, tickets: Sequence[Ticket]) -> Scores:
+    def __call__(self, requests: Sequence[EngineRequest]) -> Scores:
         """Each row's log-probability of each of its candidates."""
 
 
@@ -39,39 +39,39 @@ class CausalScorer(Scorer):
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
 
-    def __call__(self, tickets: Sequence[Ticket]) -> Scores:
+    def __call__(self, requests: Sequence[EngineRequest]) -> Scores:
         """Candidates of several tokens go on from their row's keys and values."""
-        wanted = [candidates_of(ticket) for ticket in tickets]
+        wanted = [candidates_of(request) for request in requests]
         longest = max(len(candidate) for own in wanted for candidate in own)
-        batch, logits = self._decoder.read([row_of(ticket) for ticket in tickets], room=longest - 1)
+        batch, logits = self._decoder.read([row_of(request) for request in requests], room=longest - 1)
         logp = logits.float().log_softmax(-1)
         scores = [logp[row, [ids[0] for ids in candidates]].tolist() for row, candidates in enumerate(wanted)]
         longer = [tuple(dict.fromkeys(ids for ids in own if len(ids) > 1)) for own in wanted]
-        state = self._state(batch, tickets)
+        state = self._state(batch, requests)
         for group in _grouped([row for row, own in enumerate(longer) if own], longer):
             union = list(dict.fromkeys(ids for row in group for ids in longer[row]))
-            part = state if len(group) == len(tickets) else _rows(state, group)
-            for row, rest in zip(group, score_rest(self._decoder.attachment, part, union).tolist(), strict=True):
+            part = state if len(group) == len(requests) else _rows(state, group)
+            for row, rest in zip(group, score_rest(self._decoder.prompted, part, union).tolist(), strict=True):
                 value = dict(zip(union, rest, strict=True))
                 scores[row] = [score + value.get(ids, 0.0) for score, ids in zip(scores[row], wanted[row], strict=True)]
         return [tuple(row) for row in scores]
 
-    def _state(self, batch: Batch, tickets: Sequence[Ticket]) -> State:
+    def _state(self, batch: Batch, requests: Sequence[EngineRequest]) -> DecodeState:
         """The batch as an attachment goes on from it."""
-        prompts, index = distinct(tickets)
+        prompts, index = distinct(requests)
         rows = torch.tensor(index, device=batch.mask.device)
         plain = all(one.prompt.plain for one in prompts)  # whose rows' embeddings are the model's own
-        cache, none = Cache(layers=list(batch.layers)), batch.mask.new_zeros(len(tickets), 0, 0)
+        cache, none = Cache(layers=list(batch.layers)), batch.mask.new_zeros(len(requests), 0, 0)
         shifting = [] if plain else [one.prompt for one in prompts]
-        return State(cache, batch.mask, none, batch.texts[:, None], shifting, None if plain else rows)
+        return DecodeState(cache, batch.mask, none, batch.texts[:, None], shifting, None if plain else rows)
 
 
-def _rows(state: State, rows: Sequence[int]) -> State:
+def _rows(state: DecodeState, rows: Sequence[int]) -> DecodeState:
     """Some rows of a batch that has been read."""
     at, width = torch.tensor(rows, device=state.mask.device), state.mask.shape[1]
     layers = [SharedLayer(layer.keys[at, :, :width], layer.values[at, :, :width]) for layer in state.cache.layers]
     index = None if state.rows is None else state.rows[at]
-    return state._replace(cache=Cache(layers=layers), mask=state.mask[at], place=state.place[at], rows=index)
+    return state._replace(cache=Cache(layers=layers), mask=state.mask[at], next_position=state.next_position[at], rows=index)
 
 
 def _grouped(rows: Sequence[int], candidates: Sequence[Sequence[tuple[int, ...]]]) -> list[list[int]]:
@@ -90,60 +90,60 @@ def _grouped(rows: Sequence[int], candidates: Sequence[Sequence[tuple[int, ...]]
 
 
 @final
-class AttachedScorer(Scorer):
+class GeneralScorer(Scorer):
     """Through the attachment, where nothing of a prompt but its vectors can be computed ahead."""
 
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
-        self._attachment = None if needs_head(backbone) else bare(backbone)
+        self._prompted = None if needs_head(backbone) else bare(backbone)
 
-    def __call__(self, tickets: Sequence[Ticket]) -> Scores:
+    def __call__(self, requests: Sequence[EngineRequest]) -> Scores:
         """Rows whose candidates differ are scored together while few candidates are scored in vain."""
         found: dict[int, tuple[float, ...]] = {}
-        for group in self._groups(tickets):
-            part = [tickets[place] for place in group]
+        for group in self._groups(requests):
+            part = [requests[place] for place in group]
             found.update(zip(group, self._together(part), strict=True))
-        return [found[place] for place in range(len(tickets))]
+        return [found[place] for place in range(len(requests))]
 
-    def _groups(self, tickets: Sequence[Ticket]) -> list[list[int]]:
+    def _groups(self, requests: Sequence[EngineRequest]) -> list[list[int]]:
         """Places of rows that share a pass: all of them, unless a decoder would run for many candidates in vain."""
         if self._backbone.architecture == "encoder":
-            return [list(range(len(tickets)))]
+            return [list(range(len(requests)))]
         if self._backbone.architecture == "vision":
-            return self._by_shape(tickets)
-        return _grouped(range(len(tickets)), [candidates_of(ticket) for ticket in tickets])
+            return self._by_shape(requests)
+        return _grouped(range(len(requests)), [candidates_of(request) for request in requests])
 
-    def _by_shape(self, tickets: Sequence[Ticket]) -> list[list[int]]:
+    def _by_shape(self, requests: Sequence[EngineRequest]) -> list[list[int]]:
         """Places of images of one size whose prompts are of one depth."""
         found: dict[tuple[Any, int], list[int]] = {}
-        for place, ticket in enumerate(tickets):
-            assert ticket.pixels is not None
-            found.setdefault((ticket.pixels.shape, ticket.served.prompt.depth), []).append(place)
+        for place, request in enumerate(requests):
+            assert request.pixels is not None
+            found.setdefault((request.pixels.shape, request.served.prompt.depth), []).append(place)
         return list(found.values())
 
-    def _inputs(self, tickets: Sequence[Ticket]) -> tuple[Tensor, Tensor | None]:
+    def _inputs(self, requests: Sequence[EngineRequest]) -> tuple[Tensor, Tensor | None]:
         device = self._backbone.device
-        pixels = [ticket.pixels for ticket in tickets if ticket.pixels is not None]
+        pixels = [request.pixels for request in requests if request.pixels is not None]
         if pixels:
             return torch.stack(pixels).to(device), None
         pad = pad_id(self._backbone)
-        return collate(examples(tickets), pad_id=pad, side="left", with_answers=False).inputs(device)
+        return collate(examples(requests), pad_id=pad, side="left", with_answers=False).inputs(device)
 
-    def _together(self, tickets: Sequence[Ticket]) -> Scores:
-        prompts, index = distinct(tickets)
-        inputs, mask = self._inputs(tickets)
+    def _together(self, requests: Sequence[EngineRequest]) -> Scores:
+        prompts, index = distinct(requests)
+        inputs, mask = self._inputs(requests)
         places = torch.tensor(index, device=self._backbone.device)
-        wanted = [candidates_of(ticket) for ticket in tickets]
-        if self._attachment is None:
-            heads = _Heads([ticket.served for ticket in tickets])
-            attached: Attachment = bare(self._backbone, heads)
+        wanted = [candidates_of(request) for request in requests]
+        if self._prompted is None:
+            heads = _Heads([request.served for request in requests])
+            attached: PromptedModel = bare(self._backbone, heads)
             scores = attached.score(
                 inputs, mask, [(0,)] * heads.classes, prompts=[p.prompt for p in prompts], index=places
             )
             return [tuple(row[: len(own)]) for row, own in zip(scores.tolist(), wanted, strict=True)]
         union = list(dict.fromkeys(candidate for own in wanted for candidate in own))
         at = {candidate: column for column, candidate in enumerate(union)}
-        scores = self._attachment.score(inputs, mask, union, prompts=[p.prompt for p in prompts], index=places)
+        scores = self._prompted.score(inputs, mask, union, prompts=[p.prompt for p in prompts], index=places)
         return [tuple(row[at[one]] for one in own) for row, own in zip(scores.tolist(), wanted, strict=True)]
 
 
@@ -151,7 +151,7 @@ class AttachedScorer(Scorer):
 class _Heads(nn.Module):
     """Each row through its own prompt's head; a class that a row's head does not have gets no probability."""
 
-    def __init__(self, served: Sequence[Served]) -> None:
+    def __init__(self, served: Sequence[PromptEntry]) -> None:
         super().__init__()
         heads = [one.head for one in served if one.head is not None]
         if len(heads) < len(served):
@@ -168,28 +168,28 @@ class _Heads(nn.Module):
         return found
 
 
-def candidates_of(ticket: Ticket) -> tuple[tuple[int, ...], ...]:
+def candidates_of(request: EngineRequest) -> tuple[tuple[int, ...], ...]:
     """What a row chooses among."""
-    assert isinstance(ticket.work, Choice)
-    return ticket.work.candidates
+    assert isinstance(request.work, ClassifyParams)
+    return request.work.candidates
 
 
-def row_of(ticket: Ticket) -> Row:
+def row_of(request: EngineRequest) -> Row:
     """The row as a decoder reads it: behind the beginning that was read when its prompt came, if it has that."""
-    served, begun = ticket.served, ticket.served.begun
+    served, begun = request.served, request.served.begun
     assert served.state is not None
-    if begun is not None and len(ticket.ids) > (read := len(begun.read)) and tuple(ticket.ids[:read]) == begun.read:
-        return Row(ticket.ids[read:], served.prompt, begun)
-    return Row(ticket.ids, served.prompt, served.state)
+    if begun is not None and len(request.ids) > (read := len(begun.read)) and tuple(request.ids[:read]) == begun.read:
+        return Row(request.ids[read:], served.prompt, begun)
+    return Row(request.ids, served.prompt, served.state)
 
 
-def distinct(tickets: Sequence[Ticket]) -> tuple[list[Served], list[int]]:
+def distinct(requests: Sequence[EngineRequest]) -> tuple[list[PromptEntry], list[int]]:
     """The prompts that the rows use, once each, and which one each row takes."""
-    served = list({id(ticket.served): ticket.served for ticket in tickets}.values())
+    served = list({id(request.served): request.served for request in requests}.values())
     places = {id(one): place for place, one in enumerate(served)}
-    return served, [places[id(ticket.served)] for ticket in tickets]
+    return served, [places[id(request.served)] for request in requests]
 
 
-def examples(tickets: Sequence[Ticket]) -> list[Example]:
+def examples(requests: Sequence[EngineRequest]) -> list[Example]:
     """The rows as `collate` takes them."""
-    return [Example(ticket.ids, (), None, row) for row, ticket in enumerate(tickets)]
+    return [Example(request.ids, (), None, row) for row, request in enumerate(requests)]

@@ -12,10 +12,10 @@ from torch import nn
 from softprompt import files
 from softprompt.backbones import Backbone
 from softprompt.evaluation.predict import input_limit
-from softprompt.models import Attachment, attach
+from softprompt.models import PromptedModel, attach
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.runs import RECORD, open_run, read_prompt
-from softprompt.serve.engine.kv_cache import PromptState
+from softprompt.serve.engine.kv_cache import KVPrefix
 from softprompt.tasks import Task, answer_ids
 from softprompt.tasks.template import parse
 
@@ -26,7 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Served:
+class PromptEntry:
     """A prompt under its name, with all that answering with it takes."""
 
     name: str
@@ -37,15 +37,15 @@ class Served:
     """What it was trained for, where that is known."""
     candidates: tuple[tuple[int, ...], ...] = ()
     """The tokens of the task's words, in a classification."""
-    max_tokens: int | None = None
+    max_input_tokens: int | None = None
     """Most tokens of an input, as in training; none: what the engine allows."""
     max_new_tokens: int = 64
     """Most tokens of an answer, unless a request says otherwise."""
     head: nn.Module | None = None
     """What an encoder without words answers through."""
-    state: PromptState | None = None
+    state: KVPrefix | None = None
     """Its keys and values, in front of a decoder."""
-    begun: PromptState | None = None
+    begun: KVPrefix | None = None
     """The same with the words that its template begins with, where those are many."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
@@ -56,7 +56,7 @@ class Served:
         return len(self.prompt.prompt())
 
     @property
-    def states(self) -> tuple[PromptState, ...]:
+    def states(self) -> tuple[KVPrefix, ...]:
         """All keys and values that are held."""
         return tuple(state for state in (self.state, self.begun) if state is not None)
 
@@ -109,7 +109,7 @@ def checked_name(name: str) -> str:
     return files.check_name(name, "the prompt name")
 
 
-def from_folder(name: str, folder: Path, backbone: Backbone) -> Served:
+def from_folder(name: str, folder: Path, backbone: Backbone) -> PromptEntry:
     """The prompt of a run or of a PEFT prompt-tuning folder.
 
     Raises:
@@ -123,27 +123,27 @@ def from_folder(name: str, folder: Path, backbone: Backbone) -> Served:
     run = open_run(folder)
     if run.experiment.baseline != "none":
         raise ValueError(f"run {folder} is the baseline {run.experiment.baseline} and has no prompt to serve")
-    if own := run.experiment.own_layout:
+    if own := run.experiment.unusual_layout:
         raise ValueError(
             f"the prompt of run {folder} is {own}, and requests share prompts that are in front of it; use softprompt "
-            "predict, or train one with place=front and attend=joint"
+            "predict, or train one with prompt_position=prefix and prompt_attention=full"
         )
-    attached = run.attachment(backbone)
+    attached = run.prompted(backbone)
     assert attached.prompt is not None
     task, training = run.task, run.experiment.training
-    return Served(
+    return PromptEntry(
         name=checked_name(name),
         prompt=attached.prompt.fold(),
         source="run",
         task=task,
         candidates=answer_ids(task, backbone.tokenizer) if task.is_classification else (),
-        max_tokens=input_limit(attached, task, training),
+        max_input_tokens=input_limit(attached, task, training),
         max_new_tokens=training.max_new_tokens,
         head=attached.head,
     )
 
 
-def from_prompt(name: str, prompt: SoftPrompt, backbone: Backbone, source: str = "sent") -> Served:
+def from_prompt(name: str, prompt: SoftPrompt, backbone: Backbone, source: str = "sent") -> PromptEntry:
     """A prompt without a task: it continues texts, and classifies with the labels that a request brings.
 
     Raises:
@@ -159,13 +159,13 @@ def from_prompt(name: str, prompt: SoftPrompt, backbone: Backbone, source: str =
             f"the prompt is {width} wide, but {called(backbone)} embeds in {backbone.dim}; it was trained for another "
             "backbone"
         )
-    return Served(name=checked_name(name), prompt=folded, source=source)
+    return PromptEntry(name=checked_name(name), prompt=folded, source=source)
 
 
-def without_prompt(backbone: Backbone) -> Served:
+def without_prompt(backbone: Backbone) -> PromptEntry:
     """The zero-shot model: a prompt of no virtual tokens and no task."""
     matrix = torch.zeros(0, backbone.dim, device=backbone.device)
-    return Served(name=BASE, prompt=Folded(matrix), source=BASE)
+    return PromptEntry(name=BASE, prompt=Folded(matrix), source=BASE)
 
 
 def needs_head(backbone: Backbone) -> bool:
@@ -178,6 +178,6 @@ def called(backbone: Backbone) -> str:
     return Path(backbone.source).name
 
 
-def bare(backbone: Backbone, head: nn.Module | None = None) -> Attachment:
+def bare(backbone: Backbone, head: nn.Module | None = None) -> PromptedModel:
     """The backbone with no prompt of its own; every call brings its prompts."""
     return attach(backbone, None, head=head)

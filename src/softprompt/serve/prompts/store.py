@@ -69,7 +69,7 @@ def _header(content: bytes) -> dict[str, Any]:
 
 
 @final
-class Shelf:
+class PromptStore:
     """The folder that keeps prompts which are sent, so that they are served again after a restart.
 
     Args:
@@ -111,7 +111,7 @@ class Shelf:
             raise FileExistsError(f"the prompt name {name!r} is taken; choose another, or replace it")
         fresh = not place.is_dir()
         try:
-            with files.replacing(place / _FILE) as draft:
+            with files.atomic_write(place / _FILE) as draft:
                 draft.write_bytes(content)
                 yield
         except BaseException:

@@ -8,9 +8,9 @@ from typing import final
 import torch
 
 from softprompt.serve.engine.engine import Engine
-from softprompt.serve.engine.request import Closed, Unknown
+from softprompt.serve.engine.request import EngineClosed, PromptNotFound
 from softprompt.serve.metrics import Metrics
-from softprompt.serve.prompts.store import Shelf
+from softprompt.serve.prompts.store import PromptStore
 
 _log = logging.getLogger("softprompt.serve")
 Mark = tuple[tuple[str, int, int], ...]
@@ -21,7 +21,7 @@ _PASSES = (TimeoutError, MemoryError, torch.OutOfMemoryError)
 
 
 @final
-class Follower:
+class PromptSync:
     """Keeps an engine's prompts those of a folder, looking at it every so often.
 
     Args:
@@ -29,8 +29,8 @@ class Follower:
         seconds: between two looks; so long after a change a process may still answer with what was there.
     """
 
-    def __init__(self, engine: Engine, shelf: Shelf, metrics: Metrics, seconds: float = 1.0) -> None:
-        self._engine, self._shelf, self._metrics, self._seconds = engine, shelf, metrics, seconds
+    def __init__(self, engine: Engine, store: PromptStore, metrics: Metrics, seconds: float = 1.0) -> None:
+        self._engine, self._shelf, self._metrics, self._seconds = engine, store, metrics, seconds
         self._known: dict[str, Mark] = {}
         self._thread = threading.Thread(target=self._run, name="softprompt-follower", daemon=True)
 
@@ -49,7 +49,7 @@ class Follower:
             if mark and self._known.get(name) != mark:
                 try:
                     self._engine.add(name, self._shelf.path(name), over=True)
-                except Closed:
+                except EngineClosed:
                     raise
                 except Exception as error:  # an older one of that name goes on, and so do the others
                     _log.error("the prompt %s cannot be served: %s: %s", name, type(error).__name__, error)
@@ -58,7 +58,7 @@ class Follower:
         for name in self._known.keys() - there.keys():
             try:
                 self._engine.remove(name)
-            except Unknown:  # removed through this process
+            except PromptNotFound:  # removed through this process
                 continue
             self._metrics.forget(name)
         self._known = there
@@ -68,7 +68,7 @@ class Follower:
             time.sleep(self._seconds)
             try:
                 self.look()
-            except Closed:
+            except EngineClosed:
                 return
             except Exception:
                 _log.exception("the folder of prompts cannot be read")

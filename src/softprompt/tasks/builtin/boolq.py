@@ -55,7 +55,7 @@ BOOLQ = register(
         words={"false": "no", "true": "yes"},
         metrics=("accuracy", "macro_f1"),
         group="passage",
-        max_tokens=256,
+        max_input_tokens=256,
         templates={
             "dpt": Template(text="question: {question} passage: {passage}", words={"false": "0", "true": "1"}),
             "residual": Template(

@@ -103,7 +103,7 @@ SST2 = register_official(
         residual="{sentence}",
     ),
     label="label",
-    max_tokens=128,
+    max_input_tokens=128,
 )
 """67,349 training and 872 validation rows."""
 
@@ -127,7 +127,7 @@ COLA = register_official(
     ),
     label="label",
     metrics=("matthews", "accuracy"),
-    max_tokens=128,
+    max_input_tokens=128,
 )
 """8,551 training and 1,043 validation rows."""
 
@@ -144,7 +144,7 @@ MRPC = register_official(
     ),
     label="label",
     metrics=("f1", "accuracy"),
-    max_tokens=256,
+    max_input_tokens=256,
 )
 """3,668 training and 408 validation rows."""
 
@@ -161,7 +161,7 @@ QQP = register_official(
     ),
     label="label",
     metrics=("f1", "accuracy"),
-    max_tokens=256,
+    max_input_tokens=256,
 )
 """363,846 training and 40,430 validation rows."""
 
@@ -186,7 +186,7 @@ MNLI = register_official(
     ),
     label="label",
     group="premise",
-    max_tokens=256,
+    max_input_tokens=256,
 )
 """392,702 training and 9,815 validation rows."""
 
@@ -204,7 +204,7 @@ QNLI = register_official(
     ),
     label="label",
     group="question",
-    max_tokens=256,
+    max_input_tokens=256,
 )
 """104,743 training and 5,463 validation rows."""
 
@@ -221,7 +221,7 @@ GLUE_RTE = register_official(
     ),
     label="label",
     group="sentence1",
-    max_tokens=256,
+    max_input_tokens=256,
 )
 """2,490 training and 277 validation rows."""
 
@@ -239,6 +239,6 @@ STSB = register_official(
     },
     target="score",
     metrics=("pearson", "spearman"),
-    max_tokens=256,
+    max_input_tokens=256,
 )
 """5,749 training and 1,500 validation rows."""

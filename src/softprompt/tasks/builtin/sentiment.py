@@ -27,7 +27,7 @@ SENTIMENT = register(
         words={"rotten": "negative", "fresh": "positive"},
         metrics=("accuracy", "macro_f1"),
         group="movie_name",
-        max_tokens=128,
+        max_input_tokens=128,
         source="sentiment",
         split_seed=0,
     ),

@@ -64,7 +64,7 @@ CB = register_official(
     },
     label="label",
     metrics=("accuracy", "macro_f1"),
-    max_tokens=256,
+    max_input_tokens=256,
 )
 """250 training and 56 validation rows."""
 
@@ -88,7 +88,7 @@ COPA = register_official(
     },
     label="label",
     group="premise",
-    max_tokens=128,
+    max_input_tokens=128,
 )
 """400 training and 100 validation rows."""
 
@@ -114,7 +114,7 @@ MULTIRC = register_official(
     metrics=("f1a", "question_match"),
     group="paragraph",
     question="question_id",
-    max_tokens=512,
+    max_input_tokens=512,
 )
 """27,243 training and 4,848 validation rows of 5,131 and 953 questions."""
 
@@ -133,7 +133,7 @@ RECORD = register_official(
     target="answers",
     metrics=("token_f1", "exact_match"),
     group="passage",
-    max_tokens=512,
+    max_input_tokens=512,
 )
 """100,730 training and 10,000 validation rows, one a query."""
 
@@ -162,7 +162,7 @@ RTE = register_official(
     _ENTAILMENT_TEMPLATES,
     label="label",
     group="premise",
-    max_tokens=256,
+    max_input_tokens=256,
 )
 """2,490 training and 277 validation rows."""
 
@@ -179,7 +179,7 @@ AXB = register_official(
     _ENTAILMENT_TEMPLATES,
     label="label",
     metrics=("matthews", "accuracy"),
-    max_tokens=256,
+    max_input_tokens=256,
 )
 """1,104 rows, to be scored only."""
 
@@ -191,7 +191,7 @@ AXG = register_official(
     label="label",
     metrics=("accuracy", "gender_parity"),
     question="pair",
-    max_tokens=256,
+    max_input_tokens=256,
 )
 """356 rows in 178 pairs, to be scored only."""
 
@@ -218,7 +218,7 @@ WIC = register_official(
     },
     label="label",
     group="word",
-    max_tokens=128,
+    max_input_tokens=128,
 )
 """5,428 training and 638 validation rows."""
 
@@ -241,7 +241,7 @@ WSC = register_official(
     },
     label="label",
     group="text",
-    max_tokens=256,
+    max_input_tokens=256,
 )
 """554 training and 104 validation rows."""
 
@@ -257,6 +257,6 @@ WSC_POSITIVES = register_official(
     target="span1_text",
     metrics=("referent_match", "exact_match"),
     group="text",
-    max_tokens=256,
+    max_input_tokens=256,
 )
 """259 training and 38 validation rows."""

@@ -22,14 +22,14 @@ def encode(
     task: Task,
     tokenizer: Tokenizer,
     rows: Iterable[Mapping[str, Any]],
-    max_tokens: int,
+    max_input_tokens: int,
     *,
     closing: bool = False,
     answers: bool = True,
 ) -> tuple[Sequence[Example], int]:
     """Examples of all rows in their order, and how many of them had to be shortened.
 
-    A row of more than `max_tokens` loses the end of its longest field, so the template's own words survive, the cue
+    A row of more than `max_input_tokens` loses the end of its longest field, so the template's own words survive, the cue
     for the answer in front of all. An answer never counts: it comes on top. A generated answer ends with the
     tokenizer's end of sequence, so that generating stops, and not twice where its text ends with that already; a
     label's word has no end.
@@ -42,17 +42,17 @@ def encode(
         task: renders the rows.
         tokenizer: fast; of a vision model its image processor.
         rows: with every column of the template.
-        max_tokens: the input's limit, special tokens included; of an image its side in pixels.
+        max_input_tokens: the input's limit, special tokens included; of an image its side in pixels.
         closing: keep the special tokens that the tokenizer appends (an encoder wants them).
         answers: read the answers; without, rows need none.
 
     Raises:
-        ValueError: a row that does not render or is not whole text, a template longer than `max_tokens`, or a
+        ValueError: a row that does not render or is not whole text, a template longer than `max_input_tokens`, or a
             tokenizer that is not fast.
     """
     refuse_other_input(task, tokenizer)
     if task.image:
-        return encode_pictures(task, tokenizer, rows, max_tokens, answers=answers), 0
+        return encode_pictures(task, tokenizer, rows, max_input_tokens, answers=answers), 0
     _check_fast(tokenizer)
     words = answer_ids(task, tokenizer) if answers and task.is_classification else ()
     examples, shortened = Examples(row_origin(rows)), 0
@@ -69,8 +69,8 @@ def encode(
         elif answers:
             targets = _targets(task, tokenizer, [row for row, *_ in chunk], names, examples)
         for (row, parts, name), ids, target, label in zip(chunk, found, targets, labels, strict=True):
-            if len(ids) > max_tokens:
-                ids = _shorten(task, tokenizer, parts, max_tokens, closing, name)
+            if len(ids) > max_input_tokens:
+                ids = _shorten(task, tokenizer, parts, max_input_tokens, closing, name)
                 shortened += 1
             examples.append(ids, target, label, row_number(row, len(examples)))
     return examples, shortened
@@ -268,21 +268,21 @@ def _call(tokenizer: Tokenizer, texts: Sequence[str], names: Sequence[str], **mo
 
 
 def _shorten(
-    task: Task, tokenizer: Tokenizer, parts: Sequence[Part], max_tokens: int, closing: bool, name: str
+    task: Task, tokenizer: Tokenizer, parts: Sequence[Part], max_input_tokens: int, closing: bool, name: str
 ) -> list[int]:
     """The ids after the longest field has lost its end, again and again until they fit."""
     parts = list(parts)
     while True:
         [(ids, places, shown)] = _placed(tokenizer, [parts], closing, [name])
-        excess = len(ids) - max_tokens
+        excess = len(ids) - max_input_tokens
         if excess <= 0:
             return ids
         fields = _field_tokens(shown, places)
         ranked = sorted(fields, key=lambda index: len(fields[index]), reverse=True)
         if not ranked or not fields[ranked[0]]:
             raise ValueError(
-                f"the template of task {task.name!r} alone has {len(ids)} tokens, but the limit is {max_tokens}; "
-                "raise max_tokens or shorten the template"
+                f"the template of task {task.name!r} alone has {len(ids)} tokens, but the limit is {max_input_tokens}; "
+                "raise max_input_tokens or shorten the template"
             )
         longest, tokens = ranked[0], fields[ranked[0]]
         lead = len(tokens) - (len(fields[ranked[1]]) if len(ranked) > 1 else 0)
