@@ -59,9 +59,7 @@ def ours(prompt_attention: str) -> Callable[[Part], Callable[[int], Work]]:
             prompted = attach(backbone, decomposed(backbone, part), prompt_attention=prompt_attention)
             ids, mask, labels = batch(part, tokens)
             run = training_step(lambda: prompted(ids, mask, labels).loss, list(prompted.parameters()))
-            return Work(
-                run, backbone.model, multiply_adds(backbone.model, part, tokens, prompt_attention == "isolated")
-            )
+            return Work(run, backbone.model, multiply_adds(backbone.model, part, tokens, prompt_attention == "self"))
 
         return ready
 
@@ -120,16 +118,16 @@ def multiply_adds(model: Any, part: Part, tokens: int, isolated: bool) -> int:
 
 if __name__ == "__main__":
     SIDES = {
-        "joint": ours("joint"),
+        "full": ours("full"),
         "peft": peft(dropout=False),
-        "isolated": ours("isolated"),
+        "self": ours("self"),
         "peft_dropout": peft(dropout=True),
     }
     PAIRS = [
-        Pair("joint", "peft"),
-        Pair("joint", "peft_dropout", same=False),
-        Pair("isolated", "peft", same=False),
-        Pair("isolated", "peft_dropout", same=False),
+        Pair("full", "peft"),
+        Pair("full", "peft_dropout", same=False),
+        Pair("self", "peft", same=False),
+        Pair("self", "peft_dropout", same=False),
     ]
     # PEFT's T5 gives its loss in the model's dtype, and bfloat16 numbers near 11 are 0.06 apart.
     main(__file__, SIDES, PAIRS, Settings(tokens=(80,)), str(__doc__), roundings=2)

@@ -101,7 +101,13 @@ def test_the_default_method_is_dpt(where: list[str]) -> None:
 
 
 def test_settings_reach_the_run(where: list[str]) -> None:
-    wanted = {"vocabulary_weight": 1.0, "decay": "cosine", "accumulate": 2, "shots": 4, "lr": 0.01}
+    wanted = {
+        "vocabulary_weight": 1.0,
+        "lr_scheduler": "cosine",
+        "gradient_accumulation_steps": 2,
+        "shots": 4,
+        "lr": 0.01,
+    }
     flags = [part for name, value in wanted.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     method = ["plain", "--length", "3", "--init", "words"]
     run = call("train", *where, *QUICK, *flags, "--seed", "5", *method).result["run"]
@@ -225,7 +231,7 @@ def test_settings_that_do_not_fit_what_they_meet(
     [
         (["--steps", "0"], "steps is 0; it must be at least 1"),
         (["--lr", "-1"], "lr is -1.0; it must be a positive number"),
-        (["--gradient-accumulation-steps", "99"], "accumulate is 99 and batch 16"),
+        (["--gradient-accumulation-steps", "99"], "gradient_accumulation_steps is 99 and batch_size 16"),
         (["dpt", "--rank", "7", "--length", "6"], "rank is 7 and length is 6; a prompt's rank cannot exceed"),
     ],
 )

@@ -40,7 +40,7 @@ def swept(tiny_backbone: Callable[[str], Backbone], tmp_path_factory: pytest.Tem
         dtype = "float32"
         depth = ["shallow", "deep"]
         seed = [0, 1]
-        training = { steps = 4, batch = 8, evaluate_every = 2, image_size = 16 }
+        training = { steps = 4, batch_size = 8, eval_steps = 2, image_size = 16 }
         [[method]]
         name = "plain"
         length = 3

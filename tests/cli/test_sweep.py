@@ -39,7 +39,7 @@ def file(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPat
         task = "{ticket_task}"
         dtype = "float32"
         seed = [0, 1]
-        training = {{ steps = 2, batch = 8, evaluate_every = 2 }}
+        training = {{ steps = 2, batch_size = 8, eval_steps = 2 }}
         prompt.length = 4
         [[method]]
         name = "dpt"
@@ -90,7 +90,7 @@ def test_what_failed_is_listed_and_the_rest_is_kept(file: Path, done: Path, swee
 
 
 @pytest.mark.parametrize(
-    ("name", "old", "new"), [("train.csv", "a a", "a b a"), ("tickets.toml", "EngineRequest", "Message")]
+    ("name", "old", "new"), [("train.csv", "a a", "a b a"), ("tickets.toml", "Ticket", "Message")]
 )
 def test_a_run_of_other_rows_or_another_task_is_not_taken_for_this_one(
     name: str, old: str, new: str, file: Path, ticket_task: Path, tmp_path: Path, sweep: Sweep
@@ -159,8 +159,8 @@ def test_baselines_are_trained_one_by_one(file: Path, tmp_path: Path, sweep: Swe
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--concurrent", "0"], "together is 0; it must be at least 1"),
-        (["--concurrent", "2", "--engine", "ray"], "together is for trainings in this process"),
+        (["--concurrent", "0"], "concurrent is 0; it must be at least 1"),
+        (["--concurrent", "2", "--engine", "ray"], "concurrent is for trainings in this process"),
     ],
 )
 def test_what_cannot_go_together(flags: list[str], sentence: str, file: Path, tmp_path: Path, sweep: Sweep) -> None:

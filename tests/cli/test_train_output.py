@@ -44,7 +44,7 @@ def run(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPath
         ["--out", "runs"],
         ["--name", "x"],
         ["--no-dropout"],
-        ["--evaluate_every", "50"],
+        ["--eval_steps", "50"],
         ["dpt"],
         ["plain", "--length", "100"],
     ],

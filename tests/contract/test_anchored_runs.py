@@ -156,7 +156,9 @@ def test_a_warm_start_loses_nothing(prompt: DPT, experiment: Experiment, backbon
     first = train(experiment.replace(prompt=Plain(length=6)), out=tmp_path, name="first", backbone=backbone)
     given = first.prompt(backbone).prompt()
     assert torch.linalg.matrix_rank(given) == 6
-    warm = experiment.replace(start=str(first.folder), prompt=prompt, training=TrainingConfig(steps=2, eval_steps=1))
+    warm = experiment.replace(
+        init_prompt=str(first.folder), prompt=prompt, training=TrainingConfig(steps=2, eval_steps=1)
+    )
     notes: list[str] = []
 
     class Notes(NullCallback):
@@ -205,16 +207,16 @@ def test_an_update_is_measured_from_the_anchor(
 ) -> None:
     run = train(experiment.replace(prompt=PROMPTS[name]), out=tmp_path, backbone=backbone)
     [one] = subjects(run.folder, checkpoints=True)
-    assert one.init_prompt is not None
-    assert torch.equal(one.init_prompt, tensors(run)["anchor"])
-    assert torch.equal(one.course[0], one.init_prompt)
+    assert one.start is not None
+    assert torch.equal(one.start, tensors(run)["anchor"])
+    assert torch.equal(one.course[0], one.start)
     found = functional_rank(one, Truncation(part="update", split="train", rows=0))
     assert [cut.rank for cut in found.cuts] == [0, 1, 2, 3, 4]  # at most twice the rank
     assert found.cuts[-1].score == found.full
     assert (
         found.cuts[0].score
         == functional_rank(
-            dataclasses.replace(one, prompt=Folded(one.init_prompt)), Truncation(ranks=(6,), split="train", rows=0)
+            dataclasses.replace(one, prompt=Folded(one.start)), Truncation(ranks=(6,), split="train", rows=0)
         ).full
     )
     [measured] = measure(run.folder)
@@ -231,8 +233,8 @@ def test_a_gradient_start_of_a_product_is_found_again_for_its_update(
     first = build_prompted_model(run.experiment, run.task, backbone, warm=True, gradient=gradient).prompt
     assert first is not None
     [one] = subjects(run.folder)
-    assert one.init_prompt is not None
-    assert torch.equal(one.init_prompt, first.prompt())
+    assert one.start is not None
+    assert torch.equal(one.start, first.prompt())
 
 
 @pytest.mark.parametrize("name", ["t5", "bert_mlm", "bert", "gpt2"])

@@ -16,7 +16,7 @@ from softprompt.types import PromptAttention
 MakeBackbone = Callable[[str], Backbone]
 FAMILIES = ("llama", "gpt2", "bloom", "gemma2", "t5", "bart", "bert", "bert_mlm", "roberta", "vit", "dinov2")
 ISOLATED = ("t5", "bert", "bert_mlm")
-CASES = [(name, "joint") for name in FAMILIES] + [(name, "isolated") for name in ISOLATED]
+CASES = [(name, "full") for name in FAMILIES] + [(name, "self") for name in ISOLATED]
 
 
 def _gradients(prompted: Any) -> torch.Tensor:
@@ -50,7 +50,7 @@ def test_a_loss_in_an_autocast_region(
 
 @pytest.mark.parametrize("name", ["llama", "t5", "bert_mlm"])
 def test_a_graph_made_outside_is_differentiated_inside(name: str, tiny_backbone: MakeBackbone) -> None:
-    reference, prompted = (attached(tiny_backbone(name), "joint") for _ in range(2))
+    reference, prompted = (attached(tiny_backbone(name), "full") for _ in range(2))
     loss_of(reference).backward()
     loss = loss_of(prompted)
     with torch.autocast("cpu", torch.bfloat16):
@@ -61,7 +61,7 @@ def test_a_graph_made_outside_is_differentiated_inside(name: str, tiny_backbone:
 
 @pytest.mark.parametrize("name", ["llama", "bart"])
 def test_texts_are_written_in_an_autocast_region(name: str, tiny_backbone: MakeBackbone) -> None:
-    prompted = attached(tiny_backbone(name), "joint")
+    prompted = attached(tiny_backbone(name), "full")
     ids = torch.randint(3, 200, (2, 7), generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         prepared = prompted.prepare([prompted.prompt])

@@ -10,7 +10,7 @@ import torch
 from softprompt import DPT, Experiment, Run, TrainingConfig, attach, evaluate, load_backbone, open_run, train
 from softprompt.backbones.kernels import llama
 from softprompt.backbones.projections import query_key
-from softprompt.backbones.quantization import KINDS, matrix
+from softprompt.backbones.kernels.dequantize import KINDS, matrix
 from softprompt.export import FORMATS, export_runs
 
 QUANTISED = pytest.mark.parametrize("kind", KINDS)
@@ -139,5 +139,5 @@ def test_what_needs_whole_weights_says_so(kind: Any, llama_folder: Path, ticket_
 def test_without_the_extra_it_says_what_to_install(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
-    with pytest.raises(ModuleNotFoundError, match=r"dtype nf4 needs bitsandbytes; .*softprompt\[quantise\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"dtype nf4 needs bitsandbytes; .*softprompt\[quantize\]"):
         load_backbone(str(llama_folder), dtype="nf4")

@@ -18,8 +18,8 @@ from softprompt.models import PromptedModel
 from softprompt.training.step import TrainingStep
 
 MakeBackbone = Callable[[str], Backbone]
-KINDS = [("llama", "joint"), ("qwen3", "joint"), ("gemma", "joint"), ("t5", "joint"), ("t5", "isolated")]
-KINDS += [("bart", "joint"), ("bert", "joint"), ("bert", "isolated"), ("roberta_mlm", "joint"), ("dinov2", "joint")]
+KINDS = [("llama", "full"), ("qwen3", "full"), ("gemma", "full"), ("t5", "full"), ("t5", "self")]
+KINDS += [("bart", "full"), ("bert", "full"), ("bert", "self"), ("roberta_mlm", "full"), ("dinov2", "full")]
 
 
 def kept(prompted: PromptedModel, on: bool) -> tuple[Tensor, list[Tensor], int]:
@@ -114,7 +114,7 @@ def test_a_run_that_had_no_memory_goes_on_with_it(
             backbone = "{llama_folder}"
             task = "{ticket_task}"
             dtype = "float32"
-            training = {{ steps = 2, batch = 8, evaluate_every = 2, gradient_checkpointing = {on} }}
+            training = {{ steps = 2, batch_size = 8, eval_steps = 2, gradient_checkpointing = {on} }}
             prompt.length = 4
             prompt.rank = 2
             '''
@@ -140,12 +140,15 @@ def test_a_run_that_had_no_memory_goes_on_with_it(
     assert seen == [False, True, True, False, True, True]
 
 
-@pytest.mark.parametrize(("kind", "place"), [("bloom", "front"), ("gemma2", "front"), ("llama", "behind")])
+@pytest.mark.parametrize(("kind", "place"), [("bloom", "prefix"), ("gemma2", "prefix"), ("llama", "suffix")])
 def test_where_rows_go_on_from_a_cache_it_is_refused(
     kind: str, place: Any, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
 ) -> None:
     experiment = Experiment(
-        backbone=kind, task=str(ticket_task), place=place, training=TrainingConfig(gradient_checkpointing=True)
+        backbone=kind,
+        task=str(ticket_task),
+        prompt_position=place,
+        training=TrainingConfig(gradient_checkpointing=True),
     )
     with pytest.raises(ValueError, match=r"gradient_checkpointing is on, and rows of .* go on from a cache"):
         train(experiment, out=tmp_path, backbone=tiny_backbone(kind))

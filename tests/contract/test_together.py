@@ -51,11 +51,11 @@ def several(backbone: str, task: Path, **settings: Any) -> list[Experiment]:
         )
 
     return [
-        one(DPT(length=6, rank=2), steps=5, batch=8, lr=0.003),
-        one(Plain(length=3), seed=1, steps=3, batch=4, lr=0.001),
-        one(DePT(length=4, rank=2, positions=64), steps=4, batch=5, accumulate=2, lr=0.002),
-        one(Residual(length=5, width=8), seed=2, steps=4, batch=8, lr=0.001),
-        one(ADePT(length=4, width=3, dropout=0.5), steps=4, batch=6, lr=0.003),
+        one(DPT(length=6, rank=2), steps=5, batch_size=8, lr=0.003),
+        one(Plain(length=3), seed=1, steps=3, batch_size=4, lr=0.001),
+        one(DePT(length=4, rank=2, positions=64), steps=4, batch_size=5, gradient_accumulation_steps=2, lr=0.002),
+        one(Residual(length=5, width=8), seed=2, steps=4, batch_size=8, lr=0.001),
+        one(ADePT(length=4, width=3, dropout=0.5), steps=4, batch_size=6, lr=0.003),
     ]
 
 
@@ -98,9 +98,9 @@ def table(folder: Path, head: str, lines: Iterable[str], answer: str) -> Path:
     [
         ("llama", {}),
         ("gpt2", {}),
-        ("bloom", {"place": "behind"}),
+        ("bloom", {"prompt_position": "suffix"}),
         ("t5", {}),
-        ("t5", {"attend": "isolated"}),
+        ("t5", {"prompt_attention": "self"}),
         ("bert_mlm", {}),
         ("bert", {}),
     ],
@@ -318,7 +318,7 @@ def test_a_sweep_together_is_the_sweep_by_itself(llama_folder: Path, ticket_task
         task = "{ticket_task}"
         dtype = "float32"
         seed = [0, 1]
-        training = {{ steps = 4, batch = 8, evaluate_every = 2 }}
+        training = {{ steps = 4, batch_size = 8, eval_steps = 2 }}
         prompt.length = 4
         [[method]]
         name = "dpt"

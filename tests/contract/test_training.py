@@ -194,11 +194,11 @@ def test_an_attachment_is_a_module_of_the_prompt_alone(tiny_backbone: MakeBackbo
     assert not backbone.model.training
 
 
-@pytest.mark.parametrize("place", ["after_bos", "behind"])
+@pytest.mark.parametrize("place", ["after_bos", "suffix"])
 def test_a_prompt_elsewhere_trains_and_is_used_there(
     place: PromptPosition, experiment: Experiment, backbone: Backbone, tmp_path: Path
 ) -> None:
-    run = train(experiment.replace(place=place), out=tmp_path / "runs", backbone=backbone)
+    run = train(experiment.replace(prompt_position=place), out=tmp_path / "runs", backbone=backbone)
     in_front = train(experiment, out=tmp_path / "front", backbone=backbone)
     assert losses(run) != losses(in_front)
     assert evaluate(run, backbone=backbone).value == run.results["test"]
@@ -227,11 +227,15 @@ def test_an_isolated_prompt_trains_and_is_used_so(
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
-        ("bert", {"place": "after_bos"}, "cannot stand 'after_bos'"),
-        ("llama", {"attend": "isolated"}, "cannot be isolated"),
-        ("t5", {"attend": "isolated", "training": TrainingConfig(dropout=True)}, "leave dropout off"),
-        ("llama", {"baseline": "lora", "place": "behind"}, "place is for prompts, and the baseline lora has none"),
-        ("llama", {"start": "/nowhere/run"}, "/nowhere/run. holds neither a run"),
+        ("bert", {"prompt_position": "after_bos"}, "cannot stand 'after_bos'"),
+        ("llama", {"prompt_attention": "self"}, "cannot be isolated"),
+        ("t5", {"prompt_attention": "self", "training": TrainingConfig(dropout=True)}, "leave dropout off"),
+        (
+            "llama",
+            {"baseline": "lora", "prompt_position": "suffix"},
+            "prompt_position is for prompts, and the baseline lora has none",
+        ),
+        ("llama", {"init_prompt": "/nowhere/run"}, "/nowhere/run. holds neither a run"),
         ("llama", {"depth": "deep"}, "depth is for images"),
     ],
 )

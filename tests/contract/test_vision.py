@@ -273,7 +273,7 @@ def test_a_head_alone_is_a_baseline(dinov2_folder: Path, photos: Path, tmp_path:
 def test_a_warm_start_is_layer_by_layer(dinov2_folder: Path, photos: Path, tmp_path: Path) -> None:
     experiment = experiment_of(dinov2_folder, photos, depth="deep")
     first = train(experiment, out=tmp_path, name="first")
-    warm = experiment.replace(start=str(first.folder), prompt=DPT(length=3, rank=3))
+    warm = experiment.replace(init_prompt=str(first.folder), prompt=DPT(length=3, rank=3))
     notes = Notes()
     train(warm, out=tmp_path, name="again", watch=notes)
     [error] = [float(note.split()[-1]) for note in notes.said if "relative error" in note]

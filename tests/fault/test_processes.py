@@ -214,7 +214,7 @@ def test_where_they_meet_in_every_pass_a_missing_one_is_missed_in_the_pass(ended
     assert ended.errors("kill-sharded") == missed
     assert ended.codes["raise-sharded"] == [1, 1]
     own = "process 1 of 2 failed: its memory is full"
-    assert ended.errors("raise-sharded") == [*missed, f"Alone: {own}"]
+    assert ended.errors("raise-sharded") == [*missed, f"LocalFailure: {own}"]
     first, second = ended.said("cli-parts", "err")
     assert missed[0].endswith(first.splitlines()[-1].removeprefix("softprompt: "))
     assert second == f"softprompt: {own}\n"

@@ -160,8 +160,8 @@ def test_each_rows_mask_is_its_own_affair(tiny_backbone: MakeBackbone) -> None:
     mask_id = backbone.tokenizer.mask_token_id
     rows = [[0, 20, mask_id, 30, 1], [0, 20, 1], [0, mask_id, 40, mask_id, 41, 1], [0, 50, 51, 52, 53, 54, 1]]
     wide = max(map(len, rows))
-    for place in ("prefix", "behind"):
-        prompted = attach(backbone, Plain(length=3).build(backbone.host(), torch.Generator()), place=place)
+    for place in ("prefix", "suffix"):
+        prompted = attach(backbone, Plain(length=3).build(backbone.host(), torch.Generator()), prompt_position=place)
         ids = torch.tensor([row + [2] * (wide - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (wide - len(row)) for row in rows])
         together = prompted(ids, mask).logits

@@ -75,7 +75,7 @@ def test_a_run_trained_with_relative_paths_is_used_from_another_folder(
     shutil.copy(here / "task/train.csv", here / "rows.csv")
     monkeypatch.chdir(here)
     relative = whole.experiment.replace(
-        backbone="model", task="task/tickets.toml", data="rows.csv", start=os.path.relpath(whole.folder)
+        backbone="model", task="task/tickets.toml", data="rows.csv", init_prompt=os.path.relpath(whole.folder)
     )
     trained = train(relative, out="runs", name="relative")
     score = evaluate(trained)

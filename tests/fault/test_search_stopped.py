@@ -35,7 +35,7 @@ def file(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPat
         backbone = "{llama_folder}"
         task = "{ticket_task}"
         dtype = "float32"
-        training = {{ steps = 4, batch = 8, evaluate_every = 1 }}
+        training = {{ steps = 4, batch_size = 8, eval_steps = 1 }}
         prompt.length = 4
         prompt.anchor = "none"
         [search]

@@ -37,7 +37,7 @@ def files(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPa
         task = "{ticket_task}"
         dtype = "float32"
         seed = [0, 1]
-        training = {{ steps = 4, batch = 8, evaluate_every = 2 }}
+        training = {{ steps = 4, batch_size = 8, eval_steps = 2 }}
         prompt = {{ length = 4 }}
         [[method]]
         name = "dpt"

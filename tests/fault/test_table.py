@@ -80,7 +80,7 @@ description = "Which queue?"
 dev = "dev.csv"
 test = "test.csv"
 group = "customer"
-max_tokens = 64
+max_input_tokens = 64
 split_seed = 3
 metrics = ["macro_f1"]
 [words]
@@ -148,7 +148,7 @@ def test_a_word_without_rows_is_a_warning(folder: Folder) -> None:
     [
         (TASK + "labl = 1", "unknown key 'labl'; did you mean 'label'?"),
         (TASK + "name = support", "is not TOML: Invalid value (at line 5,"),
-        (TASK + "max_tokens = '9'", "max_tokens in"),
+        (TASK + "max_input_tokens = '9'", "max_input_tokens in"),
         (TASK + "metrics = [1]", "metrics in"),
         (TASK + "metrics = ['acuracy']", "unknown metric 'acuracy' of task 'support'; did you mean 'accuracy'?"),
         (TASK + "group = 'customr'", "has no column 'customr'"),
@@ -164,7 +164,7 @@ def test_a_word_without_rows_is_a_warning(folder: Folder) -> None:
             "labels 'BILLING' and 'Sales' of task 'support' have the same",
         ),
         (TASK + '[words]\nBILLING = "pay"\nLEGAL = "law"', "row 2 of"),
-        (TASK + '[words]\nBILLING = "pay"\nmax_tokens = 9', "move max_tokens above the line [words]"),
+        (TASK + '[words]\nBILLING = "pay"\nmax_input_tokens = 9', "move max_input_tokens above the line [words]"),
         (TASK + '[words]\nBILLING = "pay"\nSales = 3', "the word for label 'Sales'"),
         (TASK + '[words]\nBILLING = "pay"', "has only the labels ['BILLING']"),
     ],

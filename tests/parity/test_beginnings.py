@@ -205,10 +205,10 @@ def test_answers_are_those_of_texts_read_whole(tiny_backbone: MakeBackbone, task
         for place, row in enumerate(rows)
     ]
     with table.register_forward_hook(lambda _, given, __: counts.append(given[0].numel())):
-        found = answer(prompted, task, examples, batch=8, max_new_tokens=4)
+        found = answer(prompted, task, examples, batch_size=8, max_new_tokens=4)
         read = sum(counts)
         prompted.supports_prefix_sharing = False
-        wanted = answer(prompted, task, examples, batch=8, max_new_tokens=4)
+        wanted = answer(prompted, task, examples, batch_size=8, max_new_tokens=4)
     assert [one.row for one in found] == list(range(35))
     assert [one.text for one in found] == [one.text for one in wanted]
     for ours, theirs in zip(found, wanted, strict=True):

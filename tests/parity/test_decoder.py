@@ -39,7 +39,7 @@ def test_values_and_gradients(tiny_backbone: Callable[[str], Backbone], name: st
             position_ids=packing.positions,
             use_cache=False,
             logits_to_keep=keep.flatten(),
-            packing=packing,
+            layout=packing,
         )
         .logits[0]
         .view_as(found)

@@ -94,8 +94,8 @@ def test_a_model_that_cannot_isolate_is_refused(tiny_backbone: MakeBackbone, nam
 
 
 def test_an_isolated_prompt_stands_in_front(tiny_backbone: MakeBackbone) -> None:
-    with pytest.raises(ValueError, match="cannot be isolated 'behind'"):
-        attach(tiny_backbone("t5"), prompt_attention="self", place="suffix")
+    with pytest.raises(ValueError, match="cannot be isolated 'suffix'"):
+        attach(tiny_backbone("t5"), prompt_attention="self", prompt_position="suffix")
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(tiny_backbone: MakeBackbone) -> None:

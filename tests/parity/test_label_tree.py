@@ -90,7 +90,7 @@ def test_alibi_takes_no_tree(tiny_backbone: MakeBackbone) -> None:
     assert not label_tree.takes_tree(attach(tiny_backbone("bloom")))
 
 
-@pytest.mark.parametrize("place", ["front", "after_bos", "behind"])
+@pytest.mark.parametrize("place", ["prefix", "after_bos", "suffix"])
 def test_prompt_positions(place: str, tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, rows = tiny_backbone("llama"), rows_of(TEXTS)
     prompted, prompts = attach(backbone, prompt_position=place), prompts_of(backbone)

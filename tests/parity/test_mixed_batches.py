@@ -168,13 +168,13 @@ def test_a_decoders_gradient_is_that_of_the_row_alone(backbone: Backbone) -> Non
     assert_near(ours, theirs, 1e-4)
 
 
-@pytest.mark.parametrize("place", ["front", "after_bos", "behind"])
+@pytest.mark.parametrize("place", ["prefix", "after_bos", "suffix"])
 def test_a_decoder_writes_what_it_writes_alone(backbone: Backbone, place: PromptPosition) -> None:
     prompt = prompt_of(backbone, 5)
     prompted = attach(backbone, prompt, prompt_position=place)
     ids, mask = beside(prompted, LONG)
     made = torch.stack(list(prompted.generate(ids, mask, max_new_tokens=6, stop=[])), 1)[0]
-    lead = {"front": 0, "after_bos": 1, "behind": len(SHORT)}[place]
+    lead = {"prefix": 0, "after_bos": 1, "suffix": len(SHORT)}[place]
     wanted = alone(backbone, prompt, torch.cat([torch.tensor(SHORT), made]), lead)[-7:-1].argmax(-1)
     assert torch.equal(made, wanted)
 

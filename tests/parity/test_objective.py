@@ -170,7 +170,7 @@ def test_the_gradient_through_a_head_is_finite_and_not_zero(
 
 
 def experiment_of(folder: Path, task: Path, **settings: Any) -> Experiment:
-    whole = TrainingConfig(**{"steps": 3, "batch": 6, "eval_steps": 3, "lr": 0.003, **settings})
+    whole = TrainingConfig(**{"steps": 3, "batch_size": 6, "eval_steps": 3, "lr": 0.003, **settings})
     return Experiment(backbone=str(folder), task=str(task), prompt=Plain(length=3), training=whole, dtype="float32")
 
 

@@ -34,7 +34,7 @@ def decoder(request: pytest.FixtureRequest, tiny_backbone: MakeBackbone) -> Back
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("place", ["after_bos", "behind"])
+@pytest.mark.parametrize("place", ["after_bos", "suffix"])
 def test_a_decoders_logits(decoder: Backbone, place: PromptPosition, side: str) -> None:
     prompts, rows = prompts_of(decoder), rows_of(TEXTS)
     ids, mask = padded(rows, side, 3)
@@ -50,7 +50,7 @@ def test_a_decoders_logits(decoder: Backbone, place: PromptPosition, side: str) 
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("place", ["after_bos", "behind"])
+@pytest.mark.parametrize("place", ["after_bos", "suffix"])
 def test_a_decoders_loss_and_its_gradient(decoder: Backbone, place: PromptPosition, side: str) -> None:
     """The last two tokens of each row are the answer; a prompt behind the text stands before them."""
     prompts, rows = prompts_of(decoder), rows_of(TEXTS)
@@ -74,7 +74,7 @@ def test_a_decoders_loss_and_its_gradient(decoder: Backbone, place: PromptPositi
 
 
 @pytest.mark.parametrize("prepared", [False, True])
-@pytest.mark.parametrize("place", ["after_bos", "behind"])
+@pytest.mark.parametrize("place", ["after_bos", "suffix"])
 def test_a_decoders_scores_and_tokens(decoder: Backbone, place: PromptPosition, prepared: bool) -> None:
     prompted, prompts, rows = attach(decoder, prompt_position=place), prompts_of(decoder), rows_of(TEXTS)
     ids, mask = padded(rows, "right", 2)
@@ -105,7 +105,7 @@ def greedy_by_hand(backbone: Backbone, prompt: SoftPrompt, row: Tensor, lead: in
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
 @pytest.mark.parametrize("closed", [False, True])
-@pytest.mark.parametrize("place", ["after_bos", "behind"])
+@pytest.mark.parametrize("place", ["after_bos", "suffix"])
 def test_an_encoder_decoders_loss(tiny_backbone: MakeBackbone, name: str, place: PromptPosition, closed: bool) -> None:
     """Behind the text, and in front of its end of sequence where it has one.
 
@@ -147,8 +147,8 @@ def test_an_encoders_scores(tiny_backbone: MakeBackbone, closed: bool) -> None:
 
 
 def test_a_place_that_cannot_be_is_refused(tiny_backbone: MakeBackbone) -> None:
-    with pytest.raises(ValueError, match="cannot stand 'after_bos'; it can stand 'front' or 'behind'"):
-        attach(tiny_backbone("bert"), place="after_bos")
+    with pytest.raises(ValueError, match="cannot stand 'after_bos'; it can stand 'prefix' or 'suffix'"):
+        attach(tiny_backbone("bert"), prompt_position="after_bos")
 
 
 def test_prompts_prepared_for_another_place_are_refused(tiny_backbone: MakeBackbone) -> None:
@@ -159,7 +159,7 @@ def test_prompts_prepared_for_another_place_are_refused(tiny_backbone: MakeBackb
         prompted = attach(backbone, prompt_position=place)
         return prompted, prompted.prepare([prompt])
 
-    (front, of_front), (behind, of_behind) = prepared("front"), prepared("behind")
+    (front, of_front), (behind, of_behind) = prepared("prefix"), prepared("suffix")
     for prompted, other in ((front, of_behind), (behind, of_front)):
         with pytest.raises(ValueError, match="prepared for another architecture or place"):
             prompted(ids, prompts=other)
@@ -168,10 +168,10 @@ def test_prompts_prepared_for_another_place_are_refused(tiny_backbone: MakeBackb
 def test_folding_keeps_the_place(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("llama")
     prompt = Plain(length=3).build(backbone.host(), torch.Generator().manual_seed(0))
-    assert attach(backbone, prompt, prompt_position="suffix").folded().place == "suffix"
+    assert attach(backbone, prompt, prompt_position="suffix").folded().prompt_position == "suffix"
 
 
-@pytest.mark.parametrize("place", ["after_bos", "behind"])
+@pytest.mark.parametrize("place", ["after_bos", "suffix"])
 def test_without_a_prompt_a_decoder_is_the_model(place: PromptPosition, tiny_backbone: MakeBackbone) -> None:
     backbone, ids = tiny_backbone("llama"), torch.stack(rows_of((5, 5)))
     found = attach(backbone, prompt_position=place)(ids, labels=ids)

@@ -259,11 +259,11 @@ def test_an_update_cut_to_nothing_is_the_prompt_before_training(low_rank: Run, b
     assert found.cuts[-1].score == found.full
     assert found.cuts[-1].drop.chance == 1
     assert found.cuts[0].score != found.full
-    assert one.init_prompt is not None
+    assert one.start is not None
     first = build_prompted_model(low_rank.experiment, low_rank.task, backbone, warm=False).prompt
     assert first is not None
-    assert torch.equal(one.init_prompt, first.prompt())
-    untrained = dataclasses.replace(one, prompt=Folded(one.init_prompt))
+    assert torch.equal(one.start, first.prompt())
+    untrained = dataclasses.replace(one, prompt=Folded(one.start))
     assert functional_rank(untrained, Truncation(ranks=(8,), split="train", rows=0)).full == found.cuts[0].score
 
 

@@ -18,8 +18,8 @@ from softprompt.training.callbacks import NullCallback
 from softprompt.training.distributed import DistributedGroup
 
 Said = dict[str, Any]
-KINDS = [("llama", "joint"), ("qwen3", "joint"), ("gemma2", "joint"), ("bloom", "joint"), ("t5", "joint")]
-KINDS += [("bart", "joint"), ("bert", "joint"), ("bert", "isolated"), ("roberta_mlm", "joint"), ("dinov2", "joint")]
+KINDS = [("llama", "full"), ("qwen3", "full"), ("gemma2", "full"), ("bloom", "full"), ("t5", "full")]
+KINDS += [("bart", "full"), ("bert", "full"), ("bert", "self"), ("roberta_mlm", "full"), ("dinov2", "full")]
 
 
 def precision(kind: str) -> torch.dtype:
@@ -79,7 +79,7 @@ def test_each_holds_its_part(kind: str, prompt_attention: str, processes: list[d
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "bloom", "t5", "bart"])
 def test_generation_goes_on_until_all_are_done(kind: str, processes: list[dict[str, tuple[Said, ...]]]) -> None:
     for index, said in enumerate(processes):
-        whole, sharded, _ = said[f"{kind}-joint"]
+        whole, sharded, _ = said[f"{kind}-full"]
         assert len(whole["tokens"]) == (6 if index else 1)
         assert len(sharded["tokens"]) == 6
         torch.testing.assert_close(sharded["tokens"][: len(whole["tokens"])], whole["tokens"])
@@ -90,7 +90,7 @@ def test_generation_goes_on_until_all_are_done(kind: str, processes: list[dict[s
     [
         ("llama", {"baseline": "lora"}, "the baseline lora trains beside or in the layers"),
         ("mpnet", {}, "has no layers that can be told from the rest"),
-        ("t5", {"attend": "isolated"}, "isolated prompts of t5 .* go past its layers' own call"),
+        ("t5", {"prompt_attention": "self"}, "isolated prompts of t5 .* go past its layers' own call"),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(

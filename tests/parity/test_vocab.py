@@ -44,7 +44,8 @@ def laid_out(
     """Rows of plain ids, the prompts mixed; and what the live run is given for the same."""
     usage = json.loads((folder / "prompts.json").read_text())
     texts = [
-        row.input_ids for row in encode(task, live.backbone.tokenizer, ROWS, 64, closing=live.closed, answers=False)[0]
+        row.input_ids
+        for row in encode(task, live.backbone.tokenizer, ROWS, 64, closing=live.appends_eos, answers=False)[0]
     ]
     index = torch.tensor([number % len(names) for number in range(len(texts))])
     ids = [[*usage["prompts"][names[which]]["ids"], *text] for which, text in zip(index.tolist(), texts, strict=True)]

@@ -105,7 +105,7 @@ def test_a_setting_that_changes_nothing_of_what_comes_makes_none(name: str, writ
         ({"backbone": {"base": "org/other", "hash": "cd" * 32}}, "backbone=other"),
         ({"backbone": {"hash": "cd" * 32}}, "weights=cdcdcdcdcdcd"),
         ({"backbone": {"dtype": "bfloat16"}}, "dtype=bfloat16"),
-        ({"wanted": {"start": "runs/earlier"}}, "start=runs/earlier"),
+        ({"wanted": {"init_prompt": "runs/earlier"}}, "init_prompt=runs/earlier"),
         ({"wanted": {"depth": "deep"}}, "depth=deep"),
         ({"wanted": {"pool": "patches"}}, "pool=patches"),
     ],
@@ -135,7 +135,7 @@ def test_no_field_of_an_experiment_but_the_seed_is_averaged_over(write: Write, t
         "backbone": {"backbone": {"hash": "cd" * 32}},  # its weights count, and not where they lie
         "dtype": {"backbone": {"dtype": "bfloat16"}},  # what it came to, and not what was asked for
         "data": {"wanted": {"data": "/other"}},
-        "start": {"wanted": {"start": "runs/earlier"}},
+        "init_prompt": {"wanted": {"init_prompt": "runs/earlier"}},
     }
     for field in dataclasses.fields(Experiment):
         if field.name not in ("seed", *others):
@@ -202,15 +202,15 @@ def test_the_same_run_counts_once(write: Write, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("majority", "trial_status", "mark"),
+    ("majority", "standing", "mark"),
     [(0.40, "above", ""), (0.549, "above", ""), (0.56, "within", "†"), (0.64, "within", "†"), (0.70, "below", "‡")],
 )
 def test_the_table_says_how_a_score_stands(
-    majority: float, trial_status: str, mark: str, write: Write, tmp_path: Path
+    majority: float, standing: str, mark: str, write: Write, tmp_path: Path
 ) -> None:
     write(test=0.6, majority=majority)
     found = tabled(tmp_path)
-    assert formats.cells(found)[0]["against_majority"] == trial_status
+    assert formats.cells(found)[0]["against_majority"] == standing
     shown = tables.scores(found).rows[-1][1].splitlines()[0]
     assert shown == f"60.0 (1){mark}"
     assert (

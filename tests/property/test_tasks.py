@@ -112,7 +112,7 @@ def test_render_names_the_missing_column_and_the_row() -> None:
         ({"metrics": ("question_match",)}, "`question`"),
         ({"metrics": ("f1",), "words": {"0": "a", "1": "b", "2": "c"}}, "two labels"),
         ({"metrics": ()}, "no metrics"),
-        ({"max_tokens": 0}, "at least 1"),
+        ({"max_input_tokens": 0}, "at least 1"),
         ({"name": " "}, "name"),
     ],
 )

@@ -25,7 +25,7 @@ def test_base_says_what_the_model_says_without_a_prompt(engine_of: EngineOf, nam
     task = Task(name="t", template="{text}", label="y", words=dict(zip("01", words, strict=True)))
     texts = ["a b c", "b"]
     examples = encode(
-        task, engine.backbone.tokenizer, [{"text": t} for t in texts], 99, closing=alone.closed, answers=False
+        task, engine.backbone.tokenizer, [{"text": t} for t in texts], 99, closing=alone.appends_eos, answers=False
     )[0]
     # Beside a prompt's rows, which wait in the same batch.
     others = engine.classify("p1", ["c d e f", "a"], words)

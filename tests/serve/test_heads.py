@@ -75,7 +75,7 @@ def test_an_image_is_what_was_sent_and_never_a_file_of_this_machine(
     Image.effect_noise((40, 30), 80).convert("RGB").save(file)
     task = Task(name="photos", image="image", label="label", words={"a": "a", "b": "b"})
     prompt = METHODS["plain"](length=2).build(backbone.host(), torch.Generator())
-    one = served("p", prompt, backbone, 2, 0, task=task, max_tokens=32)
+    one = served("p", prompt, backbone, 2, 0, task=task, max_input_tokens=32)
     expected = Picture(str(file), backbone.tokenizer, 32, "row 1").pixels()
     text = base64.b64encode(file.read_bytes()).decode()
     for row in (text, f"data:image/png;base64,{text}", {"image": text}, {"image": file.read_bytes()}):

@@ -55,7 +55,7 @@ def test_few_candidates_are_scored_in_vain(
     passes: list[tuple[int, int]] = []
     before = scoring.score_rest
 
-    def noted(prompted: object, state: label_tree.State, candidates: list[tuple[int, ...]]) -> torch.Tensor:
+    def noted(prompted: object, state: label_tree.DecodeState, candidates: list[tuple[int, ...]]) -> torch.Tensor:
         passes.append((len(state.mask), len(candidates)))
         return before(prompted, state, candidates)
 

@@ -208,7 +208,7 @@ def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbon
         given |= vit.without_pooler(config)
     given |= quantization.loading(dtype, place, config) if quantized else {}
     model = loading.pretrained(loader, folder, source, **given)
-    model = quantization.wait_or_cancel(model) if quantized else model.to(place)
+    model = quantization.with_fixed_weights(model) if quantized else model.to(place)
     if architecture == "vision":
         vit.refuse_unknown(model, source)
         return Backbone(model, image_processor.processor(folder, config), source, base, architecture, quantized, note)

@@ -1,4 +1,4 @@
-"""Frozen backbones whose linear layers hold 4 bits a weight (bitsandbytes, extra `quantise`).
+"""Frozen backbones whose linear layers hold 4 bits a weight (bitsandbytes, extra `quantize`).
 
 The prompt stays float32, and its gradient flows through the weights as they are held; embeddings, norms and the head
 are bfloat16. `nf4`: Dettmers et al. 2023, "QLoRA", section 3, with a scale for each 64 weights.
@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 KINDS = ("nf4",)
 
@@ -83,7 +81,7 @@ def loading(kind: str, device: torch.device, config: Any) -> dict[str, Any]:
     return {"quantization_config": held, "device_map": {"": device}}
 
 
-def wait_or_cancel(model: Any) -> Any:
+def with_fixed_weights(model: Any) -> Any:
     """The same, its weights held in one way for good.
 
     On some CPUs a 4-bit layer is packed anew, with scales of bfloat16, at the first forward that needs no gradient, and
@@ -93,18 +91,3 @@ def wait_or_cancel(model: Any) -> Any:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
-
-
-def has_matrix(linear: Any) -> bool:
-    """Whether `matrix` knows how `linear` holds its weights."""
-    return type(linear) is torch.nn.Linear or type(linear).__name__ == "Linear4bit"
-
-
-def matrix(linear: Any) -> Float[Tensor, "out in"]:
-    """The weights of a linear layer: its own, or a whole copy of those that it holds in 4 bits."""
-    weights: Tensor = linear.weight
-    if type(linear) is not torch.nn.Linear:
-        from bitsandbytes.functional import dequantize_4bit
-
-        weights = dequantize_4bit(weights.data, linear.weight.quant_state)
-    return weights

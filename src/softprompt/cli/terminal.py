@@ -24,7 +24,7 @@ __all__ = ["Terminal", "console", "show_table"]
 
 @final
 class Terminal:
-    """A `Watcher` that shows loss, metric, rows a second and the time left."""
+    """A `TrainingCallback` that shows loss, metric, rows a second and the time left."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None

@@ -1,4 +1,4 @@
-"""How a prompt meets an architecture: one file each, one line in `ATTACHMENTS`."""
+"""How a prompt meets an architecture: one file each, one line in `PROMPTED_MODELS`."""
 
 from torch import nn
 

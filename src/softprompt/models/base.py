@@ -289,7 +289,7 @@ class PromptedModel(nn.Module, ABC):
         if self.max_row is not None and self.prompt_length + fed > self.max_row:
             raise ValueError(
                 f"{where} has {self.prompt_length + fed} positions ({self.prompt_length} of the prompt, "
-                f"{len(input_ids)} of the text{f', {len(answer_ids)} of the answer' if self.within else ''}), but "
+                f"{len(input_ids)} of the text{f', {len(answer_ids)} of the answer' if self.answer_in_sequence else ''}), but "
                 f"{self.backbone.source} has {self.max_row}; shorten its answer, leave the row out, or lower "
                 "max_tokens or the prompt's length"
             )

@@ -40,7 +40,7 @@ class DistributedGroup:
         ValueError: `accelerate launch` started one process where several were asked for, or is to shard by itself.
         RuntimeError: from any method, when another process has ended.
 
-    >>> Processes(cpu=True).share([4, 5, 6])
+    >>> DistributedGroup(cpu=True).share([4, 5, 6])
     [4, 5, 6]
     """
 

@@ -149,7 +149,7 @@ def cells(grid: Grid) -> list[dict[str, Any]]:
                     "test_rows_interval": _ends(group.rows_interval),
                     "test_seeds_interval": _ends(test.interval),
                     "majority": group.spread("majority").mean,
-                    "against_majority": group.trial_status,
+                    "against_majority": group.standing,
                     "n_test": [int(value) for value in group.spread("n_test").values],
                     "dev": dev.mean,
                     "dev_sd": dev.deviation,

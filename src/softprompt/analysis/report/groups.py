@@ -94,7 +94,7 @@ class Group:
         return Interval(low=self.spread("low").mean, high=self.spread("high").mean)
 
     @property
-    def trial_status(self) -> str:
+    def standing(self) -> str:
         """Against the majority answer, by both intervals: `above`, `within` or `below` them."""
         intervals = [interval for interval in (self.rows_interval, self.spread("test").interval) if interval]
         majority = self.spread("majority").mean

@@ -146,7 +146,7 @@ def _score(group: Group | None, chosen: str) -> str:
 
 
 def _marks(group: Group) -> str:
-    return MARKS[group.trial_status] + (CAUTION if group.caution else "")
+    return MARKS[group.standing] + (CAUTION if group.caution else "")
 
 
 def _costs(groups: Sequence[Group]) -> list[str]:
@@ -186,12 +186,12 @@ def _notes(grid: Grid) -> Iterable[str]:
         "95% interval over test rows, of a single run (its ends are means over the seeds). Seconds are a run's."
     )
     groups = grid.groups
-    if any(group.trial_status == "within" for group in groups):
+    if any(group.standing == "within" for group in groups):
         yield (
             f"{MARKS['within']} Not shown to differ from the majority answer: its score lies within the 95% interval "
             "over test rows or over seeds."
         )
-    if any(group.trial_status == "below" for group in groups):
+    if any(group.standing == "below" for group in groups):
         yield f"{MARKS['below']} Worse than the majority answer, beyond both intervals."
     for caution in dict.fromkeys(group.caution for group in groups if group.caution):
         yield f"{CAUTION} {caution.capitalize()}: compare with such scores alone."

@@ -14,11 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from softprompt.backbones import quantization
 from softprompt.backbones.kernels import gradient_checkpointing
 from softprompt.backbones.kernels.attention import grouped_attention, varlen_backward, varlen_forward
+from softprompt.backbones.kernels.dequantize import has_matrix, matrix
 from softprompt.backbones.kernels.varlen import VarlenLayout
-from softprompt.backbones.quantization import matrix
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 """transformers' layers that are RMSNorm, rotary attention, RMSNorm, SwiGLU, each added to its input."""
@@ -69,7 +68,7 @@ def is_supported(model: Any) -> bool:
         return False
     return all(
         type(layer).__name__ in LAYERS
-        and all(quantization.has_matrix(module) for module in _linear(layer))
+        and all(has_matrix(module) for module in _linear(layer))
         and all(module.bias is None for module in _linear(layer)[3:])
         and layer.mlp.act_fn(torch.ones(1)) == nn.functional.silu(torch.ones(1))
         for layer in layers

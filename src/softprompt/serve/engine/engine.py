@@ -246,7 +246,7 @@ class Engine:
         return request
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
-        """Let all of them wait for their turn, or none; raises `Full` and `Closed`.
+        """Let all of them wait for their turn, or none; raises `QueueFull` and `EngineClosed`.
 
         Raises:
             ValueError: a row has a token that the backbone has no embedding for; none of them waits.
@@ -268,7 +268,7 @@ class Engine:
         )
 
     def close(self, grace: float = 30.0) -> None:
-        """Take nothing more and finish what there is; what is left after `grace` seconds fails with `Closed`."""
+        """Take nothing more and finish what there is; what is left after `grace` seconds fails with `EngineClosed`."""
         self._scheduler.close(grace)
 
     def _refuse_taken(self, name: str, over: bool) -> None:

@@ -36,7 +36,7 @@ class Cancelled(RuntimeError):
 @final
 @dataclass(frozen=True, kw_only=True)
 class ClassifyParams:
-    """Choose among candidates: their tokens, as `Attachment.score` takes them."""
+    """Choose among candidates: their tokens, as `PromptedModel.score` takes them."""
 
     candidates: tuple[tuple[int, ...], ...]
 
@@ -117,7 +117,7 @@ class EngineRequest:
         return self.future.done()
 
     def result(self, timeout: float | None = None) -> Any:
-        """`Chosen` or `Written`, when it is there.
+        """`ClassifyOutput` or `GenerateOutput`, when it is there.
 
         Raises:
             TimeoutError: it took longer than it may.

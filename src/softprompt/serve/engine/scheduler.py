@@ -78,7 +78,7 @@ class Scheduler:
             self._wake.notify()
 
     def do(self, job: Callable[[], Any]) -> Any:
-        """What the job gives, done between two passes; raises what it raises, `Closed`, and TimeoutError if stuck."""
+        """What the job gives, done between two passes; raises what it raises, `EngineClosed`, and TimeoutError if stuck."""
         done: Future[Any] = Future()
         with self._wake:
             self._refuse_closed()
@@ -92,7 +92,7 @@ class Scheduler:
         return done.result()
 
     def close(self, grace: float) -> None:
-        """Take nothing more and finish what there is; what is left after `grace` seconds fails with `Closed`."""
+        """Take nothing more and finish what there is; what is left after `grace` seconds fails with `EngineClosed`."""
         with self._wake:
             self._closed = True
             self._wake.notify()

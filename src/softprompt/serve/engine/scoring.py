@@ -71,7 +71,9 @@ def _rows(state: DecodeState, rows: Sequence[int]) -> DecodeState:
     at, width = torch.tensor(rows, device=state.mask.device), state.mask.shape[1]
     layers = [SharedLayer(layer.keys[at, :, :width], layer.values[at, :, :width]) for layer in state.cache.layers]
     index = None if state.rows is None else state.rows[at]
-    return state._replace(cache=Cache(layers=layers), mask=state.mask[at], next_position=state.next_position[at], rows=index)
+    return state._replace(
+        cache=Cache(layers=layers), mask=state.mask[at], next_position=state.next_position[at], rows=index
+    )
 
 
 def _grouped(rows: Sequence[int], candidates: Sequence[Sequence[tuple[int, ...]]]) -> list[list[int]]:
