@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--batch-size 8 32] [--tokens 128] [--length 100] [--dtype float32] [--rounds 3]
 
-`recomputed` is a step under `--gradient-checkpointing`, `nf4` one of a backbone of `--dtype nf4` (extra `quantise`; its
+`recomputed` is a step under `--gradient-checkpointing`, `nf4` one of a backbone of `--dtype nf4` (extra `quantize`; its
 weights are others, so its loss is not compared), `both` is both. The peer is ourselves: the same step of whole weights,
 keeping what it needs. sides.py says how they are measured and what the JSON holds; the floor is train_step.py's, in
 which layers that are computed again count once.

@@ -37,7 +37,9 @@ def ours(*, supports_prefix_sharing: bool) -> Callable[[Part], Callable[[int], W
         backbone = load_backbone(BACKBONE, dtype=part.dtype, device="cpu")
         prompted = attach(backbone, decomposed(backbone, part).fold())
         prompted.supports_prefix_sharing = prompted.supports_prefix_sharing and supports_prefix_sharing
-        task = Task(name="passages", template="{x}", label="y", words={one.strip(): one.strip() for one in ANSWERS})
+        task = Task(
+            name="passages", template="{x}", label="y", label_words={one.strip(): one.strip() for one in ANSWERS}
+        )
 
         def ready(tokens: int) -> Work:
             ids = rows(backbone.model, part, tokens)

@@ -49,7 +49,7 @@ def ours(step: Callable[[list[Any], Any, Any, Any], float]) -> Side:
     return side
 
 
-def together(attachments: list[Any], ids: Any, mask: Any, labels: Any) -> float:
+def run_concurrently(attachments: list[Any], ids: Any, mask: Any, labels: Any) -> float:
     """One pass over the rows of all, and one backward."""
     import torch
 

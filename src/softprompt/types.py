@@ -4,7 +4,7 @@ from typing import Literal
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "nf4"]
 """What a backbone computes in; `auto`: bfloat16 where the device multiplies it faster than float32; `nf4`: bfloat16,
-and its linear layers hold 4 bits a weight, where memory is short (extra `quantise`)."""
+and its linear layers hold 4 bits a weight, where memory is short (extra `quantize`)."""
 Baseline = Literal["none", "lora", "full", "head"]
 """`lora`: low-rank updates of the model's projections; `full`: every weight; `head`: the encoder's head alone."""
 Protocol = Literal["heldout", "paper"]

@@ -109,12 +109,12 @@ def test_settings_reach_the_run(where: list[str]) -> None:
         "lr": 0.01,
     }
     flags = [part for name, value in wanted.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    method = ["plain", "--length", "3", "--init", "words"]
+    method = ["plain", "--length", "3", "--init", "label_words"]
     run = call("train", *where, *QUICK, *flags, "--seed", "5", *method).result["run"]
     experiment = json.loads((Path(run) / "softprompt.json").read_text())["experiment"]
     assert experiment["seed"] == 5
     assert experiment["training"].items() >= {**wanted, "steps": 3}.items()
-    assert experiment["prompt"].items() >= {"method": "plain", "length": 3, "init": "words"}.items()
+    assert experiment["prompt"].items() >= {"method": "plain", "length": 3, "init": "label_words"}.items()
 
 
 def test_a_small_disturbance_of_the_rows_is_told(where: list[str]) -> None:
@@ -192,7 +192,7 @@ def test_doctor() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "label_words"),
     [
         (["fetch", "nothing"], ["'nothing'"]),
         (["evaluate", "nowhere"], ["'nowhere' is no run", "softprompt list runs"]),
@@ -211,7 +211,7 @@ def test_what_is_not_there_is_said_in_one_sentence(arguments: list[str], words: 
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "label_words"),
     [
         (["--name", "a/b"], ["'a/b' is no plain folder name"]),
         (["--data", "missing.csv"], ["missing.csv"]),

@@ -44,8 +44,8 @@ def folders(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.Temp
 
 
 def test_several_runs_in_one_checkpoint(folders: dict[str, Path], tmp_path: Path) -> None:
-    words = ["--token-names", "one=<first>", "two=<second>"]
-    said = result("export", folders["one"], folders["two"], "--to", "vocab", "--output", tmp_path / "out", *words)
+    token_names = ["--token-names", "one=<first>", "two=<second>"]
+    said = result("export", folders["one"], folders["two"], "--to", "vocab", "--output", tmp_path / "out", *token_names)
     assert said["runs"] == [str(folders["one"]), str(folders["two"])]
     assert (said["to"], said["output"]) == ("vocab", str(tmp_path / "out"))
     assert (said["prompts"], said["as_text"]) == ({"one": 3, "two": 5}, True)
@@ -72,27 +72,29 @@ def test_beside_the_run_by_default(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "flags", "words"),
+    ("names", "flags", "label_words"),
     [
         (["three"], ["--to", "vocab"], "dept also changes the input's own embeddings; export to npz"),
         (["one", "two"], ["--to", "peft"], "peft holds one prompt and 2 runs are given"),
-        (["one"], ["--to", "vocab", "--token-names", "first"], "words holds 'first'; give NAME=<word>"),
-        (["one"], ["--to", "vocab", "--token-names", "x=<y>"], "words names 'x', which is none of the runs one"),
+        (["one"], ["--to", "vocab", "--token-names", "first"], "token_names holds 'first'; give NAME=<word>"),
+        (["one"], ["--to", "vocab", "--token-names", "x=<y>"], "token_names names 'x', which is none of the runs one"),
         (
             ["one"],
             ["--to", "vocab", "--token-names", "one=<x>", "one=<y>"],
-            "words names a run twice (one=<x>, one=<y>)",
+            "token_names names a run twice (one=<x>, one=<y>)",
         ),
-        (["one"], ["--to", "peft", "--token-names", "one=<y>"], "peft has no words for its prompts"),
+        (["one"], ["--to", "peft", "--token-names", "one=<y>"], "peft has no token names for its prompts"),
         (["one"], ["--to", "dept"], "the run trained plain"),
         ([], ["--to", "vocab"], "no run is given"),
     ],
 )
-def test_refusals(names: list[str], flags: list[str], words: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_refusals(
+    names: list[str], flags: list[str], token_names: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     code, out, err = call("export", *(folders[name] for name in names), *flags, "--output", tmp_path / "out")
     assert (code, out) == (1, [])
     assert err[-1].startswith("softprompt: ")
-    assert words in err[-1]
+    assert token_names in err[-1]
     assert not list(tmp_path.iterdir())
 
 

@@ -89,9 +89,7 @@ def test_what_failed_is_listed_and_the_rest_is_kept(file: Path, done: Path, swee
         assert name.endswith(run.experiment.hash[:8])
 
 
-@pytest.mark.parametrize(
-    ("name", "old", "new"), [("train.csv", "a a", "a b a"), ("tickets.toml", "Ticket", "Message")]
-)
+@pytest.mark.parametrize(("name", "old", "new"), [("train.csv", "a a", "a b a"), ("tickets.toml", "Ticket", "Message")])
 def test_a_run_of_other_rows_or_another_task_is_not_taken_for_this_one(
     name: str, old: str, new: str, file: Path, ticket_task: Path, tmp_path: Path, sweep: Sweep
 ) -> None:
@@ -123,7 +121,7 @@ def test_a_file_that_cannot_be(tmp_path: Path, sweep: Sweep) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("extra", "name"), [(["--engine", "ray"], "ray"), ([], "optuna")])
+@pytest.mark.parametrize(("extra", "name"), [(["--executor", "ray"], "ray"), ([], "optuna")])
 def test_a_missing_extra(
     extra: list[str], name: str, file: Path, tmp_path: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +158,7 @@ def test_baselines_are_trained_one_by_one(file: Path, tmp_path: Path, sweep: Swe
     ("flags", "sentence"),
     [
         (["--concurrent", "0"], "concurrent is 0; it must be at least 1"),
-        (["--concurrent", "2", "--engine", "ray"], "concurrent is for trainings in this process"),
+        (["--concurrent", "2", "--executor", "ray"], "concurrent is for trainings in this process"),
     ],
 )
 def test_what_cannot_go_together(flags: list[str], sentence: str, file: Path, tmp_path: Path, sweep: Sweep) -> None:
@@ -182,7 +180,7 @@ def two_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("two_workers")
 def test_ray_gives_the_same_results(file: Path, done: Path, tmp_path: Path, sweep: Sweep) -> None:
-    code, result, _ = sweep(file, "--out", tmp_path / "out", "--engine", "ray")
+    code, result, _ = sweep(file, "--out", tmp_path / "out", "--executor", "ray")
     _, local, _ = sweep(file, "--out", done)
     assert code == 1
     assert (result["done"], result["failed"]) == (local["skipped"], local["failed"])

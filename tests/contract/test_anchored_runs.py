@@ -256,7 +256,7 @@ def test_every_architecture_starts_from_an_anchor(
     file = tmp_path / "tickets.toml"
     lines = "".join(f'{label} = "{word}"\n' for label, word in words.items())
     rows = f'train = "{ticket_task.parent / "train.csv"}"\n'
-    file.write_text(rows + 'template = "Ticket: {text}\\nQueue:"\nlabel = "queue"\n[words]\n' + lines)
+    file.write_text(rows + 'template = "Ticket: {text}\\nQueue:"\nlabel = "queue"\n[label_words]\n' + lines)
     experiment = Experiment(
         backbone=str(folder),
         task=str(file),
@@ -271,7 +271,9 @@ def test_every_architecture_starts_from_an_anchor(
 
 
 def test_a_deep_prompt_has_an_anchor_a_layer(tiny_backbone: MakeBackbone) -> None:
-    backbone = tiny_backbone("vit").seeing(torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+    backbone = tiny_backbone("vit").with_sample_images(
+        torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    )
     config = DPT(length=4, rank=2)
     deep = build(config, backbone.hosts(3), torch.Generator().manual_seed(0))
     rows = build(Plain(length=4, scale=1.0), backbone.hosts(3), torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ VOCAB, DIM = 211, 96
 
 # Settings beyond the defaults that change what a method builds.
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
-    ("plain", {"length": 7, "init": "words"}),
+    ("plain", {"length": 7, "init": "label_words"}),
     ("dpt", {"anchor": "none"}),
     ("dpt", {"anchor": "none", "length": 7, "rank": 7, "init": "text", "init_text": "a text"}),
     ("dpt", {"anchor": "none", "init": "uniform"}),

@@ -32,7 +32,7 @@ from softprompt import (
 from softprompt.prompts import PromptConfig
 from softprompt.sweep import sweep
 from softprompt.training.callbacks import Interrupted, NullCallback, interruptible
-from softprompt.training.concurrent import together
+from softprompt.training.concurrent import run_concurrently
 from softprompt.training.step import Differentiate, TrainingStep
 
 MakeBackbone = Callable[[str], Backbone]
@@ -60,7 +60,7 @@ def several(backbone: str, task: Path, **settings: Any) -> list[Experiment]:
 
 
 def trained_together(experiments: Sequence[Experiment], backbone: Backbone, out: Path, count: int) -> list[Run]:
-    return sorted(together(works(experiments, backbone, out), count), key=lambda run: run.name)
+    return sorted(run_concurrently(works(experiments, backbone, out), count), key=lambda run: run.name)
 
 
 def works(experiments: Sequence[Experiment], backbone: Backbone, out: Path) -> list[Callable[[Differentiate], Run]]:
@@ -117,7 +117,7 @@ def test_each_ends_as_by_itself(
     backbone = tiny_backbone(kind)
     if kind == "bert_mlm":  # its words are of one token each
         lines = (f"{'xy'[n % 2] * (n % 5 + 1)},{'ab'[n % 2]}" for n in range(60))
-        ticket_task = table(tmp_path, "text,queue", lines, 'label = "queue"\nwords = { a = "a", b = "b" }')
+        ticket_task = table(tmp_path, "text,queue", lines, 'label = "queue"\nlabel_words = { a = "a", b = "b" }')
     experiments = several(kind, ticket_task, **settings)
     found = trained_together(experiments, backbone, tmp_path / "together", 3)
     assert max(passes) == (1 if kind == "bert" else 3), "heads of their own need passes of their own"
@@ -178,7 +178,7 @@ def test_no_more_than_asked_are_at_work(tmp_path: Path) -> None:
         begun.append(number)
         return number
 
-    ended = [(number, list(begun)) for number in together((partial(work, number) for number in range(3)), 2)]
+    ended = [(number, list(begun)) for number in run_concurrently((partial(work, number) for number in range(3)), 2)]
     assert ended == [(0, [0]), (1, [0, 1]), (2, [0, 1, 2])]
 
 
@@ -196,7 +196,7 @@ def test_who_diverges_falls_alone(tiny_backbone: MakeBackbone, ticket_task: Path
 
     names = ["wild", "run-0", "run-1"]
     every = [partial(excused, one, name) for one, name in zip([wild, *experiments[1:]], names, strict=True)]
-    found = [run for run in together(every, 3) if run is not None]
+    found = [run for run in run_concurrently(every, 3) if run is not None]
     assert ["learning rate" in problem for problem in problems] == [True]
     for at, (experiment, run) in enumerate(zip(experiments[1:], sorted(found, key=lambda one: one.name), strict=True)):
         refuse_different(run, train(experiment, out=tmp_path / "alone", name=f"run-{at}", backbone=backbone))
@@ -219,7 +219,9 @@ def test_what_fails_only_together_goes_on_in_smaller_passes(
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingStep, "losses", crowded)
-        found = sorted(together(works(experiments, backbone, tmp_path), 4, notes.append), key=lambda run: run.name)
+        found = sorted(
+            run_concurrently(works(experiments, backbone, tmp_path), 4, notes.append), key=lambda run: run.name
+        )
     assert passes[:11] == [1, 1, 1, 1, 4, 1, 1, 1, 1, 2, 2]
     assert len(notes) == 1
     assert notes[0].endswith("(out of memory); from here on at most 2 share one")
@@ -247,7 +249,7 @@ def test_ctrl_c_stops_all_with_a_checkpoint_each(
     begun = sorted(folder.name for folder in (tmp_path / "together").iterdir())
     assert begun == ["run-0", "run-1", "run-2"]
     again = [resuming(tmp_path / "together" / name, backbone=backbone) for name in begun]
-    for run in together(again, 3):
+    for run in run_concurrently(again, 3):
         at = int(run.name[-1])
         refuse_different(run, train(experiments[at], out=tmp_path / "alone", name=run.name, backbone=backbone))
 
@@ -271,7 +273,7 @@ def test_ctrl_c_is_known_to_one_that_begins_another_run_after_it(tmp_path: Path)
         return "all"
 
     with pytest.raises(Interrupted):
-        list(together([stopped, study], 2))
+        list(run_concurrently([stopped, study], 2))
     assert begun in ([], ["first"])
 
 
@@ -302,7 +304,7 @@ def test_an_error_leaves_the_others_unlocked(tiny_backbone: MakeBackbone, ticket
 
     threads = threading.active_count()
     with pytest.raises(OSError, match="the disk is full"):
-        list(together([*works(experiments, backbone, tmp_path), failing], 3))
+        list(run_concurrently([*works(experiments, backbone, tmp_path), failing], 3))
     assert threading.active_count() == threads, "nobody waits for ever in a thread that is left behind"
     for at, experiment in enumerate(experiments):
         run = resume(tmp_path / f"run-{at}", backbone=backbone)
@@ -331,7 +333,7 @@ def test_a_sweep_together_is_the_sweep_by_itself(llama_folder: Path, ticket_task
         "prompt.rank" = [1, 2]
         """
     )
-    one, other = (sweep(file, out=tmp_path / f"{count}", together=count) for count in (1, 3))
+    one, other = (sweep(file, out=tmp_path / f"{count}", concurrent=count) for count in (1, 3))
     assert [(trial.name, trial.state) for trial in one.trials] == [(trial.name, trial.state) for trial in other.trials]
     assert [found.values for found in one.searches] == [found.values for found in other.searches]
     done = [trial for trial in other.trials if trial.state == "done"]

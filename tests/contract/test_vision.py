@@ -77,7 +77,7 @@ def test_all_but_the_methods_that_shift_by_tokens_fit() -> None:
 @backbones
 @depths
 def test_shape_scale_and_determinism(method: str, name: str, depth: int, tiny_backbone: MakeBackbone) -> None:
-    backbone = tiny_backbone(name).seeing(pixels())
+    backbone = tiny_backbone(name).with_sample_images(pixels())
     prompt = prompt_of(method, backbone, depth)
     assert prompt.prompt().shape == (depth * 4, 32)
     assert prompt.depth == prompt.fold().depth == depth

@@ -61,7 +61,7 @@ def test_row_is_checked_in_a_sweep_too(
     lines = [f'backbone = "{llama_folder}"', f'task = "{ticket_task}"', 'dtype = "float32"', "seed = [0, 1]"]
     file.write_text("\n".join([*lines, "[training]", "steps = 1"]))
     for together in (1, 2):
-        swept = sweep(file, out=tmp_path / "runs", together=together)
+        swept = sweep(file, out=tmp_path / "runs", concurrent=together)
         assert [trial.state for trial in swept.trials] == ["failed", "failed"]
     assert left_in(tmp_path / "runs") == []
 

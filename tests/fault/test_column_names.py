@@ -41,7 +41,7 @@ def test_the_syntax_of_format_is_a_column_that_is_not_there(tmp_path: Path, fiel
     with pytest.raises(ValueError, match="braces hold") as caught:
         splits(load_task(str(tmp_path / "task.toml")))
     assert said in str(caught.value)
-    task = Task(name="t", template=f"{{{field}}}", label="y", words={"a": "a", "b": "b"})
+    task = Task(name="t", template=f"{{{field}}}", label="y", label_words={"a": "a", "b": "b"})
     with pytest.raises(ValueError, match=r"write \{text\}"):
         task.render({"text": "fine"})
 
@@ -57,7 +57,7 @@ LABELS: dict[str, tuple[list[Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("values", "words"), LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize(("values", "label_words"), LABELS.values(), ids=LABELS)
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_labels_that_are_numbers(tmp_path: Path, values: list[Any], words: str, kind: str) -> None:
     frame = pandas.DataFrame({"text": [f"t {i}" for i in range(40)], "y": values * 20})
@@ -65,7 +65,9 @@ def test_labels_that_are_numbers(tmp_path: Path, values: list[Any], words: str, 
         frame.to_parquet(tmp_path / "rows.parquet")
     else:
         frame.to_json(tmp_path / "rows.jsonl", orient="records", lines=True)
-    (tmp_path / "task.toml").write_text(f'train = "rows.{kind}"\ntemplate = "{{text}}"\nlabel = "y"\n[words]\n{words}')
+    (tmp_path / "task.toml").write_text(
+        f'train = "rows.{kind}"\ntemplate = "{{text}}"\nlabel = "y"\n[label_words]\n{words}'
+    )
     task = load_task(str(tmp_path / "task.toml"))
     assert {task.answer(row) for row in splits(task).train} == {0, 1}
     assert task.golds({"y": values[0]}) == ("yes",)
@@ -75,13 +77,13 @@ def test_float_labels_without_words_are_whole_numbers(tmp_path: Path) -> None:
     pandas.DataFrame({"text": ["a", "b"] * 20, "y": [1.0, 0.0] * 20}).to_parquet(tmp_path / "rows.parquet")
     (tmp_path / "task.toml").write_text('train = "rows.parquet"\ntemplate = "{text}"\nlabel = "y"\n')
     task = load_task(str(tmp_path / "task.toml"))
-    assert dict(task.words) == {"0": "0", "1": "1"}
+    assert dict(task.label_words) == {"0": "0", "1": "1"}
     assert {task.answer(row) for row in splits(task).train} == {0, 1}
 
 
 def test_a_text_is_not_a_number(tmp_path: Path) -> None:
     """In a CSV everything is text: 1.0 there is another label than 1."""
-    task = Task(name="t", template="{a}", label="y", words={"1": "a", "0": "b"})
+    task = Task(name="t", template="{a}", label="y", label_words={"1": "a", "0": "b"})
     with pytest.raises(ValueError, match=r"row 3 has the label '1\.0' in column 'y', which has no word"):
         task.answer({"y": "1.0"}, "row 3")
     with pytest.raises(ValueError, match="there are words for 1, 0"):
@@ -89,7 +91,7 @@ def test_a_text_is_not_a_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("label_words", "said"),
     [
         ("0 = 1", "the word for label '0' in {} is 1; write text in quotation marks"),
         ("true = true", "the word for label 'true' in {} is True; write text in quotation marks"),
@@ -97,7 +99,9 @@ def test_a_text_is_not_a_number(tmp_path: Path) -> None:
     ],
 )
 def test_words_that_are_no_texts(tmp_path: Path, words: str, said: str) -> None:
-    (tmp_path / "task.toml").write_text(f'train = "r.csv"\ntemplate = "{{text}}"\nlabel = "y"\n[words]\n{words}\n')
+    (tmp_path / "task.toml").write_text(
+        f'train = "r.csv"\ntemplate = "{{text}}"\nlabel = "y"\n[label_words]\n{words}\n'
+    )
     with pytest.raises(ValueError, match="label") as caught:
         load_task(str(tmp_path / "task.toml"))
     assert said.format(tmp_path / "task.toml") in str(caught.value)

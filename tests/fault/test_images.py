@@ -166,11 +166,13 @@ def test_a_hub_dataset_is_read_by_its_name(tmp_path: Path, tiny_backbone: MakeBa
     (tmp_path / "repository").mkdir()
     datasets.Dataset.from_dict(cells, features=features).to_parquet(tmp_path / "repository" / "train.parquet")
     task = load_task(toml(tmp_path, hub=str(tmp_path / "repository"), image="img", label="kind"))
-    assert list(task.words) == ["dog", "cat"]
+    assert list(task.label_words) == ["dog", "cat"]
     rows = splits(task)
     assert [len(part) for part in (rows.train, rows.dev, rows.test)] == [14, 2, 4]
     examples, _ = encode(task, tiny_backbone("vit").tokenizer, rows.train, 32)
-    assert [example.label for example in examples] == [list(task.words).index(kind) for kind in rows.train["kind"]]
+    assert [example.label for example in examples] == [
+        list(task.label_words).index(kind) for kind in rows.train["kind"]
+    ]
     assert examples[0].picture is not None
     assert examples[0].picture.pixels().shape == (3, 32, 32)
     hidden = {**cells, "kind": [-1] * 20}
@@ -188,13 +190,13 @@ def test_a_hub_dataset_is_read_by_its_name(tmp_path: Path, tiny_backbone: MakeBa
     ("settings", "message"),
     [
         ({"template": "{x}"}, "has images and the template '{x}'"),
-        ({"label": "", "words": {}, "target": "t", "metrics": ("exact_match",)}, "has images and no label"),
+        ({"label": "", "label_words": {}, "target": "t", "metrics": ("exact_match",)}, "has images and no label"),
         ({"broken": "ignore"}, "it must be 'refuse' or 'skip'"),
     ],
 )
 def test_tasks_of_images_that_cannot_be(settings: dict[str, Any], message: str, unchecked: None) -> None:
     with pytest.raises(ValueError, match=message):
-        Task(**{"name": "x", "image": "i", "label": "y", "words": {"a": "a", "b": "b"}, **settings})
+        Task(**{"name": "x", "image": "i", "label": "y", "label_words": {"a": "a", "b": "b"}, **settings})
 
 
 def test_images_and_text_do_not_meet(photos: Path, llama_folder: Path, tmp_path: Path, ticket_task: Path) -> None:

@@ -34,8 +34,8 @@ class Words:
 
 def test_a_word_that_begins_another_is_refused() -> None:
     words = {"a": "spam", "b": "spam offer"}
-    task = Task(name="mail", template="{text}\nKind:", label="kind", words=words)
+    task = Task(name="mail", template="{text}\nKind:", label="kind", label_words=words)
     with pytest.raises(ValueError, match="beginning of the other"):
         answer_ids(task, Words())
-    fine = Task(name="mail", template="{text}\nKind:", label="kind", words={"a": "ham", "b": "spam offer"})
+    fine = Task(name="mail", template="{text}\nKind:", label="kind", label_words={"a": "ham", "b": "spam offer"})
     assert answer_ids(fine, Words()) == ((3,), (1, 2))

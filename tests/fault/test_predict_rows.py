@@ -115,14 +115,14 @@ def test_a_files_name_is_not_taken_for_a_text(
 
 
 def test_texts_for_several_columns_are_refused(run: Run, backbone: Backbone) -> None:
-    task = Task(name="pair", template="{a} {b}", label="y", words={"0": "bad", "1": "good"})
+    task = Task(name="pair", template="{a} {b}", label="y", label_words={"0": "bad", "1": "good"})
     several = Run(run.folder, run.experiment, task, run.record)
     with pytest.raises(ValueError, match=r"row 1 is one text, .*reads several columns; .*columns 'a', 'b'"):
         predict(several, TEXTS, backbone=backbone)
 
 
 def test_a_cell_of_numpy_is_the_number_it_holds() -> None:
-    task = Task(name="one", template="{a}", label="y", words={"false": "bad", "true": "good"})
+    task = Task(name="one", template="{a}", label="y", label_words={"false": "bad", "true": "good"})
     cells: dict[str, Any] = {"true": np.bool_(True), "1": np.int64(1), "0.5": np.float64(0.5)}
     assert {text: task.render({"a": cell}) for text, cell in cells.items()} == {text: text for text in cells}
     assert task.answer({"y": np.bool_(True)}) == 1

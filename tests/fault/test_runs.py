@@ -83,7 +83,7 @@ def test_a_run_trained_with_relative_paths_is_used_from_another_folder(
     found = open_run("../here/runs/relative")
     assert evaluate(found) == score
     kept = found.experiment
-    assert (kept.backbone, kept.task, kept.data, kept.start) == (
+    assert (kept.backbone, kept.task, kept.data, kept.init_prompt) == (
         str(here / "model"),
         str(here / "task/tickets.toml"),
         str(here / "rows.csv"),

@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Folder:
 
 def test_a_table_is_a_task(folder: Folder) -> None:
     task = load_task(folder.task())
-    assert (task.name, dict(task.words), task.metrics) == (
+    assert (task.name, dict(task.label_words), task.metrics) == (
         "support",
         {"BILLING": "billing", "Sales": "sales"},
         ("accuracy", "macro_f1"),
@@ -83,7 +83,7 @@ group = "customer"
 max_input_tokens = 64
 split_seed = 3
 metrics = ["macro_f1"]
-[words]
+[label_words]
 Sales = "selling"
 BILLING = "paying"
 """
@@ -105,7 +105,7 @@ def test_data_takes_the_place_of_train(folder: Folder) -> None:
     (folder.path / "train.csv").unlink()
     other = folder.train(as_csv([{**row, "queue": row["queue"][0]} for row in rows(20)]), "other.csv")
     task = load_task(folder.task(), str(other))
-    assert list(task.words) == ["B", "S"]
+    assert list(task.label_words) == ["B", "S"]
     assert len(splits(task).train) == 14
     assert splits(task, data=str(other)).fingerprint == splits(task).fingerprint
 
@@ -134,8 +134,8 @@ def test_a_csv_cell_is_text_as_it_stands(folder: Folder) -> None:
 
 
 def test_a_word_without_rows_is_a_warning(folder: Folder) -> None:
-    words = '[words]\nBILLING = "billing"\nSales = "sales"\nLEGAL = "legal"\n'
-    assert splits(load_task(folder.task(TASK + words))).warnings == (
+    label_words = '[words]\nBILLING = "billing"\nSales = "sales"\nLEGAL = "legal"\n'
+    assert splits(load_task(folder.task(TASK + label_words))).warnings == (
         "no training row of task 'support' has the label 'LEGAL'",
     )
 

@@ -14,7 +14,7 @@ TASK = Task(
     name="tickets",
     template="Ticket: {text}\nQueue:",
     label="queue",
-    words={"billing": "billing", "login": "login", "other": "other"},
+    label_words={"billing": "billing", "login": "login", "other": "other"},
 )
 
 

@@ -33,7 +33,7 @@ def host(**facts: Any) -> Host:
     known: dict[str, Any] = {
         "embedding": 0.14 * torch.randn(VOCAB, DIM, generator=seeded(5)),
         "encode": lambda text: [ord(letter) % VOCAB for letter in text],
-        "words": ("yes", "no"),
+        "label_words": ("yes", "no"),
         "special": frozenset({0, 1}),
         "gradient": lambda rows, batches: slope(),
     }
@@ -201,8 +201,8 @@ OLD: dict[str, tuple[dict[str, Any], list[float]]] = {
         {"init": "text", "init_text": "some text"},
         [0.0833760202, 0.2361019105, -0.0508156680, 1.6403180843, 9.3486028463, 5.8782595191, 0.0643955246],
     ),
-    "words": (
-        {"init": "words"},
+    "label_words": (
+        {"init": "label_words"},
         [0.4097783864, 0.1492318958, -0.0292397514, 1.9348047912, 8.7109022923, 5.6107870550, 0.0779391751],
     ),
     "published": (
@@ -262,7 +262,7 @@ def test_the_count_does_not_know_the_anchor(anchor: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"anchor": "words"}, "anchor is 'words'; it must be vocab or text or labels or none"),
+        ({"anchor": "label_words"}, "anchor is 'label_words'; it must be vocab or text or labels or none"),
         ({"anchor": "text"}, "anchor is 'text' and init_text is ''"),
         ({"init_text": "good"}, "anchor is 'vocab' and init_text is 'good'"),
         ({"init": "uniform"}, "init is 'uniform' and anchor 'vocab'.* give anchor none for a product alone"),
@@ -284,7 +284,7 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], 
     ("settings", "facts", "said"),
     [
         ({"anchor": "text", "init_text": "far too long"}, {}, "has 12 tokens and the prompt a length of 6"),
-        ({"anchor": "labels"}, {"words": ()}, "label words, and it has none"),
+        ({"anchor": "labels"}, {"label_words": ()}, "label words, and it has none"),
         ({}, {"start": torch.zeros(5, DIM)}, r"the prompt to start from is \(5, 16\) and the new one \(6, 16\)"),
         (
             {"factor_init": "gradient"},

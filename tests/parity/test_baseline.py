@@ -18,7 +18,7 @@ from softprompt.types import Baseline
 
 peft = pytest.importorskip("peft")
 MakeBackbone = Callable[[str], Backbone]
-TASK = Task(name="tickets", template="{text}", label="queue", words={"a": "a", "b": "b"})
+TASK = Task(name="tickets", template="{text}", label="queue", label_words={"a": "a", "b": "b"})
 
 
 def outputs(backbone: Backbone, model: Any) -> torch.Tensor:
@@ -53,7 +53,7 @@ def test_peft_loads_every_weight_of_lora(kind: str, tiny_backbone: MakeBackbone,
 
 
 @pytest.mark.parametrize(
-    ("kind", "baseline", "words"),
+    ("kind", "baseline", "label_words"),
     [
         ("llama", "lora", "import AutoModelForCausalLM\n"),
         ("bert_mlm", "lora", "import AutoModelForMaskedLM\n"),

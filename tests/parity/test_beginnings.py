@@ -188,7 +188,7 @@ def test_a_bare_model_reads_beginnings_too(decoder: Backbone) -> None:
             assert_near(chance, wanted.sum(), 1e-4)
 
 
-CLASSES = Task(name="t", template="{x}", label="y", words={"a": "one", "b": "two"}, metrics=("accuracy",))
+CLASSES = Task(name="t", template="{x}", label="y", label_words={"a": "one", "b": "two"}, metrics=("accuracy",))
 TEXTS = Task(name="t", template="{x}", target="y", metrics=("exact_match",))
 
 

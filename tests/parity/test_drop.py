@@ -22,7 +22,7 @@ def test_the_chance_is_mcnemars(lost: int, won: int) -> None:
     found = drop(METRICS["accuracy"], labels(before, golds), labels(after, golds))
     exact = stats.binomtest(lost, lost + won, alternative="greater").pvalue
     # 1,000 tosses: three standard errors of a share of one half are 0.047, and of 0.016 they are 0.012.
-    assert found.chance == pytest.approx(exact, abs=3 * np.sqrt(max(exact * (1 - exact), 0.001) / 1000) + 0.001)
+    assert found.p_value == pytest.approx(exact, abs=3 * np.sqrt(max(exact * (1 - exact), 0.001) / 1000) + 0.001)
     assert found.value == pytest.approx((lost - won) / 100)
     assert found.low <= found.value <= found.high
     assert found.shown == (exact <= 0.025)
@@ -39,7 +39,7 @@ def test_the_intervals_width_is_that_of_the_mean_difference() -> None:
 
 def test_equal_answers_lose_nothing() -> None:
     one, same = (labels([0, 1, 1], [1, 1, 0]) for _ in range(2))
-    assert drop(METRICS["accuracy"], one, same) == Drop(value=0.0, low=0.0, high=0.0, chance=1.0)
+    assert drop(METRICS["accuracy"], one, same) == Drop(value=0.0, low=0.0, high=0.0, p_value=1.0)
 
 
 def test_questions_are_swapped_whole() -> None:
@@ -49,7 +49,7 @@ def test_questions_are_swapped_whole() -> None:
     metric = METRICS["question_match"]
     found = drop(metric, labels(golds, golds, questions), labels(after, golds, questions))
     assert (found.value, found.low, found.high) == (1, 1, 1)
-    assert found.chance == pytest.approx(1 / 64, abs=0.013)
+    assert found.p_value == pytest.approx(1 / 64, abs=0.013)
 
 
 def test_texts_are_compared_as_texts() -> None:

@@ -203,7 +203,7 @@ def test_a_run_keeps_its_head_and_answers_again(
     tiny_backbone(name).tokenizer.save_pretrained(folder)
     task = ticket_task
     if name == "bert_mlm":  # one mask holds one token
-        text = 'template = "Ticket: {text}\\nQueue:"\nlabel = "queue"\n[words]\n'
+        text = 'template = "Ticket: {text}\\nQueue:"\nlabel = "queue"\n[label_words]\n'
         words = "".join(f'{label} = "{word}"\n' for label, word in WHOLE_WORDS.items())
         task = tmp_path / "tickets.toml"
         task.write_text(f"train = {json.dumps(str(ticket_task.parent / 'train.csv'))}\n" + text + words)

@@ -100,7 +100,7 @@ def test_npz_holds_every_method(made: MakeRun, tiny_backbone: Callable[[str], Ba
 
 def test_npz_says_of_how_many_layers_a_prompt_is(tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
     backbone, config = tiny_backbone("vit"), METHODS["plain"](length=4)
-    task = Task(name="pets", image="image", label="label", words={"cat": "cat", "dog": "dog"})
+    task = Task(name="pets", image="image", label="label", token_names={"cat": "cat", "dog": "dog"})
     experiment = Experiment(backbone="vit", prompt=config, depth="deep")
     run = runs.create(experiment, task, backbone, tmp_path / "runs", "pets", "")
     prompt, head = build(config, backbone.hosts(3), torch.Generator()), fresh_head(backbone, 2, torch.Generator())
@@ -119,7 +119,7 @@ def test_dept(made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "method", "to", "words"),
+    ("kind", "method", "to", "label_words"),
     [
         ("llama", "dept", "vocab", r"dept also changes the input's own embeddings; export to npz"),
         ("llama", "adept", "vocab", r"adept also changes the input's own embeddings"),
@@ -135,10 +135,16 @@ def test_dept(made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path:
     ],
 )
 def test_what_a_format_cannot_say_is_refused(
-    kind: str, method: str, to: str, words: str, made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path
+    kind: str,
+    method: str,
+    to: str,
+    token_names: str,
+    made: MakeRun,
+    tiny_backbone: Callable[[str], Backbone],
+    tmp_path: Path,
 ) -> None:
     backbone = tiny_backbone(kind)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=token_names):
         export_runs([made(backbone, method)], FORMATS[to], tmp_path / "out", backbone=backbone)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
@@ -157,12 +163,12 @@ def test_runs_that_do_not_fit_together(
         export_runs([one, one], FORMATS["vocab"], tmp_path / "out", backbone=llama)
     with pytest.raises(ValueError, match="peft holds one prompt and 2 runs are given"):
         export_runs([one, one], FORMATS["peft"], tmp_path / "out", backbone=llama)
-    with pytest.raises(ValueError, match="words names 'x'"):
-        export_runs([one], FORMATS["vocab"], tmp_path / "out", backbone=llama, words={"x": "<y>"})
+    with pytest.raises(ValueError, match="token_names names 'x'"):
+        export_runs([one], FORMATS["vocab"], tmp_path / "out", backbone=llama, token_names={"x": "<y>"})
     with pytest.raises(ValueError, match="'two words'; give it one such as <plain>"):
-        export_runs([one], FORMATS["vocab"], tmp_path / "out", backbone=llama, words={"plain": "two words"})
-    with pytest.raises(ValueError, match="npz has no words"):
-        export_runs([one], FORMATS["npz"], tmp_path / "out", backbone=llama, words={"plain": "<y>"})
+        export_runs([one], FORMATS["vocab"], tmp_path / "out", backbone=llama, token_names={"plain": "two words"})
+    with pytest.raises(ValueError, match="npz has no token names"):
+        export_runs([one], FORMATS["npz"], tmp_path / "out", backbone=llama, token_names={"plain": "<y>"})
     with pytest.raises(ValueError, match=r"the weights of .* are not those"):
         export_runs([one], FORMATS["npz"], tmp_path / "out", backbone=gpt2)
     (tmp_path / "there").mkdir()

@@ -15,7 +15,7 @@ LABELS = Task(
     name="labels",
     template="{text}",
     label="label",
-    words={"a": "apple", "b": "banana", "c": "cherry"},
+    label_words={"a": "apple", "b": "banana", "c": "cherry"},
     metrics=("macro_f1", "accuracy", "matthews"),
 )
 PAIRS = dataclasses.replace(

@@ -15,7 +15,7 @@ from softprompt.backbones import Architecture, Backbone
 from softprompt.models import PromptedModel, attach, fresh_head
 from softprompt.models import verify as known
 from softprompt.prompts import Folded
-from softprompt.serve.engine.kv_cache import Decoder, Row
+from softprompt.serve.engine.kv_cache import CachedDecoder, Row
 from softprompt.types import PromptPosition
 
 BASE: dict[str, Any] = {
@@ -181,18 +181,18 @@ def test_a_decoder_writes_what_it_writes_alone(backbone: Backbone, place: Prompt
 
 @torch.no_grad()
 def test_the_services_rows_come_and_go(backbone: Backbone) -> None:
-    decoder = Decoder(attach(backbone))
+    decoder = CachedDecoder(attach(backbone))
     first, second = prompt_of(backbone, 5), prompt_of(backbone, 2, 2)
     short, long = torch.tensor(SHORT), rows_of((LONG,), first=3)[0]
     read, _ = decoder.read(
         [
-            Row(long.tolist(), first, decoder.prompt_state(first)),
-            Row(short.tolist(), second, decoder.prompt_state(second)),
+            Row(long.tolist(), first, decoder.kv_prefix(first)),
+            Row(short.tolist(), second, decoder.kv_prefix(second)),
         ]
     )
-    decoder.advance(read, torch.tensor([50, 60]))
-    late, _ = decoder.read([Row(short.tolist(), first, decoder.prompt_state(first))])
-    logits = decoder.advance(decoder.joined([(read, 1), (late, 0)]), torch.tensor([70, 80]))
+    decoder.decode_next(read, torch.tensor([50, 60]))
+    late, _ = decoder.read([Row(short.tolist(), first, decoder.kv_prefix(first))])
+    logits = decoder.decode_next(decoder.joined([(read, 1), (late, 0)]), torch.tensor([70, 80]))
     wanted = [
         alone(backbone, second, torch.tensor([*SHORT, 60, 70]))[-1],
         alone(backbone, first, torch.tensor([*SHORT, 80]))[-1],
@@ -311,8 +311,8 @@ def ignoring_positions(cached_only: bool, several_only: bool = False) -> Backbon
         logits_to_keep: Any = 0,
         **others: Any,
     ) -> Any:
-        begun = past_key_values is not None and past_key_values.get_seq_length() > 0
-        if (begun or not cached_only) and (len(inputs_embeds) > 1 or not several_only):
+        template_prefix = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if (template_prefix or not cached_only) and (len(inputs_embeds) > 1 or not several_only):
             position_ids = None
         return forward(
             inputs_embeds=inputs_embeds,
@@ -336,16 +336,16 @@ def test_a_model_that_takes_positions_and_ignores_them_is_refused(cached_only: b
 def test_the_services_decoder_compares_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the attachment does not do, rows that join, may be wrong where all else is right."""
     prompted = attach(backbone_of(transformers.LlamaConfig(**BASE), "causal"))
-    right = Decoder.joined
+    right = CachedDecoder.joined
 
-    def wrong(self: Decoder, *args: Any) -> Any:
+    def wrong(self: CachedDecoder, *args: Any) -> Any:
         batch = right(self, *args)
         batch.mask = torch.ones_like(batch.mask)
         return batch
 
-    monkeypatch.setattr(Decoder, "joined", wrong)
+    monkeypatch.setattr(CachedDecoder, "joined", wrong)
     with pytest.raises(ValueError, match="rows that join and leave a batch"):
-        Decoder(prompted)
+        CachedDecoder(prompted)
 
 
 def test_a_model_that_fails_is_refused_by_its_own_words() -> None:

@@ -13,7 +13,7 @@ from softprompt import Backbone, Experiment, Plain, Run, TrainingConfig, attach,
 from softprompt.evaluation.evaluate import read_splits
 from softprompt.prompts import Folded
 from softprompt.tasks import Example, Task, answer_ids, encode, load_task, schedule
-from softprompt.training.concurrent import together
+from softprompt.training.concurrent import run_concurrently
 from softprompt.training.distributed import DistributedGroup
 from softprompt.training.gradients import gradient_on
 from softprompt.training.objective import Objective
@@ -35,10 +35,12 @@ WEIGHTS = (0.0, 0.3, 1.0)
 @pytest.fixture(scope="module")
 def one_token_task(ticket_task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same rows with label words of a token each, which one mask holds."""
-    file = tmp_path_factory.mktemp("words") / "tickets.toml"
+    file = tmp_path_factory.mktemp("label_words") / "tickets.toml"
     words = "".join(f'{label} = "{word}"\n' for label, word in WHOLE_WORDS.items())
     rows = ticket_task.parent / "train.csv"
-    file.write_text(f'train = "{rows}"\ntemplate = "Ticket: {{text}}\\nQueue:"\nlabel = "queue"\n[words]\n{words}')
+    file.write_text(
+        f'train = "{rows}"\ntemplate = "Ticket: {{text}}\\nQueue:"\nlabel = "queue"\n[label_words]\n{words}'
+    )
     return file
 
 
@@ -206,7 +208,7 @@ def test_concurrent_trainings_of_other_weights_share_no_pass(
         return train(experiment, out=tmp_path, name=f"run-{at}", differentiate=differentiate)
 
     runs = sorted(
-        together([partial(work, at, one) for at, one in enumerate(experiments)], 4),
+        run_concurrently([partial(work, at, one) for at, one in enumerate(experiments)], 4),
         key=lambda run: run.name,
     )
     for one, run in zip(experiments, runs, strict=True):

@@ -144,8 +144,8 @@ def score(value: float, low: float, majority: float = 0.5) -> Score:
 def functional(chances: dict[int, tuple[float, float]], low: float = 0.7, majority: float = 0.5) -> Functional:
     """Score and chance of the drop, by rank."""
     cuts = [
-        Cut(rank=rank, score=score(value, 0.0), drop=Drop(value=0.8 - value, low=0.0, high=0.1, chance=chance))
-        for rank, (value, chance) in chances.items()
+        Cut(rank=rank, score=score(value, 0.0), drop=Drop(value=0.8 - value, low=0.0, high=0.1, p_value=p_value))
+        for rank, (value, p_value) in chances.items()
     ]
     full = score(0.8, low, majority)
     return Functional(task="t", backbone="b", part="prompt", split="dev", full=full, cuts=tuple(cuts))
@@ -239,7 +239,7 @@ def test_a_cut_at_or_above_the_rank_changes_nothing(low_rank: Run) -> None:
     assert [cut.rank for cut in found.cuts] == [1, 2, 3, 5, 8]
     for cut in found.cuts[2:]:
         assert cut.score == found.full
-        assert cut.drop == Drop(value=0.0, low=0.0, high=0.0, chance=1.0)
+        assert cut.drop == Drop(value=0.0, low=0.0, high=0.0, p_value=1.0)
     assert any(cut.score != found.full for cut in found.cuts[:2]), "a cut below the rank changed nothing"
     assert found.paired is not None
     assert found.paired <= 3
@@ -257,7 +257,7 @@ def test_an_update_cut_to_nothing_is_the_prompt_before_training(low_rank: Run, b
     found = functional_rank(one, Truncation(part="update", split="train", rows=0))
     assert [cut.rank for cut in found.cuts] == list(range(7))  # A B - A_0 B_0 has at most twice the rank
     assert found.cuts[-1].score == found.full
-    assert found.cuts[-1].drop.chance == 1
+    assert found.cuts[-1].drop.p_value == 1
     assert found.cuts[0].score != found.full
     assert one.start is not None
     first = build_prompted_model(low_rank.experiment, low_rank.task, backbone, warm=False).prompt
@@ -285,7 +285,7 @@ def test_a_shift_of_the_input_stays_whole(trained: Callable[[Any], Run]) -> None
     found = functional_rank(one, Truncation(ranks=(6,), split="train", rows=0))
     assert found.cuts[0].score == found.full
     assert found.full == evaluate(run, split="train")
-    assert found.cuts[0].drop.chance == 1
+    assert found.cuts[0].drop.p_value == 1
 
 
 def test_a_plain_prompt_has_full_rank_before_it_has_learned(trained: Callable[[Any], Run]) -> None:

@@ -128,7 +128,7 @@ def test_loss_and_score_are_cross_entropy(tiny_backbone: MakeBackbone) -> None:
 @pytest.mark.parametrize("name", ["vit", "dinov2"])
 def test_a_layers_host_is_what_that_layer_sees(name: str, tiny_backbone: MakeBackbone) -> None:
     """Its patches' states in the model as it is, and its own query and key weights."""
-    backbone = tiny_backbone(name).seeing(images(2))
+    backbone = tiny_backbone(name).with_sample_images(images(2))
     seen: list[Tensor] = []
     hooks = [
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for layer in stack(backbone.model)
@@ -153,7 +153,7 @@ def test_a_layers_host_is_what_that_layer_sees(name: str, tiny_backbone: MakeBac
 
 def test_whitening_sees_the_patches_through_the_layers_weights(tiny_backbone: MakeBackbone) -> None:
     """`W = (Sigma + eps I)^(-1/2)` of `W_q W_k^T x`, written out; and the covariance of what it whitens."""
-    [host] = tiny_backbone("vit").seeing(torch.randn(40, 3, 32, 32, generator=seeded(4))).hosts(1)
+    [host] = tiny_backbone("vit").with_sample_images(torch.randn(40, 3, 32, 32, generator=seeded(4))).hosts(1)
     config = BPT(length=4, mode="frozen", scale=1.0, samples=640, eps=1e-9)
     right = config.build(host, seeded(0)).right.double()
     attention = stack(tiny_backbone("vit").model)[0].attention

@@ -156,9 +156,9 @@ def test_as_text(
 ) -> None:
     """What prompts.json says to put before the text gives the run's ids, beginning of sequence behind the prompt."""
     backbone = tiny_backbone(kind)
-    words = {"plain": "<ticket>"}
+    token_names = {"plain": "<ticket>"}
     run = made(backbone, "plain")
-    export_runs([run], FORMATS["vocab"], tmp_path / "out", backbone=backbone, words=words)
+    export_runs([run], FORMATS["vocab"], tmp_path / "out", backbone=backbone, token_names=token_names)
     usage, tokenizer = (
         json.loads((tmp_path / "out" / "prompts.json").read_text()),
         AutoTokenizer.from_pretrained(tmp_path / "out"),
@@ -171,7 +171,7 @@ def test_as_text(
     live = encode(run.task, backbone.tokenizer, ROWS[2:3], 64, closing=special, answers=False)[0][0].input_ids
     assert made_ids == [*entry["ids"], *live]
     assert tokenizer.decode(made_ids, skip_special_tokens=True) == text
-    answers = zip(run.task.words, map(list, answer_ids(run.task, tokenizer)), strict=True)
+    answers = zip(run.task.token_names, map(list, answer_ids(run.task, tokenizer)), strict=True)
     assert entry["answers"] == dict(answers)
 
 
@@ -215,12 +215,12 @@ def test_a_checkpoint_that_differs_is_dropped(
 
         return write
 
-    for name, place, words in (
+    for name, place, token_names in (
         ("model.embed_tokens.weight", -1, "the embedding of dpt differs"),
         ("model.norm.weight", 3, "other scores than the live run"),
     ):
         monkeypatch.setattr(Vocab, "write", spoilt(name, place))
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=token_names):
             export_runs([run], FORMATS["vocab"], tmp_path / "out", backbone=backbone)
         assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
@@ -232,7 +232,11 @@ def test_a_word_that_the_tokenizer_has(made: MakeRun, tiny_backbone: Callable[[s
     backbone = Backbone(own.model, tokenizer, "llama", "llama", "causal")
     with pytest.raises(ValueError, match=r"the word is taken.*--token-names"):
         export_runs(
-            [made(backbone, "plain")], FORMATS["vocab"], tmp_path / "out", backbone=backbone, words={"plain": "<x>"}
+            [made(backbone, "plain")],
+            FORMATS["vocab"],
+            tmp_path / "out",
+            backbone=backbone,
+            token_names={"plain": "<x>"},
         )
     assert not (tmp_path / "out").exists()
 

@@ -154,7 +154,7 @@ def test_answers_and_label_words_are_text() -> None:
     examples = encode(TASK, tokenizer, rows, 100)[0]
     assert [tokenizer.decode(one.answer_ids[:-1]) for one in examples] == [" go <mask>", " <|im_end|>ok", " fine"]
     assert all(_control(tokenizer, list(one.answer_ids)) == ["</s>"] for one in examples)
-    labels = Task(name="t", template="{text}", label="y", words={"0": "<mask>", "1": "<|im_end|>"})
+    labels = Task(name="t", template="{text}", label="y", label_words={"0": "<mask>", "1": "<|im_end|>"})
     assert all(not _control(tokenizer, list(ids)) for ids in answer_ids(labels, tokenizer))
 
 
@@ -169,8 +169,8 @@ def test_an_answer_ends_once() -> None:
     with pytest.raises(ValueError, match=r"row 1 has the answer '</s>' in column 'answer', which is an end of seq"):
         encode(TASK, tokenizer, [{"text": "a", "title": "b", "answer": "</s>"}], 100)
     assert strip_end("a</s> b", tokenizer) == "a</s> b"
-    words = Task(name="t", template="{text}", label="y", words={"0": "good</s>", "1": "bad</s>"})
-    plain = Task(name="t", template="{text}", label="y", words={"0": "good", "1": "bad"})
+    words = Task(name="t", template="{text}", label="y", label_words={"0": "good</s>", "1": "bad</s>"})
+    plain = Task(name="t", template="{text}", label="y", label_words={"0": "good", "1": "bad"})
     assert answer_ids(words, tokenizer) == answer_ids(plain, tokenizer)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from softprompt.tasks import Score, Task, score
 
-LABELS = Task(name="t", template="{a}", label="y", words={"0": "bad", "1": "good"})
+LABELS = Task(name="t", template="{a}", label="y", label_words={"0": "bad", "1": "good"})
 NUMBERS = Task(name="n", template="{a}", target="y", metrics=("pearson",))
 TEXTS = Task(name="g", template="{a}", target="y", metrics=("exact_match", "token_f1"))
 

@@ -39,7 +39,7 @@ def test_a_metric_that_falls_selects_nothing() -> None:
     with pytest.raises(ValueError, match="put another one in front of it, pearson or spearman"):
         Task(name="n", template="{a}", target="y", metrics=("mae", "pearson"))
     with pytest.raises(ValueError, match="scores numbers, but task 'n' answers with labels"):
-        Task(name="n", template="{a}", label="y", words={"0": "a", "1": "b"}, metrics=("accuracy", "mae"))
+        Task(name="n", template="{a}", label="y", label_words={"0": "a", "1": "b"}, metrics=("accuracy", "mae"))
 
 
 def test_numbers_of_a_file_are_a_task(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_one_seed_has_no_spread(write: Write, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_setting_that_differs_makes_another_row(name: str, write: Write, tmp_path: Path) -> None:
     write(training=TrainingConfig(steps=6), test=0.5)
-    changed = {name: 0.5} if name in ("warmup", "vocabulary_weight") else {name: SETTINGS[name]}  # shares
+    changed = {name: 0.5} if name in ("warmup_ratio", "vocabulary_weight") else {name: SETTINGS[name]}  # shares
     write(training=dataclasses.replace(TrainingConfig(steps=6), **changed), test=0.7, seed=1)
     found = tabled(tmp_path)
     assert len(found.rows) == 2

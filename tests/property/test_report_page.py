@@ -36,7 +36,7 @@ def hostile(write_run: Write, tmp_path_factory: pytest.TempPathFactory) -> Repor
     root = tmp_path_factory.mktemp("hostile")
     write = functools.partial(write_run, root)
     write(HOSTILE.replace("/", ""), backbone={"base": HOSTILE}, metric=HOSTILE, others={HOSTILE: 0.5})
-    write("=1+1", seed=1, wanted={"start": '=cmd|"</script><script>alert(1)</script>'}, caution=f"\x1b[2J{HOSTILE}")
+    write("=1+1", seed=1, wanted={"init_prompt": '=cmd|"</script><script>alert(1)</script>'}, caution=f"\x1b[2J{HOSTILE}")
     (write("unread-\u202e\x1b[31m<b>", seed=2) / "softprompt.safetensors").unlink()
     return made(root, title=HOSTILE)
 
@@ -73,7 +73,7 @@ def test_csv_has_fractions_and_no_formula(hostile: Report) -> None:
     assert [float(row["test"]) for row in rows] == [cell["test"] for cell in cells]
     assert [float(row["test_rows_interval_low"]) for row in rows] == [cell["test_rows_interval"][0] for cell in cells]
     assert all(value[:1] not in ("=", "+", "@") for row in rows for value in row.values())
-    assert any(row["setting_start"].startswith("'=") for row in rows)
+    assert any(row["setting_init_prompt"].startswith("'=") for row in rows)
 
 
 def test_json_is_whole_and_strict(hostile: Report) -> None:

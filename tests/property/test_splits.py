@@ -16,7 +16,7 @@ REVIEW = Task(
     name="review",
     template="Review: {text}\nTitle: {title}\nSentiment:",
     label="verdict",
-    words={"0": "negative", "1": "positive"},
+    label_words={"0": "negative", "1": "positive"},
 )
 
 
@@ -132,9 +132,9 @@ def test_shots_are_few_and_disjoint(source, balanced: bool, group: str) -> None:
 
 def test_a_balanced_draw_does_not_hide_the_commonest_answer(source) -> None:
     """Of 8 and 8 neither is, and the first of the two would be a majority that nobody has to beat."""
-    task = dataclasses.replace(REVIEW, words={"1": "positive", "0": "negative"}, source=source(rows=table(300)))
+    task = dataclasses.replace(REVIEW, label_words={"1": "positive", "0": "negative"}, source=source(rows=table(300)))
     whole = splits(task)
-    assert list(task.words)[whole.majority] == "0"
+    assert list(task.label_words)[whole.majority] == "0"
     assert shots(task, whole, 8, seed=1).majority == whole.majority
 
 

@@ -117,7 +117,11 @@ def test_every_wording_says_what_it_did(name: str, tmp_path: Path) -> None:
     task = TASKS[name]
     rows = READERS[task.source](task, folder)["test" if name in DIAGNOSTIC else "train"]
     found = [
-        [wording, worded.render(row), worded.answers[worded.answer(row)] if worded.words else list(worded.golds(row))]
+        [
+            wording,
+            worded.render(row),
+            worded.answers[worded.answer(row)] if worded.label_words else list(worded.golds(row)),
+        ]
         for wording in ("natural", "dpt", "residual")
         for worded in [load_task(f"{name}:{wording}")]
         for row in rows

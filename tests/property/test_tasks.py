@@ -17,7 +17,7 @@ REVIEW = Task(
     name="review",
     template="Review: {text}\nTitle: {title}\nSentiment:",
     label="verdict",
-    words={"0": "negative", "1": "positive"},
+    label_words={"0": "negative", "1": "positive"},
 )
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
@@ -102,15 +102,15 @@ def test_render_names_the_missing_column_and_the_row() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"words": {"0": "no", "1": "No"}}, "same word"),
-        ({"words": {"0": "no"}}, "two or more"),
-        ({"words": {"0": "no", "1": ""}}, "give it one"),
+        ({"label_words": {"0": "no", "1": "No"}}, "same word"),
+        ({"label_words": {"0": "no"}}, "two or more"),
+        ({"label_words": {"0": "no", "1": ""}}, "give it one"),
         ({"target": "text"}, "both of label and target"),
-        ({"label": "", "words": {}}, "neither of label and target"),
+        ({"label": "", "label_words": {}}, "neither of label and target"),
         ({"metrics": ("acuracy",)}, "did you mean 'accuracy'"),
         ({"metrics": ("exact_match",)}, "answers with labels"),
         ({"metrics": ("question_match",)}, "`question`"),
-        ({"metrics": ("f1",), "words": {"0": "a", "1": "b", "2": "c"}}, "two labels"),
+        ({"metrics": ("f1",), "label_words": {"0": "a", "1": "b", "2": "c"}}, "two labels"),
         ({"metrics": ()}, "no metrics"),
         ({"max_input_tokens": 0}, "at least 1"),
         ({"name": " "}, "name"),
@@ -128,7 +128,7 @@ def test_answers_are_words_as_the_model_would_write_them() -> None:
     assert REVIEW.answer({"verdict": 1}) == 1
     assert REVIEW.classify(" Positive\n") == 1
     assert REVIEW.classify("so-so") is None
-    boolean = dataclasses.replace(REVIEW, words={"false": "no", "true": "yes"})
+    boolean = dataclasses.replace(REVIEW, label_words={"false": "no", "true": "yes"})
     assert boolean.answer({"verdict": True}) == 1
 
 
@@ -151,7 +151,7 @@ def test_a_task_survives_json(name: str) -> None:
 
 
 def test_another_wording_has_its_own_words() -> None:
-    other = Template(text="{text}?", words={"0": "bad", "1": "good"})
+    other = Template(text="{text}?", label_words={"0": "bad", "1": "good"})
     task = dataclasses.replace(REVIEW, templates={"short": other})
     assert task.using("short").answers == (" bad", " good")
     with pytest.raises(ValueError, match="did you mean 'short'"):
@@ -240,7 +240,7 @@ def test_an_answer_has_the_tokens_that_it_has_behind_text() -> None:
         tokenizer(" yes", add_special_tokens=False)["input_ids"]
         != tokenizer("yes", add_special_tokens=False)["input_ids"]
     )
-    task = dataclasses.replace(REVIEW, words={"0": "no", "1": "yes"})
+    task = dataclasses.replace(REVIEW, label_words={"0": "no", "1": "yes"})
     assert [tokenizer.convert_ids_to_tokens(list(ids)) for ids in answer_ids(task, tokenizer)] == [["▁no"], ["▁yes"]]
 
 
@@ -250,8 +250,8 @@ def test_words_that_cannot_be_told_apart_are_refused() -> None:
     blind.normalizer = normalizers.Replace("!", "")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=blind, unk_token="<unk>")
     with pytest.raises(ValueError, match="' yes' and ' yes!' of task 'review' are the same tokens"):
-        answer_ids(dataclasses.replace(REVIEW, words={"0": "yes", "1": "yes!"}), tokenizer)
+        answer_ids(dataclasses.replace(REVIEW, label_words={"0": "yes", "1": "yes!"}), tokenizer)
     with pytest.raises(ValueError, match="' maybe' of task 'review' has no tokens"):
-        answer_ids(dataclasses.replace(REVIEW, words={"0": "yes", "1": "maybe"}), tokenizer)
+        answer_ids(dataclasses.replace(REVIEW, label_words={"0": "yes", "1": "maybe"}), tokenizer)
     with pytest.raises(ValueError, match="not a fast tokenizer"):
         answer_ids(REVIEW, object())

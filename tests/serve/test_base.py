@@ -22,7 +22,7 @@ def test_base_says_what_the_model_says_without_a_prompt(engine_of: EngineOf, nam
     alone = attach(engine.backbone)
     # An encoder's mask holds one token, so the labels are words that have one.
     words = sorted(one[1:] for one in engine.backbone.tokenizer.get_vocab() if len(one) > 1 and one[0] == "Ġ")[:2]
-    task = Task(name="t", template="{text}", label="y", words=dict(zip("01", words, strict=True)))
+    task = Task(name="t", template="{text}", label="y", label_words=dict(zip("01", words, strict=True)))
     texts = ["a b c", "b"]
     examples = encode(
         task, engine.backbone.tokenizer, [{"text": t} for t in texts], 99, closing=alone.appends_eos, answers=False
@@ -50,7 +50,7 @@ def test_base_is_no_prompt(engine_of: EngineOf, prompt_of: Callable[..., Any], r
     assert [one.name for one in engine.prompts] == ["p0"]
     for change in (
         lambda: engine.add("base", prompt_of(engine.backbone, 1)),
-        lambda: engine.add("base", run_folders[0], over=True),
+        lambda: engine.add("base", run_folders[0], replace=True),
         lambda: engine.remove("base"),
     ):
         with pytest.raises(ValueError, match="'base' is the model without a prompt, and stays"):

@@ -29,7 +29,7 @@ def alone(engine: Engine, name: str, text: str) -> list[float]:
     """The attachment's own scores, one row at a time."""
     backbone = engine.backbone
     prompted = attach(backbone, engine.get(name).prompt)
-    task = Task(name="t", template="{text}", label="y", words={label: label for label in LABELS})
+    task = Task(name="t", template="{text}", label="y", label_words={label: label for label in LABELS})
     ids = encode(task, backbone.tokenizer, [{"text": text}], 500, closing=prompted.appends_eos, answers=False)[0][0]
     with torch.no_grad():
         return prompted.score(torch.tensor([ids.input_ids]), None, answer_ids(task, backbone.tokenizer))[0].tolist()
@@ -107,7 +107,7 @@ def test_two_runs_answer_as_predict_does(run_folders: list[Path], worth: int, mo
     with Engine(backbone, Limits(max_wait=100.0)) as engine:
         for run in runs:
             served = engine.add(run.name, run.folder)
-            assert (served.begun is not None) == (worth == 1)
+            assert (served.template_prefix is not None) == (worth == 1)
             assert served.describe()["bytes"] == sum(state.bytes for state in served.states)
         requests = [(run, engine.classify(run.name, rows)) for run in runs]
         for run, asked in requests:
@@ -128,7 +128,7 @@ def test_a_peft_folder_is_served_as_the_prompt_in_it(run_folders: list[Path], tm
         engine.add("run", run.folder)
         engine.add("peft", tmp_path)
         text = "Ticket: a a a\nQueue:"
-        labels = list(run.task.words.values())
+        labels = list(run.task.label_words.values())
         ours = engine.classify("run", [{"text": "a a a"}])[0].result(30.0).scores
         theirs = engine.classify("peft", [text], labels)[0].result(30.0).scores
         assert theirs == pytest.approx(ours, abs=1e-5)
@@ -163,7 +163,7 @@ def test_prompts_come_and_go_while_others_are_asked(engine_of: EngineOf, prompt_
     for thread in threads:
         thread.start()
     for turn in range(10):
-        engine.add("guest", prompt_of(engine.backbone, 50 + turn), over=True)
+        engine.add("guest", prompt_of(engine.backbone, 50 + turn), replace=True)
         engine.classify("guest", ["a"], LABELS)[0].result(30.0)
         engine.remove("guest")
     stop.set()
@@ -179,7 +179,7 @@ def test_a_waiting_row_gets_the_prompt_that_it_came_for(engine_of: EngineOf, pro
     engine.add("p", prompt_of(engine.backbone, 1))
     expected = alone(engine, "p", "a b")
     request = engine.classify("p", ["a b"], LABELS)[0]
-    engine.add("p", prompt_of(engine.backbone, 2), over=True)
+    engine.add("p", prompt_of(engine.backbone, 2), replace=True)
     assert request.result(30.0).scores == pytest.approx(expected, abs=1e-5)
     assert engine.classify("p", ["a b"], LABELS)[0].result(30.0).scores != pytest.approx(expected, abs=1e-3)
 

@@ -16,7 +16,7 @@ from softprompt.prompts import Folded
 from softprompt.serve import Engine, EngineClosed, Limits
 from softprompt.serve.api.app import make_app
 from softprompt.serve.api.middleware import AuthConfig
-from softprompt.serve.engine.kv_cache import Batch, Decoder
+from softprompt.serve.engine.kv_cache import Batch, CachedDecoder
 
 EngineOf = Callable[..., Engine]
 TEXTS = ("a", "b b", "Ticket: a a c", "c b a a b c\nQueue:", "some words that were never seen", "x" * 30)
@@ -87,9 +87,9 @@ def test_memory_that_runs_out_between_two_steps_changes_no_text(
     engine = engine_of(prompts=4, shifting=False, max_batch=8)
     asked = [(f"p{row % 4}", TEXTS[row % 6], 4 + 12 * (row % 3) if row else 40) for row in range(8)]
     expected = [engine.generate(*one[:2], max_new_tokens=one[2]).result(30.0).tokens for one in asked]
-    real, fails = Decoder.joined, [0]
+    real, fails = CachedDecoder.joined, [0]
 
-    def joined(self: Decoder, rows: Any, room: int = 64) -> Batch:
+    def joined(self: CachedDecoder, rows: Any, room: int = 64) -> Batch:
         several = len({id(batch) for batch, _ in rows}) > 1
         fewer = not several and len(rows) < len(rows[0][0])
         if {"joining": several, "leaving": fewer}[breaks]:
@@ -97,7 +97,7 @@ def test_memory_that_runs_out_between_two_steps_changes_no_text(
             raise memory()
         return real(self, rows, room)
 
-    monkeypatch.setattr(Decoder, "joined", joined)
+    monkeypatch.setattr(CachedDecoder, "joined", joined)
     began, requests = threading.Event(), []
     for name, text, most in asked:
         requests.append(engine.generate(name, text, max_new_tokens=most, on_token=lambda _: began.set()))
@@ -133,15 +133,15 @@ def test_a_row_that_overflows_fails_alone_while_it_is_written(
 ) -> None:
     engine = engine_of(prompts=3, shifting=False, max_batch=4)
     expected = [engine.generate(f"p{row}", "a b", max_new_tokens=12).result(30.0).tokens for row in (0, 1)]
-    real, bad = Decoder.advance, engine.get("p2").prompt
+    real, bad = CachedDecoder.decode_next, engine.get("p2").prompt
 
-    def advance(self: Decoder, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
+    def decode_next(self: CachedDecoder, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
         logits = real(self, batch, tokens)
         if int(batch.texts[0]) > 6:
             logits[[prompt is bad for prompt in batch.prompts]] = torch.nan
         return logits
 
-    monkeypatch.setattr(Decoder, "advance", advance)
+    monkeypatch.setattr(CachedDecoder, "advance", decode_next)
     broken = engine.generate("p2", "a b", max_new_tokens=12, sampling=Sampling(temperature=1.0))
     requests = [engine.generate(f"p{row}", "a b", max_new_tokens=12) for row in (0, 1)]
     with pytest.raises(FloatingPointError, match="p2"):
@@ -184,14 +184,14 @@ def test_a_row_of_an_encoder_decoder_that_overflows_fails_alone(
 def test_a_choice_that_overflows_fails_alone(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(prompts=2, shifting=False, max_wait=200.0)
     expected = engine.classify("p0", ["a"], LABELS)[0].result(30.0).scores
-    real, bad = Decoder.read, engine.get("p1").prompt
+    real, bad = CachedDecoder.read, engine.get("p1").prompt
 
-    def read(self: Decoder, rows: Any, room: int = 0) -> Any:
+    def read(self: CachedDecoder, rows: Any, room: int = 0) -> Any:
         batch, logits = real(self, rows, room)
         logits[[row.prompt is bad for row in rows]] = torch.nan
         return batch, logits
 
-    monkeypatch.setattr(Decoder, "read", read)
+    monkeypatch.setattr(CachedDecoder, "read", read)
     good, broken = engine.classify("p0", ["a"], LABELS)[0], engine.classify("p1", ["a"], LABELS)[0]
     assert good.result(30.0).scores == pytest.approx(expected, abs=1e-5)
     with pytest.raises(FloatingPointError, match="p1"):

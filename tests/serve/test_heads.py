@@ -51,7 +51,7 @@ def test_texts_through_heads_of_different_sizes(name: str, tiny_backbone: MakeBa
 @pytest.mark.parametrize("name", ["vit", "dinov2"])
 def test_images_under_prompts_of_different_depths(name: str, tiny_backbone: MakeBackbone) -> None:
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    backbone = tiny_backbone(name).seeing(images)
+    backbone = tiny_backbone(name).with_sample_images(images)
     ones = []
     for seed, depth in enumerate((1, 2, 1)):
         config = METHODS["plain"](length=2 + seed)
@@ -73,7 +73,7 @@ def test_an_image_is_what_was_sent_and_never_a_file_of_this_machine(
     backbone = tiny_backbone("vit")
     file = tmp_path / "photo.png"
     Image.effect_noise((40, 30), 80).convert("RGB").save(file)
-    task = Task(name="photos", image="image", label="label", words={"a": "a", "b": "b"})
+    task = Task(name="photos", image="image", label="label", label_words={"a": "a", "b": "b"})
     prompt = METHODS["plain"](length=2).build(backbone.host(), torch.Generator())
     one = served("p", prompt, backbone, 2, 0, task=task, max_input_tokens=32)
     expected = Picture(str(file), backbone.tokenizer, 32, "row 1").pixels()

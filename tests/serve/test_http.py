@@ -211,7 +211,7 @@ def test_labels_are_those_of_the_prompt_that_answered(run_folders: list[Path], m
     with Engine(backbone) as engine:
         served = engine.add("p", run_folders[0])
         assert served.task is not None
-        words = {label.upper(): word for label, word in served.task.words.items()}
+        words = {label.upper(): word for label, word in served.task.label_words.items()}
         real = engine.classify
 
         def classify(*given: Any) -> Any:

@@ -9,7 +9,7 @@ from softprompt.backbones import Backbone
 from softprompt.models import attach, label_tree
 from softprompt.prompts import SoftPrompt
 from softprompt.serve.engine import scoring
-from softprompt.serve.engine.kv_cache import Decoder
+from softprompt.serve.engine.kv_cache import CachedDecoder
 from softprompt.serve.engine.request import ClassifyParams, EngineRequest
 from softprompt.serve.engine.scoring import CausalScorer
 from softprompt.serve.prompts.entry import PromptEntry, bare
@@ -22,11 +22,11 @@ ROWS = ([40, 41, 42, 43, 44], [50], [60, 61, 62], [70, 71], [80, 81, 82, 83])
 
 
 def tickets_of(backbone: Backbone, prompt_of: PromptOf) -> tuple[CausalScorer, list[EngineRequest]]:
-    decoder = Decoder(bare(backbone))
+    decoder = CachedDecoder(bare(backbone))
     served = []
     for seed in range(3):
         prompt = prompt_of(backbone, seed).fold()
-        state = decoder.prompt_state(prompt)
+        state = decoder.kv_prefix(prompt)
         served.append(PromptEntry(name=f"p{seed}", prompt=prompt, source="", state=state))
     requests = [EngineRequest(served[i % 3], ids, ClassifyParams(candidates=SETS[i])) for i, ids in enumerate(ROWS)]
     return CausalScorer(decoder), requests

@@ -136,7 +136,7 @@ class Backbone:
         finally:
             self.model.eval()
 
-    def host(self, words: tuple[str, ...] = (), start: torch.Tensor | None = None) -> Host:
+    def host(self, label_words: tuple[str, ...] = (), start: torch.Tensor | None = None) -> Host:
         """The facts that a prompt method may know.
 
         Args:
@@ -144,17 +144,17 @@ class Backbone:
             start: a trained prompt to start from, in a warm start.
         """
         if self.architecture == "vision":
-            return self.hosts(1, words, start)[0]
+            return self.hosts(1, label_words, start)[0]
         return Host(
             start=start,
             embedding=self._table,
             encode=lambda text: list(self.tokenizer(text, add_special_tokens=False)["input_ids"]),
-            words=words,
+            label_words=label_words,
             special=frozenset(int(i) for i in self.tokenizer.all_special_ids),
             query_key=projections.product_of(self.model),
         )
 
-    def hosts(self, depth: int, words: tuple[str, ...] = (), start: torch.Tensor | None = None) -> list[Host]:
+    def hosts(self, depth: int, label_words: tuple[str, ...] = (), start: torch.Tensor | None = None) -> list[Host]:
         """The facts of the first `depth` layers, a host each: of one, `host` alone.
 
         Raises:
@@ -166,10 +166,10 @@ class Backbone:
                 "layers; deep prompts are for vision models"
             )
         if self.architecture != "vision":
-            return [self.host(words, start)]
-        return vit.hosts(self.model, self.images, depth, words, start)
+            return [self.host(label_words, start)]
+        return vit.hosts(self.model, self.images, depth, label_words, start)
 
-    def seeing(self, images: torch.Tensor) -> "Backbone":
+    def with_sample_images(self, images: torch.Tensor) -> "Backbone":
         """The same model, whose input vectors are sampled from `images`: pixels as its processor makes them."""
         return dataclasses.replace(self, images=images)
 
@@ -187,7 +187,7 @@ def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbon
     Raises:
         FileNotFoundError: nothing is at `source`.
         ValueError: the model cannot take embeddings instead of ids, or dtype and model do not fit.
-        ModuleNotFoundError: `nf4` without the extra `quantise`.
+        ModuleNotFoundError: `nf4` without the extra `quantize`.
     """
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype is {dtype!r}; it must be {', '.join(get_args(Dtype))}")

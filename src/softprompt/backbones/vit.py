@@ -105,7 +105,11 @@ def through(layer: nn.Module, states: States, mask: Tensor | None = None) -> Sta
 
 
 def hosts(
-    model: Any, images: Pixels | None, depth: int, words: tuple[str, ...], start: Float[Tensor, "prompt dim"] | None
+    model: Any,
+    images: Pixels | None,
+    depth: int,
+    label_words: tuple[str, ...],
+    start: Float[Tensor, "prompt dim"] | None,
 ) -> list[Host]:
     """What a prompt may know of the first `depth` layers, a host each: the patches' states are its input vectors.
 
@@ -120,7 +124,7 @@ def hosts(
         Host(
             embedding=sample,
             encode=_no_text,
-            words=words,
+            label_words=label_words,
             start=part,
             query_key=projections.product_of(model, layer),
         )

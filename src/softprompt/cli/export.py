@@ -17,7 +17,7 @@ def export_(
     runs_: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...", name="runs")],
     to: FormatName = "peft",
     output: Path | None = None,
-    words: tuple[str, ...] = (),
+    token_names: tuple[str, ...] = (),
     backbone: str | None = None,
 ) -> dict[str, Any]:
     """Write runs' prompts for other software, read the files back and compare.
@@ -31,14 +31,14 @@ def export_(
     """
     if not runs_:
         raise ValueError("no run is given; name at least one run's folder")
-    if unclear := [word for word in words if "=" not in word]:
-        raise ValueError(f"words holds {unclear[0]!r}; give NAME=<word>, NAME being a run's folder name")
+    if unclear := [word for word in token_names if "=" not in word]:
+        raise ValueError(f"token_names holds {unclear[0]!r}; give NAME=<word>, NAME being a run's folder name")
     opened = [runs.open_run(run) for run in runs_]
     folder = output or opened[0].folder.with_name(f"{opened[0].name}-{to}")
-    named = dict(word.split("=", 1) for word in words)
-    if len(named) < len(words):
-        raise ValueError(f"words names a run twice ({', '.join(words)}); give each run one word")
-    measured = export_runs(opened, FORMATS[to], folder, backbone=backbone, words=named)
+    named = dict(word.split("=", 1) for word in token_names)
+    if len(named) < len(token_names):
+        raise ValueError(f"token_names names a run twice ({', '.join(token_names)}); give each run one word")
+    measured = export_runs(opened, FORMATS[to], folder, backbone=backbone, token_names=named)
     console.print(
         f"compared with the run: largest difference {measured['largest_difference']:.2g} ({measured['unit']}), "
         f"tolerance {measured['tolerance']:.2g}"

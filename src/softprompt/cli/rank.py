@@ -8,7 +8,15 @@ from typing import Annotated, Any
 import tyro
 
 from softprompt import files, runs
-from softprompt.analysis.rank import Measured, Truncation, burstiness, gradient_spectra, measure, seeing, suggest_rank
+from softprompt.analysis.rank import (
+    Measured,
+    Truncation,
+    burstiness,
+    gradient_spectra,
+    measure,
+    suggest_rank,
+    with_sample_images,
+)
 from softprompt.analysis.rank.pictures import draw_burstiness, draw_gradients, draw_ranks, refuse_without_matplotlib
 from softprompt.backbones import load
 from softprompt.backbones.projections import query_key
@@ -135,7 +143,7 @@ def _show_functional(found: Measured) -> None:
                 full.metric: f"{cut.score.value:.3f}",
                 "lost": f"{cut.drop.value:+.3f}",
                 "95% interval": f"{cut.drop.low:+.3f} to {cut.drop.high:+.3f}",
-                "by chance": f"{cut.drop.chance:.3f}",
+                "by chance": f"{cut.drop.p_value:.3f}",
             }
             for cut in scored.cuts
         ]
@@ -190,7 +198,7 @@ def _burstiness(source: str, samples: int, moved: str | None, out: Path | None) 
     path = Path(source).expanduser()
     if (path / runs.RECORD).is_file():
         run = runs.open_run(path)
-        backbone = seeing(run, run.backbone(moved))
+        backbone = with_sample_images(run, run.backbone(moved))
     else:
         if moved is not None:
             raise ValueError(f"{source} is no run, so it is a backbone itself; leave --backbone out")

@@ -25,7 +25,7 @@ def serve_(
     token_file: Path | None = None,
     admin_token_file: Path | None = None,
     engine: Literal["local", "ray"] = "local",
-    copies: Replicas = Replicas(),  # noqa: B008  (a frozen value)
+    replicas: Replicas = Replicas(),  # noqa: B008  (a frozen value)
     limits: Limits = Limits(),  # noqa: B008
     dtype: Dtype = "auto",
     device: str = "auto",
@@ -43,7 +43,7 @@ def serve_(
         token_file: File with the tokens that may ask, one a line; none: those in SOFTPROMPT_TOKEN, if it is set.
         admin_token_file: File with the tokens that may change prompts; none: SOFTPROMPT_ADMIN_TOKEN, else who may ask.
         engine: One engine in this process, or copies of it behind Ray Serve, which share the prompts' folder.
-        copies: With the engine `ray`.
+        replicas: With the engine `ray`.
         limits: What an engine takes on.
         dtype: What the backbone computes in.
         device: `auto` takes the first GPU, else the CPU.
@@ -83,7 +83,7 @@ def serve_(
         "started": started,
     }
     if engine == "ray":
-        serve_replicas(source, pairs, copies, dtype=dtype, device=device, **shared)
+        serve_replicas(source, pairs, replicas, dtype=dtype, device=device, **shared)
     else:
         serve(backbones.load(source, dtype=dtype, device=device), pairs, **shared)
     return {"command": "serve", "address": address, "backbone": source, "prompts": [name for name, _ in pairs]}

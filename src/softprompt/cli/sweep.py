@@ -18,9 +18,9 @@ def sweep_(
     out: Path = Path("runs"),
     data: Path | None = None,
     dry_run: bool = False,
-    engine: ExecutorName = "local",
-    together: int = 1,
-    address: str | None = None,
+    executor: ExecutorName = "local",
+    concurrent: int = 1,
+    ray_address: str | None = None,
     cpus: float = 1.0,
     gpus: float = 0.0,
 ) -> dict[str, Any]:
@@ -31,9 +31,9 @@ def sweep_(
         out: Folder that holds the runs; those finished there are skipped, those begun go on.
         data: The folder in which the file's relative `data` begins; none: the file's own.
         dry_run: Only list the trials, and what is there of each.
-        engine: This process, or a Ray cluster, where each trial is a task (extra sweep).
-        together: Trainings at a time in this process: one pass over the rows of all, each with its own everything.
-        address: The cluster's, as ray.init takes it; none: one on this machine.
+        executor: This process, or a Ray cluster, where each trial is a task (extra sweep).
+        concurrent: Trainings at a time in this process: one pass over the rows of all, each with its own everything.
+        ray_address: The cluster's, as ray.init takes it; none: one on this machine.
         cpus: Processors a trial, of Ray.
         gpus: Graphics processors a trial, of Ray; with 0 a trial is not counted on any.
     """
@@ -44,7 +44,13 @@ def sweep_(
         console.print(f"{len(rows)} trials" + (f", after {plan.search.trials} for each choice" if plan.search else ""))
         return {"command": "sweep", "out": str(out), "trials": rows}
     terminal = Terminal()
-    engines: dict[str, Any] = {"engine": engine, "together": together, "address": address, "cpus": cpus, "gpus": gpus}
+    engines: dict[str, Any] = {
+        "executor": executor,
+        "concurrent": concurrent,
+        "ray_address": ray_address,
+        "cpus": cpus,
+        "gpus": gpus,
+    }
     try:
         swept = sweep(file, out=out, data=data, watch=terminal, **engines)
     finally:

@@ -91,7 +91,7 @@ def _rows_to_score(run: Run, task: Task, data: str | None, split: str | None, *,
 
 def _refuse_other_classes(run: Run, prompted: PromptedModel, task: Task) -> None:
     """A trained head knows its classes by their number: those of another task may be others, or in another order."""
-    trained, asked = (list(one.words.values()) for one in (run.task, task))
+    trained, asked = (list(one.label_words.values()) for one in (run.task, task))
     if prompted.head is not None and trained != asked:
         raise ValueError(
             f"run {run.folder} answers through a head trained for {', '.join(trained)}, and task {task.name!r} has "
@@ -187,7 +187,7 @@ def prediction_line(
     """
     row = table[example.row]
     if example.label is not None:
-        gold: str | list[str] = list(task.words)[example.label]
+        gold: str | list[str] = list(task.label_words)[example.label]
     else:
         gold = [strip_end(text, tokenizer) for text in task.golds(row, example.where)]
     line = {

@@ -201,17 +201,17 @@ def _classify(
     tokenizer, device = prompted.backbone.tokenizer, prompted.backbone.device
     inputs = collate(part, pad_id=pad_id(prompted.backbone), side="left", with_answers=False)
     scores = prompted.score(*inputs.inputs(device), answer_ids(task, tokenizer), prepared, which)
-    labels, words = list(task.words), list(task.words.values())
+    labels, words = list(task.label_words), list(task.label_words.values())
     result = []
-    for example, chances in zip(part, scores.softmax(-1).tolist(), strict=True):
-        index = max(range(len(chances)), key=chances.__getitem__)
+    for example, probs in zip(part, scores.softmax(-1).tolist(), strict=True):
+        index = max(range(len(probs)), key=probs.__getitem__)
         result.append(
             Answer(
                 row=example.row,
                 text=words[index],
                 label=labels[index],
                 index=index,
-                probabilities=dict(zip(labels, chances, strict=True)),
+                probabilities=dict(zip(labels, probs, strict=True)),
             )
         )
     return result

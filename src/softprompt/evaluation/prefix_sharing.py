@@ -20,7 +20,7 @@ MOST = 8192
 
 @final
 @dataclass(frozen=True)
-class Reading:
+class PrefixGroup:
     """Texts that go together."""
 
     beginnings: tuple[Tokens, ...]
@@ -37,7 +37,7 @@ def common(texts: Sequence[Tokens]) -> Tokens:
     return shared if len(shared) * (len(texts) - 1) >= MIN_SAVING else ()
 
 
-def plan_prefix_groups(texts: Sequence[Tokens], batch: int, *, share: bool = True) -> list[Reading]:
+def plan_prefix_groups(texts: Sequence[Tokens], batch: int, *, share: bool = True) -> list[PrefixGroup]:
     """All texts, once each: those that share a beginning where that pays, and the others by length, `batch` at a time.
 
     A reading has at most `batch` texts, or all those of one beginning.
@@ -64,10 +64,10 @@ def plan_prefix_groups(texts: Sequence[Tokens], batch: int, *, share: bool = Tru
             continue
         placed = [(text, which) for which, (_, members) in enumerate(taken) for text in members]
         placed.sort(key=lambda one: len(texts[one[0]]) - taken[one[1]][0])
-        found.append(Reading(tuple(texts[members[0]][:length] for length, members in taken), tuple(placed)))
+        found.append(PrefixGroup(tuple(texts[members[0]][:length] for length, members in taken), tuple(placed)))
     alone.sort(key=lambda text: len(texts[text]))
     found += [
-        Reading(((),), tuple((text, 0) for text in alone[start : start + batch]))
+        PrefixGroup(((),), tuple((text, 0) for text in alone[start : start + batch]))
         for start in range(0, len(alone), batch)
     ]
     return found

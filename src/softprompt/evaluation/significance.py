@@ -27,13 +27,13 @@ class Drop:
     low: float
     """Lower end of the 95 % interval of `value`, by a bootstrap of rows (questions, in a grouped metric)."""
     high: float
-    chance: float
+    p_value: float
     """How often a drop as large comes about if it does not matter which answer is whose."""
 
     @property
     def shown(self) -> bool:
         """Whether chance is ruled out at 2.5 %: one side of the usual 5 %, since only a loss is looked for."""
-        return self.chance <= 0.025
+        return self.p_value <= 0.025
 
 
 def drop(metric: Callable[[Answers], float], before: Answers, after: Answers, seed: int = 0) -> Drop:
@@ -55,7 +55,7 @@ def drop(metric: Callable[[Answers], float], before: Answers, after: Answers, se
     first, second, golds = (_column(part) for part in (before.predictions, after.predictions, before.golds))
     value = metric(before) - metric(after)
     if all(one == other for one, other in zip(first.tolist(), second.tolist(), strict=True)):
-        return Drop(value=0.0, low=0.0, high=0.0, chance=1.0)
+        return Drop(value=0.0, low=0.0, high=0.0, p_value=1.0)
     random, units = np.random.default_rng(seed), before.units
     count, everywhere = int(units.max()) + 1, np.arange(len(units))
 
@@ -78,8 +78,8 @@ def drop(metric: Callable[[Answers], float], before: Answers, after: Answers, se
         draws.append(difference(np.concatenate(parts), np.zeros(len(questions), bool), questions))
     low, high = np.percentile(draws, [2.5, 97.5])
     # The observed arrangement is one of them; 1e-12: equal drops that rounding tells apart.
-    chance = (1 + sum(found >= value - 1e-12 for found in swaps)) / (RESAMPLES + 1)
-    return Drop(value=value, low=float(low), high=float(high), chance=chance)
+    p_value = (1 + sum(found >= value - 1e-12 for found in swaps)) / (RESAMPLES + 1)
+    return Drop(value=value, low=float(low), high=float(high), p_value=p_value)
 
 
 def _column(values: Column) -> Shaped[np.ndarray, "row"]:

@@ -67,7 +67,7 @@ def export_runs(
     folder: Path,
     *,
     backbone: Backbone | str | None = None,
-    words: Mapping[str, str] | None = None,
+    token_names: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write the prompts of `runs` into the new folder `folder`, read it back and compare; what was measured.
 
@@ -86,10 +86,10 @@ def export_runs(
         raise FileExistsError(f"{folder} exists and is never overwritten; choose another --output")
     if len(runs) > 1 and not form.many:
         raise ValueError(f"{form.name} holds one prompt and {len(runs)} runs are given; export them one by one")
-    if words and not form.worded:
-        raise ValueError(f"{form.name} has no words for its prompts; leave --token-names out, or export to vocab")
+    if token_names and not form.worded:
+        raise ValueError(f"{form.name} has no token names for its prompts; leave --token-names out, or export to vocab")
     _refuse_mixed(runs, backbone)
-    names = _words([run.folder.resolve().name for run in runs], words or {})
+    names = _words([run.folder.resolve().name for run in runs], token_names or {})
     backbone = runs[0].backbone(backbone)
     trained = [_trained(run, backbone, name, word) for run, (name, word) in zip(runs, names.items(), strict=True)]
     for one in trained:
@@ -206,7 +206,7 @@ def _refuse_mixed(runs: Sequence[Run], backbone: Backbone | str | None) -> None:
         )
 
 
-def _words(names: Sequence[str], words: Mapping[str, str]) -> dict[str, str]:
+def _words(names: Sequence[str], token_names: Mapping[str, str]) -> dict[str, str]:
     """Each name's word.
 
     Raises:
@@ -214,11 +214,11 @@ def _words(names: Sequence[str], words: Mapping[str, str]) -> dict[str, str]:
     """
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two runs are named {twice[0]!r}; rename one of the folders")
-    if unknown := sorted(set(words) - set(names)):
-        raise ValueError(f"words names {unknown[0]!r}, which is none of the runs {', '.join(names)}")
+    if unknown := sorted(set(token_names) - set(names)):
+        raise ValueError(f"token_names names {unknown[0]!r}, which is none of the runs {', '.join(names)}")
     for name in names:
         files.check_name(name, "the run's folder")
-    found = {name: words.get(name, f"<prompt-{name}>") for name in names}
+    found = {name: token_names.get(name, f"<prompt-{name}>") for name in names}
     for name, word in found.items():
         if not _WORD.fullmatch(word):
             raise ValueError(

@@ -178,11 +178,11 @@ def _as_text(tokenizer: Any, trained: Trained, ids: Sequence[int], backbone: Bac
 
 def _entry(trained: Trained, ids: Sequence[int], as_text: Any, backbone: Backbone) -> dict[str, Any]:
     task = trained.run.task
-    words = {}
+    token_names = {}
     if task.is_classification:
-        words = dict(zip(task.words, map(list, answer_ids(task, backbone.tokenizer)), strict=True))
+        token_names = dict(zip(task.label_words, map(list, answer_ids(task, backbone.tokenizer)), strict=True))
     text = None if as_text is None else "".join(_tokens(trained)) + as_text["behind_prompt"]
-    return {"ids": list(ids), "text": text, "template": task.template, "answers": words}
+    return {"ids": list(ids), "text": text, "template": task.template, "answers": token_names}
 
 
 def _loaded(backbone: Backbone, folder: Path) -> Any:

@@ -31,7 +31,7 @@ class Host:
     """The input embedding table, detached, in the dtype that the model has it in."""
     encode: Callable[[str], list[int]]
     """Text to token ids, without special tokens."""
-    words: tuple[str, ...] = ()
+    label_words: tuple[str, ...] = ()
     """What the task answers with, as the model would write it; empty where there is no such list."""
     start: Float[Tensor, "prompt dim"] | None = None
     """A trained prompt to start from (a warm start); it takes the place of a method's own initial values."""

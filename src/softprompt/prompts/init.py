@@ -39,9 +39,9 @@ def source_rows(
         return host.embed(text, length)
     if init != "words":
         raise ValueError(f"{init!r} names no vectors of the host's; use 'vocab', 'text' or 'words'")
-    if not host.words:
+    if not host.label_words:
         raise ValueError("the prompt is to start from the task's label words, and it has none; use 'vocab' or 'text'")
-    return host.embed("".join(host.words), length)
+    return host.embed("".join(host.label_words), length)
 
 
 def initial_matrix(

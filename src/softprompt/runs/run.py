@@ -168,7 +168,7 @@ def build_prompted_model(
     """
     copied, tuned = tune(backbone, experiment.baseline)
     generator = torch.Generator().manual_seed(experiment.seed)
-    head = fresh_head(backbone, len(task.words), generator, experiment.pool)
+    head = fresh_head(backbone, len(task.label_words), generator, experiment.pool)
     if experiment.baseline != "none":
         return attach(copied, head=head, tuned=tuned)
     prompt = first_prompt(experiment, task, backbone, warm=warm, gradient=gradient).to(backbone.device)

@@ -60,7 +60,7 @@ class Replicas:
     """Cores of each."""
     gpus: float = 0.0
     """GPUs of each."""
-    cluster: str | None = None
+    ray_address: str | None = None
     """Address of a running Ray cluster; none: one is started on this machine."""
 
     def __post_init__(self) -> None:

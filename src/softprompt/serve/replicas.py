@@ -49,7 +49,7 @@ def serve_replicas(
         ValueError: `host` is beyond this machine and `access` has no token.
         RuntimeError: the copies do not start; Ray's log says why.
     """
-    if how.cluster is None and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+    if how.ray_address is None and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
         # Ray's own ports are open to the network, and whoever reaches one may run code. Before 2.52 it knows no token,
         # and it reads this when it is imported.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
@@ -67,8 +67,8 @@ def serve_replicas(
         return _app(source, folders, store, access, limits or Limits(), dtype, device, log_texts, grace)
 
     port = port or _free_port(host)
-    local = {} if how.cluster else {"include_dashboard": False}  # a running cluster refuses to be told
-    ray.init(address=how.cluster or "local", log_to_driver=False, logging_level="error", **local)
+    local = {} if how.ray_address else {"include_dashboard": False}  # a running cluster refuses to be told
+    ray.init(address=how.ray_address or "local", log_to_driver=False, logging_level="error", **local)
     try:
         serve.start(http_options={"host": host, "port": port})
         deployment = serve.deployment(serve.ingress(build)(_copy())).options(

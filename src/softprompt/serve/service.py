@@ -87,7 +87,7 @@ def started_engine(
             engine.add(name, folder)
         for name in store.names() if store is not None else ():
             assert store is not None
-            engine.add(name, store.path(name), over=True)
+            engine.add(name, store.path(name), replace=True)
     except BaseException:
         engine.close(0.0)
         raise

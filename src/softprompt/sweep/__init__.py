@@ -58,9 +58,9 @@ def sweep(
     *,
     out: str | Path = "runs",
     data: str | Path | None = None,
-    engine: ExecutorName = "local",
-    together: int = 1,
-    address: str | None = None,
+    executor: ExecutorName = "local",
+    concurrent: int = 1,
+    ray_address: str | None = None,
     cpus: int | float = 1,
     gpus: int | float = 0,
     watch: TrainingCallback | None = None,
@@ -74,10 +74,10 @@ def sweep(
         file: see `softprompt.sweep.plan.read`.
         out: where the runs are kept; on a cluster, a folder that every machine has.
         data: the folder in which the file's relative `data` begins.
-        engine: this process, or a Ray cluster (extra `sweep`), to the same results.
-        together: trainings at a time in this process, a step of each and one pass over the rows of all; to the results
+        executor: this process, or a Ray cluster (extra `sweep`), to the same results.
+        concurrent: trainings at a time in this process, a step of each and one pass over the rows of all; to the results
             of each by itself, but for rounding. More of them need more memory.
-        address: the cluster's; none: one on this machine for the time of the sweep.
+        ray_address: the cluster's; none: one on this machine for the time of the sweep.
         cpus: processors a trial, of Ray.
         gpus: graphics processors a trial, of Ray.
         watch: who is told how it goes.
@@ -88,13 +88,13 @@ def sweep(
         ModuleNotFoundError: the extra `sweep` is missing where it is needed.
     """
     _refuse_several_processes()
-    _refuse_together(together, engine)
+    _refuse_concurrent(concurrent, executor)
     plan, watch, folder = read(file, data), watch or NullCallback(), Path(out).expanduser().resolve()
     if plan.search:
         need_optuna()
-    if engine == "ray":
+    if executor == "ray":
         _refuse_strangers(plan.experiments)
-    with opened(engine, watch, at_once=together, address=address, cpus=cpus, gpus=gpus) as each:
+    with opened(executor, watch, at_once=concurrent, ray_address=ray_address, cpus=cpus, gpus=gpus) as each:
         try:
             searches = _searched(plan, folder, each, watch) if plan.search else ()
             trials = _by_backbone(_chosen(plan, searches))
@@ -217,11 +217,11 @@ def _refuse_several_processes() -> None:
         raise ValueError(f"the sweep was started as {count} processes; start it alone, several trials at once need ray")
 
 
-def _refuse_together(together: int, engine: ExecutorName) -> None:
-    if together < 1:
-        raise ValueError(f"together is {together}; it must be at least 1")
-    if together > 1 and engine == "ray":
-        raise ValueError("together is for trainings in this process, and ray has a process for each; leave one out")
+def _refuse_concurrent(concurrent: int, executor: ExecutorName) -> None:
+    if concurrent < 1:
+        raise ValueError(f"concurrent is {concurrent}; it must be at least 1")
+    if concurrent > 1 and executor == "ray":
+        raise ValueError("concurrent is for trainings in this process, and ray has a process for each; leave one out")
 
 
 def _refuse_strangers(experiments: Sequence[Experiment]) -> None:
@@ -229,5 +229,5 @@ def _refuse_strangers(experiments: Sequence[Experiment]) -> None:
         if not type(experiment.prompt).__module__.startswith("softprompt."):
             raise ValueError(
                 f"the method {experiment.method} comes from a --prompt-module, which the workers of a cluster do not "
-                "have; leave out --engine ray"
+                "have; leave out --executor ray"
             )

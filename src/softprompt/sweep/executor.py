@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from softprompt.config import Experiment
 from softprompt.sweep.trial import BackboneCache, sentence, trial_name
 from softprompt.training.callbacks import NamedCallback, NullCallback, TrainingCallback
-from softprompt.training.concurrent import together
+from softprompt.training.concurrent import run_concurrently
 from softprompt.training.step import Differentiate, differentiate
 
 ExecutorName = Literal["local", "ray"]
@@ -32,29 +32,29 @@ _HELD = BackboneCache()
 
 @contextmanager
 def opened(
-    engine: ExecutorName,
+    executor: ExecutorName,
     watch: TrainingCallback,
     *,
     at_once: int = 1,
-    address: str | None = None,
+    ray_address: str | None = None,
     cpus: int | float = 1,
     gpus: int | float = 0,
 ) -> Iterator[Executor]:
     """An engine to work with, until the block ends.
 
     Args:
-        engine: which.
+        executor: which.
         watch: who is told how a training in this process goes.
         at_once: trainings that go on together in this process, on one backbone.
-        address: of a running Ray cluster; none: one of this machine alone, for the time of the block.
+        ray_address: of a running Ray cluster; none: one of this machine alone, for the time of the block.
         cpus: processors a trial, of Ray.
         gpus: graphics processors a trial, of Ray.
 
     Raises:
         ModuleNotFoundError: Ray without the extra `sweep`.
-        ConnectionError: there is no cluster at `address`.
+        ConnectionError: there is no cluster at `ray_address`.
     """
-    if engine == "local":
+    if executor == "local":
         held = BackboneCache()
 
         def each(work: Work[R], items: Sequence[Experiment], lost: Callable[[Experiment, str], R]) -> Iterator[R]:
@@ -64,13 +64,13 @@ def opened(
                 count = 1 if baseline else at_once
                 told = ((one, watch if count == 1 else NamedCallback(trial_name(one), watch)) for one in group)
                 works = (partial(work, one, held, watcher) for one, watcher in told)
-                yield from together(works, count, watch.note)
+                yield from run_concurrently(works, count, watch.note)
 
         yield each
         return
     if importlib.util.find_spec("ray") is None:
-        raise ModuleNotFoundError("the engine ray needs Ray; install it with: pip install 'softprompt[sweep]'")
-    with _cluster(address) as ray:
+        raise ModuleNotFoundError("the executor ray needs Ray; install it with: pip install 'softprompt[sweep]'")
+    with _cluster(ray_address) as ray:
         yield _ray_each(ray, cpus, gpus)
 
 
@@ -80,7 +80,7 @@ def _room(experiment: Experiment) -> tuple[str, str, bool]:
 
 
 @contextmanager
-def _cluster(address: str | None) -> Iterator[Any]:
+def _cluster(ray_address: str | None) -> Iterator[Any]:
     """Ray, connected; a cluster that was there before is left as it was."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends nothing anywhere
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # with --gpus 0 a worker sees what the user sees
@@ -90,10 +90,10 @@ def _cluster(address: str | None) -> Iterator[Any]:
         yield ray
         return
     try:
-        local = {} if address else {"include_dashboard": False}
-        ray.init(address=address or "local", log_to_driver=False, logging_level="error", **local)
+        local = {} if ray_address else {"include_dashboard": False}
+        ray.init(address=ray_address or "local", log_to_driver=False, logging_level="error", **local)
     except Exception as error:
-        where = f"at {address}; give the --ray-address of a running one" if address else "on this machine"
+        where = f"at {ray_address}; give the --ray-address of a running one" if ray_address else "on this machine"
         raise ConnectionError(f"Ray cannot be used {where} ({sentence(error)})") from None
     try:
         yield ray

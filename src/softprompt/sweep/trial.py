@@ -91,7 +91,7 @@ def _fingerprint(task: Task, rows: str) -> str:
     """Of all that a task says to the model and of its rows, by their own fingerprint."""
     said = {name: value for name, value in task.to_json().items() if name not in ("description", "templates")}
     # As a list: another order of the words is another order of the classes.
-    return hashlib.sha256(json.dumps([said, list(task.words), rows], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([said, list(task.label_words), rows], sort_keys=True).encode()).hexdigest()
 
 
 def trial_name(experiment: Experiment) -> str:

@@ -114,7 +114,7 @@ def best_constant(
 
 
 def _shown(task: Task, answer: Any) -> str:
-    return list(task.words)[answer] if isinstance(answer, int) and task.is_classification else str(answer)
+    return list(task.label_words)[answer] if isinstance(answer, int) and task.is_classification else str(answer)
 
 
 def _warning(task: Task, predictions: Sequence[Prediction], read: Answers, is_point: bool) -> str | None:
@@ -150,7 +150,7 @@ def read_answers(
 def _labels(
     task: Task, predictions: Sequence[Prediction], golds: Sequence[int | str | tuple[str, ...]]
 ) -> tuple[list[int], list[int]]:
-    count = len(task.words)
+    count = len(task.label_words)
     for index in [*predictions, *golds]:
         if isinstance(index, int) and not 0 <= index < count:
             raise ValueError(f"class {index} is none of task {task.name!r}; it has classes 0 to {count - 1}")

@@ -31,7 +31,7 @@ class Template:
     """Another wording of a task: its text, and its words or its target where they differ from the task's own."""
 
     text: str
-    words: Mapping[str, str] = field(default_factory=dict, hash=False)
+    label_words: Mapping[str, str] = field(default_factory=dict, hash=False)
     target: str = ""
 
 
@@ -47,7 +47,7 @@ class Task:
     Raises:
         ValueError: a template, word or metric that cannot work, by name.
 
-    >>> task = Task(name="x", template="Review: {text}\nSentiment:", label="y", words={"0": "bad", "1": "good"})
+    >>> task = Task(name="x", template="Review: {text}\nSentiment:", label="y", label_words={"0": "bad", "1": "good"})
     >>> task.render({"text": "fine"}), task.answers, task.answer({"y": 1})
     ('Review: fine\nSentiment:', (' bad', ' good'), 1)
     """
@@ -63,7 +63,7 @@ class Task:
     """What happens to a row whose image cannot be read: an error, or the row is left out and named."""
     label: str = ""
     """The column that holds the label, in a classification."""
-    words: Mapping[str, str] = field(default_factory=dict, hash=False)
+    label_words: Mapping[str, str] = field(default_factory=dict, hash=False)
     """What is answered for each label, in the order of the classes; a boolean label is `false` or `true` here, and a
     number is its text, where 1 and 1.0 are the same."""
     target: str = ""
@@ -86,7 +86,7 @@ class Task:
     """Fixes the splits for every experiment; none: they follow the experiment's seed."""
 
     def __post_init__(self) -> None:
-        for name in ("words", "templates", "files"):
+        for name in ("label_words", "templates", "files"):
             object.__setattr__(self, name, dict(getattr(self, name)))
         object.__setattr__(self, "metrics", tuple(self.metrics))
         check_name(self.name, "a task's name")  # runs' folders, reports' files and a service's lists have it
@@ -114,14 +114,14 @@ class Task:
         if bool(self.label) == bool(self.target):
             have = "both" if self.label else "neither"
             raise ValueError(f"task {self.name!r} has {have} of label and target; give the one column it answers with")
-        if self.target and self.words:
+        if self.target and self.label_words:
             raise ValueError(f"task {self.name!r} has words and the target {self.target!r}; words go with a label")
-        if self.label and len(self.words) < 2:
+        if self.label and len(self.label_words) < 2:
             raise ValueError(
-                f"task {self.name!r} has only the labels {list(self.words)}; a classification needs two or more"
+                f"task {self.name!r} has only the labels {list(self.label_words)}; a classification needs two or more"
             )
         seen: dict[str, str] = {}
-        for label, word in self.words.items():
+        for label, word in self.label_words.items():
             if not word or word != word.strip():
                 raise ValueError(
                     f"label {label!r} of task {self.name!r} has the word {word!r}; give it one, without space around"
@@ -151,9 +151,9 @@ class Task:
                     f"metric {name!r} scores {metric.of}, but task {self.name!r} answers with "
                     f"{'labels' if self.is_classification else 'text'}; use one of {', '.join(fitting)}"
                 )
-            if metric.binary and len(self.words) != 2:
+            if metric.binary and len(self.label_words) != 2:
                 raise ValueError(
-                    f"metric {name!r} needs two labels, but task {self.name!r} has {len(self.words)}; use macro_f1"
+                    f"metric {name!r} needs two labels, but task {self.name!r} has {len(self.label_words)}; use macro_f1"
                 )
             if metric.grouped and not self.question:
                 raise ValueError(
@@ -174,7 +174,7 @@ class Task:
     @property
     def answers(self) -> tuple[str, ...]:
         """The words as the model would write them, in the order of the classes; empty for a generation."""
-        return tuple(self.lead + word for word in self.words.values())
+        return tuple(self.lead + word for word in self.label_words.values())
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -212,20 +212,20 @@ class Task:
         if not self.is_classification:
             return self.golds(row, where)[0]
         texts = label_texts(self._value(row, self.label, where), self.label, where)
-        label = next((text for text in texts if text in self.words), texts[0])
+        label = next((text for text in texts if text in self.label_words), texts[0])
         if not label.strip():
             raise ValueError(f"{where} has no label in column {self.label!r}; give it one or leave the row out")
-        if label not in self.words:
+        if label not in self.label_words:
             raise ValueError(
                 f"{where} has the label {label!r} in column {self.label!r}, which has no word; "
-                f"there are words for {', '.join(self.words)}"
+                f"there are words for {', '.join(self.label_words)}"
             )
-        return list(self.words).index(label)
+        return list(self.label_words).index(label)
 
     def golds(self, row: Mapping[str, Any], where: str = "the row") -> tuple[str, ...]:
         """Every accepted answer, as a generation is scored against; raises as `answer` does."""
         if self.is_classification:
-            return (list(self.words.values())[int(self.answer(row, where))],)
+            return (list(self.label_words.values())[int(self.answer(row, where))],)
         value = self._value(row, self.target, where)
         several = value if isinstance(value, list) else [value]
         texts = tuple(value_text(text, self.target, where) for text in several)
@@ -235,7 +235,7 @@ class Task:
 
     def classify(self, text: str) -> int | None:
         """The class whose word `text` is, but for case and the space around it; none if it is no word."""
-        return next((i for i, word in enumerate(self.words.values()) if _bare(word) == _bare(text)), None)
+        return next((i for i, word in enumerate(self.label_words.values()) if _bare(word) == _bare(text)), None)
 
     def using(self, template: str) -> "Task":
         """The same task in another of its wordings.
@@ -246,8 +246,8 @@ class Task:
         if template not in self.templates:
             raise ValueError(f"task {self.name!r} has no template {template!r}; {suggest(template, self.templates)}")
         other = self.templates[template]
-        words, target = other.words or self.words, other.target or self.target
-        return dataclasses.replace(self, template=other.text, words=words, target=target)
+        label_words, target = other.label_words or self.label_words, other.target or self.target
+        return dataclasses.replace(self, template=other.text, label_words=label_words, target=target)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` is its inverse."""

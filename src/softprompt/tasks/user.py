@@ -18,7 +18,7 @@ _KEYS: dict[str, type] = {
     **dict.fromkeys(("image", "broken", "hub"), str),
     **dict.fromkeys(("max_input_tokens", "split_seed"), int),
     "metrics": list,
-    "words": dict,
+    "label_words": dict,
 }
 _KINDS = {str: "text", int: "a whole number", list: "a list of texts", dict: "a table of labels and words"}
 
@@ -56,7 +56,7 @@ def load_table(path: Path, data: str | None = None) -> Task:
         train = "train.csv"                   # CSV, TSV, JSON, JSONL or Parquet, also .gz, .bz2, .xz
         template = "Ticket: {text}\nQueue:"
         label = "queue"                       # or target = "summary", to generate
-        [words]                               # optional: else each label in lower case
+        [label_words]                               # optional: else each label in lower case
         BILLING = "billing"
 
     Optional are also name, description, dev and test (else cut from train), group, question, max_input_tokens, metrics and
@@ -81,8 +81,8 @@ def load_table(path: Path, data: str | None = None) -> Task:
     if settings.get("image"):
         settings.setdefault("source", "images")
     settings.setdefault("metrics", ["exact_match", "token_f1"] if settings.get("target") else ["accuracy", "macro_f1"])
-    if settings.get("label") and "words" not in settings:
-        settings["words"] = _WORDS.get(settings.get("source", ""), _own_words)(files["train"], settings["label"])
+    if settings.get("label") and "label_words" not in settings:
+        settings["label_words"] = _WORDS.get(settings.get("source", ""), _own_words)(files["train"], settings["label"])
     try:
         return Task.from_json({**settings, "files": files})
     except ValueError as error:
@@ -116,7 +116,7 @@ def _settings(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} has the unknown key {key!r}; {suggest(key, _KEYS)}")
         if type(value) is not _KEYS[key]:
             raise ValueError(f"{key} in {path} is {value!r}; write {_KINDS[_KEYS[key]]}")
-    for label, word in settings.get("words", {}).items():
+    for label, word in settings.get("label_words", {}).items():
         if type(word) is not str:
             hint = f"; move {label} above the line [words]" if label in _KEYS else "; write text in quotation marks"
             if isinstance(word, dict):

@@ -1,8 +1,9 @@
 """Everything that a training needs to go on, in one folder a step: `checkpoints/step-000500/`."""
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, final
 
@@ -13,6 +14,21 @@ from softprompt import files
 _FOLDER = "checkpoints"
 _REMEDY = "remove its folder to go on from the checkpoint before"
 _PARTS = ("prompt", "best", "optimizer", "random")
+
+
+@final
+@dataclass(frozen=True)
+class TrainerState:
+    """Where a training is, beside its tensors."""
+
+    best: float = -math.inf
+    """The best development score so far."""
+    best_step: int = 0
+    """The step that it is of."""
+    evals_without_improvement: int = 0
+    """Evaluations since then, for early stopping."""
+    seconds: float = 0.0
+    """Seconds spent on steps and evaluations."""
 
 
 @final
@@ -30,22 +46,21 @@ class Checkpoint:
     """Its state, by parameter and name."""
     random: dict[str, torch.Tensor]
     """States of the random generators."""
-    place: dict[str, Any]
-    """Plain values: the best score and its step, evaluations without a better one, seconds spent."""
+    trainer_state: "TrainerState"
 
 
-def place(run: Path, step: int) -> Path:
+def folder_of(run: Path, step: int) -> Path:
     """The folder of the checkpoint of `step`."""
     return run / _FOLDER / f"step-{step:06d}"
 
 
 def save(run: Path, checkpoint: Checkpoint) -> None:
     """Write the checkpoint's folder, whole or not at all."""
-    with files.atomic_write(place(run, checkpoint.step)) as draft:
+    with files.atomic_write(folder_of(run, checkpoint.step)) as draft:
         draft.mkdir()
         for part in _PARTS:
             files.write_tensors(draft / f"{part}.safetensors", getattr(checkpoint, part))
-        (draft / "trainer_state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.place}))
+        (draft / "trainer_state.json").write_text(json.dumps({"step": checkpoint.step, **asdict(checkpoint.trainer_state)}))
 
 
 def steps(run: Path) -> list[int]:
@@ -59,12 +74,14 @@ def load(run: Path, step: int) -> Checkpoint:
     Raises:
         FileNotFoundError, ValueError: a missing or damaged file, by name.
     """
-    folder = place(run, step)
+    folder = folder_of(run, step)
     parts = {part: files.read_tensors(folder / f"{part}.safetensors") for part in _PARTS}
     values = files.read_json(folder / "trainer_state.json")
     if values.pop("step", None) != step:
         raise ValueError(f"{folder / 'trainer_state.json'} is not of step {step}; it was swapped or damaged, {_REMEDY}")
-    return Checkpoint(step=step, place=values, **parts)
+    if values.keys() != {field.name for field in fields(TrainerState)}:
+        raise ValueError(f"{folder / 'trainer_state.json'} holds {sorted(values)}; it is damaged, train again")
+    return Checkpoint(step=step, trainer_state=TrainerState(**values), **parts)
 
 
 def latest(run: Path) -> Checkpoint | None:

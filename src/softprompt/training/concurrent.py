@@ -26,7 +26,9 @@ Work = Callable[[Differentiate], T]
 """A training from its beginning to its end, given who computes its gradients."""
 
 
-def together(works: Iterable[Work[T]], count: int, note: Callable[[str], None] = lambda text: None) -> Iterator[T]:
+def run_concurrently(
+    works: Iterable[Work[T]], count: int, note: Callable[[str], None] = lambda text: None
+) -> Iterator[T]:
     """What each training returns, as it ends; up to `count` are at work at a time, and the next begins where one ends.
 
     Args:

@@ -32,7 +32,7 @@ class LocalFailure(RuntimeError):
 
 @final
 class DistributedGroup:
-    """All that were started together by `torchrun` or `accelerate launch`; this process is number `index` of `count`.
+    """All that were started together by `torchrun` or `accelerate launch`; this process is number `rank` of `world_size`.
 
     Where there are several every method is a meeting: each process calls the same ones in the same order.
 
@@ -47,20 +47,20 @@ class DistributedGroup:
     def __init__(self, *, cpu: bool) -> None:
         _refuse_launch()
         state = PartialState(cpu=cpu, timeout=_PATIENCE)
-        self.count: int = state.num_processes
-        self.index: int = state.process_index
+        self.world_size: int = state.num_processes
+        self.rank: int = state.process_index
         self.device: torch.device = state.device
         self.sharded = False
         """Whether each holds a part of the backbone, so that every pass is a meeting."""
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one that writes."""
-        return self.index == 0
+        return self.rank == 0
 
     def shard(self, model: Any) -> None:
         """Share out the layers of `model`, which one process keeps whole, and bring it to the processes' devices."""
-        if self.count > 1:
+        if self.world_size > 1:
             fsdp.shard(model, self.device.type)
             self.sharded = True
         if self.device.type != "cpu":  # to "cpu:0", as accelerate has it, all would be copied
@@ -68,29 +68,29 @@ class DistributedGroup:
 
     def share(self, rows: Sequence[_T]) -> Sequence[_T]:
         """Of rows that all have, those of this process; no meeting."""
-        return rows[self.index :: self.count]
+        return rows[self.rank :: self.world_size]
 
-    def evened(self, mine: Sequence[_T], rows: Sequence[_T]) -> Sequence[_T]:
+    def pad_shard(self, mine: Sequence[_T], rows: Sequence[_T]) -> Sequence[_T]:
         """The share of this process; where passes are meetings, as long as any other. No meeting itself."""
-        fewer = self.sharded and len(mine) * self.count < len(rows)
+        fewer = self.sharded and len(mine) * self.world_size < len(rows)
         return [*mine, rows[0]] if fewer else mine
 
     def own_seed(self, seed: int) -> int:
         """One for each process, the main one's being `seed`; no meeting."""
         # Below 2^32: torch's generator on the CPU takes no more of a seed.
-        return random.Random(f"{seed}:{self.index}").getrandbits(32) if self.index else seed
+        return random.Random(f"{seed}:{self.rank}").getrandbits(32) if self.rank else seed
 
-    def joined(self, own: Sequence[_T]) -> list[_T]:
+    def gather_in_order(self, own: Sequence[_T]) -> list[_T]:
         """What was made of each `share`, a value a row, in the order of all rows."""
         parts = self.gather(list(own))
         whole: list[Any] = [None] * sum(map(len, parts))
         for index, part in enumerate(parts):
-            whole[index :: self.count] = part
+            whole[index :: self.world_size] = part
         return whole
 
-    def total(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    def all_reduce(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
         """Put the sum over all processes into `loss` and into each parameter's gradient."""
-        if self.count == 1:
+        if self.world_size == 1:
             return
         for parameter in parameters:
             if parameter.grad is None:  # a last batch may have fewer rows than there are processes
@@ -102,12 +102,12 @@ class DistributedGroup:
         for tensor, values in zip(summed, torch.split(flat, [tensor.numel() for tensor in summed]), strict=True):
             tensor.copy_(values.view_as(tensor))
 
-    def alike(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Put the main process's values into `tensors`; on another kind of processor they may have come out otherwise.
 
         A singular vector has no sign of its own, for one, and each process would train another product.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return
         for tensor in tensors:
             whole = tensor.detach().contiguous().to(self.device)
@@ -117,7 +117,7 @@ class DistributedGroup:
 
     def any(self, mine: bool) -> bool:
         """Whether it is so in any process."""
-        if self.count == 1:
+        if self.world_size == 1:
             return mine
         flag = torch.tensor(int(mine), device=self.device)
         with _meeting():
@@ -126,20 +126,20 @@ class DistributedGroup:
 
     def gather(self, mine: _T) -> list[_T]:
         """The value of each process."""
-        if self.count == 1:
+        if self.world_size == 1:
             return [mine]
-        found: list[Any] = [None] * self.count
+        found: list[Any] = [None] * self.world_size
         with _meeting():
             torch.distributed.all_gather_object(found, mine)
         return found
 
     @contextmanager
-    def part(self) -> Iterator[None]:
+    def collective_errors(self) -> Iterator[None]:
         """What each process does by itself: an error in one of them ends all, with its sentence.
 
         There must be no meeting within: who has failed would not be there.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             yield
             return
         failure: Exception | None = None
@@ -153,17 +153,17 @@ class DistributedGroup:
         if failure is not None:
             raise failure
         first = next(index for index, sentence in enumerate(sentences) if sentence)
-        raise RuntimeError(f"process {first} of {self.count} failed: {sentences[first]}")
+        raise RuntimeError(f"process {first} of {self.world_size} failed: {sentences[first]}")
 
     @contextmanager
-    def passes(self) -> Iterator[None]:
+    def forward_scope(self) -> Iterator[None]:
         """The backbone's passes over each process's rows: as a `part`, unless they are meetings themselves.
 
         Raises:
             Alone: where they are, this process has failed; the others miss it in the same pass.
         """
         if not self.sharded:
-            with self.part():
+            with self.collective_errors():
                 yield
             return
         try:
@@ -172,34 +172,34 @@ class DistributedGroup:
             if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _MISSED):
                 raise RuntimeError(_ENDED) from error
             raise LocalFailure(
-                f"process {self.index} of {self.count} failed: {error or type(error).__name__}"
+                f"process {self.rank} of {self.world_size} failed: {error or type(error).__name__}"
             ) from error
 
     def from_main(self, call: Callable[[], _T]) -> _T:
         """What `call` gives in the main process, which alone makes it."""
-        if self.count == 1:
+        if self.world_size == 1:
             return call()
         found: list[Any] = [None]
-        with self.part():
-            if self.main:
+        with self.collective_errors():
+            if self.is_main:
                 found[0] = call()
         with _meeting():
             torch.distributed.broadcast_object_list(found)
         return found[0]
 
-    def in_turn(self, call: Callable[[], _T]) -> _T:
+    def main_process_first(self, call: Callable[[], _T]) -> _T:
         """What `call` gives in each process, the main one first.
 
         What it downloads, converts or measures for good is then there for the others.
         """
         found: list[_T] = []
         for first in (True, False):
-            with self.part():
-                if self.main is first:
+            with self.collective_errors():
+                if self.is_main is first:
                     found.append(call())
         return found[0]
 
-    def refuse_different(self, what: str, mine: object) -> None:
+    def check_equal(self, what: str, mine: object) -> None:
         """Raise a ValueError in all processes unless all have the same."""
         values = self.gather(mine)
         if others := [index for index, value in enumerate(values) if value != values[0]]:

@@ -13,7 +13,7 @@ from softprompt.runs import Run, model_card
 from softprompt.tasks import SAME_ROWS, Example, Splits, Task
 
 
-def tested(
+def evaluate_final(
     run: Run,
     trained: PromptedModel,
     rows: Splits,
@@ -41,7 +41,7 @@ def tested(
     return (results | {"caution": SAME_ROWS} if rows.shared else results), answers
 
 
-def written(
+def save_run(
     run: Run,
     trained: PromptedModel,
     rows: Splits,

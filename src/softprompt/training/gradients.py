@@ -38,7 +38,7 @@ def gradient_on(
                 "prompt is made; choose another start, or leave shard off"
             )
         leaf = PlainPrompt(prompt.detach().clone(), 1.0).to(backbone.device)
-        head = fresh_head(backbone, len(task.words), generator, experiment.pool)
+        head = fresh_head(backbone, len(task.label_words), generator, experiment.pool)
         prompted = attach(
             backbone,
             leaf,

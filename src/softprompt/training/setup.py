@@ -54,7 +54,7 @@ class TrainingSetup:
     """The test rows that are scored at the end."""
 
 
-def anew(experiment: Experiment, backbone: Backbone | None, watch: TrainingCallback) -> TrainingSetup:
+def new_run(experiment: Experiment, backbone: Backbone | None, watch: TrainingCallback) -> TrainingSetup:
     """The material of a new run.
 
     Args:
@@ -70,7 +70,7 @@ def anew(experiment: Experiment, backbone: Backbone | None, watch: TrainingCallb
         watch.note(warning)
     watch.stage(f"loading {experiment.backbone}")
     backbone = backbone or _loaded(experiment, experiment.backbone_dtype)
-    backbone = seeing(backbone, experiment, task, rows)
+    backbone = with_sample_images(backbone, experiment, task, rows)
     _refuse_pointless(experiment, task, backbone)
     gradient = gradient_on(experiment, task, backbone, rows.train)
     prompted = runs.build_prompted_model(experiment, task, backbone, warm=True, gradient=gradient)
@@ -81,7 +81,7 @@ def anew(experiment: Experiment, backbone: Backbone | None, watch: TrainingCallb
     return _encoded(experiment, task, rows, prompted, watch)
 
 
-def again(run: Run, backbone: Backbone | None, watch: TrainingCallback) -> TrainingSetup:
+def resume_run(run: Run, backbone: Backbone | None, watch: TrainingCallback) -> TrainingSetup:
     """The material of an unfinished run.
 
     Args:
@@ -103,7 +103,7 @@ def again(run: Run, backbone: Backbone | None, watch: TrainingCallback) -> Train
         raise ValueError(
             f"the weights of {experiment.backbone} are not those that {run.folder} was started with; start a new run"
         )
-    backbone = seeing(backbone, experiment, run.task, rows)
+    backbone = with_sample_images(backbone, experiment, run.task, rows)
     gradient = gradient_on(experiment, run.task, backbone, rows.train)
     prompted = runs.build_prompted_model(
         experiment, run.task, backbone, warm=not checkpoint.steps(run.folder), gradient=gradient
@@ -182,13 +182,13 @@ def _loaded(experiment: Experiment, dtype: Dtype) -> Backbone:
     return load(experiment.backbone, dtype=fitting_dtype(dtype), device="cpu")
 
 
-def seeing(backbone: Backbone, experiment: Experiment, task: Task, rows: Splits) -> Backbone:
+def with_sample_images(backbone: Backbone, experiment: Experiment, task: Task, rows: Splits) -> Backbone:
     """`backbone` with training images to sample its input vectors from, where those are what it reads."""
     refuse_other_input(task, backbone.tokenizer)
     if not task.image:
         return backbone
     size = experiment.training.image_size or backbone.tokenizer.size
-    return backbone.seeing(sample(task, backbone.tokenizer, rows.train, size, experiment.seed))
+    return backbone.with_sample_images(sample(task, backbone.tokenizer, rows.train, size, experiment.seed))
 
 
 def _refuse_pointless(experiment: Experiment, task: Task, backbone: Backbone) -> None:
@@ -200,7 +200,7 @@ def _refuse_pointless(experiment: Experiment, task: Task, backbone: Backbone) ->
     most = backbone.max_positions
     if most is not None and experiment.prompt.length >= most:
         raise ValueError(f"length is {experiment.prompt.length}, but {backbone.source} has {most} positions; lower it")
-    head = fresh_head(backbone, len(task.words), torch.Generator())
+    head = fresh_head(backbone, len(task.label_words), torch.Generator())
     if experiment.training.zero_shot and head is not None:
         raise ValueError(
             f"{backbone.source} answers through a trained head, so untouched it says nothing; leave it out"

@@ -99,14 +99,14 @@ class TrainingStep:
         for group in self.adamw.param_groups:
             group["lr"] = rate * group["rate"]
         loss = torch.zeros((), device=self.prompted.backbone.device)
-        with self.processes.passes():
+        with self.processes.forward_scope():
             for wanted in self._parts(rows):
                 asked = time.perf_counter()
                 given = self._differentiate(wanted)  # forward, loss, backward
                 loss += given.loss
                 shared += given.seconds - (time.perf_counter() - asked)
         parameters = list(self.prompted.parameters())
-        self.processes.total(loss, parameters)
+        self.processes.all_reduce(loss, parameters)
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
         _refuse_not_finite(float(loss), float(norm), rate, number, rows)
         self.adamw.step()

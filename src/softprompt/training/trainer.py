@@ -1,7 +1,6 @@
 """The one training loop: step, evaluate, stop early, checkpoint, resume."""
 
 import dataclasses
-import math
 import os
 import threading
 import time
@@ -24,7 +23,7 @@ from softprompt.runs import Run
 from softprompt.tasks import Example, Score, input_lengths, schedule
 from softprompt.training import checkpoint, finalize, setup
 from softprompt.training.callbacks import Interrupted, NullCallback, Progress, TrainingCallback, interruptible
-from softprompt.training.checkpoint import Checkpoint
+from softprompt.training.checkpoint import Checkpoint, TrainerState
 from softprompt.training.distributed import DistributedGroup
 from softprompt.training.setup import TrainingSetup
 from softprompt.training.step import Differentiate, TrainingStep, differentiate
@@ -59,9 +58,9 @@ def train(
     runs.check_place(Path(out), name)
     processes, told = _processes(backbone, watch)
     whole = experiment.located()
-    found = processes.in_turn(lambda: setup.anew(whole, backbone, told))
-    processes.refuse_different("the rows", found.rows.fingerprint)
-    processes.refuse_different("the weights", found.backbone.hash)
+    found = processes.main_process_first(lambda: setup.new_run(whole, backbone, told))
+    processes.check_equal("the rows", found.rows.fingerprint)
+    processes.check_equal("the weights", found.backbone.hash)
     run = processes.from_main(
         lambda: runs.create(whole, found.task, found.backbone, Path(out), name, found.rows.fingerprint)
     )
@@ -100,7 +99,7 @@ def resume(
         return run
     if memory_options_of is not None:
         run = dataclasses.replace(run, experiment=run.experiment.with_memory_options(memory_options_of))
-    found = processes.in_turn(lambda: setup.again(run, backbone, told))
+    found = processes.main_process_first(lambda: setup.resume_run(run, backbone, told))
     return _work_on(run, found, processes, told, log_with, differentiate)
 
 
@@ -112,7 +111,7 @@ def _processes(backbone: Backbone | None, watch: TrainingCallback | None) -> tup
         )
     cpu = not torch.cuda.is_available() if backbone is None else backbone.device.type == "cpu"
     processes = DistributedGroup(cpu=cpu)
-    return processes, watch if watch and processes.main else NullCallback()
+    return processes, watch if watch and processes.is_main else NullCallback()
 
 
 def _work_on(
@@ -131,22 +130,22 @@ def _work_on(
         saved = processes.from_main(lambda: checkpoint.latest(run.folder))
         if run.experiment.training.shard:
             found = _sharded(found, processes, watch)
-        unmade = files.removed_on_failure(run.folder) if fresh and processes.main else nullcontext()
-        with unmade, processes.part():
+        unmade = files.removed_on_failure(run.folder) if fresh and processes.is_main else nullcontext()
+        with unmade, processes.collective_errors():
             work = _Training(run, found, saved, processes, watch, log_with, differentiate)
         return work.go()
 
 
 def _sharded(found: TrainingSetup, processes: DistributedGroup, watch: TrainingCallback) -> TrainingSetup:
     """The same, the backbone's layers shared out among the processes for good, and compared anew as they now run."""
-    if processes.count == 1:
+    if processes.world_size == 1:
         watch.note("one process holds the whole backbone (--shard); start several: torchrun --nproc-per-node 2 ...")
     backbone, first = found.backbone, found.prompted
-    processes.refuse_different("the layers' ways to run", first.supports_gradient_checkpointing)
+    processes.check_equal("the layers' ways to run", first.supports_gradient_checkpointing)
     processes.shard(backbone.model)
     first.to(backbone.device)
     verify.forget(backbone.model)
-    with processes.passes():
+    with processes.forward_scope():
         prompted = attach(
             backbone,
             first.prompt,
@@ -184,22 +183,25 @@ class _Training:
         self.training_step = TrainingStep(self.prompted, run.experiment, run.task, processes, differentiate)
         self.done = 0
         self.best: dict[str, Tensor] = {}
-        self.place: dict[str, Any] = {"best": -math.inf, "best_step": 0, "stale": 0, "seconds": 0.0}
+        self.state = TrainerState()
         if saved is not None:
             self._restore(saved)
-        if processes.main:
+        if processes.is_main:
             run.rewind_metrics(self.done)
 
     def go(self) -> Run:
         """Train to the end and write down what came of it."""
         before = self.backbone.hash
-        self.processes.alike(self.prompted.state_dict().values())
+        self.processes.broadcast(self.prompted.state_dict().values())
         self.watch.stage("training")
-        log_file = self.run.folder / runs.METRICS if self.processes.main else Path(os.devnull)
-        with interruptible(twice=self.processes.count == 1) as interrupted, log_file.open("a", encoding="utf-8") as log:
+        log_file = self.run.folder / runs.METRICS if self.processes.is_main else Path(os.devnull)
+        with (
+            interruptible(twice=self.processes.world_size == 1) as interrupted,
+            log_file.open("a", encoding="utf-8") as log,
+        ):
             self._loop(log, interrupted)
         self.prompted.load_state_dict(self.best)
-        with self.processes.passes():
+        with self.processes.forward_scope():
             if self.prompted.tuned is None and self.backbone.checksum() != before:
                 raise RuntimeError(
                     f"the weights of {self.backbone.source} changed in training; this is a bug, report it"
@@ -220,7 +222,8 @@ class _Training:
             if self.done % settings.eval_steps == 0 or self.done == settings.steps:
                 score = self._evaluate()
                 line["dev"] = score.value
-            self.place["seconds"] += given.seconds + time.perf_counter() - start
+            seconds = self.state.seconds + given.seconds + time.perf_counter() - start
+            self.state = dataclasses.replace(self.state, seconds=seconds)
             log.write(runs.json_line(line))
             log.flush()
             self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=self.done)
@@ -248,29 +251,32 @@ class _Training:
         self.prompted.eval()
         answers = self._answers(self.prompted, self.dev)
         score = score_answers(self.run.task, self.rows, "dev", self.dev, answers, self.backbone.tokenizer)
-        if score.value > self.place["best"]:
-            self.place.update(best=score.value, best_step=self.done, stale=0)
+        if score.value > self.state.best:
+            self.state = dataclasses.replace(
+                self.state, best=score.value, best_step=self.done, evals_without_improvement=0
+            )
             self.best = {name: tensor.detach().clone() for name, tensor in self.prompted.state_dict().items()}
         else:
-            self.place["stale"] += 1
+            patience = self.state.evals_without_improvement + 1
+            self.state = dataclasses.replace(self.state, evals_without_improvement=patience)
         return score
 
     def _answers(self, prompted: PromptedModel, examples: Sequence[Example]) -> list[Answer]:
         """An answer an example, in their order; each process gives those of its share."""
         own: list[Answer] = []
-        with self.processes.passes():
+        with self.processes.forward_scope():
             mine = self.processes.share(examples)
-            given = self.processes.evened(mine, examples)
+            given = self.processes.pad_shard(mine, examples)
             own = answer(prompted, self.run.task, given, max_new_tokens=self.settings.max_new_tokens)[: len(mine)]
-        return self.processes.joined(own)
+        return self.processes.gather_in_order(own)
 
     def _stale(self) -> bool:
-        return 0 < self.settings.patience <= self.place["stale"]
+        return 0 < self.settings.patience <= self.state.evals_without_improvement
 
     def _save(self) -> None:
         random = checkpoint.of_each(self.processes.gather(checkpoint.random_states(self.backbone.device)))
-        with self.processes.part():
-            if self.processes.main and self.done not in checkpoint.steps(self.run.folder):
+        with self.processes.collective_errors():
+            if self.processes.is_main and self.done not in checkpoint.steps(self.run.folder):
                 checkpoint.save(
                     self.run.folder,
                     Checkpoint(
@@ -279,20 +285,18 @@ class _Training:
                         best=self.best,
                         optimizer=checkpoint.pack(self.training_step.adamw),
                         random=random,
-                        place=self.place,
+                        trainer_state=self.state,
                     ),
                 )
 
     def _restore(self, saved: Checkpoint) -> None:
-        folder, device = checkpoint.place(self.run.folder, saved.step), self.backbone.device
-        if saved.place.keys() != self.place.keys():
-            raise ValueError(f"{folder / 'trainer_state.json'} holds {sorted(saved.place)}; it is damaged, train again")
+        folder, device = checkpoint.folder_of(self.run.folder, saved.step), self.backbone.device
         if saved.best:  # loaded to be checked, like the prompt after it
             files.load_tensors(self.prompted, saved.best, str(folder / "best.safetensors"))
         files.load_tensors(self.prompted, saved.prompt, str(folder / "prompt.safetensors"))
         checkpoint.unpack(saved.optimizer, self.training_step.adamw, folder / "optimizer.safetensors")
-        checkpoint.restore_random(saved.random, device, folder / "random.safetensors", self.processes.index)
-        self.done, self.place = saved.step, dict(saved.place)
+        checkpoint.restore_random(saved.random, device, folder / "random.safetensors", self.processes.rank)
+        self.done, self.state = saved.step, saved.trainer_state
         self.best = {name: tensor.to(device) for name, tensor in saved.best.items()}
 
     def _finish(self) -> Run:
@@ -301,10 +305,10 @@ class _Training:
         test = self.test
         progress = {
             "steps": self.done,
-            "best_step": self.place["best_step"],
-            "seconds": round(self.place["seconds"], 3),
+            "best_step": self.state.best_step,
+            "seconds": round(self.state.seconds, 3),
         }
-        results, answers = finalize.tested(self.run, self.prompted, self.rows, self.dev, test, self._answers)
+        results, answers = finalize.evaluate_final(self.run, self.prompted, self.rows, self.dev, test, self._answers)
         if caution := results.get("caution"):
             self.watch.note(str(caution))
         if self.settings.zero_shot:
@@ -314,7 +318,7 @@ class _Training:
                 self.run.task, self.rows, "test", test, bare, self.backbone.tokenizer
             ).value
         run = self.processes.from_main(
-            lambda: finalize.written(self.run, self.prompted, self.rows, test, answers, {**results, **progress})
+            lambda: finalize.save_run(self.run, self.prompted, self.rows, test, answers, {**results, **progress})
         )
         for tracker in self.accelerator.trackers:  # not `end_training`, after which processes cannot meet again
             tracker.finish()

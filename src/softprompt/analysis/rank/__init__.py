@@ -6,7 +6,7 @@ from softprompt.analysis.rank.functional import Cut, Functional, functional_rank
 from softprompt.analysis.rank.gradient import GradientPoint, gradient_spectra
 from softprompt.analysis.rank.measured import Measured, measure
 from softprompt.analysis.rank.spectrum import Spectrum, best_part
-from softprompt.analysis.rank.subject import LoadedPrompt, seeing, subjects, views
+from softprompt.analysis.rank.subject import LoadedPrompt, subjects, views, with_sample_images
 from softprompt.analysis.rank.suggestion import Suggestion, suggest_rank
 from softprompt.evaluation.significance import Drop, drop
 
@@ -30,7 +30,7 @@ __all__ = [
     "gradient_spectra",
     "measure",
     "ranks_up_to",
-    "seeing",
+    "with_sample_images",
     "subjects",
     "suggest_rank",
     "views",

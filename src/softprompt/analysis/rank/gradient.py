@@ -18,7 +18,7 @@ from softprompt.prompts.plain import Plain
 from softprompt.tasks import Task, load_task
 from softprompt.training.callbacks import NullCallback, TrainingCallback
 from softprompt.training.gradients import gradient_on
-from softprompt.training.setup import seeing
+from softprompt.training.setup import with_sample_images
 
 
 @final
@@ -77,7 +77,7 @@ def gradient_spectra(
     whole = load_task(task, data)
     watch.stage(f"loading {source}")
     rows = read_splits(experiment, whole)
-    backbone = seeing(load(str(source)), experiment, whole, rows)
+    backbone = with_sample_images(load(str(source)), experiment, whole, rows)
     start = runs.first_prompt(experiment, whole, backbone, warm=False).prompt()
     return _points({"start": start}, experiment, whole, backbone, batches, watch)
 

@@ -146,7 +146,7 @@ def _of_run(run: Run, backbone: Backbone, checkpoints: bool) -> LoadedPrompt:
     if not prompt.plain:
         notes.append("it also changes the input's own embeddings, which is left out: the matrix alone is measured")
     try:
-        seen = seeing(run, backbone)
+        seen = with_sample_images(run, backbone)
         gradient = gradient_on(run.experiment, run.task, seen, lambda: run_splits(run).train)
         start = runs.first_prompt(run.experiment, run.task, seen, warm=True, gradient=gradient).prompt().detach()
     except (FileNotFoundError, ValueError) as error:  # a warm start whose folder is gone, images that have changed
@@ -164,11 +164,11 @@ def _of_run(run: Run, backbone: Backbone, checkpoints: bool) -> LoadedPrompt:
     )
 
 
-def seeing(run: Run, backbone: Backbone) -> Backbone:
+def with_sample_images(run: Run, backbone: Backbone) -> Backbone:
     """`backbone` as the run's first prompt saw it: with some of the training images, where it reads images."""
     if not run.task.image:
         return backbone
-    return setup.seeing(backbone, run.experiment, run.task, run_splits(run))
+    return setup.with_sample_images(backbone, run.experiment, run.task, run_splits(run))
 
 
 def _course(
@@ -177,7 +177,7 @@ def _course(
     prompt = runs.first_prompt(run.experiment, run.task, backbone, warm=False)
     found = {} if start is None else {0: start}
     for step in checkpoint.steps(run.folder):
-        file = checkpoint.place(run.folder, step) / "prompt.safetensors"
+        file = checkpoint.folder_of(run.folder, step) / "prompt.safetensors"
         own = {
             name.removeprefix("prompt."): tensor
             for name, tensor in files.read_tensors(file).items()

@@ -127,7 +127,7 @@ def _asking(engine: Engine) -> APIRouter:
         record.requests = requests = await asyncio.to_thread(engine.classify, served.name, rows, body.labels)
         chosen = await wait_or_cancel(request, engine, results(requests))
         task = requests[0].served.task  # the prompt may have been replaced since it was looked up
-        labels = body.labels or (list(task.words) if task is not None else [])
+        labels = body.labels or (list(task.label_words) if task is not None else [])
         return {
             "object": "classification",
             "model": body.model,
@@ -140,12 +140,12 @@ def _asking(engine: Engine) -> APIRouter:
 
 def _result(labels: list[str], index: int, one: tuple[EngineRequest, ClassifyOutput]) -> dict[str, Any]:
     logp = torch.tensor(one[1].scores, dtype=torch.float32)
-    chances = logp.softmax(0).tolist()
-    best = max(range(len(chances)), key=chances.__getitem__)
+    probs = logp.softmax(0).tolist()
+    best = max(range(len(probs)), key=probs.__getitem__)
     return {
         "index": index,
         "label": labels[best],
-        "scores": dict(zip(labels, chances, strict=True)),
+        "scores": dict(zip(labels, probs, strict=True)),
         "tokens": len(one[0].ids),
     }
 
@@ -155,19 +155,21 @@ def _prompts(engine: Engine, store: PromptStore | None, metrics: Metrics) -> API
     changing = asyncio.Lock()
     body = {"requestBody": {"content": _FILE, "required": True}}
 
-    def put(name: str, content: bytes, over: bool) -> dict[str, Any]:
+    def put(name: str, content: bytes, replace: bool) -> dict[str, Any]:
         prompt = read_prompt_bytes(content, engine.backbone)
         if store is None:
-            return engine.add(name, prompt, over=over).describe()
-        with store.keeping(name, content, over=over):  # kept only if it can be served, and served only if it was kept
-            ready = engine.ready(name, prompt, over=over)
+            return engine.add(name, prompt, replace=replace).describe()
+        with store.keeping(
+            name, content, replace=replace
+        ):  # kept only if it can be served, and served only if it was kept
+            ready = engine.ready(name, prompt, replace=replace)
         engine.serve(ready)
         return ready.describe()
 
-    async def change(name: str, request: Request, over: bool) -> dict[str, Any]:
+    async def change(name: str, request: Request, replace: bool) -> dict[str, Any]:
         content = await request.body()
         async with changing:
-            return await asyncio.to_thread(put, checked_name(name), content, over)
+            return await asyncio.to_thread(put, checked_name(name), content, replace)
 
     @router.get("/v1/prompts", summary="Every prompt, with its task and labels")
     async def prompts() -> dict[str, Any]:
@@ -179,11 +181,11 @@ def _prompts(engine: Engine, store: PromptStore | None, metrics: Metrics) -> API
 
     @router.post("/v1/prompts", status_code=201, summary="Add a prompt", openapi_extra=body)
     async def add(name: _Name, request: Request) -> dict[str, Any]:
-        return await change(name, request, over=False)
+        return await change(name, request, replace=False)
 
     @router.put("/v1/prompts/{name}", summary="Add or replace a prompt", openapi_extra=body)
     async def replace(name: str, request: Request) -> dict[str, Any]:
-        return await change(name, request, over=True)
+        return await change(name, request, replace=True)
 
     @router.delete("/v1/prompts/{name}", summary="Remove a prompt")
     async def remove(name: str) -> dict[str, Any]:

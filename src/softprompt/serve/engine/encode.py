@@ -255,7 +255,7 @@ def _with_labels(
         own_choice(served, labels)
     if len(set(labels)) < len(labels):
         raise ValueError(f"the labels {', '.join(labels)[:200]} name one twice; name each once")
-    task = Task(name="labels", template="{text}", label="label", words={label: label for label in labels})
+    task = Task(name="labels", template="{text}", label="label", label_words={label: label for label in labels})
     with _tokenizing:
         work = ClassifyParams(candidates=answer_ids(task, backbone.tokenizer))
     longest = max(map(len, work.candidates))

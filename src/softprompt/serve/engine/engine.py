@@ -3,7 +3,7 @@
 import difflib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import dataclasses
 from pathlib import Path
 from typing import Any, final
 
@@ -62,7 +62,7 @@ class Engine:
             self._worker = Worker(backbone, self.limits.max_batch, watch or (lambda done: None))
             self._base = None if needs_head(backbone) else without_prompt(backbone)
             if self._base is not None and self._worker.decoder is not None:
-                self._base = replace(self._base, state=self._worker.decoder.prompt_state(self._base.prompt))
+                self._base = dataclasses.replace(self._base, state=self._worker.decoder.kv_prefix(self._base.prompt))
         self._scheduler = Scheduler(self._worker, self.limits)
 
     def __enter__(self) -> "Engine":
@@ -118,26 +118,26 @@ class Engine:
         """Whether there is a prompt of that name."""
         return name in self._served
 
-    def add(self, name: str, source: Path | str | SoftPrompt, *, over: bool = False) -> PromptEntry:
+    def add(self, name: str, source: Path | str | SoftPrompt, *, replace: bool = False) -> PromptEntry:
         """Serve another prompt: a run, a PEFT prompt-tuning folder, or a prompt itself; the others run on.
 
         Args:
-            over: put it in the place of one of that name; rows that wait still get the old one's answer.
+            replace: put it in the place of one of that name; rows that wait still get the old one's answer.
 
         Raises:
             FileExistsError: the name is taken.
             ValueError, FileNotFoundError: it cannot be served; nothing has changed.
             TimeoutError: the engine's thread is stuck; nothing has changed.
         """
-        ready = self.ready(name, source, over=over)
+        ready = self.ready(name, source, replace=replace)
         with self._changing:
-            self._refuse_taken(name, over)
+            self._refuse_taken(name, replace)
             self.serve(ready)
         return ready
 
-    def ready(self, name: str, source: Path | str | SoftPrompt, *, over: bool = False) -> PromptEntry:
+    def ready(self, name: str, source: Path | str | SoftPrompt, *, replace: bool = False) -> PromptEntry:
         """What `add` would serve, computed and not served yet; raises what `add` raises."""
-        self._refuse_taken(name, over)
+        self._refuse_taken(name, replace)
         if isinstance(source, SoftPrompt):
             fresh = from_prompt(name, source, self.backbone)
         else:
@@ -148,9 +148,9 @@ class Engine:
             if decoder is None:
                 return fresh
             encode.refuse_long(self.backbone, fresh, 1, 0)
-            ready = replace(fresh, state=(state := decoder.prompt_state(fresh.prompt)))
+            ready = dataclasses.replace(fresh, state=(state := decoder.kv_prefix(fresh.prompt)))
             if begins := encode.beginning(self.backbone, fresh):
-                ready = replace(ready, begun=decoder.begun(fresh.prompt, state, begins))
+                ready = dataclasses.replace(ready, template_prefix=decoder.template_prefix(fresh.prompt, state, begins))
             self._refuse_endless(ready)
             return ready
 
@@ -271,9 +271,9 @@ class Engine:
         """Take nothing more and finish what there is; what is left after `grace` seconds fails with `EngineClosed`."""
         self._scheduler.close(grace)
 
-    def _refuse_taken(self, name: str, over: bool) -> None:
+    def _refuse_taken(self, name: str, replace: bool) -> None:
         self.refuse_base(name)
-        if name in self._served and not over:
+        if name in self._served and not replace:
             raise FileExistsError(f"the prompt name {name!r} is taken; choose another, or replace it")
         if name not in self._served and len(self._served) >= self.limits.max_prompts:
             raise ValueError(f"{len(self._served)} prompts are served, which is all that may; remove one first")

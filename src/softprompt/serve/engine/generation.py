@@ -11,7 +11,7 @@ from torch import Tensor
 from softprompt.evaluation.predict import pad_id
 from softprompt.models import PromptedModel
 from softprompt.models.sampling import Chooser
-from softprompt.serve.engine.kv_cache import Decoder
+from softprompt.serve.engine.kv_cache import CachedDecoder
 from softprompt.serve.engine.request import EngineRequest, GenerateParams, overflow
 from softprompt.serve.engine.scoring import distinct, examples, row_of
 from softprompt.tasks import collate
@@ -42,10 +42,10 @@ class GenerationBatch(ABC):
 class CausalGenerationBatch(GenerationBatch):
     """A decoder's rows: one can leave, and others can join, between any two tokens."""
 
-    def __init__(self, decoder: Decoder, requests: Sequence[EngineRequest]) -> None:
+    def __init__(self, decoder: CachedDecoder, requests: Sequence[EngineRequest]) -> None:
         self._decoder = decoder
         self.requests = list(requests)
-        self._batch, logits = decoder.read([row_of(request) for request in requests], room=1)
+        self._batch, logits = decoder.prefill([row_of(request) for request in requests], room=1)
         self._logits: Tensor | None = logits
         self._last: list[int] = []
         self._drawn: list[int] = []
@@ -56,7 +56,7 @@ class CausalGenerationBatch(GenerationBatch):
         """Each row by its own chooser, so that a drawn token does not depend on who else is in the batch."""
         if self._logits is None:
             fed = torch.tensor(self._last, device=self._batch.mask.device)
-            self._logits = self._decoder.advance(self._batch, fed)
+            self._logits = self._decoder.decode_next(self._batch, fed)
         # From here on the batch has been fed: whoever tries again chooses from these logits, and feeds nothing twice.
         logits = self._logits
         likeliest = logits.argmax(-1)

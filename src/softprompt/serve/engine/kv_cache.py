@@ -129,7 +129,7 @@ class Batch:
 
 
 @final
-class Decoder:
+class CachedDecoder:
     """A frozen decoder that reads and continues rows of any prompts in one pass.
 
     Raises:
@@ -146,14 +146,14 @@ class Decoder:
         """The narrowest attention window, where there is one: no row may be wider."""
         remembered(self._model, "served", self._check_exact)
 
-    def prompt_state(self, prompt: Folded) -> KVPrefix:
+    def kv_prefix(self, prompt: Folded) -> KVPrefix:
         """The prompt's keys and values, computed once; no other prompt is touched.
 
         Raises:
             ValueError: a prompt as wide as another backbone's embeddings.
         """
         if not len(prompt.prompt()):  # what a pass of one token leaves, without its column
-            one = self.prompt_state(Folded(prompt.prompt().new_zeros(1, prompt.prompt().shape[1])))
+            one = self.kv_prefix(Folded(prompt.prompt().new_zeros(1, prompt.prompt().shape[1])))
             return KVPrefix(tuple((keys[:, :0].clone(), values[:, :0].clone()) for keys, values in one.layers))
         matrix = self.prompted.prompt_embeddings([prompt])[0]
         cache, mask = DynamicCache(), torch.ones(1, len(matrix), dtype=torch.long, device=matrix.device)
@@ -163,13 +163,13 @@ class Decoder:
         )
         return KVPrefix(tuple((layer.keys[0].clone(), layer.values[0].clone()) for layer in cache.layers))
 
-    def begun(self, prompt: Folded, state: KVPrefix, ids: Sequence[int]) -> KVPrefix:
+    def template_prefix(self, prompt: Folded, state: KVPrefix, ids: Sequence[int]) -> KVPrefix:
         """The same for texts that begin with `ids`."""
-        batch, _ = self.read([Row(ids, prompt, state)])
+        batch, _ = self.prefill([Row(ids, prompt, state)])
         kept = [(layer.keys[0, :, : layer.length], layer.values[0, :, : layer.length]) for layer in batch.layers]
         return KVPrefix(tuple((keys.clone(), values.clone()) for keys, values in kept), tuple(ids))
 
-    def read(self, rows: Sequence[Row], room: int = 0) -> tuple[Batch, Float[Tensor, "row vocab"]]:
+    def prefill(self, rows: Sequence[Row], room: int = 0) -> tuple[Batch, Float[Tensor, "row vocab"]]:
         """The rows in one pass, and the logits behind each.
 
         Args:
@@ -208,7 +208,7 @@ class Decoder:
         batch.mask, batch.texts = mask, read + lengths
         return (self.select(batch, range(len(rows)), room) if self._by_column else batch), logits
 
-    def advance(self, batch: Batch, tokens: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
+    def decode_next(self, batch: Batch, tokens: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
         """The logits behind one more token a row; what fails can be tried again, with all rows or a part."""
         self._widen(batch)
         mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], 1)
@@ -280,24 +280,24 @@ class Decoder:
         backbone, how = self.prompted.backbone, "rows that join and leave a batch"
         with refusing(backbone, how):
             given = sample(backbone, self.window)
-            states = [self.prompt_state(prompt) for prompt in given.prompts]
+            states = [self.kv_prefix(prompt) for prompt in given.prompts]
             prompts = [given.prompts[place] for place in given.prompt_index.tolist()]
             rows = [
                 Row(text, prompt, states[place])
                 for text, prompt, place in zip(given.texts, prompts, given.prompt_index.tolist(), strict=True)
             ]
-            begun = self.begun(prompts[2], rows[2].state, given.texts[2][:1])
-            rows[2] = Row(given.texts[2][1:], prompts[2], begun)
+            template_prefix = self.template_prefix(prompts[2], rows[2].state, given.texts[2][:1])
+            rows[2] = Row(given.texts[2][1:], prompts[2], template_prefix)
             alone = [self._alone(given, row) for row in range(3)]
             first, second, third = given.answer
-            early, one = self.read([rows[2], rows[0]], room=1)
-            two = self.advance(early, torch.full_like(early.texts, first))
-            late, three = self.read([rows[1]])
-            four = self.advance(late, torch.full_like(late.texts, first))
+            early, one = self.prefill([rows[2], rows[0]], room=1)
+            two = self.decode_next(early, torch.full_like(early.texts, first))
+            late, three = self.prefill([rows[1]])
+            four = self.decode_next(late, torch.full_like(late.texts, first))
             all_rows = self.joined([(early, 1), (late, 0), (early, 0)])
-            five = self.advance(all_rows, torch.full_like(all_rows.texts, second))
+            five = self.decode_next(all_rows, torch.full_like(all_rows.texts, second))
             fewer = self.select(all_rows, [2, 0])
-            six = self.advance(fewer, torch.full_like(fewer.texts, third))
+            six = self.decode_next(fewer, torch.full_like(fewer.texts, third))
             ours = [one, two, three, four, five, six]
             steps = (
                 ((2, 0), 0),

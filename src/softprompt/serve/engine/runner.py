@@ -17,7 +17,7 @@ from softprompt.serve.engine.generation import (
     GenerationBatch,
     generation_batch_of,
 )
-from softprompt.serve.engine.kv_cache import Decoder
+from softprompt.serve.engine.kv_cache import CachedDecoder
 from softprompt.serve.engine.request import ClassifyOutput, EngineRequest, overflow
 from softprompt.serve.engine.scoring import CausalScorer, GeneralScorer, Scorer
 from softprompt.serve.prompts.entry import bare
@@ -52,9 +52,9 @@ class Worker:
         self._backbone = backbone
         self._watch = watch
         self._allowed, self.most, self._calm = most, most, 0
-        self.decoder: Decoder | None = None
+        self.decoder: CachedDecoder | None = None
         if backbone.architecture == "causal":
-            self.decoder = Decoder(bare(backbone))
+            self.decoder = CachedDecoder(bare(backbone))
             self._score: Scorer = CausalScorer(self.decoder)
         else:
             self._score = GeneralScorer(backbone)

@@ -14,7 +14,7 @@ from softprompt.evaluation.predict import pad_id
 from softprompt.models import PromptedModel
 from softprompt.models.decode_state import DecodeState
 from softprompt.models.label_tree import SharedLayer, score_rest
-from softprompt.serve.engine.kv_cache import Batch, Decoder, Row
+from softprompt.serve.engine.kv_cache import Batch, CachedDecoder, Row
 from softprompt.serve.engine.request import ClassifyParams, EngineRequest
 from softprompt.serve.prompts.entry import PromptEntry, bare, needs_head
 from softprompt.tasks import Example, collate
@@ -36,14 +36,14 @@ class Scorer(ABC):
 class CausalScorer(Scorer):
     """One pass over all texts, behind keys and values that were computed when the prompts came."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: CachedDecoder) -> None:
         self._decoder = decoder
 
     def __call__(self, requests: Sequence[EngineRequest]) -> Scores:
         """Candidates of several tokens go on from their row's keys and values."""
         wanted = [candidates_of(request) for request in requests]
         longest = max(len(candidate) for own in wanted for candidate in own)
-        batch, logits = self._decoder.read([row_of(request) for request in requests], room=longest - 1)
+        batch, logits = self._decoder.prefill([row_of(request) for request in requests], room=longest - 1)
         logp = logits.float().log_softmax(-1)
         scores = [logp[row, [ids[0] for ids in candidates]].tolist() for row, candidates in enumerate(wanted)]
         longer = [tuple(dict.fromkeys(ids for ids in own if len(ids) > 1)) for own in wanted]
@@ -178,10 +178,14 @@ def candidates_of(request: EngineRequest) -> tuple[tuple[int, ...], ...]:
 
 def row_of(request: EngineRequest) -> Row:
     """The row as a decoder reads it: behind the beginning that was read when its prompt came, if it has that."""
-    served, begun = request.served, request.served.begun
+    served, template_prefix = request.served, request.served.template_prefix
     assert served.state is not None
-    if begun is not None and len(request.ids) > (read := len(begun.read)) and tuple(request.ids[:read]) == begun.read:
-        return Row(request.ids[read:], served.prompt, begun)
+    if (
+        template_prefix is not None
+        and len(request.ids) > (read := len(template_prefix.read))
+        and tuple(request.ids[:read]) == template_prefix.read
+    ):
+        return Row(request.ids[read:], served.prompt, template_prefix)
     return Row(request.ids, served.prompt, served.state)
 
 

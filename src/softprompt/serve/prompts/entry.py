@@ -45,7 +45,7 @@ class PromptEntry:
     """What an encoder without words answers through."""
     state: KVPrefix | None = None
     """Its keys and values, in front of a decoder."""
-    begun: KVPrefix | None = None
+    template_prefix: KVPrefix | None = None
     """The same with the words that its template begins with, where those are many."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
@@ -58,7 +58,7 @@ class PromptEntry:
     @property
     def states(self) -> tuple[KVPrefix, ...]:
         """All keys and values that are held."""
-        return tuple(state for state in (self.state, self.begun) if state is not None)
+        return tuple(state for state in (self.state, self.template_prefix) if state is not None)
 
     @property
     def classifies(self) -> bool:
@@ -84,8 +84,8 @@ class PromptEntry:
             "template": None if task is None else task.template,
             "fields": list(self.fields),
             "image": bool(task is not None and task.image),
-            "labels": list(task.words) if task is not None and task.is_classification else [],
-            "words": dict(task.words) if task is not None and task.is_classification else {},
+            "labels": list(task.label_words) if task is not None and task.is_classification else [],
+            "words": dict(task.label_words) if task is not None and task.is_classification else {},
             "max_new_tokens": self.max_new_tokens,
             "bytes": sum(state.bytes for state in self.states),
             "created": self.created,

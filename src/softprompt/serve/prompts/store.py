@@ -93,11 +93,11 @@ class PromptStore:
         return self.folder / checked_name(name)
 
     @contextmanager
-    def keeping(self, name: str, content: bytes, *, over: bool = True) -> Iterator[None]:
+    def keeping(self, name: str, content: bytes, *, replace: bool = True) -> Iterator[None]:
         """Keep the file, if the block ends well; else nothing has changed.
 
         Args:
-            over: in place of one of that name.
+            replace: in place of one of that name.
 
         Raises:
             FileExistsError: there is one, which another process may have put there.
@@ -107,7 +107,7 @@ class PromptStore:
         self._refuse_link(place)
         if place.is_dir() and not _ours(place):
             raise PermissionError(f"{name} is a run's folder and not ours to change; choose another name")
-        if not over and (place / _FILE).exists():
+        if not replace and (place / _FILE).exists():
             raise FileExistsError(f"the prompt name {name!r} is taken; choose another, or replace it")
         fresh = not place.is_dir()
         try:

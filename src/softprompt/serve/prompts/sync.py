@@ -48,7 +48,7 @@ class PromptSync:
         for name, mark in there.items():
             if mark and self._known.get(name) != mark:
                 try:
-                    self._engine.add(name, self._shelf.path(name), over=True)
+                    self._engine.add(name, self._shelf.path(name), replace=True)
                 except EngineClosed:
                     raise
                 except Exception as error:  # an older one of that name goes on, and so do the others

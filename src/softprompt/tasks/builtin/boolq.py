@@ -52,14 +52,14 @@ BOOLQ = register(
         description="Does a passage answer a question with yes or no? SuperGLUE's validation is halved, by passage.",
         template="{passage}\nQuestion: {question}?\nAnswer:",
         label="label",
-        words={"false": "no", "true": "yes"},
+        label_words={"false": "no", "true": "yes"},
         metrics=("accuracy", "macro_f1"),
         group="passage",
         max_input_tokens=256,
         templates={
-            "dpt": Template(text="question: {question} passage: {passage}", words={"false": "0", "true": "1"}),
+            "dpt": Template(text="question: {question} passage: {passage}", label_words={"false": "0", "true": "1"}),
             "residual": Template(
-                text="passage: {passage} question: {question}", words={"false": "false", "true": "true"}
+                text="passage: {passage} question: {question}", label_words={"false": "false", "true": "true"}
             ),
             "natural": Template(text="{passage}\nQuestion: {question}?\nAnswer:"),
         },

@@ -84,9 +84,9 @@ def _wordings(
     """Three wordings of a classification: our words, digits, and the label names of Residual Prompt Tuning."""
     digits = [str(number) for number in range(len(labels))]
     return {
-        "natural": Template(text=natural, words=dict(zip(labels, ours, strict=True))),
-        "dpt": Template(text=dpt, words=dict(zip(labels, digits, strict=True))),
-        "residual": Template(text=residual or dpt, words=dict(zip(labels, theirs, strict=True))),
+        "natural": Template(text=natural, label_words=dict(zip(labels, ours, strict=True))),
+        "dpt": Template(text=dpt, label_words=dict(zip(labels, digits, strict=True))),
+        "residual": Template(text=residual or dpt, label_words=dict(zip(labels, theirs, strict=True))),
     }
 
 

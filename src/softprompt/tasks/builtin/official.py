@@ -115,7 +115,7 @@ def register_official(
         name=name,
         description=description,
         template=natural.text,
-        words=natural.words,
+        label_words=natural.label_words,
         templates=templates,
         source=name,
         split_seed=0,

@@ -14,7 +14,7 @@ def _read(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
     """The reviews; the plots among them, the third category, are no opinions."""
     refuse_folder(task, folder)
     rows = read_rows(assets.fetch("rotten-tomatoes"))
-    reviews = [index for index, category in enumerate(rows["category"][:]) if category in task.words]
+    reviews = [index for index, category in enumerate(rows["category"][:]) if category in task.label_words]
     return {"rows": rows.select(reviews)}
 
 
@@ -24,7 +24,7 @@ SENTIMENT = register(
         description="Is a sentence of a film review for or against the film? No film is in two splits.",
         template="Review: {text}\nSentiment:",
         label="category",
-        words={"rotten": "negative", "fresh": "positive"},
+        label_words={"rotten": "negative", "fresh": "positive"},
         metrics=("accuracy", "macro_f1"),
         group="movie_name",
         max_input_tokens=128,

@@ -51,15 +51,15 @@ CB = register_official(
     {
         "natural": Template(
             text='{premise}\nQuestion: Does this mean that "{hypothesis}"? Yes, no or maybe?\nAnswer:',
-            words={"entailment": "yes", "contradiction": "no", "neutral": "maybe"},
+            label_words={"entailment": "yes", "contradiction": "no", "neutral": "maybe"},
         ),
         "dpt": Template(
             text="premise: {premise} hypothesis: {hypothesis}",
-            words={"entailment": "0", "contradiction": "1", "neutral": "2"},
+            label_words={"entailment": "0", "contradiction": "1", "neutral": "2"},
         ),
         "residual": Template(
             text="premise: {premise} hypothesis: {hypothesis}",
-            words={"entailment": "entailment", "contradiction": "contradiction", "neutral": "neutral"},
+            label_words={"entailment": "entailment", "contradiction": "contradiction", "neutral": "neutral"},
         ),
     },
     label="label",
@@ -75,15 +75,15 @@ COPA = register_official(
     {
         "natural": Template(
             text="{premise}\nWhat was the {question}?\nA: {choice1}\nB: {choice2}\nAnswer:",
-            words={"0": "A", "1": "B"},
+            label_words={"0": "A", "1": "B"},
         ),
         "dpt": Template(
             text="premise: {premise} choice1: {choice1} choice2: {choice2}",
-            words={"0": "0", "1": "1"},
+            label_words={"0": "0", "1": "1"},
         ),
         "residual": Template(
             text="choice1: {choice1} choice2: {choice2} premise: {premise} question: {question}",
-            words={"0": "false", "1": "true"},
+            label_words={"0": "false", "1": "true"},
         ),
     },
     label="label",
@@ -99,15 +99,15 @@ MULTIRC = register_official(
     {
         "natural": Template(
             text="{paragraph}\nQuestion: {question}\nIs this a right answer: {answer}?\nAnswer:",
-            words={"0": "no", "1": "yes"},
+            label_words={"0": "no", "1": "yes"},
         ),
         "dpt": Template(
             text="question: {question} answer: {answer} paragraph: {paragraph}",
-            words={"0": "0", "1": "1"},
+            label_words={"0": "0", "1": "1"},
         ),
         "residual": Template(
             text="question: {question} answer: {answer} paragraph: {paragraph}",
-            words={"0": "false", "1": "true"},
+            label_words={"0": "false", "1": "true"},
         ),
     },
     label="label",
@@ -141,15 +141,15 @@ RECORD = register_official(
 _ENTAILMENT_TEMPLATES: Mapping[str, Template] = {
     "natural": Template(
         text='{premise}\nQuestion: Does this mean that "{hypothesis}"? Yes or no?\nAnswer:',
-        words={"entailment": "yes", "not_entailment": "no"},
+        label_words={"entailment": "yes", "not_entailment": "no"},
     ),
     "dpt": Template(
         text="premise: {premise} hypothesis: {hypothesis}",
-        words={"entailment": "0", "not_entailment": "1"},
+        label_words={"entailment": "0", "not_entailment": "1"},
     ),
     "residual": Template(
         text="premise: {premise} hypothesis: {hypothesis}",
-        words={"entailment": "entailment", "not_entailment": "not_entailment"},
+        label_words={"entailment": "entailment", "not_entailment": "not_entailment"},
     ),
 }
 """The diagnostics are asked as RTE is, so that a run of `rte` answers them."""
@@ -207,13 +207,13 @@ WIC = register_official(
     {
         "natural": Template(
             text='{sentence1}\n{sentence2}\nQuestion: Does "{word}" mean the same in both sentences?\nAnswer:',
-            words=_NO_YES,
+            label_words=_NO_YES,
         ),
-        "dpt": Template(text="sentence1: {sentence1} sentence2: {sentence2} word: {word}", words=_DIGITS),
+        "dpt": Template(text="sentence1: {sentence1} sentence2: {sentence2} word: {word}", label_words=_DIGITS),
         "residual": Template(
             text="start1: {start1} end1: {end1} sentence1: {sentence1} "
             "start2: {start2} end2: {end2} sentence2: {sentence2} word: {word}",
-            words=_TRUTH_WORDS,
+            label_words=_TRUTH_WORDS,
         ),
     },
     label="label",
@@ -229,14 +229,14 @@ WSC = register_official(
     {
         "natural": Template(
             text='{pronoun_marked}\nQuestion: Does "*{span2_text}*" stand for "{span1_text}"?\nAnswer:',
-            words=_NO_YES,
+            label_words=_NO_YES,
         ),
         # DPT has no both-label wording; this is DePT's, of the same family.
-        "dpt": Template(text="text: {both_marked}", words=_DIGITS),
+        "dpt": Template(text="text: {both_marked}", label_words=_DIGITS),
         "residual": Template(
             text="span1_text: {span1_text} span1_index: {span1_index} "
             "span2_text: {span2_text} span2_index: {span2_index} text: {text}",
-            words=_TRUTH_WORDS,
+            label_words=_TRUTH_WORDS,
         ),
     },
     label="label",

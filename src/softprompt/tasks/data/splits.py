@@ -244,7 +244,7 @@ def shots(task: Task, whole: Splits, k: int, seed: int, balanced: bool = True) -
                 drawn[classes[index]].append(index)
         for one, indices in drawn.items():
             if len(indices) < k:
-                which = f" of class {list(task.words)[one]!r}" if isinstance(one, int) else ""
+                which = f" of class {list(task.label_words)[one]!r}" if isinstance(one, int) else ""
                 raise ValueError(
                     f"{k} shots of task {task.name!r} need more rows{which}: {len(indices)} are left for {what}; "
                     "lower the number of shots"
@@ -281,12 +281,12 @@ def _splits(
             read = {**row, task.image: image_processor.digest(row[task.image])} if task.image else row
             digest.update(json.dumps(read, sort_keys=True, default=str).encode() + b"\n")
     if task.is_classification and len(train) and len(counts) < 2:
-        only = list(task.words)[int(next(iter(counts)))]
+        only = list(task.label_words)[int(next(iter(counts)))]
         raise ValueError(
             f"all {len(train)} training rows of task {task.name!r} have the label {only!r}; "
             "there is nothing to tell apart, give rows of a second one"
         )
-    unused = [label for index, label in enumerate(task.words) if len(train) and index not in counts]
+    unused = [label for index, label in enumerate(task.label_words) if len(train) and index not in counts]
     return Splits(
         train=train,
         dev=dev,

@@ -138,7 +138,7 @@ def answer_ids(task: Task, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
         ValueError: a word without tokens, or two words of which one's tokens begin the other's, by name.
     """
     if task.image:
-        return tuple((index,) for index in range(len(task.words)))
+        return tuple((index,) for index in range(len(task.label_words)))
     _check_fast(tokenizer)
     found: dict[tuple[int, ...], str] = {}
     words = [strip_end(word, tokenizer) for word in task.answers]
