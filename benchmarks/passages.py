@@ -2,10 +2,10 @@
 
     python benchmarks/passages.py [--tokens 32] [--batch-size 32] [--dtype float32] [--rounds 3] [--steps 1]
 
-`--batch-size` rows ask about two passages of 300 tokens, `--tokens` more each (the rows of MultiRC are of this kind: about
-350 tokens, 19 of 20 of them a beginning that another row has too). Ours is `predict.answer`, which reads each passage
-once behind the prompt; `whole` is the same with every row read whole, and PEFT runs prompt and passage in front of
-every row. What ours plans and prepares is in its time. `loss` as in score.py.
+`--batch-size` rows ask about two passages of 300 tokens, `--tokens` more each (the rows of MultiRC are of this kind:
+about 350 tokens, 19 of 20 of them a beginning that another row has too). Ours is `predict.answer`, which reads each
+passage once behind the prompt; `whole` is the same with every row read whole, and PEFT runs prompt and passage in front
+of every row. What ours plans and prepares is in its time. `loss` as in score.py.
 
 sides.py says how the sides are measured and what the JSON holds; the floor here has each passage once, prompt paid.
 """

@@ -3,8 +3,8 @@
     python benchmarks/score.py [--tokens 32] [--batch-size 32] [--dtype float32] [--rounds 3] [--steps 3]
 
 Both sides get the same weights, rows, dtype and prompt, without gradients. Ours prepares the prompt's keys and values
-once, before the clock starts, as serving and evaluation do, and scores with `PromptedModel.score`; PEFT runs the prompt in
-front of every row and the two answers are read from the last position of the logits it returns. `loss` is the mean
+once, before the clock starts, as serving and evaluation do, and scores with `PromptedModel.score`; PEFT runs the prompt
+in front of every row and the two answers are read from the last position of the logits it returns. `loss` is the mean
 cross-entropy of one of the two answers against the other, alternating over the rows.
 
 sides.py says how both are measured and what the JSON holds; the floor here is, prompt already paid,

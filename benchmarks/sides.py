@@ -1,9 +1,9 @@
 """How two ways of doing the same work are compared: in processes of their own, in turn, on the same weights and rows.
 
 A benchmark says what its sides do and which pairs of them to compare; `main` is its command line. Every combination of
-`--batch-size` and `--length` gets processes of its own, which go through `--tokens`. The first time that a side works warms
-up and is not timed; its loss must be the same on both sides of a pair that does the same work, else the exit status
-is 1.
+`--batch-size` and `--length` gets processes of its own, which go through `--tokens`. The first time that a side works
+warms up and is not timed; its loss must be the same on both sides of a pair that does the same work, else the exit
+status is 1.
 
 The last line of stdout is JSON: `load_before`, the system's load average before the start (much above 0: another's
 work is in the times), and per pair and case:

@@ -3,14 +3,14 @@
     python benchmarks/whole_run.py [--target 0.8] [--steps 100] [--length 100] [--dtype float32] [--rounds 1]
 
 Both sides get the same weights, rows in the same tokens, dtype, first prompt, schedule and development rows, and train
-on the answer's cross-entropy over the vocabulary. Ours is `softprompt.training.trainer`; the peer is transformers' Trainer with
-PEFT's prompt tuning, rows padded to the longest of the batch and grouped by length. A prompt is trained in units of its
-own size here and as it is there, so the peer's learning rate is ours times that size: with Adam the same step. Each
-side runs in a process of its own until an evaluation reaches the target; the seconds are those since the process
-started, imports, loading, tokenising and evaluations among them, and `training_s` what of them came after the first
-step began. The order of rows differs (each side draws its own), so the step that reaches the target may differ too:
-`steps` says which it was, `per_step` is the ratio of seconds by step, and `ratio_of_sums` that of all rounds' seconds,
-in which one seed's luck counts least.
+on the answer's cross-entropy over the vocabulary. Ours is `softprompt.train`; the peer is transformers'
+Trainer with PEFT's prompt tuning, rows padded to the longest of the batch and grouped by length. A prompt is trained in
+units of its own size here and as it is there, so the peer's learning rate is ours times that size: with Adam the same
+step. Each side runs in a process of its own until an evaluation reaches the target; the seconds are those since the
+process started, imports, loading, tokenising and evaluations among them, and `training_s` what of them came after the
+first step began. The order of rows differs (each side draws its own), so the step that reaches the target may differ
+too: `steps` says which it was, `per_step` is the ratio of seconds by step, and `ratio_of_sums` that of all rounds'
+seconds, in which one seed's luck counts least.
 
 The last line of stdout is JSON.
 """
@@ -103,7 +103,7 @@ def experiment(settings: Settings, seed: int) -> Any:
 
 
 def ours(settings: Settings, seed: int, clock: Clock) -> None:
-    """`softprompt.training.trainer`."""
+    """`softprompt.train`."""
     from softprompt import train
     from softprompt.training.callbacks import Progress
 

@@ -122,7 +122,7 @@ __all__ = [
 
 
 class _Package(ModuleType):
-    """A package in which `softprompt.training.trainer` is the function, whether or not the module `train` has been imported."""
+    """A package in which `softprompt.train` is the function, whether or not a module of that name was imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _PLACES and isinstance(value, ModuleType)):

@@ -99,7 +99,8 @@ class TrainingConfig:
             raise ValueError(f"vocabulary_weight is {self.vocabulary_weight}; it must be from 0 to 1")
         if self.gradient_accumulation_steps > self.batch_size:
             raise ValueError(
-                f"gradient_accumulation_steps is {self.gradient_accumulation_steps} and batch_size {self.batch_size}; a part needs at least one row"
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps} and batch_size "
+                f"{self.batch_size}; a part needs at least one row"
             )
 
     def rate(self, step: int) -> float:

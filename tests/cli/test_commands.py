@@ -192,7 +192,7 @@ def test_doctor() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "label_words"),
+    ("arguments", "words"),
     [
         (["fetch", "nothing"], ["'nothing'"]),
         (["evaluate", "nowhere"], ["'nowhere' is no run", "softprompt list runs"]),
@@ -211,7 +211,7 @@ def test_what_is_not_there_is_said_in_one_sentence(arguments: list[str], words: 
 
 
 @pytest.mark.parametrize(
-    ("flags", "label_words"),
+    ("flags", "words"),
     [
         (["--name", "a/b"], ["'a/b' is no plain folder name"]),
         (["--data", "missing.csv"], ["missing.csv"]),

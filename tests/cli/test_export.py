@@ -72,7 +72,7 @@ def test_beside_the_run_by_default(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "flags", "label_words"),
+    ("names", "flags", "token_names"),
     [
         (["three"], ["--to", "vocab"], "dept also changes the input's own embeddings; export to npz"),
         (["one", "two"], ["--to", "peft"], "peft holds one prompt and 2 runs are given"),

@@ -55,7 +55,7 @@ def host() -> Host:
     return Host(
         embedding=0.14 * torch.randn(VOCAB, DIM, generator=seeded(5)),
         encode=lambda text: [ord(letter) for letter in text],
-        words=("yes", "no"),
+        label_words=("yes", "no"),
         special=frozenset({0, 1}),
         query_key=lambda: torch.randn(DIM, DIM, generator=seeded(6)),
         gradient=lambda rows, batches: rows.flip(0) / batches,

@@ -10,8 +10,8 @@ import torch
 from softprompt import DPT, Experiment, Run, TrainingConfig, attach, evaluate, load_backbone, open_run, train
 from softprompt.backbones.kernels import llama
 from softprompt.backbones.kernels.dequantize import matrix
-from softprompt.backbones.quantization import KINDS
 from softprompt.backbones.projections import query_key
+from softprompt.backbones.quantization import KINDS
 from softprompt.export import FORMATS, export_runs
 
 QUANTISED = pytest.mark.parametrize("kind", KINDS)

@@ -57,7 +57,7 @@ LABELS: dict[str, tuple[list[Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("values", "label_words"), LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize(("values", "words"), LABELS.values(), ids=LABELS)
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_labels_that_are_numbers(tmp_path: Path, values: list[Any], words: str, kind: str) -> None:
     frame = pandas.DataFrame({"text": [f"t {i}" for i in range(40)], "y": values * 20})
@@ -91,7 +91,7 @@ def test_a_text_is_not_a_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("label_words", "said"),
+    ("words", "said"),
     [
         ("0 = 1", "the word for label '0' in {} is 1; write text in quotation marks"),
         ("true = true", "the word for label 'true' in {} is True; write text in quotation marks"),

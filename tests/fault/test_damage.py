@@ -144,7 +144,7 @@ RECORDS: dict[str, Damage] = {
     "unknown training": edited(lambda values: values["experiment"]["training"].update(colour="red")),
     "rank is a text": edited(lambda values: values["experiment"]["prompt"].update(rank="ten")),
     "steps is a text": edited(lambda values: values["experiment"]["training"].update(steps="ten")),
-    "no words": edited(lambda values: values["task"].update(words={})),
+    "no words": edited(lambda values: values["task"].update(label_words={})),
     "unknown task key": edited(lambda values: values["task"].update(colour="red")),
     "template is a number": edited(lambda values: values["task"].update(template=7)),
 }

@@ -165,7 +165,7 @@ def test_a_head_is_not_scored_on_other_classes(run: Run, unchecked: None) -> Non
     class Headed:
         head = object()
 
-    other = dataclasses.replace(run.task, words=dict(reversed(run.task.label_words.items())))
+    other = dataclasses.replace(run.task, label_words=dict(reversed(run.task.label_words.items())))
     _refuse_other_classes(run, Headed(), run.task)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a head trained for billing, sales, and task 'task' has sales, billing"):
         _refuse_other_classes(run, Headed(), other)  # type: ignore[arg-type]

@@ -126,7 +126,7 @@ def test_a_table_of_paths(photos: Path, tmp_path: Path) -> None:
     file = toml(tmp_path, train="list.csv", image="file", label="kind")
     rows = splits(load_task(file))
     assert [len(part) for part in (rows.train, rows.dev, rows.test)] == [14, 2, 4]
-    assert load_task(file).words == {"cat": "cat", "dog": "dog"}
+    assert load_task(file).label_words == {"cat": "cat", "dog": "dog"}
     (tmp_path / "list.csv").write_text("\n".join([*lines, "photos/cat/99.png,cat"]) + "\n")
     with pytest.raises(FileNotFoundError, match=r"row 21 of .*list.csv has the image '.*99.png', and there is no such"):
         splits(load_task(file))

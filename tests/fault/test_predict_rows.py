@@ -1,4 +1,4 @@
-"""What `softprompt.evaluation.predict` takes for rows: what holds texts or rows, else a sentence that says what to give."""
+"""The rows that `softprompt.predict` takes: texts or rows, else a sentence that says what to give."""
 
 import re
 from collections.abc import Callable

@@ -249,7 +249,7 @@ def test_where_they_meet_in_every_pass_each_has_as_many_rows(count: int) -> None
             one = DistributedGroup(cpu=True)
             one.count, one.index, one.sharded = count, index, True
             mine = one.share(rows)
-            given.append(one.evened(mine, rows))
+            given.append(one.pad_shard(mine, rows))
             assert given[-1][: len(mine)] == mine
         assert len({len(some) for some in given}) == 1
 

@@ -134,7 +134,7 @@ def test_a_csv_cell_is_text_as_it_stands(folder: Folder) -> None:
 
 
 def test_a_word_without_rows_is_a_warning(folder: Folder) -> None:
-    label_words = '[words]\nBILLING = "billing"\nSales = "sales"\nLEGAL = "legal"\n'
+    label_words = '[label_words]\nBILLING = "billing"\nSales = "sales"\nLEGAL = "legal"\n'
     assert splits(load_task(folder.task(TASK + label_words))).warnings == (
         "no training row of task 'support' has the label 'LEGAL'",
     )
@@ -160,13 +160,16 @@ def test_a_word_without_rows_is_a_warning(folder: Folder) -> None:
         (TASK.replace("{text}", "{txt}"), "has no column 'txt', which task 'support' reads; it has 'text', 'queue'"),
         (TASK.replace("{text}", "{text.x}"), "has no column 'text.x', which task 'support' reads; it has 'text',"),
         (
-            TASK + '[words]\nBILLING = "pay"\nSales = "Pay"',
+            TASK + '[label_words]\nBILLING = "pay"\nSales = "Pay"',
             "labels 'BILLING' and 'Sales' of task 'support' have the same",
         ),
-        (TASK + '[words]\nBILLING = "pay"\nLEGAL = "law"', "row 2 of"),
-        (TASK + '[words]\nBILLING = "pay"\nmax_input_tokens = 9', "move max_input_tokens above the line [words]"),
-        (TASK + '[words]\nBILLING = "pay"\nSales = 3', "the word for label 'Sales'"),
-        (TASK + '[words]\nBILLING = "pay"', "has only the labels ['BILLING']"),
+        (TASK + '[label_words]\nBILLING = "pay"\nLEGAL = "law"', "row 2 of"),
+        (
+            TASK + '[label_words]\nBILLING = "pay"\nmax_input_tokens = 9',
+            "move max_input_tokens above the line [label_words]",
+        ),
+        (TASK + '[label_words]\nBILLING = "pay"\nSales = 3', "the word for label 'Sales'"),
+        (TASK + '[label_words]\nBILLING = "pay"', "has only the labels ['BILLING']"),
     ],
 )
 def test_a_task_file_that_cannot_work(folder: Folder, text: str, said: str) -> None:
@@ -174,7 +177,7 @@ def test_a_task_file_that_cannot_work(folder: Folder, text: str, said: str) -> N
 
 
 def test_a_label_without_a_word_names_file_row_and_column(folder: Folder) -> None:
-    message = folder.error(TASK + '[words]\nBILLING = "pay"\nLEGAL = "law"')
+    message = folder.error(TASK + '[label_words]\nBILLING = "pay"\nLEGAL = "law"')
     assert f"row 2 of {folder.path / 'train.csv'} has the label 'Sales' in column 'queue', which has no word" in message
 
 
@@ -261,7 +264,7 @@ def test_a_file_that_cannot_be_read(folder: Folder, name: str, content: str | by
 
 def test_one_class_in_training_is_refused(folder: Folder) -> None:
     folder.train("text,queue\n" + "a,B\n" * 30)
-    message = folder.error(TASK + '[words]\nB = "b"\nC = "c"')
+    message = folder.error(TASK + '[label_words]\nB = "b"\nC = "c"')
     assert "rows of task 'support' have the label 'B'" in message
 
 

@@ -78,7 +78,7 @@ def test_a_name_twice_is_refused_where_it_is_read(tmp_path: Path) -> None:
 
 def _worded(folder: Path, name: str) -> str:
     file = Path(task(folder, name))
-    file.write_text(file.read_text() + '[words]\nBilling = "bill"\nSales = "sell"\n')
+    file.write_text(file.read_text() + '[label_words]\nBilling = "bill"\nSales = "sell"\n')
     return str(file)
 
 

@@ -53,7 +53,7 @@ def test_peft_loads_every_weight_of_lora(kind: str, tiny_backbone: MakeBackbone,
 
 
 @pytest.mark.parametrize(
-    ("kind", "baseline", "label_words"),
+    ("kind", "baseline", "words"),
     [
         ("llama", "lora", "import AutoModelForCausalLM\n"),
         ("bert_mlm", "lora", "import AutoModelForMaskedLM\n"),

@@ -100,7 +100,7 @@ def test_npz_holds_every_method(made: MakeRun, tiny_backbone: Callable[[str], Ba
 
 def test_npz_says_of_how_many_layers_a_prompt_is(tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
     backbone, config = tiny_backbone("vit"), METHODS["plain"](length=4)
-    task = Task(name="pets", image="image", label="label", token_names={"cat": "cat", "dog": "dog"})
+    task = Task(name="pets", image="image", label="label", label_words={"cat": "cat", "dog": "dog"})
     experiment = Experiment(backbone="vit", prompt=config, depth="deep")
     run = runs.create(experiment, task, backbone, tmp_path / "runs", "pets", "")
     prompt, head = build(config, backbone.hosts(3), torch.Generator()), fresh_head(backbone, 2, torch.Generator())
@@ -119,7 +119,7 @@ def test_dept(made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "method", "to", "label_words"),
+    ("kind", "method", "to", "token_names"),
     [
         ("llama", "dept", "vocab", r"dept also changes the input's own embeddings; export to npz"),
         ("llama", "adept", "vocab", r"adept also changes the input's own embeddings"),

@@ -19,7 +19,7 @@ LABELS = Task(
     metrics=("macro_f1", "accuracy", "matthews"),
 )
 PAIRS = dataclasses.replace(
-    LABELS, words={"n": "no", "y": "yes"}, question="q", metrics=("f1a", "question_match", "f1")
+    LABELS, label_words={"n": "no", "y": "yes"}, question="q", metrics=("f1a", "question_match", "f1")
 )
 TEXTS = Task(name="texts", template="{text}", target="out", metrics=("token_f1", "exact_match"))
 NUMBERS = dataclasses.replace(TEXTS, name="numbers", metrics=("pearson", "spearman"))
@@ -146,7 +146,7 @@ def test_the_majority_is_scored_by_the_same_metric() -> None:
         found = score(LABELS, golds, golds, majority=majority, resamples=20)
         assert found.value == found.others["accuracy"] == 1.0
         assert found.majority == pytest.approx(sklearn.f1_score(golds, [best] * 6, average="macro"))
-        assert (found.majority_answer, found.majority_source) == (list(LABELS.words)[best], source)
+        assert (found.majority_answer, found.majority_source) == (list(LABELS.label_words)[best], source)
 
 
 def test_a_text_is_its_label_or_wrong() -> None:

@@ -184,14 +184,14 @@ def test_the_services_rows_come_and_go(backbone: Backbone) -> None:
     decoder = CachedDecoder(attach(backbone))
     first, second = prompt_of(backbone, 5), prompt_of(backbone, 2, 2)
     short, long = torch.tensor(SHORT), rows_of((LONG,), first=3)[0]
-    read, _ = decoder.read(
+    read, _ = decoder.prefill(
         [
             Row(long.tolist(), first, decoder.kv_prefix(first)),
             Row(short.tolist(), second, decoder.kv_prefix(second)),
         ]
     )
     decoder.decode_next(read, torch.tensor([50, 60]))
-    late, _ = decoder.read([Row(short.tolist(), first, decoder.kv_prefix(first))])
+    late, _ = decoder.prefill([Row(short.tolist(), first, decoder.kv_prefix(first))])
     logits = decoder.decode_next(decoder.joined([(read, 1), (late, 0)]), torch.tensor([70, 80]))
     wanted = [
         alone(backbone, second, torch.tensor([*SHORT, 60, 70]))[-1],

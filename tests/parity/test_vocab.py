@@ -171,7 +171,7 @@ def test_as_text(
     live = encode(run.task, backbone.tokenizer, ROWS[2:3], 64, closing=special, answers=False)[0][0].input_ids
     assert made_ids == [*entry["ids"], *live]
     assert tokenizer.decode(made_ids, skip_special_tokens=True) == text
-    answers = zip(run.task.token_names, map(list, answer_ids(run.task, tokenizer)), strict=True)
+    answers = zip(run.task.label_words, map(list, answer_ids(run.task, tokenizer)), strict=True)
     assert entry["answers"] == dict(answers)
 
 

@@ -20,7 +20,7 @@ def test_labels_are_scored_whole_and_have_no_limit() -> None:
     assert over_long_answers([Example((1,), (1,) * 50, 0, 0)], 5) == 0
 
 
-@pytest.mark.parametrize("label_words", [1, 3, 9])
+@pytest.mark.parametrize("words", [1, 3, 9])
 def test_a_limit_that_is_just_enough_is_enough(tokenizer, words: int) -> None:
     task = Task(name="t", template="{a}", target="y", metrics=("exact_match",))
     rows = [{"a": "x", "y": "abc " * words}]

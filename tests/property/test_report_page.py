@@ -36,7 +36,9 @@ def hostile(write_run: Write, tmp_path_factory: pytest.TempPathFactory) -> Repor
     root = tmp_path_factory.mktemp("hostile")
     write = functools.partial(write_run, root)
     write(HOSTILE.replace("/", ""), backbone={"base": HOSTILE}, metric=HOSTILE, others={HOSTILE: 0.5})
-    write("=1+1", seed=1, wanted={"init_prompt": '=cmd|"</script><script>alert(1)</script>'}, caution=f"\x1b[2J{HOSTILE}")
+    write(
+        "=1+1", seed=1, wanted={"init_prompt": '=cmd|"</script><script>alert(1)</script>'}, caution=f"\x1b[2J{HOSTILE}"
+    )
     (write("unread-\u202e\x1b[31m<b>", seed=2) / "softprompt.safetensors").unlink()
     return made(root, title=HOSTILE)
 

@@ -14,12 +14,12 @@ from softprompt.serve.engine.kv_cache import Batch, CachedDecoder, Row
 METHODS = ("plain", "dpt", "dept", "adept")
 
 
-@pytest.mark.parametrize("begun", [0, 2])
+@pytest.mark.parametrize("template_prefix", [0, 2])
 @torch.no_grad()
 def test_logits_through_reading_joining_and_leaving(
     decoder: Backbone, prompt_of: Callable[..., SoftPrompt], template_prefix: int
 ) -> None:
-    """With `begun`, the first tokens of the longer rows were read with their prompts."""
+    """With `template_prefix`, the first tokens of the longer rows were read with their prompts."""
     prompted = attach(decoder, None)
     service = CachedDecoder(prompted)
     prompts = [prompt_of(decoder, seed, method).fold() for seed, method in enumerate(METHODS)]

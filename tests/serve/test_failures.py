@@ -141,7 +141,7 @@ def test_a_row_that_overflows_fails_alone_while_it_is_written(
             logits[[prompt is bad for prompt in batch.prompts]] = torch.nan
         return logits
 
-    monkeypatch.setattr(CachedDecoder, "advance", decode_next)
+    monkeypatch.setattr(CachedDecoder, "decode_next", decode_next)
     broken = engine.generate("p2", "a b", max_new_tokens=12, sampling=Sampling(temperature=1.0))
     requests = [engine.generate(f"p{row}", "a b", max_new_tokens=12) for row in (0, 1)]
     with pytest.raises(FloatingPointError, match="p2"):
@@ -184,14 +184,14 @@ def test_a_row_of_an_encoder_decoder_that_overflows_fails_alone(
 def test_a_choice_that_overflows_fails_alone(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(prompts=2, shifting=False, max_wait=200.0)
     expected = engine.classify("p0", ["a"], LABELS)[0].result(30.0).scores
-    real, bad = CachedDecoder.read, engine.get("p1").prompt
+    real, bad = CachedDecoder.prefill, engine.get("p1").prompt
 
     def read(self: CachedDecoder, rows: Any, room: int = 0) -> Any:
         batch, logits = real(self, rows, room)
         logits[[row.prompt is bad for row in rows]] = torch.nan
         return batch, logits
 
-    monkeypatch.setattr(CachedDecoder, "read", read)
+    monkeypatch.setattr(CachedDecoder, "prefill", read)
     good, broken = engine.classify("p0", ["a"], LABELS)[0], engine.classify("p1", ["a"], LABELS)[0]
     assert good.result(30.0).scores == pytest.approx(expected, abs=1e-5)
     with pytest.raises(FloatingPointError, match="p1"):

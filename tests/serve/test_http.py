@@ -215,7 +215,7 @@ def test_labels_are_those_of_the_prompt_that_answered(run_folders: list[Path], m
         real = engine.classify
 
         def classify(*given: Any) -> Any:
-            engine._served["p"] = replace(served, task=replace(served.task, words=words))
+            engine._served["p"] = replace(served, task=replace(served.task, label_words=words))
             return real(*given)
 
         monkeypatch.setattr(engine, "classify", classify)

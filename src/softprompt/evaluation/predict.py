@@ -114,7 +114,7 @@ def _is_file(text: str) -> bool:
 
 @torch.no_grad()
 def answer(
-    prompted: PromptedModel, task: Task, examples: Sequence[Example], *, batch: int = 32, max_new_tokens: int
+    prompted: PromptedModel, task: Task, examples: Sequence[Example], *, batch_size: int = 32, max_new_tokens: int
 ) -> list[Answer]:
     """An answer an example, in their order.
 
@@ -127,10 +127,10 @@ def answer(
         prepared = prompted.with_shared_prefix(prepared, [shared])
         texts = [text[len(shared) :] for text in texts]
     answers: dict[int, Answer] = {}
-    for reading in prefix_sharing.plan_prefix_groups(texts, batch, share=prompted.supports_prefix_sharing):
+    for reading in prefix_sharing.plan_prefix_groups(texts, batch_size, share=prompted.supports_prefix_sharing):
         ready = prompted.with_shared_prefix(prepared, reading.beginnings) if any(reading.beginnings) else prepared
-        for start in range(0, len(reading.texts), batch):
-            part = reading.texts[start : start + batch]
+        for start in range(0, len(reading.texts), batch_size):
+            part = reading.texts[start : start + batch_size]
             which = torch.tensor([beginning for _, beginning in part], device=prompted.backbone.device)
             rows = [
                 dataclasses.replace(examples[place], input_ids=texts[place][len(reading.beginnings[beginning]) :])
@@ -161,8 +161,8 @@ def input_limit(prompted: PromptedModel, task: Task, training: TrainingConfig) -
         left = max_input_length - longest if prompted.answer_in_sequence else max_input_length
         if left < 1:
             raise ValueError(
-                f"the prompt has offsets for {max_input_length} tokens, of which an answer of {longest} leaves none to the input; "
-                "give it more positions, or lower max_new_tokens"
+                f"the prompt has offsets for {max_input_length} tokens, of which an answer of {longest} leaves none "
+                "to the input; give it more positions, or lower max_new_tokens"
             )
         limit = min(limit, left)
     prompted.refuse_long_answer(longest)

@@ -36,7 +36,8 @@ def attach(
         head: what an encoder without a vocabulary head answers through; `fresh_head` makes one.
         tuned: weights of the backbone's own that a baseline trains, see `baseline.tune`.
         prompt_position: where the prompt stands; only in front of a decoder's text is it computed once for all rows.
-        prompt_attention: an isolated prompt is computed once for all rows in an encoder too; another model, and a faster one.
+        prompt_attention: an isolated prompt is computed once for all rows in an encoder too; another model, and a
+            faster one.
 
     Raises:
         ValueError: there is no attachment for the architecture, or the prompt, its place or the head does not fit the

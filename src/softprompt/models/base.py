@@ -84,8 +84,8 @@ class PromptedModel(nn.Module, ABC):
         super().__init__()
         if prompt_attention != "full" and not (self.supports_self_attention and prompt_position == "prefix"):
             raise ValueError(
-                f"the prompt of {backbone.source} ({backbone.architecture}) cannot be isolated {prompt_position!r}; prompts in "
-                "front of an encoder's or an encoder-decoder's text can, and a decoder's is so already"
+                f"the prompt of {backbone.source} ({backbone.architecture}) cannot be isolated {prompt_position!r}; "
+                "prompts in front of an encoder's or an encoder-decoder's text can, and a decoder's is so already"
             )
         if prompt_position not in self.prompt_positions:
             wrong = f"the prompt of {backbone.source} ({backbone.architecture}) cannot stand {prompt_position!r}"
@@ -289,15 +289,16 @@ class PromptedModel(nn.Module, ABC):
         if self.max_row is not None and self.prompt_length + fed > self.max_row:
             raise ValueError(
                 f"{where} has {self.prompt_length + fed} positions ({self.prompt_length} of the prompt, "
-                f"{len(input_ids)} of the text{f', {len(answer_ids)} of the answer' if self.answer_in_sequence else ''}), but "
-                f"{self.backbone.source} has {self.max_row}; shorten its answer, leave the row out, or lower "
+                f"{len(input_ids)} of the text"
+                f"{f', {len(answer_ids)} of the answer' if self.answer_in_sequence else ''}), "
+                f"but {self.backbone.source} has {self.max_row}; shorten its answer, leave the row out, or lower "
                 "max_tokens or the prompt's length"
             )
         max_input_length = None if self.prompt is None else self.prompt.max_input_length
         if max_input_length is not None and fed > max_input_length:
             raise ValueError(
-                f"{where} has {fed} tokens with its answer, but the prompt has offsets for {max_input_length}; shorten its "
-                "answer, leave the row out, or give the prompt more positions"
+                f"{where} has {fed} tokens with its answer, but the prompt has offsets for {max_input_length}; shorten "
+                "its answer, leave the row out, or give the prompt more positions"
             )
 
     def check_candidates(self, words: Sequence[str], candidates: Candidates) -> None:

@@ -1,13 +1,12 @@
 """Prompts in a decoder-only model: in front, the prompt's keys and values are computed once for the whole batch.
 
-A causal model's prompt positions see prompt positions only, so running them once and letting every row see their keys
-and values is exact, gradients included. Prompts that are given as they are (in training) and their rows run packed, one
-behind another without padding (`layout.py`), where the model allows it. Prompts that were prepared (at inference) are
-keys and values already: where the layers are our own (`llama.py`) scored rows run packed behind them too, else a row
-is `prompt, pads, text` with explicit positions. Either way padding on any side and of any length changes nothing.
+Prompt positions see prompt positions only, so running them once and letting every row attend to their keys and values
+is exact, gradients included. In training, prompts and rows run packed without padding (`varlen.py`) where the model
+allows it. At inference the prompt's keys and values are there already: our own layers run scored rows packed behind
+them; other layers get `prompt, pads, text` with explicit positions. Padding of any length on any side changes nothing.
 
-Behind a text's first token, or behind the text, a prompt sees what stands before it: it is then run in every row. So it
-is in a model that counts positions by column (MPT), whose rows must have no padding between prompt and text.
+A prompt behind a text's first token or behind the text is run in every row, as is one of a model that counts positions
+by column (MPT).
 """
 
 import inspect
@@ -41,7 +40,7 @@ class Causal(PromptedModel):
     """A prompt in front of a decoder-only model's text.
 
     Costs a training step one pass over the prompt at batch 1 and over the text; at inference `prepare` pays for the
-    prompt once. Guarantees the outputs and gradients of `[prompt; text]` run as one row, whatever the padding.
+    prompt once. Guarantees outputs and gradients of `[prompt; text]` run as one row, whatever the padding.
 
     Raises:
         ValueError: the model keeps state other than attention's keys and values, or its prefix is not exact.
@@ -397,7 +396,7 @@ class Causal(PromptedModel):
         """Refuse rows of `longest` positions, or of `wide` ones with their padding, that the model has no room for."""
         self.refuse_long(longest, self.backbone.max_positions)
         if self.window is not None and wide > self.window:
+            what = f"rows of {wide} positions with prompt and padding exceed the sliding window of {self.window} of "
             raise ValueError(
-                f"rows of {wide} positions with prompt and padding exceed the sliding window of {self.window} of "
-                f"{self.backbone.source}, beyond which a shared prefix is not exact; shorten the rows"
+                what + f"{self.backbone.source}, beyond which a shared prefix is not exact; shorten the rows"
             )

@@ -130,7 +130,7 @@ class Encoder(PromptedModel):
             listed = ", ".join(f"{word.strip()!r} ({count} tokens)" for word, count in several[:10])
             raise ValueError(
                 f"the tokenizer of {self.backbone.source} does not keep these label words whole: {listed}; one mask "
-                "holds one token, so choose words of one ([words] in the task), or another backbone"
+                "holds one token, so choose words of one ([label_words] in the task), or another backbone"
             )
 
     def forward(
@@ -143,7 +143,8 @@ class Encoder(PromptedModel):
     ) -> MaskedLMOutput | SequenceClassifierOutput:
         """Logits at the mask, `[batch, 1, vocab]`, or the head's, `[batch, classes]`; the loss is a mean in float32.
 
-        `labels` are one column: the token in the mask's prompt_position, or with a head the class; -100 where there is none.
+        `labels` are one column: the token in the mask's prompt_position, or with a head the class; -100 where there is
+        none.
 
         Raises:
             ValueError: several columns of labels, or no label at all.

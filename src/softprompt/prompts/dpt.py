@@ -189,7 +189,7 @@ class DPT(PromptConfig):
         return self.rank * (self.length + dim)
 
     def _anchored(self, host: Host, generator: torch.Generator) -> AnchoredPrompt:
-        source: Init = "words" if self.anchor == "labels" else "text" if self.anchor == "text" else "vocab"
+        source: Init = "label_words" if self.anchor == "labels" else "text" if self.anchor == "text" else "vocab"
         if source == "text" and host.start is None and (tokens := len(host.encode(self.init_text))) > self.length:
             raise ValueError(
                 f"the anchor's text has {tokens} tokens and the prompt a length of {self.length}, so its end would be "

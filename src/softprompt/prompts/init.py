@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from softprompt.prompts.base import Host
 
-Init = Literal["vocab", "uniform", "text", "words"]
-"""`vocab`: rows of random tokens; `uniform`: U(-0.5, 0.5); `text`: of a given text; `words`: of the task's answers."""
+Init = Literal["vocab", "uniform", "text", "label_words"]
+"""`vocab`: rows of random tokens; `uniform`: U(-0.5, 0.5); `text`: of a text; `label_words`: of the answers."""
 
 
 def initial_rows(
@@ -18,8 +18,8 @@ def initial_rows(
     """`length` starting vectors in units of the host's RMS.
 
     Raises:
-        ValueError: `text` without a text, a text with `init` other than `text`, `words` for a task without words, or
-            a warm start of another length.
+        ValueError: `text` without a text, a text with `init` other than `text`, `label_words` for a task without
+            any, or a warm start of another length.
     """
     check_init(init, text)
     if init == "uniform" and host.start is None:
@@ -37,8 +37,8 @@ def source_rows(
         return host.sample(length, generator)
     if init == "text":
         return host.embed(text, length)
-    if init != "words":
-        raise ValueError(f"{init!r} names no vectors of the host's; use 'vocab', 'text' or 'words'")
+    if init != "label_words":
+        raise ValueError(f"{init!r} names no vectors of the host's; use 'vocab', 'text' or 'label_words'")
     if not host.label_words:
         raise ValueError("the prompt is to start from the task's label words, and it has none; use 'vocab' or 'text'")
     return host.embed("".join(host.label_words), length)

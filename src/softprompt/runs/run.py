@@ -196,8 +196,8 @@ def first_prompt(
         folded = read_prompt(Path(experiment.init_prompt).expanduser(), backbone).fold()
         if not folded.plain:
             raise ValueError(
-                f"the prompt to start from, {experiment.init_prompt}, also changes the input's own embeddings, which a new "
-                "prompt cannot take over; start from a plain one (plain, dpt, residual, ...)"
+                f"the prompt to start from, {experiment.init_prompt}, also changes the input's own embeddings, which a "
+                "new prompt cannot take over; start from a plain one (plain, dpt, residual, ...)"
             )
         if folded.depth != depth:
             raise ValueError(

@@ -75,8 +75,8 @@ def sweep(
         out: where the runs are kept; on a cluster, a folder that every machine has.
         data: the folder in which the file's relative `data` begins.
         executor: this process, or a Ray cluster (extra `sweep`), to the same results.
-        concurrent: trainings at a time in this process, a step of each and one pass over the rows of all; to the results
-            of each by itself, but for rounding. More of them need more memory.
+        concurrent: trainings at a time in this process, a step of each and one pass over the rows of all; to the
+            results of each by itself, but for rounding. More of them need more memory.
         ray_address: the cluster's; none: one on this machine for the time of the sweep.
         cpus: processors a trial, of Ray.
         gpus: graphics processors a trial, of Ray.

@@ -41,7 +41,7 @@ class Pruned(Exception):
 
 @final
 class _Pruning:
-    """A `TrainingCallback` that reports each development score to the study, and stops the training when the study says so."""
+    """A `TrainingCallback` that reports each development score to the study and ends a training that it prunes."""
 
     def __init__(self, watch: TrainingCallback, trial: Any, reported: Iterable[int], prune: bool) -> None:
         self._watch, self._trial, self._reported, self._prune = watch, trial, set(reported), prune

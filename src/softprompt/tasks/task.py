@@ -40,8 +40,8 @@ class Template:
 class Task:
     r"""A template, what is answered, and how the answers are scored.
 
-    A task with `label` and `words` is a classification, one with `target` a generation; one with `image` in place of
-    a template classifies images. It says all that training, evaluation and prediction need, so a run's folder keeps it
+    A task with `label` and `label_words` is a classification, one with `target` a generation; one with `image` in place
+    of a template classifies images. It says all that training, evaluation and prediction need, so a run's folder keeps it
     as JSON and needs no other file.
 
     Raises:
@@ -153,7 +153,8 @@ class Task:
                 )
             if metric.binary and len(self.label_words) != 2:
                 raise ValueError(
-                    f"metric {name!r} needs two labels, but task {self.name!r} has {len(self.label_words)}; use macro_f1"
+                    f"metric {name!r} needs two labels, but task {self.name!r} has {len(self.label_words)}; "
+                    "use macro_f1"
                 )
             if metric.grouped and not self.question:
                 raise ValueError(
@@ -163,7 +164,7 @@ class Task:
 
     @property
     def is_classification(self) -> bool:
-        """Whether it answers with one of `words`."""
+        """Whether it answers with one of `label_words`."""
         return bool(self.label)
 
     @property

@@ -54,7 +54,7 @@ def format_hint(column: str, names: Collection[str]) -> str:
 
 
 def label_texts(value: Any, column: str, where: str) -> tuple[str, ...]:
-    """The texts that a label may have among `words`: of a number also that of the same number as a float or an integer.
+    """The texts of a label among `label_words`; of a number also that of the same number as a float or an integer.
 
     A table of one column of numbers with a gap in it has floats: 1.0 is the label that was 1. Raises as `value_text`.
 

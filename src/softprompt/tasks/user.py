@@ -59,8 +59,8 @@ def load_table(path: Path, data: str | None = None) -> Task:
         [label_words]                               # optional: else each label in lower case
         BILLING = "billing"
 
-    Optional are also name, description, dev and test (else cut from train), group, question, max_input_tokens, metrics and
-    split_seed. A task of images has no template but `image`, the column of their paths, and may have
+    Optional are also name, description, dev and test (else cut from train), group, question, max_input_tokens, metrics
+    and split_seed. A task of images has no template but `image`, the column of their paths, and may have
     `broken = "skip"`; `train` is then a table or a folder of class folders, or `hub` names a dataset in its place.
 
     Raises:
@@ -118,7 +118,9 @@ def _settings(path: Path) -> dict[str, Any]:
             raise ValueError(f"{key} in {path} is {value!r}; write {_KINDS[_KEYS[key]]}")
     for label, word in settings.get("label_words", {}).items():
         if type(word) is not str:
-            hint = f"; move {label} above the line [words]" if label in _KEYS else "; write text in quotation marks"
+            hint = (
+                f"; move {label} above the line [label_words]" if label in _KEYS else "; write text in quotation marks"
+            )
             if isinstance(word, dict):
                 inner = next(iter(word), "")
                 hint = f'; write a label with a dot in it in quotation marks, as "{label}.{inner}" = "..."'

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
 
@@ -60,7 +60,9 @@ def save(run: Path, checkpoint: Checkpoint) -> None:
         draft.mkdir()
         for part in _PARTS:
             files.write_tensors(draft / f"{part}.safetensors", getattr(checkpoint, part))
-        (draft / "trainer_state.json").write_text(json.dumps({"step": checkpoint.step, **asdict(checkpoint.trainer_state)}))
+        (draft / "trainer_state.json").write_text(
+            json.dumps({"step": checkpoint.step, **asdict(checkpoint.trainer_state)})
+        )
 
 
 def steps(run: Path) -> list[int]:

@@ -32,7 +32,7 @@ class LocalFailure(RuntimeError):
 
 @final
 class DistributedGroup:
-    """All that were started together by `torchrun` or `accelerate launch`; this process is number `rank` of `world_size`.
+    """The processes started by one `torchrun` or `accelerate launch`; this one is number `rank` of `world_size`.
 
     Where there are several every method is a meeting: each process calls the same ones in the same order.
 

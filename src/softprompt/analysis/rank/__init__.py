@@ -30,9 +30,9 @@ __all__ = [
     "gradient_spectra",
     "measure",
     "ranks_up_to",
-    "with_sample_images",
     "subjects",
     "suggest_rank",
     "views",
     "whitened",
+    "with_sample_images",
 ]

@@ -178,7 +178,7 @@ def _settings(result: Result) -> dict[str, Any]:
 def _column(result: Result) -> dict[str, Any]:
     experiment, task = result.run.experiment, result.run.task
     known = experiment.task.partition(":")[0] in TASKS
-    saying = ("template", "words", "label", "target", "question", "metrics")
+    saying = ("template", "label_words", "label", "target", "question", "metrics")
     return {
         "task": printable(experiment.task if known else task.name),
         "protocol": experiment.protocol,

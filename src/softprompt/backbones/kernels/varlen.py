@@ -79,8 +79,8 @@ class VarlenLayout:
         rows: tokens of each row.
         index: the prompt of each row.
         causal: a token sees what stands before it; else all of its sequence, and a row all of its prompt.
-        cached_kv: each layer's keys and values of the prompts, in the layers' order, where they were computed before; the
-            prompts are then not among the packed tokens, and the layout is for one pass.
+        cached_kv: each layer's keys and values of the prompts, in the layers' order, where they were computed before;
+            the prompts are then not among the packed tokens, and the layout is for one pass.
         record_kv: the rows' own are wanted in `recorded_kv`, for later passes.
     """
 

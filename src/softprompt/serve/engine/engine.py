@@ -1,9 +1,9 @@
 """Many prompts, one backbone: rows of all prompts share batches, and each gets the answer that it would get alone."""
 
+import dataclasses
 import difflib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-import dataclasses
 from pathlib import Path
 from typing import Any, final
 

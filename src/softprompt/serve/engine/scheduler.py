@@ -78,7 +78,7 @@ class Scheduler:
             self._wake.notify()
 
     def do(self, job: Callable[[], Any]) -> Any:
-        """What the job gives, done between two passes; raises what it raises, `EngineClosed`, and TimeoutError if stuck."""
+        """What the job gives, done between two passes; raises what it raises, `EngineClosed`, or TimeoutError."""
         done: Future[Any] = Future()
         with self._wake:
             self._refuse_closed()

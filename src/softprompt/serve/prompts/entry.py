@@ -85,7 +85,7 @@ class PromptEntry:
             "fields": list(self.fields),
             "image": bool(task is not None and task.image),
             "labels": list(task.label_words) if task is not None and task.is_classification else [],
-            "words": dict(task.label_words) if task is not None and task.is_classification else {},
+            "label_words": dict(task.label_words) if task is not None and task.is_classification else {},
             "max_new_tokens": self.max_new_tokens,
             "bytes": sum(state.bytes for state in self.states),
             "created": self.created,

@@ -29,8 +29,8 @@ def encode(
 ) -> tuple[Sequence[Example], int]:
     """Examples of all rows in their order, and how many of them had to be shortened.
 
-    A row of more than `max_input_tokens` loses the end of its longest field, so the template's own words survive, the cue
-    for the answer in front of all. An answer never counts: it comes on top. A generated answer ends with the
+    A row of more than `max_input_tokens` loses the end of its longest field, so the template's own words survive, the
+    cue for the answer in front of all. An answer never counts: it comes on top. A generated answer ends with the
     tokenizer's end of sequence, so that generating stops, and not twice where its text ends with that already; a
     label's word has no end.
 
