@@ -1,12 +1,10 @@
 """Prompts in a decoder-only model: in front, the prompt's keys and values are computed once for the whole batch.
 
 Prompt positions see prompt positions only, so running them once and letting every row attend to their keys and values
-is exact, gradients included. In training, prompts and rows run packed without padding (`varlen.py`) where the model
-allows it. At inference the prompt's keys and values are there already: our own layers run scored rows packed behind
-them; other layers get `prompt, pads, text` with explicit positions. Padding of any length on any side changes nothing.
+is exact, gradients included. Rows in training, and scored rows behind our own layers, run packed without padding
+(`varlen.py`); other layers get `prompt, pads, text` with explicit positions.
 
-A prompt behind a text's first token or behind the text is run in every row, as is one of a model that counts positions
-by column (MPT).
+A prompt behind a text's first token or behind the text is run in every row; so is MPT's, which numbers columns.
 """
 
 import inspect
@@ -396,7 +394,7 @@ class Causal(PromptedModel):
         """Refuse rows of `longest` positions, or of `wide` ones with their padding, that the model has no room for."""
         self.refuse_long(longest, self.backbone.max_positions)
         if self.window is not None and wide > self.window:
-            what = f"rows of {wide} positions with prompt and padding exceed the sliding window of {self.window} of "
             raise ValueError(
-                what + f"{self.backbone.source}, beyond which a shared prefix is not exact; shorten the rows"
+                f"rows of {wide} positions with prompt and padding exceed the sliding window of {self.window} of "
+                f"{self.backbone.source}, beyond which a shared prefix is not exact; shorten the rows"
             )

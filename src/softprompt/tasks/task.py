@@ -41,8 +41,8 @@ class Task:
     r"""A template, what is answered, and how the answers are scored.
 
     A task with `label` and `label_words` is a classification, one with `target` a generation; one with `image` in place
-    of a template classifies images. It says all that training, evaluation and prediction need, so a run's folder keeps it
-    as JSON and needs no other file.
+    of a template classifies images. It says all that training, evaluation and prediction need, so a run's folder
+    keeps it as JSON and needs no other file.
 
     Raises:
         ValueError: a template, word or metric that cannot work, by name.
