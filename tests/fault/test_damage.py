@@ -176,6 +176,23 @@ def test_a_damaged_record(
     assert str(folder / "softprompt.json") in sentence(capsys, *arguments)
 
 
+def test_a_resumed_run_whose_backbone_was_moved(
+    whole: Run, stopped: Path, llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, gone, other = tmp_path / "run", tmp_path / "gone", tmp_path / "other"
+    shutil.copytree(stopped, folder)
+    shutil.copytree(llama_folder, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.embed_tokens.weight"] *= 2
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    edited(lambda values: values["experiment"].update(backbone=str(gone)))(folder / "softprompt.json")
+    resumed = ["train", "--resume", str(folder)]
+    assert "lies now with --backbone" in sentence(capsys, *resumed)
+    assert f"the weights of {other} are not those" in sentence(capsys, *resumed, "--backbone", str(other))
+    assert main([*resumed, "--backbone", str(llama_folder)]) == 0
+    assert runs.open_run(folder).results["test"] == whole.results["test"]
+
+
 CHECKPOINT = {
     **{f"{part} {name}": (f"{part}.safetensors", damage) for part in ("prompt", "best") for name, damage in
        (SWAPPED | {"truncated": truncated, "missing": Path.unlink}).items()},

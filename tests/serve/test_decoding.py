@@ -42,11 +42,11 @@ def test_logits_through_reading_joining_and_leaving(
             texts[row].append(int(tokens[row, step]))
         check(service.decode_next(batch, tokens[which, step]), which)
 
-    first, logits = service.read(rows[:2], room=1)
+    first, logits = service.prefill(rows[:2], room=1)
     check(logits, [0, 1])
     for step in range(3):  # past the room, so that the buffers are made anew
         decode_next(first, [0, 1], step)
-    second, logits = service.read(rows[2:])
+    second, logits = service.prefill(rows[2:])
     check(logits, [2, 3])
     both = service.joined([(batch, place) for batch in (first, second) for place in range(2)])
     for step in range(3, 6):
@@ -64,7 +64,7 @@ def test_a_pass_that_fails_halfway_leaves_the_batch_as_it_was(
     backbone = tiny_backbone("llama")
     service = CachedDecoder(attach(backbone, None))
     prompt = prompt_of(backbone, 0).fold()
-    batch, _ = service.read([Row([7, 8], prompt, service.kv_prefix(prompt))], room=4)
+    batch, _ = service.prefill([Row([7, 8], prompt, service.kv_prefix(prompt))], room=4)
     last = backbone.model.model.layers[-1]
 
     def broken(*_: object) -> None:
@@ -95,10 +95,10 @@ def test_no_column_slides_out_of_the_window_before_its_row_is_as_wide(
         texts = list(range(5, 5 + longest)), [7, 8]
         return [Row(text, prompt, state) for text, prompt, state in zip(texts, prompts, states, strict=True)]
 
-    batch, _ = service.read(rows(59), room=1)
+    batch, _ = service.prefill(rows(59), room=1)
     ours = service.decode_next(batch, torch.tensor([9, 9]))[1:]
     expected = prompted(torch.tensor([[7, 8, 9]]), prompts=prompts[1:]).logits[:, -1]
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
-    service.read(rows(60))
+    service.prefill(rows(60))
     with pytest.raises(ValueError, match="window of 128"):
-        service.read(rows(60), room=1)
+        service.prefill(rows(60), room=1)

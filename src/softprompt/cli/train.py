@@ -43,7 +43,8 @@ def train_(
         prompt: The method.
         out: Folder that holds the runs.
         name: The run's folder in it; none: made from task, method and seed.
-        resume_: Go on with this unfinished run instead; its settings are in its folder.
+        resume_: Go on with this unfinished run instead; its settings are in its folder. Its backbone may be given
+            beside it where it lies elsewhere now.
         show: How many of the test rows that it got wrong are shown.
         log_with: A tracker that accelerate knows: tensorboard, wandb, mlflow and others.
     """
@@ -54,8 +55,10 @@ def train_(
     terminal = Terminal()
     try:
         if resume_ is not None:
-            _refuse_settings(resume_, typed())
-            run = resume(resume_, memory_options_of=experiment, watch=terminal, log_with=log_with)
+            flags = _flags(typed())
+            _refuse_settings(resume_, flags)
+            moved = experiment.backbone if "--backbone" in flags else None
+            run = resume(resume_, memory_options_of=experiment, backbone=moved, watch=terminal, log_with=log_with)
         else:
             whole = experiment.replace(prompt=prompt)
             run = train(whole, out=out, name=name, watch=terminal, log_with=log_with)
@@ -76,17 +79,21 @@ def train_(
     }
 
 
-_BESIDE_RESUME = {"--resume", "--show", "--log-with", "--gradient-checkpointing", "--shard"}
-"""What may be said beside a run that is resumed: none of it changes the run's numbers."""
+_BESIDE_RESUME = {"--resume", "--backbone", "--show", "--log-with", "--gradient-checkpointing", "--shard"}
+"""What may be said beside a run that is resumed: none of it changes the run's numbers, and a backbone has to be the
+run's own at another place."""
 
 
-def _refuse_settings(run: Path, words: Sequence[str]) -> None:
+def _flags(words: Sequence[str]) -> list[str]:
+    return [word.partition("=")[0].replace("_", "-") for word in words]
+
+
+def _refuse_settings(run: Path, flags: Sequence[str]) -> None:
     """Refuse every flag that `run` has its own value for, also one that is typed at its default.
 
     Raises:
         ValueError: naming the first of them.
     """
-    flags = [word.partition("=")[0].replace("_", "-") for word in words]
     for position, flag in enumerate(flags):
         is_method = flag in METHODS and (position == 0 or not flags[position - 1].startswith("--"))
         is_setting = flag.startswith("--") and flag.replace("--no-", "--", 1) not in _BESIDE_RESUME

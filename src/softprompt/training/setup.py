@@ -81,13 +81,14 @@ def new_run(experiment: Experiment, backbone: Backbone | None, watch: TrainingCa
     return _encoded(experiment, task, rows, prompted, watch)
 
 
-def resume_run(run: Run, backbone: Backbone | None, watch: TrainingCallback) -> TrainingSetup:
+def resume_run(run: Run, given: Backbone | str | Path | None, watch: TrainingCallback) -> TrainingSetup:
     """The material of an unfinished run.
 
     Args:
-        backbone: the run's own, if it is loaded already.
+        given: the run's backbone, if it is loaded already, or where its weights lie now.
 
     Raises:
+        FileNotFoundError: the backbone is neither where the run recorded it nor at `given`.
         ValueError: the rows or the backbone's weights are not those it was started with.
     """
     watch.stage("reading rows")
@@ -97,11 +98,21 @@ def resume_run(run: Run, backbone: Backbone | None, watch: TrainingCallback) -> 
         raise ValueError(
             f"the rows of task {run.task.name} are not those {run.folder} was started with; start a new run"
         )
-    watch.stage(f"loading {experiment.backbone}")
-    backbone = backbone or _loaded(experiment, run.record["backbone"]["dtype"])
+    if isinstance(given, Backbone):
+        backbone = given
+    else:
+        source = experiment.backbone if given is None else str(given)
+        watch.stage(f"loading {source}")
+        try:
+            backbone = _loaded(experiment.replace(backbone=source), run.record["backbone"]["dtype"])
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"the backbone of run {run.folder} cannot be loaded from {source} ({error}); give the place where it "
+                "lies now with --backbone"
+            ) from error
     if backbone.hash != run.record["backbone"]["hash"]:
         raise ValueError(
-            f"the weights of {experiment.backbone} are not those that {run.folder} was started with; start a new run"
+            f"the weights of {backbone.source} are not those that {run.folder} was started with; start a new run"
         )
     backbone = with_sample_images(backbone, experiment, run.task, rows)
     gradient = gradient_on(experiment, run.task, backbone, rows.train)

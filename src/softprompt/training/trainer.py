@@ -71,7 +71,7 @@ def resume(
     folder: str | Path,
     *,
     memory_options_of: Experiment | None = None,
-    backbone: Backbone | None = None,
+    backbone: Backbone | str | Path | None = None,
     watch: TrainingCallback | None = None,
     log_with: str | None = None,
     differentiate: Differentiate = differentiate,
@@ -81,15 +81,17 @@ def resume(
     A finished run is returned as it is, with a note.
 
     Args:
-        means_of: an experiment that asks for gradient checkpointing or sharding, if the run's own did not and ran out
-            of memory.
+        memory_options_of: an experiment that asks for gradient checkpointing or sharding, if the run's own did not and
+            ran out of memory.
+        backbone: the run's own, loaded already, or where its weights lie now.
         differentiate: as of `train`.
 
     Raises:
+        FileNotFoundError: the backbone is neither where the run recorded it nor where `backbone` says.
         ValueError: the rows or the backbone's weights are not those it was started with.
     """
     check_tracker(log_with)
-    processes, told = _processes(backbone, watch)
+    processes, told = _processes(backbone if isinstance(backbone, Backbone) else None, watch)
     run = processes.from_main(lambda: runs.open_run(folder))
     if run.results is not None:
         told.note(
