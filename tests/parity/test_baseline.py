@@ -1,6 +1,7 @@
 """LoRA as we write it is LoRA as stock PEFT loads it; and a run's README names the class that it is loaded on."""
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -76,3 +77,13 @@ def test_the_readme_says_where_the_trained_weights_are(
     results = {"metric": "accuracy", "best_step": 1, "n_test": 2, "n_dev": 2, "trainable": 3}
     model_card.write(run, trained, {**results, **dict.fromkeys(("test", "dev", "low", "high", "majority"), 0.5)}, "")
     assert words in (run.folder / "README.md").read_text()
+
+
+def test_the_readme_loads_a_gguf_file_as_transformers_takes_it(tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
+    own = dataclasses.replace(tiny_backbone("llama"), base="/models/small.gguf")
+    experiment = Experiment(backbone=own.source)
+    run = runs.create(experiment, TASK, own, tmp_path, "it", "")
+    trained = attach(own, experiment.prompt.build(own.host(), torch.Generator()))
+    results = {"metric": "accuracy", "best_step": 1, "n_test": 2, "n_dev": 2, "trainable": 3}
+    model_card.write(run, trained, {**results, **dict.fromkeys(("test", "dev", "low", "high", "majority"), 0.5)}, "")
+    assert 'from_pretrained("/models", gguf_file="small.gguf"), "it")' in (run.folder / "README.md").read_text()

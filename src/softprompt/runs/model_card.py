@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from softprompt import files
@@ -29,13 +30,18 @@ def write(run: Run, trained: PromptedModel, results: Mapping[str, Any], refusal:
 def _use(run: Run, trained: PromptedModel) -> str:
     model = _model(trained.backbone)
     head = f" The head that was trained with it is apart, in `{HEAD}`." if trained.head is not None else ""
+    base = Path(trained.backbone.base)
+    where = f'"{trained.backbone.base}"'
+    if base.suffix == ".gguf":
+        where = f'"{base.parent}", gguf_file="{base.name}"'
+        head += " The base model is a GGUF file, which `AutoPeftModel` cannot load by its path; do it as here."
     return f"""Stock PEFT loads this folder as it is.{head}
 
 ```python
 from peft import PeftModel
 from transformers import {model}
 
-model = PeftModel.from_pretrained({model}.from_pretrained("{trained.backbone.base}"), "{run.name}")
+model = PeftModel.from_pretrained({model}.from_pretrained({where}), "{run.name}")
 ```"""
 
 
