@@ -24,7 +24,7 @@ def methods() -> str:
     parts = ["# Methods\n\nMade from the code by `make docs`. Counts are at width 768.\n"]
     for name, config in sorted(METHODS.items()):
         parts.append(f"## {name}\n\n{cleandoc(config.__doc__ or '')}\n")
-        parts.append(f"Finished, it is: {config.folds}. Default size: {config().count(768):,} numbers.\n")
+        parts.append(f"Finished, it is: {config.folds}. Default size: {config().count(768):,} parameters.\n")
         rows = [f"| `{field.name}` | `{field.default!r}` |" for field in dataclasses.fields(config)]
         parts.append("\n".join(["| setting | default |", "|---|---|", *rows]) + "\n")
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""Decomposed prompt tuning and its relatives: a task as a few thousand numbers in front of a frozen model.
+"""Decomposed prompt tuning and its relatives: a task as a few thousand parameters in front of a frozen model.
 
 >>> import softprompt
 >>> softprompt.DPT(length=100, rank=10).count(768)

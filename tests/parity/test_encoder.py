@@ -227,7 +227,7 @@ def test_a_run_keeps_its_head_and_answers_again(
         assert first is not None
         assert not torch.equal(trained["weight"], first.weight)
         asked = experiment.replace(training=softprompt.TrainingConfig(steps=4, zero_shot=True))
-        with pytest.raises(ValueError, match="answers through a trained head, so untouched it says nothing"):
+        with pytest.raises(ValueError, match="answers through a trained head, so it has no zero-shot answer"):
             softprompt.train(asked, out=tmp_path)
 
 

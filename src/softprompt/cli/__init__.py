@@ -151,7 +151,7 @@ def _usage() -> str:
         [
             "usage: softprompt COMMAND [options]     (softprompt COMMAND --help tells a command's options)",
             "",
-            "A task as a few thousand numbers in front of a frozen model.",
+            "A task as a few thousand parameters in front of a frozen model.",
             "",
             *lines,
             "",

@@ -98,7 +98,7 @@ def list_(
 
     Args:
         what: Of which kind.
-        dim: The backbone's width, for the methods' trainable numbers.
+        dim: The backbone's width, for the methods' trainable parameters.
         out: Folder that holds the runs.
     """
     if dim < 1:

@@ -112,7 +112,7 @@ def _show_result(run: "Run") -> None:
     row |= {metric: f"{results['test']:.3f}"} | {name: f"{value:.3f}" for name, value in others.items()}
     rows = [row]
     if "zero_shot" in results:
-        rows.insert(0, {"": "untouched model, same template", metric: f"{results['zero_shot']:.3f}"})
+        rows.insert(0, {"": "zero-shot, same template", metric: f"{results['zero_shot']:.3f}"})
     constant = f"always {results['majority_answer'][:40]!r}, the best constant answer ({results['majority_source']})"
     rows.insert(0, {"": constant, metric: f"{results['majority']:.3f}"})
     interval = f"{results['low']:.3f} to {results['high']:.3f}"

@@ -30,7 +30,7 @@ def attach(
     prompt_position: PromptPosition = "prefix",
     prompt_attention: PromptAttention = "full",
 ) -> PromptedModel:
-    """`prompt` in front of `backbone`, as an `nn.Module` for any training loop; none: the untouched model.
+    """`prompt` in front of `backbone`, as an `nn.Module` for any training loop; none: the backbone alone.
 
     Args:
         head: what an encoder without a vocabulary head answers through; `fresh_head` makes one.

@@ -80,7 +80,7 @@ class AdaptivePrompt(SoftPrompt):
 @final
 @dataclass(frozen=True, kw_only=True)
 class ADePT(PromptConfig):
-    """`[P_s; E + ReLU(E A + a) B + b]`, `length * dim + 2 * dim * width + width + dim` numbers.
+    """`[P_s; E + ReLU(E A + a) B + b]`, `length * dim + 2 * dim * width + width + dim` parameters.
 
     Costs a narrow network on every input token a step; after folding one look-up, of a table as large as the
     backbone's own embedding. It cannot be said in PEFT's prompt-tuning format.

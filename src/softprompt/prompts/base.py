@@ -258,7 +258,7 @@ class PromptConfig(ABC):
 
     @abstractmethod
     def count(self, dim: int) -> int:
-        """Trainable numbers for a host of width `dim`, in closed form."""
+        """Trainable parameters for a host of width `dim`, in closed form."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` is its inverse."""

@@ -50,7 +50,7 @@ class BilinearPrompt(PromptOnly):
 @final
 @dataclass(frozen=True, kw_only=True)
 class BPT(PromptConfig):
-    """`P = A B^T`, `(length + dim) * rank` numbers; or `P = P0 W^T` with `W` whitening `W_q W_k^T x` of the inputs.
+    """`P = A B^T`, `(length + dim) * rank` parameters; or `P = P0 W^T` with `W` whitening `W_q W_k^T x` of the inputs.
 
     Whitening costs one eigendecomposition of a `dim * dim` matrix when the prompt is built, and `dim * dim` numbers
     on disk; folded it costs nothing. Any `scale` starts as published, times that scale; none puts both factors at
@@ -62,7 +62,7 @@ class BPT(PromptConfig):
     Differs: the published code has no eps, so that a rank-deficient sample divides by zero; it averages the images
     before Sigma, which leaves one vector a position; its shallow form takes the query weights for the keys' too; its
     prompts must fill a square grid; it divides Sigma by `dim` too; of a deep prompt it trains B in the top four blocks
-    alone (183,600 numbers at length 50 and rank 50), this one in all. `scale=1` is the published form of what is left.
+    alone (183,600 parameters at length and rank 50), this one in all. `scale=1` is the published form of what is left.
 
     >>> BPT(length=100, rank=75).count(768)
     65100

@@ -78,7 +78,7 @@ class OffsetPrompt(SoftPrompt):
 @final
 @dataclass(frozen=True, kw_only=True)
 class DePT(PromptConfig):
-    """`[P_s; E + s A B]`, `length * dim + (positions + dim) * rank` numbers.
+    """`[P_s; E + s A B]`, `length * dim + (positions + dim) * rank` parameters.
 
     The shorter prompt is what saves time and memory; the offset costs one product a step and one addition after
     folding. It cannot be said in PEFT's prompt-tuning format.

@@ -30,7 +30,7 @@ class PlainPrompt(PromptOnly):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Plain(PromptConfig):
-    """`P` itself, `length * dim` numbers.
+    """`P` itself, `length * dim` parameters.
 
     Reference: Lester, Al-Rfou and Constant 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning".
     Differs: the matrix is kept in units of the host's embedding RMS, so that one learning rate fits every backbone;

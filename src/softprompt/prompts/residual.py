@@ -53,7 +53,7 @@ class ResidualPrompt(PromptOnly):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Residual(PromptConfig):
-    """`P' = P + LayerNorm(W_up ReLU(W_down P + b1) + b2)`, `2*dim*width + width + 3*dim + dim*length` numbers.
+    """`P' = P + LayerNorm(W_up ReLU(W_down P + b1) + b2)`, `2*dim*width + width + 3*dim + dim*length` parameters.
 
     Costs a two-layer network a step, nothing after folding; a finished prompt keeps `length * dim` numbers.
     Reference: Razdaibiedina et al. 2023, "Residual Prompt Tuning: Improving Prompt Tuning with Residual
@@ -69,7 +69,7 @@ class Residual(PromptConfig):
     width: int = 400
     """Hidden size of the network."""
     shared: bool = True
-    """One network for all positions; no: one for each, `length` times the network's numbers."""
+    """One network for all positions; no: one for each, `length` times the network's parameters."""
     init: Init = "vocab"
     """Where the matrix's first values come from."""
     init_text: str = ""

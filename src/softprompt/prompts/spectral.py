@@ -67,7 +67,7 @@ class SpectralPrompt(PromptOnly):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Spectral(PromptConfig):
-    """`P = U diag(ReLU(s)) V`, `k * (length + dim + 1)` numbers with `k = min(length, dim)`.
+    """`P = U diag(ReLU(s)) V`, `k * (length + dim + 1)` parameters with `k = min(length, dim)`.
 
     A pilot for DPT: train it, read `rank()`, and go on with `to_dpt()`. ReLU alone switches values off: one that a
     step carries to zero has no gradient and never revives, so the rank never grows and part of its fall is the

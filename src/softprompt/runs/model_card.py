@@ -61,7 +61,7 @@ def _text(run: Run, results: Mapping[str, Any], use: str, kept: str) -> str:
         if experiment.baseline == "none"
         else f"The baseline `{experiment.baseline}` on `{backbone['base']}`"
     )
-    zero_shot = f"| untouched model, same template | {results['zero_shot']:.3f} |\n" if "zero_shot" in results else ""
+    zero_shot = f"| zero-shot, same template | {results['zero_shot']:.3f} |\n" if "zero_shot" in results else ""
     caution = (
         f"\n**{results['caution'].capitalize()}**, as the papers do: compare it with such scores alone.\n"
         if "caution" in results

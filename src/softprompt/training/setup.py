@@ -214,7 +214,7 @@ def _refuse_pointless(experiment: Experiment, task: Task, backbone: Backbone) ->
     head = fresh_head(backbone, len(task.label_words), torch.Generator())
     if experiment.training.zero_shot and head is not None:
         raise ValueError(
-            f"{backbone.source} answers through a trained head, so untouched it says nothing; leave it out"
+            f"{backbone.source} answers through a trained head, so it has no zero-shot answer; leave it out"
         )
     if experiment.training.vocabulary_weight and head is not None:
         raise ValueError(

@@ -314,7 +314,7 @@ class _Training:
         if caution := results.get("caution"):
             self.watch.note(str(caution))
         if self.settings.zero_shot:
-            self.watch.stage("testing the untouched model")
+            self.watch.stage("testing zero-shot")
             bare = self._answers(attach(self.backbone), test)
             results["zero_shot"] = score_answers(
                 self.run.task, self.rows, "test", test, bare, self.backbone.tokenizer

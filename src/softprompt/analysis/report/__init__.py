@@ -96,7 +96,7 @@ def _pictures(grid: Grid, rates_on: "Split") -> "list[tuple[str, list[Picture]]]
     learning = [pictures.learning(grid, number, column) for number, column in enumerate(grid.columns, 1)]
     rates = pictures.rates(grid, rates_on)
     return [
-        ("Score against trainable numbers", [pictures.sizes(grid)]),
+        ("Score against trainable parameters", [pictures.sizes(grid)]),
         ("Score against learning rate", [rates] if rates else []),
         ("Learning curves", [one for one in learning if one]),
     ]

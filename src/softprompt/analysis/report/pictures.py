@@ -1,4 +1,4 @@
-"""Pictures of results: learning curves, score against trainable numbers, score against learning rate."""
+"""Pictures of results: learning curves, score against trainable parameters, score against learning rate."""
 
 import json
 import statistics
@@ -74,7 +74,7 @@ def _band(axes: Any, curve: curves.Curve, unit: float, line: Mapping[str, Any]) 
 
 
 def sizes(grid: Grid) -> Picture:
-    """The test score against the trainable numbers, a panel a task."""
+    """The test score against the trainable parameters, a panel a task."""
     told = [name for name in CONDITIONS if name not in grid.common]
 
     def draw(axes: Any, column: str) -> list[Line]:
@@ -84,7 +84,7 @@ def sizes(grid: Grid) -> Picture:
         axes.axhline(majority, color=INK, linestyle=(0, (2, 2)), linewidth=1)
         place = {"xycoords": ("axes fraction", "data"), "xytext": (0, 2), "textcoords": "offset points"}
         axes.annotate("majority answer", (0.99, majority), **place, ha="right", fontsize=8)
-        axes.set_xlabel("trainable numbers (log)")
+        axes.set_xlabel("trainable parameters (log)")
         return [
             Line(
                 method=line[0].method,
@@ -102,7 +102,7 @@ def sizes(grid: Grid) -> Picture:
         "that differ in the prompt's size; of those that differ in how they were trained, the best on development is "
         "shown."
     )
-    return _panels(grid, grid.columns, ("sizes", "Score against trainable numbers", caption), draw, "test")
+    return _panels(grid, grid.columns, ("sizes", "Score against trainable parameters", caption), draw, "test")
 
 
 def rates(grid: Grid, split: Split) -> Picture | None:
