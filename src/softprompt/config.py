@@ -53,7 +53,7 @@ class TrainingConfig:
     eval_steps: int = 50
     """Steps between two evaluations on the development split, each with a checkpoint."""
     patience: int = 0
-    """Stop after so many evaluations without a better one; 0: never."""
+    """Stop after this many evaluations without an improvement; 0: never."""
     dev_rows: int = 500
     """Development rows looked at in training, drawn by the seed; 0: all."""
     test_rows: int = 0

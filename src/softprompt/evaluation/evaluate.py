@@ -119,7 +119,7 @@ def run_splits(run: Run) -> Splits:
 
     Raises:
         FileNotFoundError: they are no longer where the run had them.
-        ValueError: they are others now: cut anew, those that the run was trained on may be among the test rows.
+        ValueError: the rows have changed: in new splits, rows that the run was trained on may be among the test rows.
     """
     place = run.experiment.data or ", ".join(run.task.files.values()) or run.experiment.task
     remedy = "or score all rows of another file with: softprompt evaluate RUN --data FILE"

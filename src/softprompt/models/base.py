@@ -62,7 +62,7 @@ class PromptedModel(nn.Module, ABC):
     supports_fsdp: bool = True
     """Layers can be run by their own call, so that each of several processes may hold a part of their weights."""
     supports_prefix_sharing: bool = False
-    """Beginnings that texts share can be read once for all of them, `extended`."""
+    """Beginnings that texts share can be read once for all of them, by `with_shared_prefix`."""
     head_rate: ClassVar[float] = 0.5
     """Learning rate of the group `head`, relative to the prompt's; MiniLM learned best with it of 0.02, 0.1, 0.5."""
 
@@ -114,7 +114,7 @@ class PromptedModel(nn.Module, ABC):
             index: which of several prompts each beginning stands behind.
 
         Raises:
-            ValueError: it cannot do that (`extends`), or a beginning is empty.
+            ValueError: it cannot do that (`supports_prefix_sharing`), or a beginning is empty.
         """
         raise ValueError(
             f"in {self.backbone.source} ({self.backbone.architecture}) the prompt and a text's beginning are not read "
@@ -261,7 +261,7 @@ class PromptedModel(nn.Module, ABC):
 
     @property
     def max_row(self) -> int | None:
-        """Positions that a row may have with its prompt, and with its answer where that is in the row (`within`)."""
+        """Positions that a row may have with its prompt, and with its answer where that is in the row."""
         return self.backbone.max_positions
 
     @cached_property

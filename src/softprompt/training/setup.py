@@ -12,7 +12,7 @@ from softprompt.backbones import Backbone, fitting_dtype, load
 from softprompt.backbones.kernels import gradient_checkpointing
 from softprompt.config import Experiment
 from softprompt.evaluation.evaluate import beside_golds, draw, read_splits
-from softprompt.evaluation.predict import input_limit
+from softprompt.evaluation.predict import input_limit, over_long_note
 from softprompt.models import PromptedModel, fresh_head
 from softprompt.models.vision import refuse_unfit
 from softprompt.prompts import SoftPrompt
@@ -162,7 +162,7 @@ def _encoded(
     train = encoded("train", 0, 0)
     dev = encoded("dev", 0 if rows.shared else settings.dev_rows, experiment.seed)
     test = encoded("test", settings.test_rows, 0)
-    if not task.is_classification and (note := _too_long_to_write([*dev, *test], settings.max_new_tokens)):
+    if note := over_long_note([*dev, *test], settings.max_new_tokens, "development and test"):
         watch.note(note)
     return TrainingSetup(task, rows, backbone, prompted, augmented(train, settings.augment), dev, test)
 
@@ -172,18 +172,6 @@ def _refuse_unscorable(task: Task, table: Any, examples: Sequence[Example], toke
     _, golds, questions = beside_golds(task, table, examples, [], tokenizer)
     for metric in task.metrics:
         read_answers(task, metric, [None] * len(golds), golds, questions)
-
-
-def _too_long_to_write(examples: Sequence[Example], max_new_tokens: int) -> str:
-    """What to say of answers that no generation can reach, and that count as wrong; empty where there are none."""
-    lengths = [len(example.answer_ids) - 1 for example in examples]  # the end of sequence need not be written
-    over = sum(length > max_new_tokens for length in lengths)
-    if not over:
-        return ""
-    return (
-        f"{over} of {len(lengths)} development and test answers are longer than the {max_new_tokens} tokens that are "
-        f"written, so they can never be right; give --max-new-tokens {max(lengths)}"
-    )
 
 
 def _loaded(experiment: Experiment, dtype: Dtype) -> Backbone:

@@ -96,7 +96,7 @@ def functional_rank(
     Args:
         subject: the prompt.
         cutting: what is cut, to which ranks, and which rows score it.
-        watch: who is told of every rank.
+        watch: receives progress, rank by rank.
 
     Raises:
         ValueError: a rank that the matrix cannot have, a split without rows, or a prompt that cannot be cut or scored.

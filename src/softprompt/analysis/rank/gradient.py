@@ -56,7 +56,7 @@ def gradient_spectra(
         length: rows of the prompt, for a backbone; none: 100.
         batches: what the gradient is the mean of.
         checkpoints: also at each checkpoint.
-        watch: who is told how it goes.
+        watch: receives progress.
 
     Raises:
         FileNotFoundError: there is no such run or backbone.

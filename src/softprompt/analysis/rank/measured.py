@@ -61,7 +61,7 @@ def measure(
         checkpoints: also over the course of training.
         functional: also score cuts of the prompt, in this way.
         backbone: where the runs' backbone lies now; none: as `functional` says, else where they had it.
-        watch: who is told how it goes.
+        watch: receives progress.
 
     Raises:
         FileNotFoundError, ValueError: as `subjects` and `functional_rank`.

@@ -92,7 +92,7 @@ def subjects(
     Args:
         checkpoints: also read the prompt at each checkpoint.
         backbone: where the runs' backbone lies now, as `load_backbone` takes it; none: where they had it.
-        watch: who is told what is read, and which runs are passed over and why.
+        watch: receives what is read, and which runs are skipped and why.
 
     Raises:
         FileNotFoundError: nothing is there whose rank could be measured.
