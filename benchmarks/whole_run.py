@@ -110,20 +110,20 @@ def ours(settings: Settings, seed: int, clock: Clock) -> None:
     class Watch:
         evaluated: Any = None
 
-        def stage(self, text: str) -> None:
+        def on_stage(self, text: str) -> None:
             if text.startswith("training"):
                 clock.begin()
 
-        def note(self, text: str) -> None:
+        def on_note(self, text: str) -> None:
             """Nothing."""
 
-        def step(self, progress: Progress) -> None:
+        def on_step(self, progress: Progress) -> None:
             if progress.dev is not None and progress.dev is not self.evaluated:
                 self.evaluated = progress.dev
                 clock.note(progress.step, progress.dev.value)
 
     with tempfile.TemporaryDirectory() as folder:
-        train(experiment(settings, seed), out=folder, watch=Watch())
+        train(experiment(settings, seed), out=folder, callback=Watch())
 
 
 def peft(settings: Settings, seed: int, clock: Clock) -> None:

@@ -1,4 +1,4 @@
-"""Decomposed prompt tuning and its relatives: a task as a few thousand parameters in front of a frozen model.
+"""Decomposed prompt tuning and related methods: a task as a few thousand parameters in front of a frozen model.
 
 >>> import softprompt
 >>> softprompt.DPT(length=100, rank=10).count(768)
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from softprompt.training.callbacks import Interrupted, Progress, TrainingCallback
     from softprompt.training.trainer import resume, train
 
-_PLACES = {
+_LOCATIONS = {
     "ADePT": "softprompt.prompts.adept:ADePT",
     "Answer": "softprompt.evaluation.predict:Answer",
     "PromptedModel": "softprompt.models:PromptedModel",
@@ -76,7 +76,7 @@ _PLACES = {
     "sweep": "softprompt.sweep:sweep",
     "train": "softprompt.training.trainer:train",
 }
-"""Where each public name lives: imported at first use, so that `softprompt --help` need not load torch."""
+"""The module and attribute of each public name: imported at first use, so that `softprompt --help` loads no torch."""
 
 __all__ = [
     "BPT",
@@ -122,16 +122,16 @@ __all__ = [
 
 
 class _Package(ModuleType):
-    """A package in which `softprompt.train` is the function, whether or not a module of that name was imported."""
+    """A package in which a public name such as `softprompt.sweep` stays the function after its module is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _PLACES and isinstance(value, ModuleType)):
+        if not (name in _LOCATIONS and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        if name not in _PLACES:
+        if name not in _LOCATIONS:
             raise AttributeError(f"module 'softprompt' has no attribute {name!r}")
-        module, attribute = _PLACES[name].split(":")
+        module, attribute = _LOCATIONS[name].split(":")
         value = getattr(importlib.import_module(module), attribute)
         setattr(self, name, value)
         return value

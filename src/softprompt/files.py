@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all (a temporary name, fsync, rename), and read without running any code."""
+"""Atomic file writes (temporary name, fsync, rename), reads that never execute code, and errors on one line."""
 
 import errno
 import fcntl
@@ -18,29 +18,42 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-_NO_PLACE = (errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LONGEST = 255
-"""Bytes that a file system gives a name."""
-LONGEST_NAME = 200
-"""Bytes that a name may have which a user chooses: the rest is for what we put behind it (`-2`, `-peft`, `.f32`)."""
-_RESERVED = {"con", "prn", "aux", "nul", *(f"{kind}{digit}" for kind in ("com", "lpt") for digit in "0123456789¹²³")}
-"""Devices of Windows, with any ending."""
-_DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
-"""Signs that nobody sees and that show a name as another one."""
+_NOT_WRITABLE = (errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MAX_FILE_NAME = 255
+"""Bytes that a file system allows for a name."""
+MAX_NAME = 200
+"""Bytes allowed for a name that the user chooses; the rest is reserved for suffixes (`-2`, `-peft`, `.f32`)."""
+_WINDOWS_DEVICES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{kind}{digit}" for kind in ("com", "lpt") for digit in "0123456789¹²³"),
+}
+"""Names of Windows devices, reserved with any extension."""
+_INVISIBLE = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
+"""Direction marks and the like, which make a name look like another one."""
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message on one line, after its class's name if the message alone is not meant for users."""
+    text = " ".join(str(error).split())
+    readable = isinstance(error, (ValueError, OSError, RuntimeError, ModuleNotFoundError)) and bool(text)
+    return text if readable else f"{type(error).__name__}: {text or 'no message'}"
 
 
 def check_name(name: str, what: str) -> str:
-    """`name`, if a folder can be called that on every system that a run may be copied to; letters of any alphabet.
+    """Return `name` if every system that a run may be copied to accepts it as a folder name; any alphabet is allowed.
 
     Args:
-        what: what has the name, for the message: `run name`.
+        what: what is being named, for the message: `run name`.
 
     Raises:
-        ValueError: it is none, is a path, is hidden, is reserved, has signs that cannot be seen, or is too long.
+        ValueError: the name is empty, a path, hidden, reserved, too long, or has invisible characters.
     """
     if reason := _name_fault(name):
-        raise ValueError(f"{what} {name[:60]!r} is no plain folder name: {reason}; choose another name")
+        raise ValueError(f"{what} {name[:60]!r} is not a plain folder name: {reason}; choose another name")
     return name
 
 
@@ -52,25 +65,25 @@ def _name_fault(name: str) -> str:
     if name != name.strip() or name.endswith("."):
         return "it begins or ends with a space, or ends with a dot"
     if bad := sorted(set(name) & set('/\\<>:"|?*')):
-        return f"it has {bad[0]!r} in it"
-    if bad := [sign for sign in name if unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp") or sign in _DIRECTIONS]:
-        return f"it has {bad[0]!a} in it, which cannot be seen"
-    if name.split(".")[0].rstrip().lower() in _RESERVED:
+        return f"it contains {bad[0]!r}"
+    if bad := [char for char in name if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in _INVISIBLE]:
+        return f"it contains {bad[0]!a}, which is invisible"
+    if name.split(".")[0].rstrip().lower() in _WINDOWS_DEVICES:
         return "it is the name of a device on some systems"
-    if (size := len(name.encode())) > LONGEST_NAME:
-        return f"it has {size} bytes in UTF-8, of at most {LONGEST_NAME}"
+    if (size := len(name.encode())) > MAX_NAME:
+        return f"it has {size} bytes in UTF-8, and at most {MAX_NAME} are allowed"
     return ""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A draft's path beside `path`; it takes `path`'s place when the block ends well, else it is removed.
+    """Yield the path of a draft next to `path`, which replaces `path` if the block succeeds and is removed otherwise.
 
-    The draft may become a file or a folder. A folder replaces only a place where there is none, or an empty one. Who
-    may read its files is as for any new file of this process, whatever wrote them.
+    The draft may be a file or a folder. A folder only replaces a path that does not exist or is an empty folder. File
+    permissions are those of any new file of this process, whatever library wrote the draft.
 
     Raises:
-        OSError: the disk is full, or the place cannot be written; nothing is left behind.
+        OSError: the disk is full, or `path` cannot be written; nothing is left there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(_draft_name(path.name))
@@ -88,16 +101,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
             shutil.rmtree(draft, ignore_errors=True)
         else:
             draft.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
             raise OSError(f"{path} cannot be written ({error.strerror}); make room on its disk") from error
-        if isinstance(error, OSError) and error.errno in _NO_PLACE:
-            raise OSError(f"{path} cannot be written ({error.strerror}); choose another place") from error
+        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
+            raise OSError(f"{path} cannot be written ({error.strerror}); choose another path") from error
         raise
 
 
 @contextmanager
 def removed_on_failure(folder: Path) -> Iterator[None]:
-    """A folder that was made just now goes again where the block does not end well."""
+    """Remove `folder`, which was just created, if the block fails."""
     try:
         yield
     except BaseException:
@@ -107,33 +120,33 @@ def removed_on_failure(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from working on `folder` at the same time.
+    """Hold an exclusive lock on `folder` during the block.
 
     Raises:
-        RuntimeError: another process is at it.
+        RuntimeError: another process holds it.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"{folder} is being worked on by another process; wait for it, or stop it") from None
+            raise RuntimeError(f"{folder} is in use by another process; wait for it, or stop it") from None
         yield
     finally:
         os.close(handle)
 
 
-def _draft_name(name: str, ending: str = "") -> str:
-    """Hidden, of this thread alone, and no longer than a file system allows."""
-    ending = f".{os.getpid()}-{threading.get_ident()}{ending}"
-    room = _LONGEST - len(ending) - 1
-    return "." + os.fsencode(name)[:room].decode(errors="ignore") + ending
+def _draft_name(name: str, suffix: str = "") -> str:
+    """A hidden name, unique to this thread and no longer than a file system allows."""
+    suffix = f".{os.getpid()}-{threading.get_ident()}{suffix}"
+    room = _MAX_FILE_NAME - len(suffix) - 1
+    return "." + os.fsencode(name)[:room].decode(errors="ignore") + suffix
 
 
 def _usual_mode(probe: Path) -> int:
-    """The mode of a new file in this place: safetensors makes files that their owner alone may read.
+    """The mode of a new file in this folder; safetensors makes files that only their owner may read.
 
-    Asked of the system with a file: reading the umask means changing it, also for other threads.
+    A probe file shows it: reading the umask means changing it, for other threads too.
     """
     try:
         os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -143,7 +156,7 @@ def _usual_mode(probe: Path) -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`text` as the whole content of `path`, at once."""
+    """Write `text` to `path` atomically, in UTF-8."""
     with atomic_write(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
@@ -157,45 +170,44 @@ def _sync(path: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """A safetensors file, at once."""
+    """Write a safetensors file atomically."""
     with atomic_write(path) as draft:
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
-            save_file(whole, draft, metadata={"format": "pt"})
-        except SafetensorError as error:  # what safetensors makes of an OSError, its number lost
+            save_file(on_cpu, draft, metadata={"format": "pt"})
+        except SafetensorError as error:  # safetensors' form of an OSError, without its errno
             raise OSError(f"{path} cannot be written ({error}); make room on its disk, or choose another") from error
 
 
 RETRAIN = "the run is damaged: copy its folder again, or train again"
-"""What to do about a bad file of a run; files of other origin have other advice."""
-
+"""Advice about an unreadable file of a run."""
 
 ADAPTER = "save the adapter again, or fetch it again"
-"""The same about a file of other software's adapter."""
+"""Advice about an unreadable file of another library's adapter."""
 
 
 def read_tensors(file: Path, advice: str = RETRAIN) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file; nothing it holds can run.
+    """Read the tensors of a safetensors file.
 
     Args:
-        advice: what to do where it cannot be read, which depends on where it is from.
+        advice: what the user can do if it is unreadable, for the message.
 
     Raises:
-        FileNotFoundError, ValueError: it is not there, or it is damaged.
+        FileNotFoundError, ValueError: the file is missing or damaged.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there; {advice}")
+        raise FileNotFoundError(f"{file} does not exist; {advice}")
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is no whole safetensors file ({error}); {advice}") from error
+        raise ValueError(f"{file} is not a complete safetensors file ({error}); {advice}") from error
 
 
 def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter's folder: `adapter_model.safetensors`, else `adapter_model.bin`, read as data alone.
+    """Read an adapter's tensors from `adapter_model.safetensors`, else from `adapter_model.bin` without executing code.
 
     Raises:
-        FileNotFoundError, ValueError: neither is there, or it is damaged, or it holds anything but tensors.
+        FileNotFoundError, ValueError: both are missing, or the file is damaged or holds more than tensors.
     """
     pickled = folder / "adapter_model.bin"
     if (folder / "adapter_model.safetensors").is_file() or not pickled.is_file():
@@ -204,21 +216,24 @@ def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
         tensors = torch.load(pickled, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{pickled} is damaged, or holds more than tensors, of which nothing is run; {ADAPTER}"
+            f"{pickled} is damaged, or holds more than tensors, which is never executed; {ADAPTER}"
         ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(one, torch.Tensor) for one in tensors.values()):
-        raise ValueError(f"{pickled} holds no tensors by name; it is no adapter")
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise ValueError(f"{pickled} is not a dictionary of named tensors, so it is not an adapter; {ADAPTER}")
     return tensors
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Put `tensors` into `module`, a prompt, its head or both.
+    """Load `tensors` into `module` after checking them.
+
+    Args:
+        source: the file that they are from, for the message.
 
     Raises:
-        ValueError: other names or shapes than the module's, or values that are not finite.
+        ValueError: names or shapes differ from the module's, or values are not finite.
     """
-    own = module.state_dict()
-    if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    if expected != {name: tensor.shape for name, tensor in tensors.items()}:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         raise ValueError(f"{source} holds {shapes}, not the tensors of its own experiment; it was swapped or damaged")
     if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
@@ -227,16 +242,16 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], source:
 
 
 def read_json(path: Path, advice: str = RETRAIN) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Args:
-        advice: as of `read_tensors`.
+        advice: what the user can do if it is unreadable, for the message.
 
     Raises:
-        FileNotFoundError, ValueError: it is not there, or it is no JSON or no object.
+        FileNotFoundError, ValueError: the file is missing, is not JSON, or is not an object.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; {advice}")
+        raise FileNotFoundError(f"{path} does not exist; {advice}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,27 +1,27 @@
-"""The words that settings choose among, apart from what they choose, so that a command line is known at once."""
+"""The choices of settings, as literals: apart from what implements them, so that the command line loads quickly."""
 
 from typing import Literal
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "nf4"]
-"""What a backbone computes in; `auto`: bfloat16 where the device multiplies it faster than float32; `nf4`: bfloat16,
-and its linear layers hold 4 bits a weight, where memory is short (extra `quantize`)."""
+"""What a backbone computes in. `auto`: bfloat16 where the device multiplies it faster than float32; `nf4`: bfloat16,
+with the linear layers stored in 4 bits per weight to save memory (extra `quantize`)."""
 Baseline = Literal["none", "lora", "full", "head"]
-"""`lora`: low-rank updates of the model's projections; `full`: every weight; `head`: the encoder's head alone."""
+"""`lora`: low-rank updates of the model's projections; `full`: every weight; `head`: only the encoder's head."""
 Protocol = Literal["heldout", "paper"]
-"""What an official validation split is for: half to select and half to report, or the whole of it for both."""
+"""How an official validation split is used: half for selection and half for the report, or all of it for both."""
 PromptPosition = Literal["prefix", "after_bos", "suffix"]
-"""Where a prompt stands in the input: in front of the text (in an encoder behind its [CLS], which stays first), behind
-the text's first token (a decoder's beginning of sequence), or behind the text (and in front of the answer, an encoder's
-mask, and closing tokens)."""
+"""Where a prompt is inserted: before the text (in an encoder after its [CLS], which stays first), after the text's
+first token (a decoder's beginning of sequence), or after the text (before the answer, an encoder's mask, and closing
+tokens)."""
 PromptAttention = Literal["full", "self"]
-"""What a prompt's places see in a model that reads both ways: the text too, or the prompt alone."""
+"""What a prompt's positions attend to in a bidirectional model: the text too, or only the prompt."""
 Pool = Literal["cls", "patches"]
-"""What a head sees of an image: the last state of [CLS], or the mean of the patches'."""
+"""What a head reads from an image: the last state of [CLS], or the mean over the patches."""
 Augment = Literal["none", "crop", "crop+flip"]
-"""What happens to a training image each time that it is seen: a random crop, and a mirror image half of the time."""
+"""What is applied to a training image each time it is used: a random crop, and a mirror image half of the time."""
 
 
 def unusual_layout(prompt_position: PromptPosition, prompt_attention: PromptAttention) -> str:
-    """How a prompt lies in the input, where that is not the way of other software; else empty."""
-    where = {"prefix": "", "after_bos": "behind the text's first token", "suffix": "behind the text"}[prompt_position]
-    return where or ("isolated from the text" if prompt_attention == "self" else "")
+    """How the prompt is placed if other software would not place it so; empty for the usual layout."""
+    position = {"prefix": "", "after_bos": "after the text's first token", "suffix": "after the text"}[prompt_position]
+    return position or ("isolated from the text" if prompt_attention == "self" else "")

@@ -191,7 +191,7 @@ def test_a_file_without_its_frozen_part_is_refused(
 
 def test_the_frozen_parts_do_not_move(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
     run = train(experiment, out=tmp_path, backbone=backbone)
-    first = build_prompted_model(experiment, run.task, backbone, warm=True).prompt
+    first = build_prompted_model(experiment, run.task, backbone, initialize=True).prompt
     assert isinstance(first, AnchoredPrompt)
     assert torch.equal(first.prompt(), first.anchor)
     own = tensors(run)
@@ -230,7 +230,7 @@ def test_a_gradient_start_of_a_product_is_found_again_for_its_update(
     gradient = begin_module.gradient_on(
         run.experiment, run.task, backbone, begin_module.read_splits(run.experiment, run.task).train
     )
-    first = build_prompted_model(run.experiment, run.task, backbone, warm=True, gradient=gradient).prompt
+    first = build_prompted_model(run.experiment, run.task, backbone, initialize=True, gradient=gradient).prompt
     assert first is not None
     [one] = subjects(run.folder)
     assert one.start is not None

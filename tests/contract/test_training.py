@@ -67,7 +67,7 @@ def test_only_the_prompt_moves(method: str, experiment: Experiment, backbone: Ba
     assert backbone.checksum() == checksum == run.record["backbone"]["hash"]
     assert all(torch.equal(weights, before[name]) for name, weights in backbone.model.state_dict().items())
     assert not any(weights.requires_grad or weights.grad is not None for weights in backbone.model.parameters())
-    fresh, trained = build_prompted_model(run.experiment, run.task, backbone, warm=False).prompt, tensors(run)
+    fresh, trained = build_prompted_model(run.experiment, run.task, backbone, initialize=False).prompt, tensors(run)
     assert fresh is not None
     for name, parameter in fresh.named_parameters():
         assert not torch.equal(parameter, trained[name]), f"{name} did not move"

@@ -223,7 +223,7 @@ def test_a_run_keeps_its_head_and_answers_again(
         assert run.results["trainable"] == 4 * 2 + 2 * 32 + 32 * 6 + 6  # type: ignore[index]
         trained = load_file(run.folder / "head.safetensors")
         backbone = load(str(folder), dtype="float32")
-        first = build_prompted_model(experiment, run.task, backbone, warm=False).head
+        first = build_prompted_model(experiment, run.task, backbone, initialize=False).head
         assert first is not None
         assert not torch.equal(trained["weight"], first.weight)
         asked = experiment.replace(training=softprompt.TrainingConfig(steps=4, zero_shot=True))

@@ -237,7 +237,7 @@ def test_a_run_trains_and_answers(
     assert softprompt.predict(run, [{"text": "a a b"}]) == softprompt.predict(run, [{"text": "a a b"}])
     if objective == "candidates":
         return
-    prompted = build_prompted_model(experiment, run.task, backbone, warm=False)
+    prompted = build_prompted_model(experiment, run.task, backbone, initialize=False)
     table = read_splits(experiment, run.task).train
     examples = encode(run.task, backbone.tokenizer, table, 512, closing=True)[0]
     batch = next(schedule([len(example.input_ids) for example in examples], 4, 0))[1]

@@ -260,7 +260,7 @@ def test_an_update_cut_to_nothing_is_the_prompt_before_training(low_rank: Run, b
     assert found.cuts[-1].drop.p_value == 1
     assert found.cuts[0].score != found.full
     assert one.start is not None
-    first = build_prompted_model(low_rank.experiment, low_rank.task, backbone, warm=False).prompt
+    first = build_prompted_model(low_rank.experiment, low_rank.task, backbone, initialize=False).prompt
     assert first is not None
     assert torch.equal(one.start, first.prompt())
     untrained = dataclasses.replace(one, prompt=Folded(one.start))

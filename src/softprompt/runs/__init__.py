@@ -1,4 +1,4 @@
-"""The run folder: written whole or not at all, read without running any code, described by a model card."""
+"""The run folder: written atomically, read without executing code, described by a model card."""
 
 from softprompt.runs.run import (
     HEAD,
@@ -9,15 +9,15 @@ from softprompt.runs.run import (
     TUNED,
     Gradient,
     Run,
+    build_prompt,
     build_prompted_model,
-    check_place,
+    check_new_run,
     create,
-    first_prompt,
     json_line,
     list_runs,
     open_run,
-    opened,
     read_prompt,
+    resolve_run,
     run_folders,
     versions,
 )
@@ -31,15 +31,15 @@ __all__ = [
     "TUNED",
     "Gradient",
     "Run",
+    "build_prompt",
     "build_prompted_model",
-    "check_place",
+    "check_new_run",
     "create",
-    "first_prompt",
     "json_line",
     "list_runs",
     "open_run",
-    "opened",
     "read_prompt",
+    "resolve_run",
     "run_folders",
     "versions",
 ]

@@ -1,4 +1,4 @@
-"""A run's README and its learning curve, for whoever opens the folder."""
+"""A run's model card (`README.md`) and its learning curve."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -13,79 +13,79 @@ from softprompt.runs import HEAD, TENSORS, TUNED, Run
 _MODELS = {"causal": "AutoModelForCausalLM", "encoder_decoder": "AutoModelForSeq2SeqLM"}
 
 
-def write(run: Run, trained: PromptedModel, results: Mapping[str, Any], refusal: str) -> None:
-    """Write `README.md`, and `curve.png` where the extra `report` is installed.
+def write(run: Run, trained: PromptedModel, results: Mapping[str, Any], peft_problem: str) -> None:
+    """Write `README.md`, and `curve.png` if the extra `report` is installed.
 
     Args:
-        refusal: why there is no PEFT pair; empty where there is one.
+        peft_problem: why there are no PEFT files; empty if there are.
     """
-    use = f"Stock PEFT cannot load it: {refusal}." if refusal else _use(run, trained)
+    usage = f"Stock PEFT cannot load it: {peft_problem}." if peft_problem else _peft_usage(run, trained)
     parts = {TENSORS: trained.prompt, HEAD: trained.head, TUNED: trained.tuned}
-    kept = " and ".join(f"`{name}`" for name, part in parts.items() if part is not None)
-    files.write_text(run.folder / "README.md", _text(run, results, use, kept))
+    tensor_files = " and ".join(f"`{name}`" for name, part in parts.items() if part is not None)
+    files.write_text(run.folder / "README.md", _text(run, results, usage, tensor_files))
     if importlib.util.find_spec("matplotlib") is not None:
         _curve(run)
 
 
-def _use(run: Run, trained: PromptedModel) -> str:
-    model = _model(trained.backbone)
-    head = f" The head that was trained with it is apart, in `{HEAD}`." if trained.head is not None else ""
+def _peft_usage(run: Run, trained: PromptedModel) -> str:
+    model = _auto_class(trained.backbone)
+    notes = f" The head that was trained with the prompt is in `{HEAD}`." if trained.head is not None else ""
     base = Path(trained.backbone.base)
-    where = f'"{trained.backbone.base}"'
+    source = f'"{trained.backbone.base}"'
     if base.suffix == ".gguf":
-        where = f'"{base.parent}", gguf_file="{base.name}"'
-        head += " The base model is a GGUF file, which `AutoPeftModel` cannot load by its path; do it as here."
-    return f"""Stock PEFT loads this folder as it is.{head}
+        source = f'"{base.parent}", gguf_file="{base.name}"'
+        notes += " The base model is a GGUF file, which `AutoPeftModel` cannot load by its path; load it as shown here."
+    return f"""Stock PEFT loads this folder as it is.{notes}
 
 ```python
 from peft import PeftModel
 from transformers import {model}
 
-model = PeftModel.from_pretrained({model}.from_pretrained({where}), "{run.name}")
+model = PeftModel.from_pretrained({model}.from_pretrained({source}), "{run.name}")
 ```"""
 
 
-def _model(backbone: Backbone) -> str:
+def _auto_class(backbone: Backbone) -> str:
     if backbone.masked_lm:
         return "AutoModelForMaskedLM"
     return _MODELS.get(backbone.architecture, "AutoModel")
 
 
-def _text(run: Run, results: Mapping[str, Any], use: str, kept: str) -> str:
+def _text(run: Run, results: Mapping[str, Any], usage: str, tensor_files: str) -> str:
     experiment, backbone = run.experiment, run.record["backbone"]
-    where = ", in front of every layer" if experiment.depth == "deep" else ""
-    where = f", {experiment.unusual_layout}" if experiment.unusual_layout else where
-    size = f"{experiment.method}, {experiment.prompt.length} virtual tokens{where}"
-    what = (
+    layout = ", one prompt per layer" if experiment.depth == "deep" else ""
+    layout = f", {experiment.unusual_layout}" if experiment.unusual_layout else layout
+    size = f"{experiment.method}, {experiment.prompt.length} virtual tokens{layout}"
+    subject = (
         f"A soft prompt ({size}) on `{backbone['base']}`"
         if experiment.baseline == "none"
         else f"The baseline `{experiment.baseline}` on `{backbone['base']}`"
     )
     zero_shot = f"| zero-shot, same template | {results['zero_shot']:.3f} |\n" if "zero_shot" in results else ""
     caution = (
-        f"\n**{results['caution'].capitalize()}**, as the papers do: compare it with such scores alone.\n"
+        f"\n**{results['caution'].capitalize()}**, as in the papers: compare it only with scores of the same kind.\n"
         if "caution" in results
         else ""
     )
     note = f"\nThe backbone's weights: {backbone['note']}.\n" if backbone["note"] else ""
     return f"""# {run.name}
 
-{what}, for the task `{run.task.name}`: {results["trainable"]:,} trained numbers.
+{subject}, for the task `{run.task.name}`: {results["trainable"]:,} trained parameters.
 {note}
 | | {results["metric"]} |
 |---|---|
 | test ({results["n_test"]} rows, 95 % interval {results["low"]:.3f} to {results["high"]:.3f}) | {results["test"]:.3f} |
 {zero_shot}| always the majority answer | {results["majority"]:.3f} |
-| development ({results["n_dev"]} rows, chose the checkpoint of step {results["best_step"]}) | {results["dev"]:.3f} |
+| development ({results["n_dev"]} rows, selected the checkpoint of step {results["best_step"]}) | {results["dev"]:.3f} |
 {caution}
-{use}
+{usage}
 
 ```
 softprompt predict {run.name} --input {"photos" if run.task.image else "rows.csv"}
 softprompt evaluate {run.name}
 ```
 
-`softprompt.json` says how it was made; what was trained is in {kept}.
+`softprompt.json` records how it was trained; the trained tensors are in {tensor_files}.
 """
 
 

@@ -1,4 +1,4 @@
-"""A run's folder: written whole or not at all, never overwritten, read without running any code."""
+"""The run folder: written atomically, never overwritten, read without executing code."""
 
 import dataclasses
 import errno
@@ -26,7 +26,7 @@ from softprompt.prompts.deep import build
 from softprompt.tasks import Task
 
 Gradient = Callable[[Float[Tensor, "length dim"], int], Float[Tensor, "length dim"]]
-"""The loss's mean gradient at a prompt, over a number of batches of training rows."""
+"""Computes the mean gradient of the loss at a prompt over the first N batches of training rows."""
 RECORD = "softprompt.json"
 TENSORS = "softprompt.safetensors"
 HEAD = "head.safetensors"
@@ -34,20 +34,20 @@ TUNED = "tuned.safetensors"
 METRICS = "metrics.jsonl"
 PREDICTIONS = "predictions.jsonl"
 _FORMAT = 1
-_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EACCES)
-"""What a system says of a folder's rename to a name that is taken."""
+_NAME_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EACCES)
+"""Errors of renaming a folder to a name that is taken, which depend on the system."""
 
 
 @final
 @dataclass(frozen=True)
 class Run:
-    """A folder with one experiment in it."""
+    """The folder of one training run."""
 
     folder: Path
     experiment: Experiment
     task: Task
     record: Mapping[str, Any]
-    """Versions, backbone hash and, once finished, results."""
+    """The content of `softprompt.json`: experiment, task, versions, backbone and, once finished, results."""
 
     @property
     def name(self) -> str:
@@ -56,11 +56,11 @@ class Run:
 
     @property
     def results(self) -> Mapping[str, Any] | None:
-        """What came out; none while it is not finished."""
+        """The results, or None while the run is unfinished."""
         return self.record.get("results")
 
     def finish(self, trained: PromptedModel, results: Mapping[str, Any]) -> "Run":
-        """Keep what was trained and its results; the record is written last, so a run with results is whole."""
+        """Write the trained tensors and then the results, so that a run with results is complete."""
         for file, part in ((TENSORS, trained.prompt), (HEAD, trained.head), (TUNED, trained.tuned)):
             if part is not None:
                 files.write_tensors(self.folder / file, part.state_dict())
@@ -68,57 +68,59 @@ class Run:
         files.write_text(self.folder / RECORD, json.dumps(record, indent=1))
         return Run(self.folder, self.experiment, self.task, record)
 
-    def backbone(self, given: Backbone | str | None = None) -> Backbone:
-        """The backbone that this run was trained on, loaded.
+    def backbone(self, source: Backbone | str | None = None) -> Backbone:
+        """Load the backbone that this run was trained on.
 
         Args:
-            given: a loaded one, which is taken as it is; or a source as `load_backbone` takes it, for weights that lie
-                elsewhere now: loaded in the run's dtype, so that they can be told from others.
+            source: a loaded backbone, returned as it is; or the current source of the weights, for `load_backbone`.
+                They are loaded in the run's dtype and compared with those it was trained on.
 
         Raises:
-            FileNotFoundError: it is not where the run recorded it, nor at `given`.
-            ValueError: the weights at `given` are not the run's, or as `load_backbone` raises.
+            FileNotFoundError: the backbone is not at `source`, or not where the run recorded it.
+            ValueError: the weights at `source` are not the run's, or as `load_backbone` raises.
         """
-        if isinstance(given, Backbone):
-            return given
-        if given is not None:
-            found = load(given, dtype=self.record["backbone"]["dtype"])
-            self._refuse_other(found)
-            return found
+        if isinstance(source, Backbone):
+            return source
+        if source is not None:
+            backbone = load(source, dtype=self.record["backbone"]["dtype"])
+            self._check_backbone(backbone)
+            return backbone
         recorded = self.experiment.backbone
         try:
             return load(recorded, dtype=self.experiment.backbone_dtype)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"run {self.folder} recorded the backbone {recorded}, which cannot be loaded ({error}); if it lies "
-                "elsewhere now, give that place with --backbone"
+                f"run {self.folder} recorded the backbone {recorded}, which cannot be loaded ({error}); if it was "
+                "moved, give its current path with --backbone"
             ) from error
 
     def prompt(self, backbone: Backbone) -> SoftPrompt:
-        """The trained prompt, for `backbone`.
+        """Load the trained prompt, for `backbone`.
 
         Raises:
-            ValueError: the run is not finished, its file is damaged, or it was trained on another backbone.
+            ValueError: the run is unfinished or damaged, has no prompt, or was trained on another backbone.
         """
-        self._refuse_unfit(backbone)
+        self._check_usable(backbone)
         if self.experiment.baseline != "none":
             raise ValueError(f"run {self.folder} is the baseline {self.experiment.baseline} and has no prompt")
-        prompt = first_prompt(self.experiment, self.task, backbone, warm=False)
+        prompt = build_prompt(self.experiment, self.task, backbone, initialize=False)
         files.load_tensors(prompt, files.read_tensors(self.folder / TENSORS), str(self.folder / TENSORS))
         return prompt
 
-    def _refuse_unfit(self, backbone: Backbone) -> None:
+    def _check_usable(self, backbone: Backbone) -> None:
+        """Check that the run is finished and was trained on `backbone`."""
         if self.results is None:
             raise ValueError(f"run {self.folder} is not finished; go on with: softprompt train --resume {self.folder}")
-        self._refuse_other(backbone)
+        self._check_backbone(backbone)
 
-    def _refuse_other(self, backbone: Backbone) -> None:
-        if (width := self.record["backbone"]["dim"]) != backbone.dim:
-            raise ValueError(
-                f"run {self.folder} was trained on {self.experiment.backbone} ({width} wide), and {backbone.source} is "
-                f"{backbone.dim} wide; use the backbone it was trained on"
-            )
+    def _check_backbone(self, backbone: Backbone) -> None:
+        """Check that `backbone` has the run's hidden size and, in the same dtype, its weights."""
         recorded = self.record["backbone"]
+        if recorded["dim"] != backbone.dim:
+            raise ValueError(
+                f"run {self.folder} was trained on {self.experiment.backbone} (hidden size {recorded['dim']}), and "
+                f"{backbone.source} has hidden size {backbone.dim}; use the backbone it was trained on"
+            )
         same_dtype = recorded["dtype"] == backbone.precision
         if same_dtype and recorded["hash"] != backbone.hash:
             raise ValueError(
@@ -127,20 +129,20 @@ class Run:
             )
 
     def prompted(self, backbone: Backbone) -> PromptedModel:
-        """The folded prompt, with its head where it has one, in front of `backbone`; raises as `prompt` does."""
-        self._refuse_unfit(backbone)
-        attached = build_prompted_model(self.experiment, self.task, backbone, warm=False)
-        for file, part in ((TENSORS, attached.prompt), (HEAD, attached.head), (TUNED, attached.tuned)):
+        """Attach the folded trained prompt, and the head if there is one, to `backbone`; raises like `prompt`."""
+        self._check_usable(backbone)
+        prompted = build_prompted_model(self.experiment, self.task, backbone, initialize=False)
+        for file, part in ((TENSORS, prompted.prompt), (HEAD, prompted.head), (TUNED, prompted.tuned)):
             if part is not None:
                 files.load_tensors(part, files.read_tensors(self.folder / file), str(self.folder / file))
-        return attached.folded()
+        return prompted.folded()
 
     def predictions(self) -> list[dict[str, Any]]:
-        """The answers on the test split, in its order, as `evaluate.prediction_line` makes them."""
+        """The answers on the test split in its order, as `evaluate.prediction_line` formats them."""
         return [json.loads(line) for line in (self.folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line cut by a killed process is left out."""
+        """The lines of metrics.jsonl, without a last line that a killed process left incomplete."""
         path = self.folder / METRICS
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
             try:
@@ -149,29 +151,29 @@ class Run:
                 return
 
     def rewind_metrics(self, step: int) -> None:
-        """Forget the lines after `step`; they will be written again."""
-        kept = [json_line(line) for line in self.metrics() if line["step"] <= step]
-        files.write_text(self.folder / METRICS, "".join(kept))
+        """Remove the metrics after `step`, which a resumed run writes again."""
+        lines = [json_line(line) for line in self.metrics() if line["step"] <= step]
+        files.write_text(self.folder / METRICS, "".join(lines))
 
 
 def build_prompted_model(
-    experiment: Experiment, task: Task, backbone: Backbone, *, warm: bool, gradient: Gradient | None = None
+    experiment: Experiment, task: Task, backbone: Backbone, *, initialize: bool, gradient: Gradient | None = None
 ) -> PromptedModel:
-    """What is trained, as it is before the first step: the prompt or the baseline's weights, and the head.
+    """The prompted model before its first step: with the prompt or the baseline's weights, and the head.
 
     Args:
-        warm: as of `first_prompt`.
-        gradient: as of `first_prompt`.
+        initialize: as in `build_prompt`.
+        gradient: as in `build_prompt`.
 
     Raises:
-        ValueError: the prompt, its place or the baseline does not fit the backbone.
+        ValueError: the prompt, its position or the baseline does not fit the backbone.
     """
     copied, tuned = tune(backbone, experiment.baseline)
     generator = torch.Generator().manual_seed(experiment.seed)
     head = fresh_head(backbone, len(task.label_words), generator, experiment.pool)
     if experiment.baseline != "none":
         return attach(copied, head=head, tuned=tuned)
-    prompt = first_prompt(experiment, task, backbone, warm=warm, gradient=gradient).to(backbone.device)
+    prompt = build_prompt(experiment, task, backbone, initialize=initialize, gradient=gradient).to(backbone.device)
     return attach(
         backbone,
         prompt,
@@ -181,53 +183,56 @@ def build_prompted_model(
     )
 
 
-def first_prompt(
-    experiment: Experiment, task: Task, backbone: Backbone, *, warm: bool, gradient: Gradient | None = None
+def build_prompt(
+    experiment: Experiment, task: Task, backbone: Backbone, *, initialize: bool, gradient: Gradient | None = None
 ) -> SoftPrompt:
-    """The prompt before the first step.
+    """The prompt before its first step.
 
     Args:
-        warm: start as the experiment says: from its `start`, if it has one, or from a gradient. Not needed for a prompt
-            that will be loaded.
-        gradient: the loss's mean gradient at a prompt over some batches, for a method that starts from it.
+        initialize: from `init_prompt` or a gradient where the experiment asks for it; False for a prompt whose tensors
+            will be loaded.
+        gradient: the mean gradient of the loss at a prompt, for a method that initializes from it.
+
+    Raises:
+        ValueError: `init_prompt` cannot be the start of this prompt.
     """
     start, depth = None, backbone.layers if experiment.depth == "deep" else 1
-    if warm and experiment.init_prompt is not None:
+    if initialize and experiment.init_prompt is not None:
         folded = read_prompt(Path(experiment.init_prompt).expanduser(), backbone).fold()
         if not folded.plain:
             raise ValueError(
-                f"the prompt to start from, {experiment.init_prompt}, also changes the input's own embeddings, which a "
-                "new prompt cannot take over; start from a plain one (plain, dpt, residual, ...)"
+                f"the prompt of --init-prompt {experiment.init_prompt} also changes the input's own embeddings, which "
+                "a new prompt cannot start from; give one of plain, dpt, residual, ..."
             )
         if folded.depth != depth:
             raise ValueError(
-                f"the prompt to start from, {experiment.init_prompt}, is of {folded.depth} layers and the new one of "
+                f"the prompt of --init-prompt {experiment.init_prompt} has {folded.depth} layers and the new one "
                 f"{depth}; give both the same depth"
             )
         start = folded.prompt().detach().cpu()
     generator = torch.Generator().manual_seed(experiment.seed)
     hosts = backbone.hosts(depth, task.answers, start)
-    if not warm:  # what is made of it is replaced by what is loaded; any matrix of its shape will do
+    if not initialize:  # the tensors are replaced by loaded ones, so any matrix of the gradient's shape will do
         hosts = [dataclasses.replace(host, gradient=lambda rows, batches: rows) for host in hosts]
-    elif depth == 1:  # of a deep prompt, a layer's gradient would depend on the layers that are not built yet
+    elif depth == 1:  # in a deep prompt, a layer's gradient depends on layers that are not built yet
         hosts = [dataclasses.replace(host, gradient=gradient) for host in hosts]
     return build(experiment.prompt, hosts, generator)
 
 
 def create(experiment: Experiment, task: Task, backbone: Backbone, out: Path, name: str | None, data: str) -> Run:
-    """A new folder `out/name` with the experiment's record.
+    """Create the folder `out/name` with the experiment's record.
 
     Args:
-        name: none: made from task, method and seed, with a number where it is taken.
+        name: None: made from task, method and seed, with a number if that is taken.
         data: fingerprint of the rows.
 
     Raises:
-        FileExistsError: `name` is given and taken.
-        ValueError: `name` is no plain folder name.
+        FileExistsError: `name` is taken.
+        ValueError: `name` is not a plain folder name.
     """
     stem = f"{task.name}-{experiment.method}-{experiment.seed}"
     files.check_name(stem, "run name")
-    check_place(out, name)
+    check_new_run(out, name)
     record = {
         "format": _FORMAT,
         "hash": experiment.hash,
@@ -249,44 +254,44 @@ def create(experiment: Experiment, task: Task, backbone: Backbone, out: Path, na
     return Run(_claim(out, name, stem, json.dumps(record, indent=1)), experiment, task, record)
 
 
-def check_place(out: Path, name: str | None) -> None:
-    """Refuse what `create` could not make, before a backbone is loaded for it.
+def check_new_run(out: Path, name: str | None) -> None:
+    """Check that `create` can create `out/name`, before anything is loaded.
 
     Raises:
-        FileExistsError: `name` is given and taken.
-        ValueError: `name` is no plain folder name.
-        OSError: nothing can be written in `out`.
+        FileExistsError: `name` is taken.
+        ValueError: `name` is not a plain folder name.
+        OSError: `out` is not writable.
     """
     if name is not None:
         files.check_name(name, "run name")
         if (out / name).exists():
-            raise FileExistsError(_taken(out / name))
-    above = out.expanduser().absolute()
-    while not above.exists():
-        above = above.parent
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise OSError(
-            f"{out} cannot be written in ({above} is no folder that this user may write to); choose another --out"
-        )
+            raise FileExistsError(_taken_message(out / name))
+    existing = out.expanduser().absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OSError(f"{out} is not writable ({existing} is not a folder with write permission); choose another --out")
 
 
-def _taken(folder: Path) -> str:
+def _taken_message(folder: Path) -> str:
     return f"run {folder} exists and is never overwritten; choose another --name, or use --resume {folder}"
 
 
 def open_run(folder: str | Path) -> Run:
-    """The run in `folder`.
+    """Read the run in `folder`.
 
     Raises:
-        FileNotFoundError: there is no run there.
-        ValueError: its record is damaged or from a later version.
+        FileNotFoundError: there is no run in `folder`.
+        ValueError: the record is damaged or from a later version.
     """
     path = Path(folder).expanduser()
     if not (path / RECORD).is_file():
-        raise FileNotFoundError(f"{str(folder)!r} is no run: it has no {RECORD}; see softprompt list runs")
+        raise FileNotFoundError(f"{str(folder)!r} is not a run: it has no {RECORD}; see softprompt list runs")
     record = files.read_json(path / RECORD)
     if record.get("format") != _FORMAT:
-        raise ValueError(f"{path / RECORD} has format {record.get('format')!r}, this version reads {_FORMAT}; upgrade")
+        raise ValueError(
+            f"{path / RECORD} has format {record.get('format')!r}, this version reads {_FORMAT}; upgrade softprompt"
+        )
     try:
         experiment, task = Experiment.from_json(record["experiment"]), Task.from_json(record["task"])
         backbone = record["backbone"]
@@ -295,13 +300,13 @@ def open_run(folder: str | Path) -> Run:
         raise ValueError(f"{path / RECORD} lacks {error}; it is damaged, train again") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{path / RECORD} says what cannot be ({error}); it is damaged, or its method needs its --prompt-module"
+            f"{path / RECORD} is invalid ({error}); it is damaged, or its method needs --prompt-module"
         ) from error
     return Run(path, experiment, task, record)
 
 
-def opened(run: Run | str | Path) -> Run:
-    """The run, or the one in that folder; raises as `open_run` does, or `TypeError` for anything else."""
+def resolve_run(run: Run | str | Path) -> Run:
+    """Return `run`, or open the run in that folder; raises like `open_run`, or `TypeError` for anything else."""
     if isinstance(run, Run):
         return run
     if not isinstance(run, str | Path):
@@ -310,17 +315,17 @@ def opened(run: Run | str | Path) -> Run:
 
 
 def run_folders(out: Path) -> list[Path]:
-    """The folders below `out` that hold a run, by name, readable or not."""
+    """The folders in `out` that hold a run, readable or not, sorted by name."""
     return [record.parent for record in sorted(out.glob(f"*/{RECORD}")) if not record.parent.name.startswith(".")]
 
 
 def list_runs(out: Path) -> list[Run]:
-    """Every run below `out`, by name; raises as `open_run` does."""
+    """Open every run in `out`, sorted by name; raises like `open_run`."""
     return [open_run(folder) for folder in run_folders(out)]
 
 
 def read_prompt(folder: Path, backbone: Backbone) -> SoftPrompt:
-    """The prompt of a run, or of a plain PEFT prompt-tuning folder, for `backbone`."""
+    """Read the prompt of a run or of a PEFT prompt-tuning folder, for `backbone`."""
     if (folder / RECORD).is_file():
         return open_run(folder).prompt(backbone)
     file = folder / "adapter_model.safetensors"
@@ -329,23 +334,23 @@ def read_prompt(folder: Path, backbone: Backbone) -> SoftPrompt:
     tensors = files.read_adapter(folder)
     if "prompt_embeddings" not in tensors or len(tensors) > 1:
         raise ValueError(
-            f"{file} holds {', '.join(sorted(tensors))}; a plain PEFT prompt holds prompt_embeddings alone"
+            f"{file} holds {', '.join(sorted(tensors))}; a PEFT prompt-tuning folder holds only prompt_embeddings"
         )
     matrix = tensors["prompt_embeddings"].float()
     if matrix.ndim != 2 or matrix.shape[1] != backbone.dim or not bool(matrix.isfinite().all()):
         raise ValueError(
-            f"{file} has a prompt of shape {tuple(matrix.shape)}; {backbone.source} takes finite rows of {backbone.dim}"
+            f"{file} has a prompt of shape {tuple(matrix.shape)}; {backbone.source} needs finite rows of {backbone.dim}"
         )
     return Folded(matrix)
 
 
 def json_line(values: Mapping[str, Any]) -> str:
-    """One line of a JSONL file."""
+    """Format one line of a JSONL file."""
     return json.dumps(values) + "\n"
 
 
 def versions() -> dict[str, str]:
-    """What computed it."""
+    """The versions of Python, softprompt and the libraries that determine results."""
     packages = ("torch", "transformers", "accelerate", "datasets", "safetensors")
     return {
         "softprompt": __version__,
@@ -355,10 +360,10 @@ def versions() -> dict[str, str]:
 
 
 def _claim(out: Path, name: str | None, stem: str, record: str) -> Path:
-    """A folder that nobody had, with its record in it from the first moment; the rename decides between two processes.
+    """Create a folder with its record in one rename, so that two processes never get the same one.
 
     Raises:
-        FileExistsError: `name` is given and taken, or every name is.
+        FileExistsError: `name` is taken; or without a name, all of 9,999 names are.
     """
     for count in range(1, 10_000):
         folder = out / (name or (stem if count == 1 else f"{stem}-{count}"))
@@ -367,10 +372,10 @@ def _claim(out: Path, name: str | None, stem: str, record: str) -> Path:
                 draft.mkdir()
                 (draft / RECORD).write_text(record, encoding="utf-8")
         except OSError as error:
-            if error.errno not in _TAKEN or not folder.exists():
+            if error.errno not in _NAME_TAKEN or not folder.exists():
                 raise
             if name is not None:
-                raise FileExistsError(_taken(folder)) from None
+                raise FileExistsError(_taken_message(folder)) from None
         else:
             return folder
     raise FileExistsError(f"{out} has 9,999 runs named {stem}; give a --name")

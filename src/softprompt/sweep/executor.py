@@ -1,4 +1,4 @@
-"""Where trials run: one after another in this process, or as tasks of a Ray cluster."""
+"""Where a sweep's trials run: in this process, or as tasks of a Ray cluster."""
 
 import importlib.util
 import itertools
@@ -9,81 +9,88 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from softprompt.config import Experiment
-from softprompt.sweep.trial import BackboneCache, sentence, trial_name
+from softprompt.files import one_line
+from softprompt.sweep.trial import BackboneCache, trial_name
 from softprompt.training.callbacks import NamedCallback, NullCallback, TrainingCallback
 from softprompt.training.concurrent import run_concurrently
 from softprompt.training.step import Differentiate, differentiate
 
 ExecutorName = Literal["local", "ray"]
-"""`local`: this process; `ray`: a cluster, each trial a task."""
+"""`local`: this process; `ray`: a Ray cluster, with a task for each trial."""
 
 R = TypeVar("R")
-Work = Callable[[Experiment, BackboneCache, TrainingCallback, Differentiate], R]
-"""What is done with one experiment; it must be importable by name, to be found by the workers of a cluster."""
-Executor = Callable[[Work[Any], Sequence[Experiment], Callable[[Experiment, str], Any]], Iterator[Any]]
-"""Does the work on every experiment and yields what comes of it, as it comes.
+Job = Callable[[Experiment, BackboneCache, TrainingCallback, Differentiate], R]
+"""What is done with one experiment; Ray workers import it by name."""
+Executor = Callable[[Job[Any], Sequence[Experiment], Callable[[Experiment, str], Any]], Iterator[Any]]
+"""Runs the job on every experiment and yields the results as they come.
 
-The last argument makes an outcome of an experiment whose worker died, and the reason.
+The last argument makes the result of an experiment whose worker died, given the reason.
 """
 
-_HELD = BackboneCache()
-"""A Ray worker's own: its process takes one task after another."""
+_WORKER_CACHE = BackboneCache()
+"""The cache of a Ray worker, whose process runs one task after another."""
 
 
 @contextmanager
-def opened(
-    executor: ExecutorName,
-    watch: TrainingCallback,
+def open_executor(
+    name: ExecutorName,
+    callback: TrainingCallback,
     *,
-    at_once: int = 1,
+    concurrent: int = 1,
     ray_address: str | None = None,
     cpus: int | float = 1,
     gpus: int | float = 0,
 ) -> Iterator[Executor]:
-    """An engine to work with, until the block ends.
+    """Yield an executor, which can be used until the block ends.
 
     Args:
-        executor: which.
-        watch: who is told how a training in this process goes.
-        at_once: trainings that go on together in this process, on one backbone.
-        ray_address: of a running Ray cluster; none: one of this machine alone, for the time of the block.
-        cpus: processors a trial, of Ray.
-        gpus: graphics processors a trial, of Ray.
+        callback: receives the progress of runs in this process.
+        concurrent: the number of concurrent runs in this process.
+        ray_address: the address of a Ray cluster; None: a local one for the duration of the block.
+        cpus: CPUs per trial, for Ray.
+        gpus: GPUs per trial, for Ray.
 
     Raises:
-        ModuleNotFoundError: Ray without the extra `sweep`.
+        ModuleNotFoundError: Ray is requested without the extra `sweep`.
         ConnectionError: there is no cluster at `ray_address`.
     """
-    if executor == "local":
-        held = BackboneCache()
-
-        def each(work: Work[R], items: Sequence[Experiment], lost: Callable[[Experiment, str], R]) -> Iterator[R]:
-            # A baseline has a copy of the whole backbone, so these are trained one by one.
-            ordered = sorted(items, key=_room) if at_once > 1 else items
-            for (*_, baseline), group in itertools.groupby(ordered, key=_room):
-                count = 1 if baseline else at_once
-                told = ((one, watch if count == 1 else NamedCallback(trial_name(one), watch)) for one in group)
-                works = (partial(work, one, held, watcher) for one, watcher in told)
-                yield from run_concurrently(works, count, watch.note)
-
-        yield each
+    if name == "local":
+        yield _local_executor(callback, concurrent)
         return
     if importlib.util.find_spec("ray") is None:
         raise ModuleNotFoundError("the executor ray needs Ray; install it with: pip install 'softprompt[sweep]'")
-    with _cluster(ray_address) as ray:
-        yield _ray_each(ray, cpus, gpus)
+    with _ray_cluster(ray_address) as ray:
+        yield _ray_executor(ray, cpus, gpus)
 
 
-def _room(experiment: Experiment) -> tuple[str, str, bool]:
-    """What trainings at a time have in common."""
+def _local_executor(callback: TrainingCallback, concurrent: int) -> Executor:
+    cache = BackboneCache()
+
+    def execute(job: Job[R], experiments: Sequence[Experiment], on_lost: Callable[[Experiment, str], R]) -> Iterator[R]:
+        ordered = sorted(experiments, key=_sharing_key) if concurrent > 1 else experiments
+        for (*_, is_baseline), group in itertools.groupby(ordered, key=_sharing_key):
+            # A baseline has its own copy of the backbone, so baselines are trained one by one.
+            count = 1 if is_baseline else concurrent
+
+            def callback_of(experiment: Experiment, count: int = count) -> TrainingCallback:
+                return callback if count == 1 else NamedCallback(trial_name(experiment), callback)
+
+            jobs = (partial(job, experiment, cache, callback_of(experiment)) for experiment in group)
+            yield from run_concurrently(jobs, count, callback.on_note)
+
+    return execute
+
+
+def _sharing_key(experiment: Experiment) -> tuple[str, str, bool]:
+    """Experiments with equal keys may run concurrently."""
     return experiment.backbone, experiment.backbone_dtype, experiment.baseline != "none"
 
 
 @contextmanager
-def _cluster(ray_address: str | None) -> Iterator[Any]:
-    """Ray, connected; a cluster that was there before is left as it was."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends nothing anywhere
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # with --gpus 0 a worker sees what the user sees
+def _ray_cluster(ray_address: str | None) -> Iterator[Any]:
+    """Yield Ray, connected; a connection that already existed stays open."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends no usage statistics
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # with --gpus 0 a worker sees the user's GPUs
     import ray
 
     if ray.is_initialized():
@@ -94,35 +101,35 @@ def _cluster(ray_address: str | None) -> Iterator[Any]:
         ray.init(address=ray_address or "local", log_to_driver=False, logging_level="error", **local)
     except Exception as error:
         where = f"at {ray_address}; give the --ray-address of a running one" if ray_address else "on this machine"
-        raise ConnectionError(f"Ray cannot be used {where} ({sentence(error)})") from None
+        raise ConnectionError(f"Ray cannot be used {where} ({one_line(error)})") from None
     try:
         yield ray
     finally:
         ray.shutdown()
 
 
-def _ray_each(ray: Any, cpus: int | float, gpus: int | float) -> Executor:
-    # A task whose worker dies is started again; its run then goes on from its last checkpoint.
-    remote = ray.remote(_remote).options(num_cpus=cpus, num_gpus=gpus, max_retries=2)
+def _ray_executor(ray: Any, cpus: int | float, gpus: int | float) -> Executor:
+    # Ray restarts a task whose worker died; its run then resumes from its last checkpoint.
+    remote = ray.remote(_run_in_worker).options(num_cpus=cpus, num_gpus=gpus, max_retries=2)
 
-    def each(work: Work[R], items: Sequence[Experiment], lost: Callable[[Experiment, str], R]) -> Iterator[R]:
-        waiting = {remote.remote(work, item): item for item in items}
+    def execute(job: Job[R], experiments: Sequence[Experiment], on_lost: Callable[[Experiment, str], R]) -> Iterator[R]:
+        pending = {remote.remote(job, experiment): experiment for experiment in experiments}
         try:
-            while waiting:
-                [ready], _ = ray.wait(list(waiting), num_returns=1)
-                item = waiting.pop(ready)
+            while pending:
+                [ready], _ = ray.wait(list(pending), num_returns=1)
+                experiment = pending.pop(ready)
                 try:
-                    outcome = ray.get(ready)
+                    result = ray.get(ready)
                 except ray.exceptions.RayError as error:
-                    said = str(error).strip().splitlines() or [type(error).__name__]
-                    outcome = lost(item, f"its worker is lost: {said[-1]}")
-                yield outcome
+                    lines = str(error).strip().splitlines() or [type(error).__name__]
+                    result = on_lost(experiment, f"its worker is lost: {lines[-1]}")
+                yield result
         finally:
-            for task in waiting:  # of an interrupted sweep
+            for task in pending:  # after an interrupt
                 ray.cancel(task, force=True)
 
-    return each
+    return execute
 
 
-def _remote(work: Work[R], item: Experiment) -> R:
-    return work(item, _HELD, NullCallback(), differentiate)
+def _run_in_worker(job: Job[R], experiment: Experiment) -> R:
+    return job(experiment, _WORKER_CACHE, NullCallback(), differentiate)

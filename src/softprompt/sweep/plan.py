@@ -1,4 +1,4 @@
-"""A sweep's file, and the experiments that it says: every combination of its lists."""
+"""A sweep's file, and its experiments: every combination of its lists."""
 
 import itertools
 import tomllib
@@ -14,11 +14,12 @@ from softprompt.sweep.settings import (
     Choices,
     as_table,
     as_tables,
+    check_known,
     choices,
     dotted,
     fitting,
     hints,
-    refuse_unknown,
+    is_table_array,
     set_values,
     split,
 )
@@ -34,12 +35,12 @@ _METHOD_KEYS = ("name", "baseline", "published", "only", "training")
 @final
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep's file says."""
+    """The content of a sweep's file."""
 
     experiments: tuple[Experiment, ...]
-    """Each once, in the file's order."""
+    """All experiments without duplicates, in the file's order."""
     search: Search | None = None
-    """What is still to be chosen in each of them; none: nothing."""
+    """The search that chooses further values of the experiments, if there is one."""
 
 
 @final
@@ -48,95 +49,103 @@ class _Method:
     """One `[[method]]` table."""
 
     where: str
+    """The table's location in the file, for messages."""
     config: type[PromptConfig] | None
     """None for a baseline."""
     baseline: Baseline = "none"
     published: bool = False
     only: tuple[str, ...] = ()
-    """The tasks that it is for; empty: all."""
+    """The tasks that the method is limited to; empty: all."""
     choices: Choices
 
 
 def read(file: str | Path, data: str | Path | None = None) -> Plan:
-    """The plan in a sweep's TOML file; paths in it are relative to its folder.
+    """Read a sweep's TOML file; paths in it are relative to its folder.
 
         backbone = "smollm2-135m"             # any field of Experiment; any value may be a list
         seed = [0, 1, 2]
-        [training]                            # any field of Training
+        [training]                            # any field of TrainingConfig
         shots = 32
-        [[task]]                              # or task = "cb" above; `training` and `data` are for this task alone
+        [[task]]                              # or task = "cb" above; `training` and `data` apply to these tasks only
         name = ["cb", "copa:dpt"]
         data = "superglue"
-        [[method]]                            # `training`, and any setting of the method
+        [[method]]                            # `training`, and any setting of the method itself
         name = "dpt"                          # or baseline = "lora"
-        published = true                      # the paper's settings instead of ours, where none is given
+        published = true                      # the paper's settings as defaults instead of ours
         rank = [5, 10]
 
-    A table `[prompt]` is for every method that has its settings, `only = ["cb"]` limits a method to tasks, and
-    `[search]` leaves values to be chosen by the development score.
+    A table `[prompt]` applies to every method that has its settings, `only = ["cb"]` limits a method to tasks, and
+    `[search]` chooses values by the development score.
 
     Args:
         file: the TOML file.
-        data: the folder in which relative `data` begins, in place of the file's own.
+        data: the folder that relative `data` starts from, instead of the file's own folder.
 
     Raises:
-        FileNotFoundError: no such file, or no such data.
-        ValueError: a key or value that cannot be, by name.
+        FileNotFoundError: the file or its data does not exist.
+        ValueError: an invalid key or value, by name.
     """
     path = Path(file).expanduser()
     values = _toml(path)
     experiments = expand(values, str(file))
-    if data is not None and not any(one.data for one in experiments):
-        raise ValueError(f'{file} says data of no task, so --data {data} begins nothing; add the line data = "."')
-    begins = path.parent if data is None else Path(data).expanduser()
-    located = tuple(_located(one, path.resolve().parent, begins.resolve(), str(file)) for one in experiments)
-    for task, where in dict.fromkeys((one.task, one.data) for one in located):
-        _refuse_unknown_task(task, where, str(file))
-    return Plan(located, read_search(values["search"], located, str(file)) if "search" in values else None)
+    if data is not None and not any(experiment.data for experiment in experiments):
+        raise ValueError(f'{file} sets data for no task, so --data {data} has no effect; add the line data = "."')
+    data_folder = path.parent if data is None else Path(data).expanduser()
+    experiments = tuple(
+        _with_absolute_paths(experiment, path.resolve().parent, data_folder.resolve(), str(file))
+        for experiment in experiments
+    )
+    for task, task_data in dict.fromkeys((experiment.task, experiment.data) for experiment in experiments):
+        _check_task(task, task_data, str(file))
+    return Plan(experiments, read_search(values["search"], experiments, str(file)) if "search" in values else None)
 
 
 def expand(values: Mapping[str, Any], source: str) -> tuple[Experiment, ...]:
-    """Every combination of the lists in a sweep's tables, each experiment once; the seed varies fastest.
+    """Every combination of the lists in a sweep's tables, without duplicates; the seed varies fastest.
 
     Args:
-        values: as TOML gives them.
-        source: what to call the file in a message.
+        values: the parsed TOML.
+        source: the file's name, for messages.
 
     Raises:
-        ValueError: a key or value that cannot be, by name.
+        ValueError: an invalid key or value, by name.
 
-    >>> [one.prompt.length for one in expand({"method": [{"name": "plain", "length": [5, 10]}]}, "file")]
+    >>> experiments = expand({"method": [{"name": "plain", "length": [5, 10]}]}, "file")
+    >>> [experiment.prompt.length for experiment in experiments]
     [5, 10]
     """
     unique: dict[str, Experiment] = {}
     search = as_table(values.get("search", {}), f"{source}: search")
     searched = dotted(as_table(search.get("space", {}), f"{source}: [search] space"))
-    for method, listed in _combined(values, source):
-        listed |= _first(searched, method, listed)
-        for settings in _product(listed):
-            experiment = _build(method, settings)
+    for method, settings in _methods_and_tasks(values, source):
+        settings |= _placeholders(searched, method, settings)
+        for combination in _combinations(settings):
+            experiment = _build(method, combination)
             unique.setdefault(experiment.hash, experiment)
     return tuple(unique.values())
 
 
-def _first(searched: Mapping[str, Any], method: _Method, listed: Choices) -> Choices:
-    """A value for each setting of the method that a search will choose: what holds until then has to fit together."""
-    found = Choices()
-    for name, choice in searched.items():
+def _placeholders(searched: Mapping[str, Any], method: _Method, settings: Choices) -> Choices:
+    """The first value of each of the method's searched settings: until one is chosen, they too must fit together."""
+    first_values = Choices()
+    for name, dimension in searched.items():
         part, _, key = name.rpartition(".")
         kind = {"training": TrainingConfig, "prompt": method.config}.get(part)
-        first = choice.get("low") if isinstance(choice, Mapping) else choice[0] if isinstance(choice, list) else None
+        if isinstance(dimension, Mapping):
+            first = dimension.get("low")
+        else:
+            first = dimension[0] if isinstance(dimension, list) else None
         if kind is None or key not in hints(kind) or first is None:
-            continue  # said by name where the space is read
-        if len(listed.get(name, ())) > 1:
+            continue  # `read_search` reports it
+        if len(settings.get(name, ())) > 1:
             raise ValueError(f"{method.where} has a list of {name}, which [search.space] chooses; leave one out")
-        found |= choices({key: first}, kind, f"{method.where} [search.space]", f"{part}.")
-    return found
+        first_values |= choices({key: first}, kind, f"{method.where} [search.space]", f"{part}.")
+    return first_values
 
 
 def _toml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; give the path of a sweep's .toml file")
+        raise FileNotFoundError(f"{path} does not exist; give the path of a sweep's .toml file")
     try:
         return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -145,46 +154,42 @@ def _toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not TOML: {error}; correct it there") from None
 
 
-def _combined(values: Mapping[str, Any], source: str) -> Iterator[tuple[_Method, Choices]]:
-    """Every method with every task that it is for, and the choices that hold there."""
-    tables = [name for name in _TABLES if name != "task" or _all_tables(values.get("task"))]
-    own = {key: value for key, value in values.items() if key not in tables}
-    refuse_unknown(own, [*hints(Experiment), *_TABLES], source)
-    top = choices(own, Experiment, source + ":")
-    top |= choices(values.get("training", {}), TrainingConfig, f"{source}: [training]", "training.")
+def _methods_and_tasks(values: Mapping[str, Any], source: str) -> Iterator[tuple[_Method, Choices]]:
+    """Every method with each `[[task]]` table, and the settings that apply to the two."""
+    tables = [name for name in _TABLES if name != "task" or is_table_array(values.get("task"))]
+    top_level = {key: value for key, value in values.items() if key not in tables}
+    check_known(top_level, [*hints(Experiment), *_TABLES], source)
+    common = choices(top_level, Experiment, source + ":")
+    common |= choices(values.get("training", {}), TrainingConfig, f"{source}: [training]", "training.")
     tasks = _tasks(values, source) if "task" in tables and "task" in values else [Choices()]
     methods = list(_methods(values, source))
-    names = {name for task in tasks for name in (top | task).get("task", (Experiment().task,))}
+    all_tasks = {name for task in tasks for name in (common | task).get("task", (Experiment().task,))}
     for method in methods:
-        if unknown := sorted(set(method.only) - names):
+        if unknown := sorted(set(method.only) - all_tasks):
             raise ValueError(
-                f"{method.where} is only for {unknown[0]!r}, no task of this file; {suggest(unknown[0], names)}"
+                f"{method.where} is only for {unknown[0]!r}, not a task of this file; {suggest(unknown[0], all_tasks)}"
             )
     for task, method in itertools.product(tasks, methods):
         if both := sorted(set(task) & set(method.choices)):
             raise ValueError(f"{method.where} and a [[task]] both set {both[0]}; leave one out")
-        listed = top | task | method.choices
-        named = listed.get("task", (Experiment().task,))
+        settings = common | task | method.choices
+        names = settings.get("task", (Experiment().task,))
         if method.only:
-            named = tuple(name for name in named if name in method.only)
-        if named:
-            yield method, listed | {"task": named}
-
-
-def _all_tables(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, Mapping) for one in value)
+            names = tuple(name for name in names if name in method.only)
+        if names:
+            yield method, settings | {"task": names}
 
 
 def _tasks(values: Mapping[str, Any], source: str) -> list[Choices]:
-    found = []
+    tasks = []
     for where, table in as_tables(values["task"], "task", source):
-        refuse_unknown(table, ("name", "data", "training"), where)
+        check_known(table, ("name", "data", "training"), where)
         if "name" not in table:
-            raise ValueError(f'{where} has no name; add the line name = "cb", or that of another task')
-        settings = {"task" if key == "name" else key: value for key, value in table.items() if key != "training"}
-        own = choices(settings, Experiment, where)
-        found.append(own | choices(table.get("training", {}), TrainingConfig, f"{where} training", "training."))
-    return found
+            raise ValueError(f'{where} has no name; add the line name = "cb", or the name of another task')
+        fields = {"task" if key == "name" else key: value for key, value in table.items() if key != "training"}
+        settings = choices(fields, Experiment, where)
+        tasks.append(settings | choices(table.get("training", {}), TrainingConfig, f"{where} training", "training."))
+    return tasks
 
 
 def _methods(values: Mapping[str, Any], source: str) -> Iterator[_Method]:
@@ -192,71 +197,72 @@ def _methods(values: Mapping[str, Any], source: str) -> Iterator[_Method]:
     default = [(source, {"name": Experiment().prompt.name})]
     tables = as_tables(values["method"], "method", source) if "method" in values else default
     used = {name for _, table in tables if (config := METHODS.get(str(table.get("name")))) for name in hints(config)}
-    refuse_unknown(shared, used, f"{source}: [prompt]")
+    check_known(shared, used, f"{source}: [prompt]")
     for where, table in tables:
         if ("name" in table) == ("baseline" in table):
-            raise ValueError(f'{where} must have either a name ("dpt") or a baseline ("lora"), and has not')
+            raise ValueError(f'{where} must have either a name ("dpt") or a baseline ("lora")')
         training = choices(table.get("training", {}), TrainingConfig, f"{where} training", "training.")
         settings = {key: value for key, value in table.items() if key not in _METHOD_KEYS}
         only = _only_tasks(table.get("only", []), where)
         if "baseline" in table:
-            refuse_unknown(table, ("baseline", "only", "training"), where)
+            check_known(table, ("baseline", "only", "training"), where)
             baseline = fitting(Baseline, table["baseline"], f"{where} baseline")
             if baseline == "none":
                 raise ValueError(f"{where} baseline is 'none'; leave the table out")
             yield _Method(where=where, config=None, baseline=baseline, only=only, choices=training)
             continue
         if (name := table["name"]) not in METHODS:
-            raise ValueError(f"{where} name is {name!r}, which is no method; {suggest(str(name), METHODS)}")
+            raise ValueError(f"{where} name is {name!r}, which is not a method; {suggest(str(name), METHODS)}")
         config = METHODS[name]
-        refuse_unknown(table, [*hints(config), *_METHOD_KEYS], where)
-        mine = {key: value for key, value in shared.items() if key in hints(config)}
-        prompt = choices(mine, config, f"{source}: [prompt]", "prompt.") | choices(settings, config, where, "prompt.")
+        check_known(table, [*hints(config), *_METHOD_KEYS], where)
+        applicable = {key: value for key, value in shared.items() if key in hints(config)}
+        prompt = choices(applicable, config, f"{source}: [prompt]", "prompt.")
+        prompt |= choices(settings, config, where, "prompt.")
         published = fitting(bool, table.get("published", False), f"{where} published")
         yield _Method(where=where, config=config, published=published, only=only, choices=training | prompt)
 
 
 def _only_tasks(value: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise ValueError(f"{where} only is {value!r}; it must be a list of this file's tasks")
     return tuple(value)
 
 
-def _product(listed: Choices) -> Iterator[dict[str, Any]]:
-    names = sorted(listed, key=lambda name: (name != "task", name == "seed"))
-    for values in itertools.product(*(listed[name] for name in names)):
+def _combinations(settings: Choices) -> Iterator[dict[str, Any]]:
+    names = sorted(settings, key=lambda name: (name != "task", name == "seed"))
+    for values in itertools.product(*(settings[name] for name in names)):
         yield dict(zip(names, values, strict=True))
 
 
-def _build(method: _Method, settings: Mapping[str, Any]) -> Experiment:
+def _build(method: _Method, values: Mapping[str, Any]) -> Experiment:
     prompt = Experiment().prompt
     try:
         if method.config is not None:
-            # Not built first and changed after: the defaults need not fit together with what is given.
-            given = split(settings)["prompt"]
-            prompt = method.config.published().replace(**given) if method.published else method.config(**given)
-        rest = {name: value for name, value in settings.items() if not name.startswith("prompt.")}
-        return set_values(Experiment(prompt=prompt, baseline=method.baseline), rest)
+            # Built with its values at once: they need not fit together with the defaults.
+            fields = split(values)["prompt"]
+            prompt = method.config.published().replace(**fields) if method.published else method.config(**fields)
+        others = {name: value for name, value in values.items() if not name.startswith("prompt.")}
+        return set_values(Experiment(prompt=prompt, baseline=method.baseline), others)
     except ValueError as error:
         raise ValueError(f"{method.where}: {error}") from None
 
 
-def _located(experiment: Experiment, folder: Path, begins: Path, source: str) -> Experiment:
-    """The same with absolute paths: the file's paths begin in its `folder`, its data in `begins`."""
+def _with_absolute_paths(experiment: Experiment, folder: Path, data_folder: Path, source: str) -> Experiment:
+    """The experiment with absolute paths: the file's paths start from its `folder`, its data from `data_folder`."""
     changes: dict[str, Any] = {}
     for name in ("backbone", "task", "init_prompt"):
         value = getattr(experiment, name)
         if value and value not in ASSETS and value.partition(":")[0] not in TASKS and (folder / value).exists():
             changes[name] = str((folder / value).resolve())
     if experiment.data is not None:
-        place = begins / Path(experiment.data).expanduser()
-        if not place.exists():
-            raise FileNotFoundError(f"{source}: data is {experiment.data!r}, and there is no {place}; see --data")
-        changes["data"] = str(place.resolve())
-    return experiment.replace(**changes).located()
+        data = data_folder / Path(experiment.data).expanduser()
+        if not data.exists():
+            raise FileNotFoundError(f"{source}: data is {experiment.data!r}, and {data} does not exist; see --data")
+        changes["data"] = str(data.resolve())
+    return experiment.replace(**changes).with_absolute_paths()
 
 
-def _refuse_unknown_task(task: str, data: str | None, source: str) -> None:
+def _check_task(task: str, data: str | None, source: str) -> None:
     try:
         load_task(task, data)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Values chosen by the development score: an Optuna study in a journal file, which goes on where it stopped."""
+"""Hyperparameter search by the development score: an Optuna study in a journal file, which can be resumed."""
 
 import hashlib
 import importlib.util
@@ -9,10 +9,11 @@ from typing import Any, final
 
 from softprompt import files
 from softprompt.config import Experiment
+from softprompt.files import one_line
 from softprompt.runs import Run
 from softprompt.sweep.settings import set_values
 from softprompt.sweep.space import Range, Search, Space
-from softprompt.sweep.trial import BackboneCache, State, TrialResult, begun, go_on, sentence, start, trial_name
+from softprompt.sweep.trial import BackboneCache, State, TrialResult, find_run, resume_run, start_run, trial_name
 from softprompt.training.callbacks import Interrupted, Progress, TrainingCallback
 from softprompt.training.step import Differentiate
 
@@ -22,126 +23,133 @@ JOURNAL = "study.journal"
 @final
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search came to, for one cell of a sweep."""
+    """The result of the search for one cell of a sweep."""
 
     cell: Experiment
     study: str
-    """Its folder's name below `search`."""
+    """The name of the study's folder in `search`."""
     trials: tuple[TrialResult, ...]
-    """In the order of the draws."""
+    """The study's trials, in order."""
     values: Mapping[str, Any] | None
-    """The values with the best development score, the earliest of equals; none where every trial failed."""
+    """The values with the best development score (the earliest of equals); None if every trial failed."""
     dev: float | None
-    """That score."""
+    """The best development score."""
 
 
 class Pruned(Exception):
-    """A training was stopped because others did better at the same step."""
+    """A trial was stopped because earlier ones did better at the same step."""
 
 
 @final
-class _Pruning:
-    """A `TrainingCallback` that reports each development score to the study and ends a training that it prunes."""
+class _PruningCallback:
+    """A `TrainingCallback` that reports development scores to the study and stops a trial that the study prunes."""
 
-    def __init__(self, watch: TrainingCallback, trial: Any, reported: Iterable[int], prune: bool) -> None:
-        self._watch, self._trial, self._reported, self._prune = watch, trial, set(reported), prune
+    def __init__(self, callback: TrainingCallback, trial: Any, reported: Iterable[int], prune: bool) -> None:
+        self._callback, self._trial, self._reported, self._prune = callback, trial, set(reported), prune
 
-    def stage(self, text: str) -> None:
-        """Pass it on."""
-        self._watch.stage(text)
+    def on_stage(self, text: str) -> None:
+        """Pass the stage on."""
+        self._callback.on_stage(text)
 
-    def note(self, text: str) -> None:
-        """Pass it on."""
-        self._watch.note(text)
+    def on_note(self, text: str) -> None:
+        """Pass the note on."""
+        self._callback.on_note(text)
 
-    def step(self, progress: Progress) -> None:
-        """Judge by a new score."""
-        self._watch.step(progress)
-        if progress.dev is None:
-            return
-        self._judge(progress.step, progress.dev.value, progress.steps)
+    def on_step(self, progress: Progress) -> None:
+        """Report a new development score.
 
-    def go_on(self, run: Run) -> None:
-        """Judge by the scores that a stopped process has left: it may have died before it could report the last."""
+        Raises:
+            Pruned: the study prunes the trial.
+        """
+        self._callback.on_step(progress)
+        if progress.dev is not None:
+            self._report(progress.step, progress.dev.value, progress.steps)
+
+    def report_history(self, run: Run) -> None:
+        """Report the scores in a stopped run's metrics: its process may have died before it reported the last one.
+
+        Raises:
+            Pruned: the study prunes the trial.
+        """
         for line in run.metrics():
             if "dev" in line:
-                self._judge(line["step"], line["dev"], run.experiment.training.steps)
+                self._report(line["step"], line["dev"], run.experiment.training.steps)
 
-    def _judge(self, step: int, dev: float, steps: int) -> None:
-        """Report a score once; at the last step nothing is pruned, there is nothing left to save."""
+    def _report(self, step: int, dev: float, steps: int) -> None:
+        """Report a score unless it was reported before; at the last step nothing is pruned, since nothing is saved."""
         if step not in self._reported:
             self._reported.add(step)
             self._trial.report(dev, step)
-        # Optuna judges by the last score reported, whichever is in hand; an earlier one was judged in its time.
+        # Optuna decides by the last score reported; earlier scores were decided on when they were new.
         if self._prune and step == max(self._reported) < steps and self._trial.should_prune():
             raise Pruned
 
 
-def need_optuna() -> None:
-    """Refuse a search without the extra `sweep`.
+def check_optuna() -> None:
+    """Check that Optuna is installed.
 
     Raises:
-        ModuleNotFoundError: Optuna is missing.
+        ModuleNotFoundError: Optuna is not installed.
     """
     if importlib.util.find_spec("optuna") is None:
         raise ModuleNotFoundError("a search needs Optuna; install it with: pip install 'softprompt[sweep]'")
 
 
-def choose(
+def run_search(
     cell: Experiment,
     search: Search,
     out: Path,
-    held: BackboneCache,
-    watch: TrainingCallback,
+    cache: BackboneCache,
+    callback: TrainingCallback,
     differentiate: Differentiate,
 ) -> SearchResult:
-    """Go on with the cell's study in `out/search` until it has all its trials; what its values raise ends a trial.
+    """Run the cell's study in `out/search` until it has all its trials; an error caused by the values fails one trial.
 
-    Test scores are never looked at.
+    Only development scores are used, never test scores.
 
     Raises:
-        Interrupted: Ctrl-C; what is done is kept.
-        OSError: files, disk or network fail, which says nothing of the values; the trial is begun again next time.
-        RuntimeError: another process is at this study.
-        ValueError: the study was begun on other rows.
+        Interrupted: Ctrl-C; what is done is saved.
+        OSError: files, disk or network failed, independently of the values; the trial is run again next time.
+        RuntimeError: another process is working on this study.
+        ValueError: the study was started on other rows.
     """
-    need_optuna()
+    check_optuna()
     name = search.study(cell)
     folder = out / "search" / name
     folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder):
-        study = _study(folder / JOURNAL, name, search)
-        rows = held.rows_if_readable(cell, f"search {name}", watch)
-        if rows is not None:
-            _refuse_other_rows(study, folder, rows)
-        fresh: set[int] = set()
+        study = _open_study(folder / JOURNAL, name, search)
+        fingerprint = cache.readable_fingerprint(cell, f"search {name}", callback)
+        if fingerprint is not None:
+            _check_rows(study, folder, fingerprint)
+        run_now: set[int] = set()
         for number in range(search.trials):
             if number < len(study.trials) and study.trials[number].state.is_finished():
                 continue
-            watch.note(f"search {name}: trial {number + 1} of {search.trials}")
-            fresh.add(number)
-            _one(study, number, cell, search, folder, held, watch, differentiate)
-        return _found(study, cell, search, folder, name, fresh)
+            callback.on_note(f"search {name}: trial {number + 1} of {search.trials}")
+            run_now.add(number)
+            _run_study_trial(study, number, cell, search, folder, cache, callback, differentiate)
+        return _search_result(study, cell, search, folder, name, run_now)
 
 
 @final
 class _Unlocked:
-    """In place of Optuna's lock, which would outlive a killed process: the study's folder is locked already."""
+    """Replaces Optuna's lock, which would outlive a killed process; the study's folder is already locked."""
 
     def acquire(self) -> bool:
-        """At once."""
+        """Do nothing."""
         return True
 
     def release(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
-def _study(journal: Path, name: str, search: Search) -> Any:
+def _open_study(journal: Path, name: str, search: Search) -> Any:
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    _mend(journal)
+    _repair_journal(journal)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal), lock_obj=_Unlocked()))
     pruner = optuna.pruners.MedianPruner(n_startup_trials=search.warmup)
     return optuna.create_study(
@@ -149,22 +157,24 @@ def _study(journal: Path, name: str, search: Search) -> Any:
     )
 
 
-def _refuse_other_rows(study: Any, folder: Path, rows: str) -> None:
-    if study.user_attrs.get("rows", rows) != rows:
-        raise ValueError(f"{folder} was begun on another task or on other rows; move it away, or choose another --out")
+def _check_rows(study: Any, folder: Path, fingerprint: str) -> None:
+    if study.user_attrs.get("rows", fingerprint) != fingerprint:
+        raise ValueError(
+            f"the task or the rows of {folder} have changed since it was started; move it away, or choose another --out"
+        )
     if "rows" not in study.user_attrs:
-        study.set_user_attr("rows", rows)
+        study.set_user_attr("rows", fingerprint)
 
 
-def _mend(journal: Path) -> None:
-    """Cut off a last line that a killed process left unfinished: Optuna would write on behind it."""
+def _repair_journal(journal: Path) -> None:
+    """Remove an incomplete last line left by a killed process, to which Optuna would append."""
     if journal.is_file() and (text := journal.read_bytes()) and not text.endswith(b"\n"):
         with journal.open("rb+") as stream:
             stream.truncate(text.rfind(b"\n") + 1)
 
 
 def _sampler(search: Search, number: int) -> Any:
-    """A sampler for one trial: its draws follow the seed and the trial's number, however often the study stopped."""
+    """A sampler for one trial, seeded by the search and the trial's number, so that resuming changes no draw."""
     import optuna
 
     seed = int(hashlib.sha256(f"{search.seed}:{number}".encode()).hexdigest()[:8], 16)
@@ -173,85 +183,92 @@ def _sampler(search: Search, number: int) -> Any:
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=search.warmup)
 
 
-def _one(
+def _run_study_trial(
     study: Any,
     number: int,
     cell: Experiment,
     search: Search,
     folder: Path,
-    held: BackboneCache,
-    watch: TrainingCallback,
+    cache: BackboneCache,
+    callback: TrainingCallback,
     differentiate: Differentiate,
 ) -> None:
     import optuna
 
     space = search.fitting(cell)
     if number == len(study.trials):
-        study.enqueue_trial(_drawn(study, number, search, space))
-    waits = study.trials[number].state == optuna.trial.TrialState.WAITING
-    # One that runs was begun by a process that was stopped.
-    trial = study.ask() if waits else optuna.trial.Trial(study, study.trials[number]._trial_id)
-    values = {name: _draw(trial, name, choice) for name, choice in space.items()}
-    known = study.trials[number].intermediate_values
+        study.enqueue_trial(_sample_values(study, number, search, space))
+    is_waiting = study.trials[number].state == optuna.trial.TrialState.WAITING
+    # A trial that is not waiting was started by a process that has been stopped.
+    trial = study.ask() if is_waiting else optuna.trial.Trial(study, study.trials[number]._trial_id)
+    values = {name: _suggest(trial, name, dimension) for name, dimension in space.items()}
+    reported = study.trials[number].intermediate_values
+    pruning_callback = _PruningCallback(callback, trial, reported, search.prune)
     try:
         experiment = set_values(cell, values)
-        run = _trained(experiment, folder, held, _Pruning(watch, trial, known, search.prune), differentiate)
+        run = _finished_run(experiment, folder, cache, pruning_callback, differentiate)
     except (Interrupted, OSError):
         raise
     except Pruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     except Exception as error:
-        trial.set_user_attr("problem", sentence(error))
+        trial.set_user_attr("problem", one_line(error))
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
     else:
         study.tell(trial, float((run.results or {})["dev"]))
 
 
-def _trained(
-    experiment: Experiment, folder: Path, held: BackboneCache, watch: _Pruning, differentiate: Differentiate
+def _finished_run(
+    experiment: Experiment,
+    folder: Path,
+    cache: BackboneCache,
+    callback: _PruningCallback,
+    differentiate: Differentiate,
 ) -> Run:
-    """The finished run; two trials with equal values share it."""
-    run = begun(experiment, folder)
+    """The experiment's run, trained to its end if it is unfinished; trials with equal values share a run."""
+    run = find_run(experiment, folder)
     if run is None:
-        return start(experiment, folder, held, watch, differentiate)
+        return start_run(experiment, folder, cache, callback, differentiate)
     if run.results is not None:
         return run
-    watch.go_on(run)
-    return go_on(run, experiment, held, watch, differentiate)
+    callback.report_history(run)
+    return resume_run(run, experiment, cache, callback, differentiate)
 
 
-def _drawn(study: Any, number: int, search: Search, space: Space) -> dict[str, Any]:
-    """The values of a trial, drawn on a copy in memory: whatever stops a process, none are drawn without the others."""
+def _sample_values(study: Any, number: int, search: Search, space: Space) -> dict[str, Any]:
+    """The values of a trial, sampled on a copy of the study in memory, so that the journal gets all of them or none."""
     import optuna
 
     copy = optuna.create_study(direction="maximize", sampler=_sampler(search, number))
     copy.add_trials(study.trials)
     trial = copy.ask()
-    return {name: _draw(trial, name, choice) for name, choice in space.items()}
+    return {name: _suggest(trial, name, dimension) for name, dimension in space.items()}
 
 
-def _draw(trial: Any, name: str, choice: Range | tuple[Any, ...]) -> Any:
-    if not isinstance(choice, Range):
-        return trial.suggest_categorical(name, choice)
-    suggest = trial.suggest_int if choice.whole else trial.suggest_float
-    return suggest(name, choice.low, choice.high, log=choice.log)
+def _suggest(trial: Any, name: str, dimension: Range | tuple[Any, ...]) -> Any:
+    if not isinstance(dimension, Range):
+        return trial.suggest_categorical(name, dimension)
+    suggest = trial.suggest_int if dimension.integer else trial.suggest_float
+    return suggest(name, dimension.low, dimension.high, log=dimension.log)
 
 
-def _found(study: Any, cell: Experiment, search: Search, folder: Path, name: str, fresh: set[int]) -> SearchResult:
-    outcomes, best = [], None
+def _search_result(
+    study: Any, cell: Experiment, search: Search, folder: Path, name: str, run_now: set[int]
+) -> SearchResult:
+    trials, best = [], None
     for trial in study.trials[: search.trials]:
-        finished = trial.state.name == "COMPLETE"
-        states: dict[str, State] = {"COMPLETE": "done" if trial.number in fresh else "skipped", "PRUNED": "pruned"}
+        is_finished = trial.state.name == "COMPLETE"
+        states: dict[str, State] = {"COMPLETE": "done" if trial.number in run_now else "skipped", "PRUNED": "pruned"}
         try:
             experiment = set_values(cell, trial.params)
         except ValueError:
             experiment = cell
-        if finished and (best is None or trial.value > best.value):
+        if is_finished and (best is None or trial.value > best.value):
             best = trial
-        place = folder / trial_name(experiment)
+        state = states.get(trial.state.name, "failed")
+        results = {"dev": trial.value} if is_finished else {}
         problem = trial.user_attrs.get("problem", "")
-        results = {"dev": trial.value} if finished else {}
-        outcomes.append(TrialResult(place, experiment, states.get(trial.state.name, "failed"), problem, results))
-    return SearchResult(
-        cell, name, tuple(outcomes), None if best is None else dict(best.params), None if best is None else best.value
-    )
+        trials.append(TrialResult(folder / trial_name(experiment), experiment, state, problem, results))
+    if best is None:
+        return SearchResult(cell, name, tuple(trials), values=None, dev=None)
+    return SearchResult(cell, name, tuple(trials), values=dict(best.params), dev=best.value)

@@ -1,4 +1,4 @@
-"""One trial of a sweep: skipped where it is finished, resumed where it is begun, else trained."""
+"""One trial of a sweep: skipped if it is finished, resumed if it was started, otherwise trained."""
 
 import hashlib
 import json
@@ -11,6 +11,7 @@ from typing import Any, Literal, final
 from softprompt.backbones import Backbone, load
 from softprompt.config import Experiment
 from softprompt.evaluation.evaluate import read_splits
+from softprompt.files import one_line
 from softprompt.runs import RECORD, Run, open_run
 from softprompt.tasks import Task, load_task
 from softprompt.training.callbacks import Interrupted, TrainingCallback
@@ -19,22 +20,22 @@ from softprompt.training.trainer import resume, train
 from softprompt.types import Dtype
 
 State = Literal["done", "skipped", "pruned", "failed"]
-"""`done`: trained now; `skipped`: finished before; `pruned`: stopped by a search; `failed`: with a sentence why."""
+"""`done`: trained now; `skipped`: finished before; `pruned`: stopped early by a search; `failed`: raised an error."""
 
 
 @final
 @dataclass(frozen=True)
 class TrialResult:
-    """What became of a trial."""
+    """The result of one trial."""
 
     folder: Path
-    """The trial's run."""
+    """The folder of the trial's run."""
     experiment: Experiment
     state: State
     problem: str = ""
-    """Why it failed."""
+    """The error of a failed trial, on one line."""
     results: Mapping[str, Any] = field(default_factory=dict)
-    """Of a finished run."""
+    """The results of a finished run."""
 
     @property
     def name(self) -> str:
@@ -44,152 +45,145 @@ class TrialResult:
 
 @final
 class BackboneCache:
-    """What trials share: the backbone of the one before, and what their rows are known by."""
+    """What trials share: the last loaded backbone, and the fingerprints of their rows."""
 
     def __init__(self) -> None:
         self._backbone: Backbone | None = None
         self._key: tuple[str, str] | None = None
-        self._rows: dict[tuple[object, ...], str] = {}
+        self._fingerprints: dict[tuple[object, ...], str] = {}
 
     def get(self, source: str, dtype: Dtype) -> Backbone:
-        """The backbone, loaded if it is another than before; that one is let go first, to make room."""
+        """Return the backbone, loaded if it is not the last one, which is then released first."""
         if self._backbone is None or self._key != (source, dtype):
             self._backbone = self._key = None
             self._backbone = load(source, dtype=dtype)
             self._key = (source, dtype)
         return self._backbone
 
-    def rows(self, experiment: Experiment) -> str:
-        """A fingerprint of the experiment's task and rows as they are now; equal ones are read once.
+    def fingerprint(self, experiment: Experiment) -> str:
+        """The fingerprint of the experiment's task and rows as they are now; each set of rows is read only once.
 
         Raises:
-            OSError: they cannot be read.
-            ValueError: they do not fit.
+            OSError: the rows cannot be read.
+            ValueError: the rows do not fit the task.
         """
         training = experiment.training
         draw = experiment.seed, experiment.protocol, training.shots, training.shots_balanced
         key = (experiment.task, experiment.data, *draw)
-        if key not in self._rows:
+        if key not in self._fingerprints:
             task = load_task(experiment.task, experiment.data)
-            self._rows[key] = _fingerprint(task, read_splits(experiment, task).fingerprint)
-        return self._rows[key]
+            self._fingerprints[key] = _fingerprint(task, read_splits(experiment, task).fingerprint)
+        return self._fingerprints[key]
 
-    def rows_if_readable(self, experiment: Experiment, of: str, watch: TrainingCallback) -> str | None:
-        """The same; none, with a note on what they are `of`, where they cannot be read: finished work stands without.
+    def readable_fingerprint(self, experiment: Experiment, name: str, callback: TrainingCallback) -> str | None:
+        """Like `fingerprint`, but None with a note about `name` if the rows cannot be read: finished runs stay valid.
 
         Raises:
-            ValueError: they do not fit.
+            ValueError: the rows do not fit the task.
         """
         try:
-            return self.rows(experiment)
+            return self.fingerprint(experiment)
         except OSError as error:
-            watch.note(f"{of}: whether its rows are still the same is not known: {sentence(error)}")
+            callback.on_note(f"{name}: its rows cannot be compared with those it was trained on: {one_line(error)}")
             return None
 
 
 def _fingerprint(task: Task, rows: str) -> str:
-    """Of all that a task says to the model and of its rows, by their own fingerprint."""
-    said = {name: value for name, value in task.to_json().items() if name not in ("description", "templates")}
-    # As a list: another order of the words is another order of the classes.
-    return hashlib.sha256(json.dumps([said, list(task.label_words), rows], sort_keys=True).encode()).hexdigest()
+    """The fingerprint of the task's settings that affect the model, and of its rows' fingerprint."""
+    settings = {name: value for name, value in task.to_json().items() if name not in ("description", "templates")}
+    # The label words once more as a list: their order is the order of the classes.
+    return hashlib.sha256(json.dumps([settings, list(task.label_words), rows], sort_keys=True).encode()).hexdigest()
 
 
 def trial_name(experiment: Experiment) -> str:
-    """Task, method, seed and the first of the content hash, as a folder's name.
+    """The trial's folder name: task, method, seed and the start of the content hash.
 
     >>> trial_name(Experiment(task="copa:dpt", seed=3))[:-8]
     'copa-dpt-dpt-3-'
     """
     task = Path(experiment.task).stem if experiment.task.endswith(".toml") else experiment.task
-    words = re.sub(r"[^A-Za-z0-9]+", "-", task).strip("-")[:60] or "task"
-    return f"{words}-{experiment.method}-{experiment.seed}-{experiment.hash[:8]}"
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", task).strip("-")[:60] or "task"
+    return f"{slug}-{experiment.method}-{experiment.seed}-{experiment.hash[:8]}"
 
 
-def begun(experiment: Experiment, out: Path) -> Run | None:
-    """The experiment's run in `out`; none where there is none yet.
+def find_run(experiment: Experiment, out: Path) -> Run | None:
+    """The experiment's run in `out`, or None if it has not been started.
 
     Raises:
-        ValueError: its folder holds another experiment, or is damaged.
+        ValueError: the run's folder holds another experiment, or is damaged.
     """
     folder = out / trial_name(experiment)
     if not (folder / RECORD).is_file():
         return None
     run = open_run(folder)
     if run.record.get("hash") != experiment.hash:
-        raise ValueError(f"{folder} holds another experiment than its name says; move it away")
+        raise ValueError(f"{folder} holds a different experiment than its name says; move it away")
     return run
 
 
 def run_trial(
-    experiment: Experiment, out: Path, held: BackboneCache, watch: TrainingCallback, differentiate: Differentiate
+    experiment: Experiment, out: Path, cache: BackboneCache, callback: TrainingCallback, differentiate: Differentiate
 ) -> TrialResult:
-    """Bring the experiment's run to its end; what goes wrong is an outcome, so that the others go on.
+    """Skip, resume or train the experiment's run; an error becomes the trial's result.
 
     Raises:
-        Interrupted: Ctrl-C; what is done is kept.
+        Interrupted: Ctrl-C; a checkpoint has been saved.
     """
     folder = out / trial_name(experiment)
     try:
-        run = begun(experiment, out)
+        run = find_run(experiment, out)
         if run is not None:
-            _refuse_changed(run, held, watch)
+            _check_unchanged(run, cache, callback)
         if run is not None and run.results is not None:
             return TrialResult(folder, experiment, "skipped", results=run.results)
         if run is None:
-            run = start(experiment, out, held, watch, differentiate)
+            run = start_run(experiment, out, cache, callback, differentiate)
         else:
-            run = go_on(run, experiment, held, watch, differentiate)
+            run = resume_run(run, experiment, cache, callback, differentiate)
     except Interrupted:
         raise
     except Exception as error:
-        return TrialResult(folder, experiment, "failed", problem=sentence(error))
+        return TrialResult(folder, experiment, "failed", problem=one_line(error))
     return TrialResult(folder, experiment, "done", results=run.results or {})
 
 
-def _refuse_changed(run: Run, held: BackboneCache, watch: TrainingCallback) -> None:
-    """The settings' hash has the paths of task and rows; what is in the files may be another since the run began.
+def _check_unchanged(run: Run, cache: BackboneCache, callback: TrainingCallback) -> None:
+    """Check that task and rows are still those of the run: its hash covers only the paths of their files.
 
     Raises:
-        ValueError: it is.
+        ValueError: they have changed.
     """
-    now = held.rows_if_readable(run.experiment, run.name, watch)
-    if now is not None and now != _fingerprint(run.task, run.record["data"]):
+    fingerprint = cache.readable_fingerprint(run.experiment, run.name, callback)
+    if fingerprint is not None and fingerprint != _fingerprint(run.task, run.record["data"]):
         raise ValueError(
-            f"{run.folder} was trained on another task or on other rows than there are now; move it away, or choose "
-            "another --out"
+            f"the task or the rows of {run.folder} have changed since it was trained; move it away, or choose another "
+            "--out"
         )
 
 
-def start(
-    experiment: Experiment, out: Path, held: BackboneCache, watch: TrainingCallback, differentiate: Differentiate
+def start_run(
+    experiment: Experiment, out: Path, cache: BackboneCache, callback: TrainingCallback, differentiate: Differentiate
 ) -> Run:
-    """Train it from the first step; raises as `train` does."""
-    backbone = held.get(experiment.backbone, experiment.backbone_dtype)
+    """Train the experiment from the first step; raises like `train`."""
+    backbone = cache.get(experiment.backbone, experiment.backbone_dtype)
     name = trial_name(experiment)
-    return train(experiment, out=out, name=name, backbone=backbone, watch=watch, differentiate=differentiate)
+    return train(experiment, out=out, name=name, backbone=backbone, callback=callback, differentiate=differentiate)
 
 
-def go_on(
-    run: Run, experiment: Experiment, held: BackboneCache, watch: TrainingCallback, differentiate: Differentiate
+def resume_run(
+    run: Run, experiment: Experiment, cache: BackboneCache, callback: TrainingCallback, differentiate: Differentiate
 ) -> Run:
-    """Train it from its last checkpoint, or from the first step where there is none; raises as `resume` does.
+    """Resume the run from its last checkpoint, or from the first step; raises like `resume`.
 
     Args:
-        experiment: as it is asked for now, whose means may be others than those that it was begun with.
+        experiment: the experiment as it is requested now, perhaps with other memory options.
     """
-    backbone = held.get(run.experiment.backbone, run.experiment.backbone_dtype)
-    fits = backbone.precision == run.record["backbone"]["dtype"]
+    backbone = cache.get(run.experiment.backbone, run.experiment.backbone_dtype)
+    same_dtype = backbone.precision == run.record["backbone"]["dtype"]
     return resume(
         run.folder,
         memory_options_of=experiment,
-        watch=watch,
-        backbone=backbone if fits else None,
+        callback=callback,
+        backbone=backbone if same_dtype else None,
         differentiate=differentiate,
     )
-
-
-def sentence(error: BaseException) -> str:
-    """What went wrong, on one line."""
-    text = " ".join(str(error).split())
-    plain = isinstance(error, (ValueError, OSError, RuntimeError)) and bool(text)
-    return text if plain else f"{type(error).__name__}: {text or 'no message'}"

@@ -1,1 +1,1 @@
-"""Training: the loop, the step, its setup and its end, checkpoints, processes and callbacks."""
+"""Training: the loop, the step, setup and finalization, checkpoints, processes and callbacks."""

@@ -1,4 +1,4 @@
-"""Who is told how a training goes, and how a person stops it."""
+"""Callbacks that follow a training run, and Ctrl-C as a request to stop it."""
 
 import signal
 import threading
@@ -13,101 +13,111 @@ from softprompt.tasks import Score
 @final
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a training is, after a step."""
+    """The state of a training run after one step."""
 
     step: int
+    """Steps done."""
     steps: int
+    """Steps in total."""
     loss: float
+    """Training loss of this step's batch."""
     lr: float
     rows_per_second: float
     dev: Score | None = None
-    """Of the evaluation at this very step; none at a step without one."""
+    """The development score, if this step ended with an evaluation."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Loss, learning rate and, after an evaluation, the development score."""
+        scores = {} if self.dev is None else {"dev": self.dev.value}
+        return {"loss": self.loss, "lr": self.lr, **scores}
 
 
 @runtime_checkable
 class TrainingCallback(Protocol):
-    """Who is told how it goes."""
+    """Receives the progress of training runs."""
 
-    def stage(self, text: str) -> None:
-        """A new part of the work begins."""
+    def on_stage(self, text: str) -> None:
+        """Called when a stage begins: reading rows, loading, tokenising, training, testing."""
 
-    def note(self, text: str) -> None:
-        """Something worth knowing."""
+    def on_note(self, text: str) -> None:
+        """Called with a message for the user."""
 
-    def step(self, progress: Progress) -> None:
-        """A step is done."""
+    def on_step(self, progress: Progress) -> None:
+        """Called after each training step."""
 
 
 @final
 class NullCallback:
-    """Nobody."""
+    """A `TrainingCallback` that does nothing."""
 
-    def stage(self, text: str) -> None:
-        """Nothing."""
+    def on_stage(self, text: str) -> None:
+        """Do nothing."""
 
-    def note(self, text: str) -> None:
-        """Nothing."""
+    def on_note(self, text: str) -> None:
+        """Do nothing."""
 
-    def step(self, progress: Progress) -> None:
-        """Nothing."""
+    def on_step(self, progress: Progress) -> None:
+        """Do nothing."""
 
 
 @final
 class NamedCallback:
-    """One of several trainings at a time: its notes and development scores are told with its name."""
+    """Reports one of several concurrent runs to `callback`: its notes and development scores, with its name."""
 
-    def __init__(self, name: str, watch: TrainingCallback) -> None:
-        self._name, self._watch = name, watch
+    def __init__(self, name: str, callback: TrainingCallback) -> None:
+        self._name, self._callback = name, callback
 
-    def stage(self, text: str) -> None:
-        """Nothing: the others are in other parts of their work."""
+    def on_stage(self, text: str) -> None:
+        """Do nothing: the concurrent runs are in different stages."""
 
-    def note(self, text: str) -> None:
-        """Tell it."""
-        self._watch.note(f"{self._name}: {text}")
+    def on_note(self, text: str) -> None:
+        """Pass the note on with the run's name."""
+        self._callback.on_note(f"{self._name}: {text}")
 
-    def step(self, progress: Progress) -> None:
-        """Tell an evaluation."""
+    def on_step(self, progress: Progress) -> None:
+        """Report an evaluation as a note."""
         if progress.dev is not None:
             score = f"dev {progress.dev.metric} {progress.dev.value:.3f}"
-            self._watch.note(f"{self._name}: step {progress.step}/{progress.steps}  loss {progress.loss:.3f}  {score}")
+            self.on_note(f"step {progress.step}/{progress.steps}  loss {progress.loss:.3f}  {score}")
 
 
 class Interrupted(Exception):
-    """Training was asked to stop; its message says how to go on."""
+    """Training was stopped on request; the message says how to continue."""
 
 
-_listening: list[threading.Event] = []
-"""The event of each that listens in the main thread, which is one and the same."""
-_before: dict[int, Any] = {}
-"""The handlers of signals before the first of them."""
+_stop_requests: list[threading.Event] = []
+"""The event of each `interruptible` block in the main thread: one and the same event."""
+_previous_handlers: dict[int, Any] = {}
+"""The signal handlers from before the outermost `interruptible` block."""
 
 
 @contextmanager
 def interruptible(*, twice: bool = True) -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C (or SIGTERM) sets; of several trainings at a time all have the same.
+    """Yield an event that the first Ctrl-C (or SIGTERM) sets; nested blocks and concurrent runs share it.
 
     Args:
-        twice: a second one stops at once. Not where a launcher, too, passes the terminal's signal on.
+        twice: whether a second Ctrl-C stops at once. Not where a launcher passes the terminal's signal on as well.
     """
-    if threading.current_thread() is not threading.main_thread():
-        # A training beside others, in a thread of its own, stops when the main thread's Ctrl-C asks all to.
-        yield _listening[0] if _listening else threading.Event()
+    requested = _stop_requests[0] if _stop_requests else threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # a concurrent run; the main thread gets the signal
+        yield requested
         return
-    asked = _listening[0] if _listening else threading.Event()
 
-    def ask(number: int, frame: Any) -> None:
-        if twice and asked.is_set():
+    def request(number: int, frame: Any) -> None:
+        if twice and requested.is_set():
             raise KeyboardInterrupt
-        asked.set()
+        requested.set()
 
-    if not _listening:
-        _before.update((number, signal.signal(number, ask)) for number in (signal.SIGINT, signal.SIGTERM))
-    _listening.append(asked)
+    if not _stop_requests:
+        _previous_handlers.update(
+            (number, signal.signal(number, request)) for number in (signal.SIGINT, signal.SIGTERM)
+        )
+    _stop_requests.append(requested)
     try:
-        yield asked
+        yield requested
     finally:
-        _listening.pop()
-        if not _listening:
-            for number, handler in _before.items():
+        _stop_requests.pop()
+        if not _stop_requests:
+            for number, handler in _previous_handlers.items():
                 signal.signal(number, handler)

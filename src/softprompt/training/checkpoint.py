@@ -1,4 +1,4 @@
-"""Everything that a training needs to go on, in one folder a step: `checkpoints/step-000500/`."""
+"""Checkpoints: everything that an interrupted run needs to resume, in a folder such as `checkpoints/step-000500/`."""
 
 import json
 import math
@@ -12,21 +12,23 @@ import torch
 from softprompt import files
 
 _FOLDER = "checkpoints"
-_REMEDY = "remove its folder to go on from the checkpoint before"
+_ADVICE = "remove its folder to resume from the checkpoint before it"
 _PARTS = ("prompt", "best", "optimizer", "random")
 
 
 @final
-@dataclass(frozen=True)
+@dataclass
 class TrainerState:
-    """Where a training is, beside its tensors."""
+    """The progress of a training run, apart from its tensors."""
 
+    step: int = 0
+    """Steps done."""
     best: float = -math.inf
     """The best development score so far."""
     best_step: int = 0
-    """The step that it is of."""
+    """The step of the best score."""
     evals_without_improvement: int = 0
-    """Evaluations since then, for early stopping."""
+    """Evaluations since the best score, for early stopping."""
     seconds: float = 0.0
     """Seconds spent on steps and evaluations."""
 
@@ -34,118 +36,126 @@ class TrainerState:
 @final
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything that a training needs to go on as if it had never stopped."""
+    """Everything that a run needs to continue as if it had never stopped."""
 
-    step: int
-    """Steps done."""
+    trainer_state: TrainerState
     prompt: dict[str, torch.Tensor]
-    """The method's tensors now."""
+    """The current trainable tensors."""
     best: dict[str, torch.Tensor]
-    """The method's tensors at the best evaluation; empty before the first."""
+    """The trainable tensors at the best evaluation; empty before the first."""
     optimizer: dict[str, torch.Tensor]
-    """Its state, by parameter and name."""
+    """The optimizer's state, as `pack_optimizer` returns it."""
     random: dict[str, torch.Tensor]
-    """States of the random generators."""
-    trainer_state: "TrainerState"
+    """The random states of all processes, as `merge_random_states` returns them."""
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.trainer_state.step
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """The folder of the checkpoint of `step`."""
+    """The folder of the checkpoint at `step`."""
     return run / _FOLDER / f"step-{step:06d}"
 
 
 def save(run: Path, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint's folder, whole or not at all."""
+    """Write the checkpoint's folder atomically."""
     with files.atomic_write(folder_of(run, checkpoint.step)) as draft:
         draft.mkdir()
         for part in _PARTS:
             files.write_tensors(draft / f"{part}.safetensors", getattr(checkpoint, part))
-        (draft / "trainer_state.json").write_text(
-            json.dumps({"step": checkpoint.step, **asdict(checkpoint.trainer_state)})
-        )
+        (draft / "trainer_state.json").write_text(json.dumps(asdict(checkpoint.trainer_state)))
 
 
 def steps(run: Path) -> list[int]:
-    """Steps at which there is a checkpoint, rising."""
+    """The steps of all checkpoints of the run, ascending."""
     return sorted(int(path.name[5:]) for path in (run / _FOLDER).glob("step-*") if path.name[5:].isdigit())
 
 
 def load(run: Path, step: int) -> Checkpoint:
-    """The checkpoint of `step`.
+    """Read the checkpoint at `step`.
 
     Raises:
         FileNotFoundError, ValueError: a missing or damaged file, by name.
     """
     folder = folder_of(run, step)
     parts = {part: files.read_tensors(folder / f"{part}.safetensors") for part in _PARTS}
-    values = files.read_json(folder / "trainer_state.json")
-    if values.pop("step", None) != step:
-        raise ValueError(f"{folder / 'trainer_state.json'} is not of step {step}; it was swapped or damaged, {_REMEDY}")
+    file = folder / "trainer_state.json"
+    values = files.read_json(file)
+    if values.get("step") != step:
+        raise ValueError(f"{file} is not of step {step}; it was swapped or damaged, {_ADVICE}")
     if values.keys() != {field.name for field in fields(TrainerState)}:
-        raise ValueError(f"{folder / 'trainer_state.json'} holds {sorted(values)}; it is damaged, train again")
-    return Checkpoint(step=step, trainer_state=TrainerState(**values), **parts)
+        raise ValueError(f"{file} holds {sorted(values)}; it is damaged, train again")
+    return Checkpoint(trainer_state=TrainerState(**values), **parts)
 
 
 def latest(run: Path) -> Checkpoint | None:
-    """The last one, if there is any; raises as `load` does."""
-    return load(run, done[-1]) if (done := steps(run)) else None
+    """Read the last checkpoint, if there is one; raises like `load`."""
+    return load(run, saved[-1]) if (saved := steps(run)) else None
 
 
-def pack(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's state as named tensors: `0.exp_avg` is of its first parameter."""
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as named tensors: `0.exp_avg` belongs to its first parameter."""
     state = optimizer.state_dict()["state"]
     return {f"{number}.{key}": value for number, entry in state.items() for key, value in entry.items()}
 
 
-def unpack(tensors: dict[str, torch.Tensor], optimizer: torch.optim.AdamW, source: Path) -> None:
-    """Put back what `pack` took out.
+def unpack_optimizer(tensors: dict[str, torch.Tensor], optimizer: torch.optim.AdamW, source: Path) -> None:
+    """Load what `pack_optimizer` returned.
+
+    Args:
+        source: the file that the tensors are from, for an error message.
 
     Raises:
-        ValueError: it is not the state of these parameters.
+        ValueError: the tensors are not the state of these parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     shapes: dict[str, torch.Size] = {}
     for number, parameter in enumerate(parameters):
-        mine = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{number}.")}
-        if mine:
-            state[number] = mine
+        entry = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{number}.")}
+        if entry:
+            state[number] = entry
             shapes |= {f"{number}.{key}": parameter.shape for key in ("exp_avg", "exp_avg_sq")}
             shapes[f"{number}.step"] = torch.Size()
     if {name: value.shape for name, value in tensors.items()} != shapes:
         raise ValueError(
-            f"{source} does not hold the optimiser's state of its own run; it was swapped or damaged, {_REMEDY}"
+            f"{source} does not hold the optimizer's state of its own run; it was swapped or damaged, {_ADVICE}"
         )
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """Where torch's global generators are."""
+    """The states of torch's global random generators in this process."""
     states = {"cpu": torch.get_rng_state()}
     return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
 
 
-def of_each(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The random states of several processes: `cpu` is the first one's, `cpu.1` the second's."""
-    return {_of(name, index): state for index, own in enumerate(states) for name, state in own.items()}
+def merge_random_states(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The random states of all processes in one dictionary: `cpu` of the first process, `cpu.1` of the second."""
+    return {_key(name, rank): state for rank, local in enumerate(states) for name, state in local.items()}
 
 
-def restore_random(states: dict[str, torch.Tensor], device: torch.device, source: Path, process: int = 0) -> None:
-    """Set torch's global generators in process number `process`; one that was not there before keeps its own.
+def restore_random(states: dict[str, torch.Tensor], device: torch.device, source: Path, rank: int = 0) -> None:
+    """Set torch's global random generators in process `rank`; a process without a saved state keeps its own.
+
+    Args:
+        source: the file that the states are from, for an error message.
 
     Raises:
-        ValueError: these are no states of them.
+        ValueError: the tensors are not random states.
     """
-    cpu, cuda = _of("cpu", process), _of("cuda", process)
-    if process and cpu not in states:
+    cpu, cuda = _key("cpu", rank), _key("cuda", rank)
+    if rank and cpu not in states:
         return
     try:
         torch.set_rng_state(states[cpu])
         if cuda in states and device.type == "cuda":
             torch.cuda.set_rng_state(states[cuda], device)
     except (KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{source} holds no random states; it was swapped or damaged, {_REMEDY}") from error
+        raise ValueError(f"{source} does not hold random states; it was swapped or damaged, {_ADVICE}") from error
 
 
-def _of(name: str, process: int) -> str:
-    return f"{name}.{process}" if process else name
+def _key(name: str, rank: int) -> str:
+    return f"{name}.{rank}" if rank else name

@@ -1,64 +1,65 @@
-"""The end of a training: what was trained is tested, and written down with the record last."""
+"""The end of a training run: evaluate the trained prompt and write the run's folder, its record last."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from softprompt import files, runs
 from softprompt.evaluation.evaluate import prediction_line, score_answers
 from softprompt.evaluation.predict import Answer
 from softprompt.export import export_model
-from softprompt.models import PromptedModel
+from softprompt.models import PromptedModel, attach
 from softprompt.runs import Run, model_card
-from softprompt.tasks import SAME_ROWS, Example, Splits, Task
+from softprompt.tasks import SAME_ROWS, Example, Score
+from softprompt.training.callbacks import TrainingCallback
+from softprompt.training.checkpoint import TrainerState
+from softprompt.training.setup import TrainingSetup
+
+Predict = Callable[[PromptedModel, Sequence[Example]], list[Answer]]
+"""Answers examples, in their order."""
 
 
 def evaluate_final(
-    run: Run,
-    trained: PromptedModel,
-    rows: Splits,
-    dev: Sequence[Example],
-    test: Sequence[Example],
-    answers_of: Callable[[PromptedModel, Sequence[Example]], list[Answer]],
+    run: Run, setup: TrainingSetup, state: TrainerState, predict: Predict, callback: TrainingCallback
 ) -> tuple[dict[str, Any], list[Answer]]:
-    """The results of the folded prompt, and its answers on the test rows."""
-    finished = trained.folded()
-    chosen = score_answers(run.task, rows, "dev", dev, answers_of(finished, dev), trained.backbone.tokenizer)
-    answers = answers_of(finished, test)
-    score = score_answers(run.task, rows, "test", test, answers, trained.backbone.tokenizer)
-    # Whatever else a score says of itself (its interval, further metrics, a warning) is kept under its own name.
-    said = {name: value for name, value in dataclasses.asdict(score).items() if name not in ("value", "n")}
-    results = said | {
-        "dev": chosen.value,
-        "test": score.value,
-        "n_dev": chosen.n,
-        "n_test": score.n,
+    """The results of the folded prompt as the run's record has them, and its answers on the test rows."""
+
+    def score(split: str, examples: Sequence[Example], answers: list[Answer]) -> Score:
+        return score_answers(run.task, setup.rows, split, examples, answers, setup.backbone.tokenizer)
+
+    callback.on_stage("testing")
+    folded = setup.prompted.folded()
+    dev = score("dev", setup.dev, predict(folded, setup.dev))
+    answers = predict(folded, setup.test)
+    test = score("test", setup.test, answers)
+    # The score's other fields (interval, further metrics, warning) keep their own names.
+    results = {name: value for name, value in dataclasses.asdict(test).items() if name not in ("value", "n")}
+    results |= {
+        "dev": dev.value,
+        "test": test.value,
+        "n_dev": dev.n,
+        "n_test": test.n,
         "protocol": run.experiment.protocol,
-        "trainable": sum(parameter.numel() for parameter in trained.parameters()),
+        "trainable": sum(parameter.numel() for parameter in setup.prompted.parameters()),
     }
-    if score.warning:
-        results["warning"] = score.warning
-    return (results | {"caution": SAME_ROWS} if rows.shared else results), answers
+    if setup.rows.shared:
+        results["caution"] = SAME_ROWS
+        callback.on_note(SAME_ROWS)
+    if run.experiment.training.zero_shot:
+        callback.on_stage("testing zero-shot")
+        zero_shot = score("test", setup.test, predict(attach(setup.backbone), setup.test))
+        results["zero_shot"] = zero_shot.value
+    progress = {"steps": state.step, "best_step": state.best_step, "seconds": round(state.seconds, 3)}
+    return results | progress, answers
 
 
-def save_run(
-    run: Run,
-    trained: PromptedModel,
-    rows: Splits,
-    test: Sequence[Example],
-    answers: Sequence[Answer],
-    results: Mapping[str, Any],
-) -> Run:
-    """Everything that a finished run's folder holds."""
-    files.write_text(
-        run.folder / runs.PREDICTIONS, "".join(_lines(run.task, rows, test, answers, trained.backbone.tokenizer))
+def save_run(run: Run, setup: TrainingSetup, answers: Sequence[Answer], results: dict[str, Any]) -> Run:
+    """Write predictions, tensors, PEFT files, the README and the record of a finished run."""
+    lines = (
+        runs.json_line(prediction_line(run.task, setup.rows.test, "test", example, answer, setup.backbone.tokenizer))
+        for example, answer in zip(setup.test, answers, strict=True)
     )
-    model_card.write(run, trained, results, export_model(trained.folded(), run.folder))
-    return run.finish(trained, results)
-
-
-def _lines(
-    task: Task, rows: Splits, examples: Sequence[Example], answers: Sequence[Answer], tokenizer: Any
-) -> Iterator[str]:
-    for example, found in zip(examples, answers, strict=True):
-        yield runs.json_line(prediction_line(task, rows.test, "test", example, found, tokenizer))
+    files.write_text(run.folder / runs.PREDICTIONS, "".join(lines))
+    peft_problem = export_model(setup.prompted.folded(), run.folder)
+    model_card.write(run, setup.prompted, results, peft_problem)
+    return run.finish(setup.prompted, results)

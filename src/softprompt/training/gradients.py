@@ -1,4 +1,4 @@
-"""The loss's gradient at a prompt, over training rows: where a method may start, and whose rank may be looked at."""
+"""The mean gradient of the loss at a prompt: where a method may initialize, and what rank analysis examines."""
 
 from collections.abc import Callable
 
@@ -21,21 +21,21 @@ from softprompt.training.objective import Objective
 def gradient_on(
     experiment: Experiment, task: Task, backbone: Backbone, rows: Callable[[], Dataset] | Dataset
 ) -> Gradient:
-    """The experiment's loss's mean gradient at any prompt of one layer, over its first batches of `rows`.
+    """Return a function that computes the mean gradient of the experiment's loss at a prompt, over its first batches.
 
-    The batches are those that the training will begin with, in as many parts; the model's own dropout is off, and a
-    head is as before its first step. Costs a tokenisation of the rows and a training step a batch, when it is called.
+    The batches and micro-batches are those that training begins with. The model's own dropout is off, and a head is at
+    its initialization. Each call tokenises the rows and costs one forward and backward pass per batch.
 
     Args:
-        rows: the training rows, or what reads them.
+        rows: the training rows, or a function that reads them.
     """
 
     def gradient(prompt: Float[Tensor, "length dim"], batches: int) -> Float[Tensor, "length dim"]:
         settings, generator = experiment.training, torch.Generator().manual_seed(experiment.seed)
         if settings.shard:
             raise ValueError(
-                "the prompt is to start from the gradient and shard is on, whose layers are not shared out yet when a "
-                "prompt is made; choose another start, or leave shard off"
+                "the prompt is to start from the gradient and shard is on, but layers are sharded only after the "
+                "prompt is made; choose another initialization, or leave shard off"
             )
         leaf = PlainPrompt(prompt.detach().clone(), 1.0).to(backbone.device)
         head = fresh_head(backbone, len(task.label_words), generator, experiment.pool)
@@ -51,14 +51,14 @@ def gradient_on(
         limit = input_limit(prompted, task, settings)
         examples = encode(task, backbone.tokenizer, table, limit, closing=prompted.appends_eos)[0]
         order = schedule([len(example.input_ids) for example in examples], settings.batch_size, experiment.seed)
-        total = torch.zeros_like(leaf.matrix)
+        total, parts = torch.zeros_like(leaf.matrix), settings.gradient_accumulation_steps
         for _ in range(batches):
-            batch = [examples[place] for place in next(order)[1]]
+            batch = [examples[index] for index in next(order)[1]]
             weight = objective.weight(batch)
-            for part in range(settings.gradient_accumulation_steps):
-                if piece := batch[part :: settings.gradient_accumulation_steps]:
+            for part in range(parts):
+                if micro_batch := batch[part::parts]:
                     with gradient_checkpointing(backbone.model, settings.gradient_checkpointing):
-                        loss = objective.losses(piece).sum() / weight
+                        loss = objective.losses(micro_batch).sum() / weight
                         total += torch.autograd.grad(loss, leaf.matrix)[0]
         return (total / batches).cpu()
 

@@ -1,4 +1,4 @@
-"""What a training minimises: each row's loss, and what their sum over a batch is divided by."""
+"""The training loss: each row's loss, and what their sum over a batch is divided by."""
 
 from collections.abc import Hashable, Sequence
 from typing import final
@@ -15,26 +15,16 @@ from softprompt.tasks import Example, Task, answer_ids, answer_labels, collate
 
 @final
 class Objective:
-    """`CE among the label words + vocabulary_weight * -log P(label words)` for a classification, in the mean over rows.
+    """`CE among the label words + vocabulary_weight * -log P(label words)` for classification, averaged over rows.
 
-    At weight 1 the two are the cross-entropy of the answer over the vocabulary, which is then computed as such, without
-    the other label words, and in the mean over tokens, as the papers do; the two means differ where label words are
-    several tokens. Texts have no label words and always take that.
+    At weight 1 the two sum to the cross-entropy of the answer over the vocabulary. It is then computed as such, without
+    the other label words, and averaged over tokens, as the papers do; the two averages differ if label words have
+    several tokens. Tasks without label words always use it.
     """
 
     def __init__(self, prompted: PromptedModel, task: Task, settings: TrainingConfig) -> None:
         self.prompted, self.task = prompted, task
-        self._weight = settings.vocabulary_weight
-
-    def weight(self, rows: Sequence[Example]) -> float:
-        """What the sum of the rows' losses is divided by: rows, or tokens."""
-        return float(len(rows) if self._candidates else sum(len(self._target(row)) for row in rows))
-
-    @property
-    def kind(self) -> Hashable:
-        """Objectives of one kind give a row the same loss."""
-        words = answer_ids(self.task, self.prompted.backbone.tokenizer) if self._candidates else None
-        return words, self._weight if self._candidates else None
+        self._vocabulary_weight = settings.vocabulary_weight
 
     def losses(
         self, rows: Sequence[Example], prompts: Sequence[SoftPrompt] | None = None, index: Tensor | None = None
@@ -42,23 +32,35 @@ class Objective:
         """Each row's loss, float32.
 
         Args:
-            prompts: in place of the attachment's own; `index` says which is a row's.
+            prompts: used instead of the model's own prompt.
+            index: for each row, the index of its prompt in `prompts`.
         """
         tokenizer, device = self.prompted.backbone.tokenizer, self.prompted.backbone.device
-        joined = not self._candidates and not self.prompted.appends_eos
-        batch = collate(rows, pad_id=pad_id(self.prompted.backbone), side="left", with_answers=joined)
+        with_answers = not self._scores_candidates and not self.prompted.appends_eos
+        batch = collate(rows, pad_id=pad_id(self.prompted.backbone), side="left", with_answers=with_answers)
         ids, mask = batch.inputs(device)
-        if self._candidates:
+        if self._scores_candidates:
             scores = self.prompted.score(ids, mask, answer_ids(self.task, tokenizer), prompts, index)
-            among = nn.functional.cross_entropy(scores, batch.classes.to(device), reduction="none")
-            # No label word begins another, so that their probabilities add up.
-            return among - self._weight * scores.logsumexp(-1) if self._weight else among
-        labels = (batch.labels if joined else answer_labels([self._target(row) for row in rows])).to(device)
+            losses = nn.functional.cross_entropy(scores, batch.classes.to(device), reduction="none")
+            # No label word is the beginning of another, so their probabilities add up.
+            return losses - self._vocabulary_weight * scores.logsumexp(-1) if self._vocabulary_weight else losses
+        labels = (batch.labels if with_answers else answer_labels([self._target(row) for row in rows])).to(device)
         return self.prompted.losses(ids, mask, labels, prompts, index)
 
+    def weight(self, rows: Sequence[Example]) -> float:
+        """The number of rows, or of answer tokens, that the sum of the rows' losses is divided by."""
+        return float(len(rows) if self._scores_candidates else sum(len(self._target(row)) for row in rows))
+
     @property
-    def _candidates(self) -> bool:
-        return self.task.is_classification and (self._weight < 1 or self.prompted.head is not None)
+    def sharing_key(self) -> Hashable:
+        """Objectives with equal keys give a row the same loss."""
+        if not self._scores_candidates:
+            return None
+        return answer_ids(self.task, self.prompted.backbone.tokenizer), self._vocabulary_weight
+
+    @property
+    def _scores_candidates(self) -> bool:
+        return self.task.is_classification and (self._vocabulary_weight < 1 or self.prompted.head is not None)
 
     def _target(self, row: Example) -> tuple[int, ...]:
         return self.prompted.target(row.answer_ids)

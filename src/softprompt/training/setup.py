@@ -1,7 +1,7 @@
-"""The beginning of a training: its rows and its backbone, refused before there is a folder where they do not fit."""
+"""The beginning of a training run: rows, backbone and prompt, checked before the run's folder is created."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -13,7 +13,7 @@ from softprompt.backbones.kernels import gradient_checkpointing
 from softprompt.config import Experiment
 from softprompt.evaluation.evaluate import beside_golds, draw, read_splits
 from softprompt.evaluation.predict import input_limit, over_long_note
-from softprompt.models import PromptedModel, fresh_head
+from softprompt.models import PromptedModel, attach, fresh_head, verify
 from softprompt.models.vision import refuse_unfit
 from softprompt.prompts import SoftPrompt
 from softprompt.runs import Run
@@ -32,6 +32,7 @@ from softprompt.tasks import (
 )
 from softprompt.training import checkpoint
 from softprompt.training.callbacks import TrainingCallback
+from softprompt.training.distributed import DistributedGroup
 from softprompt.training.gradients import gradient_on
 from softprompt.types import Dtype
 
@@ -39,76 +40,74 @@ from softprompt.types import Dtype
 @final
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What a training is made of."""
+    """What a training run works on."""
 
     task: Task
     rows: Splits
     backbone: Backbone
     prompted: PromptedModel
-    """What will be trained, before its first step."""
+    """The model to train; before the first step, its initialization."""
     train: Sequence[Example]
-    """The training rows as tokens, or with their images, as often augmented as the experiment says."""
+    """The training rows as tokens or images, augmented as the experiment says."""
     dev: Sequence[Example]
-    """The development rows that are looked at in training."""
+    """The development rows that are scored during training."""
     test: Sequence[Example]
     """The test rows that are scored at the end."""
 
 
-def new_run(experiment: Experiment, backbone: Backbone | None, watch: TrainingCallback) -> TrainingSetup:
-    """The material of a new run.
+def new_run(experiment: Experiment, backbone: Backbone | None, callback: TrainingCallback) -> TrainingSetup:
+    """The setup of a new run.
 
     Args:
-        backbone: the experiment's own, if it is loaded already.
+        backbone: the experiment's backbone, if it is already loaded.
 
     Raises:
-        ValueError: settings, rows and backbone do not fit.
+        ValueError: settings, rows and backbone do not fit together.
     """
-    watch.stage("reading rows")
+    callback.on_stage("reading rows")
     task = load_task(experiment.task, experiment.data)
     rows = read_splits(experiment, task)
     for warning in rows.warnings:
-        watch.note(warning)
-    watch.stage(f"loading {experiment.backbone}")
-    backbone = backbone or _loaded(experiment, experiment.backbone_dtype)
+        callback.on_note(warning)
+    callback.on_stage(f"loading {experiment.backbone}")
+    backbone = backbone or _load_backbone(experiment, experiment.backbone_dtype)
     backbone = with_sample_images(backbone, experiment, task, rows)
-    _refuse_pointless(experiment, task, backbone)
+    _check_settings_apply(experiment, task, backbone)
     gradient = gradient_on(experiment, task, backbone, rows.train)
-    prompted = runs.build_prompted_model(experiment, task, backbone, warm=True, gradient=gradient)
-    _refuse_unfit(experiment, prompted)
+    prompted = runs.build_prompted_model(experiment, task, backbone, initialize=True, gradient=gradient)
+    _check_trainable(experiment, prompted)
     if experiment.init_prompt is not None and prompted.prompt is not None:
-        start = runs.read_prompt(Path(experiment.init_prompt), backbone)
-        watch.note(_start_note(experiment.init_prompt, prompted.prompt, start))
-    return _encoded(experiment, task, rows, prompted, watch)
+        source = runs.read_prompt(Path(experiment.init_prompt), backbone)
+        callback.on_note(_init_prompt_note(experiment.init_prompt, prompted.prompt, source))
+    return _encode_rows(experiment, task, rows, prompted, callback)
 
 
-def resume_run(run: Run, given: Backbone | str | Path | None, watch: TrainingCallback) -> TrainingSetup:
-    """The material of an unfinished run.
+def resume_run(run: Run, backbone: Backbone | str | Path | None, callback: TrainingCallback) -> TrainingSetup:
+    """The setup of an unfinished run.
 
     Args:
-        given: the run's backbone, if it is loaded already, or where its weights lie now.
+        backbone: the run's backbone, if it is already loaded, or where its weights are now.
 
     Raises:
-        FileNotFoundError: the backbone is neither where the run recorded it nor at `given`.
-        ValueError: the rows or the backbone's weights are not those it was started with.
+        FileNotFoundError: the backbone is neither where the run recorded it nor at `backbone`.
+        ValueError: the rows or the backbone's weights have changed since the run was started.
     """
-    watch.stage("reading rows")
+    callback.on_stage("reading rows")
     experiment = run.experiment
     rows = read_splits(experiment, run.task)
     if rows.fingerprint != run.record["data"]:
         raise ValueError(
             f"the rows of task {run.task.name} are not those {run.folder} was started with; start a new run"
         )
-    if isinstance(given, Backbone):
-        backbone = given
-    else:
-        source = experiment.backbone if given is None else str(given)
-        watch.stage(f"loading {source}")
+    if not isinstance(backbone, Backbone):
+        source = experiment.backbone if backbone is None else str(backbone)
+        callback.on_stage(f"loading {source}")
         try:
-            backbone = _loaded(experiment.replace(backbone=source), run.record["backbone"]["dtype"])
+            backbone = _load_backbone(experiment.replace(backbone=source), run.record["backbone"]["dtype"])
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"the backbone of run {run.folder} cannot be loaded from {source} ({error}); give the place where it "
-                "lies now with --backbone"
+                f"the backbone of run {run.folder} cannot be loaded from {source} ({error}); give its current path "
+                "with --backbone"
             ) from error
     if backbone.hash != run.record["backbone"]["hash"]:
         raise ValueError(
@@ -117,72 +116,96 @@ def resume_run(run: Run, given: Backbone | str | Path | None, watch: TrainingCal
     backbone = with_sample_images(backbone, experiment, run.task, rows)
     gradient = gradient_on(experiment, run.task, backbone, rows.train)
     prompted = runs.build_prompted_model(
-        experiment, run.task, backbone, warm=not checkpoint.steps(run.folder), gradient=gradient
+        experiment, run.task, backbone, initialize=not checkpoint.steps(run.folder), gradient=gradient
     )
     if experiment.training.shard:
-        _refuse_shards(experiment, prompted)
-    return _encoded(experiment, run.task, rows, prompted, watch)
+        _check_shardable(experiment, prompted)
+    return _encode_rows(experiment, run.task, rows, prompted, callback)
 
 
-def _encoded(
-    experiment: Experiment, task: Task, rows: Splits, prompted: PromptedModel, watch: TrainingCallback
+def shard_backbone(setup: TrainingSetup, processes: DistributedGroup, callback: TrainingCallback) -> TrainingSetup:
+    """Shard the backbone's layers over the processes for good, and verify the prompted model as it now runs."""
+    if processes.world_size == 1:
+        callback.on_note(
+            "one process holds the whole backbone (--shard); start several: torchrun --nproc-per-node 2 ..."
+        )
+    backbone, prompted = setup.backbone, setup.prompted
+    processes.check_equal("the layers' ways to run", prompted.supports_gradient_checkpointing)
+    processes.shard(backbone.model)
+    prompted.to(backbone.device)
+    verify.forget(backbone.model)
+    with processes.forward_scope():
+        prompted = attach(
+            backbone,
+            prompted.prompt,
+            head=prompted.head,
+            prompt_position=prompted.prompt_position,
+            prompt_attention=prompted.prompt_attention,
+        )
+    return replace(setup, prompted=prompted)
+
+
+def _encode_rows(
+    experiment: Experiment, task: Task, rows: Splits, prompted: PromptedModel, callback: TrainingCallback
 ) -> TrainingSetup:
-    """The material with every row that will be used as tokens, each one checked: here, before there is a folder.
+    """Tokenise every row that will be used, and check that it fits.
 
     Raises:
-        ValueError: a row that does not fit the model, by its number and split.
+        ValueError: a row does not fit the model, by its number and split.
     """
     settings, backbone = experiment.training, prompted.backbone
-    watch.stage("tokenising")
+    callback.on_stage("tokenising")
     limit = input_limit(prompted, task, settings)
     if task.is_classification:
         prompted.check_candidates(task.answers, answer_ids(task, backbone.tokenizer))
 
-    def encoded(split: str, count: int, seed: int) -> Sequence[Example]:
+    def encode_split(split: str, count: int, seed: int) -> Sequence[Example]:
         table = getattr(rows, split)
         examples, shortened = encode(task, backbone.tokenizer, table, limit, closing=prompted.appends_eos)
         if shortened:
-            watch.note(f"{shortened} of {len(examples)} {split} rows were cut to {limit} tokens (--max-input-tokens)")
-        if isinstance(examples, Examples) and examples.answers_ended:
-            watch.note(
-                f"{examples.answers_ended} of {len(examples)} {split} answers end with the tokenizer's own "
-                f"{backbone.tokenizer.eos_token}, which is left out: an answer is given its end anyway"
+            callback.on_note(
+                f"{shortened} of {len(examples)} {split} rows were cut to {limit} tokens (--max-input-tokens)"
             )
-        used = draw(task, table, examples, count, seed)
-        # A text to be generated is fed to the model in training alone; elsewhere it is only compared with.
-        fed = split == "train" or task.is_classification
-        for example in used:
+        if isinstance(examples, Examples) and examples.answers_ended:
+            callback.on_note(
+                f"{examples.answers_ended} of {len(examples)} {split} answers end with the tokenizer's own "
+                f"{backbone.tokenizer.eos_token}, which is removed: every answer gets one anyway"
+            )
+        sampled = draw(task, table, examples, count, seed)
+        # A generated answer is an input only in training; in the other splits it is only compared.
+        answer_is_input = split == "train" or task.is_classification
+        for example in sampled:
             if example.picture is None:
                 where = f"{example.where} ({split} split)"
-                prompted.check_row(example.input_ids, example.answer_ids if fed else (), where)
+                prompted.check_row(example.input_ids, example.answer_ids if answer_is_input else (), where)
         if split != "train":
-            _refuse_unscorable(task, table, used, backbone.tokenizer)
-        return used
+            _check_scorable(task, table, sampled, backbone.tokenizer)
+        return sampled
 
-    train = encoded("train", 0, 0)
-    dev = encoded("dev", 0 if rows.shared else settings.dev_rows, experiment.seed)
-    test = encoded("test", settings.test_rows, 0)
+    train = encode_split("train", 0, 0)
+    dev = encode_split("dev", 0 if rows.shared else settings.dev_rows, experiment.seed)
+    test = encode_split("test", settings.test_rows, 0)
     if note := over_long_note([*dev, *test], settings.max_new_tokens, "development and test"):
-        watch.note(note)
+        callback.on_note(note)
     return TrainingSetup(task, rows, backbone, prompted, augmented(train, settings.augment), dev, test)
 
 
-def _refuse_unscorable(task: Task, table: Any, examples: Sequence[Example], tokenizer: Any) -> None:
-    """Refuse gold answers that a metric of the task cannot be computed with, such as a word where it needs a number."""
+def _check_scorable(task: Task, table: Any, examples: Sequence[Example], tokenizer: Any) -> None:
+    """Check that every metric of the task can read the gold answers: a numeric metric needs numbers."""
     _, golds, questions = beside_golds(task, table, examples, [], tokenizer)
     for metric in task.metrics:
         read_answers(task, metric, [None] * len(golds), golds, questions)
 
 
-def _loaded(experiment: Experiment, dtype: Dtype) -> Backbone:
-    """The experiment's backbone; where it will be sharded, on the CPU, since a GPU has no room for all of it."""
+def _load_backbone(experiment: Experiment, dtype: Dtype) -> Backbone:
+    """Load the experiment's backbone; if it will be sharded, on the CPU, since one GPU may be too small for it."""
     if not experiment.training.shard:
         return load(experiment.backbone, dtype=dtype)
     return load(experiment.backbone, dtype=fitting_dtype(dtype), device="cpu")
 
 
 def with_sample_images(backbone: Backbone, experiment: Experiment, task: Task, rows: Splits) -> Backbone:
-    """`backbone` with training images to sample its input vectors from, where those are what it reads."""
+    """For an image task, `backbone` with training images from which to sample initial prompt vectors."""
     refuse_other_input(task, backbone.tokenizer)
     if not task.image:
         return backbone
@@ -190,31 +213,34 @@ def with_sample_images(backbone: Backbone, experiment: Experiment, task: Task, r
     return backbone.with_sample_images(sample(task, backbone.tokenizer, rows.train, size, experiment.seed))
 
 
-def _refuse_pointless(experiment: Experiment, task: Task, backbone: Backbone) -> None:
-    """Refuse settings that would change nothing, or of which nothing could come."""
-    if backbone.architecture != "vision" and (idle := _given(experiment, _of_images)):
-        raise ValueError(f"{idle} is for images, and {backbone.source} reads text; leave it out")
-    if experiment.baseline != "none" and (idle := _given(experiment, _of_prompts)):
-        raise ValueError(f"{idle} is for prompts, and the baseline {experiment.baseline} has none; leave it out")
-    most = backbone.max_positions
-    if most is not None and experiment.prompt.length >= most:
-        raise ValueError(f"length is {experiment.prompt.length}, but {backbone.source} has {most} positions; lower it")
+def _check_settings_apply(experiment: Experiment, task: Task, backbone: Backbone) -> None:
+    """Refuse settings that would have no effect, or could not work."""
+    if backbone.architecture != "vision" and (unused := _changed(experiment, _image_settings)):
+        raise ValueError(f"{unused} is for images, and {backbone.source} reads text; leave it out")
+    if experiment.baseline != "none" and (unused := _changed(experiment, _prompt_settings)):
+        raise ValueError(f"{unused} is for prompts, and the baseline {experiment.baseline} has none; leave it out")
+    limit = backbone.max_positions
+    if limit is not None and experiment.prompt.length >= limit:
+        raise ValueError(f"length is {experiment.prompt.length}, but {backbone.source} has {limit} positions; lower it")
     head = fresh_head(backbone, len(task.label_words), torch.Generator())
     if experiment.training.zero_shot and head is not None:
         raise ValueError(
-            f"{backbone.source} answers through a trained head, so it has no zero-shot answer; leave it out"
+            f"zero_shot is on, and {backbone.source} answers through a trained head, so it has no zero-shot answer; "
+            "leave it out"
         )
     if experiment.training.vocabulary_weight and head is not None:
         raise ValueError(
             f"vocabulary_weight is {experiment.training.vocabulary_weight}, and {backbone.source} answers through a "
-            "trained head, which gives no probability to words; leave it out"
+            "trained head, which has no label words; leave it out"
         )
     if experiment.baseline == "head" and head is None:
-        raise ValueError(f"{backbone.source} answers in words and has no head to train; use the baseline lora or full")
+        raise ValueError(
+            f"{backbone.source} answers with label words and has no head to train; use the baseline lora or full"
+        )
 
 
-def _refuse_unfit(experiment: Experiment, prompted: PromptedModel) -> None:
-    """Refuse what the attachment could not be trained with."""
+def _check_trainable(experiment: Experiment, prompted: PromptedModel) -> None:
+    """Refuse settings that the prompted model cannot be trained with."""
     backbone = prompted.backbone
     if backbone.architecture == "vision" and prompted.prompt is not None:
         refuse_unfit(backbone, prompted.prompt)
@@ -224,55 +250,55 @@ def _refuse_unfit(experiment: Experiment, prompted: PromptedModel) -> None:
         and not prompted.supports_self_attention_dropout
     ):
         raise ValueError(
-            f"dropout is on, and isolated prompts of {backbone.source} ({backbone.architecture}) run without the "
-            "model's own; leave dropout off, or prompt_attention=full"
+            f"dropout is on, and prompts with prompt_attention=self run without the dropout of {backbone.source} "
+            f"({backbone.architecture}); leave dropout off, or use prompt_attention=full"
         )
     if experiment.training.shard:
-        _refuse_shards(experiment, prompted)
+        _check_shardable(experiment, prompted)
     if not experiment.training.gradient_checkpointing:
         return
     if not prompted.supports_gradient_checkpointing:
         raise ValueError(
-            f"gradient_checkpointing is on, and rows of {backbone.source} go on from a cache, which cannot be written "
-            "to twice; leave it off, or give prompt_position=prefix and a model whose attention is not its own"
+            f"gradient_checkpointing is on, and rows of {backbone.source} continue from a cache, which cannot be "
+            "written twice; leave it off, or use prompt_position=prefix and a model without attention code of its own"
         )
     if not gradient_checkpointing.layers(backbone.model):
         raise ValueError(
             f"gradient_checkpointing is on, and {backbone.source} ({backbone.model.config.model_type}) has no layers "
-            "that can be computed again; leave it off, or give --gradient-accumulation-steps"
+            "that can be recomputed; leave it off, or use --gradient-accumulation-steps"
         )
 
 
-def _refuse_shards(experiment: Experiment, prompted: PromptedModel) -> None:
-    """Refuse what cannot be shared out among processes."""
+def _check_shardable(experiment: Experiment, prompted: PromptedModel) -> None:
+    """Refuse a setup whose backbone cannot be sharded over processes."""
     backbone, why = prompted.backbone, ""
     if backbone.quantized:
-        why = f"the weights are held as {backbone.quantized}"
+        why = f"the weights are quantized ({backbone.quantized})"
     elif experiment.baseline != "none":
-        why = f"the baseline {experiment.baseline} trains beside or in the layers"
+        why = f"the baseline {experiment.baseline} trains weights beside or in the layers"
     elif experiment.training.dropout and any(
         value for name, value in backbone.model.config.to_dict().items() if name.endswith("layerdrop")
     ):
         why = f"dropout makes each process leave out other layers of {backbone.source}"
     elif not gradient_checkpointing.layers(backbone.model):
-        why = f"{backbone.source} ({backbone.model.config.model_type}) has no layers that can be told from the rest"
+        why = f"{backbone.source} ({backbone.model.config.model_type}) has no layers that can be identified"
     elif not prompted.supports_fsdp:
-        why = f"isolated prompts of {backbone.source} ({backbone.architecture}) go past its layers' own call"
+        why = f"prompts with prompt_attention=self bypass the layers of {backbone.source} ({backbone.architecture})"
     if why:
         raise ValueError(f"shard is on, and {why}; leave it off")
 
 
-def _given(experiment: Experiment, settings: Callable[[Experiment], dict[str, Any]]) -> str | None:
+def _changed(experiment: Experiment, settings_of: Callable[[Experiment], Mapping[str, Any]]) -> str | None:
     """The first of these settings that is not at its default."""
-    default = settings(Experiment())
-    return next((name for name, value in settings(experiment).items() if value != default[name]), None)
+    default = settings_of(Experiment())
+    return next((name for name, value in settings_of(experiment).items() if value != default[name]), None)
 
 
-def _of_prompts(experiment: Experiment) -> dict[str, Any]:
+def _prompt_settings(experiment: Experiment) -> Mapping[str, Any]:
     return {name: getattr(experiment, name) for name in ("depth", "prompt_position", "prompt_attention", "init_prompt")}
 
 
-def _of_images(experiment: Experiment) -> dict[str, Any]:
+def _image_settings(experiment: Experiment) -> Mapping[str, Any]:
     training = experiment.training
     return {
         "depth": experiment.depth,
@@ -282,8 +308,8 @@ def _of_images(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _start_note(source: str, first: SoftPrompt, start: SoftPrompt) -> str:
-    """How much of a warm start the method can hold at all."""
-    wanted = start.prompt().detach().cpu()
-    error = float((first.prompt().detach().cpu() - wanted).norm() / wanted.norm())
-    return f"starting from {source}, kept to a relative error of {error:.3g}"
+def _init_prompt_note(name: str, prompt: SoftPrompt, source: SoftPrompt) -> str:
+    """How closely the method can represent the prompt that it starts from."""
+    target = source.prompt().detach().cpu()
+    error = float((prompt.prompt().detach().cpu() - target).norm() / target.norm())
+    return f"starting from {name}, represented to a relative error of {error:.3g}"

@@ -1,4 +1,4 @@
-"""One step of a training: forward, loss, backward, clipping, and AdamW at each group's rate."""
+"""One training step: forward, loss, backward, clipping, and AdamW at each parameter group's learning rate."""
 
 import math
 import time
@@ -14,7 +14,6 @@ from softprompt.backbones.kernels.gradient_checkpointing import gradient_checkpo
 from softprompt.config import Experiment
 from softprompt.models import PromptedModel
 from softprompt.models.baselines import RATES
-from softprompt.prompts import SoftPrompt
 from softprompt.tasks import Example, Task
 from softprompt.training.distributed import DistributedGroup
 from softprompt.training.objective import Objective
@@ -23,7 +22,7 @@ from softprompt.training.objective import Objective
 @final
 @dataclass(frozen=True)
 class GradientRequest:
-    """Rows whose loss is summed, divided by `weight` and differentiated."""
+    """One micro-batch; its loss is the sum of the rows' losses divided by `weight`."""
 
     training_step: "TrainingStep"
     rows: Sequence[Example]
@@ -31,39 +30,39 @@ class GradientRequest:
 
 
 class GradientResult(NamedTuple):
-    """What came of it, once the gradient has been added to the parameters' own."""
+    """The loss of a micro-batch, whose gradient has been added to the parameters' `grad`."""
 
     loss: Tensor
+    waited: float = 0.0
+    """Seconds spent on the gradients of other runs."""
+
+
+class StepResult(NamedTuple):
+    """The loss of the whole batch, and the seconds that the step took."""
+
+    loss: float
     seconds: float
-    """The training's share of the time that it took."""
 
 
 Differentiate = Callable[[GradientRequest], GradientResult]
-"""Computes a loss and its gradient: `differentiate`, or one that serves several trainings in one pass."""
+"""Computes a micro-batch's loss and gradient: `differentiate`, or for concurrent runs one pass over the rows of all."""
 
 
-def differentiate(wanted: GradientRequest) -> GradientResult:
-    """Forward, loss and backward of one training's rows."""
-    start, training_step = time.perf_counter(), wanted.training_step
-    with training_step.modes():
-        loss = training_step.losses(wanted.rows).sum() / wanted.weight
+def differentiate(request: GradientRequest) -> GradientResult:
+    """Forward, loss and backward of one micro-batch."""
+    training_step = request.training_step
+    with training_step.backbone_modes():
+        loss = training_step.objective.losses(request.rows).sum() / request.weight
         loss.backward()  # type: ignore[no-untyped-call]
-    wait_for_device(loss)
-    return GradientResult(loss.detach(), time.perf_counter() - start)
-
-
-def wait_for_device(loss: Tensor) -> None:
-    """Until a GPU has done what it was given, so that seconds are those of the work."""
-    if loss.is_cuda:
-        torch.cuda.synchronize(loss.device)
+    return GradientResult(loss.detach())
 
 
 @final
 class TrainingStep:
-    """AdamW over what an attachment trains; a step's loss is the mean over the whole batch, however it is cut up.
+    """Optimizer steps on the trainable parameters; the loss is the mean over the batch, however it is split.
 
     Args:
-        differentiate: who computes losses and gradients; other than the default where trainings share a pass.
+        differentiate: computes losses and gradients; other than the default only for concurrent runs.
     """
 
     def __init__(
@@ -74,74 +73,60 @@ class TrainingStep:
         processes: DistributedGroup,
         differentiate: Differentiate = differentiate,
     ) -> None:
-        self.prompted, self.task, self.processes = prompted, task, processes
+        self.prompted, self.processes = prompted, processes
         self.settings = settings = experiment.training
-        self._differentiate = differentiate
         self.objective = Objective(prompted, task, settings)
-        rates = experiment.prompt.rates() | {"head": prompted.head_rate, "tuned": RATES[experiment.baseline]}
-        self.adamw = torch.optim.AdamW(
-            [{"params": group, "rate": rates[name]} for name, group in prompted.groups().items()],
+        self._differentiate = differentiate
+        factors = experiment.prompt.rates() | {"head": prompted.head_rate, "tuned": RATES[experiment.baseline]}
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group, "lr_factor": factors[name]} for name, group in prompted.groups().items()],
             lr=settings.lr,
             weight_decay=settings.weight_decay,
         )
 
-    def step(self, rows: Sequence[Example], rate: float, number: int) -> GradientResult:
-        """One step over `rows`, the whole batch, at the learning rate `rate`; its loss, and the time that it took.
+    def step(self, rows: Sequence[Example], lr: float, number: int) -> StepResult:
+        """Train on one batch.
 
         Args:
-            number: of the step, for an error.
+            rows: the batch of all processes together.
+            lr: the learning rate, which each parameter group scales by its own factor.
+            number: the number of the step, for an error message.
 
         Raises:
-            ValueError: the loss or its gradient is no number.
+            ValueError: the loss or the gradient's norm is not finite.
         """
-        start, shared = time.perf_counter(), 0.0
-        self.prompted.train()  # a method's own dropout; the backbone stays in evaluation mode
-        for group in self.adamw.param_groups:
-            group["lr"] = rate * group["rate"]
+        started, waited = time.perf_counter(), 0.0
+        self.prompted.train()  # for a method's own dropout; the backbone stays in eval mode
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
         loss = torch.zeros((), device=self.prompted.backbone.device)
         with self.processes.forward_scope():
-            for wanted in self._parts(rows):
-                asked = time.perf_counter()
-                given = self._differentiate(wanted)  # forward, loss, backward
-                loss += given.loss
-                shared += given.seconds - (time.perf_counter() - asked)
+            for micro_batch in self._micro_batches(rows):
+                result = self._differentiate(micro_batch)  # forward, loss, backward
+                loss += result.loss
+                waited += result.waited
         parameters = list(self.prompted.parameters())
         self.processes.all_reduce(loss, parameters)
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
-        _refuse_not_finite(float(loss), float(norm), rate, number, rows)
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
-        return GradientResult(loss, time.perf_counter() - start + shared)
+        _check_finite(float(loss), float(norm), lr, number, rows)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(float(loss), time.perf_counter() - started - waited)
 
-    def _parts(self, rows: Sequence[Example]) -> Iterator[GradientRequest]:
-        """The process's share of the batch, cut for gradient accumulation; each part weighs as in the whole batch."""
-        weight = self.objective.weight(rows)
-        own = self.processes.share(rows)
-        for part in range(self.settings.gradient_accumulation_steps):
-            if piece := own[part :: self.settings.gradient_accumulation_steps]:
-                yield GradientRequest(self, piece, weight)
+    def _micro_batches(self, rows: Sequence[Example]) -> Iterator[GradientRequest]:
+        """Split this process's share of the batch for gradient accumulation; weights are those of the whole batch."""
+        weight, parts = self.objective.weight(rows), self.settings.gradient_accumulation_steps
+        local_rows = self.processes.share(rows)
+        for part in range(parts):
+            if micro_batch := local_rows[part::parts]:
+                yield GradientRequest(self, micro_batch, weight)
             elif self.processes.sharded:
-                # A pass that others meet in is made without rows too, over one that counts for nothing.
+                # With a sharded backbone every process must take part in each pass: one row that counts for nothing.
                 yield GradientRequest(self, rows[:1], math.inf)
 
-    @property
-    def kind(self) -> Hashable:
-        """Trainings of one kind may go through one pass: the rows of each differ in their prompt alone."""
-        prompted = self.prompted
-        if prompted.prompt is None or prompted.head is not None or self.settings.dropout:
-            return id(self)
-        means = self.settings.gradient_checkpointing
-        return (
-            id(prompted.backbone.model),
-            prompted.prompt_position,
-            prompted.prompt_attention,
-            self.objective.kind,
-            means,
-        )
-
     @contextmanager
-    def modes(self) -> Iterator[None]:
-        """The backbone as it is while a loss is computed and while it is differentiated."""
+    def backbone_modes(self) -> Iterator[None]:
+        """The backbone's dropout and gradient checkpointing, for both the forward and the backward pass."""
         backbone, settings = self.prompted.backbone, self.settings
         with (
             backbone.dropout(settings.dropout),
@@ -149,22 +134,26 @@ class TrainingStep:
         ):
             yield
 
-    def losses(
-        self, rows: Sequence[Example], prompts: Sequence[SoftPrompt] | None = None, index: Tensor | None = None
-    ) -> Tensor:
-        """Each row's loss, to be asked for and differentiated in its `modes`.
+    @property
+    def sharing_key(self) -> Hashable:
+        """Runs with equal keys can share a forward pass: their rows differ only in the prompt."""
+        prompted = self.prompted
+        if prompted.prompt is None or prompted.head is not None or self.settings.dropout:
+            return id(self)
+        return (
+            id(prompted.backbone.model),
+            prompted.prompt_position,
+            prompted.prompt_attention,
+            self.objective.sharing_key,
+            self.settings.gradient_checkpointing,
+        )
 
-        Args:
-            prompts: in place of the attachment's own; `index` says which is a row's.
-        """
-        return self.objective.losses(rows, prompts, index)
 
-
-def _refuse_not_finite(loss: float, norm: float, rate: float, number: int, rows: Sequence[Example]) -> None:
+def _check_finite(loss: float, norm: float, lr: float, number: int, rows: Sequence[Example]) -> None:
     if math.isfinite(loss) and math.isfinite(norm):
         return
     names = ", ".join(row.where for row in rows)
     raise ValueError(
-        f"the loss is {loss} and its gradient's norm {norm} at step {number} with learning rate {rate:.3g} "
+        f"the loss is {loss} and its gradient's norm {norm} at step {number} with learning rate {lr:.3g} "
         f"on {names}; lower --lr, or use --dtype float32"
     )

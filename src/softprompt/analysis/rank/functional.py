@@ -106,13 +106,13 @@ def functional_rank(
     matrix = subject.matrix if start is None else subject.matrix - start
     bench = RankScorer.of(subject, cutting)
     full, answers = bench.score(subject.prompt)
-    watch.note(f"{subject.name}: full prompt, {full.metric} {full.value:.3f} on {full.n} {bench.rows_of} rows")
+    watch.on_note(f"{subject.name}: full prompt, {full.metric} {full.value:.3f} on {full.n} {bench.rows_of} rows")
     cuts = []
     for rank in tried:
         kept = torch.cat([best_part(layer, rank) for layer in matrix.chunk(subject.prompt.depth)])
         found, given = bench.score(_with_matrix(subject.prompt, kept if start is None else start + kept))
         lost = drop(METRICS[full.metric], answers, given)
-        watch.note(f"{subject.name}: rank {rank}, {found.metric} {found.value:.3f}")
+        watch.on_note(f"{subject.name}: rank {rank}, {found.metric} {found.value:.3f}")
         cuts.append(Cut(rank=rank, score=found, drop=lost))
     return Functional(
         task=bench.task.name,

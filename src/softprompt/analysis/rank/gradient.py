@@ -75,10 +75,10 @@ def gradient_spectra(
         raise ValueError(f"{source} is a backbone and has no checkpoints; leave --checkpoints out, or give a run")
     experiment = Experiment(backbone=str(source), task=task, data=data, prompt=Plain(length=length or 100))
     whole = load_task(task, data)
-    watch.stage(f"loading {source}")
+    watch.on_stage(f"loading {source}")
     rows = read_splits(experiment, whole)
     backbone = with_sample_images(load(str(source)), experiment, whole, rows)
-    start = runs.first_prompt(experiment, whole, backbone, warm=False).prompt()
+    start = runs.build_prompt(experiment, whole, backbone, initialize=False).prompt()
     return _points({"start": start}, experiment, whole, backbone, batches, watch)
 
 
@@ -116,6 +116,6 @@ def _points(
     gradient = gradient_on(experiment, task, backbone, read_splits(experiment, task).train)
     found = []
     for name, matrix in prompts.items():
-        watch.stage(f"gradient, {name}")
+        watch.on_stage(f"gradient, {name}")
         found.append(GradientPoint(at=name, spectrum=Spectrum.of(gradient(matrix, batches))))
     return found

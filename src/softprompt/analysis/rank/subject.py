@@ -103,7 +103,7 @@ def subjects(
         run = runs.open_run(path)
         if reason := _nothing(run):
             raise ValueError(f"run {path} {reason}; give a finished run of a prompt method")
-        watch.stage(f"loading {run.experiment.backbone}")
+        watch.on_stage(f"loading {run.experiment.backbone}")
         yield _of_run(run, run.backbone(backbone), checkpoints)
     elif (path / _ADAPTER).is_file():
         if checkpoints:
@@ -118,12 +118,12 @@ def _of_folder(path: Path, checkpoints: bool, backbone: str | None, watch: Train
     count = 0
     for run in runs.list_runs(path):
         if reason := _nothing(run):
-            watch.note(f"{run.name} {reason} and is left out")
+            watch.on_note(f"{run.name} {reason} and is left out")
             continue
         key = (run.experiment.backbone, run.experiment.backbone_dtype, run.record["backbone"]["dtype"])
         if key not in kept:
             kept.clear()  # one at a time: a folder may hold runs of many backbones
-            watch.stage(f"loading {run.experiment.backbone}")
+            watch.on_stage(f"loading {run.experiment.backbone}")
             kept[key] = run.backbone(backbone)
         count += 1
         yield _of_run(run, kept[key], checkpoints)
@@ -148,7 +148,7 @@ def _of_run(run: Run, backbone: Backbone, checkpoints: bool) -> LoadedPrompt:
     try:
         seen = with_sample_images(run, backbone)
         gradient = gradient_on(run.experiment, run.task, seen, lambda: run_splits(run).train)
-        start = runs.first_prompt(run.experiment, run.task, seen, warm=True, gradient=gradient).prompt().detach()
+        start = runs.build_prompt(run.experiment, run.task, seen, initialize=True, gradient=gradient).prompt().detach()
     except (FileNotFoundError, ValueError) as error:  # a warm start whose folder is gone, images that have changed
         start = None
         notes.append(f"its first prompt is not known, so what it learned is not measured ({error})")
@@ -174,7 +174,7 @@ def with_sample_images(run: Run, backbone: Backbone) -> Backbone:
 def _course(
     run: Run, backbone: Backbone, start: Float[Tensor, "prompt dim"] | None
 ) -> dict[int, Float[Tensor, "prompt dim"]]:
-    prompt = runs.first_prompt(run.experiment, run.task, backbone, warm=False)
+    prompt = runs.build_prompt(run.experiment, run.task, backbone, initialize=False)
     found = {} if start is None else {0: start}
     for step in checkpoint.steps(run.folder):
         file = checkpoint.folder_of(run.folder, step) / "prompt.safetensors"
