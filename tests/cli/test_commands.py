@@ -195,10 +195,10 @@ def test_doctor() -> None:
     ("arguments", "words"),
     [
         (["fetch", "nothing"], ["'nothing'"]),
-        (["evaluate", "nowhere"], ["'nowhere' is no run", "softprompt list runs"]),
-        (["predict", "nowhere", "--input", "rows.csv"], ["'nowhere' is no run"]),
-        (["export", "nowhere"], ["'nowhere' is no run"]),
-        (["train", "--resume", "nowhere"], ["'nowhere' is no run"]),
+        (["evaluate", "nowhere"], ["'nowhere' is not a run", "softprompt list runs"]),
+        (["predict", "nowhere", "--input", "rows.csv"], ["'nowhere' is not a run"]),
+        (["export", "nowhere"], ["'nowhere' is not a run"]),
+        (["train", "--resume", "nowhere"], ["'nowhere' is not a run"]),
         (["train", "--task", "sentimant"], ["'sentimant'", "sentiment"]),
         (["train", "--task", "missing.toml"], ["missing.toml"]),
         (["list", "methods", "--prompt-module", "missing.py"], ["'missing.py' is no Python file"]),
@@ -213,7 +213,7 @@ def test_what_is_not_there_is_said_in_one_sentence(arguments: list[str], words: 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--name", "a/b"], ["'a/b' is no plain folder name"]),
+        (["--name", "a/b"], ["'a/b' is not a plain folder name"]),
         (["--data", "missing.csv"], ["missing.csv"]),
         (["dpt", "--length", "50", "--rank", "40"], ["rank is 40", "32 wide"]),
         (["plain", "--length", "300"], ["positions", "256"]),

@@ -1,4 +1,4 @@
-"""`softprompt sweep`: a dry run, a run, what fails, what is missing, and the same on a Ray cluster."""
+"""`softprompt sweep`: a dry run, a run, failures, missing extras, and a Ray cluster."""
 
 import importlib.util
 import json
@@ -21,17 +21,17 @@ def sweep(capsys: pytest.CaptureFixture[str]) -> Sweep:
 
     def call(*arguments: object) -> tuple[int, dict[str, Any], str]:
         code = main(["sweep", *map(str, arguments)])
-        shown = capsys.readouterr()
-        lines = shown.out.splitlines()
+        printed = capsys.readouterr()
+        lines = printed.out.splitlines()
         assert len(lines) <= 1, "stdout has more than the result"
-        return code, json.loads(lines[0]) if lines else {}, " ".join(shown.err.split())
+        return code, json.loads(lines[0]) if lines else {}, " ".join(printed.err.split())
 
     return call
 
 
 @pytest.fixture(scope="module")
 def file(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two trials that work and two that ask for more shots than there are rows."""
+    """Two trials that succeed and two that request more shots than there are rows."""
     path = tmp_path_factory.mktemp("sweep") / "sweep.toml"
     path.write_text(
         f"""
@@ -54,35 +54,38 @@ def file(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def done(file: Path) -> Path:
-    """The folder of the sweep, run."""
+    """The folder of the finished sweep."""
     out = file.parent / "out"
     assert main(["sweep", str(file), "--out", str(out)]) == 1
     return out
 
 
-def test_a_dry_run_trains_nothing(file: Path, tmp_path: Path, sweep: Sweep) -> None:
-    code, result, shown = sweep(file, "--out", tmp_path / "out", "--dry-run")
+def test_dry_run_trains_nothing(file: Path, tmp_path: Path, sweep: Sweep) -> None:
+    code, result, printed = sweep(file, "--out", tmp_path / "out", "--dry-run")
     assert code == 0
     assert [trial["state"] for trial in result["trials"]] == ["new"] * 4
-    assert shown.endswith("4 trials")
-    assert result["trials"][0]["trial"] in shown
+    assert printed.endswith("4 trials")
+    assert result["trials"][0]["trial"] in printed
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_sees_what_is_there(file: Path, done: Path, sweep: Sweep) -> None:
+def test_dry_run_lists_finished_trials(file: Path, done: Path, sweep: Sweep) -> None:
     _, result, _ = sweep(file, "--out", done, "--dry-run")
     assert [trial["state"] for trial in result["trials"]] == ["finished", "finished", "new", "new"]
 
 
-def test_what_failed_is_listed_and_the_rest_is_kept(file: Path, done: Path, sweep: Sweep) -> None:
-    code, result, shown = sweep(file, "--out", done)
+def test_failed_trials_are_listed_and_others_skipped(file: Path, done: Path, sweep: Sweep) -> None:
+    code, result, printed = sweep(file, "--out", done)
     assert code == 1
     assert result["done"] == []
     assert len(result["skipped"]) == 2
-    assert [one["trial"].rsplit("-", 1)[0] for one in result["failed"]] == ["tickets-plain-0", "tickets-plain-1"]
-    for one in result["failed"]:
-        assert one["problem"].startswith("1000 shots of task 'tickets' need more rows")
-        assert f"failed: {one['trial']}: {one['problem']}" in shown
+    assert [failed_trial["trial"].rsplit("-", 1)[0] for failed_trial in result["failed"]] == [
+        "tickets-plain-0",
+        "tickets-plain-1",
+    ]
+    for failed_trial in result["failed"]:
+        assert failed_trial["problem"].startswith("1000 shots of task 'tickets' need more rows")
+        assert f"failed: {failed_trial['trial']}: {failed_trial['problem']}" in printed
     for name in result["skipped"]:
         run = open_run(done / name)
         assert run.results is not None
@@ -90,87 +93,93 @@ def test_what_failed_is_listed_and_the_rest_is_kept(file: Path, done: Path, swee
 
 
 @pytest.mark.parametrize(("name", "old", "new"), [("train.csv", "a a", "a b a"), ("tickets.toml", "Ticket", "Message")])
-def test_a_run_of_other_rows_or_another_task_is_not_taken_for_this_one(
+def test_changed_rows_or_task_fail_the_trial(
     name: str, old: str, new: str, file: Path, ticket_task: Path, tmp_path: Path, sweep: Sweep
 ) -> None:
-    """Both lie at the path that the settings' hash knows."""
+    """The settings' hash covers only their paths."""
     shutil.copytree(ticket_task.parent, tmp_path / "task")
-    own = tmp_path / "sweep.toml"
-    own.write_text(file.read_text().rpartition("[[method]]")[0].replace(str(ticket_task), "task/tickets.toml"))
-    code, result, _ = sweep(own, "--out", tmp_path / "out")
+    own_file = tmp_path / "sweep.toml"
+    own_file.write_text(file.read_text().rpartition("[[method]]")[0].replace(str(ticket_task), "task/tickets.toml"))
+    code, result, _ = sweep(own_file, "--out", tmp_path / "out")
     assert (code, len(result["done"])) == (0, 2)
     before = (tmp_path / "task" / name).read_text()
     (tmp_path / "task" / name).write_text(before.replace(old, new))
-    code, changed, _ = sweep(own, "--out", tmp_path / "out")
+    code, changed, _ = sweep(own_file, "--out", tmp_path / "out")
     assert (code, changed["done"], changed["skipped"]) == (1, [], [])
-    for one in changed["failed"]:
-        assert one["problem"] == (
-            f"{tmp_path / 'out' / one['trial']} was trained on another task or on other rows than there are now; move "
-            "it away, or choose another --out"
+    for failed_trial in changed["failed"]:
+        assert failed_trial["problem"] == (
+            f"the task or the rows of {tmp_path / 'out' / failed_trial['trial']} have changed since it was trained; "
+            "move it away, or choose another --out"
         )
     (tmp_path / "task" / name).write_text(before)
-    assert sweep(own, "--out", tmp_path / "out")[1]["skipped"] == result["done"]
+    assert sweep(own_file, "--out", tmp_path / "out")[1]["skipped"] == result["done"]
 
 
-def test_a_file_that_cannot_be(tmp_path: Path, sweep: Sweep) -> None:
+def test_invalid_sweep_file_is_refused(tmp_path: Path, sweep: Sweep) -> None:
     (tmp_path / "sweep.toml").write_text("[training]\nstep = 3")
-    code, result, shown = sweep(tmp_path / "sweep.toml", "--out", tmp_path / "out")
+    code, result, printed = sweep(tmp_path / "sweep.toml", "--out", tmp_path / "out")
     assert (code, result) == (1, {})
-    where = tmp_path / "sweep.toml"
-    assert shown == f"softprompt: {where}: [training] has the unknown setting 'step'; did you mean 'steps'?"
+    file_path = tmp_path / "sweep.toml"
+    assert printed == f"softprompt: {file_path}: [training] has the unknown setting 'step'; did you mean 'steps'?"
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("extra", "name"), [(["--executor", "ray"], "ray"), ([], "optuna")])
-def test_a_missing_extra(
+def test_missing_extra_names_its_install_command(
     extra: list[str], name: str, file: Path, tmp_path: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda sought, *rest: None if sought == name else find(sought, *rest)
+        importlib.util, "find_spec", lambda package, *rest: None if package == name else find(package, *rest)
     )
     search = tmp_path / "search.toml"
     search.write_text(file.read_text() + '[search]\nspace."training.lr" = [0.1, 0.2]\n')
-    code, result, shown = sweep(file if extra else search, "--out", tmp_path / "out", *extra)
+    code, result, printed = sweep(file if extra else search, "--out", tmp_path / "out", *extra)
     assert (code, result) == (1, {})
-    assert "install it with: pip install 'softprompt[sweep]'" in shown
+    assert "install it with: pip install 'softprompt[sweep]'" in printed
     assert not (tmp_path / "out").exists()
 
 
-def test_several_processes(file: Path, tmp_path: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_in_several_processes_is_refused(
+    file: Path, tmp_path: Path, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, shown = sweep(file, "--out", tmp_path / "out")
+    code, _, printed = sweep(file, "--out", tmp_path / "out")
     assert code == 1
-    assert "the sweep was started as 2 processes; start it alone" in shown
+    assert "the sweep was started as 2 processes; start one" in printed
 
 
 def test_baselines_are_trained_one_by_one(file: Path, tmp_path: Path, sweep: Sweep) -> None:
-    """Each has a copy of the whole backbone; of prompts that share passes no stage is told."""
-    own = tmp_path / "sweep.toml"
-    own.write_text(file.read_text().replace('name = "plain"', 'baseline = "full"').replace("training.shots = 1000", ""))
-    code, result, shown = sweep(own, "--out", tmp_path / "out", "--concurrent", 4)
+    """Each has its own copy of the backbone; concurrent prompts report no stages."""
+    own_file = tmp_path / "sweep.toml"
+    own_file.write_text(
+        file.read_text().replace('name = "plain"', 'baseline = "full"').replace("training.shots = 1000", "")
+    )
+    code, result, printed = sweep(own_file, "--out", tmp_path / "out", "--concurrent", 4)
     assert (code, len(result["done"])) == (0, 4)
-    assert shown.count("testing ...") == 2
-    assert shown.index("note: trial 2 of 4") < shown.index("testing ...") < shown.index("note: trial 3 of 4")
+    assert printed.count("testing ...") == 2
+    assert printed.index("note: trial 2 of 4") < printed.index("testing ...") < printed.index("note: trial 3 of 4")
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "message"),
     [
         (["--concurrent", "0"], "concurrent is 0; it must be at least 1"),
-        (["--concurrent", "2", "--executor", "ray"], "concurrent is for trainings in this process"),
+        (["--concurrent", "2", "--executor", "ray"], "concurrent is 2, and Ray runs each trial in its own process"),
     ],
 )
-def test_what_cannot_go_together(flags: list[str], sentence: str, file: Path, tmp_path: Path, sweep: Sweep) -> None:
-    code, _, shown = sweep(file, "--out", tmp_path / "out", *flags)
+def test_conflicting_flags_are_refused(
+    flags: list[str], message: str, file: Path, tmp_path: Path, sweep: Sweep
+) -> None:
+    code, _, printed = sweep(file, "--out", tmp_path / "out", *flags)
     assert code == 1
-    assert sentence in shown
+    assert message in printed
     assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
 def two_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A Ray cluster of this machine with room for two trials at once."""
+    """A local Ray cluster with room for two trials."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray = pytest.importorskip("ray")
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -187,7 +196,7 @@ def test_ray_gives_the_same_results(file: Path, done: Path, tmp_path: Path, swee
     for name in result["done"]:
         for part in ("metrics.jsonl", "softprompt.safetensors", "adapter_model.safetensors", "predictions.jsonl"):
             assert (tmp_path / "out" / name / part).read_bytes() == (done / name / part).read_bytes(), part
-        found, expected = open_run(tmp_path / "out" / name).results, open_run(done / name).results
-        assert found is not None
-        assert expected is not None
-        assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+        ray_results, local_results = open_run(tmp_path / "out" / name).results, open_run(done / name).results
+        assert ray_results is not None
+        assert local_results is not None
+        assert {**ray_results, "seconds": 0} == {**local_results, "seconds": 0}

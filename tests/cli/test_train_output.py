@@ -1,4 +1,4 @@
-"""What `softprompt train` shows, and which flags it refuses beside --resume."""
+"""The output of `softprompt train`, and the flags it refuses with --resume."""
 
 import contextlib
 import io
@@ -49,14 +49,14 @@ def run(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPath
         ["plain", "--length", "100"],
     ],
 )
-def test_setting_beside_resume_is_refused_also_at_its_default(run: str, flags: list[str]) -> None:
+def test_setting_with_resume_is_refused_even_at_default(run: str, flags: list[str]) -> None:
     code, out, err = call("train", "--resume", run, *flags)
     assert (code, out) == (1, [])
     assert flags[0].partition("=")[0].replace("_", "-") in err[-1]
     assert "--init-prompt" in err[-1]
 
 
-def test_finished_run_that_is_resumed_says_so_and_gives_its_results(run: str) -> None:
+def test_resuming_a_finished_run_prints_its_results(run: str) -> None:
     code, out, err = call("train", "--resume", run, "--show", "1", "--gradient-checkpointing", "--no-shard")
     assert code == 0
     assert json.loads(out[-1])["run"] == run
@@ -73,25 +73,25 @@ def texts(folder: Path, llama_folder: Path, answers: tuple[str, str]) -> list[st
     return [json.loads(out[-1])["run"]]
 
 
-def test_show_compares_texts_as_the_metric_does(
+def test_show_compares_texts_like_the_metric(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from softprompt.cli import train as command
     from softprompt.runs import open_run
 
     [folder] = texts(tmp_path, llama_folder, ("bad", "good"))
-    found = open_run(folder)
-    lines = found.predictions()
+    trained = open_run(folder)
+    lines = trained.predictions()
     for line in lines[:-1]:
-        line["answer"] = f"The {line['gold'][0].upper()}!"  # right, but for case, article and sign
+        line["answer"] = f"The {line['gold'][0].upper()}!"  # right, except for case, article and punctuation
     lines[-1]["answer"] = "something else"
-    monkeypatch.setattr(type(found), "predictions", lambda self: lines)
+    monkeypatch.setattr(type(trained), "predictions", lambda self: lines)
     monkeypatch.setattr(command, "console", _Printer())
-    command._show_mistakes(found, 5)
-    said = capsys.readouterr().out
-    assert "1 of 1 test rows it got wrong" in said
-    assert said.count("- row ") == 1
-    assert "said something else, is " in said
+    command._show_mistakes(trained, 5)
+    printed = capsys.readouterr().out
+    assert "1 of 1 test rows it got wrong" in printed
+    assert printed.count("- row ") == 1
+    assert "said something else, is " in printed
 
 
 class _Printer:
@@ -103,7 +103,7 @@ def progress(step: int, dev: Score | None = None) -> Progress:
     return Progress(step=step, steps=200, loss=1.0, lr=0.1, rows_per_second=5.0, dev=dev)
 
 
-def test_first_step_is_shown_and_a_score_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_terminal_prints_first_step_and_each_score_once(capsys: pytest.CaptureFixture[str]) -> None:
     terminal = Terminal()
     score = Score(
         metric="accuracy",
@@ -118,7 +118,7 @@ def test_first_step_is_shown_and_a_score_once(capsys: pytest.CaptureFixture[str]
     err = io.StringIO()
     with contextlib.redirect_stderr(err):
         for step in range(1, 80):
-            terminal.step(progress(step, score if step == 50 else None))
+            terminal.on_step(progress(step, score if step == 50 else None))
     lines = err.getvalue().splitlines()
     assert lines[0].startswith("step 1/200")
     assert [line.split()[1] for line in lines if "accuracy" in line] == ["50/200"]

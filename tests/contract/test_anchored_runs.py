@@ -1,4 +1,4 @@
-"""Runs of an anchored DPT: what lies on disk is enough, whatever stops it, wherever it is used."""
+"""Runs of an anchored DPT: files on disk suffice to resume, move and use them."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ from softprompt.prompts.deep import build
 from softprompt.prompts.dpt import AnchoredPrompt
 from softprompt.runs import build_prompted_model
 from softprompt.serve.prompts.entry import from_folder
-from softprompt.training import setup as begin_module
+from softprompt.training import setup
 from softprompt.training.callbacks import NullCallback
 
 MakeBackbone = Callable[[str], Backbone]
@@ -73,179 +73,177 @@ def tensors(run: Run) -> dict[str, Tensor]:
     return load_file(run.folder / "softprompt.safetensors")
 
 
-def assert_same(run: Run, whole: Run) -> None:
+def assert_same(run: Run, reference: Run) -> None:
     for name in SAME:
-        assert (run.folder / name).read_bytes() == (whole.folder / name).read_bytes(), f"{name} of {run.name}"
+        assert (run.folder / name).read_bytes() == (reference.folder / name).read_bytes(), f"{name} of {run.name}"
 
 
-def counted(run: Run) -> int:
+def trainable(run: Run) -> int:
     assert run.results is not None
     return int(run.results["trainable"])
 
 
 @prompts
-def test_a_run_trains_the_factors_and_is_used_folded(
+def test_run_trains_the_factors_and_is_used_folded(
     prompt: PromptConfig, experiment: Experiment, backbone: Backbone, tmp_path: Path
 ) -> None:
     run = train(experiment.replace(prompt=prompt), out=tmp_path, backbone=backbone)
-    assert counted(run) == prompt.count(32) == 2 * (6 + 32)
+    assert trainable(run) == prompt.count(32) == 2 * (6 + 32)
     live, matrix = run.prompt(backbone), load_file(run.folder / "adapter_model.safetensors")["prompt_embeddings"]
     assert torch.equal(live.prompt(), matrix)
     assert run.results is not None
     assert evaluate(open_run(run.folder)).value == run.results["test"]
-    served = from_folder("one", run.folder, backbone)
-    assert torch.equal(served.prompt.prompt(), matrix)
+    prompt_entry = from_folder("one", run.folder, backbone)
+    assert torch.equal(prompt_entry.prompt.prompt(), matrix)
     rows = [{"text": "a a b"}, {"text": "c"}]
     shutil.move(run.folder, tmp_path / "elsewhere")
     assert predict(open_run(tmp_path / "elsewhere"), rows) == predict(open_run(tmp_path / "elsewhere"), rows)
 
 
 @prompts
-def test_a_finished_prompt_needs_neither_seed_nor_gradient(
+def test_finished_prompt_needs_neither_seed_nor_gradient(
     prompt: PromptConfig, experiment: Experiment, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train(experiment.replace(prompt=prompt), out=tmp_path, backbone=backbone)
-    wanted = run.prompt(backbone).prompt()
+    expected = run.prompt(backbone).prompt()
     record = json.loads((run.folder / "softprompt.json").read_text())
     record["experiment"]["seed"] = 99
     (run.folder / "softprompt.json").write_text(json.dumps(record))
 
-    def fails(*given: Any) -> Any:
-        raise AssertionError("the gradient was asked for")
+    def fails(*start_matrix: Any) -> Any:
+        raise AssertionError("the gradient was computed")
 
-    monkeypatch.setattr(begin_module, "gradient_on", fails)
-    again = open_run(run.folder)
-    assert again.experiment.seed == 99
-    assert torch.equal(again.prompt(backbone).prompt(), wanted)
-    attached = again.prompted(backbone)
-    assert attached.prompt is not None
-    assert torch.equal(attached.prompt.prompt(), wanted)
+    monkeypatch.setattr(setup, "gradient_on", fails)
+    reopened = open_run(run.folder)
+    assert reopened.experiment.seed == 99
+    assert torch.equal(reopened.prompt(backbone).prompt(), expected)
+    reattached = reopened.prompted(backbone)
+    assert reattached.prompt is not None
+    assert torch.equal(reattached.prompt.prompt(), expected)
 
 
 @prompts
 @pytest.mark.parametrize("at", [1, 3])
-def test_a_stopped_run_goes_on_to_the_same_bits(
+def test_stopped_run_resumes_to_the_same_bits(
     prompt: PromptConfig, at: int, experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = experiment.replace(prompt=prompt)
-    whole = train(one, out=tmp_path, name="whole")
+    variant = experiment.replace(prompt=prompt)
+    reference = train(variant, out=tmp_path, name="whole")
 
     def step(_: object, progress: Progress) -> None:
         if progress.step == at:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(NullCallback, "step", step)
+        patch.setattr(NullCallback, "on_step", step)
         with pytest.raises(Interrupted):
-            train(one, out=tmp_path, name="stopped")
-    assert_same(resume(tmp_path / "stopped"), whole)
+            train(variant, out=tmp_path, name="stopped")
+    assert_same(resume(tmp_path / "stopped"), reference)
 
 
-def test_a_run_without_a_checkpoint_finds_its_gradient_again(experiment: Experiment, tmp_path: Path) -> None:
-    one = experiment.replace(prompt=PROMPTS["gradient"])
-    whole = train(one, out=tmp_path, name="whole")
+def test_run_without_checkpoint_recomputes_its_gradient(experiment: Experiment, tmp_path: Path) -> None:
+    variant = experiment.replace(prompt=PROMPTS["gradient"])
+    reference = train(variant, out=tmp_path, name="whole")
     bare = tmp_path / "bare"
     bare.mkdir()
-    record = json.loads((whole.folder / "softprompt.json").read_text())
+    record = json.loads((reference.folder / "softprompt.json").read_text())
     (bare / "softprompt.json").write_text(json.dumps({**record, "results": None}))
-    assert_same(resume(bare), whole)
+    assert_same(resume(bare), reference)
 
 
 @pytest.mark.parametrize("prompt", [PROMPTS["vocab"], PROMPTS["gradient"], DPT(length=6, rank=1, anchor="labels")])
-def test_a_warm_start_loses_nothing(prompt: DPT, experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
+def test_init_prompt_is_represented_exactly(
+    prompt: DPT, experiment: Experiment, backbone: Backbone, tmp_path: Path
+) -> None:
     first = train(experiment.replace(prompt=Plain(length=6)), out=tmp_path, name="first", backbone=backbone)
-    given = first.prompt(backbone).prompt()
-    assert torch.linalg.matrix_rank(given) == 6
-    warm = experiment.replace(
+    start_matrix = first.prompt(backbone).prompt()
+    assert torch.linalg.matrix_rank(start_matrix) == 6
+    started = experiment.replace(
         init_prompt=str(first.folder), prompt=prompt, training=TrainingConfig(steps=2, eval_steps=1)
     )
     notes: list[str] = []
 
     class Notes(NullCallback):
-        def note(self, text: str) -> None:
+        def on_note(self, text: str) -> None:
             notes.append(text)
 
-    run = train(warm, out=tmp_path, name="again", backbone=backbone, watch=Notes())
-    assert any(note.endswith("kept to a relative error of 0") for note in notes), notes
-    assert torch.equal(tensors(run)["anchor"], given)
-    shutil.rmtree(first.folder)  # a finished run keeps what it started from
+    run = train(started, out=tmp_path, name="again", backbone=backbone, callback=Notes())
+    assert any(note.endswith("represented to a relative error of 0") for note in notes), notes
+    assert torch.equal(tensors(run)["anchor"], start_matrix)
+    shutil.rmtree(first.folder)  # a finished run holds a copy of what it started from
     assert torch.equal(open_run(run.folder).prompt(backbone).prompt(), run.prompt(backbone).prompt())
     assert evaluate(open_run(run.folder)).n > 0
 
 
 @pytest.mark.parametrize("missing", ["anchor", "first_left", "first_right"])
-def test_a_file_without_its_frozen_part_is_refused(
+def test_file_without_frozen_tensors_is_refused(
     missing: str, experiment: Experiment, backbone: Backbone, tmp_path: Path
 ) -> None:
     run = train(experiment, out=tmp_path, backbone=backbone)
-    whole = tensors(run)
-    for wrong in (
-        {name: tensor for name, tensor in whole.items() if name != missing},
-        whole | {missing: whole[missing][:, :-1].contiguous()},
-        whole | {missing: torch.full_like(whole[missing], torch.nan)},
+    reference = tensors(run)
+    for damaged in (
+        {name: tensor for name, tensor in reference.items() if name != missing},
+        reference | {missing: reference[missing][:, :-1].contiguous()},
+        reference | {missing: torch.full_like(reference[missing], torch.nan)},
     ):
-        save_file(wrong, run.folder / "softprompt.safetensors")
+        save_file(damaged, run.folder / "softprompt.safetensors")
         with pytest.raises(ValueError, match=r"softprompt\.safetensors holds .*damaged"):
             run.prompt(backbone)
 
 
-def test_the_frozen_parts_do_not_move(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
+def test_frozen_tensors_do_not_change(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
     run = train(experiment, out=tmp_path, backbone=backbone)
     first = build_prompted_model(experiment, run.task, backbone, initialize=True).prompt
     assert isinstance(first, AnchoredPrompt)
     assert torch.equal(first.prompt(), first.anchor)
-    own = tensors(run)
+    trained_tensors = tensors(run)
     for name, tensor in first.named_buffers():
-        assert torch.equal(own[name], tensor), name
+        assert torch.equal(trained_tensors[name], tensor), name
     for name, parameter in first.named_parameters():
-        assert not torch.equal(own[name], parameter), name
+        assert not torch.equal(trained_tensors[name], parameter), name
 
 
 @pytest.mark.parametrize("name", ["vocab", "labels", "gradient"])
-def test_an_update_is_measured_from_the_anchor(
+def test_update_rank_is_measured_from_the_anchor(
     name: str, experiment: Experiment, backbone: Backbone, tmp_path: Path
 ) -> None:
     run = train(experiment.replace(prompt=PROMPTS[name]), out=tmp_path, backbone=backbone)
-    [one] = subjects(run.folder, checkpoints=True)
-    assert one.start is not None
-    assert torch.equal(one.start, tensors(run)["anchor"])
-    assert torch.equal(one.course[0], one.start)
-    found = functional_rank(one, Truncation(part="update", split="train", rows=0))
-    assert [cut.rank for cut in found.cuts] == [0, 1, 2, 3, 4]  # at most twice the rank
-    assert found.cuts[-1].score == found.full
+    [variant] = subjects(run.folder, checkpoints=True)
+    assert variant.start is not None
+    assert torch.equal(variant.start, tensors(run)["anchor"])
+    assert torch.equal(variant.course[0], variant.start)
+    functional = functional_rank(variant, Truncation(part="update", split="train", rows=0))
+    assert [cut.rank for cut in functional.cuts] == [0, 1, 2, 3, 4]  # at most twice the rank
+    assert functional.cuts[-1].score == functional.full
     assert (
-        found.cuts[0].score
+        functional.cuts[0].score
         == functional_rank(
-            dataclasses.replace(one, prompt=Folded(one.start)), Truncation(ranks=(6,), split="train", rows=0)
+            dataclasses.replace(variant, prompt=Folded(variant.start)), Truncation(ranks=(6,), split="train", rows=0)
         ).full
     )
     [measured] = measure(run.folder)
     assert (measured.ranks["prompt"].numerical, measured.ranks["update"].numerical) == (6, 4)
 
 
-def test_a_gradient_start_of_a_product_is_found_again_for_its_update(
-    experiment: Experiment, backbone: Backbone, tmp_path: Path
-) -> None:
+def test_gradient_init_is_recomputed_for_the_update(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
     run = train(experiment.replace(prompt=PROMPTS["bpt"]), out=tmp_path, backbone=backbone)
-    gradient = begin_module.gradient_on(
-        run.experiment, run.task, backbone, begin_module.read_splits(run.experiment, run.task).train
-    )
+    gradient = setup.gradient_on(run.experiment, run.task, backbone, setup.read_splits(run.experiment, run.task).train)
     first = build_prompted_model(run.experiment, run.task, backbone, initialize=True, gradient=gradient).prompt
     assert first is not None
-    [one] = subjects(run.folder)
-    assert one.start is not None
-    assert torch.equal(one.start, first.prompt())
+    [variant] = subjects(run.folder)
+    assert variant.start is not None
+    assert torch.equal(variant.start, first.prompt())
 
 
 @pytest.mark.parametrize("name", ["t5", "bert_mlm", "bert", "gpt2"])
-@pytest.mark.parametrize("which", ["vocab", "gradient"])
-def test_every_architecture_starts_from_an_anchor(
-    name: str, which: str, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
+@pytest.mark.parametrize("prompt_name", ["vocab", "gradient"])
+def test_architecture_starts_from_an_anchor(
+    name: str, prompt_name: str, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
     tiny_backbone(name).model.save_pretrained(folder)
     tiny_backbone(name).tokenizer.save_pretrained(folder)
-    words = {
+    label_words = {
         "Billing": "bil",
         "Sales": "sal",
         "Returns": "ret",
@@ -254,13 +252,13 @@ def test_every_architecture_starts_from_an_anchor(
         "Other": "ot",
     }
     file = tmp_path / "tickets.toml"
-    lines = "".join(f'{label} = "{word}"\n' for label, word in words.items())
+    lines = "".join(f'{label} = "{label_word}"\n' for label, label_word in label_words.items())
     rows = f'train = "{ticket_task.parent / "train.csv"}"\n'
     file.write_text(rows + 'template = "Ticket: {text}\\nQueue:"\nlabel = "queue"\n[label_words]\n' + lines)
     experiment = Experiment(
         backbone=str(folder),
         task=str(file),
-        prompt=PROMPTS[which],
+        prompt=PROMPTS[prompt_name],
         training=TrainingConfig(steps=2, batch_size=4, eval_steps=1),
         dtype="float32",
     )
@@ -270,7 +268,7 @@ def test_every_architecture_starts_from_an_anchor(
     assert torch.linalg.matrix_rank(tensors(run)["anchor"]) == 6
 
 
-def test_a_deep_prompt_has_an_anchor_a_layer(tiny_backbone: MakeBackbone) -> None:
+def test_deep_prompt_has_an_anchor_per_layer(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("vit").with_sample_images(
         torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     )
@@ -279,11 +277,11 @@ def test_a_deep_prompt_has_an_anchor_a_layer(tiny_backbone: MakeBackbone) -> Non
     rows = build(Plain(length=4, scale=1.0), backbone.hosts(3), torch.Generator().manual_seed(0))
     assert sum(parameter.numel() for parameter in deep.parameters()) == 3 * config.count(32)
     samples = backbone.hosts(3)
-    for layer, (own, host) in enumerate(zip(deep.prompt().chunk(3), samples, strict=True)):
-        assert all(bool((row == host.embedding).all(1).any()) for row in own), layer
+    for layer, (trained_tensors, host) in enumerate(zip(deep.prompt().chunk(3), samples, strict=True)):
+        assert all(bool((row == host.embedding).all(1).any()) for row in trained_tensors), layer
     assert rows.depth == deep.depth == 3
-    given = torch.randn(12, 32, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(build(config, backbone.hosts(3, start=given), torch.Generator()).prompt(), given)
+    start_matrix = torch.randn(12, 32, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(build(config, backbone.hosts(3, start=start_matrix), torch.Generator()).prompt(), start_matrix)
     assert torch.equal(deep.fold().prompt(), deep.prompt())
 
 
@@ -293,17 +291,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "said"), REFUSED)
-def test_what_cannot_start_is_refused_before_there_is_a_folder(
-    changes: dict[str, Any], said: str, experiment: Experiment, tmp_path: Path
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_impossible_init_is_refused_before_the_folder(
+    changes: dict[str, Any], message: str, experiment: Experiment, tmp_path: Path
 ) -> None:
-    one = experiment.replace(**{"prompt": PROMPTS["gradient"], **changes})
-    with pytest.raises(ValueError, match=said):
-        train(one, out=tmp_path / "runs")
+    variant = experiment.replace(**{"prompt": PROMPTS["gradient"], **changes})
+    with pytest.raises(ValueError, match=message):
+        train(variant, out=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_deep_gradient_is_refused_before_there_is_a_folder(tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
+def test_deep_gradient_init_is_refused_before_the_folder(tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
     from PIL import Image
 
     photos = tmp_path / "photos"
@@ -312,17 +310,17 @@ def test_a_deep_gradient_is_refused_before_there_is_a_folder(tiny_backbone: Make
         for number in range(12):
             Image.effect_noise((32, 32), 9 + 30 * number).convert("RGB").save(photos / label / f"{number}.png")
     training = TrainingConfig(steps=2, batch_size=4, eval_steps=2)
-    one = Experiment(
+    variant = Experiment(
         backbone="vit", task=str(photos), prompt=DPT(length=3, rank=1, factor_init="gradient"), training=training
     )
     backbone = tiny_backbone("vit")
     with pytest.raises(ValueError, match="start from the gradient, and there is none"):
-        train(one.replace(depth="deep"), out=tmp_path / "runs", backbone=backbone)
+        train(variant.replace(depth="deep"), out=tmp_path / "runs", backbone=backbone)
     assert not (tmp_path / "runs").exists()
-    run = train(one, out=tmp_path / "runs", backbone=backbone)
+    run = train(variant, out=tmp_path / "runs", backbone=backbone)
     assert torch.linalg.matrix_rank(tensors(run)["anchor"]) == 3
 
 
-def test_a_loop_of_ones_own_has_no_gradient(backbone: Backbone) -> None:
+def test_build_without_gradient_is_refused(backbone: Backbone) -> None:
     with pytest.raises(ValueError, match="start from the gradient, and there is none"):
         attach(backbone, DPT(length=6, rank=2, factor_init="gradient").build(backbone.host(), torch.Generator()))

@@ -1,5 +1,5 @@
-"""Every method learns: a tiny T5, trained here to copy a row, or to reverse it behind a mode token, is frozen, and each
-prompt has to make it reverse rows without that token.
+"""Every method learns: a tiny frozen T5 copies a row, or reverses it after a mode token, and each prompt must make it
+reverse rows without that token.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from softprompt.prompts import METHODS
 PAD, END, REVERSE = 2, 1, 20
 LETTERS = (10, 20)
 SETTINGS = {"length": 5, "rank": 4, "width": 16, "positions": 8}
-"""Of those methods that have them."""
+"""Settings for the methods that have them."""
 STEPS = 120
 
 
@@ -24,7 +24,7 @@ def rows(generator: torch.Generator, count: int) -> Tensor:
     return torch.randint(*LETTERS, (count, 3), generator=generator)
 
 
-def closed(ids: Tensor) -> Tensor:
+def with_end(ids: Tensor) -> Tensor:
     return torch.cat([ids, torch.full((len(ids), 1), END)], 1)
 
 
@@ -52,27 +52,27 @@ def backbone() -> Backbone:
         dropout_rate=0.0,
     )
     model = transformers.T5ForConditionalGeneration(config)
-    training_step, generator, steps = torch.optim.AdamW(model.parameters()), torch.Generator().manual_seed(1), 450
+    optimizer, generator, steps = torch.optim.AdamW(model.parameters()), torch.Generator().manual_seed(1), 450
     for step in range(steps):
-        training_step.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * (1 - step / steps)
         text = rows(generator, 64)
         marked = torch.cat([torch.full((64, 1), REVERSE), text], 1)
-        copied = model(input_ids=closed(text), labels=closed(text)).loss
-        (copied + model(input_ids=closed(marked), labels=closed(text.flip(1))).loss).backward()
+        copied = model(input_ids=with_end(text), labels=with_end(text)).loss
+        (copied + model(input_ids=with_end(marked), labels=with_end(text.flip(1))).loss).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        training_step.step()
-        training_step.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     tokenizer = type("Tokenizer", (), {"all_special_ids": [END, PAD]})()
     return Backbone(model, tokenizer, "learner", "learner", "encoder_decoder")
 
 
 def correct(prompted: PromptedModel, text: Tensor, answer: Tensor) -> float:
-    """Share of rows that greedy decoding answers exactly."""
-    made = torch.stack(list(prompted.generate(closed(text), max_new_tokens=4)), 1)
-    return float((made == closed(answer)).all(1).float().mean()) if made.shape[1] == 4 else 0.0
+    """The fraction of rows that greedy decoding answers exactly."""
+    generated = torch.stack(list(prompted.generate(with_end(text), max_new_tokens=4)), 1)
+    return float((generated == with_end(answer)).all(1).float().mean()) if generated.shape[1] == 4 else 0.0
 
 
-def test_the_backbone_has_learned_both(backbone: Backbone) -> None:
+def test_backbone_copies_and_reverses(backbone: Backbone) -> None:
     text = rows(torch.Generator().manual_seed(9), 200)
     marked = torch.cat([torch.full((200, 1), REVERSE), text], 1)
     assert correct(attach(backbone), text, text) > 0.95
@@ -80,25 +80,25 @@ def test_the_backbone_has_learned_both(backbone: Backbone) -> None:
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_a_prompt_makes_the_frozen_model_reverse(method: str, backbone: Backbone) -> None:
+def test_method_makes_the_frozen_model_reverse(method: str, backbone: Backbone) -> None:
     config = METHODS[method]()
     config = config.replace(**{name: value for name, value in SETTINGS.items() if hasattr(config, name)})
     prompted = attach(backbone, config.build(backbone.host(), torch.Generator().manual_seed(0)))
-    rates, before = config.rates(), backbone.checksum()
-    training_step = torch.optim.AdamW(
-        [{"params": group, "rate": rates[key]} for key, group in prompted.groups().items()]
+    lr_factors, before = config.lr_factors(), backbone.checksum()
+    optimizer = torch.optim.AdamW(
+        [{"params": group, "rate": lr_factors[key]} for key, group in prompted.groups().items()]
     )
     generator = torch.Generator().manual_seed(2)
     for step in range(STEPS):
-        for group in training_step.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = 0.1 * group["rate"] * (1 - step / STEPS)
         text = rows(generator, 32)
-        prompted(closed(text), labels=closed(text.flip(1))).loss.backward()
-        training_step.step()
-        training_step.zero_grad()
-    unseen = rows(torch.Generator().manual_seed(8), 200)
-    learned = correct(prompted.eval(), unseen, unseen.flip(1))
-    zero_shot = correct(attach(backbone), unseen, unseen.flip(1))
+        prompted(with_end(text), labels=with_end(text.flip(1))).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    test_rows = rows(torch.Generator().manual_seed(8), 200)
+    learned = correct(prompted.eval(), test_rows, test_rows.flip(1))
+    zero_shot = correct(attach(backbone), test_rows, test_rows.flip(1))
     print(f"{method}: {learned:.2f} with the prompt, {zero_shot:.2f} without")
     assert zero_shot < 0.2
     assert learned > 0.8

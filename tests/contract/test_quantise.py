@@ -117,7 +117,7 @@ def test_a_resumed_run_loads_the_same_weights(
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(NullCallback, "step", stop)
+        patch.setattr(NullCallback, "on_step", stop)
         with pytest.raises(Stop):
             train(experiment(llama_folder, ticket_task, kind), out=tmp_path, name="run")
     assert resume(tmp_path / "run").results is not None

@@ -1,4 +1,4 @@
-"""Training moves the prompt and nothing else, and does the same whenever it is asked the same."""
+"""Training changes only the prompt, and equal experiments give equal runs."""
 
 import runpy
 from collections.abc import Callable
@@ -59,48 +59,50 @@ def losses(run: Run) -> list[float]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_only_the_prompt_moves(method: str, experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
+def test_training_changes_only_the_prompt(
+    method: str, experiment: Experiment, backbone: Backbone, tmp_path: Path
+) -> None:
     before = {name: weights.clone() for name, weights in backbone.model.state_dict().items()}
     checksum = backbone.checksum()
-    one = experiment.replace(prompt=METHODS[method](), training=TrainingConfig(steps=2, batch_size=8, eval_steps=2))
-    run = train(one, out=tmp_path, backbone=backbone)
+    variant = experiment.replace(prompt=METHODS[method](), training=TrainingConfig(steps=2, batch_size=8, eval_steps=2))
+    run = train(variant, out=tmp_path, backbone=backbone)
     assert backbone.checksum() == checksum == run.record["backbone"]["hash"]
     assert all(torch.equal(weights, before[name]) for name, weights in backbone.model.state_dict().items())
     assert not any(weights.requires_grad or weights.grad is not None for weights in backbone.model.parameters())
     fresh, trained = build_prompted_model(run.experiment, run.task, backbone, initialize=False).prompt, tensors(run)
     assert fresh is not None
     for name, parameter in fresh.named_parameters():
-        assert not torch.equal(parameter, trained[name]), f"{name} did not move"
+        assert not torch.equal(parameter, trained[name]), f"{name} did not change"
     for name, buffer in fresh.named_buffers():
-        assert torch.equal(buffer, trained[name]), f"{name} is no parameter and moved"
+        assert torch.equal(buffer, trained[name]), f"{name} is a buffer and changed"
 
 
-def test_a_changed_backbone_is_noticed(
+def test_changed_backbone_is_reported(
     experiment: Experiment, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = load_backbone(str(llama_folder), dtype="float32")
+    loaded = load_backbone(str(llama_folder), dtype="float32")
 
-    def meddle(_: object, __: Progress) -> None:
-        next(own.model.parameters()).data[0, 0] += 1
+    def change_weights(_: object, __: Progress) -> None:
+        next(loaded.model.parameters()).data[0, 0] += 1
 
-    monkeypatch.setattr(NullCallback, "step", meddle)
+    monkeypatch.setattr(NullCallback, "on_step", change_weights)
     with pytest.raises(RuntimeError, match=r"the weights of .* changed in training"):
-        train(experiment, out=tmp_path, backbone=own)
+        train(experiment, out=tmp_path, backbone=loaded)
 
 
 def test_equal_experiments_give_equal_runs(experiment: Experiment, tmp_path: Path) -> None:
     torch.manual_seed(1)
     first = train(experiment, out=tmp_path)
     torch.manual_seed(2)
-    again = train(experiment, out=tmp_path)
+    second = train(experiment, out=tmp_path)
     other = train(experiment.replace(seed=1), out=tmp_path)
-    assert [run.name for run in (first, again, other)] == ["tickets-dpt-0", "tickets-dpt-0-2", "tickets-dpt-1"]
-    assert losses(first) == losses(again) != losses(other)
-    assert all(torch.equal(tensor, tensors(again)[name]) for name, tensor in tensors(first).items())
+    assert [run.name for run in (first, second, other)] == ["tickets-dpt-0", "tickets-dpt-0-2", "tickets-dpt-1"]
+    assert losses(first) == losses(second) != losses(other)
+    assert all(torch.equal(tensor, tensors(second)[name]) for name, tensor in tensors(first).items())
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
-def test_accumulating_changes_nothing(
+def test_gradient_accumulation_keeps_the_loss(
     experiment: Experiment, backbone: Backbone, tmp_path: Path, weight: float
 ) -> None:
     def run(parts: int) -> Run:
@@ -109,15 +111,17 @@ def test_accumulating_changes_nothing(
         )
         return train(experiment.replace(training=training), out=tmp_path, backbone=backbone)
 
-    whole, parted = run(1), run(4)
-    assert losses(parted) == pytest.approx(losses(whole), rel=1e-5)
-    # Adam divides by the gradient's size, so a sum in another order shows more in the tensors than in the loss.
-    for name, tensor in tensors(whole).items():
-        torch.testing.assert_close(tensors(parted)[name], tensor, rtol=0, atol=1e-4)
+    single, accumulated = run(1), run(4)
+    assert losses(accumulated) == pytest.approx(losses(single), rel=1e-5)
+    # Adam divides by the gradient's size, which amplifies rounding: tensors differ more than losses.
+    for name, tensor in tensors(single).items():
+        torch.testing.assert_close(tensors(accumulated)[name], tensor, rtol=0, atol=1e-4)
 
 
-def test_the_best_prompt_is_kept_and_patience_ends(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
-    # A learning rate that cannot help: the first evaluation stays the best, and two worse ones end it.
+def test_best_prompt_is_saved_and_patience_stops_early(
+    experiment: Experiment, backbone: Backbone, tmp_path: Path
+) -> None:
+    # With a negligible learning rate the first evaluation stays the best, and two more stop the run.
     training = TrainingConfig(steps=20, batch_size=8, eval_steps=1, lr=1e-9, patience=2)
     run = train(experiment.replace(training=training), out=tmp_path, backbone=backbone)
     assert run.results is not None
@@ -127,15 +131,15 @@ def test_the_best_prompt_is_kept_and_patience_ends(experiment: Experiment, backb
     assert open_run(run.folder).results == run.results
 
 
-def test_a_methods_dropout_is_of_training_alone(
+def test_method_dropout_is_on_only_in_training(
     experiment: Experiment, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score, modes = Causal.score, []
 
-    def spy(prompted: Causal, *given: Any, **named: Any) -> torch.Tensor:
+    def spy(prompted: Causal, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not isinstance(prompted.prompt, Folded):
             modes.append((torch.is_grad_enabled(), prompted.prompt.training))
-        return score(prompted, *given, **named)
+        return score(prompted, *args, **kwargs)
 
     monkeypatch.setattr(Causal, "score", spy)
     train(experiment, out=tmp_path, backbone=backbone)
@@ -143,16 +147,16 @@ def test_a_methods_dropout_is_of_training_alone(
     assert modes == (steps + evaluation) * 2
 
 
-def test_results_come_from_the_test_split_with_the_majority_beside(
+def test_results_are_of_the_test_split_with_majority(
     experiment: Experiment, backbone: Backbone, tmp_path: Path
 ) -> None:
     training = TrainingConfig(steps=2, batch_size=8, eval_steps=2, zero_shot=True)
     run = train(experiment.replace(training=training), out=tmp_path, backbone=backbone)
     results = run.results
     assert results is not None
-    found = run.predictions()
-    right = sum(answer["answer"] == answer["gold"] for answer in found) / len(found)
-    assert results["n_test"] == len(found) == 24
+    answers = run.predictions()
+    right = sum(answer["answer"] == answer["gold"] for answer in answers) / len(answers)
+    assert results["n_test"] == len(answers) == 24
     assert results["test"] == pytest.approx(right)
     assert results["majority"] == pytest.approx(1 / 6)
     assert 0 <= results["low"] <= results["test"] <= results["high"] <= 1
@@ -160,22 +164,24 @@ def test_results_come_from_the_test_split_with_the_majority_beside(
     assert results["trainable"] == DPT(length=6, rank=2).count(backbone.dim)
 
 
-def test_the_loss_falls(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
-    """A random model knows no task, but its answers' shares can be learned."""
+def test_loss_decreases(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
+    """A random model can at least learn how frequent each answer is."""
     training = TrainingConfig(steps=60, batch_size=24, eval_steps=60, lr=0.1)
     run = train(experiment.replace(prompt=DPT(length=10, rank=8), training=training), out=tmp_path, backbone=backbone)
-    epoch = 4  # batches; one of them alone may be of easy rows
+    epoch = 4  # batches; a single one may have easy rows
     assert sum(losses(run)[-epoch:]) < 0.9 * sum(losses(run)[:epoch])
 
 
-def test_a_loop_of_ones_own(llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_custom_loop_example_trains(llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "own_loop.py"))["main"](str(llama_folder), 8)
-    shown = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
-    assert len(shown) == 8
-    assert shown[-1] < shown[0]
+    printed_losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(printed_losses) == 8
+    assert printed_losses[-1] < printed_losses[0]
 
 
-def test_transformers_trainer(llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_transformers_trainer_example_trains(
+    llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     backbone = load_backbone(str(llama_folder), dtype="float32")
     prompt = runpy.run_path(str(EXAMPLES / "with_trainer.py"))["main"](str(llama_folder), str(tmp_path), 4)
     fresh = DPT(length=20, rank=4).build(backbone.host(), torch.Generator().manual_seed(0))
@@ -185,47 +191,47 @@ def test_transformers_trainer(llama_folder: Path, tmp_path: Path, capsys: pytest
     torch.testing.assert_close(adapter, prompt.prompt(), rtol=0, atol=0)
 
 
-def test_an_attachment_is_a_module_of_the_prompt_alone(tiny_backbone: MakeBackbone) -> None:
+def test_prompted_model_has_only_the_prompts_parameters(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("gpt2")
     prompt = DPT(length=6, rank=2).build(backbone.host(), torch.Generator().manual_seed(0))
     prompted = attach(backbone, prompt)
-    assert {id(one) for one in prompted.parameters()} == {id(one) for one in prompt.parameters()}
+    assert {id(variant) for variant in prompted.parameters()} == {id(variant) for variant in prompt.parameters()}
     prompted.train()
     assert not backbone.model.training
 
 
-@pytest.mark.parametrize("place", ["after_bos", "suffix"])
-def test_a_prompt_elsewhere_trains_and_is_used_there(
-    place: PromptPosition, experiment: Experiment, backbone: Backbone, tmp_path: Path
+@pytest.mark.parametrize("position", ["after_bos", "suffix"])
+def test_prompt_position_holds_in_training_and_use(
+    position: PromptPosition, experiment: Experiment, backbone: Backbone, tmp_path: Path
 ) -> None:
-    run = train(experiment.replace(prompt_position=place), out=tmp_path / "runs", backbone=backbone)
-    in_front = train(experiment, out=tmp_path / "front", backbone=backbone)
-    assert losses(run) != losses(in_front)
+    run = train(experiment.replace(prompt_position=position), out=tmp_path / "runs", backbone=backbone)
+    prefix_run = train(experiment, out=tmp_path / "front", backbone=backbone)
+    assert losses(run) != losses(prefix_run)
     assert evaluate(run, backbone=backbone).value == run.results["test"]
     assert not (run.folder / "adapter_config.json").exists()
     assert "PEFT puts every prompt in front of it" in (run.folder / "README.md").read_text()
-    with pytest.raises(ValueError, match=r"the prompt of run .* is behind the text"):
+    with pytest.raises(ValueError, match=r"the prompt of run .* is after the text"):
         export_runs([run], FORMATS["npz"], tmp_path / "export", backbone=backbone)
     assert not (tmp_path / "export").exists()
-    with pytest.raises(ValueError, match=r"the prompt of run .* is behind the text"):
+    with pytest.raises(ValueError, match=r"the prompt of run .* is after the text"):
         from_folder("one", run.folder, backbone)
 
 
 @pytest.mark.parametrize("name", ["t5", "bert"])
-def test_an_isolated_prompt_trains_and_is_used_so(
+def test_prompt_attention_self_holds_in_training_and_use(
     name: str, experiment: Experiment, tiny_backbone: MakeBackbone, tmp_path: Path
 ) -> None:
-    own = tiny_backbone(name)
-    run = train(experiment.replace(prompt_attention="self"), out=tmp_path / "runs", backbone=own)
-    joint = train(experiment, out=tmp_path / "joint", backbone=own)
-    assert losses(run) != losses(joint)
-    assert evaluate(run, backbone=own).value == run.results["test"]
-    assert run.prompted(own).prompt_attention == "self"
+    loaded = tiny_backbone(name)
+    run = train(experiment.replace(prompt_attention="self"), out=tmp_path / "runs", backbone=loaded)
+    full_run = train(experiment, out=tmp_path / "joint", backbone=loaded)
+    assert losses(run) != losses(full_run)
+    assert evaluate(run, backbone=loaded).value == run.results["test"]
+    assert run.prompted(loaded).prompt_attention == "self"
     assert not (run.folder / "adapter_config.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "said"),
+    ("name", "changes", "message"),
     [
         ("bert", {"prompt_position": "after_bos"}, "cannot stand 'after_bos'"),
         ("llama", {"prompt_attention": "self"}, "cannot be isolated"),
@@ -239,9 +245,14 @@ def test_an_isolated_prompt_trains_and_is_used_so(
         ("llama", {"depth": "deep"}, "depth is for images"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_there_is_a_folder(
-    name: str, changes: dict[str, Any], said: str, experiment: Experiment, tiny_backbone: MakeBackbone, tmp_path: Path
+def test_unfit_settings_are_refused_before_the_folder(
+    name: str,
+    changes: dict[str, Any],
+    message: str,
+    experiment: Experiment,
+    tiny_backbone: MakeBackbone,
+    tmp_path: Path,
 ) -> None:
-    with pytest.raises((ValueError, OSError), match=said):
+    with pytest.raises((ValueError, OSError), match=message):
         train(experiment.replace(**changes), out=tmp_path / "runs", backbone=tiny_backbone(name))
     assert not (tmp_path / "runs").exists()

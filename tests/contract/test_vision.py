@@ -212,13 +212,13 @@ class Notes:
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def stage(self, text: str) -> None:
+    def on_stage(self, text: str) -> None:
         pass
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         self.said.append(text)
 
-    def step(self, progress: Progress) -> None:
+    def on_step(self, progress: Progress) -> None:
         pass
 
 
@@ -232,13 +232,13 @@ class StopAt:
     def __init__(self, step: int) -> None:
         self.last = step
 
-    def stage(self, text: str) -> None:
+    def on_stage(self, text: str) -> None:
         pass
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         pass
 
-    def step(self, progress: Progress) -> None:
+    def on_step(self, progress: Progress) -> None:
         if progress.step == self.last:
             raise Stops
 
@@ -253,7 +253,7 @@ def test_a_stopped_training_with_random_crops_goes_on_bit_by_bit(
     experiment = experiment_of(dinov2_folder, photos, training=training, prompt=config, depth="deep")
     whole = train(experiment, out=tmp_path, name="whole")
     with pytest.raises(Stops):
-        train(experiment, out=tmp_path, name="cut", watch=StopAt(stop))
+        train(experiment, out=tmp_path, name="cut", callback=StopAt(stop))
     again = resume(tmp_path / "cut")
     for file in ("metrics.jsonl", "softprompt.safetensors", "head.safetensors", "predictions.jsonl"):
         assert (again.folder / file).read_bytes() == (whole.folder / file).read_bytes(), file
@@ -275,7 +275,7 @@ def test_a_warm_start_is_layer_by_layer(dinov2_folder: Path, photos: Path, tmp_p
     first = train(experiment, out=tmp_path, name="first")
     warm = experiment.replace(init_prompt=str(first.folder), prompt=DPT(length=3, rank=3))
     notes = Notes()
-    train(warm, out=tmp_path, name="again", watch=notes)
+    train(warm, out=tmp_path, name="again", callback=notes)
     [error] = [float(note.split()[-1]) for note in notes.said if "relative error" in note]
     assert error < 1e-5
     with pytest.raises(ValueError, match="is of 3 layers and the new one of 1"):

@@ -1,13 +1,13 @@
-"""Trainings that die: `python killed.py JOBS.json` trains once for each job in a fork, which kills itself with -9.
+"""Killed training runs: `python killed.py JOBS.json` trains each job in a fork, which kills itself with kill -9.
 
-A job is a kind, a name and a count: at the so-manieth call for a file whose name has that in it,
+A job is a kind, a name and a count. The fork dies at the `count`-th call for a file whose name contains `name`:
 
-    replace    a finished draft is not yet in its place,
-    replaced   it is, and nothing after it has happened,
-    tensors    half of a safetensors file is written,
-    step       an optimiser step is done and not written down (its name is empty).
+    replace    before a finished draft is renamed,
+    replaced   just after it was renamed,
+    tensors    when half of a safetensors file is written,
+    step       after an optimizer step, before anything is written (the name is empty).
 
-Prints the signal that ended each child.
+Prints the exit code of each child.
 """
 
 import importlib
@@ -31,13 +31,13 @@ def _die_at(
     name, count = job
     calls = itertools.count(1)
 
-    def replacement(*given: Any, **named: Any) -> Any:
-        mine = name in Path(str(given[-1])).name and next(calls) == count
-        if mine:
-            before(*given)
-        result = call(*given, **named)
-        if mine:
-            after(*given)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        is_match = name in Path(str(args[-1])).name and next(calls) == count
+        if is_match:
+            before(*args)
+        result = call(*args, **kwargs)
+        if is_match:
+            after(*args)
         return result
 
     return replacement
@@ -72,7 +72,7 @@ def arm(kind: str, name: str, count: int) -> None:
 
 
 def main(jobs: dict[str, Any]) -> None:
-    """One fork a job; the parent only loads, on one thread, so that none is lost in forking."""
+    """Fork once per job; the parent only loads, on one thread, since threads do not survive a fork."""
     for slow in ("matplotlib.figure", "scipy.stats", "sklearn.metrics", "torch._dynamo"):
         importlib.import_module(slow)  # once for all forks
     experiment = Experiment.from_json(jobs["experiment"])

@@ -1,8 +1,8 @@
-"""Sweeps that die: `python killed_sweep.py JOBS.json` forks a process a job, which sweeps a file and kills itself.
+"""Killed sweeps: `python killed_sweep.py JOBS.json` forks a process per job, which runs a sweep and kills itself.
 
-A job is a file, a folder, and one of `killed.py`'s kinds, names and counts (none: it lives). Prints how each child
-ended, and on stderr what failed in it. Every finished training leaves a line with its folder in `finished.log`, beside
-the jobs.
+A job is a file, a folder, and a kind, name and count as in `killed.py` (or null: it survives). Prints the exit code of
+each child, and its failed trials on stderr. Every finished run appends its folder to `finished.log`, next to the jobs
+file.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from softprompt.sweep import sweep
 
 
 def count_finished(log: Path) -> None:
-    """Write down every training that comes to its end."""
+    """Log every run that finishes."""
     finish = Run.finish
 
     def counted(run: Run, trained: Any, results: Mapping[str, Any]) -> Run:
@@ -41,12 +41,12 @@ def main(jobs: list[dict[str, Any]], log: Path) -> None:
     for job in jobs:
         child = os.fork()
         if child == 0:
-            torch.set_num_threads(1)  # torch's pool, made anew while there is one thread (several.py)
+            torch.set_num_threads(1)  # see multi_process.py
             if job["kill"]:
                 arm(*job["kill"])
             try:
                 failed = [f"{trial.name}: {trial.problem}" for trial in sweep(job["file"], out=job["out"]).failed]
-            except BaseException:  # of a fork, which must not come back to what its parent does
+            except BaseException:  # a fork must not continue with its parent's code
                 failed = [traceback.format_exc()]
             print(*failed, sep="\n", file=sys.stderr, flush=True)
             os._exit(1 if failed else 0)
@@ -56,5 +56,5 @@ def main(jobs: list[dict[str, Any]], log: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    given = Path(sys.argv[1])
-    main(json.loads(given.read_text()), given.with_name("finished.log"))
+    jobs_file = Path(sys.argv[1])
+    main(json.loads(jobs_file.read_text()), jobs_file.with_name("finished.log"))

@@ -51,7 +51,7 @@ def test_code_in_a_pickled_adapter_never_runs(adapter: Path):
 
 
 def test_an_incomplete_adapter_is_not_called_a_run(adapter: Path):
-    with pytest.raises(FileNotFoundError, match="is not there; save the adapter again, or fetch it again"):
+    with pytest.raises(FileNotFoundError, match="does not exist; save the adapter again, or fetch it again"):
         read_dept(adapter)
 
 

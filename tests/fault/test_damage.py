@@ -1,4 +1,4 @@
-"""Truncated, swapped and hostile files, full disks and races: one sentence each, and nothing half-written."""
+"""Truncated, swapped and hostile files, full disks and races: a one-line error, and nothing half-written."""
 
 import errno
 import json
@@ -50,13 +50,13 @@ def experiment(llama_folder: Path, ticket_task: Path) -> Experiment:
 
 
 @pytest.fixture(scope="module")
-def whole(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def finished(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(experiment, out=tmp_path_factory.mktemp("whole"), name="run")
 
 
 @pytest.fixture(scope="module")
 def stopped(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped after its second step."""
+    """A run that was interrupted after its second step."""
 
     def stop(_: object, progress: Progress) -> None:
         if progress.step == 2:
@@ -64,27 +64,27 @@ def stopped(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) ->
 
     out = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NullCallback, "step", stop)
+        patch.setattr(NullCallback, "on_step", stop)
         with pytest.raises(Interrupted):
             train(experiment, out=out, name="run")
     return out / "run"
 
 
 def sentence(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the failed command says."""
+    """The one-line error of a failed command."""
     capsys.readouterr()
     assert main(arguments) == 1
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    said = [line for line in shown.err.splitlines() if line.startswith("softprompt: ")]
-    assert len(said) == 1, shown.err
-    assert "Traceback" not in shown.err
-    assert "--debug" not in said[0], f"nobody wrote a sentence for this: {said[0]}"
-    return said[0]
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line for line in captured.err.splitlines() if line.startswith("softprompt: ")]
+    assert len(lines) == 1, captured.err
+    assert "Traceback" not in captured.err
+    assert "--debug" not in lines[0], f"this error has no message of its own: {lines[0]}"
+    return lines[0]
 
 
 def edited(change: Callable[[Any], Any]) -> Damage:
-    """The JSON file after `change` of its values."""
+    """Apply `change` to the values of a JSON file."""
 
     def damage(file: Path) -> None:
         values = json.loads(file.read_text())
@@ -124,10 +124,10 @@ BROKEN: dict[str, Damage] = {
     "offsets": hostile_offsets,
 }
 SWAPPED: dict[str, Damage] = {
-    "other rank": tensors(lambda own: {name: torch.zeros(3, 3) for name in own}),
-    "other names": tensors(lambda own: {f"x{name}": tensor for name, tensor in own.items()}),
-    "one less": tensors(lambda own: dict(list(own.items())[1:])),
-    "nan": tensors(lambda own: {name: tensor * torch.nan for name, tensor in own.items()}),
+    "other rank": tensors(lambda tensors_: {name: torch.zeros(3, 3) for name in tensors_}),
+    "other names": tensors(lambda tensors_: {f"x{name}": tensor for name, tensor in tensors_.items()}),
+    "one less": tensors(lambda tensors_: dict(list(tensors_.items())[1:])),
+    "nan": tensors(lambda tensors_: {name: tensor * torch.nan for name, tensor in tensors_.items()}),
 }
 RECORDS: dict[str, Damage] = {
     "truncated": truncated,
@@ -151,33 +151,33 @@ RECORDS: dict[str, Damage] = {
 
 
 @pytest.mark.parametrize("damage", [*BROKEN.values(), *SWAPPED.values()], ids=[*BROKEN, *SWAPPED])
-def test_a_damaged_prompt(
-    damage: Damage, whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_damaged_prompt_is_reported(
+    damage: Damage, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BOMB", str(tmp_path / "bomb"))
     folder = tmp_path / "run"
-    shutil.copytree(whole.folder, folder)
+    shutil.copytree(finished.folder, folder)
     damage(folder / "softprompt.safetensors")
-    said = sentence(capsys, "evaluate", str(folder))
-    assert str(folder / "softprompt.safetensors") in said
-    assert "damaged" in said
+    lines = sentence(capsys, "evaluate", str(folder))
+    assert str(folder / "softprompt.safetensors") in lines
+    assert "damaged" in lines
     assert not (tmp_path / "bomb").exists()
 
 
 @pytest.mark.parametrize("damage", RECORDS.values(), ids=RECORDS)
 @pytest.mark.parametrize("command", ["evaluate", "resume"])
-def test_a_damaged_record(
-    command: str, damage: Damage, whole: Run, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_damaged_record_is_reported(
+    command: str, damage: Damage, finished: Run, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(whole.folder if command == "evaluate" else stopped, folder)
+    shutil.copytree(finished.folder if command == "evaluate" else stopped, folder)
     damage(folder / "softprompt.json")
     arguments = ["evaluate", str(folder)] if command == "evaluate" else ["train", "--resume", str(folder)]
     assert str(folder / "softprompt.json") in sentence(capsys, *arguments)
 
 
-def test_a_resumed_run_whose_backbone_was_moved(
-    whole: Run, stopped: Path, llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_resume_with_a_moved_backbone(
+    finished: Run, stopped: Path, llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, gone, other = tmp_path / "run", tmp_path / "gone", tmp_path / "other"
     shutil.copytree(stopped, folder)
@@ -187,10 +187,10 @@ def test_a_resumed_run_whose_backbone_was_moved(
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     edited(lambda values: values["experiment"].update(backbone=str(gone)))(folder / "softprompt.json")
     resumed = ["train", "--resume", str(folder)]
-    assert "lies now with --backbone" in sentence(capsys, *resumed)
+    assert "give its current path with --backbone" in sentence(capsys, *resumed)
     assert f"the weights of {other} are not those" in sentence(capsys, *resumed, "--backbone", str(other))
     assert main([*resumed, "--backbone", str(llama_folder)]) == 0
-    assert runs.open_run(folder).results["test"] == whole.results["test"]
+    assert runs.open_run(folder).results["test"] == finished.results["test"]
 
 
 CHECKPOINT = {
@@ -200,31 +200,31 @@ CHECKPOINT = {
        for name in ("truncated", "missing")},
     "optimizer other rank": ("optimizer.safetensors", SWAPPED["other rank"]),
     "optimizer other names": ("optimizer.safetensors", SWAPPED["other names"]),
-    "random other size": ("random.safetensors", tensors(lambda own: {"cpu": own["cpu"][:7]})),
+    "random other size": ("random.safetensors", tensors(lambda tensors_: {"cpu": tensors_["cpu"][:7]})),
     "random other names": ("random.safetensors", SWAPPED["other names"]),
-    "place truncated": ("trainer_state.json", truncated),
-    "place missing": ("trainer_state.json", Path.unlink),
-    "place without its step": ("trainer_state.json", edited(lambda values: values.pop("step") and None)),
-    "place without its best": ("trainer_state.json", edited(lambda values: values.pop("best_step") and None)),
-    "place of another step": ("trainer_state.json", edited(lambda values: values.update(step=3))),
+    "state truncated": ("trainer_state.json", truncated),
+    "state missing": ("trainer_state.json", Path.unlink),
+    "state without its step": ("trainer_state.json", edited(lambda values: values.pop("step") and None)),
+    "state without its best": ("trainer_state.json", edited(lambda values: values.pop("best_step") and None)),
+    "state of another step": ("trainer_state.json", edited(lambda values: values.update(step=3))),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "damage"), CHECKPOINT.values(), ids=CHECKPOINT)
-def test_a_damaged_checkpoint(
+def test_damaged_checkpoint_is_reported(
     name: str, damage: Damage, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
     damage(folder / "checkpoints/step-000002" / name)
-    said = sentence(capsys, "train", "--resume", str(folder))
-    assert "step-000002" in said
-    assert "damaged" in said
+    lines = sentence(capsys, "train", "--resume", str(folder))
+    assert "step-000002" in lines
+    assert "damaged" in lines
 
 
 @contextmanager
 def no_file_beyond(size: int) -> Iterator[None]:
-    """The kernel refuses to write files beyond `size` bytes, as it refuses to on a full disk."""
+    """Let the kernel refuse to write files beyond `size` bytes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -237,7 +237,7 @@ def listing(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def test_writing_where_nothing_fits(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("as it was")
     with no_file_beyond(100):
         with pytest.raises(OSError, match=r"kept cannot be written \(File too large\); make room on its disk"):
@@ -249,62 +249,62 @@ def test_writing_where_nothing_fits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 7, 12, 14, 16])
-def test_a_disk_that_fills_up(
-    at: int, whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_full_disk_is_reported_and_resumable(
+    at: int, finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The `at`-th write of the run meets a full disk; with room again, it goes on to the same numbers."""
+    """The `at`-th write of the run fails; once there is room again, the run resumes to the same result."""
     calls: list[Path] = []
     sync = files._sync
 
-    def full(path: Path) -> None:
+    def fail_when_full(path: Path) -> None:
         calls.append(path)
         if len(calls) == at:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         sync(path)
 
-    monkeypatch.setattr(files, "_sync", full)
+    monkeypatch.setattr(files, "_sync", fail_when_full)
     with pytest.raises(OSError, match=r"cannot be written \(No space left on device\); make room on its disk"):
-        train(whole.experiment, out=tmp_path, name="run")
+        train(finished.experiment, out=tmp_path, name="run")
     monkeypatch.undo()
     assert not [name for name in listing(tmp_path) if "/." in f"/{name}"], "a draft was left behind"
     if not (tmp_path / "run").exists():
-        assert at <= 5, "what fails before the first step leaves nothing"
+        assert at <= 5, "a failure before the first step leaves nothing"
         return
-    again = resume(tmp_path / "run")
+    resumed_run = resume(tmp_path / "run")
     for name in ("metrics.jsonl", "softprompt.safetensors"):
-        assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+        assert (resumed_run.folder / name).read_bytes() == (finished.folder / name).read_bytes()
 
 
-def test_of_many_runs_with_one_name_one_wins(whole: Run, tmp_path: Path, tiny_backbone: Callable[[str], Any]) -> None:
-    backbone, task = tiny_backbone("llama"), load_task(whole.experiment.task)
+def test_one_of_many_runs_gets_a_name(finished: Run, tmp_path: Path, tiny_backbone: Callable[[str], Any]) -> None:
+    backbone, task = tiny_backbone("llama"), load_task(finished.experiment.task)
 
     def claim(_: int) -> str:
         try:
-            return runs.create(whole.experiment, task, backbone, tmp_path, "mine", "rows").name
+            return runs.create(finished.experiment, task, backbone, tmp_path, "mine", "rows").name
         except FileExistsError as error:
             return str(error)
 
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(claim, range(16)))
-        free = list(
-            pool.map(lambda _: runs.create(whole.experiment, task, backbone, tmp_path, None, "x").name, range(16))
+        names = list(pool.map(claim, range(16)))
+        numbered = list(
+            pool.map(lambda _: runs.create(finished.experiment, task, backbone, tmp_path, None, "x").name, range(16))
         )
-    assert found.count("mine") == 1
-    assert all("exists and is never overwritten; choose another --name" in one for one in found if one != "mine")
-    assert len(set(free)) == 16
-    assert {run.name for run in list_runs(tmp_path)} == {"mine", *free}
+    assert names.count("mine") == 1
+    assert all("exists and is never overwritten; choose another --name" in one for one in names if one != "mine")
+    assert len(set(numbered)) == 16
+    assert {run.name for run in list_runs(tmp_path)} == {"mine", *numbered}
     assert not [name for name in listing(tmp_path) if name.startswith(".")]
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "/absolute"])
-def test_a_name_that_is_no_folders(name: str, whole: Run, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"is no plain folder name: "):
-        train(whole.experiment, out=tmp_path / "out", name=name)
+def test_invalid_run_name_is_refused(name: str, finished: Run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not a plain folder name: "):
+        train(finished.experiment, out=tmp_path / "out", name=name)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_is_never_overwritten(whole: Run) -> None:
-    before = listing(whole.folder)
+def test_run_is_never_overwritten(finished: Run) -> None:
+    before = listing(finished.folder)
     with pytest.raises(FileExistsError, match=r"run .* exists and is never overwritten"):
-        train(whole.experiment, out=whole.folder.parent, name=whole.name)
-    assert listing(whole.folder) == before
+        train(finished.experiment, out=finished.folder.parent, name=finished.name)
+    assert listing(finished.folder) == before

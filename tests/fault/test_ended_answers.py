@@ -17,7 +17,7 @@ class _Notes(NullCallback):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         self.notes.append(text)
 
 
@@ -33,8 +33,8 @@ def _train(folder: Path, backbone: Path, end: str) -> tuple[softprompt.runs.Run,
         training=softprompt.TrainingConfig(steps=2, batch_size=4, eval_steps=2, max_new_tokens=3),
         dtype="float32",
     )
-    watch = _Notes()
-    return softprompt.train(experiment, out=folder / "runs", watch=watch), watch.notes
+    callback = _Notes()
+    return softprompt.train(experiment, out=folder / "runs", callback=callback), callback.notes
 
 
 def test_rows_that_end_train_what_bare_rows_train(tmp_path: Path, llama_folder: Path, tiny_backbone: object) -> None:

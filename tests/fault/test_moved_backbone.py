@@ -1,4 +1,4 @@
-"""A model's folder that lies elsewhere than where a run was trained, and files that other software left incomplete."""
+"""A backbone whose folder was moved after training, and incomplete files of other software."""
 
 import json
 import shutil
@@ -17,24 +17,24 @@ from softprompt.export import read_dept
 
 @pytest.fixture(scope="module")
 def moved(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
-    """A run, and the place where its backbone lies now."""
-    place = tmp_path_factory.mktemp("models")
-    shutil.copytree(llama_folder, place / "before")
+    """A run, and the current path of its backbone."""
+    models = tmp_path_factory.mktemp("models")
+    shutil.copytree(llama_folder, models / "before")
     experiment = Experiment(
-        backbone=str(place / "before"),
+        backbone=str(models / "before"),
         task=str(ticket_task),
         prompt=DPT(length=4, rank=2),
         training=TrainingConfig(steps=2, batch_size=8, eval_steps=2),
         dtype="float32",
     )
     run = train(experiment, out=tmp_path_factory.mktemp("runs"), name="run")
-    (place / "before").rename(place / "now")
-    return run, place / "now"
+    (models / "before").rename(models / "now")
+    return run, models / "now"
 
 
 @pytest.fixture
 def other(moved: tuple[Run, Path], tmp_path: Path) -> Path:
-    """A model of the same shape with one other weight."""
+    """A model of the same shape in which one tensor differs."""
     shutil.copytree(moved[1], tmp_path / "other")
     file = tmp_path / "other" / "model.safetensors"
     tensors = load_file(file)
@@ -44,13 +44,13 @@ def other(moved: tuple[Run, Path], tmp_path: Path) -> Path:
 
 
 def command(name: str, run: Run, rows: Path, out: Path) -> list[str]:
-    more = {
+    flags = {
         "predict": ["--input", str(rows)],
         "evaluate": [],
         "export": ["--to", "npz", "--output", str(out)],
         "rank": [],
     }
-    return [name, str(run.folder), *more[name]]
+    return [name, str(run.folder), *flags[name]]
 
 
 @pytest.fixture
@@ -63,15 +63,17 @@ COMMANDS = ("predict", "evaluate", "export", "rank")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_takes_the_place_where_it_lies_now(
+def test_command_takes_the_backbones_new_path(
     name: str, moved: tuple[Run, Path], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, now = moved
-    assert main([*command(name, run, rows, tmp_path / "out"), "--backbone", str(now)]) == 0, capsys.readouterr().err
+    run, new_path = moved
+    assert main([*command(name, run, rows, tmp_path / "out"), "--backbone", str(new_path)]) == 0, (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_other_weights_are_refused(
+def test_command_refuses_other_weights(
     name: str, moved: tuple[Run, Path], other: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*command(name, moved[0], rows, tmp_path / "out"), "--backbone", str(other)]) == 1
@@ -80,37 +82,39 @@ def test_other_weights_are_refused(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_without_the_flag_its_recorded_place_is_told(
+def test_missing_backbone_names_its_recorded_path(
     name: str, moved: tuple[Run, Path], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, now = moved
+    run, new_path = moved
     assert main(command(name, run, rows, tmp_path / "out")) == 1
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"recorded the backbone {now.with_name('before')}, which cannot be loaded" in said
-    assert "give that place with --backbone" in said
+    printed = " ".join(capsys.readouterr().err.split())
+    assert f"recorded the backbone {new_path.with_name('before')}, which cannot be loaded" in printed
+    assert "give its current path with --backbone" in printed
 
 
-def test_the_dtype_is_the_runs_so_that_other_weights_are_told_apart(moved: tuple[Run, Path], other: Path) -> None:
-    run, now = moved
-    assert run.backbone(str(now)).precision == "float32"
+def test_moved_backbone_is_loaded_in_the_runs_dtype(moved: tuple[Run, Path], other: Path) -> None:
+    run, new_path = moved
+    assert run.backbone(str(new_path)).precision == "float32"
     with pytest.raises(ValueError, match="are not those that run"):
         run.backbone(str(other))
 
 
-def test_the_library_takes_a_place_or_a_loaded_backbone(moved: tuple[Run, Path]) -> None:
-    run, now = moved
-    loaded = load_backbone(str(now), dtype="float32")
-    by_place, by_model = (predict(run, [{"text": "a a b"}], backbone=given) for given in (str(now), loaded))
-    assert by_place == by_model
-    assert evaluate(run, backbone=str(now)) == evaluate(run, backbone=loaded)
-    [found] = measure(run.folder, functional=Truncation(backbone=str(now), rows=8, ranks=(1,)))
-    assert found.functional is not None
+def test_functions_take_a_path_or_a_loaded_backbone(moved: tuple[Run, Path]) -> None:
+    run, new_path = moved
+    loaded = load_backbone(str(new_path), dtype="float32")
+    by_path, by_model = (predict(run, [{"text": "a a b"}], backbone=source) for source in (str(new_path), loaded))
+    assert by_path == by_model
+    assert evaluate(run, backbone=str(new_path)) == evaluate(run, backbone=loaded)
+    [measured] = measure(run.folder, functional=Truncation(backbone=str(new_path), rows=8, ranks=(1,)))
+    assert measured.functional is not None
 
 
-def test_an_export_names_the_new_place(moved: tuple[Run, Path], tmp_path: Path) -> None:
-    run, now = moved
-    assert main(["export", str(run.folder), "--output", str(tmp_path / "out"), "--backbone", str(now)]) == 0
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(now)
+def test_export_records_the_new_path(moved: tuple[Run, Path], tmp_path: Path) -> None:
+    run, new_path = moved
+    assert main(["export", str(run.folder), "--output", str(tmp_path / "out"), "--backbone", str(new_path)]) == 0
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        new_path
+    )
 
 
 def cut(file: Path) -> None:
@@ -118,7 +122,7 @@ def cut(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, Path.unlink])
-def test_what_is_not_ours_is_not_trained_again(
+def test_damaged_adapter_is_not_advised_to_retrain(
     damage: Callable[[Path], object], moved: tuple[Run, Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "peft"
@@ -134,9 +138,9 @@ def test_what_is_not_ours_is_not_trained_again(
         assert "train again" not in str(caught.value)
 
 
-def test_a_runs_own_file_cut_in_half_says_what_to_do(moved: tuple[Run, Path], tmp_path: Path) -> None:
-    run, now = moved
+def test_truncated_run_file_says_what_to_do(moved: tuple[Run, Path], tmp_path: Path) -> None:
+    run, new_path = moved
     shutil.copytree(run.folder, tmp_path / "run")
     cut(tmp_path / "run" / runs.TENSORS)
-    with pytest.raises(ValueError, match=r"softprompt\.safetensors is no whole .*copy its folder again"):
-        runs.open_run(tmp_path / "run").prompt(load_backbone(str(now), dtype="float32"))
+    with pytest.raises(ValueError, match=r"softprompt\.safetensors is not a complete .*copy its folder again"):
+        runs.open_run(tmp_path / "run").prompt(load_backbone(str(new_path), dtype="float32"))

@@ -1,4 +1,4 @@
-"""Names that a user chooses become folders, files and addresses; and who may read what was written."""
+"""Names chosen by the user, which become folders and addresses; and the permissions of written files."""
 
 import errno
 import os
@@ -19,19 +19,19 @@ REFUSED = {
     ".": "begins with a dot",
     "..": "begins with a dot",
     ".hidden": "begins with a dot",
-    "a/b": "has '/' in it",
+    "a/b": "contains '/'",
     "../above": "begins with a dot",
-    "a\\b": "has '.+' in it",
-    "c:d": "has ':' in it",
-    "what?": "has '\\?' in it",
+    "a\\b": "contains '.+'",
+    "c:d": "contains ':'",
+    "what?": "contains '\\?'",
     "end ": "begins or ends with a space",
     "\u3000end": "begins or ends with a space",
     "end.": "ends with a dot",
-    "two\nlines": "which cannot be seen",
-    "null\0": "which cannot be seen",
-    "bell\x07": "which cannot be seen",
-    "\u202egpj.exe": "which cannot be seen",
-    "half\ud800": "which cannot be seen",
+    "two\nlines": "which is invisible",
+    "null\0": "which is invisible",
+    "bell\x07": "which is invisible",
+    "\u202egpj.exe": "which is invisible",
+    "half\ud800": "which is invisible",
     "CON": "name of a device",
     "nul.txt": "name of a device",
     "Lpt1 .x": "name of a device",
@@ -51,7 +51,9 @@ def umask(mask: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", REFUSED, ids=ascii)
 def test_a_name_that_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"^run name .* is no plain folder name: .*{REFUSED[name]}.*; choose another"):
+    with pytest.raises(
+        ValueError, match=f"^run name .* is not a plain folder name: .*{REFUSED[name]}.*; choose another"
+    ):
         files.check_name(name, "run name")
 
 
@@ -79,13 +81,13 @@ def test_a_name_of_any_alphabet_is_taken_and_makes_a_folder(name: str, tmp_path:
 
 @pytest.mark.parametrize("name", ["../escape", "a/b", "NUL", "two\nlines", "x" * 300])
 def test_a_tasks_name_is_a_folders_too(name: str) -> None:
-    with pytest.raises(ValueError, match=r"a task's name .* is no plain folder name"):
+    with pytest.raises(ValueError, match=r"a task's name .* is not a plain folder name"):
         Task(name=name, template="{text}", target="text", metrics=("exact_match",))
 
 
 @pytest.mark.parametrize("sign", ["x", "\u0436", "评"])
 def test_a_file_with_the_longest_name_of_the_disk(sign: str, tmp_path: Path) -> None:
-    """The draft beside it may not be longer than the name itself may be."""
+    """The draft's name must not exceed the limit either."""
     name = sign * (255 // len(sign.encode()))
     files.write_text(tmp_path / name, "whole")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "whole")]
@@ -97,7 +99,7 @@ def test_a_file_with_the_longest_name_of_the_disk(sign: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600), (0o027, 0o640)])
 def test_every_file_is_as_readable_as_the_umask_says(mask: int, mode: int, tmp_path: Path) -> None:
-    """safetensors makes files of mode 0600 whatever the umask is."""
+    """safetensors creates files with mode 0600 whatever the umask is."""
     with umask(mask):
         files.write_tensors(tmp_path / "single.safetensors", {"x": torch.zeros(1)})
         with files.atomic_write(tmp_path / "folder") as draft:

@@ -67,7 +67,7 @@ def test_a_runs_folder_is_a_run(run: Run, backbone: Backbone) -> None:
     expected = predict(run, ROWS, backbone=backbone)
     assert predict(str(run.folder), ROWS, backbone=backbone) == expected == predict(run.folder, ROWS, backbone=backbone)
     assert evaluate(str(run.folder), backbone=backbone) == evaluate(run, backbone=backbone)
-    with pytest.raises(FileNotFoundError, match="is no run"):
+    with pytest.raises(FileNotFoundError, match="is not a run"):
         predict("nowhere", ROWS)
 
 

@@ -1,4 +1,4 @@
-"""Whatever stops a training, it goes on to the same bits as one that nothing stopped."""
+"""A run that is stopped in any way resumes to the same bits as an uninterrupted one."""
 
 import json
 import os
@@ -23,7 +23,7 @@ KILLS = [
     ("replace", "", 1),  # before there is a run
     ("replaced", "", 1),  # a record and nothing else
     ("replace", "optimizer.safetensors", 1),  # within the first checkpoint
-    ("replace", "step-000002", 1),  # its files are whole, its folder has not got its name
+    ("replace", "step-000002", 1),  # its files are complete, its folder is not renamed yet
     ("replaced", "step-000002", 1),
     ("tensors", "prompt.safetensors", 2),  # within the second checkpoint
     ("tensors", "random.safetensors", 3),
@@ -51,21 +51,21 @@ def experiment(llama_folder: Path, ticket_task: Path) -> Experiment:
 
 
 @pytest.fixture(scope="module")
-def whole(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The run that nothing stopped."""
+def uninterrupted(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run that was never interrupted."""
     return train(experiment, out=tmp_path_factory.mktemp("whole"), name="whole")
 
 
-def assert_same(run: Run, whole: Run) -> None:
+def assert_same(run: Run, uninterrupted: Run) -> None:
     for name in SAME:
-        assert (run.folder / name).read_bytes() == (whole.folder / name).read_bytes(), f"{name} of {run.name}"
+        assert (run.folder / name).read_bytes() == (uninterrupted.folder / name).read_bytes(), f"{name} of {run.name}"
     assert run.results is not None
-    assert whole.results is not None
-    assert {**run.results, "seconds": 0} == {**whole.results, "seconds": 0}
+    assert uninterrupted.results is not None
+    assert {**run.results, "seconds": 0} == {**uninterrupted.results, "seconds": 0}
 
 
-def test_a_run_killed_at_any_moment(whole: Run, tmp_path: Path) -> None:
-    jobs = {"experiment": whole.experiment.to_json(), "out": str(tmp_path), "kills": KILLS}
+def test_killed_run_resumes_to_the_same_bits(uninterrupted: Run, tmp_path: Path) -> None:
+    jobs = {"experiment": uninterrupted.experiment.to_json(), "out": str(tmp_path), "kills": KILLS}
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("killed.py")
     done = subprocess.run(
@@ -78,19 +78,19 @@ def test_a_run_killed_at_any_moment(whole: Run, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [-signal.SIGKILL] * len(KILLS), "a training outlived its kill"
-    assert not (tmp_path / "run-0").exists(), "there is half a run"
+    assert not (tmp_path / "run-0").exists(), "an incomplete run exists"
     assert [run.name for run in list_runs(tmp_path)] == sorted(f"run-{number}" for number in range(1, len(KILLS)))
-    assert_same(train(whole.experiment, out=tmp_path, name="run-0"), whole)
+    assert_same(train(uninterrupted.experiment, out=tmp_path, name="run-0"), uninterrupted)
     for number in range(1, len(KILLS)):
         folder = tmp_path / f"run-{number}"
         if open_run(folder).results is None:
             with (folder / "metrics.jsonl").open("a") as log:
-                log.write('{"step": 99, "lo')  # what a kill within a write leaves
-        assert_same(resume(folder), whole)
+                log.write('{"step": 99, "lo')  # as a kill during a write leaves it
+        assert_same(resume(folder), uninterrupted)
 
 
-def interrupting(at: int) -> Callable[[object, Progress], None]:
-    """What a watcher does at each step: one Ctrl-C at step `at`."""
+def interrupt_at(at: int) -> Callable[[object, Progress], None]:
+    """A callback's `on_step` that sends one Ctrl-C at step `at`."""
 
     def step(_: object, progress: Progress) -> None:
         if progress.step == at:
@@ -100,110 +100,117 @@ def interrupting(at: int) -> Callable[[object, Progress], None]:
 
 
 @pytest.mark.parametrize("at", [1, 2, 5])
-def test_ctrl_c_saves_and_says_how_to_go_on(
-    at: int, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_saves_and_says_how_to_resume(
+    at: int, uninterrupted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(NullCallback, "step", interrupting(at))
+    monkeypatch.setattr(NullCallback, "on_step", interrupt_at(at))
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(
         Interrupted, match=rf"stopped after step {at} of 6; go on with: softprompt train --resume \S+run$"
     ):
-        train(whole.experiment, out=tmp_path, name="run")
+        train(uninterrupted.experiment, out=tmp_path, name="run")
     assert signal.getsignal(signal.SIGINT) is handler
     monkeypatch.undo()
     assert (tmp_path / "run/checkpoints" / f"step-{at:06d}").is_dir()
-    assert_same(resume(tmp_path / "run"), whole)
+    assert_same(resume(tmp_path / "run"), uninterrupted)
 
 
-def test_a_second_ctrl_c_stops_at_once(whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def twice(_: object, progress: Progress) -> None:
+def test_second_ctrl_c_stops_at_once(uninterrupted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt_twice(_: object, progress: Progress) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(NullCallback, "step", twice)
+    monkeypatch.setattr(NullCallback, "on_step", interrupt_twice)
     with pytest.raises(KeyboardInterrupt):
-        train(whole.experiment, out=tmp_path, name="run")
+        train(uninterrupted.experiment, out=tmp_path, name="run")
     monkeypatch.undo()
-    assert_same(resume(tmp_path / "run"), whole)
+    assert_same(resume(tmp_path / "run"), uninterrupted)
 
 
-def test_ctrl_c_on_the_command_line(
-    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_ctrl_c_on_the_command_line_resumes(
+    uninterrupted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Terminal, "step", interrupting(3))
+    monkeypatch.setattr(Terminal, "on_step", interrupt_at(3))
     settings = ["--dtype", "float32", "--steps", "6", "--batch-size", "8", "--eval-steps", "2"]
-    where = ["--backbone", whole.experiment.backbone, "--task", whole.experiment.task, "--out", str(tmp_path)]
+    source_flags = [
+        "--backbone",
+        uninterrupted.experiment.backbone,
+        "--task",
+        uninterrupted.experiment.task,
+        "--out",
+        str(tmp_path),
+    ]
     prompt = ["dpt", "--length", "6", "--rank", "2"]
-    assert main(["train", *where, *settings, "--name", "run", *prompt]) == 1
+    assert main(["train", *source_flags, *settings, "--name", "run", *prompt]) == 1
     monkeypatch.undo()
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.splitlines()[-1] == (
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines()[-1] == (
         f"softprompt: stopped after step 3 of 6; go on with: softprompt train --resume {tmp_path / 'run'}"
     )
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 6
-    assert_same(open_run(tmp_path / "run"), whole)
+    assert_same(open_run(tmp_path / "run"), uninterrupted)
 
 
-def test_a_loss_that_is_no_number_stops_with_step_rows_and_rate(
-    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_loss_names_step_rows_and_lr(uninterrupted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step, calls = torch.optim.AdamW.step, []
 
-    def spoiling(self: torch.optim.AdamW, *given: Any) -> Any:
-        result = step(self, *given)
+    def step_then_nan(self: torch.optim.AdamW, *args: Any) -> Any:
+        result = step(self, *args)
         calls.append(1)
         if len(calls) == 3:
             self.param_groups[0]["params"][0].data[0, 0] = torch.nan
         return result
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", spoiling)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_then_nan)
     with pytest.raises(
         ValueError,
         match=r"the loss is nan .* at step 4 with learning rate 0\.018 on (row \d+ of \S+train.csv(, |; lower))+",
     ):
-        train(whole.experiment, out=tmp_path, name="run")
+        train(uninterrupted.experiment, out=tmp_path, name="run")
     monkeypatch.undo()
-    assert_same(resume(tmp_path / "run"), whole)
+    assert_same(resume(tmp_path / "run"), uninterrupted)
 
 
-def test_random_draws_of_a_method_go_on_too(whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    experiment = whole.experiment.replace(prompt=METHODS["adept"](length=4, width=3, dropout=0.3))
+def test_random_draws_continue_after_resume(
+    uninterrupted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = uninterrupted.experiment.replace(prompt=METHODS["adept"](length=4, width=3, dropout=0.3))
     torch.manual_seed(1)
-    dropped = train(experiment, out=tmp_path, name="dropped")
-    monkeypatch.setattr(NullCallback, "step", interrupting(3))
+    with_dropout = train(experiment, out=tmp_path, name="dropped")
+    monkeypatch.setattr(NullCallback, "on_step", interrupt_at(3))
     torch.manual_seed(2)
     with pytest.raises(Interrupted):
         train(experiment, out=tmp_path, name="stopped")
     monkeypatch.undo()
     torch.manual_seed(3)
-    assert_same_losses(resume(tmp_path / "stopped"), dropped)
-    without = experiment.replace(prompt=METHODS["adept"](length=4, width=3, dropout=0.0))
-    kept = train(without, out=tmp_path, name="kept")
-    assert [line["loss"] for line in kept.metrics()] != [line["loss"] for line in dropped.metrics()]
+    assert_same_losses(resume(tmp_path / "stopped"), with_dropout)
+    experiment_without_dropout = experiment.replace(prompt=METHODS["adept"](length=4, width=3, dropout=0.0))
+    without_dropout = train(experiment_without_dropout, out=tmp_path, name="kept")
+    assert [line["loss"] for line in without_dropout.metrics()] != [line["loss"] for line in with_dropout.metrics()]
 
 
-def assert_same_losses(run: Run, whole: Run) -> None:
+def assert_same_losses(run: Run, uninterrupted: Run) -> None:
     for name in ("metrics.jsonl", "softprompt.safetensors"):
-        assert (run.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+        assert (run.folder / name).read_bytes() == (uninterrupted.folder / name).read_bytes(), name
 
 
-def test_a_finished_run_is_left_as_it_is(whole: Run, tmp_path: Path) -> None:
-    shutil.copytree(whole.folder, tmp_path / "done")
+def test_resuming_a_finished_run_changes_nothing(uninterrupted: Run, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted.folder, tmp_path / "done")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "done").rglob("*")}
-    assert_same(resume(tmp_path / "done"), whole)
+    assert_same(resume(tmp_path / "done"), uninterrupted)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "done").rglob("*")} == before
 
 
-def test_other_rows_or_weights_than_it_was_started_with(
-    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_resume_refuses_changed_rows_or_weights(
+    uninterrupted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, task = tmp_path / "model", tmp_path / "task"
-    shutil.copytree(whole.experiment.backbone, model)
-    shutil.copytree(Path(whole.experiment.task).parent, task)
-    experiment = whole.experiment.replace(backbone=str(model), task=str(task / "tickets.toml"))
-    monkeypatch.setattr(NullCallback, "step", interrupting(2))
+    shutil.copytree(uninterrupted.experiment.backbone, model)
+    shutil.copytree(Path(uninterrupted.experiment.task).parent, task)
+    experiment = uninterrupted.experiment.replace(backbone=str(model), task=str(task / "tickets.toml"))
+    monkeypatch.setattr(NullCallback, "on_step", interrupt_at(2))
     with pytest.raises(Interrupted):
         train(experiment, out=tmp_path, name="run")
     monkeypatch.undo()
@@ -219,4 +226,4 @@ def test_other_rows_or_weights_than_it_was_started_with(
         resume(tmp_path / "run")
     weights[-1] ^= 1
     (model / "model.safetensors").write_bytes(bytes(weights))
-    assert_same_losses(resume(tmp_path / "run"), whole)
+    assert_same_losses(resume(tmp_path / "run"), uninterrupted)

@@ -1,4 +1,4 @@
-"""A run is used with its own weights, from any folder, whatever its rows hold and whatever lies beside it."""
+"""A run is used with its own weights, from any folder, with unusual rows, beside damaged runs."""
 
 import csv
 import json
@@ -36,73 +36,73 @@ TRAINING = TrainingConfig(steps=2, batch_size=8, eval_steps=2)
 
 
 @pytest.fixture(scope="module")
-def whole(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def finished(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     experiment = Experiment(
         backbone=str(llama_folder), task=str(ticket_task), prompt=PROMPT, training=TRAINING, dtype="float32"
     )
     return train(experiment, out=tmp_path_factory.mktemp("runs"), name="whole")
 
 
-def test_another_backbone_of_the_same_width_is_refused(whole: Run, llama_folder: Path, tmp_path: Path) -> None:
+def test_other_backbone_of_equal_width_is_refused(finished: Run, llama_folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other-llama"
     shutil.copytree(llama_folder, other)
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"][0] += 1e-6
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     backbone, rows = load_backbone(str(other), dtype="float32"), [{"text": "a a"}]
-    for use in (
-        lambda: whole.prompt(backbone),
-        lambda: evaluate(whole, backbone=backbone),
-        lambda: predict(whole, rows, backbone=backbone),
+    for call in (
+        lambda: finished.prompt(backbone),
+        lambda: evaluate(finished, backbone=backbone),
+        lambda: predict(finished, rows, backbone=backbone),
     ):
         with pytest.raises(
             ValueError, match=r"the weights of \S+other-llama are not those that run \S+whole was train"
         ):
-            use()
-    shutil.copy(llama_folder / "model.safetensors", other)  # its name does not matter
-    assert predict(whole, rows, backbone=load_backbone(str(other), dtype="float32"))
-    # The same weights in another dtype have another hash, and are still the same weights.
-    assert predict(whole, rows, backbone=load_backbone(str(other), dtype="bfloat16"))
+            call()
+    shutil.copy(llama_folder / "model.safetensors", other)  # the folder's name does not matter
+    assert predict(finished, rows, backbone=load_backbone(str(other), dtype="float32"))
+    # Equal weights in another dtype have another hash, and are accepted.
+    assert predict(finished, rows, backbone=load_backbone(str(other), dtype="bfloat16"))
 
 
-def test_a_run_trained_with_relative_paths_is_used_from_another_folder(
-    whole: Run, llama_folder: Path, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_relative_paths_work_from_another_folder(
+    finished: Run, llama_folder: Path, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
-    there.mkdir()
-    shutil.copytree(llama_folder, here / "model")
-    shutil.copytree(ticket_task.parent, here / "task")
-    shutil.copy(here / "task/train.csv", here / "rows.csv")
-    monkeypatch.chdir(here)
-    relative = whole.experiment.replace(
-        backbone="model", task="task/tickets.toml", data="rows.csv", init_prompt=os.path.relpath(whole.folder)
+    origin, elsewhere = tmp_path / "here", tmp_path / "there"
+    elsewhere.mkdir()
+    shutil.copytree(llama_folder, origin / "model")
+    shutil.copytree(ticket_task.parent, origin / "task")
+    shutil.copy(origin / "task/train.csv", origin / "rows.csv")
+    monkeypatch.chdir(origin)
+    relative = finished.experiment.replace(
+        backbone="model", task="task/tickets.toml", data="rows.csv", init_prompt=os.path.relpath(finished.folder)
     )
     trained = train(relative, out="runs", name="relative")
     score = evaluate(trained)
-    monkeypatch.chdir(there)
-    found = open_run("../here/runs/relative")
-    assert evaluate(found) == score
-    kept = found.experiment
-    assert (kept.backbone, kept.task, kept.data, kept.init_prompt) == (
-        str(here / "model"),
-        str(here / "task/tickets.toml"),
-        str(here / "rows.csv"),
-        str(whole.folder),
+    monkeypatch.chdir(elsewhere)
+    reopened = open_run("../here/runs/relative")
+    assert evaluate(reopened) == score
+    recorded = reopened.experiment
+    assert (recorded.backbone, recorded.task, recorded.data, recorded.init_prompt) == (
+        str(origin / "model"),
+        str(origin / "task/tickets.toml"),
+        str(origin / "rows.csv"),
+        str(finished.folder),
     )
 
 
-def test_names_that_are_no_paths_stay_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_builtin_names_stay_names_beside_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert Experiment().located() == Experiment()
-    for name in (Experiment().backbone, "cb", "cb:dpt"):  # as a benchmark's folder is called
+    assert Experiment().with_absolute_paths() == Experiment()
+    for name in (Experiment().backbone, "cb", "cb:dpt"):  # folders named like benchmarks
         (tmp_path / name).mkdir()
     for task in ("cb", "cb:dpt"):
-        assert Experiment(task=task).located() == Experiment(task=task)
+        assert Experiment(task=task).with_absolute_paths() == Experiment(task=task)
 
 
 @pytest.fixture(scope="module")
 def long_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts of up to 400 words, for a model of 256 positions; the cue for the answer is at the end."""
+    """Texts of up to 400 words for a model with 256 positions; the cue for the answer is at the end."""
     folder, draw = tmp_path_factory.mktemp("long"), random.Random(0)
     with (folder / "train.csv").open("w", newline="") as stream:
         table = csv.writer(stream)
@@ -114,28 +114,28 @@ def long_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("method", "settings", "room"), [("dpt", {"length": 100}, 156), ("dept", {"positions": 50}, 50)]
+    ("method", "settings", "max_length"), [("dpt", {"length": 100}, 156), ("dept", {"positions": 50}, 50)]
 )
-def test_rows_that_exceed_the_positions_of_the_model_or_the_prompt_are_cut_and_told(
-    whole: Run, long_task: Path, tmp_path: Path, method: str, settings: dict[str, int], room: int
+def test_long_rows_are_cut_with_a_note(
+    finished: Run, long_task: Path, tmp_path: Path, method: str, settings: dict[str, int], max_length: int
 ) -> None:
     notes: list[str] = []
 
     class Listener:
-        def stage(self, text: str) -> None: ...
+        def on_stage(self, text: str) -> None: ...
 
-        def note(self, text: str) -> None:
+        def on_note(self, text: str) -> None:
             notes.append(text)
 
-        def step(self, progress: Progress) -> None: ...
+        def on_step(self, progress: Progress) -> None: ...
 
     prompt = METHODS[method](rank=2, **settings)
-    run = train(whole.experiment.replace(task=str(long_task), prompt=prompt), out=tmp_path, watch=Listener())
-    backbone, task = load_backbone(whole.experiment.backbone, dtype="float32"), load_task(str(long_task))
+    run = train(finished.experiment.replace(task=str(long_task), prompt=prompt), out=tmp_path, callback=Listener())
+    backbone, task = load_backbone(finished.experiment.backbone, dtype="float32"), load_task(str(long_task))
     prompted = run.prompted(backbone)
     longest = max(len(backbone.tokenizer(word, add_special_tokens=False)["input_ids"]) for word in task.answers)
     limit = input_limit(prompted, task, TRAINING)
-    assert limit == room - longest
+    assert limit == max_length - longest
     assert [note.endswith(f"train rows were cut to {limit} tokens (--max-input-tokens)") for note in notes].count(
         True
     ) == 1
@@ -148,7 +148,7 @@ def test_rows_that_exceed_the_positions_of_the_model_or_the_prompt_are_cut_and_t
 
 
 @pytest.mark.parametrize(
-    ("length", "sentence"),
+    ("length", "message"),
     [
         (
             255,
@@ -157,20 +157,20 @@ def test_rows_that_exceed_the_positions_of_the_model_or_the_prompt_are_cut_and_t
         (256, r"length is 256, but \S+ has 256 positions; lower it"),
     ],
 )
-def test_a_prompt_that_leaves_no_room_is_refused(whole: Run, tmp_path: Path, length: int, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        train(whole.experiment.replace(prompt=DPT(length=length, rank=2)), out=tmp_path)
+def test_prompt_that_leaves_no_room_is_refused(finished: Run, tmp_path: Path, length: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(finished.experiment.replace(prompt=DPT(length=length, rank=2)), out=tmp_path)
 
 
-def test_a_prompt_with_offsets_for_fewer_tokens_than_an_answer_has_is_refused(whole: Run, tmp_path: Path) -> None:
-    sentence = "has offsets for 1 tokens, of which an answer of . leaves none to the input; give it more positions"
-    with pytest.raises(ValueError, match=sentence):
-        train(whole.experiment.replace(prompt=METHODS["dept"](length=6, positions=1)), out=tmp_path)
+def test_offsets_shorter_than_an_answer_are_refused(finished: Run, tmp_path: Path) -> None:
+    message = "has offsets for 1 tokens, of which an answer of . leaves none to the input; give it more positions"
+    with pytest.raises(ValueError, match=message):
+        train(finished.experiment.replace(prompt=METHODS["dept"](length=6, positions=1)), out=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("t5", 30), ("roberta_mlm", 28)])
-def test_an_answer_apart_from_the_input_takes_none_of_its_offsets_and_one_at_a_mask_does(
+def test_only_an_answer_in_the_input_uses_its_offsets(
     kind: str, limit: int, tiny_backbone: Callable[[str], Backbone], ticket_task: Path
 ) -> None:
     backbone, config = tiny_backbone(kind), METHODS["dept"](length=6, positions=30)
@@ -187,8 +187,8 @@ def flags(experiment: Experiment, out: Path) -> list[str]:
     return [*where, "--steps", "2", "--batch-size", "8", "dpt", "--length", "6", "--rank", "2"]
 
 
-def test_square_brackets_in_a_row_are_shown_as_they_stand(
-    whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_square_brackets_in_a_row_are_printed(
+    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "[/b] a [bold red] b [/]"
     with (tmp_path / "train.csv").open("w", newline="") as stream:
@@ -197,29 +197,29 @@ def test_square_brackets_in_a_row_are_shown_as_they_stand(
         table.writerows([f"{text} {row}", ("[/x]", "[y]")[row % 2]] for row in range(40))
     file = tmp_path / "brackets.toml"
     file.write_text('train = "train.csv"\ntemplate = "{text}:"\nlabel = "queue"\n')
-    assert main(["train", "--task", str(file), "--show", "3", *flags(whole.experiment, tmp_path)]) == 0
-    shown = capsys.readouterr().err
-    assert "rows it got wrong" in shown
-    assert shown.replace("\n", "").count(text) == 3
-    assert shown.count(": said [") == shown.count("], is [") == 3
+    assert main(["train", "--task", str(file), "--show", "3", *flags(finished.experiment, tmp_path)]) == 0
+    captured = capsys.readouterr().err
+    assert "rows it got wrong" in captured
+    assert captured.replace("\n", "").count(text) == 3
+    assert captured.count(": said [") == captured.count("], is [") == 3
 
 
-def test_one_damaged_run_among_others_is_named_and_the_others_are_listed(
-    whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_list_names_a_damaged_run_among_others(
+    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("a-whole", "b-cut", "c-later", "d-whole"):
-        shutil.copytree(whole.folder, tmp_path / name)
+        shutil.copytree(finished.folder, tmp_path / name)
     cut, later = tmp_path / "b-cut/softprompt.json", tmp_path / "c-later/softprompt.json"
     cut.write_text(cut.read_text()[:99])
     later.write_text(json.dumps({**json.loads(later.read_text()), "format": 99}))
     assert main(["list", "runs", "--out", str(tmp_path)]) == 0
-    shown = capsys.readouterr()
-    found = json.loads(shown.out.splitlines()[-1])
-    assert [one["name"] for one in found] == ["a-whole", "b-cut", "c-later", "d-whole"]
-    assert [one["finished"] for one in found] == [True, False, False, True]
-    assert found[0]["test"] == found[3]["test"] == (whole.results or {})["test"]
-    assert str(cut) in found[1]["problem"]
-    assert "damaged" in found[1]["problem"]
-    assert "format 99" in found[2]["problem"]
-    for one in found:
-        assert one["name"] in shown.err
+    captured = capsys.readouterr()
+    reopened = json.loads(captured.out.splitlines()[-1])
+    assert [one["name"] for one in reopened] == ["a-whole", "b-cut", "c-later", "d-whole"]
+    assert [one["finished"] for one in reopened] == [True, False, False, True]
+    assert reopened[0]["test"] == reopened[3]["test"] == (finished.results or {})["test"]
+    assert str(cut) in reopened[1]["problem"]
+    assert "damaged" in reopened[1]["problem"]
+    assert "format 99" in reopened[2]["problem"]
+    for one in reopened:
+        assert one["name"] in captured.err

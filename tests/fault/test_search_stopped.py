@@ -1,4 +1,4 @@
-"""A search that is stopped anywhere comes to what it would have come to; files and network are no answer to it."""
+"""A search that is stopped anywhere gives the same result; file and network errors do not count as results."""
 
 import itertools
 import shutil
@@ -19,16 +19,16 @@ from softprompt.training.callbacks import NullCallback
 STOPS: dict[str, tuple[Any, str, int]] = {
     "between two random draws": (optuna.trial.Trial, "suggest_categorical", 2),
     "between two draws of the sampler": (optuna.trial.Trial, "suggest_categorical", 5),
-    "before the score is reported that prunes": (optuna.trial.Trial, "report", 13),
-    "before a pruned trial's end is told": (optuna.Study, "tell", 4),
-    "in another trial's step": (search._Pruning, "step", 6),
+    "before the report of the score that prunes": (optuna.trial.Trial, "report", 13),
+    "before a pruned trial is recorded": (optuna.Study, "tell", 4),
+    "in a step of another trial": (search._PruningCallback, "on_step", 6),
 }
-"""The call that is not made any more, and the how many-th. Three trials of four steps come before the first pruned."""
+"""The call that is interrupted, and its count. Three trials of four steps come before the first pruned one."""
 
 
 @pytest.fixture(scope="module")
 def file(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A search of a rate and a rank, with draws of both kinds of sampling, and trials that are pruned."""
+    """A search for a learning rate and a rank, with both kinds of sampling and with pruned trials."""
     path = tmp_path_factory.mktemp("search") / "search.toml"
     path.write_text(
         f"""
@@ -49,73 +49,79 @@ def file(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
-def whole(file: Path) -> SweepResult:
-    """The search that nothing stopped."""
-    swept = sweep(file, out=file.parent / "whole")
-    states = [trial.state for trial in swept.searches[0].trials]
+def uninterrupted(file: Path) -> SweepResult:
+    """The search that was never stopped."""
+    result = sweep(file, out=file.parent / "whole")
+    states = [trial.state for trial in result.searches[0].trials]
     assert states[:4] == ["done", "done", "done", "pruned"]
-    assert steps(swept)[3] == 1
-    return swept
+    assert steps(result)[3] == 1
+    return result
 
 
-def steps(swept: SweepResult) -> list[int]:
-    """How far each trial was trained."""
-    [found] = swept.searches
-    return [len((trial.folder / METRICS).read_text().splitlines()) for trial in found.trials]
+def steps(result: SweepResult) -> list[int]:
+    """The number of steps that each trial was trained."""
+    [study_result] = result.searches
+    return [len((trial.folder / METRICS).read_text().splitlines()) for trial in study_result.trials]
 
 
-def said(swept: SweepResult) -> list[Any]:
-    [found] = swept.searches
-    trials = [(one.name, one.state == "pruned", one.results) for one in found.trials]
-    return [found.values, found.dev, trials, steps(swept)]
+def outcome(result: SweepResult) -> list[Any]:
+    [study_result] = result.searches
+    trials = [
+        (finished_trial.name, finished_trial.state == "pruned", finished_trial.results)
+        for finished_trial in study_result.trials
+    ]
+    return [study_result.values, study_result.dev, trials, steps(result)]
 
 
 @pytest.mark.parametrize("stop", STOPS)
-def test_stopped(stop: str, file: Path, whole: SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_search_gives_the_same_result(
+    stop: str, file: Path, uninterrupted: SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     owner, name, count = STOPS[stop]
     call, calls = getattr(owner, name), itertools.count(1)
 
-    def stopped(*given: Any, **named: Any) -> Any:
+    def stop_at_count(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == count:
             raise KeyboardInterrupt
-        return call(*given, **named)
+        return call(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, stopped)
+    monkeypatch.setattr(owner, name, stop_at_count)
     with pytest.raises(KeyboardInterrupt):
         sweep(file, out=tmp_path)
-    assert said(sweep(file, out=tmp_path)) == said(whole)
+    assert outcome(sweep(file, out=tmp_path)) == outcome(uninterrupted)
 
 
-def test_a_network_that_fails_is_no_answer(
-    file: Path, whole: SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_network_error_fails_no_search_trial(
+    file: Path, uninterrupted: SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unreached(*_: Any) -> None:
+    def fail_to_connect(*_: Any) -> None:
         raise ConnectionError("the hub cannot be reached")
 
     with monkeypatch.context() as patch:
-        patch.setattr(search, "start", unreached)
+        patch.setattr(search, "start_run", fail_to_connect)
         [failed] = sweep(file, out=tmp_path).failed
     assert failed.problem == "the hub cannot be reached"
-    assert said(sweep(file, out=tmp_path)) == said(whole)
+    assert outcome(sweep(file, out=tmp_path)) == outcome(uninterrupted)
 
 
-def test_a_search_on_other_rows_is_another_one(file: Path, whole: SweepResult, tmp_path: Path) -> None:
-    out, rows = tmp_path / "out", Path(whole.trials[0].experiment.task).with_name("train.csv")
+def test_search_refuses_changed_rows(file: Path, uninterrupted: SweepResult, tmp_path: Path) -> None:
+    out, rows = tmp_path / "out", Path(uninterrupted.trials[0].experiment.task).with_name("train.csv")
     shutil.copytree(rows.parent, tmp_path / "task")
-    own = tmp_path / "search.toml"
-    own.write_text(
+    own_file = tmp_path / "search.toml"
+    own_file.write_text(
         file.read_text().replace(str(rows.parent), str(tmp_path / "task")).replace("trials = 6", "trials = 1")
     )
-    assert not sweep(own, out=out).failed
+    assert not sweep(own_file, out=out).failed
     (tmp_path / "task/train.csv").write_text(rows.read_text().replace("a a", "a b a"))
-    [found] = sweep(own, out=out).searches
-    [failed] = found.trials
-    assert (failed.state, found.values) == ("failed", None)
-    assert failed.problem.startswith(f"{out / 'search' / found.study} was begun on another task or on other rows;")
+    [study_result] = sweep(own_file, out=out).searches
+    [failed] = study_result.trials
+    assert (failed.state, study_result.values) == ("failed", None)
+    changed = f"the task or the rows of {out / 'search' / study_result.study} have changed since it was started;"
+    assert failed.problem.startswith(changed)
 
 
-def test_a_worker_that_is_lost_without_a_word_has_a_problem() -> None:
-    """As Ray's own TaskCancelledError, whose text is empty."""
+def test_lost_ray_worker_has_a_problem() -> None:
+    """Ray's TaskCancelledError, for one, has an empty message."""
 
     class RayError(Exception):
         pass
@@ -123,20 +129,26 @@ def test_a_worker_that_is_lost_without_a_word_has_a_problem() -> None:
     def get(_: object) -> None:
         raise RayError
 
-    task = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda work, item: f"ref of {item.seed}"))
+    task = SimpleNamespace(
+        options=lambda **_: SimpleNamespace(remote=lambda job, trial_experiment: f"ref of {trial_experiment.seed}")
+    )
     ray = SimpleNamespace(
         remote=lambda _: task,
-        wait=lambda waiting, num_returns: (waiting[:1], waiting[1:]),
+        wait=lambda pending, num_returns: (pending[:1], pending[1:]),
         get=get,
         exceptions=SimpleNamespace(RayError=RayError),
     )
-    items = [Experiment(seed=0), Experiment(seed=1)]
-    found = executor._ray_each(ray, 1, 0)(print, items, lambda item, problem: (item, problem))
-    assert list(found) == [(item, "its worker is lost: RayError") for item in items]
+    experiments = [Experiment(seed=0), Experiment(seed=1)]
+    study_result = executor._ray_executor(ray, 1, 0)(
+        print, experiments, lambda trial_experiment, problem: (trial_experiment, problem)
+    )
+    assert list(study_result) == [
+        (trial_experiment, "its worker is lost: RayError") for trial_experiment in experiments
+    ]
 
 
-def test_the_last_score_does_not_prune_when_an_earlier_one_is_gone_through_again(tmp_path: Path) -> None:
-    """Killed while it was tested, and begun again; Optuna judges by the last score, whichever line is in hand."""
+def test_reported_history_does_not_prune(tmp_path: Path) -> None:
+    """After a kill during the final test; Optuna decides by the last score, whichever line is reported."""
     study = optuna.create_study(direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=2))
     for _ in range(2):
         done = study.ask()
@@ -150,18 +162,18 @@ def test_the_last_score_does_not_prune_when_an_earlier_one_is_gone_through_again
     (tmp_path / METRICS).write_text('{"step": 2, "dev": 0.6}\n{"step": 4, "dev": 0.7}\n')
     experiment = Experiment(training=TrainingConfig(steps=4))
     run = Run(folder=tmp_path, experiment=experiment, task=TASKS["cb"], record={})
-    search._Pruning(NullCallback(), trial, [2, 4], prune=True).go_on(run)
+    search._PruningCallback(NullCallback(), trial, [2, 4], prune=True).report_history(run)
 
 
-def test_a_finished_search_stands_without_its_rows(
-    file: Path, whole: SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_finished_search_needs_no_rows(
+    file: Path, uninterrupted: SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(file.parent / "whole", tmp_path / "runs")
 
-    def away(*_: Any) -> Any:
-        raise FileNotFoundError("there is no file train.csv")
+    def fail_to_read(*_: Any) -> Any:
+        raise FileNotFoundError("train.csv does not exist")
 
-    monkeypatch.setattr(trial_module, "read_splits", away)
-    swept = sweep(file, out=tmp_path / "runs")
-    assert said(swept)[:2] == said(whole)[:2]
-    assert not swept.failed
+    monkeypatch.setattr(trial_module, "read_splits", fail_to_read)
+    result = sweep(file, out=tmp_path / "runs")
+    assert outcome(result)[:2] == outcome(uninterrupted)[:2]
+    assert not result.failed

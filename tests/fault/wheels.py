@@ -1,4 +1,4 @@
-"""A tiny wheel, the assets in it, and a cache and a pip that know nothing else: what the tests of assets share."""
+"""Shared by the tests of assets: a tiny wheel, its assets, an empty cache, and a pip that knows only this wheel."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ FILES = {
 def build_wheel(folder: Path, files: dict[str, bytes]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     info = f"{MODULE}-1.0.dist-info"
-    # A dependency that exists nowhere: whoever resolves it fails. And no Python is old enough for it.
+    # A dependency that does not exist, and a Python that is not installed: resolving either would fail.
     head = f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: 1.0\nRequires-Python: <3\nRequires-Dist: no-such==9\n"
     metadata = {
         f"{info}/METADATA": head.encode(),
@@ -67,14 +67,14 @@ def register(patch: pytest.MonkeyPatch, fields: dict[str, str]) -> str:
     return fields["name"]
 
 
-def lying_there(cache: Path) -> list[str]:
-    """What is in the cache apart from locks."""
+def cache_entries(cache: Path) -> list[str]:
+    """The entries of the cache except locks."""
     return sorted(path.name for path in (cache / "assets").glob("*") if path.suffix != ".lock")
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and a pip that knows only the wheels in `tmp_path/wheels`."""
+    """An empty cache, and a pip that finds only the wheels in `tmp_path/wheels`."""
     for name in [name for name in os.environ if name.upper().startswith("PIP_") or name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)

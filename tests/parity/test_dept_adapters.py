@@ -68,7 +68,7 @@ def test_our_own_scale_survives_the_way_there(tmp_path: Path) -> None:
             lambda folder: save_file({"prompt_embeddings": torch.ones(6, 16)}, folder / "adapter_model.safetensors"),
             "lora_embedding_A",
         ),
-        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"12"), "no whole safetensors"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"12"), "not a complete safetensors"),
     ],
 )
 def test_what_is_no_adapter_is_refused_by_name(published: Path, break_it, message: str) -> None:

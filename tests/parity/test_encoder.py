@@ -241,10 +241,10 @@ class StopAt:
     def __init__(self, step: int) -> None:
         self.last = step
 
-    def stage(self, text: str) -> None:
+    def on_stage(self, text: str) -> None:
         pass
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         pass
 
     def step(self, progress: softprompt.Progress) -> None:
@@ -264,7 +264,7 @@ def test_a_stopped_training_goes_on_with_its_head(
     )
     whole = softprompt.train(experiment, out=tmp_path, name="whole")
     with pytest.raises(Stops):
-        softprompt.train(experiment, out=tmp_path, name="cut", watch=StopAt(3))
+        softprompt.train(experiment, out=tmp_path, name="cut", callback=StopAt(3))
     again = softprompt.resume(tmp_path / "cut")
     for file in ("metrics.jsonl", "softprompt.safetensors", "head.safetensors", "predictions.jsonl"):
         assert (again.folder / file).read_bytes() == (whole.folder / file).read_bytes(), file

@@ -195,7 +195,7 @@ def test_concurrent_trainings_of_other_weights_share_no_pass(
     def kind(weight: float) -> Any:
         one = experiment_of(llama_folder, ticket_task, vocabulary_weight=weight)
         prompt = Plain(length=3).build(backbone.host(), torch.Generator())
-        return TrainingStep(attach(backbone, prompt), one, task, DistributedGroup(cpu=True)).kind
+        return TrainingStep(attach(backbone, prompt), one, task, DistributedGroup(cpu=True)).sharing_key
 
     assert kind(0.0) == kind(0.0) != kind(0.3) != kind(0.6)
     assert kind(1.0) == kind(1.0) != kind(0.0)
@@ -224,7 +224,7 @@ def test_a_head_has_no_words_to_weigh(
     folder = tmp_path / "model"
     tiny_backbone("bert").model.save_pretrained(folder)
     tiny_backbone("bert").tokenizer.save_pretrained(folder)
-    with pytest.raises(ValueError, match="answers through a trained head, which gives no probability to words"):
+    with pytest.raises(ValueError, match="answers through a trained head, which has no label words"):
         train(experiment_of(folder, ticket_task, vocabulary_weight=weight), out=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 

@@ -89,8 +89,8 @@ def test_generation_goes_on_until_all_are_done(kind: str, processes: list[dict[s
     ("kind", "changes", "why"),
     [
         ("llama", {"baseline": "lora"}, "the baseline lora trains beside or in the layers"),
-        ("mpnet", {}, "has no layers that can be told from the rest"),
-        ("t5", {"prompt_attention": "self"}, "isolated prompts of t5 .* go past its layers' own call"),
+        ("mpnet", {}, "has no layers that can be identified"),
+        ("t5", {"prompt_attention": "self"}, "prompts with prompt_attention=self bypass the layers of t5"),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(
@@ -106,7 +106,7 @@ def test_four_bits_are_refused(llama_folder: Path, ticket_task: Path, tmp_path: 
     experiment = Experiment(
         backbone=str(llama_folder), task=str(ticket_task), training=TrainingConfig(shard=True), dtype="nf4"
     )
-    with pytest.raises(ValueError, match=r"^shard is on, and the weights are held as nf4; leave it off$"):
+    with pytest.raises(ValueError, match=r"^shard is on, and the weights are quantized \\(nf4\\); leave it off$"):
         train(experiment, out=tmp_path)
 
 
@@ -116,7 +116,7 @@ def test_a_backbone_of_an_earlier_training_is_refused(
     backbone = tiny_backbone("llama")
     monkeypatch.setattr(fsdp, "_sharded", {backbone.model})
     with pytest.raises(
-        ValueError, match=r"^llama was shared out among processes by an earlier training .*load it anew"
+        ValueError, match=r"^llama was sharded over the processes by an earlier training .*load it again"
     ):
         train(Experiment(backbone="llama", task=str(ticket_task)), out=tmp_path, backbone=backbone)
 
@@ -125,13 +125,13 @@ def test_one_process_is_told_that_it_holds_the_whole(
     tiny_backbone: Callable[[str], Backbone], ticket_task: Path, tmp_path: Path
 ) -> None:
     class Told(NullCallback):
-        def note(self, text: str) -> None:
+        def on_note(self, text: str) -> None:
             notes.append(text)
 
     notes: list[str] = []
     training = TrainingConfig(steps=2, batch_size=4, eval_steps=2, shard=True)
     experiment = Experiment(backbone="llama", task=str(ticket_task), prompt=DPT(length=4, rank=2), training=training)
-    assert train(experiment, out=tmp_path, backbone=tiny_backbone("llama"), watch=Told()).results is not None
+    assert train(experiment, out=tmp_path, backbone=tiny_backbone("llama"), callback=Told()).results is not None
     assert any(note.startswith("one process holds the whole backbone (--shard)") for note in notes)
 
 

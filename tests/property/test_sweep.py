@@ -1,4 +1,4 @@
-"""A sweep's file says every combination of its lists, once, in one order; what cannot be is said by key and value."""
+"""A sweep's file gives every combination of its lists once and in order; errors name key and value."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softprompt import DPT, METHODS, Experiment, TrainingConfig
-from softprompt.config import _LATER
+from softprompt.config import _LATER_FIELDS
 from softprompt.sweep import Range, Search, expand, read, trial_name
 from softprompt.tasks import load_task
 
@@ -35,7 +35,7 @@ def lists(values: st.SearchStrategy[Any], most: int = 2) -> st.SearchStrategy[li
 
 @st.composite
 def files(draw: st.DrawFn) -> dict[str, Any]:
-    """The tables of a file: lists everywhere, no experiment said by two of them."""
+    """The tables of a file with lists everywhere, and no experiment in two tables."""
     ranks, lengths = draw(lists(st.integers(1, 5))), draw(lists(st.integers(5, 50)))
     values = {
         "backbone": draw(lists(st.sampled_from(["smollm2-135m", "some/model"]))),
@@ -51,8 +51,8 @@ def files(draw: st.DrawFn) -> dict[str, Any]:
 
 @settings(max_examples=25, deadline=None)
 @given(files())
-def test_the_expansion_is_the_product(values: dict[str, Any]) -> None:
-    found = expand(values, "a file")
+def test_expand_gives_the_product_of_the_lists(values: dict[str, Any]) -> None:
+    expanded = expand(values, "a file")
     [task], [dpt, *lora], training = values["task"], values["method"], values["training"]
     shared = [values["backbone"], training["lr"], training["shots"]]
     prompts = list(itertools.product(dpt["rank"], dpt["length"]))
@@ -65,53 +65,80 @@ def test_the_expansion_is_the_product(values: dict[str, Any]) -> None:
         for name, backbone, lr, shots, seed in itertools.product(task["name"], *shared, values["seed"])
         if lora
     }
-    assert {said(one) for one in found} == expected
-    assert len(found) == len(expected)
-    assert len({one.hash for one in found}) == len(found)
-    assert len({trial_name(one) for one in found}) == len(found)
-    assert expand(values, "a file") == found
-    runs = [list(group) for _, group in itertools.groupby(found, key=lambda one: one.replace(seed=0).hash)]
-    assert [[one.seed for one in run] for run in runs] == [values["seed"]] * len(runs), "the seed varies fastest"
+    assert {settings_of(experiment) for experiment in expanded} == expected
+    assert len(expanded) == len(expected)
+    assert len({experiment.hash for experiment in expanded}) == len(expanded)
+    assert len({trial_name(experiment) for experiment in expanded}) == len(expanded)
+    assert expand(values, "a file") == expanded
+    runs = [
+        list(group) for _, group in itertools.groupby(expanded, key=lambda experiment: experiment.replace(seed=0).hash)
+    ]
+    assert [[experiment.seed for experiment in run] for run in runs] == [values["seed"]] * len(runs), (
+        "the seed varies fastest"
+    )
 
 
-def said(one: Experiment) -> tuple[Any, ...]:
-    prompt = (getattr(one.prompt, "rank"), one.prompt.length) if one.baseline == "none" else None  # noqa: B009
-    return one.task, one.backbone, one.training.lr, one.training.shots, one.method, prompt, one.seed
+def settings_of(experiment: Experiment) -> tuple[Any, ...]:
+    prompt = (getattr(experiment.prompt, "rank"), experiment.prompt.length) if experiment.baseline == "none" else None  # noqa: B009
+    return (
+        experiment.task,
+        experiment.backbone,
+        experiment.training.lr,
+        experiment.training.shots,
+        experiment.method,
+        prompt,
+        experiment.seed,
+    )
 
 
 @settings(max_examples=10, deadline=None)
 @given(files(), st.integers(101, 200))
-def test_another_seed_moves_no_other_experiment(values: dict[str, Any], seed: int) -> None:
+def test_added_seed_changes_no_other_experiment(values: dict[str, Any], seed: int) -> None:
     more = {**values, "seed": [*values["seed"], seed]}
-    assert [one for one in expand(more, "a file") if one.seed != seed] == list(expand(values, "a file"))
+    assert [experiment for experiment in expand(more, "a file") if experiment.seed != seed] == list(
+        expand(values, "a file")
+    )
 
 
-def test_what_two_tables_say_is_one_experiment() -> None:
+def test_experiment_in_two_tables_is_listed_once() -> None:
     ranks = {"name": "dpt", "rank": [5, 10]}
     lengths = {"name": "dpt", "rank": 10, "length": [50, 20]}
-    found = expand({"method": [ranks, lengths]}, "a file")
-    assert [(one.prompt.length, one.to_json()["prompt"]["rank"]) for one in found] == [(20, 5), (20, 10), (50, 10)]
+    expanded = expand({"method": [ranks, lengths]}, "a file")
+    assert [(experiment.prompt.length, experiment.to_json()["prompt"]["rank"]) for experiment in expanded] == [
+        (20, 5),
+        (20, 10),
+        (50, 10),
+    ]
 
 
-def test_whole_numbers_are_numbers() -> None:
-    [one], [other] = expand({"training": {"lr": 1}}, "a file"), expand({"training": {"lr": 1.0}}, "a file")
-    assert one.hash == other.hash
+def test_integers_are_accepted_for_floats() -> None:
+    [experiment], [integer_lr] = expand({"training": {"lr": 1}}, "a file"), expand({"training": {"lr": 1.0}}, "a file")
+    assert experiment.hash == integer_lr.hash
 
 
-def test_an_experiment_is_known_by_what_it_always_was() -> None:
-    """A field that is new must not make finished runs strangers; see `_LATER` in experiment.py."""
-    one = Experiment(task="boolq", prompt=DPT(length=100, rank=5), training=TrainingConfig(shots=8), seed=3)
-    assert one.hash == "bb918f2e7798e967d16771b39a55547b7b41e1acba37d77d858548b239978bc3"
-    assert len({one.hash, one.replace(prompt_position="suffix").hash, one.replace(prompt_attention="self").hash}) == 3
-    for name, value in _LATER.items():
+def test_experiment_hash_is_stable() -> None:
+    """A new field must not change the hash of finished runs; see `_LATER_FIELDS` in config.py."""
+    experiment = Experiment(task="boolq", prompt=DPT(length=100, rank=5), training=TrainingConfig(shots=8), seed=3)
+    assert experiment.hash == "bb918f2e7798e967d16771b39a55547b7b41e1acba37d77d858548b239978bc3"
+    assert (
+        len(
+            {
+                experiment.hash,
+                experiment.replace(prompt_position="suffix").hash,
+                experiment.replace(prompt_attention="self").hash,
+            }
+        )
+        == 3
+    )
+    for name, value in _LATER_FIELDS.items():
         assert getattr(Experiment(), name) == value
 
 
-def test_nothing_is_one_default_experiment() -> None:
+def test_empty_file_is_one_default_experiment() -> None:
     assert expand({}, "a file") == (Experiment(),)
 
 
-def test_who_overrides_whom() -> None:
+def test_method_overrides_task_overrides_file() -> None:
     file = """
         training = { lr = 0.5, steps = 7 }
         prompt = { length = 30 }
@@ -128,10 +155,12 @@ def test_who_overrides_whom() -> None:
         name = "plain"
         length = 20
     """
-    one, *others = sorted(expand(tomllib.loads(file), "a file"), key=lambda one: one.method)
-    assert one.prompt == METHODS["dept"].published().replace(length=30, rank=4)
-    assert (one.task, one.training.lr, one.training.steps) == ("rte", 0.25, 9)
-    assert [(two.task, two.method, two.prompt.length, two.training.lr) for two in others] == [
+    experiment, *plain_experiments = sorted(
+        expand(tomllib.loads(file), "a file"), key=lambda experiment: experiment.method
+    )
+    assert experiment.prompt == METHODS["dept"].published().replace(length=30, rank=4)
+    assert (experiment.task, experiment.training.lr, experiment.training.steps) == ("rte", 0.25, 9)
+    assert [(two.task, two.method, two.prompt.length, two.training.lr) for two in plain_experiments] == [
         ("cb", "plain", 20, 0.5),
         ("rte", "plain", 20, 0.5),
     ]
@@ -145,7 +174,7 @@ REFUSED = [
     ("seed = [1, 2, 1]", "FILE: seed has 1 twice; give each value once"),
     ('protocol = "both"', "FILE: protocol is 'both'; it must be one of heldout, paper"),
     ('task = "cbb"', "FILE: task is 'cbb': unknown task 'cbb'; did you mean 'cb'?"),
-    ('task = "cb"\ndata = "nowhere"', "FILE: data is 'nowhere', and there is no "),
+    ('task = "cb"\ndata = "nowhere"', "FILE: data is 'nowhere', and "),
     ("training = 3", "FILE: [training] is 3; it must be a table"),
     ("[training]\nsteps = 1.5", "FILE: [training] steps is 1.5; it must be a whole number"),
     ("[training]\nsteps = 0", "FILE: steps is 0; it must be at least 1"),
@@ -153,7 +182,7 @@ REFUSED = [
     ("[training]\nstep = 3", "FILE: [training] has the unknown setting 'step'; did you mean 'steps'?"),
     ('method = "dpt"', "FILE: method is 'dpt'; write a table [[method]] for each"),
     ("[[method]]\nrank = 3", "FILE: [[method]] 1 must have either a name"),
-    ('[[method]]\nname = "dpd"', "FILE: [[method]] 1 name is 'dpd', which is no method; did you mean 'dpt'?"),
+    ('[[method]]\nname = "dpd"', "FILE: [[method]] 1 name is 'dpd', which is not a method; did you mean 'dpt'?"),
     ('[[method]]\nname = "dpt"\nranks = 3', "FILE: [[method]] 1 has the unknown setting 'ranks'; did you mean 'rank'?"),
     ('[[method]]\nname = "dpt"\nrank = 3.0', "FILE: [[method]] 1 rank is 3.0; it must be a whole number"),
     ('[[method]]\nname = "dpt"\nrank = [5, 200]', "FILE: [[method]] 1: rank is 200 and length is 20;"),
@@ -164,7 +193,7 @@ REFUSED = [
     ),
     ('[[method]]\nbaseline = "none"', "FILE: [[method]] 1 baseline is 'none'; leave the table out"),
     ('[[method]]\nbaseline = "lora"\nrank = 3', "FILE: [[method]] 1 has the unknown setting 'rank'"),
-    ('[[method]]\nname = "dpt"\nonly = ["rte"]', "FILE: [[method]] 1 is only for 'rte', no task of this file;"),
+    ('[[method]]\nname = "dpt"\nonly = ["rte"]', "FILE: [[method]] 1 is only for 'rte', not a task of this file;"),
     ('[prompt]\nrank = 3\n[[method]]\nname = "plain"', "FILE: [prompt] has the unknown setting 'rank';"),
     ("[[task]]\ntraining.steps = 3", 'FILE: [[task]] 1 has no name; add the line name = "cb"'),
     ('[[task]]\nname = "cb"\nseed = 3', "FILE: [[task]] 1 has the unknown setting 'seed'"),
@@ -176,8 +205,8 @@ REFUSED = [
     ("[search]\ntrial = 3\nspace.training.lr = [1, 2]", "FILE: [search] has the unknown setting 'trial'; did you"),
     ("[search]\ntrials = 0\nspace.training.lr = [1, 2]", "FILE: [search] trials is 0; it must be at least 1"),
     ('[search]\nsampler = "grid"\nspace.training.lr = [1, 2]', "FILE: [search] sampler is 'grid'; it must be one of"),
-    ("[search.space]\nlr = [1, 2]", "FILE: [search.space] lr is no setting of training or of a method here;"),
-    ('[search.space]\n"prompt.width" = [1, 2]', "FILE: [search.space] prompt.width is no setting of training or of a"),
+    ("[search.space]\nlr = [1, 2]", "FILE: [search.space] lr is not a setting of training or of a method in"),
+    ('[search.space]\n"prompt.width" = [1, 2]', "FILE: [search.space] prompt.width is not a setting of training or"),
     ("[search.space]\ntraining.lr = 3", "FILE: [search.space] training.lr, which is neither a list nor a range, is 3;"),
     (
         "[search.space]\ntraining.lr = { low = 1 }",
@@ -190,7 +219,7 @@ REFUSED = [
     ),
     (
         "[search.space]\nprompt.rank = [1, 200]",
-        "FILE: [search] could choose prompt.rank = 200, which cannot be: rank is",
+        "FILE: [search] could choose prompt.rank = 200, which is invalid: rank is",
     ),
     (
         "[training]\nlr = [1, 2]\n[search.space]\ntraining.lr = [3, 4]",
@@ -201,33 +230,33 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("text", "message"), REFUSED, ids=[text for text, _ in REFUSED])
-def test_what_cannot_be(text: str, message: str, tmp_path: Path) -> None:
+def test_invalid_file_is_refused_by_key_and_value(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "sweep.toml"
     file.write_text(text)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         read(file)
-    said = str(caught.value)
-    assert said.startswith(message.replace("FILE", str(file))), said
-    assert "\n" not in said
+    settings_of = str(caught.value)
+    assert settings_of.startswith(message.replace("FILE", str(file))), settings_of
+    assert "\n" not in settings_of
 
 
-def test_paths_begin_at_the_file_and_data_where_it_is_said(ticket_task: Path, tmp_path: Path) -> None:
+def test_paths_start_from_the_file_and_data_from_its_flag(ticket_task: Path, tmp_path: Path) -> None:
     file, data = tmp_path / "sweep.toml", tmp_path / "elsewhere"
     (data / "superglue").mkdir(parents=True)
     (tmp_path / "tiny").mkdir()
     file.write_text('backbone = "tiny"\ntask = "cb"\ndata = "superglue"')
-    with pytest.raises(FileNotFoundError, match=r"data is 'superglue', and there is no .*superglue; see --data"):
+    with pytest.raises(FileNotFoundError, match=r"data is 'superglue', and .*superglue does not exist; see --data"):
         read(file)
-    [found] = read(file, data).experiments
-    assert (found.backbone, found.data) == (str(tmp_path / "tiny"), str(data / "superglue"))
+    [expanded] = read(file, data).experiments
+    assert (expanded.backbone, expanded.data) == (str(tmp_path / "tiny"), str(data / "superglue"))
     file.write_text('task = "cb"')
-    with pytest.raises(ValueError, match=r'says data of no task, so --data .*; add the line data = "\."'):
+    with pytest.raises(ValueError, match=r'sets data for no task, so --data .*; add the line data = "\."'):
         read(file, data)
-    with pytest.raises(FileNotFoundError, match=r"there is no file none\.toml; give the path of a sweep's \.toml file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.toml does not exist; give the path of a sweep's \.toml file"):
         read("none.toml")
 
 
-def test_a_search_leaves_out_what_a_method_has_not(tmp_path: Path) -> None:
+def test_search_skips_settings_a_method_lacks(tmp_path: Path) -> None:
     file = tmp_path / "sweep.toml"
     file.write_text(
         """
@@ -246,9 +275,9 @@ def test_a_search_leaves_out_what_a_method_has_not(tmp_path: Path) -> None:
         """
     )
     plan = read(file)
-    assert plan.search == Search(trials=3, seed=7, space={"prompt.rank": Range(low=1, high=6, whole=True)})
-    assert plan.search.space == {"prompt.rank": Range(low=1, high=6, whole=True)}
-    cells = [plan.search.cell(one) for one in plan.experiments]
+    assert plan.search == Search(trials=3, seed=7, space={"prompt.rank": Range(low=1, high=6, integer=True)})
+    assert plan.search.space == {"prompt.rank": Range(low=1, high=6, integer=True)}
+    cells = [plan.search.cell(experiment) for experiment in plan.experiments]
     assert [cell and (cell.method, cell.seed) for cell in cells] == [("dpt", 7), ("dpt", 7), None, None, None, None]
     assert cells[0] == cells[1]
     cell = cells[0]
@@ -264,23 +293,23 @@ def test_a_search_leaves_out_what_a_method_has_not(tmp_path: Path) -> None:
     ):
         names.add(dataclasses.replace(plan.search, **change).study(cell))  # type: ignore[arg-type]
     assert len(names) == 6
-    plain = next(one for one in plan.experiments if one.method == "plain")
+    plain = next(experiment for experiment in plan.experiments if experiment.method == "plain")
     rates = Search(space={"training.lr": (0.1, 0.2)})
     both = Search(space={"training.lr": (0.1, 0.2), "prompt.rank": (1, 2)})
-    assert rates.study(plain) == both.study(plain), "ranks to choose are nothing to plain"
+    assert rates.study(plain) == both.study(plain), "a plain prompt has no rank to choose"
     assert rates.study(cell) != both.study(cell)
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_a_recipe_is_valid_and_has_the_published_sizes(file: Path) -> None:
+def test_recipe_is_valid_and_has_the_published_sizes(file: Path) -> None:
     plan = read(file)
     assert len(plan.experiments) > 10
     counts: dict[str, set[int]] = {}
-    for one in plan.experiments:
-        assert load_task(one.task).templates
-        assert not Path(one.backbone).is_absolute()
-        if one.baseline == "none":
-            counts.setdefault(one.method, set()).add(one.prompt.count(DIMS[one.backbone]))
+    for experiment in plan.experiments:
+        assert load_task(experiment.task).templates
+        assert not Path(experiment.backbone).is_absolute()
+        if experiment.baseline == "none":
+            counts.setdefault(experiment.method, set()).add(experiment.prompt.count(DIMS[experiment.backbone]))
     for method, published in PUBLISHED.get(file.stem, {}).items():
         assert counts[method] == published, method
     head = file.read_text().partition("\n\n")[0]
@@ -288,7 +317,7 @@ def test_a_recipe_is_valid_and_has_the_published_sizes(file: Path) -> None:
         assert word in head
 
 
-def test_every_table_has_its_recipe() -> None:
+def test_every_published_table_has_a_recipe() -> None:
     assert set(PUBLISHED) <= {file.stem for file in RECIPES}
     assert {"dpt_few_shot_t5_base", "dpt_rank_t5_base", "dpt_length_t5_base", "residual_superglue_t5_base"} <= {
         file.stem for file in RECIPES
@@ -296,17 +325,17 @@ def test_every_table_has_its_recipe() -> None:
 
 
 @pytest.mark.parametrize("file", STUDY, ids=lambda file: file.stem)
-def test_the_studys_files_are_valid_and_name_no_machine(file: Path, tmp_path: Path) -> None:
+def test_study_file_is_valid_and_names_no_machine(file: Path, tmp_path: Path) -> None:
     for name in ("superglue", "glue"):
         (tmp_path / name).mkdir()
     plan = read(file, tmp_path)
-    assert {one.seed for one in plan.experiments} == {0, 1, 2}
+    assert {experiment.seed for experiment in plan.experiments} == {0, 1, 2}
     assert not re.search(r"(?<![\w.])/\w", file.read_text())
 
 
 @pytest.mark.parametrize(("name", "count"), [("few-shot", (6 * 6 + 2 * 3) * 3), ("full", 17 * 3), ("starts", 5 * 3)])
-def test_the_studys_files_are_read(name: str, count: int, tmp_path: Path) -> None:
+def test_study_file_has_its_number_of_experiments(name: str, count: int, tmp_path: Path) -> None:
     for folder in ("superglue", "glue"):
         (tmp_path / folder).mkdir()
-    found = read(ROOT / f"docs/results/study/{name}.toml", tmp_path).experiments
-    assert len({one.hash for one in found}) == len(found) == count
+    expanded = read(ROOT / f"docs/results/study/{name}.toml", tmp_path).experiments
+    assert len({experiment.hash for experiment in expanded}) == len(expanded) == count

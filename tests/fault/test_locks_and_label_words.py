@@ -1,4 +1,4 @@
-"""Two processes on one run, and two label words of which one begins the other."""
+"""Two processes on one run, and a label word that is the beginning of another."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +10,15 @@ from softprompt import files
 from softprompt.tasks import Task, answer_ids
 
 
-def test_a_folder_is_worked_on_by_one_at_a_time(tmp_path: Path) -> None:
+def test_folder_lock_is_exclusive(tmp_path: Path) -> None:
     with files.locked(tmp_path), pytest.raises(RuntimeError, match="another process"), files.locked(tmp_path):
         pass
     with files.locked(tmp_path):
         pass
 
 
-class Words:
-    """A tokenizer of whole words: the second word could never win against the first, its beginning."""
+class WordTokenizer:
+    """A word-level tokenizer; a label word could never win against its own beginning."""
 
     is_fast, unk_token_id, eos_token = True, -1, None
     known: tuple[str, ...] = (":", "spam", "offer", "ham")
@@ -32,10 +32,10 @@ class Words:
         return {"input_ids": [[self.known.index(word) for word in text.replace(":", ": ").split()] for text in texts]}
 
 
-def test_a_word_that_begins_another_is_refused() -> None:
-    words = {"a": "spam", "b": "spam offer"}
-    task = Task(name="mail", template="{text}\nKind:", label="kind", label_words=words)
+def test_label_word_that_begins_another_is_refused() -> None:
+    overlapping = {"a": "spam", "b": "spam offer"}
+    task = Task(name="mail", template="{text}\nKind:", label="kind", label_words=overlapping)
     with pytest.raises(ValueError, match="beginning of the other"):
-        answer_ids(task, Words())
-    fine = Task(name="mail", template="{text}\nKind:", label="kind", label_words={"a": "ham", "b": "spam offer"})
-    assert answer_ids(fine, Words()) == ((3,), (1, 2))
+        answer_ids(task, WordTokenizer())
+    valid = Task(name="mail", template="{text}\nKind:", label="kind", label_words={"a": "ham", "b": "spam offer"})
+    assert answer_ids(valid, WordTokenizer()) == ((3,), (1, 2))

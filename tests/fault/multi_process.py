@@ -1,18 +1,17 @@
-"""Trainings of several processes: `python several.py JOBS.json` forks each job's processes and waits for them.
+"""Training in several processes: `python multi_process.py JOBS.json` forks each job's processes and waits for them.
 
-A job has a `name`, a `count` of processes, and either `arguments` of the command line, an `experiment` to train, which
-it does under each of the names in `more` too, or the name of a run to `resume`. Its `fault` names a kind, the process
-it happens to, and the step before whose end it does:
+A job has a `name`, a `count` of processes, and either command line `arguments`, an `experiment` to train (again under
+each of the names in `more`), or the name of a run to `resume`. Its `fault` is a kind, a process and a step:
 
-    raise     an error in the process's own part of a step,
-    kill      kill -9,
-    stop      Ctrl-C in that process alone,
-    full      the checkpoint of that step finds no room,
-    dtype     (at loading) bfloat16 is measured as the faster one there, float32 in the others,
-    start     (at the start) its prompt's first values come out otherwise.
+    raise     an error in the process's own part of the step,
+    kill      kill -9 in the step,
+    stop      Ctrl-C in the step, in that process only,
+    full      the disk is full at the step's checkpoint,
+    dtype     (at loading) bfloat16 is measured as faster in that process, float32 in the others,
+    start     (before the first step) the prompt's initial values differ in that process.
 
-Each process leaves `NAME-INDEX.json`: its error's text, empty where it ended well; and what it wrote to stdout and
-stderr. Prints the exit codes by name.
+Each process writes its error to `NAME-INDEX.json` (empty if there was none), and its stdout and stderr to files.
+Prints the exit codes by name.
 """
 
 import errno
@@ -29,17 +28,17 @@ import torch
 
 from softprompt import Backbone, Experiment, backbones, cli, resume, runs, train
 from softprompt.training import checkpoint
-from softprompt.training.step import TrainingStep
+from softprompt.training.objective import Objective
 
 SECONDS = 60
-"""After which a process that waits for one that is not there is ended."""
+"""Time limit of a process that waits for a missing one."""
 
 
 def arm(kind: str, at: int) -> None:
-    """Make it happen in this process before the end of step `at`."""
-    losses, save, start, calls = TrainingStep.losses, checkpoint.save, runs.build_prompted_model, [0]
+    """Arm the fault in this process."""
+    losses, save, start, calls = Objective.losses, checkpoint.save, runs.build_prompted_model, [0]
 
-    def spoilt(self: Any, *given: Any) -> Any:
+    def losses_with_fault(self: Any, *args: Any) -> Any:
         calls[0] += 1
         if calls[0] == at:
             if kind == "kill":
@@ -48,52 +47,58 @@ def arm(kind: str, at: int) -> None:
                 os.kill(os.getpid(), signal.SIGINT)
             if kind == "raise":
                 raise ValueError("its memory is full")
-        return losses(self, *given)
+        return losses(self, *args)
 
-    def no_room(run: Path, saved: Any) -> None:
+    def save_on_full_disk(run: Path, saved: Any) -> None:
         if saved.step == at:
             raise OSError(errno.ENOSPC, "there is no room")
         save(run, saved)
 
-    def elsewhere(*given: Any, **also: Any) -> Any:
-        prompted = start(*given, **also)
+    def negated(*args: Any, **kwargs: Any) -> Any:
+        prompted = start(*args, **kwargs)
         with torch.no_grad():
             for parameter in prompted.parameters():
                 parameter.neg_()
         return prompted
 
     if kind == "start":
-        runs.build_prompted_model = elsewhere
+        runs.build_prompted_model = negated
     elif kind == "full":
-        checkpoint.save = no_room
+        checkpoint.save = save_on_full_disk
     elif kind == "dtype":
         backbones.backbone.measured_dtype = lambda _: torch.bfloat16
     else:
-        TrainingStep.losses = spoilt  # type: ignore[method-assign]
+        Objective.losses = losses_with_fault  # type: ignore[method-assign]
 
 
 def work(job: dict[str, Any], out: Path, loaded: Backbone) -> int:
-    """The job's part in this process; its exit code."""
+    """Do the job in this process and return its exit code."""
     if "arguments" in job:
         return cli.main(job["arguments"])
     if "resume" in job:
         resume(out / job["resume"], backbone=loaded)
     else:
-        own = None if "dtype" in job.get("fault", ()) else loaded
+        loaded_backbone = None if "dtype" in job.get("fault", ()) else loaded
         for name in (job["name"], *job.get("more", ())):
-            train(Experiment.from_json(job["experiment"]), out=out, name=name, backbone=own)
+            train(Experiment.from_json(job["experiment"]), out=out, name=name, backbone=loaded_backbone)
     return 0
 
 
 def child(job: dict[str, Any], index: int, port: int, out: Path, loaded: Backbone) -> None:
-    """One process of the job, which never returns."""
+    """Run one process of the job; never returns."""
     signal.alarm(SECONDS)
-    # A fork leaves torch's thread pool to be made anew by whoever asks first; of several threads, such as those that
-    # load a model's weights, one may find none. So ask while there is one thread.
+    # After a fork, torch's thread pool is created on first use, which is not thread-safe; so use it while there is
+    # only one thread.
     torch.set_num_threads(1)
-    place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": job["count"], "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    variables = {
+        "RANK": index,
+        "LOCAL_RANK": index,
+        "WORLD_SIZE": job["count"],
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": 1,
+    }
     if job["count"] > 1:  # as torchrun does
-        os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+        os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="127.0.0.1")
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(out / f"{job['name']}-{index}.{stream}", os.O_WRONLY | os.O_CREAT), number)
     backbones.backbone.measured_dtype = lambda _: torch.float32
@@ -112,8 +117,8 @@ def child(job: dict[str, Any], index: int, port: int, out: Path, loaded: Backbon
 
 
 def main(jobs: list[dict[str, Any]], out: Path) -> None:
-    """Each job's processes, one job after another."""
-    # Once for all forks; not the command line's modules, which look at import which process they are in.
+    """Run the jobs one after another."""
+    # Once for all forks; except the command line's modules, which check their process when imported.
     for slow in ("matplotlib.figure", "scipy.stats", "sklearn.metrics", "torch._dynamo", "tyro", "softprompt.export"):
         importlib.import_module(slow)
     loaded = backbones.load(next(job["experiment"]["backbone"] for job in jobs if "experiment" in job), dtype="float32")
