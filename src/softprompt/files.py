@@ -33,7 +33,7 @@ _WINDOWS_DEVICES = {
 }
 """Names of Windows devices, reserved with any extension."""
 _INVISIBLE = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
-"""Direction marks and the like, which make a name look like another one."""
+"""Invisible characters such as direction marks, which make a name look like another one."""
 
 
 def one_line(error: BaseException) -> str:

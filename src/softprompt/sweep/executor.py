@@ -71,11 +71,10 @@ def _local_executor(callback: TrainingCallback, concurrent: int) -> Executor:
         for (*_, is_baseline), group in itertools.groupby(ordered, key=_sharing_key):
             # A baseline has its own copy of the backbone, so baselines are trained one by one.
             count = 1 if is_baseline else concurrent
-
-            def callback_of(experiment: Experiment, count: int = count) -> TrainingCallback:
-                return callback if count == 1 else NamedCallback(trial_name(experiment), callback)
-
-            jobs = (partial(job, experiment, cache, callback_of(experiment)) for experiment in group)
+            jobs = (
+                partial(job, item, cache, callback if count == 1 else NamedCallback(trial_name(item), callback))
+                for item in group
+            )
             yield from run_concurrently(jobs, count, callback.on_note)
 
     return execute
