@@ -300,7 +300,11 @@ def takes_tree(prompted: PromptedModel) -> bool:
     model = prompted.backbone.model
 
     def find() -> bool:
-        if model.config._attn_implementation not in ("sdpa", "eager", attention.NAME) or not _counts_positions(model):
+        if model.config._attn_implementation not in (
+            "sdpa",
+            "eager",
+            attention.ATTN_IMPLEMENTATION,
+        ) or not _counts_positions(model):
             return False
         try:
             return _tree_is_exact(prompted)
