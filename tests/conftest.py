@@ -18,7 +18,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from softprompt.backbones import Backbone
-from softprompt.backbones.image_processor import described
+from softprompt.backbones.image_processor import processor_from_settings
 
 torch.set_num_threads(1)
 
@@ -158,7 +158,7 @@ def tiny_backbone(tokenizer: Any) -> Callable[[str], Backbone]:
             return Backbone(model, closing, name, name, "encoder_decoder")
         if name in VISION:
             model = _model(VISION[name](), transformers.AutoModel)
-            return Backbone(model, described({}, model.config), name, name, "vision")
+            return Backbone(model, processor_from_settings({}, model.config), name, name, "vision")
         kind = transformers.AutoModelForMaskedLM if name.endswith("_mlm") else transformers.AutoModel
         return Backbone(_model(ENCODERS[name.removesuffix("_mlm")](), kind), masking, name, name, "encoder")
 

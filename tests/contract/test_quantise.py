@@ -9,7 +9,7 @@ import torch
 
 from softprompt import DPT, Experiment, Run, TrainingConfig, attach, evaluate, load_backbone, open_run, train
 from softprompt.backbones.kernels import llama
-from softprompt.backbones.kernels.dequantize import matrix
+from softprompt.backbones.kernels.dequantize import dequantized_weight
 from softprompt.backbones.projections import query_key
 from softprompt.backbones.quantization import KINDS
 from softprompt.export import FORMATS, export_runs
@@ -66,7 +66,7 @@ def test_our_layers_compute_with_the_weights_as_held(kind: Any, llama_folder: Pa
                 for name, linear in list(part.named_children()):
                     if isinstance(linear, torch.nn.Linear):
                         whole = torch.nn.Linear(linear.in_features, linear.out_features, bias=False)
-                        whole.weight = torch.nn.Parameter(matrix(linear), requires_grad=False)
+                        whole.weight = torch.nn.Parameter(dequantized_weight(linear), requires_grad=False)
                         setattr(part, name, whole)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
@@ -131,7 +131,7 @@ def test_a_checkpoint_of_whole_weights_is_refused(run: Run, tmp_path: Path) -> N
 
 @QUANTISED
 def test_what_needs_whole_weights_says_so(kind: Any, llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="are quantised; give a --dtype of whole weights"):
+    with pytest.raises(ValueError, match="are quantised; give a --dtype without quantisation"):
         query_key(load_backbone(str(llama_folder), dtype=kind).model)
     with pytest.raises(ValueError, match="give --dtype float32"):
         train(experiment(llama_folder, ticket_task, kind, baseline="full"), out=tmp_path)

@@ -14,7 +14,7 @@ import transformers
 from PIL import Image
 
 from softprompt import Backbone, Experiment, Plain, TrainingConfig, load_backbone, train
-from softprompt.backbones.image_processor import Processor, described, read
+from softprompt.backbones.image_processor import Processor, processor_from_settings, read
 from softprompt.models import attach, fresh_head
 from softprompt.prompts import Folded
 from softprompt.tasks import Task, encode, load_task, splits
@@ -90,7 +90,7 @@ def test_a_file_that_is_no_image_is_not_overlooked(photos: Path) -> None:
 
 
 def test_an_image_that_vanishes_or_breaks_after_the_start_is_named(photos: Path) -> None:
-    task, processor = load_task(str(photos)), Processor(size=16, mean=(0.0,) * 3, deviation=(1.0,) * 3)
+    task, processor = load_task(str(photos)), Processor(size=16, mean=(0.0,) * 3, std=(1.0,) * 3)
     [example] = encode(task, processor, [{"image": str(photos / "cat" / "1.png")}], 16, answers=False)[0]
     assert example.picture is not None
     assert example.picture.pixels().shape == (3, 16, 16)
@@ -213,7 +213,7 @@ def test_images_and_text_do_not_meet(photos: Path, llama_folder: Path, tmp_path:
         train(vision.replace(backbone=str(llama_folder), task=str(ticket_task), depth="deep"), out=tmp_path / "runs")
     with pytest.raises(ValueError, match=r"an image of 20 x 20 pixels is no whole number of patches of 8; give .* 16"):
         train(vision.replace(training=TrainingConfig(steps=1, image_size=20)), out=tmp_path / "runs")
-    with pytest.raises(ValueError, match="the initial text 'cats' means nothing to a vision model"):
+    with pytest.raises(ValueError, match="the initial text is 'cats', and a vision model takes no text"):
         train(vision.replace(prompt=Plain(length=2, init="text", init_text="cats")), out=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
     # Loaded twice it is the same, though its checkpoint has no pooler.
@@ -248,7 +248,7 @@ def test_a_model_of_another_build_is_refused(tmp_path: Path) -> None:
         load_backbone(str(tmp_path / "swin"), dtype="float32")
     grey = transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_channels=1)
     transformers.ViTModel(grey).save_pretrained(tmp_path / "grey")
-    with pytest.raises(ValueError, match="grey sees images of 1 channels"):
+    with pytest.raises(ValueError, match="grey takes images of 1 channels"):
         load_backbone(str(tmp_path / "grey"), dtype="float32")
 
 
@@ -345,7 +345,7 @@ def test_a_processor_is_what_the_checkpoint_says(name: str, size: tuple[int, int
     """Its mean, its deviation, and its cut: what transformers' own processor makes, to the rounding of float32."""
     kind, config, settings = PROCESSORS[name]
     values = {**settings, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    ours = described(values, config)
+    ours = processor_from_settings(values, config)
     assert ours.size == 24
     image = Image.effect_noise(size, 80).convert("RGB")
     theirs = kind(**values)(image, return_tensors="pt")["pixel_values"][0]

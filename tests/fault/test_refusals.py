@@ -164,5 +164,5 @@ def test_a_folder_without_a_model(tmp_path: object) -> None:
 
 
 def test_a_device_that_is_not_here(llama_folder: object) -> None:
-    with pytest.raises(ValueError, match="device 'cuda:99' is not here; use auto, cpu"):
+    with pytest.raises(ValueError, match="device 'cuda:99' is not available; use auto, cpu"):
         load(str(llama_folder), dtype="float32", device="cuda:99")

@@ -49,7 +49,7 @@ USABLE: dict[str, tuple[Callable[[], Any], int | None]] = {
 @pytest.mark.parametrize("name", USABLE)
 def test_positions_are_those_of_real_use(name: str) -> None:
     config, wanted = USABLE[name]
-    assert positions.usable(transformers.AutoModel.from_config(config())) == wanted
+    assert positions.max_positions(transformers.AutoModel.from_config(config())) == wanted
 
 
 def test_an_encoder_and_its_decoder_have_their_own_positions() -> None:
@@ -58,7 +58,7 @@ def test_an_encoder_and_its_decoder_have_their_own_positions() -> None:
     )
     config.max_position_embeddings = None
     model = transformers.LEDModel(config)
-    assert (positions.usable(model), positions.usable(model, "decoder")) == (128, 32)
+    assert (positions.max_positions(model), positions.max_positions(model, "decoder")) == (128, 32)
 
 
 @pytest.mark.parametrize("name", ["roberta", "mpnet", "bert"])

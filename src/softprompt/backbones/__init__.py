@@ -1,5 +1,5 @@
-"""The frozen model: loading, precision, quantization, and the facts that a prompt may know of it."""
+"""The frozen model: loading, precision, quantization, and what a prompt method may know about it."""
 
-from softprompt.backbones.backbone import Architecture, Backbone, fitting_dtype, load, measured_dtype
+from softprompt.backbones.backbone import Architecture, Backbone, load, measured_dtype, resolve_dtype
 
-__all__ = ["Architecture", "Backbone", "fitting_dtype", "load", "measured_dtype"]
+__all__ = ["Architecture", "Backbone", "load", "measured_dtype", "resolve_dtype"]

@@ -1,4 +1,4 @@
-"""The frozen model: loads it from a hub id, a folder, a .gguf file or an asset, and tells its facts."""
+"""The frozen model, loaded from a hub id, a folder, a .gguf file or an asset."""
 
 import dataclasses
 import hashlib
@@ -22,7 +22,7 @@ from softprompt.types import Dtype
 
 Architecture = Literal["causal", "encoder_decoder", "encoder", "vision"]
 
-_LOADERS: dict[Architecture, type[Any]] = {
+_AUTO_CLASSES: dict[Architecture, type[Any]] = {
     "causal": transformers.AutoModelForCausalLM,
     "encoder_decoder": transformers.AutoModelForSeq2SeqLM,
     "encoder": transformers.AutoModel,
@@ -33,24 +33,24 @@ _LOADERS: dict[Architecture, type[Any]] = {
 @final
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen transformers model with its tokenizer: no parameter wants a gradient, dropout is off."""
+    """A transformers model with its tokenizer, frozen: no parameter requires a gradient, and dropout is off."""
 
     model: Any
     """The transformers model."""
     tokenizer: Any
-    """Its fast tokenizer (an image processor for vision)."""
+    """Its fast tokenizer; for vision, its image processor."""
     source: str
-    """What the user asked for: hub id, folder, file or asset."""
+    """The hub id, folder, file or asset that the user gave."""
     base: str
-    """What a run folder names as its base model: a hub id, or a folder's path."""
+    """The base model that a run folder records: a hub id, or a folder's path."""
     architecture: Architecture
-    """Which attachment fits."""
+    """Which prompted model fits it."""
     quantized: str = ""
-    """How its linear layers hold their weights, one of `quantization.KINDS`; empty: as `dtype` says."""
+    """The format of its linear layers' weights, one of `quantization.KINDS`; empty if they are not quantized."""
     note: str = ""
-    """What a reader of a result should know of these weights; empty for most."""
+    """What a reader of results should know about these weights; usually empty."""
     images: torch.Tensor | None = field(default=None, repr=False, compare=False)
-    """Pixels of images that a vision model's input vectors are sampled from; none: noise."""
+    """Pixels from which a vision model's input vectors are sampled; None for noise."""
 
     def __post_init__(self) -> None:
         self.model.requires_grad_(False)
@@ -59,77 +59,77 @@ class Backbone:
 
     @property
     def dim(self) -> int:
-        """Width of the input embeddings (not `hidden_size`: OPT-350m, for one, projects in between)."""
-        if self.architecture == "vision":  # whose input embeddings are no table
+        """Width of the input embeddings, which may differ from `hidden_size` (OPT-350m projects in between)."""
+        if self.architecture == "vision":  # no embedding table
             return int(self.model.config.hidden_size)
-        return int(self._table.shape[1])
+        return int(self._embedding_table.shape[1])
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in."""
+        """The dtype that the model computes in."""
         return next(self.model.parameters()).dtype
 
     @property
     def precision(self) -> str:
-        """What `load` was told as `dtype`, and `auto` came to."""
+        """The `dtype` that `load` was given, with `auto` resolved."""
         return self.quantized or str(self.dtype).removeprefix("torch.")
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
     @cached_property
-    def vocabulary(self) -> int:
-        """Ids that have an embedding: those from 0 on; a tokenizer may know more."""
-        return int(self._table.shape[0])
+    def vocab_size(self) -> int:
+        """The number of rows in the embedding table; a tokenizer may have ids beyond it."""
+        return int(self._embedding_table.shape[0])
 
     @cached_property
     def max_positions(self) -> int | None:
-        """Tokens that a row may have, prompt included; none where the model sets no limit."""
-        return positions.usable(self.model)
+        """The most tokens that a row may have, prompt included; None without a limit."""
+        return positions.max_positions(self.model)
 
     @cached_property
     def max_answer_positions(self) -> int | None:
-        """Tokens that an encoder-decoder's answer may have, by itself; none where the model sets no limit."""
-        return positions.usable(self.model, "decoder") if self.architecture == "encoder_decoder" else None
+        """The most tokens that an encoder-decoder's answer may have; None without a limit."""
+        return positions.max_positions(self.model, "decoder") if self.architecture == "encoder_decoder" else None
 
     @property
     def masked_lm(self) -> bool:
-        """Whether this is an encoder with a head that gives words at masks."""
+        """Whether this is an encoder with a masked-LM head."""
         return self.architecture == "encoder" and self.model.get_output_embeddings() is not None
 
     @property
     def layers(self) -> int:
-        """Layers that a deep prompt stands in; 1 where a prompt enters with the input alone."""
+        """The most layers that a deep prompt can enter; 1 where a prompt enters with the input only."""
         return len(vit.layers(self.model)) if self.architecture == "vision" else 1
 
     @cached_property
-    def _table(self) -> torch.Tensor:
+    def _embedding_table(self) -> torch.Tensor:
         embeddings = self.model.get_input_embeddings()
         if type(embeddings) is torch.nn.Embedding:
-            return embeddings.weight.detach().cpu()  # no copy where it lies there already
-        with torch.no_grad():  # through the module: Gemma and BART scale inside the embedding
+            return embeddings.weight.detach().cpu()
+        with torch.no_grad():  # called as a module, since Gemma and BART scale inside it
             ids = torch.arange(embeddings.weight.shape[0], device=embeddings.weight.device)
             return embeddings(ids).detach().cpu()
 
     @cached_property
     def hash(self) -> str:
-        """sha256 over every weight's name, shape and bits at the time of the first look."""
+        """`checksum`, computed at the first access and then kept."""
         return self.checksum()
 
     def checksum(self) -> str:
-        """sha256 over every weight's name, shape and bits now: equal before and after training."""
+        """sha256 over every weight's name, shape and bits; equal before and after training."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            flat: Any = fsdp.whole(tensor.detach()).contiguous().cpu().reshape(-1).view(torch.uint8)
+            flat: Any = fsdp.full_tensor(tensor.detach()).contiguous().cpu().reshape(-1).view(torch.uint8)
             digest.update(memoryview(flat.numpy()))
         return digest.hexdigest()
 
     @contextmanager
     def dropout(self, on: bool) -> Iterator[None]:
-        """The model's own dropout switched on for a while, if `on`; nothing else about it changes."""
+        """Within the block, and if `on`, apply the model's own dropout."""
         self.model.train(on)
         try:
             yield
@@ -137,32 +137,32 @@ class Backbone:
             self.model.eval()
 
     def host(self, label_words: tuple[str, ...] = (), start: torch.Tensor | None = None) -> Host:
-        """The facts that a prompt method may know.
+        """What a prompt method may know about the model.
 
         Args:
-            words: the task's answers, where it has any.
-            start: a trained prompt to start from, in a warm start.
+            label_words: the task's label words, if it has any.
+            start: a trained prompt to initialise from.
         """
         if self.architecture == "vision":
             return self.hosts(1, label_words, start)[0]
         return Host(
             start=start,
-            embedding=self._table,
+            embedding=self._embedding_table,
             encode=lambda text: list(self.tokenizer(text, add_special_tokens=False)["input_ids"]),
             label_words=label_words,
             special=frozenset(int(i) for i in self.tokenizer.all_special_ids),
-            query_key=projections.product_of(self.model),
+            query_key=projections.lazy_product(self.model),
         )
 
     def hosts(self, depth: int, label_words: tuple[str, ...] = (), start: torch.Tensor | None = None) -> list[Host]:
-        """The facts of the first `depth` layers, a host each: of one, `host` alone.
+        """One host per layer for the first `depth` layers; for depth 1, `host` alone.
 
         Raises:
-            ValueError: the model has fewer layers that a prompt can stand in.
+            ValueError: a prompt cannot enter that many layers.
         """
         if not 1 <= depth <= self.layers:
             raise ValueError(
-                f"a prompt of depth {depth} does not fit {self.source}, where one stands in at most {self.layers} "
+                f"a prompt of depth {depth} does not fit {self.source}, which takes prompts in at most {self.layers} "
                 "layers; deep prompts are for vision models"
             )
         if self.architecture != "vision":
@@ -170,50 +170,57 @@ class Backbone:
         return vit.hosts(self.model, self.images, depth, label_words, start)
 
     def with_sample_images(self, images: torch.Tensor) -> "Backbone":
-        """The same model, whose input vectors are sampled from `images`: pixels as its processor makes them."""
+        """The same model with input vectors sampled from `images` (pixels from its image processor)."""
         return dataclasses.replace(self, images=images)
 
 
 def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbone:
-    """A frozen backbone from a hub id, a local folder, a `.gguf` file or an asset's name.
+    """Load a frozen backbone.
 
-    A `.gguf` file is dequantised once (about twenty seconds for 135M weights) and kept in the cache folder.
+    A `.gguf` file is dequantized once (about twenty seconds for 135M weights) and kept in the cache folder.
 
     Args:
-        source: where the weights are.
-        dtype: `auto` takes bfloat16 where the device multiplies it faster than float32, measured once.
-        device: `auto` takes the first GPU, else the CPU.
+        source: a hub id, a local folder, a `.gguf` file or an asset's name.
+        dtype: `auto` is bfloat16 where the device multiplies it faster than float32 (measured once), else float32.
+        device: `auto` is the first GPU, else the CPU.
 
     Raises:
-        FileNotFoundError: nothing is at `source`.
-        ValueError: the model cannot take embeddings instead of ids, or dtype and model do not fit.
+        FileNotFoundError: there is no model at `source`.
+        ValueError: the model does not accept embeddings instead of ids, or does not support `dtype`.
         ModuleNotFoundError: `nf4` without the extra `quantize`.
     """
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype is {dtype!r}; it must be {', '.join(get_args(Dtype))}")
-    place = _device(device)
+    torch_device = _device(device)
     folder, base, note = _locate(source)
     config = _config(folder, source)
     architecture = _architecture(config)
     quantized = dtype if dtype in quantization.KINDS else ""
-    quantization.refuse_other(config, dtype, source)
-    kind = torch.bfloat16 if quantized else measured_dtype(place) if dtype == "auto" else getattr(torch, dtype)
-    if kind is torch.float16 and config.model_type in ("t5", "mt5", "umt5", "longt5"):
+    quantization.check_checkpoint(config, dtype, source)
+    if quantized:
+        torch_dtype = torch.bfloat16
+    else:
+        torch_dtype = measured_dtype(torch_device) if dtype == "auto" else getattr(torch, dtype)
+    if torch_dtype is torch.float16 and config.model_type in ("t5", "mt5", "umt5", "longt5"):
         raise ValueError(f"{source} is a T5, which overflows in float16; use bfloat16 or float32")
-    loader = _loader(architecture, config)
-    given: dict[str, Any] = {"config": config, "dtype": kind}
+    arguments: dict[str, Any] = {"config": config, "dtype": torch_dtype}
     if loading.is_multimodal(config):
-        given |= loading.text_model(config, source)
+        arguments |= loading.text_model_arguments(config, source)
     elif architecture == "vision":
-        given |= vit.without_pooler(config)
-    given |= quantization.loading(dtype, place, config) if quantized else {}
-    model = loading.pretrained(loader, folder, source, **given)
-    model = quantization.with_fixed_weights(model) if quantized else model.to(place)
+        arguments |= vit.loading_arguments(config)
+    if quantized:
+        arguments |= quantization.loading_arguments(dtype, torch_device, config)
+    model = loading.load_model(_auto_class(architecture, config), folder, source, **arguments)
+    if quantized:
+        quantization.disable_repacking(model)
+    else:
+        model = model.to(torch_device)
     if architecture == "vision":
-        vit.refuse_unknown(model, source)
-        return Backbone(model, image_processor.processor(folder, config), source, base, architecture, quantized, note)
-    rows = int(model.get_input_embeddings().weight.shape[0])
-    tokenizer = loading.tokenizer(folder, source, config, rows)
+        vit.check_supported(model, source)
+        processor = image_processor.load_processor(folder, config)
+        return Backbone(model, processor, source, base, architecture, quantized, note)
+    vocab_size = int(model.get_input_embeddings().weight.shape[0])
+    tokenizer = loading.load_tokenizer(folder, source, config, vocab_size)
     backbone = Backbone(model, tokenizer, source, base, architecture, quantized, note)
     _check_embeddings(backbone)
     return backbone
@@ -226,26 +233,26 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not here; use auto, cpu or a device that torch lists") from error
+        raise ValueError(f"device {name!r} is not available; use auto, cpu or a device that torch lists") from error
     return device
 
 
 def _locate(source: str) -> tuple[str, str, str]:
-    """Folder or hub id to load from, the base name for run folders, and a note on the weights."""
+    """The folder or hub id to load from, the base model to record in run folders, and a note on the weights."""
     if not source.strip():
         raise ValueError(f"the backbone is {source!r}; give a hub id, a folder, a .gguf file or an asset")
     if source in assets.ASSETS:
         asset = assets.ASSETS[source]
         if asset.kind != "model":
-            raise ValueError(f"asset {source!r} is data, not a model; models are {', '.join(_models())}")
+            raise ValueError(f"asset {source!r} is data, not a model; models are {', '.join(_model_assets())}")
         path = assets.fetch(source)
-        folder = gguf.converted(path, asset.sha256) if path.suffix == ".gguf" else path
+        folder = gguf.convert(path, asset.sha256) if path.suffix == ".gguf" else path
         return str(folder), asset.base, asset.note
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise FileNotFoundError(f"backbone {source!r} is not there; give the path of a .gguf file")
-        return str(gguf.converted(path)), str(path.resolve()), "dequantised from a GGUF file"
+            raise FileNotFoundError(f"backbone {source!r} does not exist; give the path of a .gguf file")
+        return str(gguf.convert(path)), str(path.resolve()), "dequantised from a GGUF file"
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"folder {source!r} has no config.json; give a folder that transformers can load")
@@ -253,19 +260,19 @@ def _locate(source: str) -> tuple[str, str, str]:
     return source, source, ""
 
 
-def _models() -> list[str]:
+def _model_assets() -> list[str]:
     return [name for name, asset in assets.ASSETS.items() if asset.kind == "model"]
 
 
 def _config(folder: str, source: str) -> Any:
     try:
-        return loading.config(folder, source)
+        return loading.load_config(folder, source)
     except OSError as error:
         if Path(folder).is_dir():
             raise ValueError(f"the config.json of {source} cannot be read ({error})") from error
         raise FileNotFoundError(
-            f"backbone {source!r} is neither a folder, a .gguf file, an asset ({', '.join(_models())}) nor a hub id "
-            "that can be reached or is in the hub's cache; check the name, or fetch the model first"
+            f"backbone {source!r} is neither a folder, a .gguf file, an asset ({', '.join(_model_assets())}) nor a hub "
+            "id that can be reached or is in the hub's cache; check the name, or fetch the model first"
         ) from error
 
 
@@ -273,23 +280,23 @@ def _architecture(config: Any) -> Architecture:
     if config.is_encoder_decoder:
         return "encoder_decoder"
     if loading.is_multimodal(config):
-        return "causal"  # what its text model is
+        return "causal"  # its text model
     names = config.architectures or []
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         return "causal"
     return "encoder" if hasattr(config, "vocab_size") else "vision"
 
 
-def _loader(architecture: Architecture, config: Any) -> type[Any]:
-    """An encoder's vocabulary head is loaded where the checkpoint has one, and never made up."""
+def _auto_class(architecture: Architecture, config: Any) -> type[Any]:
+    """The transformers class to load with; an encoder gets a masked-LM head only if the checkpoint has one."""
     if architecture == "encoder" and any(name.endswith("ForMaskedLM") for name in config.architectures or []):
         return transformers.AutoModelForMaskedLM
-    return _LOADERS[architecture]
+    return _AUTO_CLASSES[architecture]
 
 
 @torch.no_grad()
 def _check_embeddings(backbone: Backbone) -> None:
-    """Ids and their embeddings must give the same output, else no prompt means what it says."""
+    """Check that ids and their embeddings give the same output; otherwise a prompt would not act as tokens do."""
     model = backbone.model
     ids = torch.arange(5, 11, device=backbone.device)[None] % backbone.model.get_input_embeddings().weight.shape[0]
     extra = {"decoder_input_ids": ids} if backbone.architecture == "encoder_decoder" else {}
@@ -305,45 +312,44 @@ def _check_embeddings(backbone: Backbone) -> None:
     if not gap <= 1e-3 * max(1.0, float(by_ids.float().abs().max())):
         raise ValueError(
             f"{backbone.source} ({model.config.model_type}) gives other outputs for embeddings than for their ids "
-            f"(largest difference {gap:.2g}): it treats the two differently, so a prompt would not mean what it says; "
-            "choose another backbone"
+            f"(largest difference {gap:.2g}), so a prompt would not act as tokens do; choose another backbone"
         )
 
 
 def measured_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where `device` multiplies it faster than float32, else float32.
 
-    Measured once on this machine (a tenth of a second) and remembered in the cache folder.
+    Measured once per machine (a tenth of a second) and kept in the cache folder.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_fingerprint()
     key = f"{device.type}/{name}/torch {torch.__version__}/{torch.get_num_threads()} threads"
     file = assets.cache_folder() / "dtype.json"
     try:
-        known: Mapping[str, str] = json.loads(file.read_text())
+        measured: Mapping[str, str] = json.loads(file.read_text())
     except (OSError, ValueError):
-        known = {}
-    if known.get(key) not in ("float32", "bfloat16"):
-        times = {kind: _matmul_seconds(device, getattr(torch, kind)) for kind in ("float32", "bfloat16")}
-        known = {**known, key: min(times, key=lambda kind: times[kind])}
-        with suppress(OSError):  # a cache that cannot be written costs a tenth of a second, no more
-            files.write_text(file, json.dumps(known, indent=1))
-    return torch.bfloat16 if known[key] == "bfloat16" else torch.float32
+        measured = {}
+    if measured.get(key) not in ("float32", "bfloat16"):
+        seconds = {dtype: _matmul_seconds(device, getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
+        measured = {**measured, key: min(seconds, key=lambda dtype: seconds[dtype])}
+        with suppress(OSError):  # without a cache it is measured again
+            files.write_text(file, json.dumps(measured, indent=1))
+    return torch.bfloat16 if measured[key] == "bfloat16" else torch.float32
 
 
-def fitting_dtype(dtype: Dtype) -> Dtype:
-    """`dtype`, or what `auto` comes to on the first GPU, else on the CPU; also for a model that is elsewhere first."""
+def resolve_dtype(dtype: Dtype) -> Dtype:
+    """`dtype` with `auto` resolved for the first GPU, or the CPU without one, wherever a model is now."""
     if dtype != "auto":
         return dtype
     return "bfloat16" if measured_dtype(_device("auto")) is torch.bfloat16 else "float32"
 
 
-def _processor() -> str:
+def _cpu_fingerprint() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    wanted = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    return hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:12]
+    identifying = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return hashlib.sha256("\n".join(identifying).encode()).hexdigest()[:12]
 
 
 def _matmul_seconds(device: torch.device, dtype: torch.dtype) -> float:

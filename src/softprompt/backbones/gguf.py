@@ -1,4 +1,4 @@
-"""A llama.cpp file as a folder that transformers loads fast."""
+"""Convert a GGUF file (llama.cpp) into a folder that transformers loads quickly."""
 
 import hashlib
 from pathlib import Path
@@ -10,32 +10,31 @@ from softprompt import assets, files
 from softprompt.backbones import loading
 
 
-def converted(file: Path, digest: str | None = None) -> Path:
-    """The transformers folder of a `.gguf` file, made once and kept in the cache folder (float32).
+def convert(file: Path, digest: str | None = None) -> Path:
+    """The float32 transformers folder of a `.gguf` file, made once and kept in the cache folder.
 
     Args:
-        digest: the file's sha256, where it is known.
+        digest: the file's sha256, if it is known.
     """
     digest = digest or _sha256(file)
     folder = assets.cache_folder() / "backbones" / f"{file.stem}-{digest[:12]}"
     if not folder.is_dir():
-        unpacked = transformers.GgufConfig(dequantize=True)
-        model = loading.pretrained(
+        model = loading.load_model(
             transformers.AutoModelForCausalLM,
             str(file.parent),
             str(file),
             gguf_file=file.name,
             dtype=torch.float32,
-            quantization_config=unpacked,
+            quantization_config=transformers.GgufConfig(dequantize=True),
         )
-        rows = int(model.get_input_embeddings().weight.shape[0])
-        tokenizer = loading.tokenizer(str(file.parent), str(file), model.config, rows, gguf_file=file.name)
+        vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        tokenizer = loading.load_tokenizer(str(file.parent), str(file), model.config, vocab_size, gguf_file=file.name)
         try:
-            with files.atomic_write(folder) as draft:
-                model.save_pretrained(draft)
-                tokenizer.save_pretrained(draft)
+            with files.atomic_write(folder) as temporary:
+                model.save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
         except OSError:
-            if not (folder / "config.json").is_file():  # else another process was first, with the same bits
+            if not (folder / "config.json").is_file():  # else another process wrote the same folder first
                 raise
     return folder
 

@@ -1,4 +1,4 @@
-"""How an image becomes numbers: read, made a square, and normalised as the backbone was trained to see it."""
+"""Image preprocessing: read, resize and crop to a square, and normalise as the backbone was trained."""
 
 import dataclasses
 import hashlib
@@ -20,91 +20,91 @@ from transformers import ImageProcessingMixin
 from softprompt.types import Augment
 
 Cell = str | Mapping[str, Any]
-"""An image in a row: a path, or `{"bytes": ..., "path": ...}` as `datasets` keeps one that is not decoded."""
+"""An image in a row: a path, or `{"bytes": ..., "path": ...}`, the undecoded form of `datasets`."""
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _BICUBIC = 3
-_AREA, _ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
-"""Of a random crop, as Szegedy et al. 2015 draw it."""
+_CROP_AREA, _CROP_ASPECT_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+"""The ranges of a random crop, as in Szegedy et al. 2015."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Processor:
-    """What a checkpoint's `preprocessor_config.json` says, for square images."""
+    """The settings of a checkpoint's `preprocessor_config.json`, for square images."""
 
     size: int
-    """Side in pixels where nobody asks for another."""
+    """The default image size: the side in pixels."""
     mean: tuple[float, float, float]
-    """Of each channel, taken off values from 0 to 1."""
-    deviation: tuple[float, float, float]
-    """Of each channel, divided by."""
+    """Mean of each channel, for values from 0 to 1."""
+    std: tuple[float, float, float]
+    """Standard deviation of each channel."""
     resample: int = _BICUBIC
-    """Pillow's number of the filter."""
-    margin: float = 1.0
-    """An image is resized to `margin * size`, and the middle is cut out."""
-    proportional: bool = False
-    """It keeps its proportions: the shorter side is resized to that, not both."""
+    """Pillow's number for the resampling filter."""
+    resize_ratio: float = 1.0
+    """An image is resized to `resize_ratio * size` before the center crop."""
+    keep_aspect_ratio: bool = False
+    """Resize the shorter side to that size and keep the aspect ratio; otherwise resize both sides to it."""
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"an image size of {self.size} pixels cannot be; give at least one patch's")
+            raise ValueError(f"the image size is {self.size} pixels; give at least the side of one patch")
 
     def pixels(self, image: Any, size: int, augment: Augment = "none") -> Float[Tensor, "channel height width"]:
-        """A Pillow image as a square of `size`; what is random comes from torch's global generator."""
-        square = self._middle(image, size) if augment == "none" else self._random(image, size)
+        """A Pillow image as normalised pixels of a square; `augment` draws from torch's global generator."""
+        square = self._center_crop(image, size) if augment == "none" else self._random_crop(image, size)
         values = torch.from_numpy(np.array(square, dtype=np.float32)).permute(2, 0, 1) / 255
         if augment == "crop+flip" and bool(torch.rand(()) < 0.5):
             values = values.flip(2)
-        mean, deviation = (torch.tensor(part)[:, None, None] for part in (self.mean, self.deviation))
-        return ((values - mean) / deviation).contiguous()
+        mean, std = (torch.tensor(channels)[:, None, None] for channels in (self.mean, self.std))
+        return ((values - mean) / std).contiguous()
 
-    def _middle(self, image: Any, size: int) -> Any:
-        inner = max(round(self.margin * size), size)
-        wide = high = inner
-        if self.proportional:  # the longer side rounded down, as transformers does it
-            wide, high = (side * inner // min(image.size) for side in image.size)
-        left, top = (wide - size) // 2, (high - size) // 2
-        return image.resize((wide, high), self.resample).crop((left, top, left + size, top + size))
+    def _center_crop(self, image: Any, size: int) -> Any:
+        resized = max(round(self.resize_ratio * size), size)
+        width = height = resized
+        if self.keep_aspect_ratio:  # round the longer side down, as transformers does
+            width, height = (side * resized // min(image.size) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        return image.resize((width, height), self.resample).crop((left, top, left + size, top + size))
 
-    def _random(self, image: Any, size: int) -> Any:
-        area = image.width * image.height * float(torch.empty(()).uniform_(*_AREA))
-        low, high = (float(np.log(bound)) for bound in _ASPECT)
+    def _random_crop(self, image: Any, size: int) -> Any:
+        area = image.width * image.height * float(torch.empty(()).uniform_(*_CROP_AREA))
+        low, high = (float(np.log(bound)) for bound in _CROP_ASPECT_RATIO)
         aspect = float(torch.empty(()).uniform_(low, high).exp())
-        wide = min(max(round((area * aspect) ** 0.5), 1), image.width)
-        tall = min(max(round((area / aspect) ** 0.5), 1), image.height)
-        left = int(torch.randint(image.width - wide + 1, ()))
-        top = int(torch.randint(image.height - tall + 1, ()))
-        return image.resize((size, size), self.resample, box=(left, top, left + wide, top + tall))
+        width = min(max(round((area * aspect) ** 0.5), 1), image.width)
+        height = min(max(round((area / aspect) ** 0.5), 1), image.height)
+        left = int(torch.randint(image.width - width + 1, ()))
+        top = int(torch.randint(image.height - height + 1, ()))
+        return image.resize((size, size), self.resample, box=(left, top, left + width, top + height))
 
 
 @final
 @dataclass(frozen=True)
 class Picture:
-    """An image of a row, decoded whenever it is needed, so that any number of them fits into memory."""
+    """The image of a row, decoded at each access so that memory does not limit the number of images."""
 
     cell: Cell
     processor: Processor
     size: int
     where: str
-    """The row, for an error."""
+    """The row's name in error messages."""
     augment: Augment = "none"
 
     def pixels(self) -> Float[Tensor, "channel height width"]:
-        """The image as the backbone wants it; raises as `read` does."""
+        """The preprocessed image; raises as `read` does."""
         return self.processor.pixels(read(self.cell, self.where), self.size, self.augment)
 
     def augmented(self, augment: Augment) -> "Picture":
-        """The same, changed at random each time that it is read."""
+        """The same image with random augmentation at each access."""
         return dataclasses.replace(self, augment=augment)
 
 
 def name(cell: Any) -> str:
-    """What an image is called in a message: its path, or that it has none; empty where there is no image.
+    """An image's name in messages: its path, or a phrase if it has none; empty if there is no image.
 
     Raises:
-        ValueError: the cell holds no image at all.
+        ValueError: the cell is of another type.
     """
     if cell is None or isinstance(cell, str):
         return cell or ""
@@ -114,49 +114,57 @@ def name(cell: Any) -> str:
 
 
 def read(cell: Cell, where: str = "the row", *, rough: bool = False) -> Any:
-    """The image, upright and in three channels.
+    """Read an image as RGB, rotated upright.
 
     Args:
         cell: the path, or the bytes.
-        where: names the row in a message.
-        rough: enough to know that it can be read; a JPEG is decoded at an eighth of its size.
+        where: the row's name in error messages.
+        rough: only check that it can be read; a JPEG is decoded at an eighth of its size.
 
     Raises:
-        FileNotFoundError: there is no file of that path.
-        ValueError: the file is no image, or is cut off.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not an image, or is truncated.
         ModuleNotFoundError: the extra `vision` is not installed.
     """
     if importlib.util.find_spec("PIL") is None:
         raise ModuleNotFoundError("images need the extra `vision`; install it with: pip install 'softprompt[vision]'")
     from PIL import Image, ImageOps
 
-    damage = (OSError, ValueError, SyntaxError, struct.error, EOFError, IndexError, Image.DecompressionBombError)
+    decoding_errors = (
+        OSError,
+        ValueError,
+        SyntaxError,
+        struct.error,
+        EOFError,
+        IndexError,
+        Image.DecompressionBombError,
+    )
     content = _content(cell, where)
     try:
         with Image.open(io.BytesIO(content)) as image:
             if rough:
                 image.draft("RGB", (max(image.width // 8, 1), max(image.height // 8, 1)))
-            return _three_channels(ImageOps.exif_transpose(image), str(image.format))
-    except damage as error:
-        # Pillow's own words name an object in memory here.
-        known = "cannot identify" not in str(error)
-        reason = " ".join(str(error).split()) if known else "it is no image of a known kind"
+            return _to_rgb(ImageOps.exif_transpose(image), str(image.format))
+    except decoding_errors as error:
+        # Pillow's message would name an object in memory.
+        unidentified = "cannot identify" in str(error)
+        reason = "it is no image of a known kind" if unidentified else " ".join(str(error).split())
         raise ValueError(
             f"{where} has the image {name(cell)!r}, which cannot be read ({reason}); repair it or take it out, or "
             'write broken = "skip" into the task\'s .toml file'
         ) from None
 
 
-def _three_channels(image: Any, kind: str) -> Any:
-    """Eight bits each; transparency lies on white, as in transformers' own processors.
+def _to_rgb(image: Any, image_format: str) -> Any:
+    """Convert to 8-bit RGB; transparency is put on white, as in transformers' own processors.
 
     Raises:
-        ValueError: the pixels are numbers of which nobody says what white is.
+        ValueError: the pixels are 32-bit numbers of unknown range.
     """
     from PIL import Image
 
-    # Sixteen bits, of which Pillow's own conversion cuts off every value above 255; some kinds have them as mode I.
-    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+    # 16-bit pixels (mode I in some formats): Pillow's own conversion would clip every value above 255.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image_format in ("PNG", "PPM")):
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError("its pixels are 32-bit numbers, and nothing says which of them is white")
@@ -167,7 +175,7 @@ def _three_channels(image: Any, kind: str) -> Any:
 
 
 def digest(cell: Cell) -> str:
-    """sha256 of the image's bytes, whatever its file is called."""
+    """sha256 of the image's bytes."""
     return hashlib.sha256(_content(cell, "the row")).hexdigest()
 
 
@@ -180,44 +188,42 @@ def _content(cell: Cell, where: str) -> bytes:
     return file.read_bytes()
 
 
-def processor(folder: str, config: Any) -> Processor:
-    """The processor that the checkpoint in `folder` (or of that hub id) describes.
+def load_processor(folder: str, config: Any) -> Processor:
+    """The processor of the checkpoint in `folder` (or of that hub id).
 
-    A folder of weights alone has none: then images are squared without a cut and normalised by ImageNet's mean and
-    deviation, or for a plain ViT by 0.5.
+    Without a `preprocessor_config.json`, images are resized to a square without a crop, and normalised by ImageNet's
+    mean and standard deviation, or by 0.5 for a plain ViT.
 
     Args:
-        folder: where `preprocessor_config.json` is.
-        config: the model's.
+        folder: the folder with `preprocessor_config.json`, or a hub id.
+        config: the model's config.
     """
-    values: Mapping[str, Any] = {}
-    place = Path(folder)
-    if place.is_dir():
-        with_settings = (place / "preprocessor_config.json").is_file()
-        values = ImageProcessingMixin.get_image_processor_dict(folder)[0] if with_settings else {}
-        return described(values, config)
-    with suppress(OSError):  # the hub says that there is none
-        values = ImageProcessingMixin.get_image_processor_dict(folder)[0]
-    return described(values, config)
+    settings: Mapping[str, Any] = {}
+    if not Path(folder).is_dir():
+        with suppress(OSError):  # the hub has none
+            settings = ImageProcessingMixin.get_image_processor_dict(folder)[0]
+    elif (Path(folder) / "preprocessor_config.json").is_file():
+        settings = ImageProcessingMixin.get_image_processor_dict(folder)[0]
+    return processor_from_settings(settings, config)
 
 
-def described(values: Mapping[str, Any], config: Any) -> Processor:
+def processor_from_settings(settings: Mapping[str, Any], config: Any) -> Processor:
     """The processor that the settings of a `preprocessor_config.json` describe."""
     side = config.image_size if isinstance(config.image_size, int) else int(config.image_size[0])
-    mean, deviation = _HALVES if config.model_type in ("vit", "vit_mae") else _IMAGENET
-    if not values:
-        return Processor(size=side, mean=mean, deviation=deviation)
-    size, crop = values.get("size"), values.get("crop_size")
+    mean, std = _HALF if config.model_type in ("vit", "vit_mae") else _IMAGENET
+    if not settings:
+        return Processor(size=side, mean=mean, std=std)
+    size, crop_size = settings.get("size"), settings.get("crop_size")
     resized = _side(size) or side
-    given = (_side(crop) if values.get("do_center_crop") else None) or resized
-    normal = values.get("do_normalize", True)
+    cropped = (_side(crop_size) if settings.get("do_center_crop") else None) or resized
+    normalize = settings.get("do_normalize", True)
     return Processor(
-        size=given,
-        mean=_triple(values.get("image_mean", mean)) if normal else (0.0, 0.0, 0.0),
-        deviation=_triple(values.get("image_std", deviation)) if normal else (1.0, 1.0, 1.0),
-        resample=int(values.get("resample", _BICUBIC)),
-        margin=resized / given,
-        proportional=isinstance(size, Mapping) and not size.get("height") and bool(size.get("shortest_edge")),
+        size=cropped,
+        mean=_rgb(settings.get("image_mean", mean)) if normalize else (0.0, 0.0, 0.0),
+        std=_rgb(settings.get("image_std", std)) if normalize else (1.0, 1.0, 1.0),
+        resample=int(settings.get("resample", _BICUBIC)),
+        resize_ratio=resized / cropped,
+        keep_aspect_ratio=isinstance(size, Mapping) and not size.get("height") and bool(size.get("shortest_edge")),
     )
 
 
@@ -227,6 +233,6 @@ def _side(size: Any) -> int | None:
     return None if size is None else int(size)
 
 
-def _triple(values: Any) -> tuple[float, float, float]:
+def _rgb(values: Any) -> tuple[float, float, float]:
     red, green, blue = (float(value) for value in values)
     return red, green, blue

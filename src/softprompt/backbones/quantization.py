@@ -1,10 +1,10 @@
-"""Frozen backbones whose linear layers hold 4 bits a weight (bitsandbytes, extra `quantize`).
+"""Frozen backbones with linear layers of 4 bits per weight (bitsandbytes, extra `quantize`).
 
-The prompt stays float32, and its gradient flows through the weights as they are held; embeddings, norms and the head
-are bfloat16. `nf4`: Dettmers et al. 2023, "QLoRA", section 3, with a scale for each 64 weights.
+The prompt stays float32, and its gradient flows through the quantized weights; embeddings, norms and the head are
+bfloat16. `nf4`: Dettmers et al. 2023, "QLoRA", section 3, with a scale for every 64 weights.
 
-Not `LLM.int8()`, which rounds a row's activations too: a prompt's shared prefix then gives other logits than the same
-prompt in the row.
+`LLM.int8()` is not supported: it also rounds a row's activations, so a shared prefix would give other logits than the
+same prompt in the row.
 """
 
 import importlib.util
@@ -17,52 +17,53 @@ import torch
 KINDS = ("nf4",)
 
 
-def refuse_other(config: Any, dtype: str, source: str) -> None:
-    """Refuse a checkpoint whose weights are quantised already, except in 4 bits as `dtype` says.
+def check_checkpoint(config: Any, dtype: str, source: str) -> None:
+    """Check that a checkpoint is not quantized already, or is in the 4-bit format of `dtype`.
 
     Args:
-        config: the model's.
-        dtype: what the user asked for.
-        source: what the user asked for, for messages.
+        config: the model's config.
+        dtype: the dtype that the user asked for.
+        source: the model that the user asked for, for messages.
 
     Raises:
-        ValueError: it is quantised otherwise.
+        ValueError: it is quantized in another way.
     """
-    held = _held(config)
-    if not held:
+    settings = _quantization_config(config)
+    if not settings:
         return
-    method = str(held.get("quant_method") or "bitsandbytes")
-    if held.get("load_in_4bit") and held.get("bnb_4bit_quant_type") in KINDS:
+    method = str(settings.get("quant_method") or "bitsandbytes")
+    kind = settings.get("bnb_4bit_quant_type")
+    if settings.get("load_in_4bit") and kind in KINDS:
         if dtype not in KINDS:
             raise ValueError(
-                f"the weights of {source} are in 4 bits already (bitsandbytes {held['bnb_4bit_quant_type']}), and "
-                f"dtype is {dtype}; give --dtype {held['bnb_4bit_quant_type']}"
+                f"the weights of {source} are in 4 bits already (bitsandbytes {kind}), and dtype is {dtype}; give "
+                f"--dtype {kind}"
             )
         return
     if method == "bitsandbytes":
-        method = f"bitsandbytes {held['bnb_4bit_quant_type']}" if held.get("load_in_4bit") else "bitsandbytes in 8 bits"
+        method = f"bitsandbytes {kind}" if settings.get("load_in_4bit") else "bitsandbytes in 8 bits"
     raise ValueError(
         f"the weights of {source} are quantised ({method}), which is not supported; give the original checkpoint, and "
-        "--dtype nf4 to hold it in 4 bits"
+        "--dtype nf4 to load it in 4 bits"
     )
 
 
-def _held(config: Any) -> dict[str, Any]:
-    """The checkpoint's own settings of quantisation; empty where its weights are plain."""
+def _quantization_config(config: Any) -> dict[str, Any]:
+    """The checkpoint's own quantization settings; empty if its weights are not quantized."""
     for part in (config, config.get_text_config()):
         for name in ("quantization_config", "compression_config"):
-            if held := getattr(part, name, None):
-                return dict(held if isinstance(held, Mapping) else held.to_dict())
+            if settings := getattr(part, name, None):
+                return dict(settings if isinstance(settings, Mapping) else settings.to_dict())
     return {}
 
 
-def loading(kind: str, device: torch.device, config: Any) -> dict[str, Any]:
-    """What `from_pretrained` is told to load a model so, on `device`.
+def loading_arguments(kind: str, device: torch.device, config: Any) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that load a model in 4 bits.
 
     Args:
         kind: one of `KINDS`.
-        device: where the model goes.
-        config: the model's; a checkpoint in 4 bits is loaded as its own settings say.
+        device: the device to load onto.
+        config: the model's config; a checkpoint in 4 bits is loaded with its own settings.
 
     Raises:
         ModuleNotFoundError: bitsandbytes is missing.
@@ -73,21 +74,20 @@ def loading(kind: str, device: torch.device, config: Any) -> dict[str, Any]:
         )
     from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that are elsewhere
-    if own := _held(config):
-        config.quantization_config = {**own, "bnb_4bit_compute_dtype": "bfloat16"}
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels for other devices
+    if settings := _quantization_config(config):
+        config.quantization_config = {**settings, "bnb_4bit_compute_dtype": "bfloat16"}
         return {"device_map": {"": device}}
-    held = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.bfloat16)
-    return {"quantization_config": held, "device_map": {"": device}}
+    bnb_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"quantization_config": bnb_config, "device_map": {"": device}}
 
 
-def with_fixed_weights(model: Any) -> Any:
-    """The same, its weights held in one way for good.
+def disable_repacking(model: Any) -> None:
+    """Keep bitsandbytes from repacking the weights of `model`.
 
-    On some CPUs a 4-bit layer is packed anew, with scales of bfloat16, at the first forward that needs no gradient, and
-    unpacked where the weights are looked at: prompts would be trained and used on different weights.
+    On some CPUs it repacks a 4-bit layer, with bfloat16 scales, at the first forward pass without gradients, and
+    unpacks it when the weights are read: prompts would be trained and used on different weights.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model

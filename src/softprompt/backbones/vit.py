@@ -1,4 +1,4 @@
-"""A vision transformer's parts (ViT, DeiT, DINOv2), whatever transformers calls them, and what it tells a prompt."""
+"""The parts of a vision transformer (ViT, DeiT, DINOv2), and what a prompt method may know about it."""
 
 import inspect
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from softprompt.prompts import Host
 Pixels = Float[Tensor, "image channel height width"]
 States = Float[Tensor, "image token dim"]
 
-_MOST_VECTORS = 4096
-"""Input vectors that a host keeps a layer."""
+_MAX_VECTORS = 4096
+"""The most input vectors that a host has per layer."""
 
 
-def refuse_unknown(model: Any, source: str) -> None:
-    """Refuse a model that is no plain vision transformer.
+def check_supported(model: Any, source: str) -> None:
+    """Check that a model is a plain vision transformer.
 
     Raises:
-        ValueError: it has not the parts that a prompt needs, or sees no colours.
+        ValueError: it lacks a part that a prompt needs, or takes images without three colour channels.
     """
     embeddings = getattr(model, "embeddings", None)
     parts = (getattr(embeddings, "patch_embeddings", None), getattr(model, "layernorm", None), _layers(model))
@@ -35,73 +35,77 @@ def refuse_unknown(model: Any, source: str) -> None:
         )
     if (channels := model.config.num_channels) != 3:
         raise ValueError(
-            f"{source} sees images of {channels} channels and they are read in three; choose another model"
+            f"{source} takes images of {channels} channels, and images are read in three; choose another model"
         )
 
 
-def without_pooler(config: Any) -> dict[str, bool]:
-    """How to load it without a pooler, which a checkpoint may lack: made up at random it changes at every load."""
-    kind = transformers.MODEL_MAPPING.get(type(config), object)
-    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind).parameters else {}
+def loading_arguments(config: Any) -> dict[str, bool]:
+    """The arguments of `from_pretrained` that leave out the pooler.
+
+    If a checkpoint lacks one, it would be initialised at random and differ at every load.
+    """
+    model_class = transformers.MODEL_MAPPING.get(type(config), object)
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class).parameters else {}
 
 
 def layers(model: Any) -> Sequence[nn.Module]:
-    """The stack, from the first layer to the last."""
-    found = _layers(model)
-    assert found is not None  # see refuse_unknown
-    return list(found)
+    """The model's layers, from the first to the last."""
+    stack = _layers(model)
+    assert stack is not None  # see check_supported
+    return list(stack)
 
 
 def _layers(model: Any) -> Any:
     return getattr(model, "layers", getattr(getattr(model, "encoder", None), "layer", None))
 
 
-def lead(model: Any) -> int:
-    """Tokens in front of the patches: [CLS], DeiT's distillation token, DINOv2's registers."""
+def num_prefix_tokens(model: Any) -> int:
+    """The number of tokens before the patches: [CLS], DeiT's distillation token, DINOv2's registers."""
     distilled = hasattr(model.embeddings, "distillation_token")
     return 1 + int(distilled) + int(getattr(model.config, "num_register_tokens", 0))
 
 
-def patch(model: Any) -> int:
-    """A patch's side in pixels."""
+def patch_size(model: Any) -> int:
+    """The side of a patch in pixels."""
     size = model.config.patch_size
     return int(size if isinstance(size, int) else size[0])
 
 
 def embed(model: Any, pixels: Pixels) -> States:
-    """What the first layer sees: leading tokens and patches with their positions, interpolated to the image's size.
+    """The first layer's input: prefix tokens and patches, with positions interpolated to the image's size.
 
     Raises:
-        ValueError: the image is no whole number of patches.
+        ValueError: the image's sides are not multiples of the patch size.
     """
-    side = patch(model)
+    side = patch_size(model)
     if pixels.shape[2] % side or pixels.shape[3] % side:
         near = max(round(pixels.shape[3] / side), 1) * side
         raise ValueError(
             f"an image of {pixels.shape[3]} x {pixels.shape[2]} pixels is no whole number of patches of {side}; "
             f"give an image size of {near}"
         )
-    own = model.embeddings
-    given = {"interpolate_pos_encoding": True} if _takes(own, "interpolate_pos_encoding") else {}
-    states: Tensor = own(pixels.to(next(own.parameters()).dtype), **given)
+    embeddings = model.embeddings
+    states: Tensor = embeddings(pixels.to(next(embeddings.parameters()).dtype), **_interpolation(embeddings))
     return states
 
 
-def _takes(module: Any, argument: str) -> bool:
-    return argument in inspect.signature(module.forward).parameters
+def _interpolation(module: nn.Module) -> dict[str, bool]:
+    """The argument that interpolates positions, for a module that takes it."""
+    argument = "interpolate_pos_encoding"
+    return {argument: True} if argument in inspect.signature(module.forward).parameters else {}
 
 
 def run(model: Any, pixels: Pixels) -> States:
-    """The model's own last states, normalised, of its own forward."""
-    given = {"interpolate_pos_encoding": True} if _takes(model, "interpolate_pos_encoding") else {}
-    states: Tensor = model(pixel_values=pixels.to(next(model.parameters()).dtype), **given).last_hidden_state
+    """The last hidden states, after the final norm, by the model's own forward."""
+    pixel_values = pixels.to(next(model.parameters()).dtype)
+    states: Tensor = model(pixel_values=pixel_values, **_interpolation(model)).last_hidden_state
     return states
 
 
-def through(layer: nn.Module, states: States, mask: Tensor | None = None) -> States:
-    """One layer."""
-    found = layer(states, mask)
-    return found if isinstance(found, Tensor) else found[0]
+def run_layer(layer: nn.Module, states: States, mask: Tensor | None = None) -> States:
+    """The hidden states after one layer."""
+    output = layer(states, mask)
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def hosts(
@@ -111,11 +115,11 @@ def hosts(
     label_words: tuple[str, ...],
     start: Float[Tensor, "prompt dim"] | None,
 ) -> list[Host]:
-    """What a prompt may know of the first `depth` layers, a host each: the patches' states are its input vectors.
+    """What a prompt method may know about the first `depth` layers: one host each, with patch states as input vectors.
 
     Args:
-        images: to sample them from; none: noise, which gives their shape and a rough size.
-        start: a trained prompt to start from, all layers one behind another.
+        images: the images whose patch states are sampled; None for noise, which gives a rough scale only.
+        start: a trained prompt to initialise from, the layers' prompts concatenated.
     """
     stack = layers(model)[:depth]
     starts: Sequence[Tensor | None] = [None] * depth if start is None else start.chunk(depth)
@@ -125,33 +129,36 @@ def hosts(
             embedding=sample,
             encode=_no_text,
             label_words=label_words,
-            start=part,
-            query_key=projections.product_of(model, layer),
+            start=layer_start,
+            query_key=projections.lazy_product(model, layer),
         )
-        for layer, sample, part in zip(stack, samples, starts, strict=True)
+        for layer, sample, layer_start in zip(stack, samples, starts, strict=True)
     ]
 
 
 @torch.no_grad()
 def _samples(model: Any, stack: Sequence[nn.Module], images: Pixels) -> list[Float[Tensor, "vector dim"]]:
-    """Patches' states in front of each layer of the model as it is, float32 on the CPU."""
+    """Patch states before each layer of the model without a prompt, sampled; float32 on the CPU."""
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
-    parts = [embed(model, part.to(device)) for part in torch.split(images, 16)]
-    found = []
-    for before in (None, *stack[:-1]):
-        if before is not None:
-            parts = [through(before, part) for part in parts]
-        vectors = torch.cat([part[:, lead(model) :].flatten(0, 1).float().cpu() for part in parts])
-        chosen = torch.randperm(len(vectors), generator=generator)[:_MOST_VECTORS]
-        found.append(vectors[chosen])
-    return found
+    batches = [embed(model, pixels.to(device)) for pixels in torch.split(images, 16)]
+    samples = []
+    for previous_layer in (None, *stack[:-1]):
+        if previous_layer is not None:
+            batches = [run_layer(previous_layer, states) for states in batches]
+        first_patch = num_prefix_tokens(model)
+        vectors = torch.cat([states[:, first_patch:].flatten(0, 1).float().cpu() for states in batches])
+        sampled = torch.randperm(len(vectors), generator=generator)[:_MAX_VECTORS]
+        samples.append(vectors[sampled])
+    return samples
 
 
 def _noise(model: Any) -> Pixels:
-    side = 8 * patch(model)
+    side = 8 * patch_size(model)
     return torch.randn(4, model.config.num_channels, side, side, generator=torch.Generator().manual_seed(0))
 
 
 def _no_text(text: str) -> list[int]:
-    raise ValueError(f"the initial text {text!r} means nothing to a vision model; use init vocab (patches) or uniform")
+    raise ValueError(
+        f"the initial text is {text!r}, and a vision model takes no text; use init vocab (patches) or uniform"
+    )

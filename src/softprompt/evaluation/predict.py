@@ -234,4 +234,4 @@ def pad_id(backbone: Backbone) -> int:
     if backbone.architecture == "vision":
         return 0
     found = (getattr(backbone.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
-    return next((int(one) for one in found if one is not None and 0 <= one < backbone.vocabulary), 0)
+    return next((int(one) for one in found if one is not None and 0 <= one < backbone.vocab_size), 0)

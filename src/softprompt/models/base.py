@@ -202,7 +202,7 @@ class PromptedModel(nn.Module, ABC):
         self, prompts: Sequence[SoftPrompt], index: Index, ids: Ids, positions: Int[Tensor, "batch seq"]
     ) -> Float[Tensor, "batch seq dim"]:
         """The rows' own embeddings, each as its prompt wants them, in the backbone's dtype."""
-        if bool(((ids < 0) | (ids >= self.backbone.vocabulary)).any()):
+        if bool(((ids < 0) | (ids >= self.backbone.vocab_size)).any()):
             refuse_unknown(self.backbone, ids.flatten().tolist(), "a row")
         embeds = self.backbone.model.get_input_embeddings()(ids)
         if not prompts:
@@ -336,7 +336,7 @@ def refuse_unknown(backbone: Backbone, ids: Sequence[int], where: str, name: str
     Raises:
         ValueError: naming the first such token by its text.
     """
-    size = backbone.vocabulary if ids else 0  # an image has no tokens
+    size = backbone.vocab_size if ids else 0  # an image has no tokens
     for one in ids:
         if not 0 <= one < size:
             text = backbone.tokenizer.convert_ids_to_tokens(one) if one >= 0 else None

@@ -246,7 +246,7 @@ class Encoder(PromptedModel):
     def _isolated_states(self, prompts: Prompts, index: Index, text: Rows) -> Float[Tensor, "batch seq hidden"]:
         """The text's own last states."""
         embeds, layout = lay_out(self, prompts, index, text, self.backbone.max_positions)
-        return layout.rows.padded(self._packed(embeds, layout))
+        return layout.rows.pad(self._packed(embeds, layout))
 
     def _packed(self, embeds: Float[Tensor, "token dim"], layout: VarlenLayout) -> Float[Tensor, "token hidden"]:
         """The last states; every token is in the place that it has in `[first; prompt; rest]`."""
@@ -258,7 +258,7 @@ class Encoder(PromptedModel):
             positions[layout.rows.starts] = self._skipped()
         output = self.backbone.model.base_model(
             inputs_embeds=embeds[None],
-            attention_mask=attention.everything(embeds.device),
+            attention_mask=attention.varlen_mask(embeds.device),
             position_ids=positions[None],
             layout=layout,
         )

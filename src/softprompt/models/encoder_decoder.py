@@ -191,7 +191,7 @@ class EncoderDecoder(PromptedModel):
             for cache in (read.cache.self_attention_cache, read.cache.cross_attention_cache)
         )
         model = self.backbone.model
-        folds = attention.is_ours(model)
+        folds = attention.is_installed(model)
 
         def scores(rows: slice, part: Candidates) -> Tensor:
             padded, real = pad_batch(part, read.mask.device)
@@ -298,12 +298,12 @@ class EncoderDecoder(PromptedModel):
         """The same of prompts that see themselves alone: each is run once, and every row goes on from its states."""
         embeds, layout = lay_out(self, prompts, index, text, self.backbone.max_positions)
         states = t5.run(self.backbone.model.get_encoder(), embeds, layout)
-        rows, mask = layout.rows.padded(states), text.mask
+        rows, mask = layout.rows.pad(states), text.mask
         if layout.prompts is not None:
-            before = prompts.last if isinstance(prompts, EncoderPrefixStates) else layout.prompts.padded(states)
+            before = prompts.last if isinstance(prompts, EncoderPrefixStates) else layout.prompts.pad(states)
             assert before is not None
             rows = torch.cat([before[layout.index], rows], 1)
-            mask = torch.cat([layout.prompts.real[layout.index].long(), mask], 1)
+            mask = torch.cat([layout.prompts.mask[layout.index].long(), mask], 1)
         return _Read(rows, mask, EncoderDecoderCache(DynamicCache(), DynamicCache()))
 
     def _encoded(self, rows: RowsWithPrompts) -> _Read:

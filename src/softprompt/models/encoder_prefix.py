@@ -45,7 +45,7 @@ def encoder_prefix_states(
         [], lengths, torch.zeros(len(found), dtype=torch.long, device=device), causal=False, record_kv=True
     )
     states = run(torch.cat(found).to(prompted.backbone.dtype), layout)
-    return EncoderPrefixStates(list(prompts), lengths, layout.recorded_kv, layout.rows.padded(states))
+    return EncoderPrefixStates(list(prompts), lengths, layout.recorded_kv, layout.rows.pad(states))
 
 
 def lay_out(

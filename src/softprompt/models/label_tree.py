@@ -202,8 +202,8 @@ def in_parts(
     tokens = max(min(MOST_LOGITS // model.config.get_text_config().vocab_size, MOST_TOKENS), 1)
     deepest = max(map(len, candidates)) - 1
     if fsdp.is_sharded(model):  # each pass is a meeting: all processes make as many, whatever rows they have
-        rows, most = batch, fsdp.largest(model, batch)
-        columns = None if columns is None else fsdp.largest(model, columns)
+        rows, most = batch, fsdp.max_over_ranks(model, batch)
+        columns = None if columns is None else fsdp.max_over_ranks(model, columns)
     else:
         rows = most = min(batch, max(tokens // deepest, 1))
     parts = _parts([candidates[which] for which in order], tokens // most, deepest, columns, MOST_COLUMNS // most)
@@ -300,7 +300,11 @@ def takes_tree(prompted: PromptedModel) -> bool:
     model = prompted.backbone.model
 
     def find() -> bool:
-        if model.config._attn_implementation not in ("sdpa", "eager", attention.NAME) or not _counts_positions(model):
+        if model.config._attn_implementation not in (
+            "sdpa",
+            "eager",
+            attention.ATTN_IMPLEMENTATION,
+        ) or not _counts_positions(model):
             return False
         try:
             return _tree_is_exact(prompted)

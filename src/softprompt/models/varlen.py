@@ -55,10 +55,10 @@ def varlen_logits(
     embeds = torch.cat([*(matrix.to(own.dtype) for matrix in prompt_embeddings), own])
     if by_layer and not model.training:  # it knows no dropout
         return llama.run(model, embeds, layout, places)
-    keep = layout.at(places)
+    keep = layout.token_index(places)
     output = model(
         inputs_embeds=embeds[None],
-        attention_mask=attention.everything(own.device),
+        attention_mask=attention.varlen_mask(own.device),
         position_ids=layout.positions,
         use_cache=False,
         logits_to_keep=keep.flatten(),

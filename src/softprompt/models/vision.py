@@ -188,7 +188,7 @@ class Vision(PromptedModel):
         pixels = pixels.to(self.backbone.device)
         each = torch.zeros(len(pixels), 1, dtype=torch.long, device=pixels.device)
         rows = row_index(index, max(len(prepared.prompts), 1), each)
-        states, first = vit.embed(model, pixels), vit.lead(model)
+        states, first = vit.embed(model, pixels), vit.num_prefix_tokens(model)
         longest = prepared.vectors.shape[2]
         mask = _mask(prepared.own[rows], first, states.shape[1])
         # A lookup in float32: its gradient sums over the rows before anything is rounded to the backbone's dtype.
@@ -197,7 +197,7 @@ class Vision(PromptedModel):
             if number < vectors.shape[1]:
                 front, patches = states[:, :first], states[:, first + (longest if number else 0) :]
                 states = torch.cat([front, vectors[:, number].to(states.dtype), patches], 1)
-            states = vit.through(layer, states, mask)
+            states = vit.run_layer(layer, states, mask)
         kept: Tensor = model.layernorm(torch.cat([states[:, :first], states[:, first + longest :]], 1))
         return kept
 
@@ -206,7 +206,7 @@ class Vision(PromptedModel):
     ) -> Float[Tensor, "batch classes"]:
         assert self.head is not None
         states = self.states(pixels, prompts, index).float()
-        first = vit.lead(self.backbone.model)
+        first = vit.num_prefix_tokens(self.backbone.model)
         logits: Tensor = self.head(torch.cat([states[:, :1], states[:, first:]], 1))
         return logits.float()
 
@@ -215,7 +215,7 @@ class Vision(PromptedModel):
         model, how = self.backbone.model, "its layers run one by one"
         with refusing(self.backbone, how):
             side = model.config.image_size if isinstance(model.config.image_size, int) else model.config.image_size[0]
-            side = min(int(side) // vit.patch(model), 4) * vit.patch(model)
+            side = min(int(side) // vit.patch_size(model), 4) * vit.patch_size(model)
             given = torch.randn(3, model.config.num_channels, side, side, generator=torch.Generator().manual_seed(0))
             given = given.to(self.backbone.device)
             ours = self.states(given, [])

@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 
 from softprompt import runs
-from softprompt.backbones import Backbone, fitting_dtype, load
+from softprompt.backbones import Backbone, load, resolve_dtype
 from softprompt.backbones.kernels import gradient_checkpointing
 from softprompt.config import Experiment
 from softprompt.evaluation.evaluate import beside_golds, draw, read_splits
@@ -201,7 +201,7 @@ def _load_backbone(experiment: Experiment, dtype: Dtype) -> Backbone:
     """Load the experiment's backbone; if it will be sharded, on the CPU, since one GPU may be too small for it."""
     if not experiment.training.shard:
         return load(experiment.backbone, dtype=dtype)
-    return load(experiment.backbone, dtype=fitting_dtype(dtype), device="cpu")
+    return load(experiment.backbone, dtype=resolve_dtype(dtype), device="cpu")
 
 
 def with_sample_images(backbone: Backbone, experiment: Experiment, task: Task, rows: Splits) -> Backbone:

@@ -1,4 +1,4 @@
-"""The weights of a frozen linear layer, whatever it holds them in."""
+"""The weight matrix of a frozen linear layer, dequantized where it is stored in 4 bits."""
 
 from typing import Any
 
@@ -7,16 +7,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def has_matrix(linear: Any) -> bool:
-    """Whether `matrix` knows how `linear` holds its weights."""
+def is_supported(linear: Any) -> bool:
+    """Whether `dequantized_weight` can read this layer."""
     return type(linear) is torch.nn.Linear or type(linear).__name__ == "Linear4bit"
 
 
-def matrix(linear: Any) -> Float[Tensor, "out in"]:
-    """The weights of a linear layer: its own, or a whole copy of those that it holds in 4 bits."""
-    weights: Tensor = linear.weight
+def dequantized_weight(linear: Any) -> Float[Tensor, "out in"]:
+    """The layer's own weight, or a dequantized copy if it is stored in 4 bits."""
+    weight: Tensor = linear.weight
     if type(linear) is not torch.nn.Linear:
         from bitsandbytes.functional import dequantize_4bit
 
-        weights = dequantize_4bit(weights.data, linear.weight.quant_state)
-    return weights
+        weight = dequantize_4bit(weight.data, linear.weight.quant_state)
+    return weight

@@ -1,6 +1,6 @@
-"""Gradient checkpointing: layers computed again in the backward pass, in place of keeping what it needs.
+"""Gradient checkpointing: recompute layers in the backward pass instead of storing their activations.
 
-transformers' own switch works in training mode alone, in which a frozen model would also drop out.
+transformers' own switch works only in training mode, in which a frozen model would also apply dropout.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,40 +16,42 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 T = TypeVar("T")
 
-_ON: ContextVar[bool] = ContextVar("recompute", default=False)
+_enabled: ContextVar[bool] = ContextVar("gradient_checkpointing", default=False)
 
 
 @contextmanager
 def gradient_checkpointing(model: Any, on: bool) -> Iterator[None]:
-    """While it lasts, and if `on`, the layers of `model` keep their inputs alone; the backward pass belongs inside.
+    """Within the block, and if `on`, the layers of `model` store only their inputs; call `backward` inside the block.
 
-    Layers that write to a cache are left as they are: computed again they would write again.
+    A layer that writes to a cache is not checkpointed: recomputing it would write again.
     """
     if not on:
         yield
         return
-    before, own = _ON.set(True), [(layer, layer.__dict__.get("forward")) for layer in layers(model)]
-    for layer, _ in own:
-        layer.forward = partial(through, layer.forward)
+    token = _enabled.set(True)
+    # accelerate, for example, sets `forward` on the instance.
+    instance_forwards = [(layer, layer.__dict__.get("forward")) for layer in layers(model)]
+    for layer, _ in instance_forwards:
+        layer.forward = partial(checkpointed, layer.forward)
     try:
         yield
     finally:
-        for layer, forward in own:
-            del layer.forward  # the class's own again
-            if forward is not None:  # accelerate, for one, gives a layer its own
+        for layer, forward in instance_forwards:
+            del layer.forward
+            if forward is not None:
                 layer.forward = forward
-        _ON.reset(before)
+        _enabled.reset(token)
 
 
 def layers(model: Any) -> list[Any]:
-    """The layers of `model`, as transformers marks them: they can be computed again. One within another is after it."""
+    """The layers of `model` that transformers marks as checkpointable; a nested layer follows the one it is in."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def through(layer: Callable[..., T], *given: Any, **also: Any) -> T:
-    """What `layer` gives; where layers are recomputed, without what its backward pass needs."""
-    writes = any(isinstance(one, Cache) for one in (*given, *also.values()))
-    if not _ON.get() or writes or not torch.is_grad_enabled():
-        return layer(*given, **also)
-    found: T = checkpoint(layer, *given, use_reentrant=False, **also)
-    return found
+def checkpointed(layer: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """`layer(*args, **kwargs)`, recomputed in the backward pass where gradient checkpointing is on."""
+    writes_cache = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+    if not _enabled.get() or writes_cache or not torch.is_grad_enabled():
+        return layer(*args, **kwargs)
+    output: T = checkpoint(layer, *args, use_reentrant=False, **kwargs)
+    return output

@@ -1,10 +1,10 @@
-"""A Llama decoder's layers over packed tokens on a CPU, with a backward pass written for frozen weights.
+"""Fused Llama decoder layers over packed tokens on a CPU, with a hand-written backward pass for frozen weights.
 
-Autograd runs some two hundred small operations a layer, one pass over memory each, and keeps what only a weight's
-gradient would need. Here a layer is one step: products go straight into the residual, rotations and norms take three
-and five passes, and what is kept is what the gradient of the layer's input needs. Weights of 4 bits are made whole one
-matrix at a time, for each product again. The last layer does all but its keys and values at the places alone whose
-logits are wanted. Same formulas as transformers' layers; roundings differ.
+Autograd runs about two hundred small operations per layer, each a pass over memory, and stores what only a weight's
+gradient would need. Here, a layer is one autograd function: matrix products accumulate directly into the residual, RoPE
+and RMSNorm take three and five passes over memory, and only what the gradient of the layer's input needs is stored.
+Weights of 4 bits are dequantized one matrix at a time, for each product. The last layer computes everything except keys
+and values only at the positions whose logits are requested. The formulas are transformers'; rounding differs.
 """
 
 from dataclasses import dataclass
@@ -14,192 +14,215 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from softprompt.backbones.kernels import gradient_checkpointing
-from softprompt.backbones.kernels.attention import grouped_attention, varlen_backward, varlen_forward
-from softprompt.backbones.kernels.dequantize import has_matrix, matrix
+from softprompt.backbones.kernels import dequantize, gradient_checkpointing
+from softprompt.backbones.kernels.dequantize import dequantized_weight
+from softprompt.backbones.kernels.grouped import grouped_attention
 from softprompt.backbones.kernels.varlen import VarlenLayout
+from softprompt.backbones.kernels.varlen_attention import varlen_backward, varlen_forward
 
-LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
-"""transformers' layers that are RMSNorm, rotary attention, RMSNorm, SwiGLU, each added to its input."""
+SUPPORTED_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+"""transformers' layers that consist of RMSNorm, RoPE attention and residual, then RMSNorm, SwiGLU and residual."""
 
 
 @final
 @dataclass(frozen=True)
-class _Weights:
-    """A layer's frozen weights."""
+class _LayerWeights:
+    """The frozen weights and constants of one decoder layer, under transformers' names."""
 
-    before: Float[Tensor, " dim"]
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    out: nn.Linear
-    between: Float[Tensor, " dim"]
-    gate: nn.Linear
-    up: nn.Linear
-    down: nn.Linear
-    epsilon: float
+    input_layernorm: Float[Tensor, " dim"]
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    post_attention_layernorm: Float[Tensor, " dim"]
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+    variance_epsilon: float
     head_dim: int
-    scale: float
+    scaling: float
 
     @classmethod
-    def of(cls, layer: Any) -> "_Weights":
+    def of(cls, layer: Any) -> "_LayerWeights":
         attention, mlp = layer.self_attn, layer.mlp
         return cls(
-            layer.input_layernorm.weight,
-            attention.q_proj,
-            attention.k_proj,
-            attention.v_proj,
-            attention.o_proj,
-            layer.post_attention_layernorm.weight,
-            mlp.gate_proj,
-            mlp.up_proj,
-            mlp.down_proj,
-            layer.input_layernorm.variance_epsilon,
-            attention.head_dim,
-            attention.scaling,
+            input_layernorm=layer.input_layernorm.weight,
+            q_proj=attention.q_proj,
+            k_proj=attention.k_proj,
+            v_proj=attention.v_proj,
+            o_proj=attention.o_proj,
+            post_attention_layernorm=layer.post_attention_layernorm.weight,
+            gate_proj=mlp.gate_proj,
+            up_proj=mlp.up_proj,
+            down_proj=mlp.down_proj,
+            variance_epsilon=layer.input_layernorm.variance_epsilon,
+            head_dim=attention.head_dim,
+            scaling=attention.scaling,
         )
 
 
 def is_supported(model: Any) -> bool:
-    """Whether `run` does what `model` does: all its layers are of a known kind, without biases where none are added."""
-    body = getattr(model, "model", None)
-    layers = getattr(body, "layers", None)
+    """Whether `run` computes what `model` does: it is on a CPU, and all its layers are of a supported kind.
+
+    Biases are supported in the query, key and value projections only.
+    """
+    layers = getattr(getattr(model, "model", None), "layers", None)
     if not layers or model.device.type != "cpu" or not isinstance(getattr(model, "lm_head", None), nn.Linear):
         return False
-    return all(
-        type(layer).__name__ in LAYERS
-        and all(has_matrix(module) for module in _linear(layer))
-        and all(module.bias is None for module in _linear(layer)[3:])
-        and layer.mlp.act_fn(torch.ones(1)) == nn.functional.silu(torch.ones(1))
-        for layer in layers
-    )
+    return all(_is_supported_layer(layer) for layer in layers)
 
 
-def _linear(layer: Any) -> list[Any]:
+def _is_supported_layer(layer: Any) -> bool:
+    if type(layer).__name__ not in SUPPORTED_LAYERS:
+        return False
     attention, mlp = layer.self_attn, layer.mlp
-    first = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    return [*first, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    without_bias = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    return (
+        all(map(dequantize.is_supported, [attention.q_proj, attention.k_proj, attention.v_proj, *without_bias]))
+        and all(linear.bias is None for linear in without_bias)
+        and bool(mlp.act_fn(torch.ones(1)) == nn.functional.silu(torch.ones(1)))
+    )
 
 
 def run(
     model: Any,
     embeds: Float[Tensor, "token dim"],
     layout: VarlenLayout,
-    places: Int[Tensor, "row kept"],
+    positions: Int[Tensor, "row kept"],
 ) -> Float[Tensor, "row kept vocab"]:
-    """Logits of packed tokens.
+    """The model's logits for packed tokens.
 
     Args:
-        places: which of each row's own tokens they are wanted for; -1: the last of its prompt.
+        positions: the tokens of each row whose logits are returned, counted from the row's first token; -1 is the last
+            token of its prompt.
     """
-    body = model.model
-    cosine, sine = (part[0] for part in body.rotary_emb(embeds, layout.positions))
-    hidden = embeds
-    for layer in body.layers[:-1]:
-        hidden = gradient_checkpointing.through(_Layer.apply, hidden, cosine, sine, layout, _Weights.of(layer))
-    wanted = _last(_Weights.of(body.layers[-1]), body.layers[-1], hidden, cosine, sine, layout, places)
-    logits: Tensor = model.lm_head(body.norm(wanted))
+    decoder = model.model
+    cos, sin = (table[0] for table in decoder.rotary_emb(embeds, layout.positions))
+    hidden_states = embeds
+    for layer in decoder.layers[:-1]:
+        hidden_states = gradient_checkpointing.checkpointed(
+            _FusedDecoderLayer.apply, hidden_states, cos, sin, layout, _LayerWeights.of(layer)
+        )
+    hidden_states = _last_layer(decoder.layers[-1], hidden_states, cos, sin, layout, positions)
+    logits: Tensor = model.lm_head(decoder.norm(hidden_states))
     return logits
 
 
-class _Layer(torch.autograd.Function):
-    """`h + O(attention(norm(h)))`, then `m + D(silu(G norm(m)) * U norm(m))`."""
+class _FusedDecoderLayer(torch.autograd.Function):
+    """`m = h + O attention(norm(h))`, then `m + D (silu(G norm(m)) * U norm(m))`."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, cosine: Tensor, sine: Tensor, layout: VarlenLayout, weights: _Weights
+        ctx: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor, layout: VarlenLayout, weights: _LayerWeights
     ) -> Float[Tensor, "token dim"]:
-        normed, unit = _norm(hidden, weights.before, weights.epsilon)
-        query = _rotated(_heads(weights.query(normed), weights), cosine, sine)
-        key = _rotated(_heads(weights.key(normed), weights), cosine, sine)
-        value = _heads(weights.value(normed), weights)
-        trains = ctx.needs_input_grad[0]
-        found, kept = varlen_forward(query, key, value, layout, weights.scale, differentiated=trains)
-        middle = torch.addmm(hidden, found.flatten(1), matrix(weights.out).t())
-        normed, middle_unit = _norm(middle, weights.between, weights.epsilon)
-        gate, up = normed @ matrix(weights.gate).t(), normed @ matrix(weights.up).t()
-        ctx.save_for_backward(hidden, unit, query, key, value, middle, middle_unit, gate, up, cosine, sine, *kept)
+        normed, rms_inv = _rms_norm(hidden_states, weights.input_layernorm, weights.variance_epsilon)
+        query = _apply_rotary(_split_heads(weights.q_proj(normed), weights), cos, sin)
+        key = _apply_rotary(_split_heads(weights.k_proj(normed), weights), cos, sin)
+        value = _split_heads(weights.v_proj(normed), weights)
+        attn_output, attn_weights = varlen_forward(
+            query, key, value, layout, weights.scaling, needs_grad=ctx.needs_input_grad[0]
+        )
+        mlp_input = torch.addmm(hidden_states, attn_output.flatten(1), dequantized_weight(weights.o_proj).t())
+        normed, mlp_rms_inv = _rms_norm(mlp_input, weights.post_attention_layernorm, weights.variance_epsilon)
+        gate = normed @ dequantized_weight(weights.gate_proj).t()
+        up = normed @ dequantized_weight(weights.up_proj).t()
+        ctx.save_for_backward(
+            hidden_states, rms_inv, query, key, value, mlp_input, mlp_rms_inv, gate, up, cos, sin, *attn_weights
+        )
         ctx.layout, ctx.weights = layout, weights
-        return torch.addmm(middle, nn.functional.silu(gate).mul_(up), matrix(weights.down).t())
+        return torch.addmm(mlp_input, nn.functional.silu(gate).mul_(up), dequantized_weight(weights.down_proj).t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights: _Weights = ctx.weights
-        with torch.autocast(grad.device.type, enabled=False):  # of whoever calls backward; the forward pass had none
-            return _Layer._gradient(ctx, weights, grad)
+        # Autocast of whoever calls backward; the forward pass had none.
+        with torch.autocast(grad.device.type, enabled=False):
+            return _FusedDecoderLayer._grad_hidden_states(ctx, grad), None, None, None, None
 
     @staticmethod
-    def _gradient(ctx: Any, weights: _Weights, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, unit, query, key, value, middle, middle_unit, gate, up, cosine, sine, *kept = ctx.saved_tensors
-        product = grad @ matrix(weights.down)
-        up_grad = nn.functional.silu(gate).mul_(product)
-        gate_grad = torch.ops.aten.silu_backward(product.mul_(up), gate)
-        inner = (gate_grad @ matrix(weights.gate)).addmm_(up_grad, matrix(weights.up))
-        middle_grad = _norm_gradient(inner, middle, middle_unit, weights.between).add_(grad)
-        found = (middle_grad @ matrix(weights.out)).view_as(query)
-        grads = varlen_backward(query, key, value, ctx.layout, weights.scale, kept, found)
-        turned = (_rotated(grads[0], cosine, -sine), _rotated(grads[1], cosine, -sine), grads[2])
-        inner = turned[0].flatten(1) @ matrix(weights.query)
-        inner.addmm_(turned[1].flatten(1), matrix(weights.key)).addmm_(turned[2].flatten(1), matrix(weights.value))
-        return _norm_gradient(inner, hidden, unit, weights.before).add_(middle_grad), None, None, None, None
+    def _grad_hidden_states(ctx: Any, grad: Tensor) -> Tensor:
+        weights: _LayerWeights = ctx.weights
+        hidden_states, rms_inv, query, key, value, mlp_input, mlp_rms_inv, gate, up, cos, sin, *attn_weights = (
+            ctx.saved_tensors
+        )
+        grad_product = grad @ dequantized_weight(weights.down_proj)
+        grad_up = nn.functional.silu(gate).mul_(grad_product)
+        grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up), gate)
+        grad_normed = grad_gate @ dequantized_weight(weights.gate_proj)
+        grad_normed.addmm_(grad_up, dequantized_weight(weights.up_proj))
+        grad_mlp_input = _rms_norm_backward(grad_normed, mlp_input, mlp_rms_inv, weights.post_attention_layernorm)
+        grad_mlp_input.add_(grad)
+        grad_attn = (grad_mlp_input @ dequantized_weight(weights.o_proj)).view_as(query)
+        grad_query, grad_key, grad_value = varlen_backward(
+            query, key, value, ctx.layout, weights.scaling, attn_weights, grad_attn
+        )
+        # The inverse rotation.
+        grad_query, grad_key = _apply_rotary(grad_query, cos, -sin), _apply_rotary(grad_key, cos, -sin)
+        grad_normed = grad_query.flatten(1) @ dequantized_weight(weights.q_proj)
+        grad_normed.addmm_(grad_key.flatten(1), dequantized_weight(weights.k_proj))
+        grad_normed.addmm_(grad_value.flatten(1), dequantized_weight(weights.v_proj))
+        return _rms_norm_backward(grad_normed, hidden_states, rms_inv, weights.input_layernorm).add_(grad_mlp_input)
 
 
-def _last(
-    weights: _Weights,
+def _last_layer(
     layer: Any,
-    hidden: Float[Tensor, "token dim"],
-    cosine: Tensor,
-    sine: Tensor,
+    hidden_states: Float[Tensor, "token dim"],
+    cos: Tensor,
+    sin: Tensor,
     layout: VarlenLayout,
-    places: Int[Tensor, "row kept"],
+    positions: Int[Tensor, "row kept"],
 ) -> Float[Tensor, "row kept dim"]:
-    """The last layer at `places`, with keys and values from all tokens."""
-    rows, prompts = layout.rows, layout.prompts
-    normed = layer.input_layernorm(hidden)
-    key = _rotated(_heads(weights.key(normed), weights), cosine, sine)
-    value = _heads(weights.value(normed), weights)
-    at = layout.at(places)
-    query = _rotated(_heads(weights.query(normed[at.flatten()]), weights), cosine[at.flatten()], sine[at.flatten()])
-    seen, mask = [rows.padded(key), rows.padded(value)], torch.arange(rows.longest) <= places[..., None]
-    before = layout.prefix_kv(key, value)
-    if prompts and before:
-        seen = [torch.cat([one[layout.index], own], 1) for one, own in zip(before, seen, strict=True)]
-        mask = torch.cat([prompts.real[layout.index][:, None].expand(-1, places.shape[1], -1), mask], 2)
-    found = grouped_attention(
-        query.view(*places.shape, *query.shape[1:]).transpose(1, 2),
-        seen[0].transpose(1, 2),
-        seen[1].transpose(1, 2),
+    """The last layer at `positions` only, with keys and values of all tokens; differentiated by autograd."""
+    weights, rows, prompts = _LayerWeights.of(layer), layout.rows, layout.prompts
+    normed = layer.input_layernorm(hidden_states)
+    key = _apply_rotary(_split_heads(weights.k_proj(normed), weights), cos, sin)
+    value = _split_heads(weights.v_proj(normed), weights)
+    index = layout.token_index(positions)
+    flat_index = index.flatten()
+    query = _apply_rotary(_split_heads(weights.q_proj(normed[flat_index]), weights), cos[flat_index], sin[flat_index])
+    keys, values, mask = rows.pad(key), rows.pad(value), torch.arange(rows.longest) <= positions[..., None]
+    prefix = layout.prefix_kv(key, value)
+    if prompts and prefix:
+        keys, values = (torch.cat([kv[layout.index], own], 1) for kv, own in zip(prefix, (keys, values), strict=True))
+        mask = torch.cat([prompts.mask[layout.index][:, None].expand(-1, positions.shape[1], -1), mask], 2)
+    attn_output = grouped_attention(
+        query.view(*positions.shape, *query.shape[1:]).transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
         mask[:, None],
-        weights.scale,
+        weights.scaling,
     )
-    middle = hidden[at] + layer.self_attn.o_proj(found.transpose(1, 2).flatten(2))
-    result: Tensor = middle + layer.mlp(layer.post_attention_layernorm(middle))
+    mlp_input = hidden_states[index] + layer.self_attn.o_proj(attn_output.transpose(1, 2).flatten(2))
+    result: Tensor = mlp_input + layer.mlp(layer.post_attention_layernorm(mlp_input))
     return result
 
 
-def _heads(states: Float[Tensor, "token width"], weights: _Weights) -> Float[Tensor, "token head head_dim"]:
+def _split_heads(states: Float[Tensor, "token width"], weights: _LayerWeights) -> Float[Tensor, "token head head_dim"]:
     return states.view(len(states), -1, weights.head_dim)
 
 
-def _rotated(
-    states: Float[Tensor, "token head head_dim"], cosine: Float[Tensor, "token head_dim"], sine: Tensor
+def _apply_rotary(
+    states: Float[Tensor, "token head head_dim"], cos: Float[Tensor, "token head_dim"], sin: Tensor
 ) -> Float[Tensor, "token head head_dim"]:
-    """Each pair of a head's two halves turned by its angle; by the opposite one if `sine` is negated."""
+    """RoPE: rotate the two halves of each head by the token's angle; pass `-sin` for the inverse rotation."""
     half = states.shape[-1] // 2
-    turned = states * cosine[:, None]
-    turned[..., :half].addcmul_(states[..., half:], sine[:, None, :half], value=-1)
-    turned[..., half:].addcmul_(states[..., :half], sine[:, None, half:])
-    return turned
+    rotated = states * cos[:, None]
+    rotated[..., :half].addcmul_(states[..., half:], sin[:, None, :half], value=-1)
+    rotated[..., half:].addcmul_(states[..., :half], sin[:, None, half:])
+    return rotated
 
 
-def _norm(states: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Float[Tensor, "token one"]]:
-    """RMSNorm, and one over each token's root mean square, float32."""
-    wide = states.float()
-    unit = torch.linalg.vecdot(wide, wide).div_(wide.shape[-1]).add_(epsilon).rsqrt_()[:, None]
-    return (wide * unit).to(states.dtype).mul_(weight), unit
+def _rms_norm(
+    states: Float[Tensor, "token dim"], weight: Tensor, variance_epsilon: float
+) -> tuple[Float[Tensor, "token dim"], Float[Tensor, "token 1"]]:
+    """RMSNorm, and the reciprocal of each token's root mean square (float32)."""
+    states_f32 = states.float()
+    rms_inv = torch.linalg.vecdot(states_f32, states_f32).div_(states_f32.shape[-1]).add_(variance_epsilon).rsqrt_()
+    rms_inv = rms_inv[:, None]
+    return (states_f32 * rms_inv).to(states.dtype).mul_(weight), rms_inv
 
 
-def _norm_gradient(grad: Tensor, states: Tensor, unit: Tensor, weight: Tensor) -> Tensor:
-    wide, inner = states.float(), (grad * weight).float()
-    along = torch.linalg.vecdot(inner, wide)[:, None] * unit.pow(3) / wide.shape[-1]
-    return (inner * unit).addcmul_(wide, along, value=-1).to(grad.dtype)
+def _rms_norm_backward(grad: Tensor, states: Tensor, rms_inv: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of RMSNorm's input."""
+    states_f32, grad_unit = states.float(), (grad * weight).float()
+    projection = torch.linalg.vecdot(grad_unit, states_f32)[:, None] * rms_inv.pow(3) / states_f32.shape[-1]
+    return (grad_unit * rms_inv).addcmul_(states_f32, projection, value=-1).to(grad.dtype)

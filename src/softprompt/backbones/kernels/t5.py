@@ -1,6 +1,6 @@
-"""A T5 encoder's layers over packed tokens: rows see themselves and their prompt, a prompt sees itself alone.
+"""A T5 encoder over packed tokens: rows attend to themselves and their prompt, a prompt attends only to itself.
 
-So a prompt's states do not depend on any row, and run once for all of them.
+A prompt's states therefore depend on no row, and are computed once for all rows.
 """
 
 from collections.abc import Sequence
@@ -11,60 +11,66 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softprompt.backbones.kernels import gradient_checkpointing
-from softprompt.backbones.kernels.attention import grouped_attention
-from softprompt.backbones.kernels.varlen import Block, VarlenLayout
+from softprompt.backbones.kernels.grouped import grouped_attention
+from softprompt.backbones.kernels.varlen import PackedSequences, VarlenLayout
 
-STACKS = ("T5Stack", "MT5Stack")
-"""transformers' encoders of one relative bias that all layers share."""
+SUPPORTED_STACKS = ("T5Stack", "MT5Stack")
+"""transformers' encoders with one relative position bias that all layers share."""
 
 
 def is_supported(encoder: Any) -> bool:
-    """Whether `run` does what `encoder` does."""
-    return type(encoder).__name__ in STACKS and not encoder.is_decoder
+    """Whether `run` computes what `encoder` does."""
+    return type(encoder).__name__ in SUPPORTED_STACKS and not encoder.is_decoder
 
 
 def run(encoder: Any, embeds: Float[Tensor, "token dim"], layout: VarlenLayout) -> Float[Tensor, "token dim"]:
-    """The encoder's last states of packed tokens; a row's places are counted behind its prompt's.
+    """The encoder's last hidden states for packed tokens; a row's positions continue its prompt's.
 
     Raises:
         ValueError: the encoder is in training mode, with its dropout.
     """
     if encoder.training:
         raise ValueError(
-            "isolated prompts run without the model's own dropout; leave dropout off, or prompt_attention=full"
+            "prompts with prompt_attention=self run without the model's own dropout; turn dropout off, or use "
+            "prompt_attention=full"
         )
-    first = encoder.block[0].layer[0].SelfAttention
-    layouts = [(_bias(first, layout, block), layout.visible(block)) for block in layout.blocks]
-    hidden = embeds
-    for layer in encoder.block:
-        if layout.record_kv or layout.prefix_is_cached:  # which is noted once a layer
-            hidden = _through(layer, hidden, layout, layouts)
+    first_attention = encoder.block[0].layer[0].SelfAttention
+    biases_and_masks = [(_position_bias(first_attention, layout, part), layout.mask(part)) for part in layout.parts]
+    hidden_states = embeds
+    for block in encoder.block:
+        # Recomputing a block would record its keys and values, or take the cached ones, a second time.
+        if layout.record_kv or layout.prefix_is_cached:
+            hidden_states = _block(block, hidden_states, layout, biases_and_masks)
         else:
-            hidden = gradient_checkpointing.through(_through, layer, hidden, layout, layouts)
-    result: Tensor = encoder.final_layer_norm(hidden)
+            hidden_states = gradient_checkpointing.checkpointed(_block, block, hidden_states, layout, biases_and_masks)
+    result: Tensor = encoder.final_layer_norm(hidden_states)
     return result
 
 
-def _through(
-    layer: Any, hidden: Float[Tensor, "token dim"], layout: VarlenLayout, layouts: Sequence[tuple[Tensor, Tensor]]
+def _block(
+    block: Any,
+    hidden_states: Float[Tensor, "token dim"],
+    layout: VarlenLayout,
+    biases_and_masks: Sequence[tuple[Tensor, Tensor]],
 ) -> Float[Tensor, "token dim"]:
-    """One layer.
+    """One T5 block.
 
     Args:
-        layouts: bias and mask of each block.
+        biases_and_masks: the position bias and attention mask of each part of the layout.
     """
-    about, feed_forward = layer.layer
-    normed = about.layer_norm(hidden)
-    attention = about.SelfAttention
+    self_attention, feed_forward = block.layer
+    normed = self_attention.layer_norm(hidden_states)
+    attention = self_attention.SelfAttention
     query, key, value = (
-        part(normed).unflatten(1, (attention.n_heads, -1)) for part in (attention.q, attention.k, attention.v)
+        projection(normed).unflatten(1, (attention.n_heads, -1))
+        for projection in (attention.q, attention.k, attention.v)
     )
     if layout.record_kv:
         layout.record(key, value)
-    found = [
-        block.flat(
+    attn_outputs = [
+        part.unpad(
             grouped_attention(
-                block.padded(query).transpose(1, 2),
+                part.pad(query).transpose(1, 2),
                 keys.transpose(1, 2),
                 values.transpose(1, 2),
                 mask,
@@ -72,24 +78,24 @@ def _through(
                 bias,
             ).transpose(1, 2)
         )
-        for (block, keys, values), (bias, mask) in zip(layout.views(key, value), layouts, strict=True)
+        for (part, keys, values), (bias, mask) in zip(layout.parts_with_kv(key, value), biases_and_masks, strict=True)
     ]
-    result: Tensor = feed_forward(hidden + attention.o(torch.cat(found).flatten(1)))
+    result: Tensor = feed_forward(hidden_states + attention.o(torch.cat(attn_outputs).flatten(1)))
     return result
 
 
-def _bias(attention: Any, layout: VarlenLayout, block: Block) -> Tensor:
-    """The relative bias of each query and key that it can see: one for all sequences whose prompts are equally long."""
-    queries = torch.arange(block.longest, device=block.device)[None]
-    keys = queries
-    if layout.prompts is not None and block is not layout.prompts:
-        lengths = torch.tensor(layout.prompts.lengths, device=block.device)
-        lengths = lengths[:1] if layout.prompts.even else lengths[layout.index]
-        queries = queries + lengths[:, None]
-        of_prompt = torch.arange(layout.prompts.longest, device=block.device).expand(len(lengths), -1)
-        keys = torch.cat([of_prompt, queries], 1)
+def _position_bias(attention: Any, layout: VarlenLayout, part: PackedSequences) -> Tensor:
+    """The relative position bias of each query and visible key, one for all rows if prompts are equally long."""
+    query_positions = torch.arange(part.longest, device=part.device)[None]
+    key_positions = query_positions
+    if layout.prompts is not None and part is not layout.prompts:
+        lengths = torch.tensor(layout.prompts.lengths, device=part.device)
+        lengths = lengths[:1] if layout.prompts.equal_lengths else lengths[layout.index]
+        query_positions = query_positions + lengths[:, None]
+        prompt_positions = torch.arange(layout.prompts.longest, device=part.device).expand(len(lengths), -1)
+        key_positions = torch.cat([prompt_positions, query_positions], 1)
     buckets = attention._relative_position_bucket(
-        keys[:, None] - queries[..., None],
+        key_positions[:, None] - query_positions[..., None],
         bidirectional=True,
         num_buckets=attention.relative_attention_num_buckets,
         max_distance=attention.relative_attention_max_distance,

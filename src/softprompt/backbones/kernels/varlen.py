@@ -1,4 +1,4 @@
-"""Prompts and rows of any length, one behind another in one sequence without padding."""
+"""The varlen layout: prompts and rows of any length, packed one after another into one sequence without padding."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -10,78 +10,87 @@ from torch import Tensor, nn
 
 
 @final
-class Block:
-    """Sequences that lie one behind another among packed tokens.
+class PackedSequences:
+    """Consecutive sequences within the packed tokens.
 
     Args:
-        start: the place of the first one's first token.
-        lengths: tokens of each, at least one.
+        start: the index of the first sequence's first token.
+        lengths: the number of tokens in each sequence, at least one.
     """
 
     def __init__(self, start: int, lengths: Sequence[int], device: torch.device) -> None:
         self.start, self.lengths, self.count, self.longest = start, tuple(lengths), len(lengths), max(lengths)
         self.total = sum(lengths)
         self.device = device
-        self.even = min(lengths) == self.longest
+        self.equal_lengths = min(lengths) == self.longest
 
     @cached_property
     def starts(self) -> Int[Tensor, " sequence"]:
-        """Where each begins."""
+        """The index of each sequence's first token."""
         lengths = torch.tensor(self.lengths, device=self.device)
         return self.start + lengths.cumsum(0) - lengths
 
     @property
     def ends(self) -> Int[Tensor, " sequence"]:
-        """Where the last token of each is."""
+        """The index of each sequence's last token."""
         return self.starts + torch.tensor(self.lengths, device=self.device) - 1
 
     @cached_property
-    def real(self) -> Bool[Tensor, "sequence longest"]:
-        """Where there is a token when each is padded at its end to the longest."""
+    def mask(self) -> Bool[Tensor, "sequence longest"]:
+        """True for tokens, False for padding, when the sequences are padded at their end."""
         lengths = torch.tensor(self.lengths, device=self.device)
         return torch.arange(self.longest, device=self.device) < lengths[:, None]
 
     @cached_property
-    def _places(self) -> Int[Tensor, " padded"]:
+    def _pad_index(self) -> Int[Tensor, " padded"]:
+        """For each padded position, the index of its token; of the sequence's first token for padding."""
         offsets = torch.arange(self.longest, device=self.device).expand(self.count, -1)
-        return (self.starts[:, None] + offsets.where(self.real, 0)).flatten()
+        return (self.starts[:, None] + offsets.where(self.mask, 0)).flatten()
 
     @cached_property
-    def _kept(self) -> Int[Tensor, " total"]:
-        return self.real.flatten().nonzero()[:, 0]
+    def _unpad_index(self) -> Int[Tensor, " total"]:
+        return self.mask.flatten().nonzero()[:, 0]
 
-    def padded(
-        self, states: Float[Tensor, "token *width"], *, blank: bool = False
+    def pad(
+        self, states: Float[Tensor, "token *width"], *, zero_padding: bool = False
     ) -> Float[Tensor, "sequence longest *width"]:
-        """Its sequences side by side; behind a short one stands anything, or nothing but zeros if `blank`."""
-        if self.even:
+        """The sequences as a padded batch.
+
+        Args:
+            zero_padding: fill the padding with zeros; by default it repeats the sequence's first token.
+        """
+        if self.equal_lengths:
             part = states[self.start : self.start + self.total]
             return part.view(self.count, self.longest, *states.shape[1:])
-        wide = states.index_select(0, self._places).view(self.count, self.longest, *states.shape[1:])
-        return wide.masked_fill(~self.real.view(*self.real.shape, *[1] * (wide.dim() - 2)), 0) if blank else wide
+        padded = states.index_select(0, self._pad_index).view(self.count, self.longest, *states.shape[1:])
+        if not zero_padding:
+            return padded
+        return padded.masked_fill(~self.mask.view(*self.mask.shape, *[1] * (padded.dim() - 2)), 0)
 
-    def flat(self, wide: Float[Tensor, "sequence longest *width"]) -> Float[Tensor, "total *width"]:
-        """The inverse of `padded`, without the padding."""
-        packed = wide.reshape(-1, *wide.shape[2:])
-        return packed if self.even else packed.index_select(0, self._kept)
+    def unpad(self, padded: Float[Tensor, "sequence longest *width"]) -> Float[Tensor, "total *width"]:
+        """The inverse of `pad`: the tokens alone, packed."""
+        packed = padded.reshape(-1, *padded.shape[2:])
+        return packed if self.equal_lengths else packed.index_select(0, self._unpad_index)
 
 
 States = tuple[Float[Tensor, "sequence longest head head_dim"], Float[Tensor, "sequence longest head value_dim"]]
-"""A layer's keys and values of several sequences, padded."""
+"""One layer's keys and values of several sequences, padded."""
 
 
 @final
 class VarlenLayout:
-    """How packed tokens are laid out: every prompt, then every row; a row sees its prompt and its own past, or itself.
+    """How packed tokens are laid out: all prompts, then all rows.
+
+    A prompt attends to itself; a row attends to its prompt and to itself.
 
     Args:
-        prompts: tokens of each prompt; none: rows without a prompt.
-        rows: tokens of each row.
+        prompts: the length of each prompt; empty for rows without a prompt.
+        rows: the length of each row.
         index: the prompt of each row.
-        causal: a token sees what stands before it; else all of its sequence, and a row all of its prompt.
-        cached_kv: each layer's keys and values of the prompts, in the layers' order, where they were computed before;
-            the prompts are then not among the packed tokens, and the layout is for one pass.
-        record_kv: the rows' own are wanted in `recorded_kv`, for later passes.
+        causal: a token attends only to tokens before it; otherwise to its full sequence, and a row to its full prompt.
+        cached_kv: the prompts' keys and values in every layer, in layer order, from an earlier pass. The prompts are
+            then not among the packed tokens, and the layout can be used for one pass only.
+        record_kv: collect the rows' keys and values in `recorded_kv`, for later passes.
     """
 
     def __init__(
@@ -95,102 +104,110 @@ class VarlenLayout:
         record_kv: bool = False,
     ) -> None:
         self.index, self.causal, self.record_kv = index, causal, record_kv
-        self.prompts = Block(0, prompts, index.device) if prompts else None
+        self.prompts = PackedSequences(0, prompts, index.device) if prompts else None
         self.prefix_is_cached = cached_kv is not None
         self._cached_kv: Iterator[States] = iter(cached_kv or ())
-        self.rows = Block(0 if self.prefix_is_cached else sum(prompts), rows, index.device)
+        self.rows = PackedSequences(0 if self.prefix_is_cached else sum(prompts), rows, index.device)
         self.recorded_kv: list[States] = []
-        """Each layer's keys and values of the rows, where the layout record_kv them, once a pass is through."""
+        """The rows' keys and values in every layer, after a pass with `record_kv`."""
 
     @property
-    def blocks(self) -> list[Block]:
-        """In their order."""
+    def parts(self) -> list[PackedSequences]:
+        """The prompts (unless there are none, or they are cached) and the rows: all that is packed, in order."""
         return [self.rows] if self.prompts is None or self.prefix_is_cached else [self.prompts, self.rows]
 
     @cached_property
-    def positions(self) -> Int[Tensor, "one token"]:
-        """Each token's place in `[prompt; row]`."""
-        places = []
-        for block in self.blocks:
-            counted = torch.arange(block.longest, device=block.device).expand(block.count, -1)
-            if block is self.rows and self.prompts is not None:
-                lengths = torch.tensor(self.prompts.lengths, device=block.device)
-                counted = counted + lengths[self.index][:, None]
-            places.append(counted[block.real])
-        return torch.cat(places)[None]
+    def positions(self) -> Int[Tensor, "1 token"]:
+        """The position ids: each token's position in `[prompt; row]`."""
+        positions = []
+        for part in self.parts:
+            offsets = torch.arange(part.longest, device=part.device).expand(part.count, -1)
+            if part is self.rows and self.prompts is not None:
+                lengths = torch.tensor(self.prompts.lengths, device=part.device)
+                offsets = offsets + lengths[self.index][:, None]
+            positions.append(offsets[part.mask])
+        return torch.cat(positions)[None]
 
-    def at(self, places: Int[Tensor, "row kept"]) -> Int[Tensor, "row kept"]:
-        """Where each row's own tokens are among all; -1: the last of its prompt, or its first one without a prompt."""
+    def token_index(self, positions: Int[Tensor, "row kept"]) -> Int[Tensor, "row kept"]:
+        """The indices, among all packed tokens, of some tokens of each row.
+
+        Args:
+            positions: counted from the row's first token. -1 is the last token of its prompt; without a prompt, the
+                row's first token.
+        """
         before = self.prompts.ends[self.index] if self.prompts else self.rows.starts
-        return torch.where(places < 0, before[:, None], self.rows.starts[:, None] + places)
+        return torch.where(positions < 0, before[:, None], self.rows.starts[:, None] + positions)
 
     def prefix_kv(
         self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head value_dim"]
     ) -> States | None:
-        """The prompts' own of a layer's keys and values; none without prompts.
+        """The prompts' keys and values in one layer, padded; None without prompts.
 
-        To be called once a layer, in the layers' order, where prompts are kept.
+        With cached prompts, call it exactly once per layer, in layer order.
         """
         if self.prompts is None:
             return None
-        return (
-            next(self._cached_kv) if self.prefix_is_cached else (self.prompts.padded(key), self.prompts.padded(value))
-        )
+        return next(self._cached_kv) if self.prefix_is_cached else (self.prompts.pad(key), self.prompts.pad(value))
 
-    def views(
+    def parts_with_kv(
         self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head value_dim"]
-    ) -> list[tuple[Block, Tensor, Tensor]]:
-        """Each block with the keys and values that its queries may see, `[prompt, padded; own, padded]`.
+    ) -> list[tuple[PackedSequences, Tensor, Tensor]]:
+        """Each part with its visible keys and values; has the same restriction as `prefix_kv`."""
+        prefix = self.prefix_kv(key, value)
+        return [(part, *self.visible_kv(part, key, value, prefix)) for part in self.parts]
 
-        To be called as `prefix_kv` is.
-        """
-        prompts = self.prefix_kv(key, value)
-        return [(block, *self.view(block, key, value, prompts)) for block in self.blocks]
-
-    def view(
+    def visible_kv(
         self,
-        block: Block,
+        part: PackedSequences,
         key: Float[Tensor, "token head head_dim"],
         value: Float[Tensor, "token head value_dim"],
-        prompts: States | None,
-    ) -> tuple[Float[Tensor, "row some head head_dim"], Float[Tensor, "row some head value_dim"]]:
-        """The keys and values of one block's `views`; `prompts` is what `prefix_kv` gave for the layer."""
-        keys, values = block.padded(key), block.padded(value)
-        if prompts is None or block is not self.rows:
+        prefix: States | None,
+    ) -> tuple[Float[Tensor, "row keys head head_dim"], Float[Tensor, "row keys head value_dim"]]:
+        """The keys and values that a part's queries may attend to: `[prompt, padded; the sequence itself, padded]`.
+
+        Args:
+            prefix: the result of `prefix_kv` for this layer.
+        """
+        keys, values = part.pad(key), part.pad(value)
+        if prefix is None or part is not self.rows:
             return keys, values
-        return self._behind(prompts[0], keys), self._behind(prompts[1], values)
+        return self._prepend_prefix(prefix[0], keys), self._prepend_prefix(prefix[1], values)
 
     def record(self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head value_dim"]) -> None:
-        """Note a layer's keys and values of the rows; once a layer, in the layers' order."""
-        self.recorded_kv.append((self.rows.padded(key), self.rows.padded(value)))
+        """Append one layer's keys and values of the rows to `recorded_kv`; call it once per layer, in layer order."""
+        self.recorded_kv.append((self.rows.pad(key), self.rows.pad(value)))
 
-    def _behind(
-        self, prompts: Float[Tensor, "prompt longest *width"], own: Float[Tensor, "row more *width"]
-    ) -> Float[Tensor, "row some *width"]:
-        one = prompts.expand(len(own), *prompts.shape[1:]) if len(prompts) == 1 else prompts[self.index]
-        return torch.cat([one, own], 1)
+    def _prepend_prefix(
+        self, prefix: Float[Tensor, "prompt longest *width"], states: Float[Tensor, "row more *width"]
+    ) -> Float[Tensor, "row keys *width"]:
+        by_row = prefix.expand(len(states), *prefix.shape[1:]) if len(prefix) == 1 else prefix[self.index]
+        return torch.cat([by_row, states], 1)
 
-    def visible(self, block: Block) -> Bool[Tensor, "#sequence one #longest some"]:
-        """Which of the keys in a block's view its queries do see."""
-        blocked = self.blocked(block)[0]
-        before = 0 if self.prompts is None or block is self.prompts else self.prompts.longest
-        return nn.functional.pad(~blocked, (before + block.longest - blocked.shape[-1], 0), value=True)
+    def mask(self, part: PackedSequences) -> Bool[Tensor, "#sequence 1 #longest keys"]:
+        """The attention mask over a part's visible keys: True where a query attends to a key."""
+        masked_out = self.masked_out(part)[0]
+        before = 0 if self.prompts is None or part is self.prompts else self.prompts.longest
+        return nn.functional.pad(~masked_out, (before + part.longest - masked_out.shape[-1], 0), value=True)
 
-    def blocked(self, block: Block) -> Bool[Tensor, "1 #sequence 1 longest some"]:
-        """What a block's queries must not see of the last keys put before them: `[prompt, padded; own, padded]`."""
-        return self._rows_blocked if block is self.rows else self._later(block)
+    def masked_out(self, part: PackedSequences) -> Bool[Tensor, "1 #sequence 1 longest last_keys"]:
+        """True where a part's queries must not attend to a key. It covers the last keys; all before them are visible.
+
+        It covers the sequence itself, and the prompt too where prompts differ in length and so have padding.
+        """
+        return self._rows_masked_out if part is self.rows else self._self_masked_out(part)
 
     @cached_property
-    def _rows_blocked(self) -> Bool[Tensor, "1 #sequence 1 longest some"]:
-        later = self._later(self.rows)
-        if self.prompts is None or self.prompts.even:
-            return later
-        beyond = ~self.prompts.real[self.index][None, :, None, None].expand(-1, -1, -1, self.rows.longest, -1)
-        return torch.cat([beyond, later.expand(-1, self.rows.count, -1, -1, -1)], -1)
+    def _rows_masked_out(self) -> Bool[Tensor, "1 #sequence 1 longest last_keys"]:
+        rows_only = self._self_masked_out(self.rows)
+        if self.prompts is None or self.prompts.equal_lengths:
+            return rows_only
+        padding = ~self.prompts.mask[self.index][None, :, None, None].expand(-1, -1, -1, self.rows.longest, -1)
+        return torch.cat([padding, rows_only.expand(-1, self.rows.count, -1, -1, -1)], -1)
 
-    def _later(self, block: Block) -> Bool[Tensor, "1 #sequence 1 longest longest"]:
+    def _self_masked_out(self, part: PackedSequences) -> Bool[Tensor, "1 #sequence 1 longest longest"]:
+        """`masked_out` among the tokens of each sequence itself."""
         if not self.causal:
-            return ~block.real[None, :, None, None].expand(-1, -1, -1, block.longest, -1)
-        # A short sequence's padding stands behind its tokens, so hiding what comes later hides it too.
-        square = torch.ones(block.longest, block.longest, dtype=torch.bool, device=block.device)
+            return ~part.mask[None, :, None, None].expand(-1, -1, -1, part.longest, -1)
+        # Padding is at the end of a sequence, so a causal mask excludes it too.
+        square = torch.ones(part.longest, part.longest, dtype=torch.bool, device=part.device)
         return square.triu(1)[None, None, None]

@@ -156,7 +156,7 @@ def text(
             )[0][0].input_ids
     else:
         ids = tuple(given)
-        size = backbone.vocabulary
+        size = backbone.vocab_size
         if wrong := [one for one in ids if not 0 <= one < size]:
             raise ValueError(f"token {wrong[0]} is not in the vocabulary of {size}; send ids from 0 to {size - 1}")
     ids = _some(ids)
