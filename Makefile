@@ -41,8 +41,8 @@ bench: setup
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/score.py
 	$(BIN)/python benchmarks/passages.py
-	$(BIN)/python benchmarks/mixed.py
-	$(BIN)/python benchmarks/together.py
+	$(BIN)/python benchmarks/multi_prompt.py
+	$(BIN)/python benchmarks/concurrent_runs.py
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/t5_step.py

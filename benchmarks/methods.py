@@ -1,9 +1,10 @@
-"""Seconds of one training step of each text method, in turn in one process.
+"""Time of one training step of each text method, alternating in one process.
 
     python benchmarks/methods.py [--backbone smollm2-135m] [--tokens 30] [--batch-size 16] [--rounds 5]
 
-The sizes are those of docs/results/methods. A step is the label words' scores, cross-entropy, backward, and AdamW. The
-first round warms up. The last line of stdout is JSON: the median seconds of each method, and the load before.
+The sizes are those of docs/results/methods. A step is the scores of the label words, cross-entropy, backward, and
+AdamW. The first round is a warm-up. The last line of stdout is JSON: the median seconds of each method, and the load
+average before the start.
 """
 
 import json
@@ -27,16 +28,16 @@ SIZES: dict[str, dict[str, Any]] = {
 @final
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What every method is given."""
+    """Settings shared by all methods."""
 
     backbone: str = "smollm2-135m"
     """Hub id, folder, .gguf file or asset."""
     tokens: int = 30
-    """Of each row."""
-    batch: int = 16
-    """Rows."""
+    """Tokens per row."""
+    batch_size: int = 16
+    """Rows per step."""
     rounds: int = 5
-    """Steps of each method, in turn, after one that warms up."""
+    """Timed steps of each method, after one warm-up."""
 
 
 def main(settings: Settings) -> None:
@@ -45,7 +46,7 @@ def main(settings: Settings) -> None:
     from softprompt import METHODS, attach, load_backbone
     from softprompt.models import fresh_head
 
-    busy = os.getloadavg()[0]
+    load = os.getloadavg()[0]
     backbone = load_backbone(settings.backbone)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(
@@ -53,21 +54,21 @@ def main(settings: Settings) -> None:
     )
     classes = torch.zeros(settings.batch_size, dtype=torch.long)
     seconds: dict[str, list[float]] = {name: [] for name in SIZES}
-    sides = {}
+    models = {}
     for name, sizes in SIZES.items():
         prompt = METHODS[name](**sizes).build(backbone.host(), torch.Generator().manual_seed(0))
         model = attach(backbone, prompt, head=fresh_head(backbone, 2, torch.Generator().manual_seed(0)))
-        sides[name] = model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+        models[name] = model, torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(settings.rounds + 1):
-        for name, (model, training_step) in sides.items():
+        for name, (model, optimizer) in models.items():
             start = time.perf_counter()
             scores = model.score(ids, torch.ones_like(ids), [[5], [9]])
             torch.nn.functional.cross_entropy(scores, classes).backward()
-            training_step.step()
-            training_step.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             seconds[name].append(time.perf_counter() - start)
-    found = {name: round(statistics.median(times[1:]), 3) for name, times in seconds.items()}
-    print(json.dumps({"benchmark": "methods", "backbone": settings.backbone, "load_before": busy, "seconds": found}))
+    medians = {name: round(statistics.median(times[1:]), 3) for name, times in seconds.items()}
+    print(json.dumps({"benchmark": "methods", "backbone": settings.backbone, "load_before": load, "seconds": medians}))
 
 
 if __name__ == "__main__":

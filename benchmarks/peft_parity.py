@@ -1,8 +1,8 @@
-"""Does stock PEFT give what we give? A finished run over the same real backbone, logits and greedy text on real rows.
+"""Compare a finished run with stock PEFT on the same backbone: logits and greedy texts on the task's test rows.
 
     python benchmarks/peft_parity.py runs/sentiment-dpt-0 --rows 50
 
-Float32 on both sides, one row at a time (PEFT's outputs depend on padding, ours do not). Prints one JSON object.
+Both sides use float32 and one row at a time, because PEFT's outputs depend on padding. Prints one JSON object.
 """
 
 import json
@@ -23,25 +23,25 @@ def main(run: Annotated[Path, tyro.conf.Positional], rows: int = 50, new_tokens:
 
     Args:
         run: The run's folder.
-        rows: Test rows to look at.
-        new_tokens: Tokens to generate for each.
+        rows: Number of test rows.
+        new_tokens: Tokens to generate per row.
     """
-    opened = softprompt.open_run(run)
-    backbone = softprompt.load_backbone(opened.experiment.backbone, dtype="float32")
-    ours = softprompt.attach(backbone, opened.prompt(backbone).fold())
-    texts = [opened.task.render(row) for row in splits(opened.task).test.select(range(rows))]
+    loaded = softprompt.open_run(run)
+    backbone = softprompt.load_backbone(loaded.experiment.backbone, dtype="float32")
+    ours = softprompt.attach(backbone, loaded.prompt(backbone).fold())
+    texts = [loaded.task.render(row) for row in splits(loaded.task).test.select(range(rows))]
     ids = [backbone.tokenizer(text, return_tensors="pt").input_ids for text in texts]
     prepared = ours.prepare([ours.prompt])
     with torch.no_grad():
         logits = [ours(row, prompts=prepared).logits for row in ids]
-        written = [
+        generated = [
             torch.stack(list(ours.generate(row, max_new_tokens=new_tokens, prompts=prepared)), 1)[0].tolist()
             for row in ids
         ]
-        backbone.model.set_attn_implementation("sdpa")  # theirs runs as transformers loads it
+        backbone.model.set_attn_implementation("sdpa")  # transformers' default, for PEFT
         theirs = PeftModel.from_pretrained(backbone.model, run).eval()
         gap, size, equal = 0.0, 0.0, 0
-        for row, mine, text in zip(ids, logits, written, strict=True):
+        for row, mine, text in zip(ids, logits, generated, strict=True):
             other = theirs(input_ids=row, attention_mask=torch.ones_like(row)).logits[:, -row.shape[1] :]
             gap, size = max(gap, float((mine - other).abs().max())), max(size, float(other.abs().max()))
             out = theirs.generate(

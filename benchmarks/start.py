@@ -1,11 +1,11 @@
-"""Seconds from the start of a process to a prompt's first answer, beside PEFT on transformers' own loading.
+"""Time from process start to a prompt's first answer, compared with PEFT and transformers' loading.
 
     python benchmarks/start.py [--rounds 3] [--dtype float32]
 
-Both sides load the same backbone (a GGUF file) and the same PEFT prompt folder in a process of their own and score two
-answers to one row. Ours keeps the weights as the safetensors of an earlier load beside its other assets, and is given
-that load before the clock starts; transformers takes the file's four-bit numbers apart every time. `s` is the whole,
-`loaded_s` the time when model and prompt were there; imports are among both. The last line of stdout is JSON.
+Each side loads the same backbone (a GGUF file) and the same PEFT prompt folder in its own process and scores two
+answers to one row. softprompt caches the converted weights as safetensors at the first load, which happens here before
+the clock starts; transformers dequantizes the file's 4-bit weights every time. `s` is the total and `loaded_s` the time
+until model and prompt are loaded; both include the imports. The last line of stdout is JSON.
 """
 
 import json
@@ -27,16 +27,16 @@ BACKBONE, TEXT = "smollm2-135m", "The film is"
 @final
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What both sides are given."""
+    """Settings shared by both sides."""
 
     rounds: int = 3
-    """Times that each side is started, in turn."""
+    """How often each side is started; the sides alternate."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What the backbone computes in."""
+    """The backbone's dtype."""
 
 
 def ours(folder: Path, dtype: str) -> Any:
-    """Backbone and prompt as softprompt loads them; what scores a row."""
+    """Load backbone and prompt with softprompt; return the function that scores a row."""
     import torch
 
     from softprompt import attach, load_backbone
@@ -48,13 +48,13 @@ def ours(folder: Path, dtype: str) -> Any:
     def run() -> float:
         ids = torch.tensor([backbone.tokenizer(TEXT)["input_ids"]])
         with torch.no_grad():
-            return float(prompted.score(ids, None, [[one] for one in answers(backbone.tokenizer)])[0, 0])
+            return float(prompted.score(ids, None, [[token] for token in answers(backbone.tokenizer)])[0, 0])
 
     return run
 
 
 def peft(folder: Path, dtype: str) -> Any:
-    """The same as transformers and PEFT load them."""
+    """The same with transformers and PEFT."""
     import torch
     import transformers
     from peft import PeftModel
@@ -62,9 +62,9 @@ def peft(folder: Path, dtype: str) -> Any:
     from softprompt.assets import fetch
 
     file = fetch(BACKBONE)
-    named = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**named)
-    base = transformers.AutoModelForCausalLM.from_pretrained(**named, dtype=getattr(torch, dtype))
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    base = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=getattr(torch, dtype))
     model = PeftModel.from_pretrained(base, folder).eval()
 
     def run() -> float:
@@ -85,30 +85,30 @@ SIDES = {"softprompt": ours, "peft": peft}
 
 
 def worker(side: str, folder: Path, dtype: str, start: float) -> None:
-    """One side in this process; prints what it found."""
+    """Measure one side in this process and print the result."""
     run = SIDES[side](folder, dtype)
     loaded = time.time() - start
     score = run()
     print(json.dumps({"s": time.time() - start, "loaded_s": loaded, "score": score}))
 
 
-def started(side: str, folder: Path, dtype: str) -> dict[str, float]:
-    """What a side finds in a process of its own.
+def run_worker(side: str, folder: Path, dtype: str) -> dict[str, float]:
+    """Measure one side in a new process.
 
     Raises:
         RuntimeError: the process failed.
     """
     command = [sys.executable, __file__, "worker", side, str(folder), dtype, str(time.time())]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the process of {side} ended with {done.returncode}; what it said is above")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{side}: {found['s']:.1f} s", file=sys.stderr)
-    return found
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"the process of {side} ended with {process.returncode}; its stderr is above")
+    result: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    print(f"{side}: {result['s']:.1f} s", file=sys.stderr)
+    return result
 
 
 def prompt_folder(folder: Path, dtype: str) -> None:
-    """A PEFT prompt of the backbone."""
+    """Write a PEFT prompt folder for the backbone."""
     import torch
 
     from softprompt import DPT, load_backbone
@@ -119,22 +119,24 @@ def prompt_folder(folder: Path, dtype: str) -> None:
 
 
 def main() -> None:
-    """Compare the sides, or be one of them."""
+    """Compare the sides, or act as the worker process of one of them."""
     if sys.argv[1:2] == ["worker"]:
         side, folder, dtype, start = sys.argv[2:]
         worker(side, Path(folder), dtype, float(start))
         return
     settings = tyro.cli(Settings, description=__doc__)
-    busy = os.getloadavg()[0]
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         prompt_folder(Path(folder), settings.dtype)
-        rounds = [{side: started(side, Path(folder), settings.dtype) for side in SIDES} for _ in range(settings.rounds)]
-    ratios = [one["peft"]["s"] / one["softprompt"]["s"] for one in rounds]
-    found = {
-        "benchmark": "start", "cores": os.cpu_count(), "load_before": busy, "dtype": settings.dtype, "runs": rounds,
-        "ratio": statistics.median(ratios), "spread": [min(ratios), max(ratios)],
+        rounds = [
+            {side: run_worker(side, Path(folder), settings.dtype) for side in SIDES} for _ in range(settings.rounds)
+        ]
+    speedups = [results["peft"]["s"] / results["softprompt"]["s"] for results in rounds]
+    report = {
+        "benchmark": "start", "cores": os.cpu_count(), "load_before": load, "dtype": settings.dtype, "runs": rounds,
+        "speedup": statistics.median(speedups), "spread": [min(speedups), max(speedups)],
     }  # fmt: skip
-    print(json.dumps(found))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""A small T5 and a copying task for it, made from nothing, for experiments that need no downloaded model.
+"""A small T5 trained from random weights, and a copying task for it: experiments without a downloaded model.
 
     python benchmarks/tiny_t5.py FOLDER
 
-The T5 (64 wide, two layers) starts at random and learns here to copy three letters, or to reverse them where a mode
-token stands in front. FOLDER then holds it with its tokenizer, and `reverse.toml` with rows for a prompt to learn
-from: reverse the letters, without the mode token. The last line of stdout is JSON: the share of 500 rows that the
-T5 alone copies, and reverses with and without the token.
+The T5 (width 64, two layers) learns to copy three letters, or to reverse them if the input starts with a mode token.
+FOLDER then contains the model, its tokenizer, and `reverse.toml` with rows on which a prompt can learn to reverse the
+letters without the mode token. The last line of stdout is JSON: the shares of 500 rows that the T5 without a prompt
+copies, and reverses with and without the mode token.
 """
 
 import json
@@ -29,13 +29,13 @@ metrics = ["exact_match"]
 
 
 def tokenizer() -> Any:
-    """A word a letter."""
-    vocab = {token: place for place, token in enumerate(["<pad>", "</s>", "<unk>", MODE, *LETTERS])}
-    whole = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    whole.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    """A word-level tokenizer with one word per letter."""
+    vocab = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", MODE, *LETTERS])}
+    word_level = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    word_level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    word_level.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=whole, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=word_level, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
 
 
@@ -55,7 +55,7 @@ def model() -> Any:
 
 
 def batch(generator: torch.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of three letters and the end, and the same with the mode token in front."""
+    """Rows of three letters and the end of sequence, and the same rows after the mode token."""
     ids = torch.randint(4, 4 + len(LETTERS), (count, 3), generator=generator)
     ends = torch.ones(count, 1, dtype=torch.long)
     return torch.cat([ids, ends], 1), torch.cat([torch.full((count, 1), 3), ids, ends], 1)
@@ -66,22 +66,22 @@ def reversed_rows(ids: torch.Tensor) -> torch.Tensor:
 
 
 def learn(t5: Any) -> None:
-    """Both tasks, from random weights."""
-    training_step, generator = torch.optim.AdamW(t5.parameters()), torch.Generator().manual_seed(1)
+    """Train both tasks from random weights."""
+    optimizer, generator = torch.optim.AdamW(t5.parameters()), torch.Generator().manual_seed(1)
     for step in range(STEPS):
-        training_step.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * (1 - step / STEPS)
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * (1 - step / STEPS)
         text, marked = batch(generator, 64)
         loss = t5(input_ids=text, labels=text).loss + t5(input_ids=marked, labels=reversed_rows(text)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(t5.parameters(), 1.0)
-        training_step.step()
-        training_step.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def share(t5: Any, ids: torch.Tensor, answer: torch.Tensor) -> float:
-    made = t5.generate(ids, max_new_tokens=4, do_sample=False)[:, 1:]
-    made = torch.nn.functional.pad(made, (0, 4 - made.shape[1]))
-    return float((made == answer).all(1).float().mean())
+    output = t5.generate(ids, max_new_tokens=4, do_sample=False)[:, 1:]
+    output = torch.nn.functional.pad(output, (0, 4 - output.shape[1]))
+    return float((output == answer).all(1).float().mean())
 
 
 def main(folder: Path) -> None:
@@ -97,15 +97,15 @@ def main(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "reverse.toml").write_text(TASK, encoding="utf-8")
     text, marked = batch(torch.Generator().manual_seed(9), 500)
-    found = {
+    report = {
         "copies": share(t5, text, text),
         "reverses_with_token": share(t5, marked, reversed_rows(text)),
         "reverses_without": share(t5, text, reversed_rows(text)),
     }
-    print(json.dumps(found))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("say where: python benchmarks/tiny_t5.py FOLDER")
+        sys.exit("usage: python benchmarks/tiny_t5.py FOLDER")
     main(Path(sys.argv[1]))

@@ -1,139 +1,140 @@
-"""Seconds and memory of one training step, beside PEFT's prompt tuning in the same run.
+"""Time and memory of one training step, compared with PEFT's prompt tuning in the same run.
 
     python benchmarks/train_step.py [--tokens 32 64] [--batch-size 16] [--length 100] [--dtype float32] [--rounds 3]
 
-Both sides get the same weights, tokens, labels (the last two tokens of each row), dtype, and initial prompt; both run
-in eval mode, on the CPU. The step is forward, backward, AdamW on the prompt, and setting the gradient to none. `peft`
-is `model(**batch)`, as PEFT's documentation has it, which fills a cache that training does not need; `peft_no_cache` is
-the same with `use_cache=False`, as transformers' Trainer has it. `plain` trains as many numbers as PEFT does; `dpt` is
-the decomposed prompt. Rows are full, since PEFT's layout lets padding change a row's result.
+Both sides use the same weights, tokens, labels (the last two tokens of each row), dtype and initial prompt, in eval
+mode on the CPU. A step is forward, backward, AdamW on the prompt, and setting the gradient to None. `peft` is
+`model(**batch)`, as in PEFT's documentation, which fills a KV cache that training does not need; `peft_no_cache` is the
+same with `use_cache=False`, as transformers' Trainer calls it. `plain` trains as many parameters as PEFT does; `dpt` is
+the decomposed prompt. Rows have no padding, because with PEFT's layout padding can change a row's result.
 
-sides.py says how they are measured and what the JSON holds. The floor: with n weights in the body's linear layers, h in
-the head, and w the width of all attention heads of all layers together,
+The measurements and the JSON are described in harness.py. The roofline, with n weights in the body's linear layers, h
+in the head, and w the width of all attention heads of all layers together:
 
-    places        = length + batch * tokens
-    pairs         = length * (length + 1) / 2 + batch * (tokens * length + tokens * (tokens + 1) / 2)
-    multiply_adds = 2 * (n * places + h * batch * labels) + 3 * (2 * w * pairs)
+    positions     = length + batch_size * tokens
+    pairs         = length * (length + 1) / 2 + batch_size * (tokens * length + tokens * (tokens + 1) / 2)
+    multiply_adds = 2 * (n * positions + h * batch_size * labels) + 3 * (2 * w * pairs)
 
-Linear layers count twice, forward and gradient of the input, since frozen weights need none; attention three times,
-since both factors of its two products need one. The formula ignores what the first and the last layer can save (at most
-two layers' share), and everything that is no product: norms, rotations, softmax, copies.
+Linear layers count twice, for the forward pass and the gradient of the input (frozen weights need no gradient).
+Attention counts three times, because both factors of its two products need a gradient. The formula ignores what the
+first and the last layer can save (at most two layers' share) and all operations other than matrix products: norms,
+rotary embeddings, softmax, copies.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from sides import Pair, Part, Settings, Side, Work, generator, linear_layers, main
+from harness import Pair, Settings, Side, Work, WorkerSpec, generator, linear_layers, main
 
 BACKBONE = "smollm2-135m"
 LABELS = 2
-Load: TypeAlias = Callable[[Part], Any]
-"""The backbone that a side works on."""
+Load: TypeAlias = Callable[[WorkerSpec], Any]
+"""Loads the backbone of a side."""
 
 
-def smollm2(part: Part) -> Any:
-    """The catalogue's smallest decoder, with its own weights."""
+def smollm2(spec: WorkerSpec) -> Any:
+    """SmolLM2-135M with its pretrained weights."""
     from softprompt import load_backbone
 
-    return load_backbone(BACKBONE, dtype=part.dtype, device="cpu")
+    return load_backbone(BACKBONE, dtype=spec.dtype, device="cpu")
 
 
-def ours(prompt_of: Callable[[Any, Part], Any], load: Load = smollm2, *, recompute: bool = False) -> Side:
-    """Our training step; with gradient checkpointing if `recompute`."""
+def ours(prompt_of: Callable[[Any, WorkerSpec], Any], load: Load = smollm2, *, checkpointing: bool = False) -> Side:
+    """Our training step, with gradient checkpointing if `checkpointing`."""
 
-    def side(part: Part) -> Callable[[int], Work]:
+    def side(spec: WorkerSpec) -> Callable[[int], Work]:
         from softprompt import attach
         from softprompt.backbones.kernels.gradient_checkpointing import gradient_checkpointing
 
-        backbone = load(part)
+        backbone = load(spec)
 
-        def ready(tokens: int) -> Work:
-            prompted = attach(backbone, prompt_of(backbone, part))
-            ids, mask, labels = batch(backbone.model, part, tokens)
+        def prepare(tokens: int) -> Work:
+            prompted = attach(backbone, prompt_of(backbone, spec))
+            ids, mask, labels = batch(backbone.model, spec, tokens)
             step = training_step(lambda: prompted(ids, mask, labels).loss, list(prompted.parameters()))
 
             def run() -> float:
-                with gradient_checkpointing(backbone.model, recompute):
+                with gradient_checkpointing(backbone.model, checkpointing):
                     return step()
 
-            return Work(run, backbone.model, training_multiply_adds(backbone.model, part, tokens))
+            return Work(run, backbone.model, training_multiply_adds(backbone.model, spec, tokens))
 
-        return ready
+        return prepare
 
     return side
 
 
 def peft(load: Load = smollm2, **options: Any) -> Side:
-    """PEFT's training step, its model called with `options`."""
+    """PEFT's training step; the model is called with `options`."""
 
-    def side(part: Part) -> Callable[[int], Work]:
+    def side(spec: WorkerSpec) -> Callable[[int], Work]:
         import torch
 
-        model, _ = peft_model(part, load)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        initial = [parameter.detach().clone() for parameter in trained]
+        model, _ = peft_model(spec, load)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        initial = [parameter.detach().clone() for parameter in parameters]
 
-        def ready(tokens: int) -> Work:
+        def prepare(tokens: int) -> Work:
             with torch.no_grad():
-                for parameter, values in zip(trained, initial, strict=True):
+                for parameter, values in zip(parameters, initial, strict=True):
                     parameter.copy_(values)
-            ids, mask, labels = batch(model.base_model, part, tokens)
+            ids, mask, labels = batch(model.base_model, spec, tokens)
             run = training_step(
-                lambda: model(input_ids=ids, attention_mask=mask, labels=labels, **options).loss, trained
+                lambda: model(input_ids=ids, attention_mask=mask, labels=labels, **options).loss, parameters
             )
-            return Work(run, model.base_model, training_multiply_adds(model.base_model, part, tokens))
+            return Work(run, model.base_model, training_multiply_adds(model.base_model, spec, tokens))
 
-        return ready
+        return prepare
 
     return side
 
 
-def peft_model(part: Part, load: Load = smollm2) -> tuple[Any, Any]:
-    """The backbone in PEFT's prompt tuning, in eval mode, with the same initial prompt as ours; and its tokenizer."""
+def peft_model(spec: WorkerSpec, load: Load = smollm2) -> tuple[Any, Any]:
+    """A PEFT prompt-tuning model in eval mode with our initial prompt, and its tokenizer."""
     import torch
     from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 
-    backbone = load(part)
-    backbone.model.set_attn_implementation("sdpa")  # as transformers loads it; ours brings its own attention
+    backbone = load(spec)
+    backbone.model.set_attn_implementation("sdpa")  # transformers' default; attach() installs our own
     config = PromptTuningConfig(
         task_type=TaskType.CAUSAL_LM,
-        num_virtual_tokens=part.length,
+        num_virtual_tokens=spec.length,
         prompt_tuning_init=PromptTuningInit.RANDOM,
     )
     model = get_peft_model(backbone.model, config).eval()
     with torch.no_grad():
-        model.prompt_encoder["default"].embedding.weight.copy_(decomposed(backbone, part).prompt())
+        model.prompt_encoder["default"].embedding.weight.copy_(decomposed(backbone, spec).prompt())
     return model, backbone.tokenizer
 
 
-def decomposed(backbone: Any, part: Part) -> Any:
-    """The decomposed prompt; its product is where every side starts."""
+def decomposed(backbone: Any, spec: WorkerSpec) -> Any:
+    """The decomposed prompt; every side starts from its product."""
     from softprompt import DPT
 
-    return DPT(length=part.length, rank=part.rank).build(backbone.host(), generator(part))
+    return DPT(length=spec.length, rank=spec.rank).build(backbone.host(), generator(spec))
 
 
-def plain(backbone: Any, part: Part) -> Any:
-    """The same prompt, every number trained by itself."""
+def plain(backbone: Any, spec: WorkerSpec) -> Any:
+    """The same initial prompt with every entry trained."""
     from softprompt.prompts.plain import PlainPrompt
 
     unit = backbone.host().rms
-    return PlainPrompt(decomposed(backbone, part).prompt().detach() / unit, unit)
+    return PlainPrompt(decomposed(backbone, spec).prompt().detach() / unit, unit)
 
 
-def batch(model: Any, part: Part, tokens: int) -> tuple[Any, Any, Any]:
+def batch(model: Any, spec: WorkerSpec, tokens: int) -> tuple[Any, Any, Any]:
     """Token ids, their mask, and labels: the last two tokens of each row."""
     import torch
 
     vocab = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocab, (part.batch, tokens), generator=generator(part))
+    ids = torch.randint(vocab, (spec.batch_size, tokens), generator=generator(spec))
     labels = torch.full_like(ids, -100)
     labels[:, -LABELS:] = ids[:, -LABELS:]
     return ids, torch.ones_like(ids), labels
 
 
 def training_step(loss_of: Callable[[], Any], parameters: Sequence[Any]) -> Callable[[], float]:
-    """A whole step; both sides run this one."""
+    """A complete training step, shared by both sides."""
     import torch
 
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
@@ -148,8 +149,8 @@ def training_step(loss_of: Callable[[], Any], parameters: Sequence[Any]) -> Call
     return step
 
 
-def training_multiply_adds(model: Any, part: Part, tokens: int) -> int:
-    rows, length = part.batch, part.length
+def training_multiply_adds(model: Any, spec: WorkerSpec, tokens: int) -> int:
+    rows, length = spec.batch_size, spec.length
     body, head, attention = widths(model)
     linear = body * (length + rows * tokens) + head * rows * LABELS
     pairs = length * (length + 1) // 2 + rows * (tokens * length + tokens * (tokens + 1) // 2)
@@ -157,7 +158,7 @@ def training_multiply_adds(model: Any, part: Part, tokens: int) -> int:
 
 
 def widths(model: Any) -> tuple[int, int, int]:
-    """Weights of the body's linear layers, of the head, and the width of all attention heads of all layers."""
+    """Number of weights in the body's linear layers and in the head, and the total width of all attention heads."""
     config = model.config
     head = model.get_output_embeddings().weight
     body = sum(module.in_features * module.out_features for module in linear_layers(model))

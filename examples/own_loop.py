@@ -1,6 +1,6 @@
-"""Train a prompt in a loop of your own: `python own_loop.py BACKBONE [STEPS]` (a folder, hub id, .gguf file or asset).
+"""Train a prompt in your own loop: `python own_loop.py BACKBONE [STEPS]` (a folder, Hub id, .gguf file or asset).
 
-The attachment is an nn.Module whose only parameters are the prompt's; the backbone stays as it is.
+`attach` returns an nn.Module whose only parameters are the prompt's; the backbone does not change.
 """
 
 import sys
@@ -22,7 +22,7 @@ def main(source: str, steps: int = 30) -> None:
         loss = torch.zeros(())
         for question, answer in rows:
             ids = torch.tensor([question + answer])
-            labels = torch.tensor([[-100] * len(question) + answer])  # not shifted: a label stands at its own token
+            labels = torch.tensor([[-100] * len(question) + answer])  # not shifted: labels align with their own tokens
             loss = loss + prompted(ids, labels=labels).loss / len(rows)
         loss.backward()
         optimizer.step()

@@ -1,6 +1,6 @@
 """Train a prompt with transformers' Trainer: `python with_trainer.py BACKBONE OUT [STEPS]`.
 
-The Trainer sees a module that takes input_ids, attention_mask and labels and returns a loss; it needs no adapter.
+The Trainer gets a module that takes input_ids, attention_mask and labels and returns a loss; no wrapper is needed.
 """
 
 import sys
