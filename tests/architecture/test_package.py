@@ -56,9 +56,9 @@ def type_checking_imports() -> dict[str, str]:
 
 
 def test_what_checkers_see_is_what_runs() -> None:
-    assert type_checking_imports() == softprompt._PLACES
-    assert set(softprompt._PLACES) == set(softprompt.__all__)
-    for name, place in softprompt._PLACES.items():
+    assert type_checking_imports() == softprompt._LOCATIONS
+    assert set(softprompt._LOCATIONS) == set(softprompt.__all__)
+    for name, place in softprompt._LOCATIONS.items():
         module, attribute = place.split(":")
         assert getattr(softprompt, name) is getattr(importlib.import_module(module), attribute)
 

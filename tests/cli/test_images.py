@@ -59,7 +59,7 @@ def test_a_sweep_is_skipped_until_an_image_changes(swept: Path) -> None:
     failed = call("sweep", swept / "sweep.toml", "--out", swept / "runs", exits=1)["failed"]
     image.write_bytes(before)
     assert len(failed) == 4
-    assert all("or on other rows than there are now" in one["problem"] for one in failed)
+    assert all("have changed since it was trained" in one["problem"] for one in failed)
 
 
 def test_a_report_tells_the_depths_apart(swept: Path) -> None:

@@ -84,7 +84,7 @@ def test_method_makes_the_frozen_model_reverse(method: str, backbone: Backbone) 
     config = METHODS[method]()
     config = config.replace(**{name: value for name, value in SETTINGS.items() if hasattr(config, name)})
     prompted = attach(backbone, config.build(backbone.host(), torch.Generator().manual_seed(0)))
-    lr_factors, before = config.lr_factors(), backbone.checksum()
+    lr_factors, before = config.rates(), backbone.checksum()
     optimizer = torch.optim.AdamW(
         [{"params": group, "rate": lr_factors[key]} for key, group in prompted.groups().items()]
     )

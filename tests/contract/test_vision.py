@@ -195,7 +195,7 @@ def test_a_folder_of_images_trains_evaluates_and_predicts(
     assert sum(found[0].probabilities.values()) == pytest.approx(1)
     card = (run.folder / "README.md").read_text()
     assert "Stock PEFT cannot load it: PEFT has no prompt-tuning format for vision models" in card
-    assert ("in front of every layer" in card) == (depth == "deep")
+    assert ("one prompt per layer" in card) == (depth == "deep")
     assert not (run.folder / "adapter_config.json").exists()
 
 
@@ -278,7 +278,7 @@ def test_a_warm_start_is_layer_by_layer(dinov2_folder: Path, photos: Path, tmp_p
     train(warm, out=tmp_path, name="again", callback=notes)
     [error] = [float(note.split()[-1]) for note in notes.said if "relative error" in note]
     assert error < 1e-5
-    with pytest.raises(ValueError, match="is of 3 layers and the new one of 1"):
+    with pytest.raises(ValueError, match="has 3 layers and the new one 1"):
         train(warm.replace(depth="shallow", prompt=Plain(length=9)), out=tmp_path)
 
 

@@ -12,7 +12,7 @@ from softprompt.config import Experiment, TrainingConfig
 from softprompt.prompts.plain import Plain
 from softprompt.runs import Run
 from softprompt.tasks import encode, load_task, row_name, row_number, shots, splits
-from softprompt.training.step import _refuse_not_finite
+from softprompt.training.step import _check_finite
 from softprompt.training.trainer import train
 
 ROWS = [(f"ticket {i}", ("Billing", "Sales")[i % 2], f"id-{i}", f"c{i // 2}") for i in range(1, 101)]
@@ -93,4 +93,4 @@ def test_a_loss_that_is_no_number_names_rows_of_the_file(tmp_path: Path, tokeniz
     examples = encode(loaded, tokenizer, table, 64)[0][:2]
     first, second = (row_number(row, 0) for row in table.select(range(2)))
     with pytest.raises(ValueError, match=rf"on row {first} of .*rows\.csv, row {second} of .*rows\.csv; lower"):
-        _refuse_not_finite(float("nan"), 1.0, 0.1, 3, examples)
+        _check_finite(float("nan"), 1.0, 0.1, 3, examples)

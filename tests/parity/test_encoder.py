@@ -247,7 +247,7 @@ class StopAt:
     def on_note(self, text: str) -> None:
         pass
 
-    def step(self, progress: softprompt.Progress) -> None:
+    def on_step(self, progress: softprompt.Progress) -> None:
         if progress.step == self.last:
             raise Stops
 

@@ -88,9 +88,9 @@ def test_generation_goes_on_until_all_are_done(kind: str, processes: list[dict[s
 @pytest.mark.parametrize(
     ("kind", "changes", "why"),
     [
-        ("llama", {"baseline": "lora"}, "the baseline lora trains beside or in the layers"),
+        ("llama", {"baseline": "lora"}, "the baseline lora trains weights beside or in the layers"),
         ("mpnet", {}, "has no layers that can be identified"),
-        ("t5", {"prompt_attention": "self"}, "prompts with prompt_attention=self bypass the layers of t5"),
+        ("t5", {"prompt_attention": "self"}, "prompts with prompt_attention=self bypass the layers of t5 .*"),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(
@@ -106,7 +106,7 @@ def test_four_bits_are_refused(llama_folder: Path, ticket_task: Path, tmp_path: 
     experiment = Experiment(
         backbone=str(llama_folder), task=str(ticket_task), training=TrainingConfig(shard=True), dtype="nf4"
     )
-    with pytest.raises(ValueError, match=r"^shard is on, and the weights are quantized \\(nf4\\); leave it off$"):
+    with pytest.raises(ValueError, match=r"^shard is on, and the weights are quantized \(nf4\); leave it off$"):
         train(experiment, out=tmp_path)
 
 

@@ -29,7 +29,7 @@ def write(run: Run, trained: PromptedModel, results: Mapping[str, Any], peft_pro
 
 def _peft_usage(run: Run, trained: PromptedModel) -> str:
     model = _auto_class(trained.backbone)
-    notes = f" The head that was trained with the prompt is in `{HEAD}`." if trained.head is not None else ""
+    notes = f" The trained head is in `{HEAD}`." if trained.head is not None else ""
     base = Path(trained.backbone.base)
     source = f'"{trained.backbone.base}"'
     if base.suffix == ".gguf":
