@@ -160,12 +160,12 @@ def test_a_folder_cut_into_splits_keeps_them(tmp_path: Path) -> None:
 
 def test_a_head_is_not_scored_on_other_classes(run: Run, unchecked: None) -> None:
     """Its classes are numbers: another order of the same words would be scored as other labels."""
-    from softprompt.evaluation.evaluate import _refuse_other_classes
+    from softprompt.evaluation.evaluate import _check_classes
 
     class Headed:
         head = object()
 
     other = dataclasses.replace(run.task, label_words=dict(reversed(run.task.label_words.items())))
-    _refuse_other_classes(run, Headed(), run.task)  # type: ignore[arg-type]
+    _check_classes(run, Headed(), run.task)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a head trained for billing, sales, and task 'task' has sales, billing"):
-        _refuse_other_classes(run, Headed(), other)  # type: ignore[arg-type]
+        _check_classes(run, Headed(), other)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ def test_the_chance_is_mcnemars(lost: int, won: int) -> None:
     assert found.p_value == pytest.approx(exact, abs=3 * np.sqrt(max(exact * (1 - exact), 0.001) / 1000) + 0.001)
     assert found.value == pytest.approx((lost - won) / 100)
     assert found.low <= found.value <= found.high
-    assert found.shown == (exact <= 0.025)
+    assert found.significant == (exact <= 0.025)
 
 
 def test_the_intervals_width_is_that_of_the_mean_difference() -> None:
@@ -56,6 +56,6 @@ def test_texts_are_compared_as_texts() -> None:
     metric, golds = METRICS["exact_match"], [("a", "b")] * 8
     found = drop(metric, labels(["a"] * 8, golds), labels(["c"] * 7 + [None], golds))
     assert found.value == 1
-    assert found.shown
+    assert found.significant
     with pytest.raises(ValueError, match="8 rows and 1; compare answers to the same rows"):
         drop(metric, labels(["a"] * 8, golds), labels(["a"], golds[:1]))
