@@ -55,7 +55,7 @@ def drop(metric: Callable[[Answers], float], before: Answers, after: Answers, se
         raise ValueError(f"{len(before.golds)} rows and {len(after.golds)}; compare answers to the same rows")
     first, second, golds = (_column(part) for part in (before.predictions, after.predictions, before.golds))
     value = metric(before) - metric(after)
-    if all(one == other for one, other in zip(first.tolist(), second.tolist(), strict=True)):
+    if all(left == right for left, right in zip(first.tolist(), second.tolist(), strict=True)):
         return Drop(value=0.0, low=0.0, high=0.0, p_value=1.0)
     units = before.units
     count = int(units.max()) + 1
