@@ -133,7 +133,7 @@ def peft(settings: Settings, seed: int, clock: Clock) -> None:
     from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 
     from softprompt import load_backbone, load_task
-    from softprompt.evaluation.evaluate import draw, read_splits
+    from softprompt.evaluation.evaluate import read_splits
     from softprompt.tasks import answer_ids, encode
 
     config = experiment(settings, seed)
@@ -146,7 +146,7 @@ def peft(settings: Settings, seed: int, clock: Clock) -> None:
         name: encode(task, backbone.tokenizer, getattr(rows, name), task.max_input_tokens)[0]
         for name in ("train", "dev")
     }
-    split["dev"] = draw(task, rows.dev, split["dev"], settings.dev_rows, seed)
+    split["dev"] = sample_examples(task, rows.dev, split["dev"], settings.dev_rows, seed)
     prompt = config.prompt.build(backbone.host(), torch.Generator().manual_seed(seed))
     peft_config = PromptTuningConfig(
         task_type=TaskType.CAUSAL_LM, num_virtual_tokens=settings.length, prompt_tuning_init=PromptTuningInit.RANDOM

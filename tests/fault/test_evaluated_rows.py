@@ -1,4 +1,4 @@
-"""Which rows are scored: of a file given to `evaluate` all of them, else those that the run was started with."""
+"""The rows that `evaluate` scores: all rows of a given file, else those that the run was started with."""
 
 import csv
 import dataclasses
@@ -24,8 +24,8 @@ TEMPLATE = 'template = "Ticket: {text}\\nQueue:"\nlabel = "queue"\n'
 HEAD = ("text", "queue", "customer")
 
 
-def rows(count: int, turned: bool = False) -> list[tuple[str, ...]]:
-    labels = ("Sales", "Billing") if turned else ("Billing", "Sales")
+def rows(count: int, swapped: bool = False) -> list[tuple[str, ...]]:
+    labels = ("Sales", "Billing") if swapped else ("Billing", "Sales")
     return [("ab"[i % 2] * (1 + i % 3) + f" {i}", labels[i % 2], f"c{i // 2}") for i in range(count)]
 
 
@@ -45,83 +45,85 @@ def trained(folder: Path, backbone: Path, toml: str, **settings: Any) -> Run:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated")
     write(folder / "train.csv", rows(60))
     write(folder / "test.csv", rows(20))
     write(folder / "new.csv", rows(50))
-    write(folder / "turned.csv", rows(50, turned=True))
+    write(folder / "swapped.csv", rows(50, swapped=True))
     return folder
 
 
 @pytest.fixture(scope="module", params=["cut", "test file"])
-def run(request: pytest.FixtureRequest, place: Path, llama_folder: Path) -> Run:
+def run(request: pytest.FixtureRequest, tables: Path, llama_folder: Path) -> Run:
     more = 'test = "test.csv"\n' if request.param == "test file" else ""
-    return trained(place, llama_folder, f'train = "train.csv"\n{more}{TEMPLATE}')
+    return trained(tables, llama_folder, f'train = "train.csv"\n{more}{TEMPLATE}')
 
 
-def test_every_row_of_a_given_file_is_scored(run: Run, place: Path) -> None:
-    new, turned = (evaluate(run, data=str(place / name)) for name in ("new.csv", "turned.csv"))
-    assert new.n == turned.n == 50
-    assert new.value + turned.value == pytest.approx(1)
+def test_every_row_of_a_file_is_scored(run: Run, tables: Path) -> None:
+    new, swapped = (evaluate(run, data=str(tables / name)) for name in ("new.csv", "swapped.csv"))
+    assert new.n == swapped.n == 50
+    assert new.value + swapped.value == pytest.approx(1)
 
 
 @pytest.mark.parametrize("table", [rows(30)[::2], rows(4), rows(1)], ids=["one class", "four rows", "one row"])
-def test_a_file_too_small_to_be_cut_is_scored(run: Run, tmp_path: Path, table: list[tuple[str, ...]]) -> None:
+def test_file_too_small_to_split_is_scored(run: Run, tmp_path: Path, table: list[tuple[str, ...]]) -> None:
     assert evaluate(run, data=write(tmp_path / "few.csv", table)).n == len(table)
 
 
-def test_another_task_scores_every_row_among_its_own_labels(run: Run, place: Path, tmp_path: Path) -> None:
+def test_other_task_scores_every_row_of_a_file(run: Run, tables: Path, tmp_path: Path) -> None:
     """A file of one class must not make that class the only answer."""
     write(tmp_path / "other.csv", rows(40))
     (tmp_path / "other.toml").write_text('train = "other.csv"\ndev = "other.csv"\n' + TEMPLATE)
-    one = write(tmp_path / "one.csv", rows(30)[::2])
-    both = write(tmp_path / "both.csv", rows(30))
+    one_class = write(tmp_path / "one.csv", rows(30)[::2])
+    both_classes = write(tmp_path / "both.csv", rows(30))
     other = str(tmp_path / "other.toml")
-    assert evaluate(run, task=other, data=both).n == 30
-    assert evaluate(run, task=other, data=one) == evaluate(run, data=one)
+    assert evaluate(run, task=other, data=both_classes).n == 30
+    assert evaluate(run, task=other, data=one_class) == evaluate(run, data=one_class)
 
 
-def test_a_split_of_a_file_is_refused(run: Run, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", str(run.folder), "--data", str(place / "new.csv"), "--split", "test"]) == 1
-    assert f"split is 'test', and {place / 'new.csv'} is scored whole" in capsys.readouterr().err
+def test_split_of_a_file_is_rejected(run: Run, tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run.folder), "--data", str(tables / "new.csv"), "--split", "test"]) == 1
+    assert f"split is 'test', and {tables / 'new.csv'} is scored whole" in capsys.readouterr().err
 
 
-def test_a_folder_or_nothing_is_refused(run: Run, place: Path) -> None:
+def test_folder_or_missing_file_is_rejected(run: Run, tables: Path) -> None:
     with pytest.raises(ValueError, match="is a folder, and task 'task' has its rows in files"):
-        evaluate(run, data=str(place))
+        evaluate(run, data=str(tables))
     with pytest.raises(FileNotFoundError, match="give a file of rows to score"):
-        evaluate(run, data=str(place / "none.csv"))
+        evaluate(run, data=str(tables / "none.csv"))
 
 
-def test_groups_are_not_needed_and_questions_stay_whole(llama_folder: Path, tmp_path: Path) -> None:
+def test_file_needs_no_groups_but_keeps_questions(llama_folder: Path, tmp_path: Path) -> None:
     write(tmp_path / "train.csv", rows(60))
     more = 'group = "customer"\nquestion = "customer"\nmetrics = ["question_match", "accuracy"]\n'
     run = trained(tmp_path, llama_folder, f'train = "train.csv"\n{more}{TEMPLATE}')
-    found = evaluate(run, data=write(tmp_path / "new.csv", rows(50)))
-    assert (found.metric, found.n) == ("question_match", 50)
-    assert found.value == 0  # of each customer one row is either, and all get one answer or both are wrong
-    alone = [(text, queue) for text, queue, _ in rows(50)]
+    result = evaluate(run, data=write(tmp_path / "new.csv", rows(50)))
+    assert (result.metric, result.n) == ("question_match", 50)
+    assert result.value == 0  # each customer has one row of either class, and all rows get one answer
+    ungrouped = [(text, queue) for text, queue, _ in rows(50)]
     (tmp_path / "task.toml").write_text(f'train = "train.csv"\ngroup = "customer"\n{TEMPLATE}')
-    grouped = evaluate(run, task=str(tmp_path / "task.toml"), data=write(tmp_path / "alone.csv", alone, HEAD[:2]))
+    grouped = evaluate(
+        run, task=str(tmp_path / "task.toml"), data=write(tmp_path / "ungrouped.csv", ungrouped, HEAD[:2])
+    )
     assert grouped.n == 50
 
 
-def test_ranks_are_measured_on_every_row_of_a_given_file(run: Run, place: Path) -> None:
-    [one] = subjects(run.folder)
-    data = str(place / "new.csv")
-    found = functional_rank(one, Truncation(ranks=(2,), rows=0, data=data))
-    assert (found.full, found.split) == (evaluate(run, data=data), "given")
+def test_functional_rank_scores_every_row_of_a_file(run: Run, tables: Path) -> None:
+    [prompt] = subjects(run.folder)
+    data = str(tables / "new.csv")
+    result = functional_rank(prompt, Truncation(ranks=(2,), rows=0, data=data))
+    assert (result.full, result.split) == (evaluate(run, data=data), "given")
     with pytest.raises(ValueError, match="is scored whole"):
-        functional_rank(one, Truncation(ranks=(2,), data=data, split="dev"))
+        functional_rank(prompt, Truncation(ranks=(2,), data=data, split="dev"))
 
 
-def test_a_file_for_a_benchmark_task_is_scored_whole(tmp_path: Path) -> None:
+def test_every_row_of_a_file_for_a_benchmark_is_scored(tmp_path: Path) -> None:
     head = ("premise", "hypothesis", "label")
     file = write(tmp_path / "rte.csv", [("a", "b", "entailment")] * 3, head)
-    found = given_rows(TASKS["rte"], file)
-    assert found is not None
-    assert (len(found.train), len(found.dev), len(found.test)) == (0, 0, 3)
+    splits = given_rows(TASKS["rte"], file)
+    assert splits is not None
+    assert (len(splits.train), len(splits.dev), len(splits.test)) == (0, 0, 3)
     assert given_rows(TASKS["rte"], str(tmp_path)) is None  # the official folder keeps its splits
 
 
@@ -133,39 +135,39 @@ def images(folder: Path, classes: Sequence[str], count: int) -> Path:
     return folder
 
 
-def test_a_folder_of_images_is_scored_whole(tmp_path: Path) -> None:
+def test_every_image_of_a_folder_is_scored(tmp_path: Path) -> None:
     task = load_task(str(images(tmp_path / "photos", ("cat", "dog"), 20)))
-    found = given_rows(task, str(images(tmp_path / "more", ("cat",), 3)))
-    assert found is not None
-    assert [len(part) for part in (found.train, found.dev, found.test)] == [0, 0, 3]
+    splits = given_rows(task, str(images(tmp_path / "more", ("cat",), 3)))
+    assert splits is not None
+    assert [len(part) for part in (splits.train, splits.dev, splits.test)] == [0, 0, 3]
     write(tmp_path / "list.csv", [("more/cat/0.png", "dog")], ("image", "label"))
     listed = given_rows(task, str(tmp_path / "list.csv"))
     assert listed is not None
     assert listed.test["label"][:] == ["dog"]
 
 
-def test_a_folder_cut_into_splits_keeps_them(tmp_path: Path) -> None:
-    """And the test folder of the task itself does not take the place of the one given."""
+def test_folder_with_splits_keeps_them(tmp_path: Path) -> None:
+    """And the given folder is used, not the test folder of the task itself."""
     task = load_task(str(images(tmp_path / "photos", ("cat", "dog"), 20)))
     for part, count in (("train", 4), ("test", 3), ("val", 2)):
         images(tmp_path / "cut" / part, ("cat", "dog"), count)
     for split, count in ((None, 6), ("dev", 4), ("train", 8)):
-        found = given_rows(task, str(tmp_path / "cut"), split)
-        assert found is not None
-        assert len(found.test) == count
+        splits = given_rows(task, str(tmp_path / "cut"), split)
+        assert splits is not None
+        assert len(splits.test) == count
     shutil.rmtree(tmp_path / "cut" / "test")
     with pytest.raises(ValueError, match="has no test rows, it has train, dev"):
         given_rows(task, str(tmp_path / "cut"))
 
 
-def test_a_head_is_not_scored_on_other_classes(run: Run, unchecked: None) -> None:
-    """Its classes are numbers: another order of the same words would be scored as other labels."""
-    from softprompt.evaluation.evaluate import _refuse_other_classes
+def test_head_is_not_scored_on_other_classes(run: Run, unchecked: None) -> None:
+    """Its classes are indices: another order of the same label words would be scored as other labels."""
+    from softprompt.evaluation.evaluate import _check_classes
 
-    class Headed:
+    class WithHead:
         head = object()
 
     other = dataclasses.replace(run.task, label_words=dict(reversed(run.task.label_words.items())))
-    _refuse_other_classes(run, Headed(), run.task)  # type: ignore[arg-type]
+    _check_classes(run, WithHead(), run.task)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a head trained for billing, sales, and task 'task' has sales, billing"):
-        _refuse_other_classes(run, Headed(), other)  # type: ignore[arg-type]
+        _check_classes(run, WithHead(), other)  # type: ignore[arg-type]

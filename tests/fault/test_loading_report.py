@@ -1,4 +1,4 @@
-"""A checkpoint whose tensors, files, tokenizer or code are not what its config.json promises, as people have them."""
+"""Checkpoints whose tensors, files, tokenizer or code do not match their config.json."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def llama(tmp_path: Path, llama_folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "lacking"),
+    ("name", "missing"),
     [
         ("llama", "model.layers.1.mlp.up_proj.weight"),
         ("llama", "lm_head.weight"),
@@ -64,17 +64,17 @@ def llama(tmp_path: Path, llama_folder: Path) -> Path:
         ("vit", "embeddings.cls_token"),
     ],
 )
-def test_a_missing_tensor_is_named(tiny_backbone: Callable[[str], Backbone], tmp_path: Path, name: str, lacking: str):
+def test_missing_tensor_is_named(tiny_backbone: Callable[[str], Backbone], tmp_path: Path, name: str, missing: str):
     folder = saved(tiny_backbone(name), tmp_path / name)
-    assert lacking in load_file(folder / "model.safetensors")
-    change_tensors(folder, lambda held: {key: value for key, value in held.items() if key != lacking})
-    with pytest.raises(ValueError, match=rf"lacks 1 of \d+ tensors, which would be random.*{lacking}"):
+    assert missing in load_file(folder / "model.safetensors")
+    change_tensors(folder, lambda tensors: {key: value for key, value in tensors.items() if key != missing})
+    with pytest.raises(ValueError, match=rf"lacks 1 of \d+ tensors, which would be random.*{missing}"):
         load(folder)
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "base_model.model.", "module."])
-def test_the_prefix_of_a_wrapper_is_named(llama: Path, prefix: str):
-    change_tensors(llama, lambda held: {f"{prefix}{key}": value for key, value in held.items()})
+def test_wrapper_prefix_is_named(llama: Path, prefix: str):
+    change_tensors(llama, lambda tensors: {f"{prefix}{key}": value for key, value in tensors.items()})
     with pytest.raises(ValueError, match=rf"lacks 21 of 21 tensors.*begin with '{prefix}'"):
         load(llama)
 
@@ -82,22 +82,20 @@ def test_the_prefix_of_a_wrapper_is_named(llama: Path, prefix: str):
 @pytest.mark.parametrize(
     "extra", ["model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias", "model.norm.bias"]
 )
-def test_a_tensor_that_the_layers_have_no_place_for_is_refused(llama: Path, extra: str):
-    change_tensors(llama, lambda held: {**held, extra: torch.ones(32)})
+def test_tensor_unknown_to_the_layers_is_rejected(llama: Path, extra: str):
+    change_tensors(llama, lambda tensors: {**tensors, extra: torch.ones(32)})
     with pytest.raises(ValueError, match=f"has no place for .{extra}"):
         load(llama)
 
 
-def test_an_unused_head_is_told(llama: Path):
-    change_tensors(llama, lambda held: {**held, "v_head.summary.weight": torch.ones(1, 32)})
+def test_unused_head_warns(llama: Path):
+    change_tensors(llama, lambda tensors: {**tensors, "v_head.summary.weight": torch.ones(1, 32)})
     with pytest.warns(LoadingWarning, match=r"holds 1 tensors that are not used here \(v_head.summary.weight\)"):
         load(llama)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "t5_1.1", "bart", "bert", "roberta_mlm", "vit", "dinov2"])
-def test_a_checkpoint_as_it_was_saved_is_loaded_in_silence(
-    tiny_backbone: Callable[[str], Backbone], tmp_path: Path, name: str
-):
+def test_saved_checkpoint_loads_without_warning(tiny_backbone: Callable[[str], Backbone], tmp_path: Path, name: str):
     folder = saved(tiny_backbone(name), tmp_path / name)
     with warnings.catch_warnings():
         warnings.simplefilter("error", LoadingWarning)
@@ -105,22 +103,20 @@ def test_a_checkpoint_as_it_was_saved_is_loaded_in_silence(
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "mpnet"])
-def test_an_encoder_without_a_pooler_has_the_same_weights_at_every_load(
-    tiny_backbone: Callable[[str], Backbone], tmp_path: Path, name: str
-):
+def test_encoder_without_pooler_has_a_stable_hash(tiny_backbone: Callable[[str], Backbone], tmp_path: Path, name: str):
     folder = saved(tiny_backbone(name), tmp_path / name)
-    change_tensors(folder, lambda held: {key: value for key, value in held.items() if "pooler" not in key})
+    change_tensors(folder, lambda tensors: {key: value for key, value in tensors.items() if "pooler" not in key})
     assert load(folder).hash == load(folder).hash
 
 
-def test_a_tensor_of_another_shape_is_named_with_both_shapes(llama: Path):
+def test_mismatched_tensor_is_named_with_both_shapes(llama: Path):
     name = "model.layers.0.mlp.up_proj.weight"
-    change_tensors(llama, lambda held: {**held, name: held[name][:60].clone()})
+    change_tensors(llama, lambda tensors: {**tensors, name: tensors[name][:60].clone()})
     with pytest.raises(ValueError, match=rf"{name} of shape \(60, 32\), and its config.json makes it \(64, 32\)"):
         load(llama)
 
 
-def test_a_gguf_file_without_a_tensor_is_refused_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_gguf_without_a_tensor_is_rejected_and_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
     writer = gguf.GGUFWriter(tmp_path / "cut.gguf", "llama")
     writer.add_block_count(1)
@@ -141,16 +137,16 @@ def test_a_gguf_file_without_a_tensor_is_refused_and_not_kept(tmp_path: Path, mo
     assert not list((tmp_path / "cache").rglob("config.json"))
 
 
-def own_code(folder: Path, ran: Path, file: str) -> None:
+def write_code(folder: Path, ran: Path, file: str) -> None:
     (folder / file).write_text(f"from pathlib import Path\nPath({str(ran)!r}).touch()\nOwn = None\n")
 
 
 @pytest.mark.parametrize("typed", ["", "y\n"])
 @pytest.mark.parametrize("auto", ["AutoConfig", "AutoModelForCausalLM", "AutoModel"])
-def test_code_in_the_folder_never_runs(
+def test_model_code_never_runs(
     llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, auto: str, typed: str
 ):
-    own_code(llama, llama / "RAN", "own.py")
+    write_code(llama, llama / "RAN", "own.py")
     change_json(llama / "config.json", auto_map={auto: "own.Own"}, model_type="own")
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     with pytest.raises(ValueError, match=r"brings code of its own .*, which is never run"):
@@ -159,17 +155,17 @@ def test_code_in_the_folder_never_runs(
     assert not (llama / "RAN").exists()
 
 
-def test_code_beside_a_known_model_is_told_and_not_run(llama: Path):
-    own_code(llama, llama / "RAN", "own.py")
+def test_model_code_of_a_known_model_warns(llama: Path):
+    write_code(llama, llama / "RAN", "own.py")
     change_json(llama / "config.json", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})
     with pytest.warns(LoadingWarning, match="brings code of its own"):
         load(llama)
     assert not (llama / "RAN").exists()
 
 
-def test_code_for_a_known_vision_model_is_told_and_not_run(tiny_backbone: Callable[[str], Backbone], tmp_path: Path):
+def test_model_code_of_a_known_vision_model_warns(tiny_backbone: Callable[[str], Backbone], tmp_path: Path):
     folder = saved(tiny_backbone("vit"), tmp_path / "vit")
-    own_code(folder, folder / "RAN", "own.py")
+    write_code(folder, folder / "RAN", "own.py")
     change_json(folder / "config.json", auto_map={"AutoModel": "own.Own"})
     change_json(folder / "preprocessor_config.json", auto_map={"AutoImageProcessor": "own.Own"})
     with pytest.warns(LoadingWarning, match="brings code of its own"):
@@ -178,40 +174,40 @@ def test_code_for_a_known_vision_model_is_told_and_not_run(tiny_backbone: Callab
 
 
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "OwnTokenizer"])
-def test_a_tokenizers_code_never_runs(
+def test_tokenizer_code_never_runs(
     llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
 ):
-    own_code(llama, llama / "RAN", "own.py")
+    write_code(llama, llama / "RAN", "own.py")
     change_json(llama / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "own.Own"]}, tokenizer_class=kind)
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             load(llama)
         except ValueError as error:
-            said = str(error)
+            message = str(error)
         else:
-            said = " ".join(str(warning.message) for warning in told)
-    assert "tokenizer" in said
-    assert "code of its own" in said
+            message = " ".join(str(warning.message) for warning in caught)
+    assert "tokenizer" in message
+    assert "code of its own" in message
     assert not capsys.readouterr().out
     assert not (llama / "RAN").exists()
 
 
-def test_code_to_generate_never_runs(llama: Path):
+def test_custom_generate_never_runs(llama: Path):
     (llama / "custom_generate").mkdir()
-    own_code(llama / "custom_generate", llama / "RAN", "generate.py")
+    write_code(llama / "custom_generate", llama / "RAN", "generate.py")
     load(llama)
     assert not (llama / "RAN").exists()
 
 
-def test_attention_code_is_not_fetched(llama: Path):
+def test_hub_kernel_is_rejected(llama: Path):
     change_json(llama / "config.json", _attn_implementation="somebody/kernel")
     with pytest.raises(ValueError, match=r"names attention code to be downloaded .'somebody/kernel'"):
         load(llama)
 
 
-def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, tokenizer: Any):
+def test_tokenizer_of_another_model_is_rejected(tmp_path: Path, tokenizer: Any):
     config = transformers.LlamaConfig(**{**GROUPED, "vocab_size": 280})
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
@@ -219,7 +215,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, tokenizer: Any)
         load(tmp_path / "m")
 
 
-def test_an_added_token_without_a_row_is_told(llama: Path):
+def test_added_token_without_embedding_warns(llama: Path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
     tokenizer.add_tokens(["<extra>"], special_tokens=True)
     tokenizer.save_pretrained(llama)
@@ -227,14 +223,14 @@ def test_an_added_token_without_a_row_is_told(llama: Path):
         load(llama)
 
 
-def test_ids_that_contradict_the_tokenizer_are_told(llama: Path):
+def test_config_ids_unlike_the_tokenizers_warn(llama: Path):
     change_json(llama / "config.json", eos_token_id=7)
     with pytest.warns(LoadingWarning, match=r"says eos_token_id 7, and its tokenizer's is 1 \('</s>'\)"):
         load(llama)
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    ("settings", "method"),
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "awq", "bits": 4}, "awq"),
@@ -248,35 +244,33 @@ def test_ids_that_contradict_the_tokenizer_are_told(llama: Path):
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "nf4"])
-def test_weights_that_are_quantised_otherwise_are_refused_by_name(
-    llama: Path, settings: dict[str, Any], named: str, dtype: str
-):
+def test_unsupported_quantization_is_named(llama: Path, settings: dict[str, Any], method: str, dtype: str):
     change_json(llama / "config.json", quantization_config=settings)
-    with pytest.raises(ValueError, match=rf"are quantised \({named}\), which is not supported"):
+    with pytest.raises(ValueError, match=rf"are quantised \({method}\), which is not supported"):
         load(llama, dtype)
 
 
-def test_a_checkpoint_in_four_bits_is_loaded_as_nf4(tmp_path: Path, llama_folder: Path):
+def test_4bit_checkpoint_loads_as_nf4(tmp_path: Path, llama_folder: Path):
     pytest.importorskip("bitsandbytes")
-    own = load(llama_folder, "nf4")
-    own.model.save_pretrained(tmp_path / "bnb")
-    own.tokenizer.save_pretrained(tmp_path / "bnb")
+    quantized = load(llama_folder, "nf4")
+    quantized.model.save_pretrained(tmp_path / "bnb")
+    quantized.tokenizer.save_pretrained(tmp_path / "bnb")
     with pytest.raises(ValueError, match=r"are in 4 bits already .*give --dtype nf4"):
         load(tmp_path / "bnb", "float32")
-    ids, again = torch.arange(10, 20)[None], load(tmp_path / "bnb", "nf4")
-    assert again.precision == "nf4"
-    assert again.dtype is torch.bfloat16
-    assert torch.equal(again.model(ids).logits, own.model(ids).logits)
+    ids, loaded = torch.arange(10, 20)[None], load(tmp_path / "bnb", "nf4")
+    assert loaded.precision == "nf4"
+    assert loaded.dtype is torch.bfloat16
+    assert torch.equal(loaded.model(ids).logits, quantized.model(ids).logits)
 
 
-def test_a_file_that_was_cut_is_named(llama: Path):
+def test_truncated_file_is_named(llama: Path):
     file = llama / "model.safetensors"
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"model\.safetensors is cut off or damaged .*fetch it again"):
         load(llama)
 
 
-def test_a_pointer_to_a_file_is_told_from_a_cut_one(llama: Path):
+def test_git_lfs_pointer_is_named(llama: Path):
     (llama / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(ValueError, match=r"model\.safetensors is a pointer of Git LFS, .*fetch it again"):
         load(llama)
@@ -290,7 +284,7 @@ def sharded(folder: Path) -> list[Path]:
     return shards
 
 
-def test_a_shard_that_is_not_there_is_named(llama: Path):
+def test_missing_shard_is_named(llama: Path):
     shard = sharded(llama)[-1]
     load(llama)
     shard.unlink()
@@ -298,20 +292,20 @@ def test_a_shard_that_is_not_there_is_named(llama: Path):
         load(llama)
 
 
-def test_a_shard_that_was_cut_is_named(llama: Path):
+def test_truncated_shard_is_named(llama: Path):
     shard = sharded(llama)[0]
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(ValueError, match=f"{shard.name} is cut off or damaged"):
         load(llama)
 
 
-def test_a_folder_without_weights_says_so(llama: Path):
+def test_folder_without_weights_is_rejected(llama: Path):
     (llama / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no weights: it has neither model.safetensors nor"):
         load(llama)
 
 
-def test_pickled_weights_are_read_as_data_alone(llama: Path, llama_folder: Path):
+def test_pickled_weights_load_safely(llama: Path, llama_folder: Path):
     torch.save(load_file(llama / "model.safetensors"), llama / "pytorch_model.bin")
     (llama / "model.safetensors").unlink()
     assert load(llama).hash == load(llama_folder).hash
@@ -342,18 +336,18 @@ def multimodal() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral3", "llava", "llava_next", "smolvlm", "idefics3"])
-def test_the_text_model_of_a_model_of_images_gives_its_logits(tmp_path: Path, tokenizer: Any, name: str):
+def test_text_model_of_a_multimodal_model_has_its_logits(tmp_path: Path, tokenizer: Any, name: str):
     torch.manual_seed(0)
     full = transformers.AutoModelForImageTextToText.from_config(multimodal()[name], dtype=torch.float32).eval()
     full.save_pretrained(tmp_path / name)
     tokenizer.save_pretrained(tmp_path / name)
     with pytest.warns(LoadingWarning, match="only its text model is loaded"):
-        own = load(tmp_path / name)
+        text_model = load(tmp_path / name)
     ids = torch.arange(10, 30)[None]
-    torch.testing.assert_close(own.model(ids).logits, full(input_ids=ids).logits)
+    torch.testing.assert_close(text_model.model(ids).logits, full(input_ids=ids).logits)
 
 
-def test_a_model_of_images_whose_text_is_no_plain_decoder_is_refused(tmp_path: Path):
+def test_multimodal_model_without_decoder_is_rejected(tmp_path: Path):
     config = transformers.CLIPConfig(
         text_config={**SIZES, "projection_dim": 32}, vision_config={**VISION, "projection_dim": 32}
     )

@@ -1,4 +1,4 @@
-"""The rows that `softprompt.predict` takes: texts or rows, else a sentence that says what to give."""
+"""The rows that `softprompt.predict` accepts, and its error message for anything else."""
 
 import re
 from collections.abc import Callable
@@ -28,9 +28,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Run:
     folder = tmp_path_factory.mktemp("predict")
     (folder / "rows.csv").write_text("text,label\n" + "fine,good\npoor,bad\n" * 20)
     (folder / "task.toml").write_text('train = "rows.csv"\ntemplate = "Review: {text}\\nVerdict:"\nlabel = "label"\n')
-    whole = Experiment(backbone=str(llama_folder), task=str(folder / "task.toml"), dtype="float32")
+    experiment = Experiment(backbone=str(llama_folder), task=str(folder / "task.toml"), dtype="float32")
     training = TrainingConfig(steps=1, batch_size=4, eval_steps=1)
-    return softprompt.train(whole.replace(prompt=Plain(length=3), training=training), out=folder / "runs")
+    return softprompt.train(experiment.replace(prompt=Plain(length=3), training=training), out=folder / "runs")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def backbone(run: Run) -> Backbone:
     return softprompt.load_backbone(run.experiment.backbone, dtype="float32")
 
 
-TAKEN: dict[str, Callable[[], Any]] = {
+ACCEPTED: dict[str, Callable[[], Any]] = {
     "texts": lambda: TEXTS,
     "a tuple of texts": lambda: tuple(TEXTS),
     "texts one by one": lambda: iter(TEXTS),
@@ -51,19 +51,19 @@ TAKEN: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("given", TAKEN.values(), ids=TAKEN)
-def test_rows_as_other_libraries_hold_them(run: Run, backbone: Backbone, given: Callable[[], Any]) -> None:
-    assert predict(run, given(), backbone=backbone) == predict(run, ROWS, backbone=backbone)
+@pytest.mark.parametrize("rows", ACCEPTED.values(), ids=ACCEPTED)
+def test_predict_accepts_rows_of_other_libraries(run: Run, backbone: Backbone, rows: Callable[[], Any]) -> None:
+    assert predict(run, rows(), backbone=backbone) == predict(run, ROWS, backbone=backbone)
 
 
-@pytest.mark.parametrize("given", [TEXTS[0], ROWS[0]], ids=["one text", "one row"])
-def test_one_row_has_one_answer(run: Run, backbone: Backbone, given: Any) -> None:
-    [found] = predict(run, given, backbone=backbone)
-    [same] = predict(run, [ROWS[0]], backbone=backbone)
-    assert found == same
+@pytest.mark.parametrize("row", [TEXTS[0], ROWS[0]], ids=["one text", "one row"])
+def test_predict_accepts_one_row(run: Run, backbone: Backbone, row: Any) -> None:
+    [answer] = predict(run, row, backbone=backbone)
+    [expected] = predict(run, [ROWS[0]], backbone=backbone)
+    assert answer == expected
 
 
-def test_a_runs_folder_is_a_run(run: Run, backbone: Backbone) -> None:
+def test_predict_accepts_a_run_folder(run: Run, backbone: Backbone) -> None:
     expected = predict(run, ROWS, backbone=backbone)
     assert predict(str(run.folder), ROWS, backbone=backbone) == expected == predict(run.folder, ROWS, backbone=backbone)
     assert evaluate(str(run.folder), backbone=backbone) == evaluate(run, backbone=backbone)
@@ -71,13 +71,13 @@ def test_a_runs_folder_is_a_run(run: Run, backbone: Backbone) -> None:
         predict("nowhere", ROWS)
 
 
-def test_no_rows_have_no_answers(run: Run, backbone: Backbone) -> None:
+def test_predict_no_rows_returns_no_answers(run: Run, backbone: Backbone) -> None:
     assert predict(run, [], backbone=backbone) == []
     assert predict(run, pandas.DataFrame({"text": []}), backbone=backbone) == []
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("rows", "message"),
     [
         (
             3,
@@ -97,31 +97,31 @@ def test_no_rows_have_no_answers(run: Run, backbone: Backbone) -> None:
         (pandas.DataFrame({"text": pandas.array(["a", pandas.NA], dtype="string")}), "row 2 has no value in column"),
     ],
 )
-def test_what_holds_no_rows_is_refused(run: Run, backbone: Backbone, given: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)):
-        predict(run, given, backbone=backbone)
+def test_predict_rejects_other_types(run: Run, backbone: Backbone, rows: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        predict(run, rows, backbone=backbone)
 
 
-def test_a_files_name_is_not_taken_for_a_text(
+def test_predict_rejects_a_file_name(
     run: Run, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "new.csv").write_text("text\nfine\n")
     monkeypatch.chdir(tmp_path)
-    for given in ("new.csv", ["fine", "new.csv"]):
+    for rows in ("new.csv", ["fine", "new.csv"]):
         with pytest.raises(ValueError, match=r"'new\.csv', is the name of a file; give its rows"):
-            predict(run, given, backbone=backbone)
+            predict(run, rows, backbone=backbone)
     assert len(predict(run, {"text": "new.csv"}, backbone=backbone)) == 1
     assert len(predict(run, "fine " * 2000, backbone=backbone)) == 1
 
 
-def test_texts_for_several_columns_are_refused(run: Run, backbone: Backbone) -> None:
+def test_predict_rejects_texts_for_several_columns(run: Run, backbone: Backbone) -> None:
     task = Task(name="pair", template="{a} {b}", label="y", label_words={"0": "bad", "1": "good"})
     several = Run(run.folder, run.experiment, task, run.record)
     with pytest.raises(ValueError, match=r"row 1 is one text, .*reads several columns; .*columns 'a', 'b'"):
         predict(several, TEXTS, backbone=backbone)
 
 
-def test_a_cell_of_numpy_is_the_number_it_holds() -> None:
+def test_numpy_cell_renders_as_its_number() -> None:
     task = Task(name="one", template="{a}", label="y", label_words={"false": "bad", "true": "good"})
     cells: dict[str, Any] = {"true": np.bool_(True), "1": np.int64(1), "0.5": np.float64(0.5)}
     assert {text: task.render({"a": cell}) for text, cell in cells.items()} == {text: text for text in cells}

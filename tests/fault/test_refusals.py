@@ -154,7 +154,7 @@ def test_a_source_that_is_nowhere() -> None:
         FileNotFoundError, match=r"backbone 'no-such-model' is neither a folder, a \.gguf file, an asset"
     ):
         load("no-such-model")
-    with pytest.raises(FileNotFoundError, match=r"backbone 'nowhere\.gguf' is not there; give the path"):
+    with pytest.raises(FileNotFoundError, match=r"backbone 'nowhere\.gguf' does not exist; give the path"):
         load("nowhere.gguf")
 
 

@@ -1,4 +1,4 @@
-"""The first attention's query and key projections, against the attention that the model itself computes."""
+"""The first attention's query and key projections reproduce the attention weights of the model itself."""
 
 import copy
 import re
@@ -14,7 +14,7 @@ from softprompt.backbones.projections import query_key
 
 MakeBackbone = Callable[[str], Backbone]
 WITHOUT_NORM = ["llama", "gpt2", "gpt_neox", "opt", "gemma", "bloom", "mistral", "t5", "bart", "bert", "mpnet"]
-"""Query times key is what attention sees; Qwen3 norms its queries and keys, and Gemma2 caps the product."""
+"""Models whose scores are query times key; Qwen3 norms queries and keys, and Gemma2 caps the product."""
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 1,
@@ -26,28 +26,28 @@ SIZES: dict[str, Any] = {
 
 
 @torch.no_grad()
-def seen(model: Any, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the first attention is given, and the weights that it makes of it."""
-    kept: list[torch.Tensor] = []
+def first_attention(model: Any, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The input of the first attention, and its attention weights."""
+    hidden_states: list[torch.Tensor] = []
     first = next(m for m in model.modules() if re.search("(?<!Layer)(?<!LayerSelf)Attention$", type(m).__name__))
 
-    def keep(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        kept.append(given[0] if given else named["hidden_states"])
-        # BLOOM's sense of position, an addition to the scores.
-        return given, named | {name: torch.zeros_like(value) for name, value in named.items() if name == "alibi"}
+    def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden_states.append(args[0] if args else kwargs["hidden_states"])
+        # Zero BLOOM's position bias.
+        return args, kwargs | {name: torch.zeros_like(value) for name, value in kwargs.items() if name == "alibi"}
 
-    hook = first.register_forward_pre_hook(keep, with_kwargs=True)
+    hook = first.register_forward_pre_hook(record, with_kwargs=True)
     try:
         output = model(**inputs, output_attentions=True)
     finally:
         hook.remove()
-    found = output.get("encoder_attentions", output.get("attentions"))
-    return kept[0], found[0]
+    attentions = output.get("encoder_attentions", output.get("attentions"))
+    return hidden_states[0], attentions[0]
 
 
-def fresh(backbone: Backbone) -> Any:
-    """A copy that attends in the open, without any sense of position in its attention."""
-    config = copy.deepcopy(backbone.model.config)  # from_config writes to it, and others go on with the model
+def eager_copy(backbone: Backbone) -> Any:
+    """A copy with eager attention and no position bias."""
+    config = copy.deepcopy(backbone.model.config)  # from_config writes to it
     kind = {"causal": transformers.AutoModelForCausalLM, "encoder_decoder": transformers.AutoModelForSeq2SeqLM}
     model = kind.get(backbone.architecture, transformers.AutoModel).from_config(config, attn_implementation="eager")
     model.load_state_dict(backbone.model.state_dict())
@@ -57,13 +57,13 @@ def fresh(backbone: Backbone) -> Any:
     return model.float().eval()
 
 
-def weights_by_hand(model: Any, hidden: torch.Tensor, causal: bool) -> torch.Tensor:
-    found = query_key(model)
-    head_dim = found.query.shape[1]
+def attention_weights(model: Any, hidden_states: torch.Tensor, causal: bool) -> torch.Tensor:
+    projections = query_key(model)
+    head_dim = projections.query.shape[1]
     scale = 1.0 if model.config.model_type in ("t5", "mt5") else head_dim**-0.5
     heads = []
-    for query, key in zip(found.query, found.key, strict=True):
-        scores = scale * (hidden @ query.T) @ (hidden @ key.T).transpose(1, 2)
+    for query, key in zip(projections.query, projections.key, strict=True):
+        scores = scale * (hidden_states @ query.T) @ (hidden_states @ key.T).transpose(1, 2)
         if causal:
             scores = scores + torch.full(scores.shape[1:], -torch.inf).triu(1)
         heads.append(scores.softmax(-1))
@@ -71,45 +71,45 @@ def weights_by_hand(model: Any, hidden: torch.Tensor, causal: bool) -> torch.Ten
 
 
 @pytest.mark.parametrize("name", WITHOUT_NORM)
-def test_the_projections_give_the_attention_of_the_model(name: str, tiny_backbone: MakeBackbone) -> None:
+def test_query_key_gives_the_models_attention(name: str, tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone(name)
-    model = fresh(backbone)
+    model = eager_copy(backbone)
     ids = torch.randint(5, 300, (2, 6), generator=torch.Generator().manual_seed(0))
     extra: dict[str, Any] = {"decoder_input_ids": ids} if backbone.architecture == "encoder_decoder" else {}
     if model.config.model_type in ("llama", "gpt_neox", "gemma", "mistral"):
-        extra["position_ids"] = torch.zeros_like(ids)  # a rotation by nothing
-    hidden, wanted = seen(model, input_ids=ids, **extra)
+        extra["position_ids"] = torch.zeros_like(ids)  # no rotation
+    hidden_states, expected = first_attention(model, input_ids=ids, **extra)
     # float32 products of 32 terms, and a softmax of scores of order 10: 1e-4 leaves an order of magnitude.
     torch.testing.assert_close(
-        weights_by_hand(model, hidden, backbone.architecture == "causal"), wanted, rtol=1e-4, atol=1e-5
+        attention_weights(model, hidden_states, backbone.architecture == "causal"), expected, rtol=1e-4, atol=1e-5
     )
 
 
 @pytest.mark.parametrize("config", [transformers.ViTConfig, transformers.Dinov2Config])
-def test_of_an_image_model(config: Any) -> None:
+def test_query_key_of_a_vision_model(config: Any) -> None:
     torch.manual_seed(0)
     model = transformers.AutoModel.from_config(config(**SIZES), attn_implementation="eager").eval()
     with torch.no_grad():
         for weights in model.parameters():
             weights *= 5 if weights.ndim == 2 else 1
-    hidden, wanted = seen(model, pixel_values=torch.randn(2, 3, 16, 16))
-    torch.testing.assert_close(weights_by_hand(model, hidden, False), wanted, rtol=1e-4, atol=1e-5)
+    hidden_states, expected = first_attention(model, pixel_values=torch.randn(2, 3, 16, 16))
+    torch.testing.assert_close(attention_weights(model, hidden_states, False), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_product_is_the_sum_of_the_heads(tiny_backbone: MakeBackbone) -> None:
+def test_product_sums_over_heads(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("llama")
-    found = query_key(backbone.model)
-    assert found.query.shape == found.key.shape == (4, 8, 32)  # two key heads, each for two query heads
-    total = sum(query.T @ key for query, key in zip(found.query, found.key, strict=True))
-    given = backbone.host().query_key
-    assert given is not None
-    torch.testing.assert_close(given(), total, rtol=1e-4, atol=1e-4)
+    projections = query_key(backbone.model)
+    assert projections.query.shape == projections.key.shape == (4, 8, 32)  # two key heads, each for two query heads
+    total = sum(query.T @ key for query, key in zip(projections.query, projections.key, strict=True))
+    product = backbone.host().query_key
+    assert product is not None
+    torch.testing.assert_close(product(), total, rtol=1e-4, atol=1e-4)
     attention = backbone.model.model.layers[0].self_attn
-    assert torch.equal(found.key[1], attention.k_proj.weight[:8])
-    assert torch.equal(found.key[2], attention.k_proj.weight[8:])
+    assert torch.equal(projections.key[1], attention.k_proj.weight[:8])
+    assert torch.equal(projections.key[2], attention.k_proj.weight[8:])
 
 
-def test_a_model_of_unknown_layout_is_refused() -> None:
+def test_query_key_unknown_layout_is_rejected() -> None:
     config = transformers.FNetConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
     config.num_attention_heads = 1
     with pytest.raises(ValueError, match="fnet has no attention with query and key projections of a known layout"):

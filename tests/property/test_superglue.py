@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 
 from softprompt.config import Experiment, TrainingConfig
-from softprompt.evaluation.evaluate import draw, evaluate, read_splits
+from softprompt.evaluation.evaluate import evaluate, read_splits, sample_examples
 from softprompt.prompts.plain import Plain
 from softprompt.tasks import METRICS, READERS, SAME_ROWS, TASKS, Answers, Example, load_task, score, splits
 from softprompt.tasks.builtin import official
@@ -475,12 +475,12 @@ def test_questions_are_drawn_whole(superglue: Path) -> None:
     task = TASKS["multirc"]
     table = splits(task, str(superglue)).train
     examples = [Example((1,), (1,), 0, row) for row in range(len(table))]
-    drawn = draw(task, table, examples, 7, seed=1)
+    drawn = sample_examples(task, table, examples, 7, seed=1)
     chosen = {table["question_id"][example.row] for example in drawn}
     assert 7 <= len(drawn) <= 9
     assert [example.row for example in drawn] == [
         row for row in range(len(table)) if table["question_id"][row] in chosen
     ]
-    assert draw(task, table, examples, 7, seed=2) != drawn
+    assert sample_examples(task, table, examples, 7, seed=2) != drawn
     free = dataclasses.replace(task, question="", metrics=("f1",))
-    assert len(draw(free, table, examples, 7, seed=1)) == 7
+    assert len(sample_examples(free, table, examples, 7, seed=1)) == 7

@@ -25,13 +25,13 @@ class QueryKey:
         return self.query.flatten(0, 1).T @ self.key.flatten(0, 1)
 
 
-def query_key(model: Any, within: nn.Module | None = None) -> QueryKey:
+def query_key(model: Any, submodule: nn.Module | None = None) -> QueryKey:
     """`W_q` and `W_k` of the model's first attention; in an encoder-decoder, of the encoder's.
 
     Only the weights: biases, rotary positions, and a norm before or after the projection are left out.
 
     Args:
-        within: the part of the model whose first attention is meant; None for the full model.
+        submodule: the part of the model whose first attention is meant; None for the full model.
 
     Raises:
         ValueError: the model has no attention of a known layout, or its weights are quantized.
@@ -42,7 +42,7 @@ def query_key(model: Any, within: nn.Module | None = None) -> QueryKey:
             "such as bfloat16"
         )
     heads = int(model.config.get_text_config().num_attention_heads)
-    for _, module in (model if within is None else within).named_modules():
+    for _, module in (model if submodule is None else submodule).named_modules():
         for names in _PROJECTION_NAMES:
             if all(hasattr(getattr(module, name, None), "weight") for name in names):
                 query, key = (getattr(module, name).weight for name in names)
@@ -91,6 +91,6 @@ _FUSED: dict[str, Callable[[Any, int], tuple[Tensor, Tensor]]] = {
 """Attention classes with one fused projection, by the layout of its matrix."""
 
 
-def lazy_product(model: Any, within: nn.Module | None = None) -> Callable[[], Float[Tensor, "dim dim"]]:
-    """A function that computes `query_key(model, within).product()`, and raises as `query_key` does, when called."""
-    return lambda: query_key(model, within).product()
+def lazy_product(model: Any, submodule: nn.Module | None = None) -> Callable[[], Float[Tensor, "dim dim"]]:
+    """A function that computes `query_key(model, submodule).product()`, and raises as `query_key` does, when called."""
+    return lambda: query_key(model, submodule).product()

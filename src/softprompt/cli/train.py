@@ -124,11 +124,11 @@ def _show_result(run: "Run") -> None:
 
 
 def _show_mistakes(run: "Run", count: int) -> None:
-    from softprompt.evaluation.evaluate import is_right, run_splits
+    from softprompt.evaluation.evaluate import is_correct, run_splits
     from softprompt.tasks import row_number
 
     rows = {row_number(row, place): row for place, row in enumerate(run_splits(run).test)}
-    wrong = [line for line in run.predictions() if not is_right(run.task, line["answer"], line["gold"])]
+    wrong = [line for line in run.predictions() if not is_correct(run.task, line["answer"], line["gold"])]
     console.print(f"{min(count, len(wrong))} of {len(wrong)} test rows it got wrong:")
     for line in wrong[:count]:
         gold = line["gold"] if isinstance(line["gold"], str) else " or ".join(line["gold"])

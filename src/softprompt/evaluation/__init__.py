@@ -1,1 +1,1 @@
-"""Answers and scores: prediction, prefix sharing, and whether a difference is significant."""
+"""Predictions and scores, prefix sharing, and the significance of a difference between scores."""

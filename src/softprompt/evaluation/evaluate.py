@@ -1,4 +1,4 @@
-"""A prompt's score on a split or a file: with its n, what the majority answer would score, and an interval."""
+"""Score a prompt on a split or a file: the metric with its n, its interval and the majority answer's score."""
 
 import random
 from collections.abc import Sequence
@@ -41,66 +41,69 @@ def evaluate(
     split: str | None = None,
     backbone: Backbone | str | None = None,
 ) -> Score:
-    """The score of a finished run on a split of its own task, on another task, or on all rows of a file.
+    """Score a finished run on a split of its task, on another task, or on all rows of a file.
 
     Args:
         run: a run, or its folder.
-        task: a built-in task's name or a TOML file; none: the run's own.
-        data: a file (of images also a folder of class folders), all of whose rows are scored; or the official folder
-            of a built-in task, of which the split is scored. None: the rows that the run had, or those of `task`.
-        split: `test` (the default), `dev` or `train`; not with a file, which is scored whole.
-        backbone: the run's own, loaded or as `load_backbone` takes it; none: where the run had it.
+        task: a built-in task's name or a TOML file; None for the run's task.
+        data: a file (for images also a folder of class folders), all of whose rows are scored; or the official folder
+            of a built-in task, of which `split` is scored; None for the run's rows, or those of `task`.
+        split: `test` (the default), `dev` or `train`; not with a file, all of whose rows are scored.
+        backbone: the run's backbone, loaded or as a source for `load_backbone`; None to load it from where the run
+            recorded it.
 
     Raises:
-        FileNotFoundError: the rows are no longer where the run had them, or there is no `data`.
-        ValueError: an unknown split, one that the task has not, or one of a file; or the run's rows have changed.
+        FileNotFoundError: the rows are no longer where the run recorded them, or `data` does not exist.
+        ValueError: an unknown split, one that the task lacks, or one of a file; or the run's rows have changed.
     """
     if split not in (None, "train", "dev", "test"):
         raise ValueError(f"split is {split!r}; it must be train, dev or test")
     run = resolve_run(run)
     experiment = run.experiment
-    chosen = load_task(task) if task else run.task
-    rows, split = _rows_to_score(run, chosen, data, split, own=task is None)
+    scored_task = load_task(task) if task else run.task
+    rows, split = _rows_to_score(run, scored_task, data, split, is_runs_task=task is None)
     if not len(getattr(rows, split)):
-        raise ValueError(f"task {chosen.name!r} has no {split} rows; it can only be scored on its test split")
+        raise ValueError(f"task {scored_task.name!r} has no {split} rows; it can only be scored on its test split")
     backbone = run.backbone(backbone)
     prompted = run.prompted(backbone)
-    _refuse_other_classes(run, prompted, chosen)
-    limit = input_limit(prompted, chosen, experiment.training)
-    if chosen.is_classification:
-        prompted.check_candidates(chosen.answers, answer_ids(chosen, backbone.tokenizer))
-    examples = encode(chosen, backbone.tokenizer, getattr(rows, split), limit, closing=prompted.appends_eos)[0]
-    for example in examples:  # an answer is compared as a text here, and need not fit
+    _check_classes(run, prompted, scored_task)
+    limit = input_limit(prompted, scored_task, experiment.training)
+    if scored_task.is_classification:
+        prompted.check_candidates(scored_task.answers, answer_ids(scored_task, backbone.tokenizer))
+    examples = encode(scored_task, backbone.tokenizer, getattr(rows, split), limit, closing=prompted.appends_eos)[0]
+    for example in examples:  # the answer is compared as text, so its tokens need not fit
         prompted.check_row(example.input_ids, (), example.where)
-    return score_examples(prompted, chosen, rows, split, examples, experiment.training.max_new_tokens)[0]
+    return score_examples(prompted, scored_task, rows, split, examples, experiment.training.max_new_tokens)[0]
 
 
-def _rows_to_score(run: Run, task: Task, data: str | None, split: str | None, *, own: bool) -> tuple[Splits, str]:
-    """The rows, and which of the three splits they are."""
+def _rows_to_score(
+    run: Run, task: Task, data: str | None, split: str | None, *, is_runs_task: bool
+) -> tuple[Splits, str]:
+    """The rows, and the split of them that is scored."""
     experiment = run.experiment
-    if data is not None and (whole := given_rows(task, data, split)) is not None:
-        return whole, "test"
-    if own and data is None:
+    if data is not None and (file_rows := given_rows(task, data, split)) is not None:
+        return file_rows, "test"
+    if is_runs_task and data is None:
         rows = run_splits(run)
-    elif own:
+    elif is_runs_task:
         rows = read_splits(experiment.replace(data=data), task)
     else:
         rows = splits(task, data, experiment.seed)
     return rows, split or "test"
 
 
-def _refuse_other_classes(run: Run, prompted: PromptedModel, task: Task) -> None:
-    """A trained head knows its classes by their number: those of another task may be others, or in another order."""
-    trained, asked = (list(one.label_words.values()) for one in (run.task, task))
-    if prompted.head is not None and trained != asked:
+def _check_classes(run: Run, prompted: PromptedModel, task: Task) -> None:
+    """Check that a trained head fits the task: its classes are indices, so label words and their order must match."""
+    trained, scored = list(run.task.label_words.values()), list(task.label_words.values())
+    if prompted.head is not None and trained != scored:
         raise ValueError(
             f"run {run.folder} answers through a head trained for {', '.join(trained)}, and task {task.name!r} has "
-            f"{', '.join(asked) or 'no labels'}; score it on a task with the same words in the same order"
+            f"{', '.join(scored) or 'no labels'}; score it on a task with the same label words in the same order"
         )
 
 
 def read_splits(experiment: Experiment, task: Task) -> Splits:
-    """The task's rows as the experiment wants them, few-shot draws included.
+    """The task's rows as the experiment asks for them, few-shot samples included.
 
     Raises:
         ValueError: the task can only be scored.
@@ -115,24 +118,24 @@ def read_splits(experiment: Experiment, task: Task) -> Splits:
 
 
 def run_splits(run: Run) -> Splits:
-    """The rows of a run as it was started with them.
+    """The rows that a run was started with.
 
     Raises:
-        FileNotFoundError: they are no longer where the run had them.
-        ValueError: the rows have changed: in new splits, rows that the run was trained on may be among the test rows.
+        FileNotFoundError: they are no longer where the run recorded them.
+        ValueError: they have changed, so that training rows may now be among the test rows.
     """
-    place = run.experiment.data or ", ".join(run.task.files.values()) or run.experiment.task
+    source = run.experiment.data or ", ".join(run.task.files.values()) or run.experiment.task
     remedy = "or score all rows of another file with: softprompt evaluate RUN --data FILE"
     try:
         rows = read_splits(run.experiment, run.task)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"the rows of run {run.folder} are not where it recorded them ({place}): {error}; put them back, {remedy}"
+            f"the rows of run {run.folder} are not where it recorded them ({source}): {error}; put them back, {remedy}"
         ) from None
     if rows.fingerprint != run.record["data"]:
         raise ValueError(
-            f"the rows of {place} are not those that run {run.folder} was started with, so its test rows are not known "
-            f"any more; put them back, {remedy}"
+            f"the rows of {source} are not those that run {run.folder} was started with, so its test rows are not "
+            f"known any more; put them back, {remedy}"
         )
     return rows
 
@@ -145,7 +148,7 @@ def score_examples(
     examples: Sequence[Example],
     max_new_tokens: int,
 ) -> tuple[Score, list[Answer]]:
-    """The attachment's score on `examples` of a split, and its answers."""
+    """The prompted model's score on `examples` of a split, and its answers."""
     answers = answer(prompted, task, examples, max_new_tokens=max_new_tokens)
     return score_answers(task, rows, split, examples, answers, prompted.backbone.tokenizer), answers
 
@@ -153,18 +156,18 @@ def score_examples(
 def score_answers(
     task: Task, rows: Splits, split: str, examples: Sequence[Example], answers: Sequence[Answer], tokenizer: Any
 ) -> Score:
-    """The score of answers that are there already, one an example."""
-    given, golds, questions = beside_golds(task, getattr(rows, split), examples, answers, tokenizer)
+    """The score of answers, one per example."""
+    predictions, golds, questions = predictions_and_golds(task, getattr(rows, split), examples, answers, tokenizer)
     majority = rows.majority if isinstance(rows.majority, int) else strip_end(rows.majority, tokenizer)
-    return score(task, given, golds, questions, majority=majority if len(rows.train) else None)
+    return score(task, predictions, golds, questions, majority=majority if len(rows.train) else None)
 
 
-def beside_golds(
+def predictions_and_golds(
     task: Task, table: Dataset, examples: Sequence[Example], answers: Sequence[Answer], tokenizer: Any
 ) -> tuple[list[Prediction], list[Any], list[Any] | None]:
-    """What was answered, what is right, and where the task has questions the question of each row.
+    """Predictions, golds, and the question of each row if the task has questions.
 
-    What is right in a generation is without the end of sequence that the row's text may end with.
+    Golds of a generation are without the end-of-sequence token that a row's text may end with.
     """
     golds: list[Any] = []
     questions: list[Any] = []
@@ -174,67 +177,69 @@ def beside_golds(
         else:
             golds.append(example.label)
         questions.append(table[example.row][task.question] if task.question else None)
-    given: list[Prediction] = [found.index if task.is_classification else found.text for found in answers]
-    return given, golds, questions if task.question else None
+    predictions: list[Prediction] = [answer.index if task.is_classification else answer.text for answer in answers]
+    return predictions, golds, questions if task.question else None
 
 
-def prediction_line(
-    task: Task, table: Dataset, split: str, example: Example, found: Answer, tokenizer: Any
+def prediction_record(
+    task: Task, table: Dataset, split: str, example: Example, answer: Answer, tokenizer: Any
 ) -> dict[str, Any]:
-    """A line of `predictions.jsonl`: the row's number in its file, counted from 1, its id, what was said and is right.
+    """A record of `predictions.jsonl`: the row's number in its file (from 1), its id, the answer and the gold.
 
-    The id is the cell of a column `id` (or `idx`, `guid`, `uuid`), else the first of a hash of the row's input.
+    The id is the value of a column `id` (or `idx`, `guid`, `uuid`), else a prefix of a hash of the row's input.
     """
     row = table[example.row]
     if example.label is not None:
         gold: str | list[str] = list(task.label_words)[example.label]
     else:
         gold = [strip_end(text, tokenizer) for text in task.golds(row, example.where)]
-    line = {
+    record = {
         "row": row_number(row, example.row),
         "id": row_id(task, row),
         "split": split,
-        "answer": found.label or found.text,
+        "answer": answer.label or answer.text,
         "gold": gold,
     }
-    return {**line, "probabilities": dict(found.probabilities)} if found.label else line
+    return {**record, "probabilities": dict(answer.probabilities)} if answer.label else record
 
 
-def is_right(task: Task, answer: str, gold: str | Sequence[str]) -> bool:
-    """Whether the task's first metric counts an answer as fully right, by itself.
+def is_correct(task: Task, answer: str, gold: str | Sequence[str]) -> bool:
+    """Whether the task's first metric gives the full score to an answer on its own.
 
     Args:
-        answer: a label or a text, as `Run.predictions` has it.
+        answer: a label or a text, as in `Run.predictions`.
         gold: the label, or every accepted text.
     """
     if task.is_classification:
         return answer == gold
     name = task.metrics[0]
-    read = read_answers(task, name, [answer], [(gold,) if isinstance(gold, str) else tuple(gold)])
-    if METRICS[name].of == "numbers":  # whose metrics say nothing of a single row
-        return bool(read.predictions[0] == read.golds[0])
-    return METRICS[name](read) >= 1
+    answers = read_answers(task, name, [answer], [(gold,) if isinstance(gold, str) else tuple(gold)])
+    if METRICS[name].of == "numbers":  # correlations are undefined for a single row
+        return bool(answers.predictions[0] == answers.golds[0])
+    return METRICS[name](answers) >= 1
 
 
-def draw(task: Task, table: Dataset, examples: Sequence[Example], count: int, seed: int) -> Sequence[Example]:
-    """`count` of the examples (0: all), drawn without replacement by `seed`, in their order.
+def sample_examples(
+    task: Task, table: Dataset, examples: Sequence[Example], count: int, seed: int
+) -> Sequence[Example]:
+    """`count` examples (0 for all), sampled without replacement by `seed`, in their original order.
 
-    Where the task has questions they are drawn whole, until there are `count` rows: a metric of whole questions would
-    otherwise find it easy to be right about what is left of one.
+    If the task has questions, all rows of a question are sampled together, until there are `count` rows: a metric over
+    questions would be too easy if only some of their rows were scored.
     """
     if not count or count >= len(examples):
         return examples
-    chooser = random.Random(seed)
+    generator = random.Random(seed)
     if not task.question:
-        return [examples[place] for place in sorted(chooser.sample(range(len(examples)), count))]
+        return [examples[index] for index in sorted(generator.sample(range(len(examples)), count))]
     questions = table[task.question][:]
     members: dict[Any, list[int]] = {}
-    for place, example in enumerate(examples):
-        members.setdefault(questions[example.row], []).append(place)
-    order, chosen = list(members), list[int]()
-    chooser.shuffle(order)
+    for index, example in enumerate(examples):
+        members.setdefault(questions[example.row], []).append(index)
+    order, sampled = list(members), list[int]()
+    generator.shuffle(order)
     for question in order:
-        if len(chosen) >= count:
+        if len(sampled) >= count:
             break
-        chosen += members[question]
-    return [examples[place] for place in sorted(chosen)]
+        sampled += members[question]
+    return [examples[index] for index in sorted(sampled)]

@@ -1,7 +1,7 @@
-"""Which texts share a beginning, so that it is read once for all of them.
+"""Prefix sharing: which texts have a common prefix, so that its keys and values are computed once for all of them.
 
-A template's instruction stands in front of every row, and a passage in front of each question about it: with a causal
-model what is made of them is the same each time.
+A template's instruction precedes every row, and a passage precedes each question about it; in a causal model their keys
+and values are the same each time.
 """
 
 from collections.abc import Sequence
@@ -9,118 +9,125 @@ from dataclasses import dataclass
 from typing import final
 
 Tokens = tuple[int, ...]
-Group = tuple[int, list[int]]
-"""How many tokens texts share, and which texts."""
+SharedPrefix = tuple[int, list[int]]
+"""The length of a prefix, and the indices of the texts that share it."""
 
 MIN_SAVING = 200
-"""Tokens that must be saved to pay for a pass of its own; on a CPU a pass of few tokens costs as one of a hundred."""
-MOST = 8192
-"""Tokens of beginnings, padded, whose keys and values are held at a time, so that memory stays that of a batch."""
+"""Tokens that a prefix must save to be worth its own forward pass: on a CPU, a pass of few tokens costs as much as one
+of a hundred."""
+MAX_PREFIX_TOKENS = 8192
+"""Padded prefix tokens whose keys and values are kept at a time, which bounds memory to about that of a batch."""
 
 
 @final
 @dataclass(frozen=True)
 class PrefixGroup:
-    """Texts that go together."""
+    """Texts that are run together, with the prefixes that they share."""
 
-    beginnings: tuple[Tokens, ...]
-    """Read once; an empty one alone: the texts are read whole."""
+    prefixes: tuple[Tokens, ...]
+    """The shared prefixes; a single empty one if the texts share none."""
     texts: tuple[tuple[int, int], ...]
-    """Which text, and which beginning it has."""
+    """For each text, its index among all texts and the index of its prefix."""
 
 
-def common(texts: Sequence[Tokens]) -> Tokens:
-    """What all begin with, if reading it apart pays; each is left one token at least."""
+def shared_prefix(texts: Sequence[Tokens]) -> Tokens:
+    """The prefix that all texts share, or `()` if it saves fewer than `MIN_SAVING` tokens.
+
+    It leaves each text at least one token.
+    """
     if not texts:
         return ()
-    shared = _shared(min(texts), max(texts))[: min(map(len, texts)) - 1]
-    return shared if len(shared) * (len(texts) - 1) >= MIN_SAVING else ()
+    prefix = _common_prefix(min(texts), max(texts))[: min(map(len, texts)) - 1]
+    return prefix if _saving(len(prefix), len(texts)) >= MIN_SAVING else ()
 
 
 def plan_prefix_groups(texts: Sequence[Tokens], batch: int, *, share: bool = True) -> list[PrefixGroup]:
-    """All texts, once each: those that share a beginning where that pays, and the others by length, `batch` at a time.
+    """Divide texts into groups: those that share a prefix of at least `MIN_SAVING`, and the others sorted by length.
 
-    A reading has at most `batch` texts, or all those of one beginning.
+    Each text is in exactly one group. A group has at most `batch` texts, or all the texts of one prefix.
 
     Args:
-        share: read beginnings once; else every text is read whole.
+        share: whether texts may share prefixes.
     """
-    groups = _groups(texts) if share else []
-    grouped = {text for _, members in groups for text in members}
-    alone = [text for text in range(len(texts)) if text not in grouped]
-    found = []
-    groups.sort(key=lambda group: group[0])
-    while groups:
-        longest, members = groups.pop()
-        taken, rows = [(longest, members)], len(members)
-        # Beginnings run side by side, padded to the longest.
-        while groups and 2 * groups[-1][0] >= longest and (len(taken) + 1) * longest <= MOST:
-            if rows + len(groups[-1][1]) > batch:
+    shared = _shared_prefixes(texts) if share else []
+    in_shared = {text for _, members in shared for text in members}
+    without_prefix = [text for text in range(len(texts)) if text not in in_shared]
+    groups = []
+    shared.sort(key=lambda prefix: prefix[0])
+    while shared:
+        longest, members = shared.pop()
+        batched, rows = [(longest, members)], len(members)
+        # The prefixes of a group are one batch, padded to the longest.
+        while shared and 2 * shared[-1][0] >= longest and (len(batched) + 1) * longest <= MAX_PREFIX_TOKENS:
+            if rows + len(shared[-1][1]) > batch:
                 break
-            taken.append(groups.pop())
-            rows += len(taken[-1][1])
-        if sum(_saving(*group) for group in taken) < MIN_SAVING:
-            alone += [text for _, members in taken for text in members]
+            batched.append(shared.pop())
+            rows += len(batched[-1][1])
+        if sum(_saving(length, len(members)) for length, members in batched) < MIN_SAVING:
+            without_prefix += [text for _, members in batched for text in members]
             continue
-        placed = [(text, which) for which, (_, members) in enumerate(taken) for text in members]
-        placed.sort(key=lambda one: len(texts[one[0]]) - taken[one[1]][0])
-        found.append(PrefixGroup(tuple(texts[members[0]][:length] for length, members in taken), tuple(placed)))
-    alone.sort(key=lambda text: len(texts[text]))
-    found += [
-        PrefixGroup(((),), tuple((text, 0) for text in alone[start : start + batch]))
-        for start in range(0, len(alone), batch)
+        prefixes = tuple(texts[members[0]][:length] for length, members in batched)
+        indices = [(text, prefix) for prefix, (_, members) in enumerate(batched) for text in members]
+        indices.sort(key=lambda index: len(texts[index[0]]) - len(prefixes[index[1]]))
+        groups.append(PrefixGroup(prefixes, tuple(indices)))
+    without_prefix.sort(key=lambda text: len(texts[text]))
+    groups += [
+        PrefixGroup(((),), tuple((text, 0) for text in without_prefix[start : start + batch]))
+        for start in range(0, len(without_prefix), batch)
     ]
-    return found
+    return groups
 
 
-def _groups(texts: Sequence[Tokens]) -> list[Group]:
-    """Disjoint groups of two texts or more that begin alike, of which together the most tokens are read but once.
+def _shared_prefixes(texts: Sequence[Tokens]) -> list[SharedPrefix]:
+    """Disjoint groups of two or more texts with a common prefix that together save the most tokens.
 
-    Texts in alphabetical order are the leaves of a tree, and those below a branch share as many tokens as it is deep.
-    Each branch is one group, or what its branches are, whichever saves more. A text is left one token at least.
+    Sorted texts are the leaves of a prefix tree, and the texts below a branch share as many tokens as the branch is
+    deep. A branch becomes one group, or the groups of its sub-branches, whichever saves more. Each text keeps at least
+    one token.
     """
     order = sorted(range(len(texts)), key=texts.__getitem__)
     branches: list[_Branch] = []
-    for place, text in enumerate(order):
-        done = _Branch(0, place)
-        after = order[place + 1] if place + 1 < len(order) else None
-        depth = 0 if after is None else len(_shared(texts[text][:-1], texts[after][:-1]))
+    for position, text in enumerate(order):
+        branch = _Branch(0, position)
+        following = order[position + 1] if position + 1 < len(order) else None
+        depth = 0 if following is None else len(_common_prefix(texts[text][:-1], texts[following][:-1]))
         while branches and branches[-1].depth > depth:
-            branches[-1].absorb(done)
-            done = branches.pop()
-            done.settle(order[done.start : place + 1])
+            branches[-1].add(branch)
+            branch = branches.pop()
+            branch.close(order[branch.start : position + 1])
         if not branches or branches[-1].depth < depth:
-            branches.append(_Branch(depth, done.start))
-        branches[-1].absorb(done)
+            branches.append(_Branch(depth, branch.start))
+        branches[-1].add(branch)
     return branches[0].groups if branches else []
 
 
 class _Branch:
-    """Neighbouring texts from the place `start` on that share `depth` tokens, and the best groups among them so far."""
+    """Consecutive sorted texts, from position `start` on, that share `depth` tokens, and the best groups among them."""
 
     def __init__(self, depth: int, start: int) -> None:
         self.depth, self.start = depth, start
-        self.saving, self.groups = 0, list[Group]()
+        self.saving, self.groups = 0, list[SharedPrefix]()
 
-    def absorb(self, part: "_Branch") -> None:
-        """Texts that come next."""
+    def add(self, part: "_Branch") -> None:
+        """Add a sub-branch, or a text, that comes next."""
         self.saving += part.saving
         self.groups += part.groups
 
-    def settle(self, members: list[int]) -> None:
-        """All `members` are one group where that saves more."""
-        if (whole := _saving(self.depth, members)) > self.saving:
-            self.saving, self.groups = whole, [(self.depth, members)]
+    def close(self, members: list[int]) -> None:
+        """Make all `members` one group if that saves more."""
+        if (saving := _saving(self.depth, len(members))) > self.saving:
+            self.saving, self.groups = saving, [(self.depth, members)]
 
 
-def _saving(length: int, members: Sequence[int]) -> int:
-    return length * (len(members) - 1)
+def _saving(length: int, texts: int) -> int:
+    """The tokens saved by computing a prefix once for this many texts."""
+    return length * (texts - 1)
 
 
-def _shared(one: Tokens, other: Tokens) -> Tokens:
+def _common_prefix(left: Tokens, right: Tokens) -> Tokens:
     length = 0
-    for first, second in zip(one, other, strict=False):
-        if first != second:
+    for left_token, right_token in zip(left, right, strict=False):
+        if left_token != right_token:
             break
         length += 1
-    return one[:length]
+    return left[:length]

@@ -138,7 +138,7 @@ class Run:
         return prompted.folded()
 
     def predictions(self) -> list[dict[str, Any]]:
-        """The answers on the test split in its order, as `evaluate.prediction_line` formats them."""
+        """The answers on the test split in its order, as `evaluate.prediction_record` formats them."""
         return [json.loads(line) for line in (self.folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
 
     def metrics(self) -> Iterator[dict[str, Any]]:

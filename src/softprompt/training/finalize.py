@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from softprompt import files, runs
-from softprompt.evaluation.evaluate import prediction_line, score_answers
+from softprompt.evaluation.evaluate import prediction_record, score_answers
 from softprompt.evaluation.predict import Answer
 from softprompt.export import export_model
 from softprompt.models import PromptedModel, attach
@@ -56,7 +56,7 @@ def evaluate_final(
 def save_run(run: Run, setup: TrainingSetup, answers: Sequence[Answer], results: dict[str, Any]) -> Run:
     """Write predictions, tensors, PEFT files, the README and the record of a finished run."""
     lines = (
-        runs.json_line(prediction_line(run.task, setup.rows.test, "test", example, answer, setup.backbone.tokenizer))
+        runs.json_line(prediction_record(run.task, setup.rows.test, "test", example, answer, setup.backbone.tokenizer))
         for example, answer in zip(setup.test, answers, strict=True)
     )
     files.write_text(run.folder / runs.PREDICTIONS, "".join(lines))

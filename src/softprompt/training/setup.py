@@ -11,7 +11,7 @@ from softprompt import runs
 from softprompt.backbones import Backbone, load, resolve_dtype
 from softprompt.backbones.kernels import gradient_checkpointing
 from softprompt.config import Experiment
-from softprompt.evaluation.evaluate import beside_golds, draw, read_splits
+from softprompt.evaluation.evaluate import predictions_and_golds, read_splits, sample_examples
 from softprompt.evaluation.predict import input_limit, over_long_note
 from softprompt.models import PromptedModel, attach, fresh_head, verify
 from softprompt.models.vision import refuse_unfit
@@ -171,7 +171,7 @@ def _encode_rows(
                 f"{examples.answers_ended} of {len(examples)} {split} answers end with the tokenizer's own "
                 f"{backbone.tokenizer.eos_token}, which is removed: every answer gets one anyway"
             )
-        sampled = draw(task, table, examples, count, seed)
+        sampled = sample_examples(task, table, examples, count, seed)
         # A generated answer is an input only in training; in the other splits it is only compared.
         answer_is_input = split == "train" or task.is_classification
         for example in sampled:
@@ -192,7 +192,7 @@ def _encode_rows(
 
 def _check_scorable(task: Task, table: Any, examples: Sequence[Example], tokenizer: Any) -> None:
     """Check that every metric of the task can read the gold answers: a numeric metric needs numbers."""
-    _, golds, questions = beside_golds(task, table, examples, [], tokenizer)
+    _, golds, questions = predictions_and_golds(task, table, examples, [], tokenizer)
     for metric in task.metrics:
         read_answers(task, metric, [None] * len(golds), golds, questions)
 

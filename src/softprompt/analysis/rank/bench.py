@@ -8,7 +8,13 @@ from softprompt import files
 from softprompt.analysis.rank.subject import LoadedPrompt
 from softprompt.backbones import load
 from softprompt.config import Experiment
-from softprompt.evaluation.evaluate import beside_golds, draw, read_splits, run_splits, score_examples
+from softprompt.evaluation.evaluate import (
+    predictions_and_golds,
+    read_splits,
+    run_splits,
+    sample_examples,
+    score_examples,
+)
 from softprompt.evaluation.predict import input_limit
 from softprompt.models import PromptedModel, attach
 from softprompt.prompts import Folded
@@ -83,7 +89,7 @@ class RankScorer:
             splits=splits,
             split=split,
             rows_of=rows_of,
-            examples=draw(whole, table, examples, cutting.rows, experiment.seed),
+            examples=sample_examples(whole, table, examples, cutting.rows, experiment.seed),
             max_new_tokens=experiment.training.max_new_tokens,
         )
 
@@ -99,7 +105,7 @@ class RankScorer:
         )
         rows, split, task = self.splits, self.split, self.task
         found, answers = score_examples(attached, task, rows, split, self.examples, self.max_new_tokens)
-        given, golds, questions = beside_golds(
+        given, golds, questions = predictions_and_golds(
             task, getattr(rows, split), self.examples, answers, own.backbone.tokenizer
         )
         return found, read_answers(task, found.metric, given, golds, questions)

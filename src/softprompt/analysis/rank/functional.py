@@ -56,7 +56,7 @@ class Functional:
         """
         found = None
         for cut in reversed(self.cuts):
-            if cut.drop.shown:
+            if cut.drop.significant:
                 break
             found = cut.rank
         return found

@@ -182,7 +182,10 @@ def _last_layer(
     keys, values, mask = rows.pad(key), rows.pad(value), torch.arange(rows.longest) <= positions[..., None]
     prefix = layout.prefix_kv(key, value)
     if prompts and prefix:
-        keys, values = (torch.cat([kv[layout.index], own], 1) for kv, own in zip(prefix, (keys, values), strict=True))
+        keys, values = (
+            torch.cat([prompt_kv[layout.index], row_kv], 1)
+            for prompt_kv, row_kv in zip(prefix, (keys, values), strict=True)
+        )
         mask = torch.cat([prompts.mask[layout.index][:, None].expand(-1, positions.shape[1], -1), mask], 2)
     attn_output = grouped_attention(
         query.view(*positions.shape, *query.shape[1:]).transpose(1, 2),

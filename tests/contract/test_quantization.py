@@ -1,4 +1,4 @@
-"""Backbones of 4 bits a weight: prompts are trained, kept and used again in front of the weights as held."""
+"""Backbones with 4 bits per weight: prompts are trained, saved and used on the quantized weights."""
 
 import importlib.util
 from pathlib import Path
@@ -14,7 +14,7 @@ from softprompt.backbones.projections import query_key
 from softprompt.backbones.quantization import KINDS
 from softprompt.export import FORMATS, export_runs
 
-QUANTISED = pytest.mark.parametrize("kind", KINDS)
+QUANTIZED = pytest.mark.parametrize("kind", KINDS)
 
 
 def experiment(folder: Path, task: Path, kind: Any, **settings: Any) -> Experiment:
@@ -31,8 +31,8 @@ def run(
     return train(experiment(llama_folder, ticket_task, request.param), out=tmp_path_factory.mktemp("runs"))
 
 
-@QUANTISED
-def test_the_model_is_its_own_forward_over_prompt_and_text(kind: Any, llama_folder: Path) -> None:
+@QUANTIZED
+def test_loss_equals_the_models_own_forward(kind: Any, llama_folder: Path) -> None:
     backbone = load_backbone(str(llama_folder), dtype=kind)
     assert backbone.precision == kind
     assert {weights.dtype for weights in backbone.model.model.layers.parameters()} >= {torch.bfloat16}
@@ -40,8 +40,8 @@ def test_the_model_is_its_own_forward_over_prompt_and_text(kind: Any, llama_fold
     ids = torch.randint(3, 200, (4, 9), generator=torch.Generator().manual_seed(1))
     labels = torch.where(torch.arange(9) < 7, -100, ids)
     ours = attach(backbone, prompt)(ids, None, labels).loss
-    front = prompt.prompt().to(backbone.dtype).expand(4, -1, -1)
-    embeds = torch.cat([front, backbone.model.get_input_embeddings()(ids)], 1)
+    vectors = prompt.prompt().to(backbone.dtype).expand(4, -1, -1)
+    embeds = torch.cat([vectors, backbone.model.get_input_embeddings()(ids)], 1)
     theirs = backbone.model(inputs_embeds=embeds, labels=torch.cat([torch.full((4, 6), -100), labels], 1)).loss
     parameters = list(prompt.parameters())
     torch.testing.assert_close(ours, theirs.float(), rtol=2e-2, atol=2e-2)
@@ -49,30 +49,30 @@ def test_the_model_is_its_own_forward_over_prompt_and_text(kind: Any, llama_fold
         assert float((mine - its).norm() / its.norm()) < 0.05
 
 
-@QUANTISED
-def test_our_layers_compute_with_the_weights_as_held(kind: Any, llama_folder: Path) -> None:
-    """To the bit what they give with the same weights made whole for good."""
+@QUANTIZED
+def test_fused_layers_equal_dequantized_layers(kind: Any, llama_folder: Path) -> None:
+    """To the bit, with the same weights dequantized once."""
     backbone = load_backbone(str(llama_folder), dtype=kind)
     assert llama.is_supported(backbone.model)
     ids = torch.randint(3, 200, (4, 9), generator=torch.Generator().manual_seed(1))
     labels = torch.where(torch.arange(9) < 7, -100, ids)
-    found = []
+    results = []
     for _ in range(2):
         prompt = DPT(length=6, rank=2).build(backbone.host(), torch.Generator().manual_seed(0))
         loss = attach(backbone, prompt)(ids, None, labels).loss
-        found.append([loss, *torch.autograd.grad(loss, list(prompt.parameters()))])
+        results.append([loss, *torch.autograd.grad(loss, list(prompt.parameters()))])
         for layer in backbone.model.model.layers:
             for part in (layer.self_attn, layer.mlp):
                 for name, linear in list(part.named_children()):
                     if isinstance(linear, torch.nn.Linear):
-                        whole = torch.nn.Linear(linear.in_features, linear.out_features, bias=False)
-                        whole.weight = torch.nn.Parameter(dequantized_weight(linear), requires_grad=False)
-                        setattr(part, name, whole)
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+                        dequantized = torch.nn.Linear(linear.in_features, linear.out_features, bias=False)
+                        dequantized.weight = torch.nn.Parameter(dequantized_weight(linear), requires_grad=False)
+                        setattr(part, name, dequantized)
+    assert all(torch.equal(quantized, dequantized) for quantized, dequantized in zip(*results, strict=True))
 
 
-@QUANTISED
-def test_the_weights_take_less_memory(kind: Any, llama_folder: Path) -> None:
+@QUANTIZED
+def test_weights_take_a_quarter_of_the_memory(kind: Any, llama_folder: Path) -> None:
     sizes = []
     for dtype in ("bfloat16", kind):
         weights = load_backbone(str(llama_folder), dtype=dtype).model.model.layers[0].mlp.up_proj.weight
@@ -80,14 +80,14 @@ def test_the_weights_take_less_memory(kind: Any, llama_folder: Path) -> None:
     assert sizes[0] / sizes[1] == {"nf4": 4}[kind]
 
 
-def test_a_run_says_what_it_was_trained_on_and_answers_the_same_again(run: Run) -> None:
+def test_run_records_dtype_and_scores_again(run: Run) -> None:
     assert run.record["backbone"]["dtype"] == run.experiment.dtype
     assert run.results is not None
     again = evaluate(open_run(run.folder))
     assert again.value == run.results["test"]
 
 
-def test_other_weights_are_refused(run: Run) -> None:
+def test_other_weights_are_rejected(run: Run) -> None:
     same, other = (load_backbone(run.experiment.backbone, dtype=run.experiment.dtype) for _ in range(2))
     with torch.no_grad():
         other.model.model.norm.weight.mul_(2)
@@ -97,13 +97,13 @@ def test_other_weights_are_refused(run: Run) -> None:
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp4", ""])
-def test_what_is_no_dtype_is_refused_by_name(kind: Any, llama_folder: Path, unchecked: None) -> None:
+def test_unknown_dtype_is_rejected(kind: Any, llama_folder: Path, unchecked: None) -> None:
     with pytest.raises(ValueError, match=f"^dtype is '{kind}'; it must be auto, float32, bfloat16, float16, nf4$"):
         load_backbone(str(llama_folder), dtype=kind)
 
 
-@QUANTISED
-def test_a_resumed_run_loads_the_same_weights(
+@QUANTIZED
+def test_resumed_run_loads_the_same_weights(
     kind: Any, llama_folder: Path, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from softprompt import resume
@@ -123,21 +123,21 @@ def test_a_resumed_run_loads_the_same_weights(
     assert resume(tmp_path / "run").results is not None
 
 
-def test_a_checkpoint_of_whole_weights_is_refused(run: Run, tmp_path: Path) -> None:
+def test_checkpoint_export_is_rejected(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a checkpoint needs them whole; train in bfloat16"):
         export_runs([run], FORMATS["vocab"], tmp_path / "checkpoint")
     assert not list(tmp_path.iterdir())
 
 
-@QUANTISED
-def test_what_needs_whole_weights_says_so(kind: Any, llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
+@QUANTIZED
+def test_unquantized_weights_are_required(kind: Any, llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="are quantised; give a --dtype without quantisation"):
         query_key(load_backbone(str(llama_folder), dtype=kind).model)
     with pytest.raises(ValueError, match="give --dtype float32"):
         train(experiment(llama_folder, ticket_task, kind, baseline="full"), out=tmp_path)
 
 
-def test_without_the_extra_it_says_what_to_install(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extra_names_the_install_command(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     with pytest.raises(ModuleNotFoundError, match=r"dtype nf4 needs bitsandbytes; .*softprompt\[quantize\]"):
