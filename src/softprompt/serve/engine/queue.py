@@ -71,8 +71,8 @@ class RequestQueue:
         if not queues or limit < 1:
             return []
         rounds = zip_longest(*queues.values())
-        in_turn = (request for requests in rounds for request in requests if request is not None)
-        picked = list(islice(in_turn, limit * _LOOKAHEAD if similar_length else limit))
+        round_robin = (request for requests in rounds for request in requests if request is not None)
+        picked = list(islice(round_robin, limit * _LOOKAHEAD if similar_length else limit))
         if similar_length:
             length = len(picked[0].ids)
             picked = sorted(picked, key=lambda request: abs(len(request.ids) - length))[:limit]
