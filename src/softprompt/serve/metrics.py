@@ -36,7 +36,7 @@ class Metrics:
         )
         self._requests = Counter("softprompt_requests", "Requests by route and status.", ["route", "status"], **common)
         self._tokens = Counter("softprompt_tokens", "Tokens of inputs and answers.", ["prompt", "kind"], **common)
-        self._gauges: dict[Gauge, Callable[[EngineStatus], float]] = {
+        self._gauges: dict[Gauge, Callable[[EngineStatus], int]] = {
             Gauge("softprompt_queued_rows", "Rows in the queue.", **common): lambda status: status.queued,
             Gauge("softprompt_generating_rows", "Running generations.", **common): lambda status: status.generating,
             Gauge("softprompt_prompts", "Prompts that are served.", **common): lambda status: status.prompts,
@@ -76,5 +76,5 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def _read(value: Callable[[EngineStatus], float], engine: Engine) -> float:
+def _read(value: Callable[[EngineStatus], int], engine: Engine) -> int:
     return value(engine.status())
