@@ -12,7 +12,6 @@ from softprompt.serve.config import RayConfig, ServeConfig
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"engine": "vllm"}, "engine is 'vllm'; it must be local or ray"),
         ({"grace": -1.0}, "grace is -1.0"),
         ({"grace": float("nan")}, "grace is nan"),
         ({"sources": ("bad name=runs/one",)}, "'bad name' cannot be a prompt name"),
