@@ -120,39 +120,39 @@ def service(settings: argparse.Namespace) -> None:
 
     from softprompt import load_backbone
     from softprompt.serve import Limits
-    from softprompt.serve.metrics import Metrics
-    from softprompt.serve.service import serve, started_engine  # noqa: F401  (import both before memory is measured)
+    from softprompt.serve.config import ServeConfig
+    from softprompt.serve.service import serve  # imported before memory is measured
 
     backbone = load_backbone(BACKBONE, dtype=settings.dtype, device="cpu")
     folders = sorted(Path(settings.service).glob("task-*"))
-    facts = memory(backbone, folders, psutil.Process(), Limits(), Metrics())
+    facts = memory(backbone, folders, psutil.Process())
+    limits = Limits(max_queued=max(256, 2 * settings.clients))
     serve(
+        ServeConfig(sources=tuple(map(str, folders)), port=0, limits=limits),
         backbone,
-        [(folder.name, folder) for folder in folders],
-        port=0,
-        limits=Limits(max_waiting=max(256, 2 * settings.clients)),
-        started=lambda address: print(json.dumps({"address": address, **facts}), flush=True),
+        on_start=lambda address: print(json.dumps({"address": address, **facts}), flush=True),
     )
 
 
-def memory(backbone: Any, folders: Sequence[Path], process: Any, limits: Any, metrics: Any) -> dict[str, Any]:
+def memory(backbone: Any, folders: Sequence[Path], process: Any) -> dict[str, Any]:
     """Memory per prompt after the first, beside the size of its keys and values."""
-    from softprompt.serve.service import started_engine
+    from softprompt.serve import Engine
 
-    engine = started_engine(backbone, [(folders[0].name, folders[0])], None, limits, metrics)
+    engine = Engine(backbone)
+    engine.add(folders[0].name, folders[0])
     before = process.memory_info().rss
     for folder in folders[1:]:
         engine.add(folder.name, folder)
     growth = process.memory_info().rss - before
-    states = [entry.state.bytes for entry in engine.prompts if entry.state is not None][1:]
+    prefixes = [entry.kv_prefix.bytes for entry in engine.prompts if entry.kv_prefix is not None][1:]
     vectors = [entry.prompt.prompt().nbytes for entry in engine.prompts][1:]
     engine.close()
-    added = max(len(states), 1)
+    added = max(len(prefixes), 1)
     return {
         "per_prompt": growth / added,
-        "keys_and_values": sum(states) / added,
+        "keys_and_values": sum(prefixes) / added,
         "vectors": sum(vectors) / added,
-        "ratio": round(growth / max(sum(states), 1), 3),
+        "ratio": round(growth / max(sum(prefixes), 1), 3),
     }
 
 

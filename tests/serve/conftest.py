@@ -23,7 +23,7 @@ from softprompt.backbones import Backbone
 from softprompt.prompts import METHODS, SoftPrompt
 from softprompt.serve import Engine, Limits
 from softprompt.serve.api.app import make_app
-from softprompt.serve.api.middleware import AuthConfig
+from softprompt.serve.api.auth import AuthConfig
 from softprompt.serve.metrics import Metrics
 from softprompt.serve.prompts.store import PromptStore
 
@@ -69,9 +69,9 @@ def engine_of(tiny_backbone: Callable[[str], Backbone]) -> Iterator[Callable[...
 
 @pytest.fixture(scope="session")
 def run_folders(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, ticket_task: Path) -> list[Path]:
-    """Two short trainings of the tickets' task, of different length."""
+    """Two short runs of the tickets task, with prompts of different lengths."""
     out = tmp_path_factory.mktemp("runs")
-    found = []
+    folders = []
     for length in (3, 6):
         experiment = softprompt.Experiment(
             backbone=str(llama_folder),
@@ -80,55 +80,54 @@ def run_folders(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, ti
             training=softprompt.TrainingConfig(steps=2, batch_size=4, eval_steps=2),
             dtype="float32",
         )
-        found.append(softprompt.train(experiment, out=out, name=f"tickets-{length}").folder)
-    return found
+        folders.append(softprompt.train(experiment, out=out, name=f"tickets-{length}").folder)
+    return folders
 
 
 @dataclass
 class Service:
-    """A service under a real server, and its clients."""
+    """A service behind a real server, and its clients."""
 
     address: str
     engine: Engine
     store: Path
     token: str = "sesame"
-    master: str = "master"
+    admin_token: str = "admin"
 
     def client(self, headers: dict[str, str] | None = None) -> httpx.Client:
-        """Of one who may ask, unless other headers are given."""
+        """A client with the token, unless other headers are given."""
         headers = {"Authorization": f"Bearer {self.token}"} if headers is None else headers
         return httpx.Client(base_url=self.address, headers=headers, timeout=60)
 
     def admin(self) -> httpx.Client:
-        """Of one who may change prompts."""
-        return self.client({"Authorization": f"Bearer {self.master}"})
+        """A client that may change prompts."""
+        return self.client({"Authorization": f"Bearer {self.admin_token}"})
 
     def openai(self) -> openai.OpenAI:
-        """OpenAI's own."""
+        """OpenAI's own client."""
         return openai.OpenAI(base_url=f"{self.address}/v1", api_key=self.token, max_retries=0, timeout=60)
 
     def post(self, path: str, body: str) -> bytes:
-        """A request as it goes over the wire."""
+        """A request as raw bytes."""
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {self.token}\r\n"
         return f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
 
     @property
-    def place(self) -> tuple[str, int]:
-        """Host and port."""
+    def host_and_port(self) -> tuple[str, int]:
         host, port = self.address.removeprefix("http://").split(":")
         return host, int(port)
 
 
 @pytest.fixture
 def service_of(engine_of: Callable[..., Engine], tmp_path: Path) -> Iterator[Callable[..., Service]]:
-    """`service_of(access, prompts=3)`: a service on a free port, its prompts kept in `tmp_path / "shelf"`."""
+    """`service_of(auth, prompts=3)`: a service on a free port, its prompts saved in `tmp_path / "store"`."""
     servers: list[tuple[uvicorn.Server, threading.Thread]] = []
 
-    def make(access: AuthConfig | None = None, **of_engine: Any) -> Service:
-        engine, metrics = engine_of(**of_engine), Metrics()
-        engine._worker._watch = metrics.passed
-        access = access or AuthConfig(tokens=(Service.token,), admin_tokens=(Service.master,), body_seconds=1.0)
-        app = make_app(engine, access, metrics=metrics, store=PromptStore(tmp_path / "shelf"), grace=10.0)
+    def make(auth: AuthConfig | None = None, **engine_options: Any) -> Service:
+        engine, metrics = engine_of(**engine_options), Metrics()
+        engine._runner._on_batch = metrics.observe_batch
+        auth = auth or AuthConfig(tokens=(Service.token,), admin_tokens=(Service.admin_token,), body_seconds=1.0)
+        app = make_app(engine, auth, metrics=metrics, store=PromptStore(tmp_path / "store"), grace=10.0)
         config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=10)
         sock = config.bind_socket()
         server = uvicorn.Server(config)
@@ -139,7 +138,7 @@ def service_of(engine_of: Callable[..., Engine], tmp_path: Path) -> Iterator[Cal
         while not server.started:
             time.sleep(0.02)
         assert httpx.get(f"{address}/readyz").status_code == 200
-        return Service(address, engine, tmp_path / "shelf")
+        return Service(address, engine, tmp_path / "store")
 
     yield make
     for server, thread in servers:
@@ -149,7 +148,7 @@ def service_of(engine_of: Callable[..., Engine], tmp_path: Path) -> Iterator[Cal
 
 @pytest.fixture
 def service(service_of: Callable[..., Service]) -> Service:
-    """With three prompts, one token to ask and one to change prompts."""
+    """Three prompts, one token to send requests and one to change prompts."""
     return service_of(prompts=3)
 
 
@@ -167,7 +166,7 @@ def prompt_file() -> Callable[..., bytes]:
 
 @pytest.fixture(scope="session")
 def error_of() -> Callable[[httpx.Response], dict[str, Any]]:
-    """What a response says went wrong, in OpenAI's shape."""
+    """The error of a response, in OpenAI's format."""
 
     def read(response: httpx.Response) -> dict[str, Any]:
         error: dict[str, Any] = response.json()["error"]

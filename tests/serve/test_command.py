@@ -15,11 +15,12 @@ import httpx
 import pytest
 
 from softprompt.cli import main
-from softprompt.serve.api.middleware import AuthConfig
-from softprompt.serve.service import refuse_open, serve
+from softprompt.serve.api.auth import AuthConfig
+from softprompt.serve.config import ServeConfig
+from softprompt.serve.service import serve
 
 
-def test_two_runs_are_served_until_the_process_is_told_to_stop(run_folders: list[Path], tmp_path: Path) -> None:
+def test_two_runs_are_served_until_sigterm(run_folders: list[Path], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "softprompt.cli", "serve", str(run_folders[0]), f"other={run_folders[1]}"]
     command += ["--port", "0", "--prompts", str(tmp_path / "sent"), "--dtype", "float32", "--max-wait", "1"]
     environment = {**os.environ, "SOFTPROMPT_TOKEN": "sesame", "HF_HUB_OFFLINE": "1"}
@@ -29,10 +30,10 @@ def test_two_runs_are_served_until_the_process_is_told_to_stop(run_folders: list
     assert process.stderr is not None
     try:
         lines = []
-        while not (found := re.search(r"http://127\.0\.0\.1:\d+", lines[-1] if lines else "")):
+        while not (address := re.search(r"http://127\.0\.0\.1:\d+", lines[-1] if lines else "")):
             lines.append(process.stderr.readline())
             assert lines[-1], "".join(lines)
-        with httpx.Client(base_url=found[0], headers={"Authorization": "Bearer sesame"}, timeout=60) as client:
+        with httpx.Client(base_url=address[0], headers={"Authorization": "Bearer sesame"}, timeout=60) as client:
             names = [model["id"] for model in client.get("/v1/models").json()["data"]]
             assert names == ["other", "tickets-3", "base"]
             rows = {"model": "other", "input": [{"text": "a a a"}, "b b"]}
@@ -51,24 +52,24 @@ def test_two_runs_are_served_until_the_process_is_told_to_stop(run_folders: list
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
-def test_it_does_not_listen_beyond_this_machine_without_a_token(
+def test_public_address_without_token_is_rejected(
     host: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SOFTPROMPT_TOKEN", raising=False)
     monkeypatch.delenv("SOFTPROMPT_ADMIN_TOKEN", raising=False)
     assert main(["serve", "--backbone", "nothing", "--host", host]) == 1
     assert "there is no token" in capsys.readouterr().err
-    refuse_open(host, AuthConfig(tokens=("sesame",)))
+    AuthConfig(tokens=("sesame",)).check_host(host)
 
 
-def test_a_port_that_is_taken_is_named(tiny_backbone: Callable[..., Any]) -> None:
+def test_taken_or_impossible_port_is_named(tiny_backbone: Callable[..., Any]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="choose another --port"):
-        serve(tiny_backbone("llama"), [], port=taken.getsockname()[1])
+        serve(ServeConfig(port=taken.getsockname()[1]), tiny_backbone("llama"))
     with pytest.raises(OSError, match="choose another --port"):
-        serve(tiny_backbone("llama"), [], port=70_000)
+        serve(ServeConfig(port=70_000), tiny_backbone("llama"))
 
 
-def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, run_folders: list[Path]) -> None:
+def test_missing_setting_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, run_folders: list[Path]) -> None:
     assert main(["serve"]) == 1
     assert "give --backbone" in capsys.readouterr().err
     (tmp_path / "tokens").write_text("\n")
@@ -78,28 +79,29 @@ def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "nowhere" in capsys.readouterr().err
 
 
-AT_ONCE = """
+STOPPED_AT_START = """
 import os, signal, socket, sys, urllib.parse
-from pathlib import Path
-from softprompt import load_backbone, open_run
+from softprompt.serve.config import ServeConfig
 from softprompt.serve.service import serve
 
-def started(address):
+def on_start(address):
     url = urllib.parse.urlsplit(address)
     socket.create_connection((url.hostname, url.port), 5).close()
     print("taken", flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
-folder = Path(sys.argv[1])
-backbone = load_backbone(open_run(folder).experiment.backbone, dtype="float32")
-serve(backbone, [("one", folder)], port=0, started=started)
+serve(ServeConfig(sources=(f"one={sys.argv[1]}",), port=0, dtype="float32"), on_start=on_start)
 print("ended", flush=True)
 """
 
 
-def test_its_address_is_told_once_it_is_taken_and_a_signal_at_once_ends_it(run_folders: list[Path]) -> None:
+def test_signal_at_start_ends_the_service(run_folders: list[Path]) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", AT_ONCE, str(run_folders[0])], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", STOPPED_AT_START, str(run_folders[0])],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.stdout.split() == ["taken", "ended"], done.stderr[-2000:]
     assert done.returncode == 0

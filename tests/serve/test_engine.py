@@ -1,4 +1,4 @@
-"""Each answer of a mixed batch is the one that the row gets alone."""
+"""Each row of a mixed batch gets the answer that it gets alone."""
 
 import threading
 import time
@@ -25,8 +25,8 @@ LABELS = ("yes", "no", "maybe so")
 DECODERS = ("llama", "gpt2", "qwen3", "bloom", "opt", "gemma2", "mistral")
 
 
-def alone(engine: Engine, name: str, text: str) -> list[float]:
-    """The attachment's own scores, one row at a time."""
+def score_alone(engine: Engine, name: str, text: str) -> list[float]:
+    """The scores of `PromptedModel` for one row."""
     backbone = engine.backbone
     prompted = attach(backbone, engine.get(name).prompt)
     task = Task(name="t", template="{text}", label="y", label_words={label: label for label in LABELS})
@@ -36,48 +36,48 @@ def alone(engine: Engine, name: str, text: str) -> list[float]:
 
 
 @pytest.mark.parametrize("name", [*DECODERS, "t5", "bart"])
-def test_choices_of_a_mixed_batch_are_those_of_the_row_alone(engine_of: EngineOf, name: str) -> None:
+def test_classifications_equal_rows_alone(engine_of: EngineOf, name: str) -> None:
     engine = engine_of(name, max_wait=200.0)
-    asked = [(f"p{place % 5}", text) for place, text in enumerate(TEXTS * 2)]
+    asked = [(f"p{index % 5}", text) for index, text in enumerate(TEXTS * 2)]
     requests = [engine.classify(prompt, [text], LABELS)[0] for prompt, text in asked]
     for (prompt, text), request in zip(asked, requests, strict=True):
-        ours, expected = request.result(30.0).scores, alone(engine, prompt, text)
+        ours, expected = request.result(30.0).scores, score_alone(engine, prompt, text)
         # The same sums in another order: a few units in the last place of a float32.
         assert ours == pytest.approx(expected, abs=1e-5, rel=1e-5)
         assert max(range(3), key=ours.__getitem__) == max(range(3), key=expected.__getitem__)
 
 
-def written_alone(engine: Engine, name: str, text: str, tokens: int) -> list[int]:
+def generate_alone(engine: Engine, name: str, text: str, tokens: int) -> list[int]:
     backbone = engine.backbone
     prompted = attach(backbone, engine.get(name).prompt)
     task = Task(name="t", template="{text}", target="y", metrics=("exact_match",))
     ids = encode(task, backbone.tokenizer, [{"text": text}], 500, closing=prompted.appends_eos, answers=False)[0][0]
     stop = prompted.end_of_sequence()
-    found = []
+    generated = []
     for token in prompted.generate(torch.tensor([ids.input_ids]), max_new_tokens=tokens):
         if int(token) in stop:
             break
-        found.append(int(token))
-    return found
+        generated.append(int(token))
+    return generated
 
 
 @pytest.mark.parametrize("name", [*DECODERS, "t5", "bart_forced"])
-def test_texts_written_together_are_those_written_alone(engine_of: EngineOf, name: str) -> None:
+def test_generations_equal_texts_alone(engine_of: EngineOf, name: str) -> None:
     engine = engine_of(name, max_batch=4)
-    asked = [(f"p{place % 5}", text, 3 + 5 * (place % 4)) for place, text in enumerate(TEXTS * 2)]
+    asked = [(f"p{index % 5}", text, 3 + 5 * (index % 4)) for index, text in enumerate(TEXTS * 2)]
     requests = []
-    for prompt, text, tokens in asked:  # some are being written when others come
+    for prompt, text, tokens in asked:  # some are running when others arrive
         requests.append(engine.generate(prompt, text, max_new_tokens=tokens))
         time.sleep(0.003)
     for (prompt, text, tokens), request in zip(asked, requests, strict=True):
-        assert list(request.result(60.0).tokens) == written_alone(engine, prompt, text, tokens)
+        assert list(request.result(60.0).tokens) == generate_alone(engine, prompt, text, tokens)
 
 
-def test_a_drawn_text_does_not_depend_on_its_neighbours(engine_of: EngineOf) -> None:
+def test_sampled_text_does_not_depend_on_other_rows(engine_of: EngineOf) -> None:
     engine = engine_of(max_batch=8)
     draws = [Sampling(temperature=1.5, seed=seed, top_k=20) for seed in range(3)]
     first = [engine.generate("p1", "a b", max_new_tokens=12, sampling=draw).result(30.0).tokens for draw in draws]
-    crowd = [engine.generate(f"p{place % 5}", "c", max_new_tokens=9 + place) for place in range(4)]
+    crowd = [engine.generate(f"p{index % 5}", "c", max_new_tokens=9 + index) for index in range(4)]
     again = [engine.generate("p1", "a b", max_new_tokens=12, sampling=draw) for draw in draws]
     assert [request.result(30.0).tokens for request in again] == first
     assert len(set(first)) == 3
@@ -85,10 +85,10 @@ def test_a_drawn_text_does_not_depend_on_its_neighbours(engine_of: EngineOf) -> 
 
 
 @pytest.mark.parametrize("name", ["bert_mlm", "distilbert_mlm"])
-def test_an_encoder_answers_in_words(engine_of: EngineOf, name: str) -> None:
+def test_masked_lm_classifies_with_words(engine_of: EngineOf, name: str) -> None:
     engine = engine_of(name, shifting=False, max_wait=200.0)
     words = ["a", "b", "c"]
-    asked = [(f"p{place % 5}", text) for place, text in enumerate(TEXTS)]
+    asked = [(f"p{index % 5}", text) for index, text in enumerate(TEXTS)]
     requests = [engine.classify(prompt, [text], words)[0] for prompt, text in asked]
     single = [engine.classify(prompt, [text], words)[0].result(30.0).scores for prompt, text in asked]
     for request, expected in zip(requests, single, strict=True):
@@ -97,29 +97,29 @@ def test_an_encoder_answers_in_words(engine_of: EngineOf, name: str) -> None:
         engine.generate("p0", "a")
 
 
-@pytest.mark.parametrize("worth", [16, 1])
-def test_two_runs_answer_as_predict_does(run_folders: list[Path], worth: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a row's first words, the template's own, were read when its prompt came."""
-    monkeypatch.setattr(serve_encode, "_BEGINNING", worth)
+@pytest.mark.parametrize("min_prefix", [16, 1])
+def test_runs_answer_as_predict_does(run_folders: list[Path], min_prefix: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the template's first tokens were cached when the prompt was added."""
+    monkeypatch.setattr(serve_encode, "_MIN_TEMPLATE_PREFIX", min_prefix)
     runs = [open_run(folder) for folder in run_folders]
     backbone = load(runs[0].experiment.backbone, dtype="float32")
     rows = [{"text": " ".join("abcdef"[i % 6] * (1 + i % 4))} for i in range(14)]
     with Engine(backbone, Limits(max_wait=100.0)) as engine:
         for run in runs:
-            served = engine.add(run.name, run.folder)
-            assert (served.template_prefix is not None) == (worth == 1)
-            assert served.describe()["bytes"] == sum(state.bytes for state in served.states)
+            entry = engine.add(run.name, run.folder)
+            assert (entry.template_prefix is not None) == (min_prefix == 1)
+            assert entry.describe()["bytes"] == sum(prefix.bytes for prefix in entry.kv_prefixes)
         requests = [(run, engine.classify(run.name, rows)) for run in runs]
         for run, asked in requests:
             for request, answer in zip(asked, predict(run, rows, backbone=backbone), strict=True):
-                chances = torch.tensor(request.result(30.0).scores).softmax(0).tolist()
-                assert chances == pytest.approx(list(answer.probabilities.values()), abs=1e-5)
-                assert max(range(len(chances)), key=chances.__getitem__) == answer.index
+                probs = torch.tensor(request.result(30.0).scores).softmax(0).tolist()
+                assert probs == pytest.approx(list(answer.probabilities.values()), abs=1e-5)
+                assert max(range(len(probs)), key=probs.__getitem__) == answer.index
         other = engine.classify(runs[0].name, ["no words of the template"], LABELS)[0].result(30.0).scores
-        assert other == pytest.approx(alone(engine, runs[0].name, "no words of the template"), abs=1e-5)
+        assert other == pytest.approx(score_alone(engine, runs[0].name, "no words of the template"), abs=1e-5)
 
 
-def test_a_peft_folder_is_served_as_the_prompt_in_it(run_folders: list[Path], tmp_path: Path) -> None:
+def test_peft_folder_answers_as_its_run(run_folders: list[Path], tmp_path: Path) -> None:
     run = open_run(run_folders[0])
     backbone = load(run.experiment.backbone, dtype="float32")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
@@ -134,12 +134,12 @@ def test_a_peft_folder_is_served_as_the_prompt_in_it(run_folders: list[Path], tm
         assert theirs == pytest.approx(ours, abs=1e-5)
 
 
-def test_a_further_prompt_costs_its_keys_and_values_alone(engine_of: EngineOf, prompt_of: PromptOf) -> None:
+def test_another_prompt_costs_only_its_keys_and_values(engine_of: EngineOf, prompt_of: PromptOf) -> None:
     engine = engine_of(prompts=0)
     engine.add("long", prompt_of(engine.backbone, 0, length=40))
-    before = engine.get("long").state
-    short = engine.add("short", prompt_of(engine.backbone, 1, length=4)).state
-    assert engine.get("long").state is before
+    before = engine.get("long").kv_prefix
+    short = engine.add("short", prompt_of(engine.backbone, 1, length=4)).kv_prefix
+    assert engine.get("long").kv_prefix is before
     config = engine.backbone.model.config
     heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     assert short is not None
@@ -148,8 +148,8 @@ def test_a_further_prompt_costs_its_keys_and_values_alone(engine_of: EngineOf, p
     assert sum(stored.values()) == short.bytes  # no view into something larger
 
 
-def test_prompts_come_and_go_while_others_are_asked(engine_of: EngineOf, prompt_of: PromptOf) -> None:
-    engine = engine_of(prompts=2, max_waiting=4000)
+def test_prompts_change_while_others_answer(engine_of: EngineOf, prompt_of: PromptOf) -> None:
+    engine = engine_of(prompts=2, max_queued=4000)
     expected = {name: engine.classify(name, ["a b"], LABELS)[0].result(30.0).scores for name in ("p0", "p1")}
     stop, wrong = threading.Event(), []
 
@@ -174,10 +174,10 @@ def test_prompts_come_and_go_while_others_are_asked(engine_of: EngineOf, prompt_
         engine.classify("guest", ["a"], LABELS)
 
 
-def test_a_waiting_row_gets_the_prompt_that_it_came_for(engine_of: EngineOf, prompt_of: PromptOf) -> None:
+def test_queued_row_keeps_its_prompt_when_replaced(engine_of: EngineOf, prompt_of: PromptOf) -> None:
     engine = engine_of(prompts=0, max_wait=300.0)
     engine.add("p", prompt_of(engine.backbone, 1))
-    expected = alone(engine, "p", "a b")
+    expected = score_alone(engine, "p", "a b")
     request = engine.classify("p", ["a b"], LABELS)[0]
     engine.add("p", prompt_of(engine.backbone, 2), replace=True)
     assert request.result(30.0).scores == pytest.approx(expected, abs=1e-5)
@@ -185,43 +185,43 @@ def test_a_waiting_row_gets_the_prompt_that_it_came_for(engine_of: EngineOf, pro
 
 
 def test_prompts_take_turns(engine_of: EngineOf) -> None:
-    engine = engine_of(prompts=2, max_batch=2, max_wait=0.0, max_waiting=1000)
+    engine = engine_of(prompts=2, max_batch=2, max_wait=0.0, max_queued=1000)
     many = engine.classify("p0", ["a b c"] * 200, LABELS)
     few = engine.classify("p1", ["a b c"] * 2, LABELS)
     for request in few:
         request.result(30.0)
-    assert sum(request.over for request in many) < 100
+    assert sum(request.done for request in many) < 100
 
 
-def test_a_full_line_refuses_at_once_and_recovers(engine_of: EngineOf) -> None:
+def test_full_queue_refuses_at_once_and_recovers(engine_of: EngineOf) -> None:
     engine = engine_of(
-        prompts=1, max_waiting=6, max_wait=2000.0
-    )  # fewer than a CPU takes at once: they wait for others
+        prompts=1, max_queued=6, max_wait=2000.0
+    )  # fewer than a full batch on a CPU, so they wait for others
     requests = engine.classify("p0", ["a"] * 6, LABELS)
     start = time.monotonic()
     with pytest.raises(QueueFull) as refused:
         engine.classify("p0", ["a"] * 3, LABELS)
     assert time.monotonic() - start < 1
-    assert refused.value.after >= 1
+    assert refused.value.retry_after >= 1
     for request in requests:
         request.result(30.0)
     assert engine.classify("p0", ["a"], LABELS)[0].result(30.0)
 
 
-def test_a_cancelled_text_leaves_the_batch(engine_of: EngineOf) -> None:
+def test_cancelled_generation_leaves_the_batch(engine_of: EngineOf) -> None:
     engine = engine_of(prompts=2)
     began = threading.Event()
     long = engine.generate("p0", "a", max_new_tokens=150, on_token=lambda token: began.set())
     other = engine.generate("p1", "b", max_new_tokens=20)
     assert began.wait(20)
     long.cancel()
-    assert list(other.result(30.0).tokens) == written_alone(engine, "p1", "b", 20)
+    assert list(other.result(30.0).tokens) == generate_alone(engine, "p1", "b", 20)
     with pytest.raises(Cancelled):
         long.result(0.0)
-    assert engine.status().writing == 0
+    assert engine.status().generating == 0
 
 
-def test_a_deadline_ends_what_waits_and_what_is_written(engine_of: EngineOf) -> None:
+def test_deadline_ends_queued_and_running_requests(engine_of: EngineOf) -> None:
     engine = engine_of(prompts=1, timeout=0.05, max_wait=400.0)
     with pytest.raises(TimeoutError, match=r"0\.05 seconds"):
         engine.classify("p0", ["a"], LABELS)[0].result(10.0)
@@ -230,12 +230,12 @@ def test_a_deadline_ends_what_waits_and_what_is_written(engine_of: EngineOf) -> 
         request.result(10.0)
 
 
-def test_closing_finishes_what_there_is_and_takes_no_more(engine_of: EngineOf) -> None:
+def test_close_finishes_requests_and_refuses_new_ones(engine_of: EngineOf) -> None:
     engine = engine_of(prompts=1, max_wait=10_000.0)
-    choice = engine.classify("p0", ["a"], LABELS)[0]
+    classification = engine.classify("p0", ["a"], LABELS)[0]
     text = engine.generate("p0", "a", max_new_tokens=30)
     engine.close(grace=30.0)
-    assert choice.result(0.0)
+    assert classification.result(0.0)
     assert text.result(0.0)
     with pytest.raises(RuntimeError, match="shutting down"):
         engine.classify("p0", ["a"], LABELS)
@@ -252,15 +252,13 @@ def test_closing_finishes_what_there_is_and_takes_no_more(engine_of: EngineOf) -
         ([{"other": "a"}], LABELS, "send each row as a text"),
     ],
 )
-def test_what_cannot_be_is_refused_before_it_meets_others(
-    engine_of: EngineOf, rows: Any, labels: Any, message: str
-) -> None:
+def test_invalid_rows_or_labels_are_rejected(engine_of: EngineOf, rows: Any, labels: Any, message: str) -> None:
     engine = engine_of(prompts=1)
     with pytest.raises(ValueError, match=message):
         engine.classify("p0", rows, labels)
 
 
-def test_a_prompt_of_another_width_changes_nothing(engine_of: EngineOf, prompt_of: PromptOf) -> None:
+def test_prompt_of_another_width_is_rejected(engine_of: EngineOf, prompt_of: PromptOf) -> None:
     engine, other = engine_of("llama", prompts=0), engine_of("opt", prompts=0)
     with pytest.raises(ValueError, match="another backbone"):
         engine.add("strange", prompt_of(other.backbone, 0))

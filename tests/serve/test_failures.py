@@ -1,4 +1,4 @@
-"""What fails, fails alone: rows, batches, memory that runs out, and the engine's own thread."""
+"""Failures stay local: bad rows, failing batches, memory that runs out, and the engine's own thread."""
 
 import threading
 import weakref
@@ -15,7 +15,7 @@ from softprompt.models.encoder_decoder import EncoderDecoder
 from softprompt.prompts import Folded
 from softprompt.serve import Engine, EngineClosed, Limits
 from softprompt.serve.api.app import make_app
-from softprompt.serve.api.middleware import AuthConfig
+from softprompt.serve.api.auth import AuthConfig
 from softprompt.serve.engine.kv_cache import Batch, CachedDecoder
 
 EngineOf = Callable[..., Engine]
@@ -23,8 +23,8 @@ TEXTS = ("a", "b b", "Ticket: a a c", "c b a a b c\nQueue:", "some words that we
 LABELS = ("yes", "no", "maybe so")
 
 
-class Fails:
-    """A model's embedding that fails for some batches, as memory that runs out does."""
+class FailingEmbedding:
+    """The model's embedding layer, failing for some batches as if memory ran out."""
 
     def __init__(self, engine: Engine, fails: Callable[[torch.Tensor], BaseException | None]) -> None:
         self._real = engine.backbone.model.get_input_embeddings()
@@ -37,42 +37,42 @@ class Fails:
         return self._real(ids)
 
 
-@pytest.mark.parametrize("kind", ["choice", "writing"])
-def test_memory_that_runs_out_halves_the_batch(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["classify", "generate"])
+def test_out_of_memory_halves_the_batch(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     engine = engine_of(prompts=4, shifting=False, max_batch=8, max_wait=200.0)
-    failing = Fails(engine, lambda ids: torch.OutOfMemoryError("memory") if len(ids) > 2 else None)
+    failing = FailingEmbedding(engine, lambda ids: torch.OutOfMemoryError("memory") if len(ids) > 2 else None)
 
     def ask() -> list[Any]:
-        if kind == "choice":
+        if kind == "classify":
             return [engine.classify(f"p{row % 4}", [TEXTS[row % 6]], LABELS)[0] for row in range(8)]
         return [engine.generate(f"p{row % 4}", TEXTS[row % 6], max_new_tokens=6) for row in range(8)]
 
     expected = [request.result(30.0) for request in ask()]
     monkeypatch.setattr(engine.backbone.model, "get_input_embeddings", lambda: failing)
-    found = [request.result(30.0) for request in ask()]
+    results = [request.result(30.0) for request in ask()]
     assert engine.status().max_batch < 8
-    if kind == "writing":
-        assert [one.tokens for one in found] == [one.tokens for one in expected]
+    if kind == "generate":
+        assert [output.tokens for output in results] == [output.tokens for output in expected]
     else:
-        for ours, theirs in zip(found, expected, strict=True):
+        for ours, theirs in zip(results, expected, strict=True):
             assert ours.scores == pytest.approx(theirs.scores, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["choice", "writing"])
-def test_one_bad_row_fails_alone(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["classify", "generate"])
+def test_bad_row_fails_alone(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     engine = engine_of(prompts=3, shifting=False, max_wait=200.0)
     marked = engine.backbone.tokenizer("x", add_special_tokens=False)["input_ids"][0]
-    failing = Fails(engine, lambda ids: RuntimeError("broken") if bool((ids == marked).any()) else None)
+    failing = FailingEmbedding(engine, lambda ids: RuntimeError("broken") if bool((ids == marked).any()) else None)
     monkeypatch.setattr(engine.backbone.model, "get_input_embeddings", lambda: failing)
     texts = ["a", "b", "x", "c", "a b"]
-    if kind == "choice":
+    if kind == "classify":
         requests: list[Any] = [engine.classify(f"p{i % 3}", [text], LABELS)[0] for i, text in enumerate(texts)]
     else:
         requests = [engine.generate(f"p{i % 3}", text, max_new_tokens=1) for i, text in enumerate(texts)]
     with pytest.raises(RuntimeError, match="broken"):
         requests[2].result(30.0)
-    for place in (0, 1, 3, 4):
-        assert requests[place].result(30.0)
+    for index in (0, 1, 3, 4):
+        assert requests[index].result(30.0)
 
 
 def memory() -> torch.OutOfMemoryError:
@@ -80,13 +80,13 @@ def memory() -> torch.OutOfMemoryError:
 
 
 @pytest.mark.parametrize("breaks", ["joining", "leaving"])
-def test_memory_that_runs_out_between_two_steps_changes_no_text(
+def test_out_of_memory_between_steps_keeps_texts(
     engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch, breaks: str
 ) -> None:
-    """Rows that join and leave a batch move its keys and values, which takes memory too."""
+    """Rows that join and leave a batch move its keys and values, which also takes memory."""
     engine = engine_of(prompts=4, shifting=False, max_batch=8)
     asked = [(f"p{row % 4}", TEXTS[row % 6], 4 + 12 * (row % 3) if row else 40) for row in range(8)]
-    expected = [engine.generate(*one[:2], max_new_tokens=one[2]).result(30.0).tokens for one in asked]
+    expected = [engine.generate(name, text, max_new_tokens=most).result(30.0).tokens for name, text, most in asked]
     real, fails = CachedDecoder.joined, [0]
 
     def joined(self: CachedDecoder, rows: Any, room: int = 64) -> Batch:
@@ -107,30 +107,26 @@ def test_memory_that_runs_out_between_two_steps_changes_no_text(
     assert engine.alive
 
 
-def test_what_a_failed_pass_had_computed_is_freed_before_the_next_one(
-    engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_pass_frees_its_tensors_before_the_retry(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(prompts=2, shifting=False, max_wait=200.0)
-    real, held, found = engine.backbone.model.get_input_embeddings(), [], []
+    real, activations, freed = engine.backbone.model.get_input_embeddings(), [], []
 
     def embed(ids: torch.Tensor) -> torch.Tensor:
-        found.extend(one() is None for one in held)
+        freed.extend(reference() is None for reference in activations)
         if len(ids) > 2:
-            activations = torch.zeros(10)
-            held.append(weakref.ref(activations))
+            hidden = torch.zeros(10)
+            activations.append(weakref.ref(hidden))
             raise memory()
         return real(ids)
 
     monkeypatch.setattr(engine.backbone.model, "get_input_embeddings", lambda: embed)
     for request in [engine.classify(f"p{row % 2}", ["a"], LABELS)[0] for row in range(4)]:
         request.result(30.0)
-    assert found
-    assert all(found)
+    assert freed
+    assert all(freed)
 
 
-def test_a_row_that_overflows_fails_alone_while_it_is_written(
-    engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generation_that_overflows_fails_alone(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(prompts=3, shifting=False, max_batch=4)
     expected = [engine.generate(f"p{row}", "a b", max_new_tokens=12).result(30.0).tokens for row in (0, 1)]
     real, bad = CachedDecoder.decode_next, engine.get("p2").prompt
@@ -150,7 +146,7 @@ def test_a_row_that_overflows_fails_alone_while_it_is_written(
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_a_row_of_an_encoder_decoder_that_overflows_fails_alone(
+def test_encoder_decoder_row_that_overflows_fails_alone(
     engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     engine = engine_of(name, prompts=2, shifting=False, max_batch=4)
@@ -163,8 +159,8 @@ def test_a_row_of_an_encoder_decoder_that_overflows_fails_alone(
         return read._replace(states=read.states.masked_fill(bad[:, None, None], torch.nan))
 
     monkeypatch.setattr(EncoderDecoder, "_encoded", encoded)
-    busy, began = threading.Event(), threading.Event()  # so that all come at once
-    holding = threading.Thread(target=engine._scheduler.do, args=(lambda: busy.set() or began.wait(20),))
+    busy, release = threading.Event(), threading.Event()  # so that all requests start together
+    holding = threading.Thread(target=engine._scheduler.run_job, args=(lambda: busy.set() or release.wait(20),))
     holding.start()
     assert busy.wait(20)
     broken = [
@@ -172,16 +168,16 @@ def test_a_row_of_an_encoder_decoder_that_overflows_fails_alone(
         for temperature in (0.0, 1.0)
     ]
     requests = [engine.generate(f"p{row}", "a b", max_new_tokens=12) for row in (0, 1)]
-    began.set()
+    release.set()
     holding.join()
     for request in broken:
         with pytest.raises(FloatingPointError, match="huge"):
             request.result(30.0)
     assert [request.result(30.0).tokens for request in requests] == expected
-    assert engine.status().writing == 0
+    assert engine.status().generating == 0
 
 
-def test_a_choice_that_overflows_fails_alone(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classification_that_overflows_fails_alone(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(prompts=2, shifting=False, max_wait=200.0)
     expected = engine.classify("p0", ["a"], LABELS)[0].result(30.0).scores
     real, bad = CachedDecoder.prefill, engine.get("p1").prompt
@@ -202,7 +198,7 @@ def test_a_choice_that_overflows_fails_alone(engine_of: EngineOf, monkeypatch: p
     assert answer.json()["error"]["code"] == "overflow"
 
 
-def test_the_smallest_temperature_is_the_likeliest_token(engine_of: EngineOf) -> None:
+def test_smallest_temperature_is_greedy(engine_of: EngineOf) -> None:
     engine = engine_of(prompts=2, shifting=False, max_batch=4)
     greedy = [engine.generate(f"p{row}", "a b", max_new_tokens=8).result(30.0).tokens for row in (0, 1)]
     cold = engine.generate("p0", "a b", max_new_tokens=8, sampling=Sampling(temperature=1e-300, seed=1))
@@ -210,32 +206,32 @@ def test_the_smallest_temperature_is_the_likeliest_token(engine_of: EngineOf) ->
     assert [cold.result(30.0).tokens, other.result(30.0).tokens] == greedy
 
 
-def test_a_prompt_that_overflows_is_refused(engine_of: EngineOf) -> None:
+def test_prompt_that_overflows_is_rejected(engine_of: EngineOf) -> None:
     engine = engine_of("gpt2", prompts=1)
     with pytest.raises(ValueError, match="too large"):
         engine.add("huge", Folded(torch.full((3, engine.backbone.dim), 3e38)))
-    assert not engine.serves("huge")
+    assert "huge" not in engine
 
 
-def test_a_watcher_that_fails_harms_nobody(engine_of: EngineOf, prompt_of: Callable[..., Any]) -> None:
+def test_failing_callback_fails_no_request(engine_of: EngineOf, prompt_of: Callable[..., Any]) -> None:
     backbone = engine_of(prompts=0).backbone
 
-    def watch(_: object) -> None:
-        raise RuntimeError("no room for numbers")
+    def on_batch(_: object) -> None:
+        raise RuntimeError("no room for metrics")
 
-    with Engine(backbone, Limits(), watch) as engine:
+    with Engine(backbone, Limits(), on_batch) as engine:
         engine.add("p", prompt_of(backbone, 0))
         assert engine.classify("p", ["a"], LABELS)[0].result(30.0)
         assert len(engine.generate("p", "a", max_new_tokens=3).result(30.0).tokens) == 3
 
 
-def test_a_thread_that_dies_leaves_nobody_waiting(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dying_thread_fails_its_requests(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(prompts=1)
 
     def die(_: object) -> None:
         raise SystemExit
 
-    monkeypatch.setattr(engine._worker, "choose", die)
+    monkeypatch.setattr(engine._runner, "classify", die)
     with TestClient(make_app(engine), base_url="http://localhost") as client:
         assert client.get("/healthz").status_code == 200
         with pytest.raises(EngineClosed, match="failed"):
@@ -246,7 +242,7 @@ def test_a_thread_that_dies_leaves_nobody_waiting(engine_of: EngineOf, monkeypat
         assert client.get("/healthz").status_code == client.get("/readyz").status_code == 503
 
 
-def test_an_error_of_ours_is_counted_and_logged_as_one(
+def test_internal_error_is_counted_and_logged(
     engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = engine_of(prompts=1)

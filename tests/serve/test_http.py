@@ -1,4 +1,4 @@
-"""What clients ask over HTTP, as OpenAI's own one and a careless one do it."""
+"""The HTTP interface: OpenAI's client, careless clients, metrics and the log."""
 
 import json
 from collections.abc import Callable
@@ -16,23 +16,23 @@ from softprompt import open_run
 from softprompt.backbones import load
 from softprompt.serve import Engine
 from softprompt.serve.api.app import make_app
-from softprompt.serve.api.middleware import AuthConfig
+from softprompt.serve.api.auth import AuthConfig
 from softprompt.serve.api.schemas import ChatRequest, ClassifyRequest, CompletionRequest
 from softprompt.serve.metrics import Metrics
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
-def test_openais_client_lists_completes_streams_and_chats(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openai_client_lists_completes_streams_and_chats(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     client, tokenizer = service.openai(), service.engine.backbone.tokenizer
     assert [model.id for model in client.models.list()] == ["p0", "p1", "p2", "base"]
     assert client.models.retrieve("p1").owned_by == "softprompt"
     tokens = service.engine.generate("p1", "a b", max_new_tokens=12).result(30.0).tokens
     expected = tokenizer.decode(tokens, skip_special_tokens=True)
-    whole = client.completions.create(model="p1", prompt="a b", max_tokens=12)
-    assert whole.choices[0].text == expected
-    assert whole.usage is not None
-    assert whole.usage.completion_tokens == len(tokens)
+    full = client.completions.create(model="p1", prompt="a b", max_tokens=12)
+    assert full.choices[0].text == expected
+    assert full.usage is not None
+    assert full.usage.completion_tokens == len(tokens)
     stream = client.completions.create(
         model="p1", prompt="a b", max_tokens=12, stream=True, stream_options={"include_usage": True}
     )
@@ -48,19 +48,19 @@ def test_openais_client_lists_completes_streams_and_chats(service: Any, monkeypa
         client.chat.completions.create(model="p1", messages=[{"role": "user", "content": "a"}])
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     text = client.completions.create(model="p2", prompt="user: a\nassistant:", max_tokens=6).choices[0].text
-    said = client.chat.completions.create(
+    chat = client.chat.completions.create(
         model="p2", messages=[{"role": "user", "content": "a"}], max_completion_tokens=6, temperature=0
     )
-    assert said.choices[0].message.role == "assistant"
+    assert chat.choices[0].message.role == "assistant"
     parts = client.chat.completions.create(
         model="p2", messages=[{"role": "user", "content": [{"type": "text", "text": "a"}]}], max_tokens=6, stream=True
     )
     streamed = "".join(part.choices[0].delta.content or "" for part in parts)
-    assert streamed == said.choices[0].message.content
+    assert streamed == chat.choices[0].message.content
     assert text != ""
 
 
-def test_openais_client_understands_our_errors(service: Any) -> None:
+def test_openai_client_understands_errors(service: Any) -> None:
     client = service.openai()
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="nobody", prompt="a")
@@ -71,27 +71,27 @@ def test_openais_client_understands_our_errors(service: Any) -> None:
         openai.OpenAI(base_url=f"{service.address}/v1", api_key="wrong", max_retries=0).models.list()
 
 
-def test_a_stop_ends_the_text_before_it(service: Any) -> None:
+def test_stop_ends_the_text_before_it(service: Any) -> None:
     client = service.openai()
-    whole = client.completions.create(model="p1", prompt="a b", max_tokens=12).choices[0].text
-    stop = whole[3:5]
+    full = client.completions.create(model="p1", prompt="a b", max_tokens=12).choices[0].text
+    stop = full[3:5]
     for stream in (False, True):
         answer: Any = client.completions.create(model="p1", prompt="a b", max_tokens=12, stop=stop, stream=stream)
         parts = list(answer) if stream else [answer]
-        assert "".join(part.choices[0].text for part in parts) == whole[: whole.index(stop)]
+        assert "".join(part.choices[0].text for part in parts) == full[: full.index(stop)]
         assert parts[-1].choices[0].finish_reason == "stop"
 
 
-def test_classify_gives_a_label_and_every_score(service: Any, error_of: Callable[..., Any]) -> None:
+def test_classify_returns_label_and_scores(service: Any, error_of: Callable[..., Any]) -> None:
     with service.client() as client:
         body = {"model": "p0", "input": ["a", "b b b"], "labels": ["yes", "no"]}
-        found = client.post("/v1/classify", json=body).json()
+        answer = client.post("/v1/classify", json=body).json()
         for index, text in enumerate(["a", "b b b"]):
-            one = found["results"][index]
+            result = answer["results"][index]
             scores = service.engine.classify("p0", [text], ["yes", "no"])[0].result(30.0).scores
-            chances = torch.tensor(scores).softmax(0).tolist()
-            assert list(one["scores"].values()) == pytest.approx(chances, abs=1e-6)
-            assert one["label"] == max(one["scores"], key=one["scores"].get)
+            probs = torch.tensor(scores).softmax(0).tolist()
+            assert list(result["scores"].values()) == pytest.approx(probs, abs=1e-6)
+            assert result["label"] == max(result["scores"], key=result["scores"].get)
         assert "no labels" in error_of(client.post("/v1/classify", json={"model": "p0", "input": "a"}))["message"]
 
 
@@ -122,9 +122,7 @@ def test_classify_gives_a_label_and_every_score(service: Any, error_of: Callable
         b"[" * 100_000,
     ],
 )
-def test_malformed_requests_get_an_error_and_harm_nobody(
-    service: Any, content: bytes, error_of: Callable[..., Any]
-) -> None:
+def test_malformed_request_fails_alone(service: Any, content: bytes, error_of: Callable[..., Any]) -> None:
     with service.client() as client:
         response = client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
         assert 400 <= response.status_code < 500, response.text
@@ -133,7 +131,7 @@ def test_malformed_requests_get_an_error_and_harm_nobody(
         assert good.status_code == 200
 
 
-def test_a_zero_byte_is_a_character_like_any_other(service: Any) -> None:
+def test_zero_byte_is_a_character(service: Any) -> None:
     with service.client() as client:
         body = {"model": "p0", "prompt": "a\0b", "max_tokens": 2}
         assert client.post("/v1/completions", json=body).status_code == 200
@@ -141,27 +139,27 @@ def test_a_zero_byte_is_a_character_like_any_other(service: Any) -> None:
         assert client.post("/v1/classify", json=body).status_code == 200
 
 
-def test_metrics_tell_what_happened(service: Any) -> None:
+def test_metrics_count_requests_rows_and_tokens(service: Any) -> None:
     with service.client() as client:
         client.post("/v1/classify", json={"model": "p0", "input": ["a", "b"], "labels": ["x", "y"]})
         client.post("/v1/completions", json={"model": "p1", "prompt": "a", "max_tokens": 3})
         client.post("/v1/completions", json={"model": "nobody", "prompt": "a"})
         text = client.get("/metrics").text
     for line in (
-        'softprompt_batch_rows_count{kind="choice"} 1.0',
-        'softprompt_batch_rows_sum{kind="choice"} 2.0',
+        'softprompt_batch_rows_count{kind="classify"} 1.0',
+        'softprompt_batch_rows_sum{kind="classify"} 2.0',
         'softprompt_requests_total{route="/v1/completions",status="404"} 1.0',
         'softprompt_request_seconds_count{prompt="p0",route="/v1/classify"} 1.0',
-        "softprompt_waiting_rows 0.0",
+        "softprompt_queued_rows 0.0",
         "softprompt_prompts 3.0",
     ):
         assert line in text
-    assert 'softprompt_tokens_total{kind="written",prompt="p1"}' in text
+    assert 'softprompt_tokens_total{kind="output",prompt="p1"}' in text
     assert "nobody" not in text
 
 
 @pytest.mark.parametrize("log_texts", [False, True])
-def test_the_log_keeps_no_texts_unless_asked(
+def test_log_has_no_texts_unless_asked(
     engine_of: Callable[..., Engine], caplog: pytest.LogCaptureFixture, log_texts: bool
 ) -> None:
 
@@ -174,9 +172,7 @@ def test_the_log_keeps_no_texts_unless_asked(
     assert ("secret" in json.dumps(lines)) == log_texts
 
 
-def test_a_label_that_is_named_twice_or_is_a_text_of_its_own_is_refused(
-    service: Any, error_of: Callable[..., Any]
-) -> None:
+def test_duplicate_or_long_label_is_rejected(service: Any, error_of: Callable[..., Any]) -> None:
     with service.client() as client:
         body = {"model": "p0", "input": "a", "labels": ["x", "x", "y"]}
         assert "name one twice" in error_of(client.post("/v1/classify", json=body))["message"]
@@ -199,24 +195,24 @@ def test_a_label_that_is_named_twice_or_is_a_text_of_its_own_is_refused(
         (ChatRequest, {"messages": [{"role": "user", "content": [1] * 50_000}]}),
     ],
 )
-def test_a_request_that_is_wrong_in_many_places_is_wrong_in_few(kind: Any, body: dict[str, Any]) -> None:
-    """Each error costs a hundred times the bytes that were sent."""
+def test_validation_reports_few_errors(kind: Any, body: dict[str, Any]) -> None:
+    """Each error takes a hundred times the bytes that were sent."""
     with pytest.raises(ValidationError) as wrong:
         kind.model_validate({"model": "p", **body})
     assert wrong.value.error_count() < 10
 
 
-def test_labels_are_those_of_the_prompt_that_answered(run_folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_are_of_the_prompt_that_answered(run_folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = load(open_run(run_folders[0]).experiment.backbone, dtype="float32")
     with Engine(backbone) as engine:
-        served = engine.add("p", run_folders[0])
-        assert served.task is not None
-        words = {label.upper(): word for label, word in served.task.label_words.items()}
+        entry = engine.add("p", run_folders[0])
+        assert entry.task is not None
+        words = {label.upper(): word for label, word in entry.task.label_words.items()}
         real = engine.classify
 
-        def classify(*given: Any) -> Any:
-            engine._served["p"] = replace(served, task=replace(served.task, label_words=words))
-            return real(*given)
+        def classify(*arguments: Any) -> Any:
+            engine._entries["p"] = replace(entry, task=replace(entry.task, label_words=words))
+            return real(*arguments)
 
         monkeypatch.setattr(engine, "classify", classify)
         with TestClient(make_app(engine), base_url="http://localhost") as client:
@@ -224,18 +220,18 @@ def test_labels_are_those_of_the_prompt_that_answered(run_folders: list[Path], m
     assert set(answer["scores"]) == set(words)
 
 
-def test_numbers_of_a_prompt_that_is_gone_do_not_come_back(engine_of: Callable[..., Engine]) -> None:
+def test_metrics_of_a_removed_prompt_stay_removed(engine_of: Callable[..., Engine]) -> None:
     engine, metrics = engine_of(prompts=1), Metrics()
-    metrics.follow(engine)
-    metrics.answered("/v1/classify", 200, "p0", 0.1, 1, 0)
-    assert b"p0" in metrics.page()
+    metrics.bind(engine)
+    metrics.observe_request("/v1/classify", 200, "p0", 0.1, 1, 0)
+    assert b"p0" in metrics.render()
     engine.remove("p0")
-    metrics.forget("p0")
-    metrics.answered("/v1/classify", 200, "p0", 0.1, 1, 0)  # one that was being answered meanwhile
-    assert b"p0" not in metrics.page()
+    metrics.remove_prompt("p0")
+    metrics.observe_request("/v1/classify", 200, "p0", 0.1, 1, 0)  # a request that was running meanwhile
+    assert b"p0" not in metrics.render()
 
 
-def test_where_the_backbone_lies_is_not_told(run_folders: list[Path]) -> None:
+def test_backbone_path_is_not_revealed(run_folders: list[Path]) -> None:
     source = open_run(run_folders[0]).experiment.backbone
     with Engine(load(source, dtype="float32")) as engine:
         engine.add("p", run_folders[0])

@@ -1,4 +1,4 @@
-"""The page in a real browser: two prompts are picked, rows sent, and both answers seen."""
+"""The page in a real browser: two prompts are selected, rows sent, and both answer."""
 
 import shutil
 import threading
@@ -16,37 +16,37 @@ from softprompt.backbones import load
 from softprompt.prompts import SoftPrompt
 from softprompt.serve import Engine
 from softprompt.serve.api.app import PAGE, make_app
-from softprompt.serve.api.middleware import AuthConfig
+from softprompt.serve.api.auth import AuthConfig
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def test_the_page_loads_nothing_from_elsewhere() -> None:
+def test_page_loads_nothing_from_elsewhere() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
     assert " src=" not in text
-    assert "innerHTML" not in text  # answers are texts, and never markup
+    assert "innerHTML" not in text  # answers are text, never markup
 
 
 @pytest.fixture
 def address(run_folders: list[Path], prompt_of: Callable[..., SoftPrompt]) -> Iterator[str]:
-    """A service with a token, two runs with labels, and two prompts that write."""
+    """A service with a token, two runs with labels, and two prompts that generate text."""
     backbone = load(softprompt.open_run(run_folders[0]).experiment.backbone, dtype="float32")
     engine = Engine(backbone)
     for folder in run_folders:
         engine.add(folder.name, folder)
     for seed in (1, 2):
-        engine.add(f"writer-{seed}", prompt_of(backbone, seed))
+        engine.add(f"generator-{seed}", prompt_of(backbone, seed))
     config = uvicorn.Config(make_app(engine, AuthConfig(tokens=("sesame",))), port=0, log_config=None)
     sock = config.bind_socket()
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
-    found = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     while not server.started:
         time.sleep(0.02)
-    assert httpx.get(found).status_code == 200
-    yield found
+    assert httpx.get(url).status_code == 200
+    yield url
     server.should_exit = True
     thread.join(15)
 
@@ -64,9 +64,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
-def test_two_prompts_are_asked_and_both_answer(
-    address: str, browser: Any, tmp_path: Path, scheme: str, width: int
-) -> None:
+def test_two_selected_prompts_both_answer(address: str, browser: Any, tmp_path: Path, scheme: str, width: int) -> None:
     from playwright.sync_api import expect
 
     page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
@@ -87,10 +85,10 @@ def test_two_prompts_are_asked_and_both_answer(
         assert answer.locator(".score").count() == 6
         assert answer.locator("time").inner_text().endswith("ms")
     page.screenshot(path=tmp_path / f"labels-{scheme}.png", full_page=True)
-    page.get_by_role("button", name="Clear choice").click()
-    for name in ("writer-1", "writer-2"):
+    page.get_by_role("button", name="Clear selection").click()
+    for name in ("generator-1", "generator-2"):
         page.get_by_role("checkbox", name=name).check()
-    page.get_by_label("Most tokens").fill("8")
+    page.get_by_label("Max tokens").fill("8")
     page.get_by_role("button", name="Send").click()
     expect(page.locator("[data-done=text]")).to_have_count(6, timeout=30_000)
     page.screenshot(path=tmp_path / f"texts-{scheme}.png", full_page=True)

@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 from softprompt.serve import Engine, EngineClosed
 from softprompt.serve.api.app import make_app
-from softprompt.serve.api.middleware import AuthConfig
+from softprompt.serve.api.auth import AuthConfig
 from softprompt.serve.metrics import Metrics
 from softprompt.serve.prompts.store import PromptStore
 from softprompt.serve.prompts.sync import PromptSync
@@ -33,90 +33,90 @@ def content(dim: int, seed: int, length: int = 4) -> bytes:
     return save({"prompt_embeddings": torch.randn(length, dim, generator=torch.Generator().manual_seed(seed))})
 
 
-def test_every_engine_serves_what_lies_in_the_folder(
+def test_every_engine_serves_the_shared_folder(
     engine_of: Callable[..., Engine], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     engines = [engine_of(prompts=1), engine_of(prompts=1)]
     store = PromptStore(tmp_path, shared=True)
     metrics = [Metrics(), Metrics()]
     for numbers, engine in zip(metrics, engines, strict=True):
-        numbers.follow(engine)
-    followers = [PromptSync(engine, store, numbers) for engine, numbers in zip(engines, metrics, strict=True)]
+        numbers.bind(engine)
+    syncs = [PromptSync(engine, store, numbers) for engine, numbers in zip(engines, metrics, strict=True)]
 
-    def look() -> list[list[str]]:
-        for follower in followers:
-            follower.look()
-        return [[served.name for served in engine.prompts] for engine in engines]
+    def poll() -> list[list[str]]:
+        for sync in syncs:
+            sync.poll()
+        return [[entry.name for entry in engine.prompts] for engine in engines]
 
     def scores() -> list[Any]:
         return [engine.classify("new", ["a"], LABELS)[0].result(30.0).scores for engine in engines]
 
     dim = engines[0].backbone.dim
-    with store.keeping("new", content(dim, 0)):
+    with store.saving("new", content(dim, 0)):
         engines[0].add(
             "new", next(iter([engines[0].get("p0").prompt]))
-        )  # what the first one has is not what lies there
-    assert look() == [["new", "p0"]] * 2
+        )  # the first engine serves another prompt than the folder has
+    assert poll() == [["new", "p0"]] * 2
     first = scores()
     assert first[0] == first[1]
-    with store.keeping("new", content(dim, 1, length=7)):
+    with store.saving("new", content(dim, 1, length=7)):
         pass
-    look()
+    poll()
     second = scores()
     assert second[0] == second[1] != first[0]
     for name in ("broken", "no name"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_model.safetensors").write_bytes(b"nonsense")
-    assert look() == [["new", "p0"]] * 2
-    assert "the prompt name 'no name' is not one" in caplog.text
-    store.drop("new")
-    metrics[1].answered("/v1/classify", 200, "new", 0.1, 1, 0)
-    assert b"new" in metrics[1].page()
-    assert look() == [["p0"]] * 2
-    assert b"new" not in metrics[1].page()
+    assert poll() == [["new", "p0"]] * 2
+    assert "'no name' cannot be a prompt name" in caplog.text
+    store.delete("new")
+    metrics[1].observe_request("/v1/classify", 200, "new", 0.1, 1, 0)
+    assert b"new" in metrics[1].render()
+    assert poll() == [["p0"]] * 2
+    assert b"new" not in metrics[1].render()
     with pytest.raises(PermissionError, match="restart without it"):
-        store.drop("p0")
+        store.delete("p0")
 
 
-def test_one_bad_folder_does_not_hold_up_the_others(
+def test_bad_folder_does_not_block_the_others(
     engine_of: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine, store = engine_of(prompts=0), PromptStore(tmp_path, shared=True)
-    follower, real = PromptSync(engine, store, Metrics()), engine.add
+    sync, real = PromptSync(engine, store, Metrics()), engine.add
     wrong: dict[str, Exception] = {"a": KeyError("prompt"), "b": torch.OutOfMemoryError("memory")}
     tried: list[str] = []
 
-    def add(name: str, *given: Any, **options: Any) -> Any:
+    def add(name: str, *arguments: Any, **options: Any) -> Any:
         tried.append(name)
         if name in wrong:
             raise wrong[name]
-        return real(name, *given, **options)
+        return real(name, *arguments, **options)
 
     monkeypatch.setattr(engine, "add", add)
     for seed, name in enumerate("abc"):
-        with store.keeping(name, content(engine.backbone.dim, seed)):
+        with store.saving(name, content(engine.backbone.dim, seed)):
             pass
-    follower.look()
-    assert [served.name for served in engine.prompts] == ["c"]
+    sync.poll()
+    assert [entry.name for entry in engine.prompts] == ["c"]
     assert "the prompt a cannot be served: KeyError" in caplog.text
     del wrong["b"]
-    follower.look()  # memory may be there again, and a damaged file is still damaged
-    assert [served.name for served in engine.prompts] == ["b", "c"]
+    sync.poll()  # memory may be free again, but a damaged file stays damaged
+    assert [entry.name for entry in engine.prompts] == ["b", "c"]
     assert tried == ["a", "b", "c", "b"]
-    store.drop("c")
-    with store.keeping("d", content(engine.backbone.dim, 4)):
+    store.delete("c")
+    with store.saving("d", content(engine.backbone.dim, 4)):
         pass
     wrong["d"] = EngineClosed("the service is shutting down")
     with pytest.raises(EngineClosed):
-        follower.look()
+        sync.poll()
 
 
-def test_two_copies_do_not_both_add_a_name(engine_of: Callable[..., Engine], tmp_path: Path) -> None:
-    access = AuthConfig(tokens=("ask",), admin_tokens=("change",))
+def test_name_is_added_by_one_replica_only(engine_of: Callable[..., Engine], tmp_path: Path) -> None:
+    auth = AuthConfig(tokens=("ask",), admin_tokens=("change",))
     files = [content(engine_of(prompts=0).backbone.dim, seed) for seed in (0, 1)]
     codes = []
     for file in files:  # none of them looks at the folder meanwhile
-        app = make_app(engine_of(prompts=0), access, store=PromptStore(tmp_path, shared=True))
+        app = make_app(engine_of(prompts=0), auth, store=PromptStore(tmp_path, shared=True))
         with TestClient(app, base_url="http://localhost", headers={"Authorization": "Bearer change"}) as client:
             codes.append(client.post("/v1/prompts", params={"name": "x"}, content=file).status_code)
             assert client.get("/v1/prompts/x").status_code == (200 if codes[-1] == 201 else 404)
@@ -126,7 +126,7 @@ def test_two_copies_do_not_both_add_a_name(engine_of: Callable[..., Engine], tmp
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra sweep (ray)")
-def test_two_copies_behind_ray(run_folders: list[Path], tmp_path: Path) -> None:
+def test_two_replicas_behind_ray(run_folders: list[Path], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "softprompt.cli", "serve", f"tickets={run_folders[0]}", "--engine", "ray"]
     command += ["--replicas", "2", "--cpus", "0.5", "--port", "0", "--prompts", str(tmp_path / "shared")]
     command += ["--dtype", "float32", "--device", "cpu", "--grace", "5"]
@@ -135,13 +135,15 @@ def test_two_copies_behind_ray(run_folders: list[Path], tmp_path: Path) -> None:
     assert process.stderr is not None
     try:
         lines = [""]
-        while not (found := re.search(r"http://127\.0\.0\.1:\d+", lines[-1])):
+        while not (address := re.search(r"http://127\.0\.0\.1:\d+", lines[-1])):
             lines.append(process.stderr.readline())
             assert lines[-1], "".join(lines)
-        commands = [one for one in psutil.Process(process.pid).children(recursive=True) if "gcs_server" in one.name()]
-        assert [one.environ()["RAY_AUTH_MODE"] for one in commands] == ["token"]  # its port is open to the network
-        with httpx.Client(base_url=found[0], headers={"Authorization": "Bearer sesame"}, timeout=60) as client:
-            assert httpx.get(f"{found[0]}/v1/models").status_code == 401
+        servers = [
+            child for child in psutil.Process(process.pid).children(recursive=True) if "gcs_server" in child.name()
+        ]
+        assert [server.environ()["RAY_AUTH_MODE"] for server in servers] == ["token"]  # its port is open to the network
+        with httpx.Client(base_url=address[0], headers={"Authorization": "Bearer sesame"}, timeout=60) as client:
+            assert httpx.get(f"{address[0]}/v1/models").status_code == 401
             body = {"model": "tickets", "input": ["a a a"]}
             answers = [client.post("/v1/classify", json=body).json()["results"] for _ in range(6)]
             assert all(answer == answers[0] for answer in answers)

@@ -1,4 +1,4 @@
-"""Prompts that are sent: they come, go and stay, and a hostile file or name changes nothing."""
+"""Uploaded prompts: added, replaced, deleted and kept; a hostile file or name changes nothing."""
 
 import errno
 import json
@@ -13,13 +13,13 @@ from safetensors.torch import save
 from softprompt import files
 from softprompt.prompts import SoftPrompt
 from softprompt.serve import Engine
-from softprompt.serve.limits import Limits
+from softprompt.serve.engine.limits import Limits
 from softprompt.serve.metrics import Metrics
 from softprompt.serve.prompts.store import PromptStore
-from softprompt.serve.service import started_engine
+from softprompt.serve.service import start_engine
 
 
-def test_prompts_come_and_go(service: Any, prompt_file: Callable[..., bytes]) -> None:
+def test_prompts_are_added_replaced_and_deleted(service: Any, prompt_file: Callable[..., bytes]) -> None:
     content = prompt_file(service.engine)
     with service.admin() as client:
         assert client.post("/v1/prompts", params={"name": "new"}, content=content).status_code == 201
@@ -30,7 +30,7 @@ def test_prompts_come_and_go(service: Any, prompt_file: Callable[..., bytes]) ->
         other = prompt_file(service.engine, length=9, dtype=torch.bfloat16, scale=3.0)
         assert client.put("/v1/prompts/new", content=other).json()["length"] == 9
         assert client.post("/v1/classify", json=body).json()["results"] != before
-        assert "new" in [one["name"] for one in client.get("/v1/prompts").json()["data"]]
+        assert "new" in [prompt["name"] for prompt in client.get("/v1/prompts").json()["data"]]
         assert client.delete("/v1/prompts/new").json() == {"name": "new", "deleted": True}
         assert client.get("/v1/models/new").status_code == 404
         assert client.delete("/v1/prompts/new").status_code == 404
@@ -76,7 +76,7 @@ def damaged(engine: Engine, prompt_file: Callable[..., bytes]) -> dict[str, byte
     }
 
 
-def test_a_bad_file_changes_nothing(
+def test_bad_file_changes_nothing(
     service: Any, prompt_file: Callable[..., bytes], error_of: Callable[..., Any]
 ) -> None:
     with service.admin() as client:
@@ -96,7 +96,7 @@ def test_a_bad_file_changes_nothing(
 @pytest.mark.parametrize(
     "name", ["../up", "..", "%2e%2e", "a%2Fb", "..%2Fup", ".hidden", "a b", "x" * 200, "a%00b", "é"]
 )
-def test_names_stay_in_their_folder(service: Any, name: str, tmp_path: Path, prompt_file: Callable[..., bytes]) -> None:
+def test_names_stay_in_the_store(service: Any, name: str, tmp_path: Path, prompt_file: Callable[..., bytes]) -> None:
     before = sorted(tmp_path.rglob("*"))
     with service.admin() as client:
         content = prompt_file(service.engine)
@@ -109,7 +109,7 @@ def test_names_stay_in_their_folder(service: Any, name: str, tmp_path: Path, pro
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_was_sent_is_served_again(
+def test_uploads_are_served_after_a_restart(
     service: Any,
     tiny_backbone: Callable[..., Any],
     prompt_of: Callable[..., SoftPrompt],
@@ -119,11 +119,13 @@ def test_what_was_sent_is_served_again(
     with service.admin() as client:
         client.put("/v1/prompts/kept", content=prompt_file(service.engine)).raise_for_status()
     expected = service.engine.classify("kept", ["a"], ["x", "y"])[0].result(30.0).scores
-    with started_engine(tiny_backbone("llama"), [], PromptStore(service.store), Limits(), Metrics()) as again:
-        assert again.classify("kept", ["a"], ["x", "y"])[0].result(30.0).scores == pytest.approx(expected, abs=1e-6)
+    with start_engine(
+        tiny_backbone("llama"), [], Limits(), store=PromptStore(service.store), metrics=Metrics()
+    ) as restarted:
+        assert restarted.classify("kept", ["a"], ["x", "y"])[0].result(30.0).scores == pytest.approx(expected, abs=1e-6)
 
 
-def test_what_a_killed_process_left_does_not_stand_in_the_way(service: Any, prompt_file: Callable[..., bytes]) -> None:
+def test_drafts_of_a_killed_process_are_ignored(service: Any, prompt_file: Callable[..., bytes]) -> None:
     with service.admin() as client:
         client.put("/v1/prompts/kept", content=prompt_file(service.engine)).raise_for_status()
         (service.store / "kept" / ".adapter_model.safetensors.123-456").write_bytes(b"half")
@@ -135,39 +137,39 @@ def test_what_a_killed_process_left_does_not_stand_in_the_way(service: Any, prom
     assert [path.name for path in service.store.iterdir()] == ["run"]
 
 
-def test_a_prompt_that_fails_leaves_what_another_copy_put_there(tmp_path: Path) -> None:
+def test_failed_save_keeps_the_file_of_another_replica(tmp_path: Path) -> None:
     store = PromptStore(tmp_path, shared=True)
-    place = tmp_path / "x" / "adapter_model.safetensors"
+    file = tmp_path / "x" / "adapter_model.safetensors"
 
     def fail(meanwhile: bytes | None) -> None:
-        with store.keeping("x", b"ours"):
+        with store.saving("x", b"ours"):
             if meanwhile is not None:
-                place.write_bytes(meanwhile)
+                file.write_bytes(meanwhile)
             raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
         fail(None)
-    assert not place.parent.exists()
+    assert not file.parent.exists()
     with pytest.raises(RuntimeError, match="broken"):
         fail(b"theirs")
-    assert place.read_bytes() == b"theirs"
-    assert list(place.parent.iterdir()) == [place]
+    assert file.read_bytes() == b"theirs"
+    assert list(file.parent.iterdir()) == [file]
 
 
-def test_a_prompt_that_cannot_be_kept_is_not_served(
+def test_prompt_that_cannot_be_saved_is_not_served(
     service: Any, prompt_file: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_: Path) -> None:
+    def disk_full(_: Path) -> None:
         raise OSError(errno.ENOSPC, "no room")
 
     before, content = service.engine.prompts, prompt_file(service.engine)
-    monkeypatch.setattr(files, "_sync", full)
-    # A client for each: the server closes the connection on which it failed.
+    monkeypatch.setattr(files, "_sync", disk_full)
+    # A client for each request: the server closes the connection after an error.
     with service.admin() as client:
         assert client.put("/v1/prompts/p0", content=content).status_code == 500
     with service.admin() as client:
         assert client.post("/v1/prompts", params={"name": "fresh"}, content=content).status_code == 500
-    assert all(one is other for one, other in zip(service.engine.prompts, before, strict=True))
+    assert all(entry is old for entry, old in zip(service.engine.prompts, before, strict=True))
     assert list(service.store.iterdir()) == []
     monkeypatch.undo()
     with service.admin() as client:

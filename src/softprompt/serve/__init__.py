@@ -1,6 +1,7 @@
-"""Many prompts from one backbone: the engine, its service over HTTP, and a page to try it."""
+"""Serves many prompts over one backbone: the engine, an HTTP service, and a web page to try it."""
 
-from softprompt.serve.engine.engine import Engine
+from softprompt.serve.engine.engine import Engine, EngineStatus
+from softprompt.serve.engine.limits import Limits
 from softprompt.serve.engine.request import (
     Cancelled,
     ClassifyOutput,
@@ -9,7 +10,6 @@ from softprompt.serve.engine.request import (
     GenerateOutput,
     QueueFull,
 )
-from softprompt.serve.limits import Limits, Status
 from softprompt.serve.prompts.entry import PromptEntry
 
 __all__ = [
@@ -18,9 +18,9 @@ __all__ = [
     "Engine",
     "EngineClosed",
     "EngineRequest",
+    "EngineStatus",
     "GenerateOutput",
     "Limits",
     "PromptEntry",
     "QueueFull",
-    "Status",
 ]

@@ -1,143 +1,117 @@
-"""Several copies of the service behind Ray Serve, on one machine or a cluster; their prompts lie in a shared folder."""
+"""The service as replicas behind Ray Serve, on one machine or a cluster; they share a folder of prompts."""
 
 import os
 import secrets
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from softprompt.serve.api.middleware import AuthConfig
-from softprompt.serve.limits import Limits, Replicas
-from softprompt.serve.service import address_of, listening, refuse_open
-from softprompt.types import Dtype
+from softprompt.serve.api.auth import AuthConfig
+from softprompt.serve.config import ServeConfig
+from softprompt.serve.service import listen, url
 
 _NAME = "softprompt"
 
 
-def serve_replicas(
-    source: str,
-    sources: Sequence[tuple[str, Path]],
-    how: Replicas,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    prompts: Path | None = None,
-    access: AuthConfig | None = None,
-    limits: Limits | None = None,
-    dtype: Dtype = "auto",
-    device: str = "auto",
-    log_texts: bool = False,
-    grace: float = 30.0,
-    started: Callable[[str], None] | None = None,
-    stop: threading.Event | None = None,
-) -> None:
-    """Answer over HTTP from several copies until the process is told to stop.
+def serve_replicas(config: ServeConfig, *, on_start: Callable[[str], None] | None = None) -> None:
+    """Serve over HTTP from several replicas until SIGTERM or Ctrl-C.
 
-    A prompt that is sent to one copy lies in the shared folder, and the others serve it a second later.
+    An uploaded prompt is saved in the shared folder, from which the other replicas serve it a second later. Without
+    that folder, prompts cannot be changed.
 
     Args:
-        source: the backbone, as `load_backbone` takes it; each copy loads it.
-        prompts: the shared folder; where there is none, prompts cannot be changed while it runs.
-        stop: set by whoever wants it to end; none: SIGTERM or Ctrl-C.
+        on_start: called with the address once connections are accepted.
 
     Raises:
-        ValueError: `host` is beyond this machine and `access` has no token.
-        RuntimeError: the copies do not start; Ray's log says why.
+        ValueError: other machines can reach `host` and there is no token.
+        RuntimeError: the replicas do not start; see Ray's log.
     """
-    if how.ray_address is None and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
-        # Ray's own ports are open to the network, and whoever reaches one may run code. Before 2.52 it knows no token,
-        # and it reads this when it is imported.
+    auth = config.auth()
+    if config.prompts is None:
+        auth = replace(auth, allow_changes=False)
+    ray_config = config.ray
+    if ray_config.ray_address is None and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+        # Ray's own ports are open to the network, and anyone who reaches one may run code. Ray reads this when it is
+        # imported, and supports tokens from 2.52 on.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
     from ray import serve
 
-    access = access or AuthConfig()
-    refuse_open(host, access)
-    if prompts is None:
-        access = replace(access, changes=False)
-    folders = [(name, str(folder.resolve())) for name, folder in sources]
-    store = None if prompts is None else str(prompts.expanduser().resolve())
+    config = replace(
+        config,
+        sources=tuple(f"{name}={folder.resolve()}" for name, folder in config.folders()),
+        backbone=config.backbone_source(),
+        port=config.port or _free_port(config.host),
+        prompts=None if config.prompts is None else config.prompts.expanduser().resolve(),
+    )
 
-    def build() -> Any:  # in each copy's own process
-        return _app(source, folders, store, access, limits or Limits(), dtype, device, log_texts, grace)
+    def build() -> Any:  # called in each replica's process
+        return _build_app(config, auth)
 
-    port = port or _free_port(host)
-    local = {} if how.ray_address else {"include_dashboard": False}  # a running cluster refuses to be told
-    ray.init(address=how.ray_address or "local", log_to_driver=False, logging_level="error", **local)
+    # A cluster that runs already rejects settings of the dashboard.
+    local = {} if ray_config.ray_address else {"include_dashboard": False}
+    ray.init(address=ray_config.ray_address or "local", log_to_driver=False, logging_level="error", **local)
     try:
-        serve.start(http_options={"host": host, "port": port})
-        deployment = serve.deployment(serve.ingress(build)(_copy())).options(
+        serve.start(http_options={"host": config.host, "port": config.port})
+        deployment = serve.deployment(serve.ingress(build)(_replica_class())).options(
             name=_NAME,
-            num_replicas=how.replicas,
-            ray_actor_options={"num_cpus": how.cpus, "num_gpus": how.gpus},
-            max_ongoing_requests=4 * (limits or Limits()).max_waiting,  # the engine's own line refuses before Ray's
-            graceful_shutdown_timeout_s=grace,
+            num_replicas=ray_config.replicas,
+            ray_actor_options={"num_cpus": ray_config.cpus, "num_gpus": ray_config.gpus},
+            max_ongoing_requests=4 * config.limits.max_queued,  # so that the engine's queue is full before Ray's
+            graceful_shutdown_timeout_s=config.grace,
             max_constructor_retry_count=2,
         )
         serve.run(deployment.bind(), name=_NAME, route_prefix="/")
-        if started is not None:
-            started(address_of(host, port))
-        _told(stop)
+        if on_start is not None:
+            on_start(url(config.host, config.port))
+        _wait_for_signal()
     finally:
         serve.shutdown()
         ray.shutdown()
 
 
-def _app(
-    source: str,
-    folders: Sequence[tuple[str, str]],
-    prompts: str | None,
-    access: AuthConfig,
-    limits: Limits,
-    dtype: Dtype,
-    device: str,
-    log_texts: bool,
-    grace: float,
-) -> Any:
-    """One copy: its own backbone and engine, following the shared folder."""
+def _build_app(config: ServeConfig, auth: AuthConfig) -> Any:
+    """The application of one replica, with its own backbone and engine."""
     from softprompt.backbones import load
     from softprompt.serve.api.app import make_app
-    from softprompt.serve.log import write_log
+    from softprompt.serve.log import configure_logging
     from softprompt.serve.metrics import Metrics
     from softprompt.serve.prompts.store import PromptStore
     from softprompt.serve.prompts.sync import PromptSync
-    from softprompt.serve.service import started_engine
+    from softprompt.serve.service import start_engine
 
-    write_log()
-    store, metrics = None if prompts is None else PromptStore(Path(prompts), shared=True), Metrics()
-    pairs = [(name, Path(folder)) for name, folder in folders]
-    engine = started_engine(load(source, dtype=dtype, device=device), pairs, None, limits, metrics)
+    configure_logging()
+    store, metrics = None if config.prompts is None else PromptStore(config.prompts, shared=True), Metrics()
+    backbone = load(config.backbone_source(), dtype=config.dtype, device=config.device)
+    engine = start_engine(backbone, config.folders(), config.limits, metrics=metrics)
     if store is not None:
         PromptSync(engine, store, metrics).start()
-    return make_app(engine, access, metrics=metrics, store=store, log_texts=log_texts, grace=grace)
+    return make_app(engine, auth, metrics=metrics, store=store, log_texts=config.log_texts, grace=config.grace)
 
 
-def _copy() -> type[Any]:
-    """What Ray asks a copy beside requests; made here, so that Ray sends it to the copies by value."""
+def _replica_class() -> type[Any]:
+    """The class of Ray's actors; made in a function, so that Ray sends it to the replicas by value."""
 
-    class Copy:
+    class Replica:
         def check_health(self) -> None:
-            if not self.app.state.engine.alive:  # type: ignore[attr-defined]  # Ray adds the application
-                raise RuntimeError("the engine's thread ended or is stuck; its log says why")
+            if not self.app.state.engine.alive:  # type: ignore[attr-defined]  # set by Ray
+                raise RuntimeError("the engine's thread ended or is stuck; see the replica's log")
 
-    return Copy
+    return Replica
 
 
-def _told(stop: threading.Event | None) -> None:
-    """Wait until somebody wants it to end."""
-    if stop is None:
-        stop = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-    while not stop.wait(0.2):
+def _wait_for_signal() -> None:
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    while not stop.wait(0.2):  # a wait without timeout would not be interrupted by a signal
         pass
 
 
 def _free_port(host: str) -> int:
-    with closing(listening(host, 0)) as found:
-        return int(found.getsockname()[1])
+    with closing(listen(host, 0)) as sock:
+        return int(sock.getsockname()[1])

@@ -1,23 +1,27 @@
-"""What stands in front of every request: who may ask, how much may be sent and how slowly, and what the log keeps."""
+"""ASGI middleware in front of every route: authorization, the request's body, cancellation and the request log."""
 
 import asyncio
-import hmac
-import ipaddress
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from softprompt.serve.api.errors import answer
+from softprompt.serve.api.auth import AuthConfig, is_loopback
+from softprompt.serve.api.errors import error_response
 from softprompt.serve.engine.request import EngineRequest
 from softprompt.serve.metrics import Metrics
 
 _log = logging.getLogger("softprompt.serve.requests")
-_OPEN = ("/", "/healthz", "/readyz", "/openapi.json")
-"""What may be read without a token: nothing that says anything of prompts or texts, and nothing that takes a body."""
-UPLOADS = "/v1/prompts"
-"""Below it a body may be as large as a prompt's file."""
+_PUBLIC = ("/", "/healthz", "/readyz", "/openapi.json")
+"""Routes without a token: they reveal nothing about prompts or texts, and take no body."""
+_UPLOADS = "/v1/prompts"
+"""Routes below it take a body as large as a prompt's file."""
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+)
+_STATUS_CLIENT_GONE = 499
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -27,89 +31,45 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
-class AuthConfig:
-    """Who may ask and how much.
-
-    Tokens are read as bytes and compared in constant time. Without any, whoever reaches the service may ask, nobody may
-    change prompts, only names of this machine are answered (else a page in a browser could rebind its own name), and no
-    page of another site.
-
-    Raises:
-        ValueError: a token is empty, which whoever sends none would bring.
-    """
-
-    tokens: tuple[str, ...] = ()
-    """Whoever brings one may ask; and change prompts, where there are no tokens for that."""
-    admin_tokens: tuple[str, ...] = ()
-    """Whoever brings one may also add, replace and remove prompts."""
-    max_body: int = 4 << 20
-    """Bytes of a request."""
-    max_upload: int = 64 << 20
-    """Bytes of a prompt's file."""
-    body_seconds: float = 30.0
-    """How long sending a request may take."""
-    changes: bool = True
-    """Whether prompts can be changed at all."""
-
-    def __post_init__(self) -> None:
-        if not all(token.strip() for token in (*self.tokens, *self.admin_tokens)):
-            raise ValueError("a token is empty; give at least one sign, or no token")
-
-    @property
-    def open(self) -> bool:
-        """Whether nobody needs a token."""
-        return not self.tokens and not self.admin_tokens
-
-    def may_ask(self, authorization: bytes) -> bool:
-        """Whether the header opens the service."""
-        return self.open or _among(authorization, (*self.tokens, *self.admin_tokens))
-
-    def may_change(self, authorization: bytes) -> bool:
-        """Whether the header opens changing prompts."""
-        return self.changes and _among(authorization, self.admin_tokens or self.tokens)
-
-
-@final
 @dataclass
-class Record:
-    """What is known of a request when it is over; routes fill it in."""
+class RequestRecord:
+    """What is known about an HTTP request when it ends; routes fill it in."""
 
     prompt: str = ""
     rows: int = 0
     requests: list[EngineRequest] = field(default_factory=list)
-    """Given up when the request is over, however it ends."""
+    """Cancelled when the HTTP request ends, however it ends."""
     texts: list[Any] = field(default_factory=list)
-    answers_each: int = 1
-    """Answers to each input, whose tickets are neighbours."""
+    answers_per_input: int = 1
+    """Requests for the same input are neighbours in `requests`."""
 
     @property
-    def read(self) -> int:
-        """Tokens of the input, each input counted once."""
-        return sum(len(request.ids) for request in self.requests[:: self.answers_each])
+    def input_tokens(self) -> int:
+        """Tokens of the inputs, each input counted once."""
+        return sum(len(request.ids) for request in self.requests[:: self.answers_per_input])
 
     @property
-    def written(self) -> int:
-        """Tokens of the answer."""
-        return sum(request.written for request in self.requests)
+    def output_tokens(self) -> int:
+        """Tokens of the answers."""
+        return sum(request.num_output_tokens for request in self.requests)
 
 
 @final
 class RequestMiddleware:
-    """ASGI middleware. A body is read whole before the application sees it: it is small, or it is refused."""
+    """Reads a body in full before the application sees it: a body is small, or it is rejected."""
 
-    def __init__(self, app: App, access: AuthConfig, metrics: Metrics, log_texts: bool) -> None:
-        self._app, self._access, self._metrics, self._log_texts = app, access, metrics, log_texts
+    def __init__(self, app: App, auth: AuthConfig, metrics: Metrics, log_texts: bool) -> None:
+        self._app, self._auth, self._metrics, self._log_texts = app, auth, metrics, log_texts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, and write down how it went."""
+        """Answer the request, and log and count it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record, start, status = Record(), time.monotonic(), 499
+        record, start, status = RequestRecord(), time.monotonic(), _STATUS_CLIENT_GONE
         scope["record"] = record
 
-        async def sending(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -117,38 +77,39 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            refusal = self._refusal(scope)
+            refusal = self._authorize(scope)
             if refusal is None:
-                body, refusal = await self._body(scope, receive)
+                body, refusal = await self._read_body(scope, receive)
             if refusal is not None:
-                await refusal(scope, receive, sending)
+                await refusal(scope, receive, send_with_headers)
                 return
-            await self._app(scope, _replaying(body, receive), sending)
+            await self._app(scope, _replay(body, receive), send_with_headers)
         except Exception:
-            status = 500 if status == 499 else status  # what is answered to it is sent from further out
+            status = 500 if status == _STATUS_CLIENT_GONE else status  # answered outside of this middleware
             raise
         finally:
             for request in record.requests:
                 request.cancel()
-            self._write_down(scope, record, status, time.monotonic() - start)
+            self._log_request(scope, record, status, time.monotonic() - start)
 
-    def _refusal(self, scope: Scope) -> Any:
+    def _authorize(self, scope: Scope) -> Any:
+        """The response that rejects the request, or None."""
         headers = dict(scope["headers"])
-        access, path = self._access, scope["path"]
-        if access.open and (refusal := _stranger(headers)) is not None:
+        auth, path = self._auth, scope["path"]
+        if not auth.requires_token and (refusal := _check_origin(headers)) is not None:
             return refusal
         authorization = headers.get(b"authorization", b"")
-        if path not in _OPEN and not access.may_ask(authorization):
-            return answer(
+        if path not in _PUBLIC and not auth.may_ask(authorization):
+            return error_response(
                 401,
                 "a valid token is needed; send it as Authorization: Bearer TOKEN",
                 "authentication_error",
                 "invalid_api_key",
                 {"WWW-Authenticate": "Bearer"},
             )
-        changes = path.startswith(UPLOADS) and scope["method"] not in ("GET", "HEAD", "OPTIONS")
-        if changes and not access.may_change(authorization):
-            return answer(
+        changes = path.startswith(_UPLOADS) and scope["method"] not in ("GET", "HEAD", "OPTIONS")
+        if changes and not auth.may_change(authorization):
+            return error_response(
                 403,
                 "prompts cannot be changed with this token; start the service with one that may",
                 "permission_error",
@@ -156,116 +117,94 @@ class RequestMiddleware:
             )
         return None
 
-    async def _body(self, scope: Scope, receive: Receive) -> tuple[bytes, Any]:
-        """The whole body, or why it is refused."""
-        most = self._access.max_upload if scope["path"].startswith(UPLOADS) else self._access.max_body
-        if scope["path"] in _OPEN:
-            most = 0
-        too_much = answer(
+    async def _read_body(self, scope: Scope, receive: Receive) -> tuple[bytes, Any]:
+        """The body, and the response that rejects it or None."""
+        max_size = self._auth.max_upload if scope["path"].startswith(_UPLOADS) else self._auth.max_body
+        if scope["path"] in _PUBLIC:
+            max_size = 0
+        too_large = error_response(
             413,
-            f"the request is larger than {most} bytes; send less at once",
+            f"the request is larger than {max_size} bytes; send less at once",
             code="too_large",
             headers={"Connection": "close"},
         )
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared[:20]) > most:
-            return b"", too_much
+        if not declared.isdigit() or int(declared[:20]) > max_size:
+            return b"", too_large
         parts, size = [], 0
         try:
-            async with asyncio.timeout(self._access.body_seconds):
+            async with asyncio.timeout(self._auth.body_seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return b"", answer(499, "the client went away", "cancelled", "cancelled")
+                        return b"", error_response(
+                            _STATUS_CLIENT_GONE, "the client disconnected", "cancelled", "cancelled"
+                        )
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
-                    if size > most:
-                        return b"", too_much
+                    if size > max_size:
+                        return b"", too_large
                     if not message.get("more_body"):
                         return b"".join(parts), None
         except TimeoutError:
-            return b"", answer(
+            return b"", error_response(
                 408,
-                f"the request took longer than {self._access.body_seconds:g} seconds to arrive",
+                f"the request took longer than {self._auth.body_seconds:g} seconds to arrive; send it faster",
                 "timeout",
                 "timeout",
                 {"Connection": "close"},
             )
 
-    def _write_down(self, scope: Scope, record: Record, status: int, seconds: float) -> None:
+    def _log_request(self, scope: Scope, record: RequestRecord, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
-        self._metrics.answered(route, status, record.prompt, seconds, record.read, record.written)
-        line: dict[str, Any] = {
+        self._metrics.observe_request(route, status, record.prompt, seconds, record.input_tokens, record.output_tokens)
+        fields: dict[str, Any] = {
             "method": scope["method"],
             "route": route,
             "status": status,
             "seconds": round(seconds, 4),
             "prompt": record.prompt,
             "rows": record.rows,
-            "read": record.read,
-            "written": record.written,
+            "input_tokens": record.input_tokens,
+            "output_tokens": record.output_tokens,
         }
         if self._log_texts:
-            line["texts"] = record.texts
-        _log.info("request", extra={"fields": line})
+            fields["texts"] = record.texts
+        _log.info("request", extra={"fields": fields})
 
 
-_HEADERS = (
-    (b"x-content-type-options", b"nosniff"),
-    (b"cache-control", b"no-store"),
-)
-
-
-def _among(authorization: bytes, tokens: tuple[str, ...]) -> bool:
-    scheme, _, given = authorization.partition(b" ")
-    # Every token is compared, so that the time tells nothing of which one was near.
-    found = [hmac.compare_digest(given.strip(), token.encode()) for token in tokens]
-    return scheme.lower() == b"bearer" and any(found)
-
-
-def this_machine(name: str) -> bool:
-    """Whether an address or a name is this machine's own, whoever resolves it.
-
-    >>> this_machine("127.0.0.1"), this_machine("[::1]"), this_machine("example.org")
-    (True, True, False)
-    """
-    try:
-        return name.lower() == "localhost" or ipaddress.ip_address(name.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def _stranger(headers: Mapping[bytes, bytes]) -> Any:
-    """Why a request is refused that a page of another site may have sent."""
-    if not this_machine(_name(headers.get(b"host", b""))):
-        return answer(
-            421, "the service answers to names of this machine alone; ask localhost, or start it with a token"
+def _check_origin(headers: Mapping[bytes, bytes]) -> Any:
+    """The response that rejects a request which a page of another site may have sent, or None."""
+    if not is_loopback(_host_name(headers.get(b"host", b""))):
+        return error_response(
+            421, "the service answers only to names of this machine; ask localhost, or start it with a token"
         )
     origin = headers.get(b"origin")
-    if origin is not None and not this_machine(_name(origin.partition(b"://")[2])):
-        return answer(
+    if origin is not None and not is_loopback(_host_name(origin.partition(b"://")[2])):
+        return error_response(
             403,
-            "a page of another site may not ask; open the service's own page, or start it with a token",
+            "a page of another site may not send requests; open the service's own page, or start it with a token",
             "permission_error",
             "forbidden",
         )
     return None
 
 
-def _name(host: bytes) -> str:
+def _host_name(host: bytes) -> str:
+    """The host without its port."""
     text = host.decode("latin-1")
     return text.rsplit(":", 1)[0] if not text.endswith("]") else text
 
 
-def _replaying(body: bytes, receive: Receive) -> Receive:
-    """The body at once, then what the connection says further: that the client has gone."""
-    given = False
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that returns the body at once, then what the connection receives: that the client disconnects."""
+    replayed = False
 
     async def replay() -> Message:
-        nonlocal given
-        if given:
+        nonlocal replayed
+        if replayed:
             return await receive()
-        given = True
+        replayed = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay

@@ -1,10 +1,10 @@
-"""`/v1/completions` and `/v1/chat/completions`, as OpenAI's clients speak them."""
+"""`/v1/completions` and `/v1/chat/completions`, as OpenAI's clients expect them."""
 
 import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -12,147 +12,137 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from softprompt.serve.api import errors
-from softprompt.serve.api.middleware import Record
+from softprompt.serve.api.middleware import RequestRecord
 from softprompt.serve.api.schemas import MAX_ROWS, ChatRequest, CompletionRequest
-from softprompt.serve.api.streaming import Answer, record_of, wait_or_cancel
+from softprompt.serve.api.streaming import TextStream, record_of, wait_or_cancel
 from softprompt.serve.engine import encode
 from softprompt.serve.engine.engine import Engine
-from softprompt.serve.engine.request import EngineRequest
 
 Input = str | Sequence[int] | Mapping[str, Any]
 Kind = Literal["text_completion", "chat.completion"]
 _OTHER_TEMPLATE = (
-    "chat uses the model's chat template and not the template that prompt {} was trained with; for that one send its "
-    "columns as row to /v1/completions, or to /v1/classify"
+    "chat uses the model's chat template and not the template that prompt {} was trained with; to use that one, send "
+    "its columns as row to /v1/completions, or to /v1/classify"
 )
 
 
-def routes(engine: Engine) -> APIRouter:
-    """The two routes."""
+def openai_routes(engine: Engine) -> APIRouter:
+    """Completions and chat completions."""
     router = APIRouter()
 
-    @router.post("/v1/completions", summary="Go on with a text")
+    @router.post("/v1/completions", summary="Continue a text")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         inputs: list[Input] = list(body.inputs())
-        return await _answer(engine, request, "text_completion", body, inputs, body.max_tokens)
+        return await _complete(engine, request, "text_completion", body, inputs, body.max_tokens)
 
     @router.post("/v1/chat/completions", summary="Answer a conversation")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        served = engine.get(body.model)
-        messages = [message.plain() for message in body.messages]
+        entry = engine.get(body.model)
+        messages = [message.to_template() for message in body.messages]
         ids = await asyncio.to_thread(encode.chat, engine.backbone, messages)
-        most = body.max_completion_tokens or body.max_tokens
-        note = "" if served.task is None else _OTHER_TEMPLATE.format(served.name)
-        return await _answer(engine, request, "chat.completion", body, [ids], most, note)
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        note = "" if entry.task is None else _OTHER_TEMPLATE.format(entry.name)
+        return await _complete(engine, request, "chat.completion", body, [ids], max_tokens, note)
 
     return router
 
 
 @final
 @dataclass(frozen=True)
-class _Job:
-    """A request that is being answered."""
+class _Completion:
+    """A response in OpenAI's format, one choice per stream."""
 
-    kind: Kind
-    model: str
-    answers: list[Answer]
-    record: Record
     id: str
     created: int
+    kind: Kind
+    model: str
+    streams: list[TextStream]
+    record: RequestRecord
 
     def usage(self) -> dict[str, int]:
-        read, written = self.record.read, self.record.written
-        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+        inputs, outputs = self.record.input_tokens, self.record.output_tokens
+        return {"prompt_tokens": inputs, "completion_tokens": outputs, "total_tokens": inputs + outputs}
 
     def envelope(self, choices: list[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
         kind = "chat.completion.chunk" if chunk and self.kind == "chat.completion" else self.kind
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
-    def choice(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
-        """A whole answer."""
-        shared = {"index": index, "finish_reason": finish, "logprobs": None}
+    def full_choice(self, index: int, text: str, finish_reason: str) -> dict[str, Any]:
+        fields = {"index": index, "finish_reason": finish_reason, "logprobs": None}
         if self.kind == "text_completion":
-            return {**shared, "text": text}
-        return {**shared, "message": {"role": "assistant", "content": text, "refusal": None}}
+            return {**fields, "text": text}
+        return {**fields, "message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def piece(self, index: int, text: str, finish: str | None, *, first: bool) -> dict[str, Any]:
-        """A part of an answer."""
-        shared = {"index": index, "finish_reason": finish, "logprobs": None}
+    def chunk_choice(self, index: int, text: str, finish_reason: str | None, *, first: bool) -> dict[str, Any]:
+        fields = {"index": index, "finish_reason": finish_reason, "logprobs": None}
         if self.kind == "text_completion":
-            return {**shared, "text": text}
+            return {**fields, "text": text}
         delta = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
-        return {**shared, "delta": delta}
+        return {**fields, "delta": delta}
+
+    async def events(self, include_usage: bool) -> AsyncIterator[str]:
+        """Server-sent events, the streams one after another."""
+        try:
+            for index, stream in enumerate(self.streams):
+                first = True
+                async for text in stream.pieces():
+                    yield _event(self.envelope([self.chunk_choice(index, text, None, first=first)], chunk=True))
+                    first = False
+                last = self.chunk_choice(index, "", stream.finish_reason, first=first)
+                yield _event(self.envelope([last], chunk=True))
+            if include_usage:
+                yield _event({**self.envelope([], chunk=True), "usage": self.usage()})
+            yield "data: [DONE]\n\n"
+        except Exception as error:  # the status is sent already, so the error becomes an event
+            yield _event(errors.explain(error)[1])
+            if not isinstance(error, errors.EXPECTED):
+                raise
 
 
-async def _answer(
+async def _complete(
     engine: Engine,
     request: Request,
     kind: Kind,
     body: CompletionRequest | ChatRequest,
     inputs: Sequence[Input],
-    most: int | None,
+    max_tokens: int | None,
     note: str = "",
 ) -> Response:
-    record = record_of(request)
+    record, n = record_of(request), body.n or 1
     record.prompt = engine.get(body.model).name
-    times = body.n or 1
-    if len(inputs) * times > MAX_ROWS:
-        raise ValueError(f"{len(inputs)} inputs with {times} answers each are too many; ask for at most {MAX_ROWS}")
+    if len(inputs) * n > MAX_ROWS:
+        raise ValueError(f"{len(inputs)} inputs with {n} answers each are too many; ask for at most {MAX_ROWS}")
+    streams = [TextStream(engine.backbone.tokenizer, body.stops()) for _ in range(len(inputs) * n)]
+    record.rows, record.texts, record.answers_per_input = len(streams), list(inputs), n
     seed = secrets.randbits(31) if body.seed is None else body.seed
-    job = _Job(
-        kind,
-        body.model,
-        [Answer(engine.backbone.tokenizer, body.stops()) for _ in range(len(inputs) * times)],
-        record,
-        f"{'cmpl' if kind == 'text_completion' else 'chatcmpl'}-{secrets.token_hex(12)}",
-        int(time.time()),
-    )
-    asks = [_asking(engine, body, one, most, seed + place) for one in inputs for place in range(times)]
-    record.rows, record.texts, record.answers_each = len(asks), list(inputs), times
-    await asyncio.to_thread(_begin, job, asks)
+
+    def submit() -> None:
+        for index, stream in enumerate(streams):
+            engine_request = engine.generate(
+                body.model,
+                inputs[index // n],
+                max_new_tokens=max_tokens,
+                sampling=body.sampling(seed + index % n),
+                on_token=stream.put,
+            )
+            stream.attach(engine_request)
+            record.requests.append(engine_request)
+
+    await asyncio.to_thread(submit)  # tokenizing takes time
+    prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
+    completion = _Completion(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), kind, body.model, streams, record)
     headers = {"Softprompt-Note": note} if note else {}
     if body.stream:
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        return StreamingResponse(_stream(job, usage), media_type="text/event-stream", headers=headers)
-    texts = await wait_or_cancel(request, engine, asyncio.gather(*(answer.whole() for answer in job.answers)))
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        events = completion.events(include_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+    texts = await wait_or_cancel(request, engine, asyncio.gather(*(stream.text() for stream in streams)))
     choices = [
-        job.choice(index, text, answer.finish)
-        for index, (text, answer) in enumerate(zip(texts, job.answers, strict=True))
+        completion.full_choice(index, text, stream.finish_reason)
+        for index, (text, stream) in enumerate(zip(texts, streams, strict=True))
     ]
-    told = {"note": note} if note else {}
-    return JSONResponse({**job.envelope(choices, chunk=False), "usage": job.usage(), **told}, headers=headers)
-
-
-def _asking(
-    engine: Engine, body: CompletionRequest | ChatRequest, given: Input, most: int | None, seed: int
-) -> Callable[[Callable[[int], None]], EngineRequest]:
-    def ask(on_token: Callable[[int], None]) -> EngineRequest:
-        return engine.generate(body.model, given, max_new_tokens=most, sampling=body.sampling(seed), on_token=on_token)
-
-    return ask
-
-
-def _begin(job: _Job, asks: Sequence[Callable[[Callable[[int], None]], EngineRequest]]) -> None:
-    for answer, ask in zip(job.answers, asks, strict=True):
-        job.record.requests.append(answer.begin(ask))
-
-
-async def _stream(job: _Job, usage: bool) -> AsyncIterator[str]:
-    """Server-sent events."""
-    try:
-        for index, answer in enumerate(job.answers):
-            first = True
-            async for text in answer.pieces():
-                yield _event(job.envelope([job.piece(index, text, None, first=first)], chunk=True))
-                first = False
-            yield _event(job.envelope([job.piece(index, "", answer.finish, first=first)], chunk=True))
-        if usage:
-            yield _event({**job.envelope([], chunk=True), "usage": job.usage()})
-        yield "data: [DONE]\n\n"
-    except Exception as error:  # the status has been sent; the error is all that is left to send
-        yield _event(errors.described(error)[1])
-        if not isinstance(error, errors.EXPECTED):
-            raise
+    content = {**completion.envelope(choices, chunk=False), "usage": completion.usage()}
+    return JSONResponse({**content, "note": note} if note else content, headers=headers)
 
 
 def _event(values: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What clients send, field by field, as the OpenAPI page shows it; answers are plain objects in OpenAI's shape."""
+"""The bodies that clients send, as the OpenAPI page shows them; responses are plain objects in OpenAI's format."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from softprompt.models import Sampling
 
 MAX_ROWS = 128
-"""Rows of one request."""
+"""Rows per request."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
@@ -24,15 +24,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
-"""OpenAI's fields that are taken only where they ask for nothing."""
+"""OpenAI's fields that are accepted only with a value that asks for nothing."""
 _NO_EFFECT = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
-"""OpenAI's fields that say nothing about the answer."""
+"""OpenAI's fields that do not affect the answer; accepted and ignored."""
 
 _MAX_KEYS = 256
-"""Names in an object: each that is wrong is an error of its own, a thousand times what it took to send."""
+"""Keys of an object: each wrong key is an error of its own, far larger than what was sent."""
 
-_First = Field(fail_fast=True)
-"""Of a list: the first wrong one ends it."""
+_FailFast = Field(fail_fast=True)
+"""Validation of a list ends at its first wrong item."""
 Cell = str | int | float | bool
 Name = Annotated[str, Field(min_length=1, max_length=128, description="The prompt's name.")]
 
@@ -43,9 +43,9 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: bool = False
-    """Send the number of tokens before the end."""
+    """Send the token counts in a last chunk."""
     include_obfuscation: bool = False
-    """Taken, and without effect: the sizes of pieces are not disguised."""
+    """Accepted, and without effect: the sizes of chunks are not disguised."""
 
 
 class _Request(BaseModel):
@@ -61,69 +61,69 @@ class _Request(BaseModel):
         try:
             json.dumps(values, ensure_ascii=False).encode()
         except (UnicodeEncodeError, RecursionError):
-            raise ValueError("it holds half of a surrogate pair, or is nested too deeply; send whole text") from None
-        _refuse_crowded(values)
+            raise ValueError("it holds half of a surrogate pair, or is nested too deeply; send valid text") from None
+        _check_keys(values)
         for name, neutral in _NEUTRAL.items():
             if name in values and values[name] is not None and values[name] not in neutral:
                 raise ValueError(f"{name} is not supported; leave it out")
         return {name: value for name, value in values.items() if name not in _NEUTRAL and name not in _NO_EFFECT}
 
 
-class _Writing(_Request):
+class _GenerationRequest(_Request):
     temperature: Annotated[float, Field(ge=0, le=10)] | None = None
-    """0, and unless it is given: the likeliest token."""
+    """0 (the default): greedy decoding."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     seed: Annotated[int, Field(ge=-(2**62), le=2**62)] | None = None
-    """Of the draws; none: another one each time."""
+    """Seed of the sampling; none: another one for each request."""
     n: Annotated[int, Field(ge=1, le=16)] | None = None
-    """Answers to each input."""
+    """Answers per input."""
     stop: str | Annotated[list[str], Field(max_length=4, fail_fast=True)] | None = None
-    """Texts that end an answer."""
+    """Texts that end an answer and are not part of it."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     def sampling(self, seed: int) -> Sampling:
-        """How tokens are chosen."""
+        """The sampling parameters, with a seed."""
         return Sampling(
             temperature=float(self.temperature or 0.0), top_k=self.top_k, top_p=float(self.top_p or 1.0), seed=seed
         )
 
     def stops(self) -> list[str]:
-        """Texts that end an answer; empty ones would end it before it begins."""
+        """The stop texts, without empty ones, which would end an answer before it begins."""
         return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if stop]
 
 
-class CompletionRequest(_Writing):
-    """A text to go on with, several, or their tokens; or a row of the prompt's template."""
+class CompletionRequest(_GenerationRequest):
+    """Texts or token ids to continue, or a row of the prompt's template."""
 
     prompt: (
         str
-        | Annotated[list[str], _First]
-        | Annotated[list[int], _First]
-        | Annotated[list[Annotated[list[int], _First]], _First]
+        | Annotated[list[str], _FailFast]
+        | Annotated[list[int], _FailFast]
+        | Annotated[list[Annotated[list[int], _FailFast]], _FailFast]
         | None
     ) = None
     row: dict[str, Cell] | None = None
-    """The columns of the template that the prompt was trained with, in place of `prompt`."""
+    """Instead of `prompt`: the columns of the template that the prompt was trained with."""
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
     def inputs(self) -> list[str | list[int] | dict[str, Cell]]:
-        """Each input.
+        """The inputs.
 
         Raises:
-            ValueError: none, or too many.
+            ValueError: there are none, or too many.
         """
         if (self.prompt is None) == (self.row is None):
             raise ValueError("a completion takes either prompt or row; send one of them")
         if self.row is not None:
             return [self.row]
-        given = self.prompt
-        if isinstance(given, str):
-            return [given]
-        assert given is not None
-        whole = [given] if given and isinstance(given[0], int) else given
-        return _bounded([one if isinstance(one, str) else list(one) for one in whole])  # type: ignore[arg-type]
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        assert prompt is not None
+        inputs = [prompt] if prompt and isinstance(prompt[0], int) else prompt
+        return _check_count([text if isinstance(text, str) else list(text) for text in inputs])  # type: ignore[arg-type]
 
 
 class TextPart(BaseModel):
@@ -141,15 +141,15 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], _First]
+    content: str | Annotated[list[TextPart], _FailFast]
 
-    def plain(self) -> dict[str, str]:
-        """As chat templates read it."""
+    def to_template(self) -> dict[str, str]:
+        """The message as chat templates take it."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatRequest(_Writing):
+class ChatRequest(_GenerationRequest):
     """A conversation to answer."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000, fail_fast=True)]
@@ -158,31 +158,31 @@ class ChatRequest(_Writing):
 
 
 class ClassifyRequest(_Request):
-    """Rows to choose a label for."""
+    """Rows to classify."""
 
-    input: str | dict[str, Cell] | Annotated[list[str | dict[str, Cell]], _First]
-    """A text or the template's columns; or a list of such."""
+    input: str | dict[str, Cell] | Annotated[list[str | dict[str, Cell]], _FailFast]
+    """A text or the template's columns, or a list of either."""
     labels: Annotated[list[str], Field(min_length=2, max_length=64, fail_fast=True)] | None = None
-    """The words to choose among, for a prompt that has none of its own."""
+    """The labels to choose among, for a prompt without labels of its own."""
 
     def rows(self) -> list[str | dict[str, Cell]]:
-        """Each row; raises `ValueError` for none or too many."""
-        return _bounded(self.input if isinstance(self.input, list) else [self.input])
+        """The rows; raises `ValueError` if there are none, or too many."""
+        return _check_count(self.input if isinstance(self.input, list) else [self.input])
 
 
-def _bounded(rows: list[Any]) -> list[Any]:
+def _check_count(rows: list[Any]) -> list[Any]:
     if not 1 <= len(rows) <= MAX_ROWS:
         raise ValueError(f"the request has {len(rows)} inputs; send from 1 to {MAX_ROWS}")
     return rows
 
 
-def _refuse_crowded(values: Any) -> None:
-    """Refuse objects of more names than any request has, before each of them is looked at."""
-    left = [values]
-    while left:
-        one = left.pop()
-        if isinstance(one, dict):
-            if len(one) > _MAX_KEYS:
-                raise ValueError(f"an object in it has {len(one)} names; send at most {_MAX_KEYS}")
-            one = list(one.values())
-        left += [inner for inner in one if isinstance(inner, dict | list)]
+def _check_keys(values: Any) -> None:
+    """Reject objects with more keys than any request has, before pydantic looks at each key."""
+    remaining = [values]
+    while remaining:
+        value = remaining.pop()
+        if isinstance(value, dict):
+            if len(value) > _MAX_KEYS:
+                raise ValueError(f"an object in the body has {len(value)} keys; send at most {_MAX_KEYS}")
+            value = list(value.values())
+        remaining += [inner for inner in value if isinstance(inner, dict | list)]

@@ -1,4 +1,4 @@
-"""What a client sends, as tokens: refused here, before it meets other rows in a batch."""
+"""Turns what a client sends into tokens, and rejects what cannot be answered before it reaches a batch."""
 
 import base64
 import io
@@ -16,280 +16,271 @@ from softprompt.backbones.image_processor import Picture
 from softprompt.models.base import refuse_unknown as refuse_unknown_tokens
 from softprompt.models.verify import sliding_window
 from softprompt.serve.engine.request import ClassifyParams, EngineRequest
-from softprompt.serve.prompts.entry import PromptEntry, called, needs_head
+from softprompt.serve.prompts.entry import PromptEntry, display_name, needs_head
 from softprompt.tasks import Task, answer_ids
 from softprompt.tasks import beginning as task_beginning
 from softprompt.tasks import encode as encode_rows
 
-_tokenizing = threading.Lock()
-"""A fast tokenizer keeps settings between calls and is not for several threads at once."""
-_PLAIN = Task(name="text", template="{text}", target="answer", metrics=("exact_match",))
+_tokenizer_lock = threading.Lock()
+"""A fast tokenizer keeps settings between calls and is not thread-safe."""
+_TEXT_TASK = Task(name="text", template="{text}", target="answer", metrics=("exact_match",))
 _NO_LIMIT = 1_000_000_000
 _MAX_PIXELS = 40_000_000
-"""Of an image that is sent: a small file may unfold to any size."""
-_BEGINNING = 16
-"""Least tokens of a template's beginning that are worth keys and values of their own, beside the prompt's."""
-_MAX_LABEL = 32
-"""Tokens of a label that a request brings: each costs a row of the vocabulary's logits for every row and label."""
+"""Pixels of an image: a small file may decompress to any size."""
+_MIN_TEMPLATE_PREFIX = 16
+"""Tokens at the start of a template from which on caching their keys and values is worth the memory."""
+_MAX_LABEL_TOKENS = 32
+"""Tokens of a label that a request brings: each costs a row of logits over the vocabulary, for every row and label."""
+
+Cells = str | Mapping[str, Any]
+"""A row: its template's columns, or a text alone."""
 
 
-def choices(
+def classification(
     backbone: Backbone,
-    served: PromptEntry,
-    rows: Sequence[str | Mapping[str, Any]],
+    entry: PromptEntry,
+    rows: Sequence[Cells],
     labels: Sequence[str] | None,
     max_input_tokens: int,
 ) -> list[tuple[tuple[int, ...], ClassifyParams]]:
-    """Each row's tokens and candidates; a row of a task is shortened as in training, any other is refused if too long.
+    """Each row's tokens and candidates; rows of a task are truncated as in training, others rejected if too long.
 
     Raises:
-        ValueError: rows that lack a column, are too long or have no token; labels that are missing or cannot be.
+        ValueError: no rows; a row without a column, too long or without a token; labels missing or not possible.
     """
     if not rows:
         raise ValueError("there are no rows; give at least one")
     if backbone.architecture == "vision":
-        raise ValueError(f"{called(backbone)} reads images, and prompt {served.name!r} has no task of such")
-    if served.task is None or labels is not None:
-        return _with_labels(backbone, served, rows, labels, max_input_tokens)
-    if not served.classifies:
-        raise ValueError(f"prompt {served.name!r} writes texts; ask for a completion, or give labels")
-    limit = min(served.max_input_tokens or max_input_tokens, max_input_tokens)
-    with _tokenizing:
-        found = encode_rows(
-            served.task,
-            backbone.tokenizer,
-            [row_of(served, row) for row in rows],
-            limit,
-            closing=backbone.architecture != "causal",
-            answers=False,
-        )[0]
-    return [(_some(example.input_ids), ClassifyParams(candidates=served.candidates)) for example in found]
+        raise ValueError(
+            f"{display_name(backbone)} takes images, and prompt {entry.name!r} has no image task; serve a run's folder"
+        )
+    if entry.task is None or labels is not None:
+        return _with_labels(backbone, entry, rows, labels, max_input_tokens)
+    if not entry.classifies:
+        raise ValueError(f"prompt {entry.name!r} generates text; ask for a completion, or send labels")
+    cells = [_template_cells(entry, row) for row in rows]
+    params = ClassifyParams(candidates=entry.candidates)
+    return [(ids, params) for ids in _encode(backbone, entry.task, cells, _input_limit(entry, max_input_tokens))]
 
 
-def beginning(backbone: Backbone, served: PromptEntry) -> tuple[int, ...]:
-    """The tokens that rows of the prompt's task begin with, where reading them when the prompt comes pays."""
-    if served.task is None or sliding_window(backbone) is not None:  # in a window they would stand in others' way
-        return ()
-    with _tokenizing:
-        found = task_beginning(served.task, backbone.tokenizer)
-    return found if _BEGINNING <= len(found) < (served.max_input_tokens or 0) else ()
-
-
-def own_choice(served: PromptEntry, labels: Sequence[str] | None) -> ClassifyParams:
-    """The prompt's own labels.
+def completion(
+    backbone: Backbone,
+    entry: PromptEntry,
+    text: Cells | Sequence[int],
+    max_new_tokens: int,
+    max_input_tokens: int,
+) -> tuple[int, ...]:
+    """The tokens to continue, from a text, a row of the prompt's template, or token ids.
 
     Raises:
-        ValueError: others are asked for, which its head does not know.
+        ValueError: the backbone generates no text, an id is not in the vocabulary, there is no token, or there is no
+            room for the answer.
+    """
+    if backbone.architecture in ("encoder", "vision"):
+        raise ValueError(f"{display_name(backbone)} ({backbone.architecture}) writes no text; classify instead")
+    if isinstance(text, str):
+        [ids] = _encode(backbone, _TEXT_TASK, [{"text": text}])
+    elif isinstance(text, Mapping):
+        if entry.task is None:
+            raise ValueError(f"prompt {entry.name!r} has no template for a row; give the text itself")
+        [ids] = _encode(backbone, entry.task, [dict(text)], _input_limit(entry, max_input_tokens))
+    else:
+        ids, size = tuple(text), backbone.vocab_size
+        if unknown := [token for token in ids if not 0 <= token < size]:
+            raise ValueError(f"token {unknown[0]} is not in the vocabulary of {size}; send ids from 0 to {size - 1}")
+        _check_not_empty(ids)
+    _check_input_length(len(ids), max_input_tokens)
+    check_length(backbone, entry, len(ids), max_new_tokens)
+    return ids
+
+
+def chat(backbone: Backbone, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    """The tokens of a conversation, laid out by the tokenizer's chat template.
+
+    Only the template writes control tokens; their names in a message are plain text.
+
+    Raises:
+        ValueError: there is no chat template, or it rejects the conversation.
+    """
+    tokenizer = backbone.tokenizer
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"{display_name(backbone)} has no chat template; ask for a completion")
+    with _tokenizer_lock:
+        try:
+            encoding = tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, sanitize_control_tokens=True, return_dict=True
+            )
+        except ImportError:
+            raise
+        except Exception as error:  # a template is a program by the model's author and may raise anything
+            raise ValueError(f"the chat template of {display_name(backbone)} rejects the messages: {error}") from error
+        return tuple(encoding["input_ids"])
+
+
+def template_prefix(backbone: Backbone, entry: PromptEntry) -> tuple[int, ...]:
+    """The tokens that all rows of the prompt's template start with, if caching their keys and values is worth it."""
+    if entry.task is None or sliding_window(backbone) is not None:  # in a window, they would take other tokens' room
+        return ()
+    with _tokenizer_lock:
+        ids = task_beginning(entry.task, backbone.tokenizer)
+    return ids if _MIN_TEMPLATE_PREFIX <= len(ids) < (entry.max_input_tokens or 0) else ()
+
+
+def head_params(entry: PromptEntry, labels: Sequence[str] | None) -> ClassifyParams:
+    """The labels of the prompt's trained head.
+
+    Raises:
+        ValueError: the request brings labels of its own.
     """
     if labels is not None:
-        raise ValueError(f"prompt {served.name!r} answers through a head for its own labels; leave labels out")
-    return ClassifyParams(candidates=served.candidates)
+        raise ValueError(f"prompt {entry.name!r} answers through a head for its own labels; leave labels out")
+    return ClassifyParams(candidates=entry.candidates)
 
 
 def images(
-    backbone: Backbone, served: PromptEntry, rows: Sequence[str | Mapping[str, Any]]
+    backbone: Backbone, entry: PromptEntry, rows: Sequence[Cells]
 ) -> list[Float[Tensor, "channel height width"]]:
-    """Each row's image as the backbone sees it.
+    """Each row's image, preprocessed for the backbone.
 
     Raises:
         ValueError: no rows, or an image that cannot be read or is too large.
     """
     if not rows:
         raise ValueError("there are no rows; give at least one")
-    assert served.task is not None
-    column, size = served.task.image, served.max_input_tokens or int(backbone.tokenizer.size)
-    found = []
+    assert entry.task is not None
+    column, size = entry.task.image, entry.max_input_tokens or int(backbone.tokenizer.size)
+    pixels = []
     for number, row in enumerate(rows, start=1):
         cell = row if isinstance(row, str | bytes) else row.get(column)
         content = _image_bytes(cell, f"row {number}", column)
-        found.append(Picture({"bytes": content}, backbone.tokenizer, size, f"row {number}").pixels())
-    return found
+        pixels.append(Picture({"bytes": content}, backbone.tokenizer, size, f"row {number}").pixels())
+    return pixels
 
 
-def _image_bytes(cell: Any, where: str, column: str) -> bytes:
-    """An image's file as it was sent; what names a file of this machine is refused."""
+def check_tokens(backbone: Backbone, request: EngineRequest, label: str) -> None:
+    """Check that the backbone has an embedding for each token of a row and of its labels.
+
+    Raises:
+        ValueError: naming the token by its text.
+    """
+    refuse_unknown_tokens(backbone, request.ids, label, display_name(backbone))
+    if isinstance(request.params, ClassifyParams) and not needs_head(backbone):
+        for candidate in request.params.candidates:
+            refuse_unknown_tokens(backbone, candidate, f"a label of {label}", display_name(backbone))
+
+
+def check_length(backbone: Backbone, entry: PromptEntry, input_tokens: int, answer_tokens: int) -> None:
+    """Check that prompt, input and answer fit the backbone's positions and a decoder's attention window.
+
+    Args:
+        answer_tokens: generated after the input, or in the decoder of an encoder-decoder.
+
+    Raises:
+        ValueError: with the length and the limit.
+    """
+    limits = [backbone.max_positions]
+    if backbone.architecture == "causal":
+        limits.append(sliding_window(backbone))
+    known = [limit for limit in limits if limit is not None]
+    answer_limit = backbone.max_answer_positions if backbone.architecture == "encoder_decoder" else None
+    if answer_limit is not None and answer_tokens > answer_limit:
+        raise ValueError(
+            f"an answer of {answer_tokens} tokens exceeds the {answer_limit} positions of {display_name(backbone)}; "
+            "ask for fewer tokens"
+        )
+    total = input_tokens if backbone.architecture == "encoder_decoder" else input_tokens + answer_tokens
+    if known and entry.length + total > min(known):
+        raise ValueError(
+            f"the prompt's {entry.length} positions and {total} for input and answer exceed the {min(known)} of "
+            f"{display_name(backbone)}; shorten the input or ask for fewer tokens"
+        )
+
+
+def _with_labels(
+    backbone: Backbone,
+    entry: PromptEntry,
+    rows: Sequence[Cells],
+    labels: Sequence[str] | None,
+    max_input_tokens: int,
+) -> list[tuple[tuple[int, ...], ClassifyParams]]:
+    if labels is None:
+        raise ValueError(f"prompt {entry.name!r} has no labels of its own; send labels")
+    if entry.head is not None:
+        head_params(entry, labels)
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"the labels {', '.join(labels)[:200]} name one twice; name each once")
+    task = Task(name="labels", template="{text}", label="label", label_words={label: label for label in labels})
+    with _tokenizer_lock:
+        params = ClassifyParams(candidates=answer_ids(task, backbone.tokenizer))
+    longest = max(map(len, params.candidates))
+    if longest > _MAX_LABEL_TOKENS:
+        raise ValueError(f"a label has {longest} tokens, and at most {_MAX_LABEL_TOKENS} are allowed; shorten it")
+    if backbone.architecture == "encoder" and longest > 1:
+        raise ValueError(f"a label has {longest} tokens, and an encoder's mask holds one; choose shorter labels")
+    inputs = []
+    for row in rows:
+        if entry.task is not None and not isinstance(row, str):
+            [ids] = _encode(backbone, entry.task, [row])
+        elif isinstance(text := row if isinstance(row, str) else row.get("text"), str):
+            [ids] = _encode(backbone, _TEXT_TASK, [{"text": text}])
+        else:
+            raise ValueError(f"prompt {entry.name!r} has no template; send each row as a text")
+        _check_input_length(len(ids), max_input_tokens)
+        check_length(backbone, entry, len(ids), longest)
+        inputs.append((ids, params))
+    return inputs
+
+
+def _encode(
+    backbone: Backbone, task: Task, rows: Sequence[Mapping[str, Any]], limit: int = _NO_LIMIT
+) -> list[tuple[int, ...]]:
+    """The rows' tokens through the task's template, each truncated to `limit` and with at least one token."""
+    closing = backbone.architecture != "causal"
+    with _tokenizer_lock:
+        encoded = encode_rows(task, backbone.tokenizer, rows, limit, closing=closing, answers=False)[0]
+    for example in encoded:
+        _check_not_empty(example.input_ids)
+    return [tuple(example.input_ids) for example in encoded]
+
+
+def _template_cells(entry: PromptEntry, row: Cells) -> dict[str, Any]:
+    if not isinstance(row, str):
+        return dict(row)
+    if len(entry.fields) != 1:
+        raise ValueError(
+            f"prompt {entry.name!r} reads the columns {', '.join(entry.fields)}; send each row as an object of them"
+        )
+    return {entry.fields[0]: row}
+
+
+def _image_bytes(cell: Any, label: str, column: str) -> bytes:
+    """The content of an image file, sent as bytes or base64; never read from a path of this machine."""
     if isinstance(cell, str):
         try:
             cell = base64.b64decode(re.sub(r"^data:image/[a-z.+-]+;base64,", "", cell), validate=True)
         except ValueError:
             cell = None
     if not isinstance(cell, bytes) or not cell:
-        raise ValueError(f"{where} has no image in {column!r}; send its file's bytes in base64")
+        raise ValueError(f"{label} has no image in {column!r}; send its file's bytes in base64")
     from PIL import Image
 
-    with suppress(OSError), Image.open(io.BytesIO(cell)) as image:  # what is no image is refused when it is read
+    with suppress(OSError), Image.open(io.BytesIO(cell)) as image:  # what is not an image is rejected later
         if image.width * image.height > _MAX_PIXELS:
             raise ValueError(
-                f"{where} has an image of {image.width} x {image.height}; send at most {_MAX_PIXELS} pixels"
+                f"{label} has an image of {image.width} x {image.height}; send at most {_MAX_PIXELS} pixels"
             )
     return cell
 
 
-def text(
-    backbone: Backbone,
-    served: PromptEntry,
-    given: str | Mapping[str, Any] | Sequence[int],
-    max_new_tokens: int,
-    max_input_tokens: int,
-) -> tuple[int, ...]:
-    """The tokens to write behind.
-
-    Raises:
-        ValueError: an encoder, ids that the vocabulary does not have, no token, or no room for the answer.
-    """
-    if backbone.architecture in ("encoder", "vision"):
-        raise ValueError(f"{called(backbone)} ({backbone.architecture}) writes no text; classify instead")
-    if isinstance(given, str):
-        ids = _tokens(backbone, _PLAIN, {"text": given})
-    elif isinstance(given, Mapping):
-        if served.task is None:
-            raise ValueError(f"prompt {served.name!r} has no template for a row; give the text itself")
-        with _tokenizing:
-            limit = min(served.max_input_tokens or max_input_tokens, max_input_tokens)
-            ids = encode_rows(
-                served.task,
-                backbone.tokenizer,
-                [dict(given)],
-                limit,
-                closing=backbone.architecture != "causal",
-                answers=False,
-            )[0][0].input_ids
-    else:
-        ids = tuple(given)
-        size = backbone.vocab_size
-        if wrong := [one for one in ids if not 0 <= one < size]:
-            raise ValueError(f"token {wrong[0]} is not in the vocabulary of {size}; send ids from 0 to {size - 1}")
-    ids = _some(ids)
-    _refuse_beyond(len(ids), max_input_tokens)
-    refuse_long(backbone, served, len(ids), max_new_tokens)
-    return ids
+def _input_limit(entry: PromptEntry, max_input_tokens: int) -> int:
+    return min(entry.max_input_tokens or max_input_tokens, max_input_tokens)
 
 
-def chat(backbone: Backbone, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-    """The tokens of a conversation, as the tokenizer's chat template writes it.
-
-    Control tokens are those that the template writes; in a message their names are text.
-
-    Raises:
-        ValueError: there is no chat template, or it refuses the conversation.
-    """
-    tokenizer = backbone.tokenizer
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"{called(backbone)} has no chat template; ask for a completion")
-    with _tokenizing:
-        try:
-            made = tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, sanitize_control_tokens=True, return_dict=True
-            )
-        except ImportError:
-            raise
-        except Exception as error:  # a template is a program of the model's author, and raises what it likes
-            raise ValueError(f"the chat template of {called(backbone)} refuses the messages: {error}") from error
-        return tuple(made["input_ids"])
-
-
-def row_of(served: PromptEntry, row: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The row as the template reads it.
-
-    Raises:
-        ValueError: a text alone for a template of several columns.
-    """
-    if not isinstance(row, str):
-        return dict(row)
-    if len(served.fields) != 1:
-        raise ValueError(
-            f"prompt {served.name!r} reads the columns {', '.join(served.fields)}; send each row as an object of them"
-        )
-    return {served.fields[0]: row}
-
-
-def refuse_unknown(backbone: Backbone, request: EngineRequest, where: str) -> None:
-    """Refuse a row, or labels of it, with tokens that the backbone has no embedding for.
-
-    Raises:
-        ValueError: naming the token by its text.
-    """
-    refuse_unknown_tokens(backbone, request.ids, where, called(backbone))
-    if isinstance(request.work, ClassifyParams) and not needs_head(backbone):
-        for candidate in request.work.candidates:
-            refuse_unknown_tokens(backbone, candidate, f"a label of {where}", called(backbone))
-
-
-def refuse_long(backbone: Backbone, served: PromptEntry, tokens: int, answer: int) -> None:
-    """Refuse what does not fit the backbone's positions, or a decoder's attention window.
-
-    Args:
-        tokens: of the text.
-        answer: tokens to be written behind it, or in an encoder-decoder's other part.
-
-    Raises:
-        ValueError: naming both numbers.
-    """
-    limits = [backbone.max_positions]
-    if backbone.architecture == "causal":
-        limits.append(sliding_window(backbone))
-    known = [limit for limit in limits if limit is not None]
-    apart = backbone.max_answer_positions if backbone.architecture == "encoder_decoder" else None
-    if apart is not None and answer > apart:
-        raise ValueError(
-            f"an answer of {answer} tokens exceeds the {apart} positions of {called(backbone)}; ask for fewer tokens"
-        )
-    total = tokens if backbone.architecture == "encoder_decoder" else tokens + answer
-    if known and served.length + total > min(known):
-        raise ValueError(
-            f"the prompt's {served.length} positions and {total} for input and answer exceed the {min(known)} of "
-            f"{called(backbone)}; shorten the input or ask for fewer tokens"
-        )
-
-
-def _with_labels(
-    backbone: Backbone,
-    served: PromptEntry,
-    rows: Sequence[str | Mapping[str, Any]],
-    labels: Sequence[str] | None,
-    max_input_tokens: int,
-) -> list[tuple[tuple[int, ...], ClassifyParams]]:
-    if labels is None:
-        raise ValueError(f"prompt {served.name!r} has no labels of its own; send labels")
-    if served.head is not None:
-        own_choice(served, labels)
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"the labels {', '.join(labels)[:200]} name one twice; name each once")
-    task = Task(name="labels", template="{text}", label="label", label_words={label: label for label in labels})
-    with _tokenizing:
-        work = ClassifyParams(candidates=answer_ids(task, backbone.tokenizer))
-    longest = max(map(len, work.candidates))
-    if longest > _MAX_LABEL:
-        raise ValueError(f"a label has {longest} tokens, and at most {_MAX_LABEL} are taken; choose shorter labels")
-    if backbone.architecture == "encoder" and longest > 1:
-        raise ValueError(f"a label has {longest} tokens, and an encoder's mask holds one; choose shorter labels")
-    found = []
-    for row in rows:
-        if served.task is not None and not isinstance(row, str):
-            ids = _some(_tokens(backbone, served.task, row))
-        elif isinstance(given := row if isinstance(row, str) else row.get("text"), str):
-            ids = _some(_tokens(backbone, _PLAIN, {"text": given}))
-        else:
-            raise ValueError(f"prompt {served.name!r} has no template; send each row as a text")
-        _refuse_beyond(len(ids), max_input_tokens)
-        refuse_long(backbone, served, len(ids), longest)
-        found.append((ids, work))
-    return found
-
-
-def _tokens(backbone: Backbone, task: Task, row: Mapping[str, Any]) -> tuple[int, ...]:
-    with _tokenizing:
-        closing = backbone.architecture != "causal"
-        found = encode_rows(task, backbone.tokenizer, [row], _NO_LIMIT, closing=closing, answers=False)[0]
-        return found[0].input_ids
-
-
-def _some(ids: Sequence[int]) -> tuple[int, ...]:
+def _check_not_empty(ids: Sequence[int]) -> None:
     if not ids:
         raise ValueError("the text has no token; send at least one")
-    return tuple(ids)
 
 
-def _refuse_beyond(tokens: int, most: int) -> None:
-    if tokens > most:
-        raise ValueError(f"the input has {tokens} tokens, and at most {most} are taken; shorten it")
+def _check_input_length(tokens: int, limit: int) -> None:
+    if tokens > limit:
+        raise ValueError(f"the input has {tokens} tokens, and at most {limit} are allowed; shorten it")

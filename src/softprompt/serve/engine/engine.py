@@ -1,69 +1,84 @@
-"""Many prompts, one backbone: rows of all prompts share batches, and each gets the answer that it would get alone."""
+"""Many prompts over one backbone: rows of all prompts share batches, and each gets the answer it would get alone."""
 
 import dataclasses
 import difflib
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
 
 from softprompt.backbones import Backbone
-from softprompt.models import Sampling
+from softprompt.models import Sampling, attach
 from softprompt.prompts import SoftPrompt
 from softprompt.serve.engine import encode
+from softprompt.serve.engine.limits import Limits
 from softprompt.serve.engine.request import EngineRequest, GenerateParams, PromptNotFound
-from softprompt.serve.engine.runner import BatchDone, Worker
+from softprompt.serve.engine.runner import BatchStats, ModelRunner
 from softprompt.serve.engine.scheduler import Scheduler
-from softprompt.serve.limits import Limits, Status
 from softprompt.serve.prompts.entry import (
     BASE,
     PromptEntry,
-    bare,
-    called,
+    base_entry,
+    display_name,
     from_folder,
     from_prompt,
     needs_head,
-    without_prompt,
 )
 
 
 @final
-class Engine:
-    """Serves prompts from one backbone: any thread may ask, one thread owns the model.
+@dataclass(frozen=True, kw_only=True)
+class EngineStatus:
+    """A snapshot of an engine."""
 
-    A prompt's keys and values are computed once, when it comes. Choices are batched across prompts, and wait at most
-    `max_wait` for company; texts are written in one batch that rows enter and leave between any two tokens. Answers are
-    those of the row alone: equal labels and greedy texts in float32, and within rounding in bfloat16. Prompts take
-    turns. A row that fails fails alone.
+    ready: bool
+    prompts: int
+    queued: int
+    queued_by_prompt: Mapping[str, int]
+    generating: int
+    max_batch: int
+
+
+@final
+class Engine:
+    """Serves prompts over one backbone: any thread may send requests, and one thread runs the model.
+
+    A prompt's keys and values are computed once, when it is added. Classifications are batched across prompts and wait
+    at most `max_wait` for others; generations share one batch that rows enter and leave between any two tokens.
+    Results are those of the row alone: equal labels and greedy texts in float32, and within rounding in bfloat16.
+    Prompts take turns. A row that fails fails alone.
 
     Args:
         backbone: frozen; nothing else may train or change it meanwhile.
-        limits: what it takes on.
-        watch: told of every pass of the model, in the engine's thread.
+        limits: bounds on batches, the queue and requests.
+        on_batch: called in the engine's thread after every forward pass.
 
     Raises:
-        ValueError: the backbone is of a kind that prompts cannot be attached to.
+        ValueError: prompts cannot be attached to the backbone.
     """
 
     def __init__(
-        self, backbone: Backbone, limits: Limits | None = None, watch: Callable[[BatchDone], None] | None = None
+        self, backbone: Backbone, limits: Limits | None = None, on_batch: Callable[[BatchStats], None] | None = None
     ) -> None:
         self.backbone = backbone
         self.limits = limits or Limits()
         self._stop: tuple[int, ...] = ()
         if not needs_head(backbone):
-            # Refuses a model that it is not exact for, before a thread begins.
-            self._stop = tuple(bare(backbone).end_of_sequence())
-        self._served: dict[str, PromptEntry] = {}
-        self._changing = threading.Lock()
+            # Rejects a model whose batched results are not exact, before the thread starts.
+            self._stop = tuple(attach(backbone).end_of_sequence())
+        self._entries: dict[str, PromptEntry] = {}
+        self._entries_lock = threading.Lock()
         with torch.no_grad():
-            self._worker = Worker(backbone, self.limits.max_batch, watch or (lambda done: None))
-            self._base = None if needs_head(backbone) else without_prompt(backbone)
-            if self._base is not None and self._worker.decoder is not None:
-                self._base = dataclasses.replace(self._base, state=self._worker.decoder.kv_prefix(self._base.prompt))
-        self._scheduler = Scheduler(self._worker, self.limits)
+            self._runner = ModelRunner(backbone, self.limits.max_batch, on_batch or (lambda stats: None))
+            self._base = None if needs_head(backbone) else base_entry(backbone)
+            if self._base is not None and self._runner.decoder is not None:
+                self._base = dataclasses.replace(
+                    self._base, kv_prefix=self._runner.decoder.kv_prefix(self._base.prompt)
+                )
+        self._scheduler = Scheduler(self._runner, self.limits)
 
     def __enter__(self) -> "Engine":
         return self
@@ -71,220 +86,217 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
     @property
     def prompts(self) -> list[PromptEntry]:
-        """What is served, by name."""
-        served = self._served.copy()  # another thread may remove one meanwhile
-        return [served[name] for name in sorted(served)]
+        """The prompts, sorted by name."""
+        entries = self._entries.copy()  # another thread may remove one meanwhile
+        return [entries[name] for name in sorted(entries)]
 
     @property
     def models(self) -> list[PromptEntry]:
-        """What can be asked: the prompts, and the model without one where that says anything."""
+        """What requests can name: the prompts and, if it can answer, the model without one."""
         return self.prompts if self._base is None else [*self.prompts, self._base]
 
     @property
     def alive(self) -> bool:
-        """Whether its thread runs and is not stuck."""
+        """Whether the engine's thread runs and is not stuck."""
         return self._scheduler.alive
 
     @property
     def closed(self) -> bool:
-        """Whether it takes nothing more, for good."""
+        """Whether new requests are refused, for good."""
         return self._scheduler.closed
 
     def get(self, name: str) -> PromptEntry:
         """The prompt of that name; `base` is the model without one.
 
         Raises:
-            Unknown: there is none.
+            PromptNotFound: no prompt has that name.
         """
-        found = self._served.get(name)
-        if found is None and name == BASE:
+        entry = self._entries.get(name)
+        if entry is None and name == BASE:
             if self._base is None:
                 raise PromptNotFound(
-                    f"{called(self.backbone)} answers through a head that is trained with a prompt, and has no "
+                    f"{display_name(self.backbone)} answers through a head that is trained with a prompt, and has no "
                     f"{BASE!r} to ask; name a prompt"
                 )
-            found = self._base
-        if found is None:
-            near = difflib.get_close_matches(name, [*self._served.copy(), BASE], n=3)
-            names = " or ".join(map(repr, near))
+            entry = self._base
+        if entry is None:
+            similar = difflib.get_close_matches(name, [*self._entries.copy(), BASE], n=3)
+            names = " or ".join(map(repr, similar))
             raise PromptNotFound(
-                f"there is no prompt {name!r}; " + (f"did you mean {names}?" if near else "see the list of prompts")
+                f"there is no prompt {name!r}; " + (f"did you mean {names}?" if similar else "see the list of prompts")
             )
-        return found
-
-    def serves(self, name: str) -> bool:
-        """Whether there is a prompt of that name."""
-        return name in self._served
+        return entry
 
     def add(self, name: str, source: Path | str | SoftPrompt, *, replace: bool = False) -> PromptEntry:
-        """Serve another prompt: a run, a PEFT prompt-tuning folder, or a prompt itself; the others run on.
+        """Serve a run, a PEFT prompt-tuning folder or a prompt; requests for other prompts continue meanwhile.
 
         Args:
-            replace: put it in the place of one of that name; rows that wait still get the old one's answer.
+            replace: replace a prompt of that name; queued requests are still answered with the old one.
 
         Raises:
             FileExistsError: the name is taken.
-            ValueError, FileNotFoundError: it cannot be served; nothing has changed.
+            ValueError, FileNotFoundError: the prompt cannot be served; nothing has changed.
             TimeoutError: the engine's thread is stuck; nothing has changed.
         """
-        ready = self.ready(name, source, replace=replace)
-        with self._changing:
-            self._refuse_taken(name, replace)
-            self.serve(ready)
-        return ready
+        entry = self.prepare(name, source, replace=replace)
+        with self._entries_lock:
+            self._check_free(name, replace)
+            self.register(entry)
+        return entry
 
-    def ready(self, name: str, source: Path | str | SoftPrompt, *, replace: bool = False) -> PromptEntry:
-        """What `add` would serve, computed and not served yet; raises what `add` raises."""
-        self._refuse_taken(name, replace)
+    def prepare(self, name: str, source: Path | str | SoftPrompt, *, replace: bool = False) -> PromptEntry:
+        """Compute what `add` would serve, without serving it; raises what `add` raises."""
+        self._check_free(name, replace)
         if isinstance(source, SoftPrompt):
-            fresh = from_prompt(name, source, self.backbone)
+            entry = from_prompt(name, source, self.backbone)
         else:
-            fresh = from_folder(name, Path(source).expanduser(), self.backbone)
+            entry = from_folder(name, Path(source).expanduser(), self.backbone)
 
         def compute() -> PromptEntry:
-            decoder = self._worker.decoder
+            decoder = self._runner.decoder
             if decoder is None:
-                return fresh
-            encode.refuse_long(self.backbone, fresh, 1, 0)
-            ready = dataclasses.replace(fresh, state=(state := decoder.kv_prefix(fresh.prompt)))
-            if begins := encode.beginning(self.backbone, fresh):
-                ready = dataclasses.replace(ready, template_prefix=decoder.template_prefix(fresh.prompt, state, begins))
-            self._refuse_endless(ready)
-            return ready
+                return entry
+            encode.check_length(self.backbone, entry, 1, 0)
+            kv_prefix = decoder.kv_prefix(entry.prompt)
+            prepared = dataclasses.replace(entry, kv_prefix=kv_prefix)
+            if ids := encode.template_prefix(self.backbone, entry):
+                template_prefix = decoder.template_prefix(entry.prompt, kv_prefix, ids)
+                prepared = dataclasses.replace(prepared, template_prefix=template_prefix)
+            # Finite values in a file may still overflow in the backbone, for every row of the prompt.
+            if not all(prefix.finite for prefix in prepared.kv_prefixes):
+                raise ValueError(
+                    f"prompt {name!r} overflows in {display_name(self.backbone)}: its values are too large; train it "
+                    "again"
+                )
+            return prepared
 
-        # Served by whoever asked: where that one has given up, it is not served later.
-        computed: PromptEntry = self._scheduler.do(compute)
-        return computed
+        prepared: PromptEntry = self._scheduler.run_job(compute)
+        return prepared
 
-    def serve(self, ready: PromptEntry) -> None:
-        """Serve what `ready` gave, in the place of one of its name."""
-        self._served[ready.name] = ready
+    def register(self, entry: PromptEntry) -> None:
+        """Serve what `prepare` returned, replacing a prompt of the same name."""
+        self._entries[entry.name] = entry
 
     def remove(self, name: str) -> None:
-        """Serve it no longer; rows that wait still get their answer.
+        """Stop serving a prompt; queued requests are still answered.
 
         Raises:
-            Unknown: there is none of that name.
+            PromptNotFound: no prompt has that name.
         """
-        self.refuse_base(name)
+        self.check_not_base(name)
         self.get(name)
-        self._served.pop(name, None)
+        self._entries.pop(name, None)
 
-    def refuse_base(self, name: str) -> None:
-        """Refuse to change the model without a prompt.
+    def check_not_base(self, name: str) -> None:
+        """Check that a change is not to `base`.
 
         Raises:
-            ValueError: it is meant.
+            ValueError: it is.
         """
         if name == BASE:
-            raise ValueError(f"{BASE!r} is the model without a prompt, and stays; take another name for a prompt")
+            raise ValueError(f"{BASE!r} is the model without a prompt and cannot be changed; choose another name")
 
     def classify(
         self,
         name: str,
-        rows: Sequence[str | Mapping[str, Any]],
+        rows: Sequence[str | Mapping[str, object]],
         labels: Sequence[str] | None = None,
         *,
         timeout: float | None = None,
     ) -> list[EngineRequest]:
-        """Each row's choice among the prompt's labels, or among those given.
+        """Score the prompt's labels, or the given ones, for each row.
 
         Args:
-            rows: the template's columns; a text alone where the template reads one column, or there is no template. An
-                image is the bytes of its file, or those in base64; never a path.
+            rows: the template's columns; a text alone if the template has one column or there is no template. An image
+                is the bytes of its file, or those in base64; never a path.
             labels: for a prompt without a task.
             timeout: seconds; none: the engine's.
 
         Raises:
-            Unknown: no such prompt.
-            ValueError: rows or labels that cannot be.
-            Full, Closed: not now.
+            PromptNotFound: no prompt has that name.
+            ValueError: rows or labels that cannot be answered.
+            QueueFull, EngineClosed: the engine accepts no requests now, or ever again.
         """
-        served = self.get(name)
-        seconds = self._seconds(timeout)
-        if served.task is not None and served.task.image:
-            work = encode.own_choice(served, labels)
-            images = encode.images(self.backbone, served, rows)
-            requests = [EngineRequest(served, (), work, timeout=seconds, pixels=pixels) for pixels in images]
+        entry, seconds = self.get(name), self._timeout(timeout)
+        if entry.task is not None and entry.task.image:
+            head_params = encode.head_params(entry, labels)
+            images = encode.images(self.backbone, entry, rows)
+            requests = [EngineRequest(entry, (), head_params, timeout=seconds, pixels=pixels) for pixels in images]
         else:
-            choices = encode.choices(self.backbone, served, rows, labels, self.limits.max_input_tokens)
-            requests = [EngineRequest(served, ids, work, timeout=seconds) for ids, work in choices]
+            inputs = encode.classification(self.backbone, entry, rows, labels, self.limits.max_input_tokens)
+            requests = [EngineRequest(entry, ids, params, timeout=seconds) for ids, params in inputs]
         self.submit(requests)
         return requests
 
     def generate(
         self,
         name: str,
-        text: str | Mapping[str, Any] | Sequence[int],
+        text: str | Mapping[str, object] | Sequence[int],
         *,
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
         timeout: float | None = None,
         on_token: Callable[[int], None] | None = None,
     ) -> EngineRequest:
-        """What the model writes behind a text, a row of the prompt's template, or tokens.
+        """Continue a text, a row of the prompt's template, or token ids.
 
         Args:
             max_new_tokens: none: the prompt's.
             on_token: called in the engine's thread with each token; it must not block.
 
         Raises:
-            Unknown: no such prompt.
-            ValueError: a text that cannot be, or that leaves no room for the answer.
-            Full, Closed: not now.
+            PromptNotFound: no prompt has that name.
+            ValueError: an input that cannot be continued, or that leaves no room for the answer.
+            QueueFull, EngineClosed: the engine accepts no requests now, or ever again.
         """
-        served = self.get(name)
-        most = served.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if not 1 <= most <= self.limits.max_new_tokens:
-            raise ValueError(f"max_tokens is {most}; it must be from 1 to {self.limits.max_new_tokens}")
-        ids = encode.text(self.backbone, served, text, most, self.limits.max_input_tokens)
-        work = GenerateParams(max_new_tokens=most, sampling=sampling or Sampling(), stop=self._stop)
-        request = EngineRequest(served, ids, work, timeout=self._seconds(timeout), on_token=on_token)
+        entry = self.get(name)
+        length = entry.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if not 1 <= length <= self.limits.max_new_tokens:
+            raise ValueError(f"max_tokens is {length}; it must be from 1 to {self.limits.max_new_tokens}")
+        ids = encode.completion(self.backbone, entry, text, length, self.limits.max_input_tokens)
+        params = GenerateParams(max_new_tokens=length, sampling=sampling or Sampling(), stop=self._stop)
+        request = EngineRequest(entry, ids, params, timeout=self._timeout(timeout), on_token=on_token)
         self.submit([request])
         return request
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
-        """Let all of them wait for their turn, or none; raises `QueueFull` and `EngineClosed`.
+        """Queue all of the requests, or none.
 
         Raises:
-            ValueError: a row has a token that the backbone has no embedding for; none of them waits.
+            ValueError: a row has a token that the backbone has no embedding for.
+            QueueFull, EngineClosed: the engine accepts no requests now, or ever again.
         """
         for number, request in enumerate(requests, start=1):
-            encode.refuse_unknown(self.backbone, request, f"row {number}" if len(requests) > 1 else "the text")
+            encode.check_tokens(self.backbone, request, f"row {number}" if len(requests) > 1 else "the text")
         self._scheduler.submit(requests)
 
-    def status(self) -> Status:
-        """What it is at."""
-        waiting = self._scheduler.by_prompt()
-        return Status(
+    def status(self) -> EngineStatus:
+        """A snapshot of the queue and of running generations."""
+        queued = self._scheduler.queued_by_prompt()
+        return EngineStatus(
             ready=self.alive and not self.closed,
-            prompts=len(self._served),
-            waiting=sum(waiting.values()),
-            waiting_by_prompt=waiting,
-            writing=self._worker.active,
-            max_batch=self._worker.most,
+            prompts=len(self._entries),
+            queued=sum(queued.values()),
+            queued_by_prompt=queued,
+            generating=len(self._runner.generating),
+            max_batch=self._runner.max_batch,
         )
 
     def close(self, grace: float = 30.0) -> None:
-        """Take nothing more and finish what there is; what is left after `grace` seconds fails with `EngineClosed`."""
+        """Refuse new requests and finish the others; those left after `grace` seconds fail with `EngineClosed`."""
         self._scheduler.close(grace)
 
-    def _refuse_taken(self, name: str, replace: bool) -> None:
-        self.refuse_base(name)
-        if name in self._served and not replace:
+    def _check_free(self, name: str, replace: bool) -> None:
+        self.check_not_base(name)
+        if name in self._entries and not replace:
             raise FileExistsError(f"the prompt name {name!r} is taken; choose another, or replace it")
-        if name not in self._served and len(self._served) >= self.limits.max_prompts:
-            raise ValueError(f"{len(self._served)} prompts are served, which is all that may; remove one first")
+        if name not in self._entries and len(self._entries) >= self.limits.max_prompts:
+            raise ValueError(f"{len(self._entries)} prompts are served, the most allowed; remove one first")
 
-    def _refuse_endless(self, served: PromptEntry) -> None:
-        """A file may hold numbers that are finite and overflow in the backbone, for every row of the prompt."""
-        if not all(state.finite for state in served.states):
-            raise ValueError(
-                f"prompt {served.name!r} overflows in {called(self.backbone)}: its numbers are too large; train it "
-                "again"
-            )
-
-    def _seconds(self, timeout: float | None) -> float:
+    def _timeout(self, timeout: float | None) -> float:
         return self.limits.timeout if timeout is None else min(timeout, self.limits.timeout)

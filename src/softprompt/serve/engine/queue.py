@@ -1,111 +1,94 @@
-"""The line: bounded, and fair between prompts. Not for several threads at once; the engine's lock guards it."""
+"""The queue of requests: bounded, and fair between prompts. Not thread-safe; the scheduler's lock guards it."""
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice, zip_longest
 from typing import final
 
 from softprompt.serve.engine.request import ClassifyParams, EngineRequest, GenerateParams, QueueFull
 
 Kind = type[ClassifyParams] | type[GenerateParams]
-_WINDOW = 4
-"""Rows looked at for each that is taken, when rows of similar length are wanted."""
+_LOOKAHEAD = 4
+"""Rows looked at for each row taken, when rows of similar length are preferred."""
 
 
 @final
 class RequestQueue:
-    """A line a prompt and kind of work; prompts take turns, so a busy one delays itself and no other.
+    """A FIFO per prompt and kind of request, served round-robin: a busy prompt delays only its own requests.
 
     Args:
-        most: rows that may wait; more are refused.
+        max_size: rows in the queue; more are refused.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._lines: dict[Kind, OrderedDict[str, deque[EngineRequest]]] = {
+    def __init__(self, max_size: int) -> None:
+        self._max_size = max_size
+        self._queues: dict[Kind, OrderedDict[str, deque[EngineRequest]]] = {
             ClassifyParams: OrderedDict(),
             GenerateParams: OrderedDict(),
         }
 
     def __len__(self) -> int:
-        return sum(self.count(kind) for kind in self._lines)
+        return sum(map(self.count, self._queues))
+
+    def __iter__(self) -> Iterator[EngineRequest]:
+        for queues in self._queues.values():
+            yield from chain.from_iterable(queues.values())
 
     def count(self, kind: Kind) -> int:
-        """Rows of a kind."""
-        return sum(map(len, self._lines[kind].values()))
+        """Rows of one kind."""
+        return sum(map(len, self._queues[kind].values()))
 
-    def by_prompt(self) -> dict[str, int]:
+    def count_by_prompt(self) -> dict[str, int]:
         """Rows of each prompt that has any."""
-        found: dict[str, int] = {}
-        for lines in self._lines.values():
-            for name, line in lines.items():
-                found[name] = found.get(name, 0) + len(line)
-        return found
+        return dict(Counter(request.entry.name for request in self))
 
-    def oldest(self, kind: Kind) -> float | None:
-        """When the row came that has waited longest."""
-        return min((line[0].arrived for line in self._lines[kind].values()), default=None)
+    def oldest_arrival(self, kind: Kind) -> float | None:
+        """Arrival time (monotonic) of the request of this kind that has been queued longest."""
+        return min((queue[0].arrived for queue in self._queues[kind].values()), default=None)
 
-    def put(self, requests: Sequence[EngineRequest], seconds_each: float) -> None:
-        """Let all of them wait, or none.
+    def put(self, requests: Sequence[EngineRequest], seconds_per_row: float) -> None:
+        """Queue all of the requests, or none.
 
         Args:
-            seconds_each: what a row takes at present, for the advice when to come back.
+            seconds_per_row: recent time per row, from which the error's `retry_after` is estimated.
 
         Raises:
-            Full: there is no room for all.
+            QueueFull: there is no room for all of them.
         """
-        waiting = len(self)
-        if waiting + len(requests) > self._most:
-            raise QueueFull(waiting, min(max(1.0, waiting * seconds_each), 60.0))
+        queued = len(self)
+        if queued + len(requests) > self._max_size:
+            raise QueueFull(queued, min(max(1.0, queued * seconds_per_row), 60.0))
         for request in requests:
-            lines = self._lines[type(request.work)]
-            lines.setdefault(request.served.name, deque()).append(request)
+            self._queues[type(request.params)].setdefault(request.entry.name, deque()).append(request)
 
-    def take(self, kind: Kind, most: int, *, alike: bool = False) -> list[EngineRequest]:
-        """Up to `most` rows, prompt after prompt.
+    def take(self, kind: Kind, limit: int, *, similar_length: bool = False) -> list[EngineRequest]:
+        """Remove and return up to `limit` rows, round-robin over prompts.
 
         Args:
-            alike: rows as long as the first one before others, which then are next in turn.
+            similar_length: prefer rows as long as the first one; those passed over come next.
         """
-        lines = self._lines[kind]
-        if not lines or most < 1:
+        queues = self._queues[kind]
+        if not queues or limit < 1:
             return []
-        picked = self._in_turn(lines, most * _WINDOW if alike else most)
-        if alike:
+        rounds = zip_longest(*queues.values())
+        round_robin = (request for requests in rounds for request in requests if request is not None)
+        picked = list(islice(round_robin, limit * _LOOKAHEAD if similar_length else limit))
+        if similar_length:
             length = len(picked[0].ids)
-            picked = sorted(picked, key=lambda request: abs(len(request.ids) - length))[:most]
+            picked = sorted(picked, key=lambda request: abs(len(request.ids) - length))[:limit]
         taken = set(map(id, picked))
-        for name in dict.fromkeys(request.served.name for request in picked):
-            rest = deque(request for request in lines.pop(name) if id(request) not in taken)
+        for name in dict.fromkeys(request.entry.name for request in picked):
+            rest = deque(request for request in queues.pop(name) if id(request) not in taken)
             if rest:
-                lines[name] = rest  # at the end: it had its turn
+                queues[name] = rest  # at the end: it had its turn
         return picked
 
-    def drop(self, over: Callable[[EngineRequest], bool]) -> None:
-        """Let those go for whom nothing is left to do."""
-        for lines in self._lines.values():
-            for name in list(lines):
-                rest = deque(request for request in lines[name] if not over(request))
+    def drop_done(self) -> None:
+        """Remove requests that have a result or an error already."""
+        for queues in self._queues.values():
+            for name in list(queues):
+                rest = deque(request for request in queues[name] if not request.done)
                 if rest:
-                    lines[name] = rest
+                    queues[name] = rest
                 else:
-                    del lines[name]
-
-    def everyone(self) -> list[EngineRequest]:
-        """All who wait."""
-        return [request for lines in self._lines.values() for line in lines.values() for request in line]
-
-    @staticmethod
-    def _in_turn(lines: OrderedDict[str, deque[EngineRequest]], most: int) -> list[EngineRequest]:
-        found: list[EngineRequest] = []
-        turns = [iter(line) for line in lines.values()]
-        while turns and len(found) < most:
-            still = []
-            for line in turns:
-                if (request := next(line, None)) is not None:
-                    found.append(request)
-                    still.append(line)
-                    if len(found) == most:
-                        break
-            turns = still
-        return found
+                    del queues[name]

@@ -1,8 +1,9 @@
-"""One row that waits for its answer, and how it can fail."""
+"""A row on its way through the engine, its result, and the errors that end it."""
 
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -14,29 +15,29 @@ from softprompt.serve.prompts.entry import PromptEntry
 
 
 class PromptNotFound(LookupError):
-    """There is no prompt of that name."""
+    """No prompt has that name."""
 
 
 class QueueFull(RuntimeError):
-    """The line is full; `after` seconds from now there should be room."""
+    """The queue has no room; a retry after `retry_after` seconds should succeed."""
 
-    def __init__(self, waiting: int, after: float) -> None:
-        super().__init__(f"{waiting} rows are waiting, which is all that may; try again in {after:.0f} seconds")
-        self.after = after
+    def __init__(self, queued: int, retry_after: float) -> None:
+        super().__init__(f"the queue is full ({queued} rows); try again in {retry_after:.0f} seconds")
+        self.retry_after = retry_after
 
 
 class EngineClosed(RuntimeError):
-    """The engine takes no more requests."""
+    """The engine accepts no more requests."""
 
 
 class Cancelled(RuntimeError):
-    """Nobody wants the answer any more."""
+    """The request was cancelled by its caller."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class ClassifyParams:
-    """Choose among candidates: their tokens, as `PromptedModel.score` takes them."""
+    """Score candidates: their token ids, as `PromptedModel.score` takes them."""
 
     candidates: tuple[tuple[int, ...], ...]
 
@@ -44,18 +45,18 @@ class ClassifyParams:
 @final
 @dataclass(frozen=True, kw_only=True)
 class GenerateParams:
-    """Write up to `max_new_tokens` tokens."""
+    """Generate up to `max_new_tokens` tokens."""
 
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[int, ...] = ()
-    """Ids that end the text; they are not part of it."""
+    """Token ids that end the text and are not part of it."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class ClassifyOutput:
-    """The answer to a `Choice`."""
+    """The result of a classification."""
 
     scores: tuple[float, ...]
     """Log-probability of each candidate."""
@@ -64,108 +65,113 @@ class ClassifyOutput:
 @final
 @dataclass(frozen=True, kw_only=True)
 class GenerateOutput:
-    """The answer to a `Writing`."""
+    """The result of a generation."""
 
     tokens: tuple[int, ...]
-    finish: str
-    """`stop`: it came to an end; `length`: it was cut."""
+    finish_reason: str
+    """`stop`: a stop token ended the text; `length`: it reached `max_new_tokens`."""
 
 
 @final
 class EngineRequest:
-    """A row in line, and the promise of its answer.
+    """One row to classify or to continue, with a future for its result.
 
     Args:
-        served: the prompt as it was when the row came; replacing or removing the prompt changes nothing for the row.
-        ids: the row's tokens.
-        work: what is asked for.
-        timeout: seconds that the answer may take; none: any.
-        on_token: called in the engine's thread with each token as it is written; it must not block.
-        pixels: the row's image, where it is one and has no tokens.
+        entry: the prompt as it is now; replacing or removing the prompt later does not affect this request.
+        ids: the row's token ids.
+        params: what to compute.
+        timeout: seconds that the request may take; none: unlimited.
+        on_token: called in the engine's thread with each generated token; it must not block.
+        pixels: the image of a row that is an image and has no tokens.
     """
 
     def __init__(
         self,
-        served: PromptEntry,
+        entry: PromptEntry,
         ids: Sequence[int],
-        work: ClassifyParams | GenerateParams,
+        params: ClassifyParams | GenerateParams,
         *,
         timeout: float | None = None,
         on_token: Callable[[int], None] | None = None,
         pixels: Float[Tensor, "channel height width"] | None = None,
     ) -> None:
-        self.served = served
+        self.entry = entry
         self.ids = tuple(ids)
-        self.work = work
+        self.params = params
         self.pixels = pixels
         self.arrived = time.monotonic()
         self.deadline = None if timeout is None else self.arrived + timeout
         self.future: Future[Any] = Future()
         self.tokens: list[int] = []
-        self.counted: int | None = None
-        """Tokens up to the stop that ended the text, where the engine had written more."""
+        self.length_at_stop: int | None = None
+        """Tokens up to the one that completed a stop text; the engine may have generated further ones."""
         self._on_token = on_token
 
     @property
-    def written(self) -> int:
-        """Tokens of its answer."""
-        return len(self.tokens) if self.counted is None else self.counted
+    def candidates(self) -> tuple[tuple[int, ...], ...]:
+        """The candidates of a classification."""
+        assert isinstance(self.params, ClassifyParams)
+        return self.params.candidates
 
     @property
-    def over(self) -> bool:
-        """Whether nothing is left to do for it."""
+    def generation(self) -> GenerateParams:
+        """The parameters of a generation."""
+        assert isinstance(self.params, GenerateParams)
+        return self.params
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Generated tokens, up to a stop text."""
+        return len(self.tokens) if self.length_at_stop is None else self.length_at_stop
+
+    @property
+    def done(self) -> bool:
+        """Whether it has a result or an error."""
         return self.future.done()
 
     def result(self, timeout: float | None = None) -> Any:
-        """`ClassifyOutput` or `GenerateOutput`, when it is there.
+        """Wait for the `ClassifyOutput` or `GenerateOutput`.
 
         Raises:
-            TimeoutError: it took longer than it may.
-            Cancelled, Closed: it was given up.
+            TimeoutError: the request, or this call, took longer than its timeout.
+            Cancelled, EngineClosed: the request was given up.
         """
         return self.future.result(timeout)
 
     def cancel(self) -> None:
-        """Give it up; its place in the batch is free at the next step."""
+        """Give the request up; its place in the batch is free at the next step."""
         self.fail(Cancelled("the request was cancelled"))
 
-    def answer(self, value: ClassifyOutput | GenerateOutput) -> None:
-        """Settle it, unless it was given up meanwhile."""
-        self._settle(lambda: self.future.set_result(value))
+    def finish(self, output: ClassifyOutput | GenerateOutput) -> None:
+        """Set the result, unless the request is done."""
+        with suppress(InvalidStateError):  # done already, perhaps by another thread
+            self.future.set_result(output)
 
     def fail(self, error: BaseException) -> None:
-        """Settle it with an error, unless it is settled."""
-        self._settle(lambda: self.future.set_exception(error))
+        """Set an error, unless the request is done."""
+        with suppress(InvalidStateError):
+            self.future.set_exception(error)
 
     def expire(self, now: float) -> None:
-        """Fail it if its time is over."""
+        """Fail the request if its deadline has passed."""
         if self.deadline is not None and now > self.deadline:
             seconds = self.deadline - self.arrived
             self.fail(TimeoutError(f"no answer within {seconds:g} seconds; ask for less, or try again later"))
 
-    def write(self, token: int) -> None:
-        """Take the next token of a `Writing`, and settle it where that was the last."""
-        work = self.work
-        assert isinstance(work, GenerateParams)
-        if token in work.stop:
-            self.answer(GenerateOutput(tokens=tuple(self.tokens), finish="stop"))
+    def append_token(self, token: int) -> None:
+        """Add the next token of a generation, and finish the request if it was the last one."""
+        if token in self.generation.stop:
+            self.finish(GenerateOutput(tokens=tuple(self.tokens), finish_reason="stop"))
             return
         self.tokens.append(token)
         if self._on_token is not None:
             self._on_token(token)
-        if len(self.tokens) >= work.max_new_tokens:
-            self.answer(GenerateOutput(tokens=tuple(self.tokens), finish="length"))
-
-    def _settle(self, settle: Callable[[], None]) -> None:
-        if not self.future.done():
-            try:
-                settle()
-            except InvalidStateError:  # another thread was first
-                return
+        if len(self.tokens) >= self.generation.max_new_tokens:
+            self.finish(GenerateOutput(tokens=tuple(self.tokens), finish_reason="length"))
 
 
-def overflow(request: EngineRequest) -> FloatingPointError:
-    """The error of a row for which the model gives no numbers."""
+def overflow_error(request: EngineRequest) -> FloatingPointError:
+    """The error of a row whose logits are not finite."""
     return FloatingPointError(
-        f"prompt {request.served.name!r} overflows in the model on this row; train it again, or use another dtype"
+        f"prompt {request.entry.name!r} overflows in the model on this row; train it again, or use another dtype"
     )

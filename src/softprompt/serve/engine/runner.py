@@ -1,4 +1,4 @@
-"""What the engine's one thread does with the model: batches of choices, and steps of what is being written."""
+"""Runs the model in the engine's thread: batches of classifications, and steps of generations."""
 
 import logging
 import math
@@ -11,188 +11,187 @@ from typing import Literal, final
 import torch
 
 from softprompt.backbones import Backbone
-from softprompt.serve.engine.generation import (
-    CausalGenerationBatch,
-    GeneralGenerationBatch,
-    GenerationBatch,
-    generation_batch_of,
-)
+from softprompt.models import attach
+from softprompt.serve.engine.generation import CausalGenerationBatch, GenerationBatch, Seq2SeqGenerationBatch
 from softprompt.serve.engine.kv_cache import CachedDecoder
-from softprompt.serve.engine.request import ClassifyOutput, EngineRequest, overflow
+from softprompt.serve.engine.request import ClassifyOutput, EngineRequest, overflow_error
 from softprompt.serve.engine.scoring import CausalScorer, GeneralScorer, Scorer
-from softprompt.serve.prompts.entry import bare
 
 _log = logging.getLogger("softprompt.serve")
-_ON_CPU = 8
-"""Rows whose tokens a CPU multiplies as fast, each, as those of more."""
-_CALM = 50
-"""Batches that must go well before a batch may grow again after memory ran out."""
+_MAX_CLASSIFY_ON_CPU = 8
+"""Rows per classification batch on a CPU, where larger batches are no faster per row."""
+_STEPS_UNTIL_GROWTH = 50
+"""Successful batches after which a batch size that was halved for want of memory doubles again."""
+
+Kind = Literal["classify", "generate"]
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class BatchDone:
-    """A pass of the model is over."""
+class BatchStats:
+    """One forward pass: its kind, size and duration."""
 
-    kind: Literal["choice", "writing"]
+    kind: Kind
     rows: int
     seconds: float
 
 
 @final
-class Worker:
-    """Runs batches; what fails is tried again in halves, so that one bad row fails alone.
+class ModelRunner:
+    """Runs batches; one that fails is retried in halves, so that a bad row fails alone.
 
     Args:
-        most: rows of a batch; memory that runs out halves it for a while.
-        watch: told of every pass.
+        backbone: the frozen model.
+        max_batch: rows per batch; halved for a while when memory runs out.
+        on_batch: called after every forward pass.
     """
 
-    def __init__(self, backbone: Backbone, most: int, watch: Callable[[BatchDone], None]) -> None:
+    def __init__(self, backbone: Backbone, max_batch: int, on_batch: Callable[[BatchStats], None]) -> None:
         self._backbone = backbone
-        self._watch = watch
-        self._allowed, self.most, self._calm = most, most, 0
+        self._on_batch = on_batch
+        self._configured_max_batch, self.max_batch, self._successes = max_batch, max_batch, 0
         self.decoder: CachedDecoder | None = None
         if backbone.architecture == "causal":
-            self.decoder = CachedDecoder(bare(backbone))
-            self._score: Scorer = CausalScorer(self.decoder)
+            self.decoder = CachedDecoder(attach(backbone))
+            self._scorer: Scorer = CausalScorer(self.decoder)
         else:
-            self._score = GeneralScorer(backbone)
-        self.writers: list[GenerationBatch] = []
-        self.seconds_each = 0.05
-        """What a row took lately."""
+            self._scorer = GeneralScorer(backbone)
+        self.batches: list[GenerationBatch] = []
+        """The running generations."""
+        self.seconds_per_row = 0.05
+        """Moving average over classifications."""
 
     @property
-    def most_choices(self) -> int:
-        """Rows of a batch of choices; few on a CPU.
+    def max_classify_batch(self) -> int:
+        """Rows per classification batch; few on a CPU.
 
-        So rows of like length run with little padding, and answers go out while others run.
+        Small batches hold rows of similar length, with little padding, and results go out while others run.
         """
-        return min(self.most, _ON_CPU) if self._backbone.device.type == "cpu" else self.most
+        on_cpu = self._backbone.device.type == "cpu"
+        return min(self.max_batch, _MAX_CLASSIFY_ON_CPU) if on_cpu else self.max_batch
 
     @property
-    def active(self) -> int:
-        """Rows that are being written."""
-        return sum(len(writer.requests) for writer in self.writers)
+    def generating(self) -> list[EngineRequest]:
+        """The requests of the running generations."""
+        return [request for batch in self.batches for request in batch.requests]
 
-    def choose(self, requests: Sequence[EngineRequest]) -> None:
-        """Settle a batch of choices."""
+    def classify(self, requests: Sequence[EngineRequest]) -> None:
+        """Finish a batch of classifications."""
         start = time.monotonic()
         try:
-            found = self._score(requests)
+            scores = self._scorer(requests)
         except Exception as error:
-            self._again(requests, error, self.choose)
+            self._retry_in_halves(requests, error, self.classify)
             return
-        self._went_well("choice", len(requests), time.monotonic() - start)
-        for request, scores in zip(requests, found, strict=True):
-            if any(map(math.isnan, scores)):
-                self._fail(request, overflow(request))
+        self._record_success("classify", len(requests), time.monotonic() - start)
+        for request, row in zip(requests, scores, strict=True):
+            if any(map(math.isnan, row)):
+                _log.error("prompt %s: the logits overflow", request.entry.name)
+                request.fail(overflow_error(request))
             else:
-                request.answer(ClassifyOutput(scores=scores))
+                request.finish(ClassifyOutput(scores=row))
 
-    def begin(self, requests: Sequence[EngineRequest]) -> None:
-        """Let rows be written from the next step on."""
-        groups = [list(requests)]
-        if self.decoder is None:  # a call draws all rows from one generator, so a drawn row goes alone
-            greedy = [request for request in requests if not generation_batch_of(request).sampling.temperature]
-            groups = [[one] for one in requests if generation_batch_of(one).sampling.temperature] + (
-                [greedy] if greedy else []
-            )
+    def prefill(self, requests: Sequence[EngineRequest]) -> None:
+        """Start generations, with their first token."""
+        groups: list[Sequence[EngineRequest]] = [requests]
+        if self.decoder is None:  # a batch samples all its rows from one generator, so a sampled row runs alone
+            greedy = [request for request in requests if not request.generation.sampling.temperature]
+            groups = [[request] for request in requests if request.generation.sampling.temperature]
+            groups += [greedy] if greedy else []
         for group in groups:
-            self._begin(group)
+            self._start_batch(group)
 
-    def step(self) -> None:
-        """One token for every row that is being written."""
-        for writer in list(self.writers):
-            self._step(writer)
-        self._gather()
+    def decode(self) -> None:
+        """Generate one token for every running generation, then merge batches where possible."""
+        for batch in list(self.batches):
+            self._decode_batch(batch)
+        self._merge_batches()
 
-    def drop(self) -> None:
-        """Take out the rows that were given up."""
-        for writer in self.writers:
-            self._let_go(writer)
-        self.writers = [writer for writer in self.writers if writer.requests]
+    def drop_done(self) -> None:
+        """Remove requests that were given up."""
+        for batch in self.batches:
+            self._drop_done_rows(batch)
+        self.batches = [batch for batch in self.batches if batch.requests]
 
-    def _begin(self, requests: Sequence[EngineRequest]) -> None:
+    def _start_batch(self, requests: Sequence[EngineRequest]) -> None:
         try:
-            writer: GenerationBatch = (
-                GeneralGenerationBatch(bare(self._backbone), requests)
+            batch: GenerationBatch = (
+                Seq2SeqGenerationBatch(attach(self._backbone), requests)
                 if self.decoder is None
                 else CausalGenerationBatch(self.decoder, requests)
             )
-            self._advance(writer)
+            self._step(batch)
         except Exception as error:
-            self._again(requests, error, self._begin)
+            self._retry_in_halves(requests, error, self._start_batch)
             return
-        self._let_go(writer)
-        if writer.requests:
-            self.writers.append(writer)
+        self._drop_done_rows(batch)
+        if batch.requests:
+            self.batches.append(batch)
 
-    def _step(self, writer: GenerationBatch) -> None:
+    def _decode_batch(self, batch: GenerationBatch) -> None:
         try:
-            self._advance(writer)
+            self._step(batch)
         except Exception as error:
-            self._note(error, len(writer.requests))
-            place = self.writers.index(writer)
-            if len(writer.requests) == 1:
-                writer.requests[0].fail(error)
-                self.writers.pop(place)
+            self._record_failure(error, len(batch.requests))
+            index = self.batches.index(batch)
+            if len(batch.requests) == 1:
+                batch.requests[0].fail(error)
+                self.batches.pop(index)
                 return
-            parts = self.writers[place : place + 1] = self._halves(writer, error)
-            for part in parts:  # at once: rows are joined only where all stand behind a step
-                self._step(part)
+            halves = self.batches[index : index + 1] = self._split(batch, error)
+            for half in halves:  # in this step, since only batches that have completed it can be merged
+                self._decode_batch(half)
             return
-        self._let_go(writer)
-        if not writer.requests:
-            self.writers.remove(writer)
+        self._drop_done_rows(batch)
+        if not batch.requests:
+            self.batches.remove(batch)
 
-    def _let_go(self, writer: GenerationBatch) -> None:
-        """Take out the rows that are over; where memory is short they stay until the next step, and are passed over."""
+    def _drop_done_rows(self, batch: GenerationBatch) -> None:
+        """Remove finished rows; where memory is too short for that, they stay until the next step and are ignored."""
         try:
-            writer.keep([place for place, request in enumerate(writer.requests) if not request.over])
+            batch.keep([row for row, request in enumerate(batch.requests) if not request.done])
         except Exception as error:
-            self._note(error, len(writer.requests))
+            self._record_failure(error, len(batch.requests))
 
-    def _halves(self, writer: GenerationBatch, error: Exception) -> list[GenerationBatch]:
+    def _split(self, batch: GenerationBatch, error: Exception) -> list[GenerationBatch]:
         try:
-            return list(writer.halves())
-        except Exception:  # not even that; nothing is left to go on with
-            _log.exception("a batch could not be halved")
-            for request in writer.requests:
+            return list(batch.split())
+        except Exception:
+            _log.exception("a batch could not be split")
+            for request in batch.requests:
                 request.fail(error)
             return []
 
-    def _advance(self, writer: GenerationBatch) -> None:
-        """One step; nothing after `step` may fail, since what fails is done once more."""
-        start, rows = time.monotonic(), list(writer.requests)
-        tokens = writer.step()
-        self._went_well("writing", len(rows), time.monotonic() - start)
-        for request, token in zip(rows, tokens, strict=True):
-            if request.over:
+    def _step(self, batch: GenerationBatch) -> None:
+        """Generate one token per row. Nothing after `step` may raise: a step that fails is run again."""
+        start, requests = time.monotonic(), list(batch.requests)
+        tokens = batch.step()
+        self._record_success("generate", len(requests), time.monotonic() - start)
+        for request, token in zip(requests, tokens, strict=True):
+            if request.done:
                 continue
             try:
-                request.write(token)
-            except Exception as error:  # whoever listens is gone
+                request.append_token(token)
+            except Exception as error:  # raised by the caller's on_token
                 request.fail(error)
 
-    def _gather(self) -> None:
-        """One batch of all decoder's rows, as far as they may share one."""
-        causal = [writer for writer in self.writers if isinstance(writer, CausalGenerationBatch)]
-        for writer in causal[1:]:
-            rows = len(causal[0].requests) + len(writer.requests)
-            if rows <= self.most:
+    def _merge_batches(self) -> None:
+        """Merge the batches of a decoder into one, up to `max_batch` rows."""
+        batches = [batch for batch in self.batches if isinstance(batch, CausalGenerationBatch)]
+        for batch in batches[1:]:
+            rows = len(batches[0].requests) + len(batch.requests)
+            if rows <= self.max_batch:
                 try:
-                    causal[0].take(writer)
-                except Exception as error:  # both go on as they are
-                    self._note(error, rows)
+                    batches[0].merge(batch)
+                except Exception as error:  # both continue as they are
+                    self._record_failure(error, rows)
                     return
-                self.writers.remove(writer)
+                self.batches.remove(batch)
 
-    def _again(
+    def _retry_in_halves(
         self, requests: Sequence[EngineRequest], error: Exception, run: Callable[[Sequence[EngineRequest]], None]
     ) -> None:
-        """Both halves by themselves; a row that fails alone has failed."""
-        self._note(error, len(requests))
+        self._record_failure(error, len(requests))
         if len(requests) == 1:
             requests[0].fail(error)
             return
@@ -200,36 +199,32 @@ class Worker:
         run(requests[:middle])
         run(requests[middle:])
 
-    def _note(self, error: Exception, rows: int) -> None:
-        if _is_memory(error):
-            self.most, self._calm = max(1, min(self.most, rows) // 2), 0
-            # The error's frames hold what the pass had computed, which the next try needs the memory of.
+    def _record_failure(self, error: Exception, rows: int) -> None:
+        if _is_out_of_memory(error):
+            self.max_batch, self._successes = max(1, min(self.max_batch, rows) // 2), 0
+            # The error's frames hold tensors of the failed pass, whose memory the retry needs.
             traceback.clear_frames(error.__traceback__)
-            _log.warning("memory ran out with %d rows; batches of %d from here on", rows, self.most)
+            _log.warning("out of memory with %d rows; batches have at most %d for now", rows, self.max_batch)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         elif not isinstance(error, ValueError):
             _log.error("a batch of %d rows failed: %s", rows, type(error).__name__, exc_info=error)
 
-    def _went_well(self, kind: Literal["choice", "writing"], rows: int, seconds: float) -> None:
-        if kind == "choice":
-            self.seconds_each += 0.2 * (seconds / rows - self.seconds_each)
-        self._calm += 1
-        if self.most < self._allowed and self._calm >= _CALM:
-            self.most, self._calm = min(self._allowed, 2 * self.most), 0
+    def _record_success(self, kind: Kind, rows: int, seconds: float) -> None:
+        if kind == "classify":
+            self.seconds_per_row += 0.2 * (seconds / rows - self.seconds_per_row)
+        self._successes += 1
+        if self.max_batch < self._configured_max_batch and self._successes >= _STEPS_UNTIL_GROWTH:
+            self.max_batch, self._successes = min(self._configured_max_batch, 2 * self.max_batch), 0
         try:
-            self._watch(BatchDone(kind=kind, rows=rows, seconds=seconds))
-        except Exception:  # whoever watches is no reason to fail a row
-            _log.exception("a watcher failed")
-
-    def _fail(self, request: EngineRequest, error: Exception) -> None:
-        _log.error("prompt %s: %s", request.served.name, type(error).__name__)
-        request.fail(error)
+            self._on_batch(BatchStats(kind=kind, rows=rows, seconds=seconds))
+        except Exception:  # a failing callback must not fail a row
+            _log.exception("on_batch failed")
 
 
-def _is_memory(error: Exception) -> bool:
-    """Whether memory ran out: CUDA has a class for it, the CPU's allocator a sentence."""
-    text = str(error)
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: CUDA has its own error class, the CPU's allocator only a message."""
+    message = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+        isinstance(error, RuntimeError) and ("can't allocate memory" in message or "not enough memory" in message)
     )

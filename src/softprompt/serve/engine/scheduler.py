@@ -1,4 +1,4 @@
-"""The engine's one thread: what it is told to do, batches of choices and steps of texts take turns in it."""
+"""The engine's thread: each step runs jobs, one batch of classifications and one token of every generation."""
 
 import logging
 import threading
@@ -7,200 +7,229 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
 
+from softprompt.serve.engine.limits import Limits
 from softprompt.serve.engine.queue import RequestQueue
 from softprompt.serve.engine.request import ClassifyParams, EngineClosed, EngineRequest, GenerateParams
-from softprompt.serve.engine.runner import Worker
-from softprompt.serve.limits import Limits
+from softprompt.serve.engine.runner import ModelRunner
 
 _log = logging.getLogger("softprompt.serve")
-_ENTER = 8
-"""Rows that enter a batch in writing at one step, so that those in it are not kept waiting."""
-_STUCK = 60.0
-"""Seconds that a turn may last at least before the thread counts as stuck."""
-_LAST = 5.0
-"""Seconds for the turn in hand to end once all is given up; a thread that is stuck is left behind."""
+_MAX_PREFILLS = 8
+"""New generations per step, so that running ones are not kept waiting."""
+_MIN_STEP_TIMEOUT = 60.0
+"""Seconds that any step may last before the thread counts as stuck."""
+_JOIN_TIMEOUT = 5.0
+"""Seconds for the current step to end after shutdown; a stuck thread is abandoned."""
+_SHUTDOWN = "the service shut down before the request was done; send it to another replica, or again later"
 
-_SHUT = "the service shut down before the answer was there"
+
+@final
+class _Job:
+    """A function to call between two steps, with a future for its result."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function = function
+        self.future: Future[Any] = Future()
+
+    def run(self) -> None:
+        if self.future.done():  # its caller has given up
+            return
+        try:
+            result = self.function()
+        except BaseException as error:
+            self.fail(error)
+        else:
+            with suppress(InvalidStateError):
+                self.future.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        with suppress(InvalidStateError):  # done already, perhaps by another thread
+            self.future.set_exception(error)
+
+
+@final
+@dataclass(frozen=True)
+class _Step:
+    """The work of one step."""
+
+    jobs: list[_Job] = field(default_factory=list)
+    classify: list[EngineRequest] = field(default_factory=list)
+    generate: list[EngineRequest] = field(default_factory=list)
 
 
 @final
 class Scheduler:
-    """The thread that owns the model; any other hands it rows, and jobs to be done between two passes.
+    """Owns the thread in which the model runs; other threads submit requests, and jobs to run between two steps.
 
-    However it ends, every row and job that it was given is settled.
+    However the thread ends, every request and job gets a result or an error.
 
     Args:
-        worker: runs the batches, in this thread alone.
+        runner: runs the batches, in this thread only.
+        limits: batch waiting time, queue size and timeout.
     """
 
-    def __init__(self, worker: Worker, limits: Limits) -> None:
-        self._worker, self._limits = worker, limits
-        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._doing: list[tuple[Callable[[], Any], Future[Any]]] = []
-        self._waiting = RequestQueue(limits.max_waiting)
-        self._taken: list[EngineRequest] = []
-        self._since: float | None = None
+    def __init__(self, runner: ModelRunner, limits: Limits) -> None:
+        self._runner, self._limits = runner, limits
+        self._jobs: deque[_Job] = deque()
+        self._queue = RequestQueue(limits.max_queued)
+        self._step = _Step()
+        self._step_started: float | None = None
         self._wake = threading.Condition()
-        self._closed, self._give_up = False, False
+        self._closed, self._abort = False, False
         self._thread = threading.Thread(target=self._run, name="softprompt-engine", daemon=True)
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs, and no turn has lasted longer than an answer may."""
-        since = self._since
-        return self._thread.is_alive() and (since is None or time.monotonic() - since < self._most)
+        """Whether the thread runs, and its current step has not exceeded the time limit."""
+        started = self._step_started
+        return self._thread.is_alive() and (started is None or time.monotonic() - started < self._step_timeout)
 
     @property
     def closed(self) -> bool:
-        """Whether it takes nothing more, for good."""
+        """Whether new requests are refused, for good."""
         return self._closed
 
-    def by_prompt(self) -> dict[str, int]:
-        """Rows in line, by prompt."""
+    def queued_by_prompt(self) -> dict[str, int]:
+        """Rows in the queue, by prompt."""
         with self._wake:
-            return self._waiting.by_prompt()
+            return self._queue.count_by_prompt()
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
-        """Let all of them wait for their turn, or none.
+        """Queue all of the requests, or none.
 
         Raises:
-            Full, Closed: not now.
+            QueueFull, EngineClosed: the engine accepts no requests now, or ever again.
         """
         with self._wake:
-            self._refuse_closed()
-            self._waiting.drop(lambda request: request.over)
-            self._waiting.put(requests, self._worker.seconds_each)
+            self._check_open()
+            self._queue.drop_done()
+            self._queue.put(requests, self._runner.seconds_per_row)
             self._wake.notify()
 
-    def do(self, job: Callable[[], Any]) -> Any:
-        """What the job gives, done between two passes; raises what it raises, `EngineClosed`, or TimeoutError."""
-        done: Future[Any] = Future()
+    def run_job(self, function: Callable[[], Any]) -> Any:
+        """Call `function` in the engine's thread between two steps, and return its result.
+
+        Raises:
+            EngineClosed: the engine is shut down.
+            TimeoutError: the thread was busy for too long; `function` will not run.
+        """
+        job = _Job(function)
         with self._wake:
-            self._refuse_closed()
-            self._jobs.append((job, done))
+            self._check_open()
+            self._jobs.append(job)
             self._wake.notify()
-        if not wait([done], self._most).done:
-            done.cancel()
+        if not wait([job.future], self._step_timeout).done:
+            job.future.cancel()
             raise TimeoutError(
-                f"the engine was busy for {self._most:g} seconds, and nothing has changed; try again later"
+                f"the engine was busy for {self._step_timeout:g} seconds, and nothing has changed; try again later"
             )
-        return done.result()
+        return job.future.result()
 
     def close(self, grace: float) -> None:
-        """Take nothing more and finish what there is; what is left after `grace` seconds fails with `EngineClosed`."""
+        """Refuse new requests and finish the others; those left after `grace` seconds fail with `EngineClosed`."""
         with self._wake:
             self._closed = True
             self._wake.notify()
         self._thread.join(grace)
         with self._wake:
-            self._give_up = True
+            self._abort = True
             self._wake.notify()
-        self._thread.join(_LAST)
+        self._thread.join(_JOIN_TIMEOUT)
         if self._thread.is_alive():
-            _log.error("the engine's thread is stuck and left behind")
-            self._fail_all(EngineClosed(_SHUT))
+            _log.error("the engine's thread is stuck and was abandoned")
+            self._fail_all(EngineClosed(_SHUTDOWN))
 
     @property
-    def _most(self) -> float:
-        """Seconds that a turn may last."""
-        return max(self._limits.timeout, _STUCK)
+    def _step_timeout(self) -> float:
+        return max(self._limits.timeout, _MIN_STEP_TIMEOUT)
 
-    def _refuse_closed(self) -> None:
+    def _check_open(self) -> None:
         if self._closed:
-            raise EngineClosed("the service is shutting down; ask another one")
+            raise EngineClosed("the service is shutting down; send the request to another replica, or again later")
 
     def _run(self) -> None:
-        reason = _SHUT
+        reason = _SHUTDOWN
         try:
             with torch.no_grad():
-                while self._turn():
-                    pass
+                while self._schedule():
+                    self._execute(self._step)
         except BaseException:
-            reason = "the service failed and takes nothing more; its log says why, start it anew"
+            reason = "the engine failed and accepts no more requests; see the service's log, then restart it"
             _log.exception("the engine's thread ended")
         finally:
             self._fail_all(EngineClosed(reason))
 
-    def _turn(self) -> bool:
-        """One round: jobs, a batch of choices, a token of every text; whether there may be another."""
+    def _schedule(self) -> bool:
+        """Wait for work and choose that of the next step; False once the engine has ended."""
         with self._wake:
-            self._since = None
-            while not self._due():
-                if self._closed and not self._busy():
+            self._step_started = None
+            while not self._has_due_work():
+                if self._closed and not len(self._queue):
                     return False
-                self._wake.wait(self._pause())
-            if self._give_up:
+                self._wake.wait(self._seconds_until_due())
+            if self._abort:
                 return False
-            self._since = now = time.monotonic()
-            self._doing = [self._jobs.popleft() for _ in range(len(self._jobs))]
-            for request in (*self._waiting.everyone(), *(one for w in self._worker.writers for one in w.requests)):
+            self._step_started = now = time.monotonic()
+            jobs = [self._jobs.popleft() for _ in range(len(self._jobs))]
+            self._step = _Step(jobs)
+            for request in (*self._queue, *self._runner.generating):
                 request.expire(now)
-            self._waiting.drop(lambda request: request.over)
-            choices = (
-                self._waiting.take(ClassifyParams, self._worker.most_choices, alike=True) if self._choice_due() else []
+            self._queue.drop_done()
+            classify = (
+                self._queue.take(ClassifyParams, self._runner.max_classify_batch, similar_length=True)
+                if self._classify_due()
+                else []
             )
-            texts = self._waiting.take(GenerateParams, min(_ENTER, self._worker.most - self._worker.active))
-            self._taken = [*choices, *texts]
-        for job, done in self._doing:
-            if done.done():  # whoever asked has given up
-                continue
-            try:
-                found = job()
-            except BaseException as error:
-                _settle(done.set_exception, error)
-            else:
-                _settle(done.set_result, found)
-        self._doing = []
-        self._worker.drop()
-        for run, requests in ((self._worker.choose, choices), (self._worker.begin, texts)):
-            if wanted := [request for request in requests if not request.over]:
-                run(wanted)
-        self._worker.step()
-        return True
+            free = self._runner.max_batch - len(self._runner.generating)
+            self._step = _Step(jobs, classify, self._queue.take(GenerateParams, min(_MAX_PREFILLS, free)))
+            return True
 
-    def _busy(self) -> bool:
-        return bool(self._jobs or len(self._waiting) or self._worker.writers)
+    def _execute(self, step: _Step) -> None:
+        for job in step.jobs:
+            job.run()
+        step.jobs.clear()  # their results hold prompts' keys and values
+        self._runner.drop_done()
+        if classify := [request for request in step.classify if not request.done]:
+            self._runner.classify(classify)
+        if generate := [request for request in step.generate if not request.done]:
+            self._runner.prefill(generate)
+        self._runner.decode()
 
-    def _due(self) -> bool:
+    def _has_due_work(self) -> bool:
         return bool(
-            self._give_up
+            self._abort
             or self._jobs
-            or self._worker.writers
-            or self._choice_due()
-            or self._waiting.count(GenerateParams)
+            or self._runner.batches
+            or self._classify_due()
+            or self._queue.count(GenerateParams)
         )
 
-    def _choice_due(self) -> bool:
-        oldest = self._waiting.oldest(ClassifyParams)
+    def _classify_due(self) -> bool:
+        """Whether a batch of classifications is full, or its oldest request has waited long enough."""
+        oldest = self._queue.oldest_arrival(ClassifyParams)
         return oldest is not None and (
             self._closed
-            or self._waiting.count(ClassifyParams) >= self._worker.most_choices
+            or self._queue.count(ClassifyParams) >= self._runner.max_classify_batch
             or time.monotonic() - oldest >= self._limits.max_wait / 1000
         )
 
-    def _pause(self) -> float | None:
-        """Seconds until the oldest choice has waited long enough; none: until something comes."""
-        oldest = self._waiting.oldest(ClassifyParams)
+    def _seconds_until_due(self) -> float | None:
+        """Seconds until the oldest classification has waited long enough; none: until something arrives."""
+        oldest = self._queue.oldest_arrival(ClassifyParams)
         return None if oldest is None else max(oldest + self._limits.max_wait / 1000 - time.monotonic(), 0.0)
 
     def _fail_all(self, error: EngineClosed) -> None:
         with self._wake:
             self._closed = True
-            writing = [request for writer in self._worker.writers for request in writer.requests]
-            # What was taken and is in no batch yet, or not done yet, is in nobody else's hands.
-            for request in (*self._waiting.everyone(), *writing, *self._taken):
+            # Requests of the current step may be neither in the queue nor in a batch.
+            for request in (*self._queue, *self._runner.generating, *self._step.classify, *self._step.generate):
                 request.fail(error)
-            self._waiting.drop(lambda request: True)
-            for _, done in (*self._jobs, *self._doing):
-                _settle(done.set_exception, error)
+            self._queue.drop_done()
+            for job in (*self._jobs, *self._step.jobs):
+                job.fail(error)
             self._jobs.clear()
-
-
-def _settle(settle: Callable[[Any], None], value: Any) -> None:
-    with suppress(InvalidStateError):  # another thread was first
-        settle(value)

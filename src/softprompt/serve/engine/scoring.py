@@ -1,4 +1,4 @@
-"""Log-probabilities of each row's own candidates, rows of any prompts in one pass."""
+"""Log-probabilities of each row's candidates; rows of any prompts share a pass."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,117 +11,121 @@ from transformers.cache_utils import Cache
 
 from softprompt.backbones import Backbone
 from softprompt.evaluation.predict import pad_id
-from softprompt.models import PromptedModel
+from softprompt.models import attach
 from softprompt.models.decode_state import DecodeState
 from softprompt.models.label_tree import SharedLayer, score_rest
 from softprompt.serve.engine.kv_cache import Batch, CachedDecoder, Row
-from softprompt.serve.engine.request import ClassifyParams, EngineRequest
-from softprompt.serve.prompts.entry import PromptEntry, bare, needs_head
+from softprompt.serve.engine.request import EngineRequest
+from softprompt.serve.prompts.entry import PromptEntry, needs_head
 from softprompt.tasks import Example, collate
 
-_UNION = 8
-"""Candidates that rows may be scored with for each other's sake, in place of a pass of their own."""
+_MAX_UNION = 8
+"""Largest union of candidates that rows are scored with together; beyond it they take separate passes."""
+Candidate = tuple[int, ...]
 Scores = list[tuple[float, ...]]
 
 
 class Scorer(ABC):
-    """Scores the rows of a batch; a batch either has all its scores or fails as a whole."""
+    """Scores the rows of a batch; a batch succeeds or fails as a whole."""
 
     @abstractmethod
     def __call__(self, requests: Sequence[EngineRequest]) -> Scores:
-        """Each row's log-probability of each of its candidates."""
+        """Log-probabilities of each row's candidates."""
 
 
 @final
 class CausalScorer(Scorer):
-    """One pass over all texts, behind keys and values that were computed when the prompts came."""
+    """One pass over the rows of a decoder, from the cached keys and values of their prompts."""
 
     def __init__(self, decoder: CachedDecoder) -> None:
         self._decoder = decoder
 
     def __call__(self, requests: Sequence[EngineRequest]) -> Scores:
-        """Candidates of several tokens go on from their row's keys and values."""
-        wanted = [candidates_of(request) for request in requests]
-        longest = max(len(candidate) for own in wanted for candidate in own)
-        batch, logits = self._decoder.prefill([row_of(request) for request in requests], room=longest - 1)
+        """Candidates of several tokens continue from their row's keys and values."""
+        candidates = [request.candidates for request in requests]
+        longest = max(len(ids) for row in candidates for ids in row)
+        batch, logits = self._decoder.prefill([kv_row(request) for request in requests], room=longest - 1)
         logp = logits.float().log_softmax(-1)
-        scores = [logp[row, [ids[0] for ids in candidates]].tolist() for row, candidates in enumerate(wanted)]
-        longer = [tuple(dict.fromkeys(ids for ids in own if len(ids) > 1)) for own in wanted]
-        state = self._state(batch, requests)
-        for group in _grouped([row for row, own in enumerate(longer) if own], longer):
+        scores = [logp[row, [ids[0] for ids in options]].tolist() for row, options in enumerate(candidates)]
+        longer = [tuple(dict.fromkeys(ids for ids in options if len(ids) > 1)) for options in candidates]
+        state = self._decode_state(batch, requests)
+        for group in _group_by_candidates([row for row, options in enumerate(longer) if options], longer):
             union = list(dict.fromkeys(ids for row in group for ids in longer[row]))
-            part = state if len(group) == len(requests) else _rows(state, group)
+            part = state if len(group) == len(requests) else _select_rows(state, group)
             for row, rest in zip(group, score_rest(self._decoder.prompted, part, union).tolist(), strict=True):
-                value = dict(zip(union, rest, strict=True))
-                scores[row] = [score + value.get(ids, 0.0) for score, ids in zip(scores[row], wanted[row], strict=True)]
+                logp_of = dict(zip(union, rest, strict=True))
+                scores[row] = [
+                    score + logp_of.get(ids, 0.0) for score, ids in zip(scores[row], candidates[row], strict=True)
+                ]
         return [tuple(row) for row in scores]
 
-    def _state(self, batch: Batch, requests: Sequence[EngineRequest]) -> DecodeState:
-        """The batch as an attachment goes on from it."""
-        prompts, index = distinct(requests)
+    def _decode_state(self, batch: Batch, requests: Sequence[EngineRequest]) -> DecodeState:
+        """The batch as `PromptedModel` continues it."""
+        entries, index = unique_prompts(requests)
         rows = torch.tensor(index, device=batch.mask.device)
-        plain = all(one.prompt.plain for one in prompts)  # whose rows' embeddings are the model's own
-        cache, none = Cache(layers=list(batch.layers)), batch.mask.new_zeros(len(requests), 0, 0)
-        shifting = [] if plain else [one.prompt for one in prompts]
-        return DecodeState(cache, batch.mask, none, batch.texts[:, None], shifting, None if plain else rows)
+        plain = all(entry.prompt.plain for entry in entries)  # the input's embeddings are the model's own
+        cache, no_logits = Cache(layers=list(batch.layers)), batch.mask.new_zeros(len(requests), 0, 0)
+        shifting = [] if plain else [entry.prompt for entry in entries]
+        return DecodeState(cache, batch.mask, no_logits, batch.texts[:, None], shifting, None if plain else rows)
 
 
-def _rows(state: DecodeState, rows: Sequence[int]) -> DecodeState:
-    """Some rows of a batch that has been read."""
-    at, width = torch.tensor(rows, device=state.mask.device), state.mask.shape[1]
-    layers = [SharedLayer(layer.keys[at, :, :width], layer.values[at, :, :width]) for layer in state.cache.layers]
-    index = None if state.rows is None else state.rows[at]
+def _select_rows(state: DecodeState, rows: Sequence[int]) -> DecodeState:
+    index, width = torch.tensor(rows, device=state.mask.device), state.mask.shape[1]
+    layers = [SharedLayer(layer.keys[index, :, :width], layer.values[index, :, :width]) for layer in state.cache.layers]
+    prompt_index = None if state.rows is None else state.rows[index]
     return state._replace(
-        cache=Cache(layers=layers), mask=state.mask[at], next_position=state.next_position[at], rows=index
+        cache=Cache(layers=layers),
+        mask=state.mask[index],
+        next_position=state.next_position[index],
+        rows=prompt_index,
     )
 
 
-def _grouped(rows: Sequence[int], candidates: Sequence[Sequence[tuple[int, ...]]]) -> list[list[int]]:
-    """Rows that share a pass: few candidates of one are scored for another in vain."""
-    groups: list[tuple[set[tuple[int, ...]], list[int]]] = []
+def _group_by_candidates(rows: Sequence[int], candidates: Sequence[Sequence[Candidate]]) -> list[list[int]]:
+    """Group rows into passes so that few candidates are scored for a row that does not have them."""
+    groups: list[tuple[set[Candidate], list[int]]] = []
     for row in rows:
-        own = set(candidates[row])
+        options = set(candidates[row])
         for union, members in groups:
-            if own <= union or len(union | own) <= _UNION:
-                union |= own
+            if options <= union or len(union | options) <= _MAX_UNION:
+                union |= options
                 members.append(row)
                 break
         else:
-            groups.append((own, [row]))
+            groups.append((options, [row]))
     return [members for _, members in groups]
 
 
 @final
 class GeneralScorer(Scorer):
-    """Through the attachment, where nothing of a prompt but its vectors can be computed ahead."""
+    """Through `PromptedModel.score`, for backbones whose prompts have no keys and values to cache."""
 
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
-        self._prompted = None if needs_head(backbone) else bare(backbone)
+        self._prompted = None if needs_head(backbone) else attach(backbone)
 
     def __call__(self, requests: Sequence[EngineRequest]) -> Scores:
-        """Rows whose candidates differ are scored together while few candidates are scored in vain."""
-        found: dict[int, tuple[float, ...]] = {}
+        """Rows with different candidates share a pass if their union is small."""
+        scores: dict[int, tuple[float, ...]] = {}
         for group in self._groups(requests):
-            part = [requests[place] for place in group]
-            found.update(zip(group, self._together(part), strict=True))
-        return [found[place] for place in range(len(requests))]
+            scores.update(zip(group, self._score_group([requests[row] for row in group]), strict=True))
+        return [scores[row] for row in range(len(requests))]
 
     def _groups(self, requests: Sequence[EngineRequest]) -> list[list[int]]:
-        """Places of rows that share a pass: all of them, unless a decoder would run for many candidates in vain."""
+        """Rows that share a pass: all of them, unless a decoder would score many candidates for nothing."""
         if self._backbone.architecture == "encoder":
             return [list(range(len(requests)))]
         if self._backbone.architecture == "vision":
-            return self._by_shape(requests)
-        return _grouped(range(len(requests)), [candidates_of(request) for request in requests])
+            return self._group_by_shape(requests)
+        return _group_by_candidates(range(len(requests)), [request.candidates for request in requests])
 
-    def _by_shape(self, requests: Sequence[EngineRequest]) -> list[list[int]]:
-        """Places of images of one size whose prompts are of one depth."""
-        found: dict[tuple[Any, int], list[int]] = {}
-        for place, request in enumerate(requests):
+    def _group_by_shape(self, requests: Sequence[EngineRequest]) -> list[list[int]]:
+        """Rows whose images have the same size and whose prompts have the same depth."""
+        groups: dict[tuple[Any, int], list[int]] = {}
+        for row, request in enumerate(requests):
             assert request.pixels is not None
-            found.setdefault((request.pixels.shape, request.served.prompt.depth), []).append(place)
-        return list(found.values())
+            groups.setdefault((request.pixels.shape, request.entry.prompt.depth), []).append(row)
+        return list(groups.values())
 
     def _inputs(self, requests: Sequence[EngineRequest]) -> tuple[Tensor, Tensor | None]:
         device = self._backbone.device
@@ -131,69 +135,63 @@ class GeneralScorer(Scorer):
         pad = pad_id(self._backbone)
         return collate(examples(requests), pad_id=pad, side="left", with_answers=False).inputs(device)
 
-    def _together(self, requests: Sequence[EngineRequest]) -> Scores:
-        prompts, index = distinct(requests)
+    def _score_group(self, requests: Sequence[EngineRequest]) -> Scores:
+        entries, index = unique_prompts(requests)
         inputs, mask = self._inputs(requests)
-        places = torch.tensor(index, device=self._backbone.device)
-        wanted = [candidates_of(request) for request in requests]
+        prompts, rows = [entry.prompt for entry in entries], torch.tensor(index, device=self._backbone.device)
+        candidates = [request.candidates for request in requests]
         if self._prompted is None:
-            heads = _Heads([request.served for request in requests])
-            attached: PromptedModel = bare(self._backbone, heads)
-            scores = attached.score(
-                inputs, mask, [(0,)] * heads.classes, prompts=[p.prompt for p in prompts], index=places
-            )
-            return [tuple(row[: len(own)]) for row, own in zip(scores.tolist(), wanted, strict=True)]
-        union = list(dict.fromkeys(candidate for own in wanted for candidate in own))
-        at = {candidate: column for column, candidate in enumerate(union)}
-        scores = self._prompted.score(inputs, mask, union, prompts=[p.prompt for p in prompts], index=places)
-        return [tuple(row[at[one]] for one in own) for row, own in zip(scores.tolist(), wanted, strict=True)]
+            heads = _Heads([request.entry for request in requests])
+            prompted = attach(self._backbone, head=heads)
+            scores = prompted.score(inputs, mask, [(0,)] * heads.classes, prompts=prompts, index=rows)
+            return [tuple(row[: len(options)]) for row, options in zip(scores.tolist(), candidates, strict=True)]
+        union = list(dict.fromkeys(ids for options in candidates for ids in options))
+        column = {ids: index for index, ids in enumerate(union)}
+        scores = self._prompted.score(inputs, mask, union, prompts=prompts, index=rows)
+        return [
+            tuple(row[column[ids]] for ids in options) for row, options in zip(scores.tolist(), candidates, strict=True)
+        ]
 
 
 @final
 class _Heads(nn.Module):
-    """Each row through its own prompt's head; a class that a row's head does not have gets no probability."""
+    """Applies to each row its own prompt's head; classes beyond those of a row's head get probability 0."""
 
-    def __init__(self, served: Sequence[PromptEntry]) -> None:
+    def __init__(self, entries: Sequence[PromptEntry]) -> None:
         super().__init__()
-        heads = [one.head for one in served if one.head is not None]
-        if len(heads) < len(served):
-            raise ValueError("a prompt without its head cannot answer for an encoder without words; serve its run")
+        heads = [entry.head for entry in entries if entry.head is not None]
+        if len(heads) < len(entries):
+            raise ValueError("this backbone needs each prompt's trained head, and one has none; serve its run's folder")
         self.heads = nn.ModuleList(heads)
-        self.classes = max(len(one.candidates) for one in served)
+        self.classes = max(len(entry.candidates) for entry in entries)
 
     def forward(self, states: Float[Tensor, "row *hidden"]) -> Float[Tensor, "row classes"]:
-        """Logits, behind the last class of a row minus infinity."""
-        found = states.new_full((len(states), self.classes), -torch.inf)
+        """Logits, minus infinity beyond the last class of a row's head."""
+        logits = states.new_full((len(states), self.classes), -torch.inf)
         for row, head in enumerate(self.heads):
-            logits = head(states[row : row + 1])[0]
-            found[row, : len(logits)] = logits
-        return found
+            row_logits = head(states[row : row + 1])[0]
+            logits[row, : len(row_logits)] = row_logits
+        return logits
 
 
-def candidates_of(request: EngineRequest) -> tuple[tuple[int, ...], ...]:
-    """What a row chooses among."""
-    assert isinstance(request.work, ClassifyParams)
-    return request.work.candidates
-
-
-def row_of(request: EngineRequest) -> Row:
-    """The row as a decoder reads it: behind the beginning that was read when its prompt came, if it has that."""
-    served, template_prefix = request.served, request.served.template_prefix
-    assert served.state is not None
+def kv_row(request: EngineRequest) -> Row:
+    """The row as the decoder takes it, after the cached template prefix where it starts with that."""
+    entry, template_prefix = request.entry, request.entry.template_prefix
+    assert entry.kv_prefix is not None
     if (
         template_prefix is not None
-        and len(request.ids) > (read := len(template_prefix.read))
-        and tuple(request.ids[:read]) == template_prefix.read
+        and len(request.ids) > (cached := len(template_prefix.read))
+        and request.ids[:cached] == template_prefix.read
     ):
-        return Row(request.ids[read:], served.prompt, template_prefix)
-    return Row(request.ids, served.prompt, served.state)
+        return Row(request.ids[cached:], entry.prompt, template_prefix)
+    return Row(request.ids, entry.prompt, entry.kv_prefix)
 
 
-def distinct(requests: Sequence[EngineRequest]) -> tuple[list[PromptEntry], list[int]]:
-    """The prompts that the rows use, once each, and which one each row takes."""
-    served = list({id(request.served): request.served for request in requests}.values())
-    places = {id(one): place for place, one in enumerate(served)}
-    return served, [places[id(request.served)] for request in requests]
+def unique_prompts(requests: Sequence[EngineRequest]) -> tuple[list[PromptEntry], list[int]]:
+    """The distinct prompts of the rows, and the index of each row's prompt among them."""
+    entries = list({id(request.entry): request.entry for request in requests}.values())
+    index = {id(entry): number for number, entry in enumerate(entries)}
+    return entries, [index[id(request.entry)] for request in requests]
 
 
 def examples(requests: Sequence[EngineRequest]) -> list[Example]:

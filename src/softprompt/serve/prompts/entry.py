@@ -1,4 +1,4 @@
-"""One prompt that is served: a run's, a PEFT folder's, or one that was sent, made ready for the backbone."""
+"""A prompt that is served: from a run, a PEFT folder or an upload, with everything that answering with it needs."""
 
 import re
 import time
@@ -12,7 +12,6 @@ from torch import nn
 from softprompt import files
 from softprompt.backbones import Backbone
 from softprompt.evaluation.predict import input_limit
-from softprompt.models import PromptedModel, attach
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.runs import RECORD, open_run, read_prompt
 from softprompt.serve.engine.kv_cache import KVPrefix
@@ -20,61 +19,61 @@ from softprompt.tasks import Task, answer_ids
 from softprompt.tasks.template import parse
 
 BASE = "base"
-"""The model without a prompt, under the name by which it is asked."""
+"""The name that requests use for the model without a prompt."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PromptEntry:
-    """A prompt under its name, with all that answering with it takes."""
+    """A prompt and its name, task, head and cached keys and values."""
 
     name: str
     prompt: Folded
     source: str
     """`run`, `peft` or `sent`; `base` without a prompt."""
     task: Task | None = None
-    """What it was trained for, where that is known."""
+    """What it was trained for, if known."""
     candidates: tuple[tuple[int, ...], ...] = ()
-    """The tokens of the task's words, in a classification."""
+    """In a classification: token ids of each label's words."""
     max_input_tokens: int | None = None
-    """Most tokens of an input, as in training; none: what the engine allows."""
+    """Longest input, as in training; none: the engine's limit."""
     max_new_tokens: int = 64
-    """Most tokens of an answer, unless a request says otherwise."""
+    """Longest answer, unless a request sets another length."""
     head: nn.Module | None = None
-    """What an encoder without words answers through."""
-    state: KVPrefix | None = None
-    """Its keys and values, in front of a decoder."""
+    """The trained head of an encoder without a vocabulary head, or of a vision model."""
+    kv_prefix: KVPrefix | None = None
+    """With a decoder: the prompt's keys and values."""
     template_prefix: KVPrefix | None = None
-    """The same with the words that its template begins with, where those are many."""
+    """The same followed by the tokens that the task's template starts with, if those are many."""
     created: int = field(default_factory=lambda: int(time.time()))
-    """Seconds since 1970."""
+    """Unix time in seconds."""
 
     @property
     def length(self) -> int:
-        """Virtual tokens."""
+        """Number of virtual tokens."""
         return len(self.prompt.prompt())
 
     @property
-    def states(self) -> tuple[KVPrefix, ...]:
-        """All keys and values that are held."""
-        return tuple(state for state in (self.state, self.template_prefix) if state is not None)
+    def kv_prefixes(self) -> tuple[KVPrefix, ...]:
+        """All cached keys and values of the prompt."""
+        return tuple(prefix for prefix in (self.kv_prefix, self.template_prefix) if prefix is not None)
 
     @property
     def classifies(self) -> bool:
-        """Whether it answers with labels of its own."""
+        """Whether its task is a classification."""
         return self.task is not None and self.task.is_classification
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The columns that its template reads; none without a task."""
+        """The columns that its template reads; empty without a task."""
         if self.task is not None and self.task.image:
             return (self.task.image,)
         parts = () if self.task is None else parse(self.task.template)
         return tuple(dict.fromkeys(text for is_field, text in parts if is_field))
 
     def describe(self) -> dict[str, Any]:
-        """What a client may know of it."""
+        """What clients see of it, as JSON values."""
         task = self.task
         return {
             "name": self.name,
@@ -87,24 +86,24 @@ class PromptEntry:
             "labels": list(task.label_words) if task is not None and task.is_classification else [],
             "label_words": dict(task.label_words) if task is not None and task.is_classification else {},
             "max_new_tokens": self.max_new_tokens,
-            "bytes": sum(state.bytes for state in self.states),
+            "bytes": sum(prefix.bytes for prefix in self.kv_prefixes),
             "created": self.created,
         }
 
 
-def checked_name(name: str) -> str:
-    """The name, if it can be a prompt's: it is part of addresses and of paths.
+def check_prompt_name(name: str) -> str:
+    """Return the name if it can be part of URLs and paths.
 
     Raises:
-        ValueError: other signs than letters, digits, dots, hyphens and underscores, or too long.
+        ValueError: other characters than letters, digits, dots, hyphens and underscores, or too long.
 
-    >>> checked_name("rte-dpt-0")
+    >>> check_prompt_name("rte-dpt-0")
     'rte-dpt-0'
     """
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"the prompt name {name[:140]!r} is not one; take up to 128 letters, digits, dots, hyphens and "
-            "underscores, a letter or digit first"
+            f"{name[:140]!r} cannot be a prompt name; use up to 128 letters, digits, dots, hyphens and underscores, a "
+            "letter or digit first"
         )
     return files.check_name(name, "the prompt name")
 
@@ -113,8 +112,8 @@ def from_folder(name: str, folder: Path, backbone: Backbone) -> PromptEntry:
     """The prompt of a run or of a PEFT prompt-tuning folder.
 
     Raises:
-        FileNotFoundError: there is neither.
-        ValueError: it is damaged, unfinished, a baseline, or was trained on another backbone.
+        FileNotFoundError: the folder does not exist, or holds neither.
+        ValueError: the run is damaged, unfinished or a baseline, or was trained on another backbone.
     """
     if not (folder / RECORD).is_file():
         if not folder.is_dir():
@@ -123,61 +122,56 @@ def from_folder(name: str, folder: Path, backbone: Backbone) -> PromptEntry:
     run = open_run(folder)
     if run.experiment.baseline != "none":
         raise ValueError(f"run {folder} is the baseline {run.experiment.baseline} and has no prompt to serve")
-    if own := run.experiment.unusual_layout:
+    if layout := run.experiment.unusual_layout:
         raise ValueError(
-            f"the prompt of run {folder} is {own}, and requests share prompts that are in front of it; use softprompt "
-            "predict, or train one with prompt_position=prefix and prompt_attention=full"
+            f"the prompt of run {folder} is {layout}, and the service needs prompts in front of the text; use "
+            "softprompt predict, or train one with prompt_position=prefix and prompt_attention=full"
         )
-    attached = run.prompted(backbone)
-    assert attached.prompt is not None
+    prompted = run.prompted(backbone)
+    assert prompted.prompt is not None
     task, training = run.task, run.experiment.training
     return PromptEntry(
-        name=checked_name(name),
-        prompt=attached.prompt.fold(),
+        name=check_prompt_name(name),
+        prompt=prompted.prompt.fold(),
         source="run",
         task=task,
         candidates=answer_ids(task, backbone.tokenizer) if task.is_classification else (),
-        max_input_tokens=input_limit(attached, task, training),
+        max_input_tokens=input_limit(prompted, task, training),
         max_new_tokens=training.max_new_tokens,
-        head=attached.head,
+        head=prompted.head,
     )
 
 
 def from_prompt(name: str, prompt: SoftPrompt, backbone: Backbone, source: str = "sent") -> PromptEntry:
-    """A prompt without a task: it continues texts, and classifies with the labels that a request brings.
+    """A prompt without a task: it continues texts, and classifies with labels that a request brings.
 
     Raises:
-        ValueError: it is as wide as another backbone's embeddings, or the backbone answers through a trained head.
+        ValueError: the prompt does not have the backbone's width, or the backbone answers through a trained head.
     """
     if needs_head(backbone):
         raise ValueError(
-            f"{called(backbone)} answers through a head that is trained with a prompt; give a run's folder"
+            f"{display_name(backbone)} answers through a head that is trained with a prompt; give a run's folder"
         )
     folded = prompt.fold().to(backbone.device)
     if (width := folded.prompt().shape[1]) != backbone.dim:
         raise ValueError(
-            f"the prompt is {width} wide, but {called(backbone)} embeds in {backbone.dim}; it was trained for another "
-            "backbone"
+            f"the prompt is {width} wide, but {display_name(backbone)} embeds in {backbone.dim}; it was trained for "
+            "another backbone"
         )
-    return PromptEntry(name=checked_name(name), prompt=folded, source=source)
+    return PromptEntry(name=check_prompt_name(name), prompt=folded, source=source)
 
 
-def without_prompt(backbone: Backbone) -> PromptEntry:
-    """The zero-shot model: a prompt of no virtual tokens and no task."""
-    matrix = torch.zeros(0, backbone.dim, device=backbone.device)
-    return PromptEntry(name=BASE, prompt=Folded(matrix), source=BASE)
+def base_entry(backbone: Backbone) -> PromptEntry:
+    """The zero-shot model: no virtual tokens and no task."""
+    no_tokens = torch.zeros(0, backbone.dim, device=backbone.device)
+    return PromptEntry(name=BASE, prompt=Folded(no_tokens), source=BASE)
 
 
 def needs_head(backbone: Backbone) -> bool:
-    """Whether the backbone has no words, and answers through a head that is trained with each prompt."""
+    """Whether the backbone cannot score words and answers through a head that is trained with each prompt."""
     return backbone.architecture == "vision" or (backbone.architecture == "encoder" and not backbone.masked_lm)
 
 
-def called(backbone: Backbone) -> str:
-    """The backbone's name for clients, who need not know where it lies on the disk."""
+def display_name(backbone: Backbone) -> str:
+    """The backbone's name for clients, without its path on the disk."""
     return Path(backbone.source).name
-
-
-def bare(backbone: Backbone, head: nn.Module | None = None) -> PromptedModel:
-    """The backbone with no prompt of its own; every call brings its prompts."""
-    return attach(backbone, None, head=head)

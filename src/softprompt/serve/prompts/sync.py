@@ -1,4 +1,4 @@
-"""Several processes, one folder of prompts: each serves what lies in it, whoever put it there."""
+"""Keeps the prompts of several processes in step with one shared folder."""
 
 import logging
 import threading
@@ -13,70 +13,70 @@ from softprompt.serve.metrics import Metrics
 from softprompt.serve.prompts.store import PromptStore
 
 _log = logging.getLogger("softprompt.serve")
-Mark = tuple[tuple[str, int, int], ...]
-"""Name, time and size of each file of a prompt: another one is another prompt."""
+Fingerprint = tuple[tuple[str, int, int], ...]
+"""Name, modification time and size of each file of a prompt; a change means another prompt."""
 
-_PASSES = (TimeoutError, MemoryError, torch.OutOfMemoryError)
-"""Errors that say nothing of the prompt itself."""
+_TRANSIENT = (TimeoutError, MemoryError, torch.OutOfMemoryError)
+"""Errors that are not the prompt's fault, after which it is tried again."""
 
 
 @final
 class PromptSync:
-    """Keeps an engine's prompts those of a folder, looking at it every so often.
+    """Polls a shared store, and adds, replaces and removes the engine's prompts accordingly.
 
     Args:
-        metrics: keep no numbers of a prompt that is gone.
-        seconds: between two looks; so long after a change a process may still answer with what was there.
+        metrics: those of removed prompts are removed too.
+        seconds: between two polls; after a change, a process may answer with the old prompt for that long.
     """
 
     def __init__(self, engine: Engine, store: PromptStore, metrics: Metrics, seconds: float = 1.0) -> None:
-        self._engine, self._shelf, self._metrics, self._seconds = engine, store, metrics, seconds
-        self._known: dict[str, Mark] = {}
-        self._thread = threading.Thread(target=self._run, name="softprompt-follower", daemon=True)
+        self._engine, self._store, self._metrics, self._seconds = engine, store, metrics, seconds
+        self._fingerprints: dict[str, Fingerprint] = {}
+        self._thread = threading.Thread(target=self._run, name="softprompt-sync", daemon=True)
 
     def start(self) -> None:
-        """Look once, then in a thread as long as the engine runs."""
-        self.look()
+        """Poll once, then in a thread while the engine runs."""
+        self.poll()
         self._thread.start()
 
-    def look(self) -> None:
-        """Serve what is new or has changed, and no longer what is gone.
+    def poll(self) -> None:
+        """Serve what is new or has changed, and stop serving what was deleted.
 
-        What cannot be served is logged once; for want of memory or time, it is tried again at the next look.
+        A prompt that cannot be served is logged once; after a lack of memory or time it is tried again.
         """
-        there = {name: self._mark(name) for name in self._shelf.names()}
-        for name, mark in there.items():
-            if mark and self._known.get(name) != mark:
+        current = {name: self._fingerprint(name) for name in self._store.names()}
+        for name, fingerprint in current.items():
+            if fingerprint and self._fingerprints.get(name) != fingerprint:
                 try:
-                    self._engine.add(name, self._shelf.path(name), replace=True)
+                    self._engine.add(name, self._store.path(name), replace=True)
                 except EngineClosed:
                     raise
-                except Exception as error:  # an older one of that name goes on, and so do the others
+                except Exception as error:  # an older prompt of that name stays, and so do the others
                     _log.error("the prompt %s cannot be served: %s: %s", name, type(error).__name__, error)
-                    if isinstance(error, _PASSES):
-                        there[name] = ()
-        for name in self._known.keys() - there.keys():
+                    if isinstance(error, _TRANSIENT):
+                        current[name] = ()
+        for name in self._fingerprints.keys() - current.keys():
             try:
                 self._engine.remove(name)
             except PromptNotFound:  # removed through this process
                 continue
-            self._metrics.forget(name)
-        self._known = there
+            self._metrics.remove_prompt(name)
+        self._fingerprints = current
 
     def _run(self) -> None:
         while not self._engine.closed:
             time.sleep(self._seconds)
             try:
-                self.look()
+                self.poll()
             except EngineClosed:
                 return
             except Exception:
                 _log.exception("the folder of prompts cannot be read")
 
-    def _mark(self, name: str) -> Mark:
+    def _fingerprint(self, name: str) -> Fingerprint:
         try:
-            files = sorted((self._shelf.folder / name).iterdir())
-            facts = [(file.name, file.stat()) for file in files if file.is_file() and not file.name.startswith(".")]
-        except OSError:  # it went while it was looked at
+            files = sorted((self._store.folder / name).iterdir())
+            stats = [(file.name, file.stat()) for file in files if file.is_file() and not file.name.startswith(".")]
+        except OSError:  # deleted meanwhile
             return ()
-        return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in facts)
+        return tuple((file_name, stat.st_mtime_ns, stat.st_size) for file_name, stat in stats)

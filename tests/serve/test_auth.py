@@ -1,4 +1,4 @@
-"""What stands in front of every request: tokens, names of this machine, and how much may be sent how slowly."""
+"""Tokens, host names and origins without a token, and the size and duration of a body."""
 
 import socket
 import time
@@ -8,13 +8,15 @@ from typing import Any
 import httpx
 import pytest
 
-from softprompt.serve.api.middleware import AuthConfig
+from softprompt.serve.api.auth import AuthConfig
 
 
-def test_who_may_do_what(service: Any, prompt_file: Callable[..., bytes], error_of: Callable[..., Any]) -> None:
+def test_tokens_permit_asking_and_changing(
+    service: Any, prompt_file: Callable[..., bytes], error_of: Callable[..., Any]
+) -> None:
     content = prompt_file(service.engine)
     ask = {"model": "p0", "prompt": "a", "max_tokens": 1}
-    strangers = [
+    rejected = [
         "",
         "Bearer",
         "Bearer wrong",
@@ -22,7 +24,7 @@ def test_who_may_do_what(service: Any, prompt_file: Callable[..., bytes], error_
         f"Bearer {service.token}x",
         f"Bearer {service.token[:-1]}",
     ]
-    for header in strangers:
+    for header in rejected:
         with service.client({"Authorization": header} if header else {}) as client:
             for path in ("/v1/models", "/v1/prompts", "/metrics", "/v1/status"):
                 assert client.get(path).status_code == 401
@@ -35,7 +37,7 @@ def test_who_may_do_what(service: Any, prompt_file: Callable[..., bytes], error_
         assert client.delete("/v1/prompts/p0").status_code == 403
 
 
-def test_without_a_token_nothing_can_be_changed_and_other_names_are_refused(
+def test_service_without_token_refuses_changes_and_other_hosts(
     service_of: Callable[..., Any], prompt_file: Callable[..., bytes]
 ) -> None:
     service = service_of(AuthConfig(), prompts=1)
@@ -45,7 +47,7 @@ def test_without_a_token_nothing_can_be_changed_and_other_names_are_refused(
         assert client.get("/v1/models", headers={"Host": "evil.example"}).status_code == 421
 
 
-def test_fifty_megabytes_are_refused(service: Any) -> None:
+def test_body_of_fifty_megabytes_is_rejected(service: Any) -> None:
     with service.client() as client:
         start = time.monotonic()
         response = client.post("/v1/completions", content=b"x" * 50_000_000)
@@ -63,7 +65,7 @@ def test_fifty_megabytes_are_refused(service: Any) -> None:
             assert client.get("/healthz").status_code == 200
 
 
-def test_a_body_that_never_ends_is_given_up(service: Any) -> None:
+def test_body_that_never_ends_times_out(service: Any) -> None:
     host, port = service.address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as slow:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {service.token}\r\n"
@@ -72,7 +74,7 @@ def test_a_body_that_never_ends_is_given_up(service: Any) -> None:
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost.evil.example:8000"])
-def test_without_a_token_no_page_of_another_site_may_ask(service_of: Callable[..., Any], origin: str) -> None:
+def test_service_without_token_refuses_other_origins(service_of: Callable[..., Any], origin: str) -> None:
     service = service_of(AuthConfig(), prompts=1)
     body = {"model": "p0", "prompt": "a", "max_tokens": 1}
     with service.client({}) as client:
@@ -82,7 +84,7 @@ def test_without_a_token_no_page_of_another_site_may_ask(service_of: Callable[..
             assert client.get("/v1/models", headers={"Host": host}).status_code == 200
 
 
-def test_without_a_token_no_body_is_taken(service: Any) -> None:
+def test_public_routes_take_no_body(service: Any) -> None:
     with service.client({}) as client:
         for path in ("/", "/healthz", "/readyz", "/openapi.json"):
             assert client.request("GET", path, content=b"x" * 1000).status_code == 413
@@ -90,6 +92,6 @@ def test_without_a_token_no_body_is_taken(service: Any) -> None:
 
 
 @pytest.mark.parametrize("tokens", [("",), ("good", " ")])
-def test_an_empty_token_is_none(tokens: tuple[str, ...]) -> None:
+def test_empty_token_is_rejected(tokens: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="a token is empty"):
         AuthConfig(tokens=tokens)

@@ -1,4 +1,4 @@
-"""Rows that are being written: halves go on where a step broke off, in the memory that is there."""
+"""Generation batches: halves continue where a step failed, without further memory."""
 
 import gc
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from softprompt.serve import Engine
 from softprompt.serve.engine import kv_cache
 from softprompt.serve.engine.generation import CausalGenerationBatch
 from softprompt.serve.engine.request import EngineRequest, GenerateParams
-from softprompt.serve.engine.runner import Worker
+from softprompt.serve.engine.runner import ModelRunner
 
 ROWS = ((11, 12, 13, 14, 15, 16, 17), (21,), (31, 32), (41, 42, 43), (51,), (61, 62), (71, 72, 73))
 real_blank = kv_cache._blank
 
 
-def tickets_of(engine: Engine, temperature: float = 0.0) -> list[EngineRequest]:
+def requests_of(engine: Engine, temperature: float = 0.0) -> list[EngineRequest]:
     return [
         EngineRequest(
             engine.get(f"p{row % 3}"),
@@ -36,55 +36,53 @@ def memory() -> torch.OutOfMemoryError:
 
 
 @torch.no_grad()
-def test_a_row_draws_once_a_step_though_the_step_is_tried_again(
-    engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retried_step_samples_each_row_once(engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(prompts=3, shifting=False)
-    assert engine._worker.decoder is not None
-    calm = CausalGenerationBatch(engine._worker.decoder, tickets_of(engine, 1.5))
-    expected = [calm.step() for _ in range(4)]
+    assert engine._runner.decoder is not None
+    unbroken = CausalGenerationBatch(engine._runner.decoder, requests_of(engine, 1.5))
+    expected = [unbroken.step() for _ in range(4)]
     real, calls = Chooser.__call__, [0]
 
     def choose(self: Chooser, logits: torch.Tensor) -> torch.Tensor:
         calls[0] += 1
-        if calls[0] == 2 * len(ROWS) + 6:  # in the third step, behind five rows that have drawn
+        if calls[0] == 2 * len(ROWS) + 6:  # in the third step, after five rows were sampled
             raise memory()
         return real(self, logits)
 
     monkeypatch.setattr(Chooser, "__call__", choose)
-    writer = CausalGenerationBatch(engine._worker.decoder, tickets_of(engine, 1.5))
-    assert [writer.step() for _ in range(2)] == expected[:2]
+    batch = CausalGenerationBatch(engine._runner.decoder, requests_of(engine, 1.5))
+    assert [batch.step() for _ in range(2)] == expected[:2]
     with pytest.raises(torch.OutOfMemoryError):
-        writer.step()
-    halves = writer.halves()
+        batch.step()
+    halves = batch.split()
     for tokens in expected[2:]:
         assert [token for half in halves for token in half.step()] == tokens
 
 
 @torch.no_grad()
-def test_halves_need_no_memory_and_give_theirs_back(
+def test_split_needs_no_memory_and_frees_its_own(
     engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_of(prompts=3, shifting=False)
-    assert engine._worker.decoder is not None
-    calm = CausalGenerationBatch(engine._worker.decoder, tickets_of(engine))
-    expected = [calm.step() for _ in range(5)]
-    writer = CausalGenerationBatch(engine._worker.decoder, tickets_of(engine))
-    assert [writer.step() for _ in range(2)] == expected[:2]  # now the buffers are full
-    held = StorageWeakRef(writer._batch.layers[0].keys.untyped_storage())
+    assert engine._runner.decoder is not None
+    unbroken = CausalGenerationBatch(engine._runner.decoder, requests_of(engine))
+    expected = [unbroken.step() for _ in range(5)]
+    batch = CausalGenerationBatch(engine._runner.decoder, requests_of(engine))
+    assert [batch.step() for _ in range(2)] == expected[:2]  # now the buffers are full
+    storage = StorageWeakRef(batch._batch.layers[0].keys.untyped_storage())
     with monkeypatch.context() as short:
         short.setattr(kv_cache, "_blank", lambda *_: pytest.fail("a copy"))
-        halves = writer.halves()
+        halves = batch.split()
     for tokens in expected[2:]:
         assert [token for half in halves for token in half.step()] == tokens
     gc.collect()
-    assert held.expired()  # though `writer` is still there
+    assert storage.expired()  # although `batch` still exists
 
 
 @torch.no_grad()
-def test_buffers_grow_a_layer_at_a_time(engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_grow_one_layer_at_a_time(engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(prompts=3, shifting=False)
-    assert engine._worker.decoder is not None
+    assert engine._runner.decoder is not None
     made: list[tuple[StorageWeakRef, int]] = []
     most: list[int] = []
 
@@ -100,26 +98,26 @@ def test_buffers_grow_a_layer_at_a_time(engine_of: Callable[..., Engine], monkey
         return tensor
 
     monkeypatch.setattr(kv_cache, "_blank", blank)
-    writer = CausalGenerationBatch(engine._worker.decoder, tickets_of(engine))
-    expected = [writer.step() for _ in range(3)]
+    batch = CausalGenerationBatch(engine._runner.decoder, requests_of(engine))
+    expected = [batch.step() for _ in range(3)]
     wide = live()
-    del writer
+    del batch
     assert live() == 0
-    writer = CausalGenerationBatch(engine._worker.decoder, tickets_of(engine))
+    batch = CausalGenerationBatch(engine._runner.decoder, requests_of(engine))
     most.append(wide + live() // 2)  # the model has two layers: the new buffers, and one of the old ones
-    assert [writer.step() for _ in range(3)] == expected
+    assert [batch.step() for _ in range(3)] == expected
     assert live() == wide
 
 
 @torch.no_grad()
-def test_memory_that_runs_out_while_buffers_grow_changes_no_text(
+def test_out_of_memory_in_growing_buffers_keeps_texts(
     engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first layer has grown with all rows when the second cannot, and its rows are then halved twice."""
+    """The first layer grows with all rows, the second cannot, and the rows are then halved twice."""
     engine = engine_of(prompts=3, shifting=False)
 
-    def written(fails: bool) -> list[Any]:
-        worker, requests, calls = Worker(engine.backbone, 8, lambda _: None), tickets_of(engine), []
+    def generated(fails: bool) -> list[Any]:
+        runner, requests, calls = ModelRunner(engine.backbone, 8, lambda _: None), requests_of(engine), []
 
         def blank(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
             calls.append(rows)
@@ -127,13 +125,13 @@ def test_memory_that_runs_out_while_buffers_grow_changes_no_text(
                 raise memory()
             return real_blank(like, rows, columns)
 
-        worker.begin(requests)
+        runner.prefill(requests)
         with monkeypatch.context() as short:
             if fails:
                 short.setattr(kv_cache, "_blank", blank)
-            while worker.writers:
-                worker.step()
+            while runner.batches:
+                runner.decode()
         assert calls[:4] == [7, 7, 7, 3] if fails else not calls
         return [request.result(0.0).tokens for request in requests]
 
-    assert written(fails=True) == written(fails=False)
+    assert generated(fails=True) == generated(fails=False)

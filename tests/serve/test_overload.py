@@ -1,4 +1,4 @@
-"""A service under load: clients that go away, a full line, answers that take too long, and the end."""
+"""A service under load: clients that disconnect, a full queue, timeouts and shutdown."""
 
 import json
 import socket
@@ -13,26 +13,26 @@ from softprompt.serve import Limits
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_cancels_its_work(service: Any, stream: bool, monkeypatch: Any) -> None:
-    real = service.engine._worker.step
-    monkeypatch.setattr(service.engine._worker, "step", lambda: (time.sleep(0.02), real()))
+def test_disconnected_client_cancels_its_request(service: Any, stream: bool, monkeypatch: Any) -> None:
+    real = service.engine._runner.decode
+    monkeypatch.setattr(service.engine._runner, "decode", lambda: (time.sleep(0.02), real()))
     body = json.dumps({"model": "p0", "prompt": "a", "max_tokens": 200, "stream": stream})
-    with socket.create_connection(service.place, timeout=10) as killed:
+    with socket.create_connection(service.host_and_port, timeout=10) as killed:
         killed.sendall(service.post("/v1/completions", body))
-        while service.engine.status().writing == 0:
+        while service.engine.status().generating == 0:
             time.sleep(0.01)
     gone = time.monotonic()
-    while service.engine.status().writing and time.monotonic() - gone < 10:
+    while service.engine.status().generating and time.monotonic() - gone < 10:
         time.sleep(0.01)
     assert time.monotonic() - gone < 2  # 200 tokens would take 4 seconds
 
 
-def test_overload_is_answered_at_once_and_passes(
+def test_full_queue_is_answered_at_once_and_recovers(
     service_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, error_of: Callable[..., Any]
 ) -> None:
-    service = service_of(prompts=3, max_batch=2, max_waiting=6)
-    real = service.engine._worker.choose
-    monkeypatch.setattr(service.engine._worker, "choose", lambda requests: (time.sleep(0.05), real(requests)))
+    service = service_of(prompts=3, max_batch=2, max_queued=6)
+    real = service.engine._runner.classify
+    monkeypatch.setattr(service.engine._runner, "classify", lambda requests: (time.sleep(0.05), real(requests)))
     codes: list[int] = []
     took: dict[int, list[float]] = {200: [], 429: []}
 
@@ -54,19 +54,19 @@ def test_overload_is_answered_at_once_and_passes(
         thread.join()
     assert {200, 429} == set(codes)
     assert sorted(took[429])[len(took[429]) // 2] < 0.5
-    assert max(took[200]) < 3  # 6 in line and 2 at a time are some 0.3 seconds
+    assert max(took[200]) < 3  # 6 queued rows, 2 at a time, take some 0.3 seconds
     monkeypatch.undo()
     with service.client() as client:
         body = {"model": "p0", "input": "a", "labels": ["x", "y"]}
         assert client.post("/v1/classify", json=body).status_code == 200
 
 
-def test_an_answer_that_takes_too_long(
+def test_slow_answer_times_out(
     service_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, error_of: Callable[..., Any]
 ) -> None:
     service = service_of(prompts=1, timeout=0.2)
-    real = service.engine._worker.step
-    monkeypatch.setattr(service.engine._worker, "step", lambda: (time.sleep(0.02), real()))
+    real = service.engine._runner.decode
+    monkeypatch.setattr(service.engine._runner, "decode", lambda: (time.sleep(0.02), real()))
     with service.client() as client:
         response = client.post("/v1/completions", json={"model": "p0", "prompt": "a", "max_tokens": 200})
         assert response.status_code == 504
@@ -77,21 +77,19 @@ def test_an_answer_that_takes_too_long(
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
 
 
-def test_shutting_down_finishes_what_is_being_answered(
-    service_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shutdown_finishes_running_requests(service_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     service = service_of(prompts=1)
-    real = service.engine._worker.step
-    monkeypatch.setattr(service.engine._worker, "step", lambda: (time.sleep(0.01), real()))
-    found: list[Any] = []
+    real = service.engine._runner.decode
+    monkeypatch.setattr(service.engine._runner, "decode", lambda: (time.sleep(0.01), real()))
+    responses: list[Any] = []
 
     def ask() -> None:
         with service.client() as client:
-            found.append(client.post("/v1/completions", json={"model": "p0", "prompt": "a", "max_tokens": 50}))
+            responses.append(client.post("/v1/completions", json={"model": "p0", "prompt": "a", "max_tokens": 50}))
 
     thread = threading.Thread(target=ask)
     thread.start()
-    while service.engine.status().writing == 0:
+    while service.engine.status().generating == 0:
         time.sleep(0.005)
     closing = threading.Thread(target=service.engine.close)
     closing.start()
@@ -102,30 +100,28 @@ def test_shutting_down_finishes_what_is_being_answered(
         assert refused.status_code == 503
     thread.join(30)
     closing.join(30)
-    assert found[0].status_code == 200
-    assert found[0].json()["usage"]["completion_tokens"] > 0
+    assert responses[0].status_code == 200
+    assert responses[0].json()["usage"]["completion_tokens"] > 0
 
 
-def test_a_client_that_is_gone_before_its_stream_begins_frees_its_place(
-    service: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_client_gone_before_its_stream_starts_frees_its_slot(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, asked = service.engine, threading.Event()
-    real, step = engine.generate, engine._worker.step
-    monkeypatch.setattr(engine._worker, "step", lambda: (time.sleep(0.02), step()))
+    real, step = engine.generate, engine._runner.decode
+    monkeypatch.setattr(engine._runner, "decode", lambda: (time.sleep(0.02), step()))
     monkeypatch.setattr(engine, "generate", lambda *a, **k: (asked.set(), time.sleep(0.3), real(*a, **k))[-1])
     body = json.dumps({"model": "p0", "prompt": "a", "max_tokens": 200, "stream": True})
-    with socket.create_connection(service.place, timeout=10) as killed:
+    with socket.create_connection(service.host_and_port, timeout=10) as killed:
         killed.sendall(service.post("/v1/completions", body))
         assert asked.wait(10)
     gone = time.monotonic()
-    while not engine.status().writing and time.monotonic() - gone < 1:
+    while not engine.status().generating and time.monotonic() - gone < 1:
         time.sleep(0.005)
-    while engine.status().writing and time.monotonic() - gone < 10:
+    while engine.status().generating and time.monotonic() - gone < 10:
         time.sleep(0.01)
     assert time.monotonic() - gone < 2  # 200 tokens would take 4 seconds
 
 
 @pytest.mark.parametrize("wait", [float("inf"), float("nan"), -1.0])
-def test_a_wait_without_end_is_refused(wait: float) -> None:
+def test_max_wait_that_is_not_finite_is_rejected(wait: float) -> None:
     with pytest.raises(ValueError, match="max_wait"):
         Limits(max_wait=wait)

@@ -1,4 +1,4 @@
-"""A turn of the engine's thread that does not end."""
+"""A step of the engine's thread that does not end."""
 
 import threading
 import time
@@ -14,10 +14,10 @@ EngineOf = Callable[..., Engine]
 LABELS = ("yes", "no")
 
 
-def test_a_thread_that_is_stuck_is_noticed(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stuck_thread_is_reported(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, go, stuck = engine_of(prompts=1, timeout=0.1), threading.Event(), threading.Event()
-    monkeypatch.setattr(scheduler, "_STUCK", 0.1)
-    monkeypatch.setattr(engine._worker, "choose", lambda _: (stuck.set(), go.wait(20)))
+    monkeypatch.setattr(scheduler, "_MIN_STEP_TIMEOUT", 0.1)
+    monkeypatch.setattr(engine._runner, "classify", lambda _: (stuck.set(), go.wait(20)))
     request = engine.classify("p0", ["a"], LABELS, timeout=0.1)[0]
     assert stuck.wait(10)
     time.sleep(0.2)
@@ -29,19 +29,19 @@ def test_a_thread_that_is_stuck_is_noticed(engine_of: EngineOf, monkeypatch: pyt
         time.sleep(0.01)
 
 
-def test_a_thread_that_is_stuck_can_be_shut_down(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stuck_thread_can_be_shut_down(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, go, stuck = engine_of(prompts=1), threading.Event(), threading.Event()
-    monkeypatch.setattr(scheduler, "_LAST", 0.2, raising=False)
-    monkeypatch.setattr(engine._worker, "choose", lambda _: (stuck.set(), go.wait(30)))
-    found: list[BaseException] = []
+    monkeypatch.setattr(scheduler, "_JOIN_TIMEOUT", 0.2)
+    monkeypatch.setattr(engine._runner, "classify", lambda _: (stuck.set(), go.wait(30)))
+    errors: list[BaseException] = []
 
     def change() -> None:
         try:
-            engine._scheduler.do(lambda: stuck.set() or go.wait(30))
+            engine._scheduler.run_job(lambda: stuck.set() or go.wait(30))
         except BaseException as error:
-            found.append(error)
+            errors.append(error)
 
-    changes = [threading.Thread(target=change, daemon=True) for _ in range(2)]  # one is done, one is in line
+    changes = [threading.Thread(target=change, daemon=True) for _ in range(2)]  # one runs, one is queued
     closing = threading.Thread(target=engine.close, args=(0.1,), daemon=True)
     try:
         for thread in changes:
@@ -56,15 +56,15 @@ def test_a_thread_that_is_stuck_can_be_shut_down(engine_of: EngineOf, monkeypatc
                 request.result(0.0)
         for thread in changes:
             thread.join(10)
-        assert [type(error) for error in found] == [EngineClosed, EngineClosed]
+        assert [type(error) for error in errors] == [EngineClosed, EngineClosed]
         engine.close(0.0)
     finally:
         go.set()
-    engine._scheduler._thread.join(10)  # it comes back to a service that is closed
+    engine._scheduler._thread.join(10)  # it returns to a closed service
     assert not engine._scheduler._thread.is_alive()
 
 
-def test_what_is_sent_to_a_stuck_thread_is_refused_in_time(
+def test_upload_to_a_stuck_thread_times_out(
     service_of: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
     prompt_file: Callable[..., bytes],
@@ -72,20 +72,20 @@ def test_what_is_sent_to_a_stuck_thread_is_refused_in_time(
 ) -> None:
     service, go, stuck = service_of(prompts=1, timeout=0.1), threading.Event(), threading.Event()
     engine, content = service.engine, prompt_file(service.engine)
-    monkeypatch.setattr(scheduler, "_STUCK", 0.3)
-    monkeypatch.setattr(engine._worker, "choose", lambda _: (stuck.set(), go.wait(30)))
+    monkeypatch.setattr(scheduler, "_MIN_STEP_TIMEOUT", 0.3)
+    monkeypatch.setattr(engine._runner, "classify", lambda _: (stuck.set(), go.wait(30)))
     engine.classify("p0", ["a"], LABELS)
     assert stuck.wait(10)
     with service.admin() as client:
         try:
-            for _ in range(2):  # the first one does not hold up the next
+            for _ in range(2):  # the first does not block the second
                 answer = client.put("/v1/prompts/new", content=content, timeout=10)
                 assert answer.status_code == 504
                 assert "try again" in error_of(answer)["message"]
         finally:
             go.set()
-        monkeypatch.setattr(scheduler, "_STUCK", 60.0)
-        assert engine._scheduler.do(lambda: "done") == "done"
-        assert not engine.serves("new")  # what was refused is not done later
+        monkeypatch.setattr(scheduler, "_MIN_STEP_TIMEOUT", 60.0)
+        assert engine._scheduler.run_job(lambda: "done") == "done"
+        assert "new" not in engine  # a job that timed out does not run later
         assert not any(service.store.iterdir())
         assert client.put("/v1/prompts/new", content=content).status_code == 200

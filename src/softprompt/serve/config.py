@@ -1,0 +1,119 @@
+"""The configuration of the service: what it serves, where it listens, and who may use it."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, final, get_args
+
+import tyro
+
+from softprompt.runs import RECORD, open_run
+from softprompt.serve.api.auth import AuthConfig
+from softprompt.serve.engine.limits import Limits
+from softprompt.serve.prompts.entry import check_prompt_name
+from softprompt.types import Dtype
+
+EngineKind = Literal["local", "ray"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    """The replicas of `--engine ray`."""
+
+    replicas: int = 2
+    """Number of replicas, each with its own copy of the backbone."""
+    cpus: float = 1.0
+    """CPU cores per replica."""
+    gpus: float = 0.0
+    """GPUs per replica."""
+    ray_address: str | None = None
+    """Address of a running Ray cluster; none: start one on this machine."""
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1 or not self.cpus > 0 or not self.gpus >= 0:
+            raise ValueError(
+                f"replicas is {self.replicas}, cpus {self.cpus} and gpus {self.gpus}; they must be at least 1, above 0 "
+                "and at least 0"
+            )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """The configuration of a service (immutable)."""
+
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=]FOLDER")] = ()
+    """Folders of runs or PEFT prompts, each served under its folder's name or the name before `=`."""
+    backbone: str | None = None
+    """Hub id, folder, .gguf file or asset; none: the first run's backbone."""
+    host: str = "127.0.0.1"
+    """Address to listen on; one that other machines can reach requires a token."""
+    port: int = 8000
+    """Port to listen on; 0: a free one."""
+    prompts: Path | None = None
+    """Folder that keeps uploaded prompts; the prompts in it are served too."""
+    token_file: Path | None = None
+    """File with the tokens that may send requests, one per line; none: those in SOFTPROMPT_TOKEN, if set."""
+    admin_token_file: Path | None = None
+    """File with the tokens that may change prompts; none: SOFTPROMPT_ADMIN_TOKEN, else whoever may send requests."""
+    engine: EngineKind = "local"
+    """One engine in this process, or replicas behind Ray Serve that share the folder of prompts."""
+    dtype: Dtype = "auto"
+    """What the backbone computes in."""
+    device: str = "auto"
+    """`auto` takes the first GPU, else the CPU."""
+    grace: float = 30.0
+    """Seconds in which running requests may finish when the service is stopped."""
+    log_texts: bool = False
+    """Log the texts that users send."""
+    ray: RayConfig = field(default_factory=RayConfig)
+    """The replicas of `--engine ray`."""
+    limits: Limits = field(default_factory=Limits)
+    """Bounds on batches, the queue and requests."""
+
+    def __post_init__(self) -> None:
+        if self.engine not in get_args(EngineKind):
+            raise ValueError(f"engine is {self.engine!r}; it must be {' or '.join(get_args(EngineKind))}")
+        if not 0 <= self.grace < math.inf:
+            raise ValueError(f"grace is {self.grace}; it must be 0 or more seconds")
+        self.folders()
+
+    def folders(self) -> list[tuple[str, Path]]:
+        """The name and folder of each source.
+
+        Raises:
+            ValueError: a name cannot be a prompt's.
+
+        >>> ServeConfig(sources=("reviews=runs/sentiment-dpt-0",)).folders()
+        [('reviews', PosixPath('runs/sentiment-dpt-0'))]
+        """
+        folders = []
+        for source in self.sources:
+            name, equals, folder = source.partition("=")
+            path = Path(folder if equals else source).expanduser()
+            folders.append((check_prompt_name(name if equals else path.resolve().name), path))
+        return folders
+
+    def backbone_source(self) -> str:
+        """The backbone's hub id, folder, file or asset.
+
+        Raises:
+            ValueError: it is not set, and no source is a run.
+        """
+        if self.backbone:
+            return self.backbone
+        for _, folder in self.folders():
+            if (folder / RECORD).is_file():
+                return open_run(folder).experiment.backbone
+        raise ValueError("no folder names its backbone; give --backbone, or the folder of a run")
+
+    def auth(self) -> AuthConfig:
+        """The tokens of the files and environment variables.
+
+        Raises:
+            ValueError: a file holds no token, or there is none and other machines can reach the host.
+        """
+        auth = AuthConfig.load(self.token_file, self.admin_token_file)
+        auth.check_host(self.host)
+        return auth
