@@ -32,6 +32,8 @@ class TrainingConfig:
     """Weight, from 0 to 1, of -log P(label words) in a classification loss, added to the cross-entropy among the label
     words. At 0, a model that generates freely may not produce a label word; 1 is the cross-entropy of the answer's
     tokens over the vocabulary (as in the papers), which tasks without label words always use."""
+    temperature: float = 1.0
+    """Of a distillation (`context`, `demonstrations`): above 1 the teacher's less likely tokens count for more."""
     warmup_ratio: float = 0.1
     """Fraction of the steps over which the learning rate rises from 0."""
     lr_scheduler: Literal["linear", "cosine", "none"] = "linear"
@@ -92,6 +94,8 @@ class TrainingConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if not (0 < self.lr < math.inf):
             raise ValueError(f"lr is {self.lr}; it must be a positive number (0.03 is the default)")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be a positive number (1 is the default)")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}; it must be a fraction of the steps, from 0 to 1")
         if not 0 <= self.vocabulary_weight <= 1:
@@ -147,6 +151,12 @@ class Experiment:
     """Train this baseline instead of a prompt, for comparison."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Hyperparameters of the training."""
+    context: str | None = None
+    """A text file to distil: the frozen model that reads it before each row is the teacher, and the prompt is trained
+    to give the teacher's distribution without it; the rows' own answers then only say at which tokens."""
+    demonstrations: int = 0
+    """Labelled training rows in front of each row, as the context to distil (after the text of `context`, if both are
+    given); the prompt is not trained on these rows."""
     init_prompt: str | None = None
     """A run or a PEFT prompt-tuning folder whose prompt to start from, instead of the method's own initialization."""
     seed: int = 0
@@ -195,7 +205,7 @@ class Experiment:
         from softprompt.tasks import TASKS
 
         builtin = {"backbone": self.backbone in ASSETS, "task": self.task.partition(":")[0] in TASKS}
-        names = (name for name in ("backbone", "task", "data", "init_prompt") if not builtin.get(name))
+        names = (name for name in ("backbone", "task", "data", "init_prompt", "context") if not builtin.get(name))
         paths = {name: Path(getattr(self, name) or "").expanduser() for name in names}
         return self.replace(
             **{name: str(path.resolve()) for name, path in paths.items() if path.name and path.exists()}

@@ -14,6 +14,7 @@ from typing import Any
 
 COMMANDS: dict[str, str] = {
     "train": "Train a prompt and keep it in a run's folder.",
+    "distil": "Train a prompt that stands for a long text in front of every request.",
     "evaluate": "Score a run on its test split, or on another task.",
     "predict": "Answer the rows of a file.",
     "export": "Write a run's prompt for other software.",
@@ -27,7 +28,7 @@ COMMANDS: dict[str, str] = {
 }
 """Every command, in the order of the help."""
 
-_OWN_FILES = ("export", "rank", "report", "serve", "sweep", "train")
+_OWN_FILES = ("distil", "export", "rank", "report", "serve", "sweep", "train")
 """Commands with a module of their own; `commands.py` has the others. Each is a function `NAME_`."""
 
 

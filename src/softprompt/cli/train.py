@@ -64,7 +64,7 @@ def train_(
             run = train(whole, out=out, name=name, callback=terminal, log_with=log_with)
     finally:
         terminal.close()
-    _show_result(run)
+    show_result(run)
     if show:
         _show_mistakes(run, show)
     results = dict(run.results or {})
@@ -104,7 +104,7 @@ def _refuse_settings(run: Path, flags: Sequence[str]) -> None:
             )
 
 
-def _show_result(run: "Run") -> None:
+def show_result(run: "Run") -> None:
     """Every metric of the test rows, beside what the majority answer (and the zero-shot model) would score."""
     results = run.results or {}
     metric, others = results["metric"], results["others"]

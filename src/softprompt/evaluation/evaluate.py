@@ -28,6 +28,7 @@ from softprompt.tasks import (
     row_number,
     score,
     shots,
+    split_demonstrations,
     splits,
     strip_end,
 )
@@ -114,7 +115,10 @@ def read_splits(experiment: Experiment, task: Task) -> Splits:
             f"task {task.name!r} has no training rows; train on another task, and score that run with: "
             f"softprompt evaluate RUN --task {task.name}"
         )
-    return shots(task, rows, training.shots, experiment.seed, training.shots_balanced) if training.shots else rows
+    if training.shots:
+        rows = shots(task, rows, training.shots, experiment.seed, training.shots_balanced)
+    count = experiment.demonstrations
+    return split_demonstrations(task, rows, count, experiment.seed) if count else rows
 
 
 def run_splits(run: Run) -> Splits:

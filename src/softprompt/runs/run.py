@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -33,6 +34,8 @@ HEAD = "head.safetensors"
 TUNED = "tuned.safetensors"
 METRICS = "metrics.jsonl"
 PREDICTIONS = "predictions.jsonl"
+CONTEXT = "context.txt"
+"""The text that a distilled prompt stands for; only in the folder of a distillation."""
 _FORMAT = 1
 _NAME_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EACCES)
 """Errors of renaming a folder to a name that is taken, which depend on the system."""
@@ -150,6 +153,21 @@ class Run:
             except json.JSONDecodeError:
                 return
 
+    @property
+    def context(self) -> str:
+        """The text that was distilled; empty for a run that is no distillation.
+
+        Raises:
+            ValueError: the file is missing or has been changed.
+        """
+        if self.record.get("context") is None:
+            return ""
+        path = self.folder / CONTEXT
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if _sha256(text) != self.record["context"]:
+            raise ValueError(f"{path} is not the text that the run was started with; put it back, or start a new run")
+        return text
+
     def rewind_metrics(self, step: int) -> None:
         """Remove the metrics after `step`, which a resumed run writes again."""
         lines = [json_line(line) for line in self.metrics() if line["step"] <= step]
@@ -219,12 +237,21 @@ def build_prompt(
     return build(experiment.prompt, hosts, generator)
 
 
-def create(experiment: Experiment, task: Task, backbone: Backbone, out: Path, name: str | None, data: str) -> Run:
+def create(
+    experiment: Experiment,
+    task: Task,
+    backbone: Backbone,
+    out: Path,
+    name: str | None,
+    data: str,
+    context: str = "",
+) -> Run:
     """Create the folder `out/name` with the experiment's record.
 
     Args:
         name: None: made from task, method and seed, with a number if that is taken.
         data: fingerprint of the rows.
+        context: the text that is distilled; empty: none is.
 
     Raises:
         FileExistsError: `name` is taken.
@@ -239,6 +266,7 @@ def create(experiment: Experiment, task: Task, backbone: Backbone, out: Path, na
         "experiment": experiment.to_json(),
         "task": task.to_json(),
         "data": data,
+        "context": _sha256(context) if context else None,
         "backbone": {
             "base": backbone.base,
             "dim": backbone.dim,
@@ -251,7 +279,8 @@ def create(experiment: Experiment, task: Task, backbone: Backbone, out: Path, na
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "results": None,
     }
-    return Run(_claim(out, name, stem, json.dumps(record, indent=1)), experiment, task, record)
+    contents = {RECORD: json.dumps(record, indent=1)} | ({CONTEXT: context} if context else {})
+    return Run(_claim(out, name, stem, contents), experiment, task, record)
 
 
 def check_new_run(out: Path, name: str | None) -> None:
@@ -359,8 +388,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def _claim(out: Path, name: str | None, stem: str, record: str) -> Path:
-    """Create a folder with its record in one rename, so that two processes never get the same one.
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _claim(out: Path, name: str | None, stem: str, contents: Mapping[str, str]) -> Path:
+    """Create a folder with its first files in one rename, so that two processes never get the same one.
 
     Raises:
         FileExistsError: `name` is taken; or without a name, all of 9,999 names are.
@@ -370,7 +403,8 @@ def _claim(out: Path, name: str | None, stem: str, record: str) -> Path:
         try:
             with files.atomic_write(folder) as draft:
                 draft.mkdir()
-                (draft / RECORD).write_text(record, encoding="utf-8")
+                for file, text in contents.items():
+                    (draft / file).write_text(text, encoding="utf-8")
         except OSError as error:
             if error.errno not in _NAME_TAKEN or not folder.exists():
                 raise

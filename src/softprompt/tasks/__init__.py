@@ -2,6 +2,7 @@
 
 from softprompt.tasks import builtin  # noqa: F401  (importing it registers the built-in tasks)
 from softprompt.tasks.data.collate import IGNORED, Batch, answer_labels, batches, collate, schedule
+from softprompt.tasks.data.context import SEPARATOR, encode_context, split_demonstrations
 from softprompt.tasks.data.examples import Example, Examples, input_lengths
 from softprompt.tasks.data.images import augmented, sample, unlabelled
 from softprompt.tasks.data.splits import SAME_ROWS, Splits, check, cut, given_rows, shots, splits
@@ -17,6 +18,7 @@ __all__ = [
     "METRICS",
     "READERS",
     "SAME_ROWS",
+    "SEPARATOR",
     "TASKS",
     "Answers",
     "Batch",
@@ -37,6 +39,7 @@ __all__ = [
     "collate",
     "cut",
     "encode",
+    "encode_context",
     "given_rows",
     "input_lengths",
     "load_task",
@@ -51,6 +54,7 @@ __all__ = [
     "schedule",
     "score",
     "shots",
+    "split_demonstrations",
     "splits",
     "strip_end",
     "task_rows",

@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from softprompt import files, runs
+from softprompt.evaluation.distillation import Answering, imitations
 from softprompt.evaluation.evaluate import prediction_record, score_answers
 from softprompt.evaluation.predict import Answer
 from softprompt.export import export_model
 from softprompt.models import PromptedModel, attach
+from softprompt.models.teacher import Teacher
 from softprompt.runs import Run, model_card
 from softprompt.tasks import SAME_ROWS, Example, Score
 from softprompt.training.callbacks import TrainingCallback
@@ -42,6 +44,9 @@ def evaluate_final(
         "protocol": run.experiment.protocol,
         "trainable": sum(parameter.numel() for parameter in setup.prompted.parameters()),
     }
+    if setup.teacher is not None:
+        callback.on_stage("comparing with the teacher")
+        results["distillation"] = _distillation(run, setup, folded, setup.teacher)
     if setup.rows.shared:
         results["caution"] = SAME_ROWS
         callback.on_note(SAME_ROWS)
@@ -51,6 +56,24 @@ def evaluate_final(
         results["zero_shot"] = zero_shot.value
     progress = {"steps": state.step, "best_step": state.best_step, "seconds": round(state.seconds, 3)}
     return results | progress, answers
+
+
+def _distillation(run: Run, setup: TrainingSetup, folded: PromptedModel, teacher: Teacher) -> dict[str, Any]:
+    """How close the prompt is to the teacher on the test rows, beside no context and one cut to the prompt's length."""
+    length, settings = folded.prompt_length, run.experiment.training
+    leading = teacher.leading
+    sides: dict[str, Answering] = {"prompt": folded, "no_context": teacher.model}
+    if length and len(teacher.context) > leading + length:
+        own = teacher.context[leading:]
+        first = teacher.context[:leading]
+        sides["context_start"] = Teacher(teacher.model, (*first, *own[:length]), leading)
+        sides["context_end"] = Teacher(teacher.model, (*first, *own[-length:]), leading)
+    close = imitations(sides, teacher, folded, run.task, setup.test, settings.max_new_tokens)
+    results: dict[str, Any] = {"context_tokens": len(teacher.context), "prompt_tokens": length}
+    for name, side in close.items():
+        score = score_answers(run.task, setup.rows, "test", setup.test, side.answers, setup.backbone.tokenizer)
+        results[name] = {"kl": side.kl, "agreement": side.agreement, "score": score.value}
+    return results
 
 
 def save_run(run: Run, setup: TrainingSetup, answers: Sequence[Answer], results: dict[str, Any]) -> Run:

@@ -12,6 +12,7 @@ from softprompt.backbones.kernels.gradient_checkpointing import gradient_checkpo
 from softprompt.config import Experiment
 from softprompt.evaluation.predict import input_limit
 from softprompt.models import attach, fresh_head
+from softprompt.models.teacher import Teacher
 from softprompt.prompts.plain import PlainPrompt
 from softprompt.runs import Gradient
 from softprompt.tasks import Task, encode, schedule
@@ -19,7 +20,11 @@ from softprompt.training.objective import Objective
 
 
 def gradient_on(
-    experiment: Experiment, task: Task, backbone: Backbone, rows: Callable[[], Dataset] | Dataset
+    experiment: Experiment,
+    task: Task,
+    backbone: Backbone,
+    rows: Callable[[], Dataset] | Dataset,
+    teacher: Teacher | None = None,
 ) -> Gradient:
     """Return a function that computes the mean gradient of the experiment's loss at a prompt, over its first batches.
 
@@ -28,6 +33,7 @@ def gradient_on(
 
     Args:
         rows: the training rows, or a function that reads them.
+        teacher: of a distillation.
     """
 
     def gradient(prompt: Float[Tensor, "length dim"], batches: int) -> Float[Tensor, "length dim"]:
@@ -46,7 +52,7 @@ def gradient_on(
             prompt_position=experiment.prompt_position,
             prompt_attention=experiment.prompt_attention,
         )
-        objective = Objective(prompted, task, settings)
+        objective = Objective(prompted, task, settings, teacher)
         table = rows() if callable(rows) else rows
         limit = input_limit(prompted, task, settings)
         examples = encode(task, backbone.tokenizer, table, limit, closing=prompted.appends_eos)[0]

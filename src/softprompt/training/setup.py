@@ -14,10 +14,12 @@ from softprompt.config import Experiment
 from softprompt.evaluation.evaluate import predictions_and_golds, read_splits, sample_examples
 from softprompt.evaluation.predict import input_limit, over_long_note
 from softprompt.models import PromptedModel, attach, fresh_head, verify
+from softprompt.models.teacher import Teacher
 from softprompt.models.vision import refuse_unfit
 from softprompt.prompts import SoftPrompt
 from softprompt.runs import Run
 from softprompt.tasks import (
+    SEPARATOR,
     Example,
     Examples,
     Splits,
@@ -25,6 +27,7 @@ from softprompt.tasks import (
     answer_ids,
     augmented,
     encode,
+    encode_context,
     load_task,
     read_answers,
     refuse_other_input,
@@ -53,6 +56,10 @@ class TrainingSetup:
     """The development rows that are scored during training."""
     test: Sequence[Example]
     """The test rows that are scored at the end."""
+    teacher: Teacher | None = None
+    """Whose distribution the prompt is trained to give, in a distillation."""
+    context: str = ""
+    """The text that the teacher reads before each row."""
 
 
 def new_run(experiment: Experiment, backbone: Backbone | None, callback: TrainingCallback) -> TrainingSetup:
@@ -73,13 +80,15 @@ def new_run(experiment: Experiment, backbone: Backbone | None, callback: Trainin
     backbone = backbone or _load_backbone(experiment, experiment.backbone_dtype)
     backbone = with_sample_images(backbone, experiment, task, rows)
     _check_settings_apply(experiment, task, backbone)
-    gradient = gradient_on(experiment, task, backbone, rows.train)
+    context = read_context(experiment, rows.demonstrations)
+    teacher = make_teacher(context, backbone) if context else None
+    gradient = gradient_on(experiment, task, backbone, rows.train, teacher)
     prompted = runs.build_prompted_model(experiment, task, backbone, initialize=True, gradient=gradient)
     _check_trainable(experiment, prompted)
     if experiment.init_prompt is not None and prompted.prompt is not None:
         source = runs.read_prompt(Path(experiment.init_prompt), backbone)
         callback.on_note(_init_prompt_note(experiment.init_prompt, prompted.prompt, source))
-    return _encode_rows(experiment, task, rows, prompted, callback)
+    return _with_teacher(_encode_rows(experiment, task, rows, prompted, callback), teacher, context)
 
 
 def resume_run(run: Run, backbone: Backbone | str | Path | None, callback: TrainingCallback) -> TrainingSetup:
@@ -114,13 +123,70 @@ def resume_run(run: Run, backbone: Backbone | str | Path | None, callback: Train
             f"the weights of {backbone.source} are not those that {run.folder} was started with; start a new run"
         )
     backbone = with_sample_images(backbone, experiment, run.task, rows)
-    gradient = gradient_on(experiment, run.task, backbone, rows.train)
+    context = run.context
+    teacher = make_teacher(context, backbone) if context else None
+    gradient = gradient_on(experiment, run.task, backbone, rows.train, teacher)
     prompted = runs.build_prompted_model(
         experiment, run.task, backbone, initialize=not checkpoint.steps(run.folder), gradient=gradient
     )
     if experiment.training.shard:
         _check_shardable(experiment, prompted)
-    return _encode_rows(experiment, run.task, rows, prompted, callback)
+    return _with_teacher(_encode_rows(experiment, run.task, rows, prompted, callback), teacher, context)
+
+
+def read_context(experiment: Experiment, demonstrations: str = "") -> str:
+    """The text to distil: that of the file `context`, the demonstrations, or both; empty if there is neither.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no UTF-8 text, or has no text.
+    """
+    texts = [demonstrations] if demonstrations else []
+    if experiment.context is not None:
+        try:
+            text = Path(experiment.context).read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{experiment.context} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
+        if not text:
+            raise ValueError(f"{experiment.context} has no text; give a context that says something")
+        texts.insert(0, text)
+    return SEPARATOR.join(texts)
+
+
+def make_teacher(context: str, backbone: Backbone) -> Teacher:
+    """The frozen model with `context` in front of each row.
+
+    Raises:
+        ValueError: a backbone that does not answer in words, or a context that is as long as the backbone's positions.
+    """
+    model = attach(backbone)
+    ids, leading = encode_context(backbone.tokenizer, context)
+    if model.max_row is not None and len(ids) >= model.max_row:
+        raise ValueError(
+            f"the context has {len(ids)} tokens, and {backbone.source} has {model.max_row} positions; shorten it"
+        )
+    return Teacher(model, ids, leading)
+
+
+def _with_teacher(setup: TrainingSetup, teacher: Teacher | None, context: str) -> TrainingSetup:
+    """The setup of a distillation, if there is a teacher: every row has to fit after the context too.
+
+    Raises:
+        ValueError: a row that does not fit, by its number and split.
+    """
+    if teacher is None:
+        return setup
+    limit, in_row = teacher.model.max_row, setup.prompted.answer_in_sequence
+    for split in ("train", "dev", "test"):
+        for example in getattr(setup, split):
+            length = len(teacher.context) + len(example.input_ids) + (len(example.answer_ids) if in_row else 0)
+            if limit is not None and length > limit:
+                raise ValueError(
+                    f"{example.where} ({split} split) has {length} positions with the context of "
+                    f"{len(teacher.context)} tokens, and {setup.backbone.source} has {limit}; shorten the context, "
+                    "lower max_input_tokens, or leave the row out"
+                )
+    return replace(setup, teacher=teacher, context=context)
 
 
 def shard_backbone(setup: TrainingSetup, processes: DistributedGroup, callback: TrainingCallback) -> TrainingSetup:
@@ -232,6 +298,24 @@ def _check_settings_apply(experiment: Experiment, task: Task, backbone: Backbone
         raise ValueError(
             f"vocabulary_weight is {experiment.training.vocabulary_weight}, and {backbone.source} answers through a "
             "trained head, which has no label words; leave it out"
+        )
+    if experiment.context is not None or experiment.demonstrations:
+        if head is not None:
+            raise ValueError(
+                f"a context is to be distilled, and {backbone.source} answers through a trained head, so without "
+                "training there is no teacher; use a backbone that answers in words"
+            )
+        if experiment.training.vocabulary_weight:
+            raise ValueError(
+                f"vocabulary_weight is {experiment.training.vocabulary_weight}, and a distillation takes its loss from "
+                "the teacher; leave it out"
+            )
+        if experiment.training.shard:
+            raise ValueError("shard is on, and the teacher of a distillation is not sharded; leave one of them out")
+    elif experiment.training.temperature != 1:
+        raise ValueError(
+            f"temperature is {experiment.training.temperature}, and only a distillation has one; give a context or "
+            "demonstrations, or leave it out"
         )
     if experiment.baseline == "head" and head is None:
         raise ValueError(

@@ -14,6 +14,7 @@ from softprompt.backbones.kernels.gradient_checkpointing import gradient_checkpo
 from softprompt.config import Experiment
 from softprompt.models import PromptedModel
 from softprompt.models.baselines import RATES
+from softprompt.models.teacher import Teacher
 from softprompt.tasks import Example, Task
 from softprompt.training.distributed import DistributedGroup
 from softprompt.training.objective import Objective
@@ -63,6 +64,7 @@ class TrainingStep:
 
     Args:
         differentiate: computes losses and gradients; other than the default only for concurrent runs.
+        teacher: whose distribution to imitate, in a distillation.
     """
 
     def __init__(
@@ -72,10 +74,11 @@ class TrainingStep:
         task: Task,
         processes: DistributedGroup,
         differentiate: Differentiate = differentiate,
+        teacher: Teacher | None = None,
     ) -> None:
         self.prompted, self.processes = prompted, processes
         self.settings = settings = experiment.training
-        self.objective = Objective(prompted, task, settings)
+        self.objective = Objective(prompted, task, settings, teacher)
         self._differentiate = differentiate
         factors = experiment.prompt.rates() | {"head": prompted.head_rate, "tuned": RATES[experiment.baseline]}
         self.optimizer = torch.optim.AdamW(

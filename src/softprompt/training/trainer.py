@@ -62,7 +62,9 @@ def train(
     processes.check_equal("the rows", setup.rows.fingerprint)
     processes.check_equal("the weights", setup.backbone.hash)
     run = processes.from_main(
-        lambda: runs.create(experiment, setup.task, setup.backbone, Path(out), name, setup.rows.fingerprint)
+        lambda: runs.create(
+            experiment, setup.task, setup.backbone, Path(out), name, setup.rows.fingerprint, setup.context
+        )
     )
     return _train_to_end(run, setup, processes, main_callback, log_with, differentiate, is_new=True)
 
@@ -163,7 +165,9 @@ class _Trainer:
         self.tracker = Tracker(log_with, run.folder, run.experiment.to_json(), cpu=on_cpu)
         # For the random draws of a method and of the model's dropout: each process has other rows and other draws.
         torch.manual_seed(processes.process_seed(run.experiment.seed))
-        self.training_step = TrainingStep(self.prompted, run.experiment, run.task, processes, differentiate)
+        self.training_step = TrainingStep(
+            self.prompted, run.experiment, run.task, processes, differentiate, setup.teacher
+        )
         self.state = TrainerState()
         self.best: dict[str, Tensor] = {}
         if saved is not None:

@@ -51,6 +51,8 @@ class Splits:
     """What works but looks wrong, a sentence each."""
     broken: tuple[str, ...] = ()
     """The images that cannot be read and were left out."""
+    demonstrations: str = ""
+    """Labelled rows taken out of `train` to be the context of a distillation, as text."""
 
     @property
     def shared(self) -> bool:

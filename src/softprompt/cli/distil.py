@@ -1,0 +1,70 @@
+"""`softprompt distil`: a long text in front of every request becomes a short trained prompt."""
+
+from pathlib import Path
+from typing import Any
+
+from softprompt.cli import typed
+from softprompt.cli.console import console, show_table
+from softprompt.cli.train import Prompt, show_result
+from softprompt.config import Experiment
+from softprompt.prompts.dpt import DPT
+
+
+def distil_(
+    queries: Path,
+    template: str,
+    experiment: Experiment = Experiment(),  # noqa: B008  (a frozen value)
+    prompt: Prompt = DPT(),  # noqa: B008
+    out: Path = Path("runs"),
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Train a prompt that makes the model answer as if it had read a text.
+
+    Args:
+        queries: A table of requests (CSV, TSV, JSON, JSONL or Parquet); no answers are needed.
+        template: The input's text, with the table's columns in braces, as in "Question: {question} Answer:".
+        experiment: What is trained; --context names the text.
+        prompt: The method.
+        out: Folder that holds the runs.
+        name: The run's folder in it; none: made from the table's name, method and seed.
+    """
+    from softprompt.cli.terminal import Terminal
+    from softprompt.training.distil import distil
+
+    for flag in ("--task", "--data"):
+        if any(word.partition("=")[0] == flag for word in typed()):
+            raise ValueError(f"{flag} is given, and distil makes its task of the queries; leave it out")
+    terminal = Terminal()
+    try:
+        whole = experiment.replace(prompt=prompt)
+        run = distil(whole, queries, template, out=out, name=name, callback=terminal)
+    finally:
+        terminal.close()
+    show_result(run)
+    results = dict(run.results or {})
+    show_distillation(results["distillation"])
+    return {"command": "distil", "run": str(run.folder), "backbone": run.experiment.backbone, **results}
+
+
+def show_distillation(results: dict[str, Any]) -> None:
+    """A table of how close the prompt, no context, and a context cut to the prompt's length are to the teacher."""
+    names = {
+        "teacher": f"the whole context, {results['context_tokens']} tokens",
+        "prompt": f"the distilled prompt, {results['prompt_tokens']} vectors",
+        "no_context": "no context",
+        "context_start": f"the context's first {results['prompt_tokens']} tokens",
+        "context_end": f"the context's last {results['prompt_tokens']} tokens",
+    }
+    console.print("on the test rows, against the model that reads the whole context:")
+    show_table(
+        [
+            {
+                "": label,
+                "KL": f"{results[name]['kl']:.3f}",
+                "same answer": f"{results[name]['agreement']:.3f}",
+                "score": f"{results[name]['score']:.3f}",
+            }
+            for name, label in names.items()
+            if name in results
+        ]
+    )

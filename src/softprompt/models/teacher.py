@@ -1,0 +1,87 @@
+"""The teacher of a distillation: the frozen model with a context in front of every row."""
+
+from collections.abc import Iterator, Sequence
+from typing import final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from softprompt.backbones import Backbone
+from softprompt.models.base import Candidates, Ids, Labels, Mask, Prepared, PromptedModel
+from softprompt.models.padding import checked_mask
+
+
+@final
+class Teacher:
+    """What a distilled prompt learns to imitate: the frozen model that reads `context` before each row.
+
+    A decoder computes the context's keys and values once and shares them among all rows, for as long as the teacher
+    lives; an encoder or encoder-decoder reads the context again with every row. No call computes gradients.
+
+    Args:
+        model: the backbone without a prompt.
+        context: the context's tokens, the ones with which the tokenizer begins a text among them.
+        leading: how many of `context` those are; a row that begins with the same tokens loses its own.
+
+    Raises:
+        ValueError: a context without a token of its own.
+    """
+
+    def __init__(self, model: PromptedModel, context: Sequence[int], leading: int = 0) -> None:
+        if len(context) <= leading:
+            raise ValueError("the context has no token; give a text that has one")
+        self.model, self.context, self.leading = model, tuple(context), leading
+        self._leading = torch.tensor(self.context[:leading], dtype=torch.long, device=model.backbone.device)
+        self._prepared: Prepared | None = None
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen model."""
+        return self.model.backbone
+
+    def label_logits(
+        self, input_ids: Ids, attention_mask: Mask, labels: Labels
+    ) -> tuple[Float[Tensor, "batch kept vocab"], Int[Tensor, "batch kept"]]:
+        """The logits that predict `labels`, in the same columns as `PromptedModel.label_logits` has them."""
+        with torch.no_grad():
+            ids, mask = self._rows(input_ids, attention_mask)
+            if ids.shape != input_ids.shape and not self.model.appends_eos:  # labels lie beside the input's tokens
+                labels = nn.functional.pad(labels, (ids.shape[1] - labels.shape[1], 0), value=-100)
+            return self.model.label_logits(ids, mask, labels, self._prefix())
+
+    def score(self, input_ids: Ids, attention_mask: Mask, candidates: Candidates) -> Float[Tensor, "batch candidate"]:
+        """Log-probability, float32, of each candidate's tokens as the answer to each row."""
+        with torch.no_grad():
+            return self.model.score(*self._rows(input_ids, attention_mask), candidates, self._prefix())
+
+    def generate(self, input_ids: Ids, attention_mask: Mask, *, max_new_tokens: int) -> Iterator[Int[Tensor, " batch"]]:
+        """The teacher's greedy answers, one token per row and step, as `PromptedModel.generate` gives them."""
+        with torch.no_grad():
+            ids, mask = self._rows(input_ids, attention_mask)
+            prefix = self._prefix()
+        return self.model.generate(ids, mask, max_new_tokens=max_new_tokens, prompts=prefix)
+
+    def _prefix(self) -> Prepared | None:
+        if self.model.supports_prefix_sharing and self._prepared is None:
+            self._prepared = self.model.with_shared_prefix(self.model.prepare([]), [self.context])
+        return self._prepared
+
+    def _rows(self, ids: Ids, mask: Mask) -> tuple[Int[Tensor, "batch read"], Int[Tensor, "batch read"]]:
+        """The rows without their leading tokens, and with the context in front where it is not read apart from them."""
+        mask = self._without_leading(ids, checked_mask(ids, mask))
+        if self.model.supports_prefix_sharing:
+            return ids, mask
+        context = torch.tensor(self.context, device=ids.device).expand(len(ids), -1)
+        return torch.cat([context, ids], 1), torch.cat([torch.ones_like(context), mask], 1)
+
+    def _without_leading(self, ids: Ids, mask: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+        count = len(self._leading)
+        if not count:
+            return mask
+        number = mask.cumsum(1) * mask  # from 1 at a row's first token
+        expected = self._leading[(number - 1).clamp(0, count - 1)]
+        leads = (number > 0) & (number <= count)
+        same = ((ids == expected) | ~leads).all(1, keepdim=True)
+        # A row that is nothing else keeps its tokens: a row needs one.
+        return torch.where(same & leads & (mask.sum(1, keepdim=True) > count), 0, mask)

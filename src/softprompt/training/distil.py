@@ -1,0 +1,124 @@
+"""Distil a context over a user's own requests: the teacher answers them, and a prompt is trained to answer like it."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from softprompt import files, runs
+from softprompt.backbones import Backbone, load
+from softprompt.config import Experiment
+from softprompt.evaluation.distillation import generated
+from softprompt.evaluation.predict import pad_id
+from softprompt.models.teacher import Teacher
+from softprompt.runs import Run
+from softprompt.tasks import Task, collate, encode, read_rows
+from softprompt.training.callbacks import NullCallback, TrainingCallback
+from softprompt.training.setup import make_teacher, read_context
+from softprompt.training.trainer import train
+
+_BATCH = 16
+
+
+def distil(
+    experiment: Experiment,
+    queries: str | Path,
+    template: str,
+    *,
+    out: str | Path = "runs",
+    name: str | None = None,
+    backbone: Backbone | None = None,
+    callback: TrainingCallback | None = None,
+) -> Run:
+    """Train a prompt that makes the frozen model answer as if it had read the experiment's `context`.
+
+    The model reads the context before each query and writes an answer (greedy, at most `training.max_new_tokens`); the
+    queries with these answers are then an ordinary task of written answers, cut into training, development and test
+    rows. They are kept in `out/teacher-HASH` and used again for the same model, context, template and queries.
+
+    Args:
+        experiment: `context` is the file to distil; `task` and `data` are replaced.
+        queries: a table of requests; no answers are needed.
+        template: the input's text, with the table's columns in braces.
+        out: the folder that holds the runs.
+        name: the run's folder in it; None: made from the table's name, method and seed.
+        backbone: the experiment's backbone, if it is already loaded.
+        callback: receives the progress.
+
+    Raises:
+        FileNotFoundError: there is no context or table.
+        ValueError: an empty context, a table without the template's columns, a teacher that writes nothing, or as
+            `train` raises.
+    """
+    callback = callback or NullCallback()
+    runs.check_new_run(Path(out), name)
+    if experiment.context is None or experiment.demonstrations:
+        raise ValueError(
+            "distil takes its context from a file; give one with --context (labelled rows as a context: "
+            "softprompt train --demonstrations N)"
+        )
+    path = Path(queries).expanduser()
+    task = Task(
+        name=path.name.partition(".")[0], template=template, target="answer", metrics=("token_f1", "exact_match")
+    )
+    rows = [dict(row) for row in read_rows(path, task.inputs, purpose=" for the template")]
+    context = read_context(experiment)
+    backbone = backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
+    limit = experiment.training.max_new_tokens
+    key = [backbone.hash, context, template, limit, [task.render(row) for row in rows]]
+    folder = Path(out).expanduser() / f"teacher-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
+    if not (folder / "task.toml").is_file():
+        callback.on_stage(f"answering {len(rows)} queries with the context")
+        answers = _answers(make_teacher(context, backbone), task, rows, limit)
+        answered = [{**row, "answer": text} for row, text in zip(rows, answers, strict=True) if text]
+        if not answered:
+            raise ValueError(
+                f"the model wrote nothing for any of the {len(rows)} queries of {path}; end the template so that an "
+                "answer follows, as in 'Question: {question}\\nAnswer:'"
+            )
+        _write_task(folder, task, answered)
+    count = sum(1 for _ in read_rows(folder / "answers.jsonl", ["answer"]))
+    if count < len(rows):
+        callback.on_note(f"the model wrote nothing for {len(rows) - count} of {len(rows)} queries, which are left out")
+    located = experiment.replace(task=str(folder / "task.toml"), data=None)
+    return train(located, out=out, name=name, backbone=backbone, callback=callback)
+
+
+def _answers(teacher: Teacher, task: Task, rows: Sequence[Mapping[str, Any]], max_new_tokens: int) -> list[str]:
+    """The teacher's greedy answer to each row, in their order."""
+    model, tokenizer = teacher.model, teacher.backbone.tokenizer
+    room = 512 if model.max_row is None else model.max_row - len(teacher.context) - max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"the context has {len(teacher.context)} tokens and an answer up to {max_new_tokens}, which leaves no room "
+            f"in the {model.max_row} positions of {teacher.backbone.source}; shorten the context, or lower "
+            "max_new_tokens"
+        )
+    examples = encode(task, tokenizer, rows, room, closing=model.appends_eos, answers=False)[0]
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
+    texts = [""] * len(examples)
+    for start in range(0, len(order), _BATCH):
+        batch = order[start : start + _BATCH]
+        inputs = collate(
+            [examples[row] for row in batch], pad_id=pad_id(model.backbone), side="left", with_answers=False
+        )
+        tokens = generated(teacher, model, *inputs.inputs(model.backbone.device), max_new_tokens)
+        for row, text in zip(batch, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
+            texts[row] = text.strip()
+    return texts
+
+
+def _write_task(folder: Path, task: Task, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A task of the answered queries; the file that makes it complete is written last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_text(folder / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    lines = {
+        "name": task.name,
+        "train": "answers.jsonl",
+        "template": task.template,
+        "target": task.target,
+        "metrics": list(task.metrics),
+    }
+    # A JSON string or list of strings is a TOML one too.
+    files.write_text(folder / "task.toml", "".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items()))

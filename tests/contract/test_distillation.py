@@ -1,0 +1,116 @@
+"""Distilling a context is an ordinary run whose loss is the teacher's distribution."""
+
+from pathlib import Path
+
+import pytest
+
+from softprompt import (
+    DPT,
+    Backbone,
+    Experiment,
+    Interrupted,
+    Plain,
+    Progress,
+    TrainingConfig,
+    load_backbone,
+    resume,
+    train,
+)
+from softprompt.evaluation.evaluate import read_splits
+from softprompt.tasks import load_task
+from softprompt.training.callbacks import NullCallback
+
+
+@pytest.fixture(scope="module")
+def experiment(llama_folder: Path, ticket_task: Path) -> Experiment:
+    return Experiment(
+        backbone=str(llama_folder),
+        task=str(ticket_task),
+        prompt=Plain(length=6),
+        training=TrainingConfig(steps=30, batch_size=8, eval_steps=15, lr=0.3),
+        dtype="float32",
+        demonstrations=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def backbone(llama_folder: Path) -> Backbone:
+    return load_backbone(str(llama_folder), dtype="float32")
+
+
+def test_divergence_from_the_teacher_falls(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
+    run = train(experiment, out=tmp_path, backbone=backbone)
+    assert run.results is not None
+    close = run.results["distillation"]
+    assert close["teacher"] == {"kl": 0.0, "agreement": 1.0, "score": close["teacher"]["score"]}
+    assert close["prompt"]["kl"] < 0.5 * close["no_context"]["kl"]
+    assert close["prompt_tokens"] == 6 < close["context_tokens"]
+    assert {"context_start", "context_end"} <= set(close)
+    assert run.context.count("Ticket:") == 4
+
+
+def test_teachers_rows_are_not_trained_on(experiment: Experiment) -> None:
+    task = load_task(experiment.task)
+    with_them, without = (read_splits(experiment.replace(demonstrations=count), task) for count in (0, 4))
+    assert len(with_them.train) - len(without.train) == 4
+    assert with_them.test[:] == without.test[:]
+
+
+def test_interrupted_distillation_resumes_to_the_same_tensors(
+    experiment: Experiment, backbone: Backbone, tmp_path: Path
+) -> None:
+    class StopAtSecond(NullCallback):
+        def on_step(self, progress: Progress) -> None:
+            if progress.step == 20:
+                raise KeyboardInterrupt
+
+    reference = train(experiment, out=tmp_path, name="reference", backbone=backbone)
+    with pytest.raises((KeyboardInterrupt, Interrupted)):
+        train(experiment, out=tmp_path, name="stopped", backbone=backbone, callback=StopAtSecond())
+    run = resume(tmp_path / "stopped", backbone=backbone)
+    for file in ("softprompt.safetensors", "predictions.jsonl"):
+        assert (run.folder / file).read_bytes() == (reference.folder / file).read_bytes()
+
+
+def test_changed_context_is_not_resumed(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
+    run = train(experiment.replace(training=TrainingConfig(steps=1)), out=tmp_path, backbone=backbone)
+    (run.folder / "context.txt").write_text("another one")
+    with pytest.raises(ValueError, match="is not the text that the run was started with"):
+        _ = run.context
+
+
+def test_context_of_a_file_comes_before_demonstrations(
+    experiment: Experiment, backbone: Backbone, tmp_path: Path
+) -> None:
+    (tmp_path / "context.md").write_text("a b c\n")
+    short = experiment.replace(context=str(tmp_path / "context.md"), prompt=DPT(length=6, rank=2))
+    run = train(short.replace(training=TrainingConfig(steps=1)), out=tmp_path, backbone=backbone)
+    assert run.context.startswith("a b c\n\nTicket:")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no text"),
+        ("  \n", "has no text"),
+        ("word " * 400, "positions; shorten it"),
+    ],
+)
+def test_unusable_context_is_refused_before_a_folder(
+    text: str, message: str, experiment: Experiment, backbone: Backbone, tmp_path: Path
+) -> None:
+    (tmp_path / "context.md").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        train(experiment.replace(context=str(tmp_path / "context.md")), out=tmp_path / "runs", backbone=backbone)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_settings_without_effect_are_refused(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
+    wrong = experiment.replace(training=TrainingConfig(steps=1, vocabulary_weight=0.5))
+    with pytest.raises(ValueError, match="and a distillation takes its loss"):
+        train(wrong, out=tmp_path, backbone=backbone)
+    lonely = experiment.replace(demonstrations=0, training=TrainingConfig(steps=1, temperature=2.0))
+    with pytest.raises(ValueError, match="only a distillation has one"):
+        train(lonely, out=tmp_path, backbone=backbone)
+    with pytest.raises(ValueError, match="demonstrations is 1000"):
+        train(experiment.replace(demonstrations=1000), out=tmp_path, backbone=backbone)
