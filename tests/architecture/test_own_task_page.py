@@ -18,7 +18,7 @@ def test_every_key_and_metric_is_on_the_page() -> None:
     of = {line.split(" | ")[1]: re.findall(r"`(\w+)`", line.split(" | ")[0]) for line in lines}
     named = [name for line in lines for name in re.findall(r"`(\w+)`", line.split(" | ")[0])]
     assert sorted(named) == sorted(METRICS)
-    assert of["texts"] == [name for name in METRICS if METRICS[name].of == "texts"]
+    assert of["texts"] == [name for name in METRICS if METRICS[name].answer_kind == "texts"]
 
 
 @pytest.mark.parametrize("number", [0, 1])

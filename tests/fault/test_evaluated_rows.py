@@ -17,7 +17,7 @@ from softprompt.config import Experiment, TrainingConfig
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.prompts.plain import Plain
 from softprompt.runs import Run
-from softprompt.tasks import TASKS, given_rows, load_task
+from softprompt.tasks import TASKS, load_task, load_test_split
 from softprompt.training.trainer import train
 
 TEMPLATE = 'template = "Ticket: {text}\\nQueue:"\nlabel = "queue"\n'
@@ -121,10 +121,10 @@ def test_functional_rank_scores_every_row_of_a_file(run: Run, tables: Path) -> N
 def test_every_row_of_a_file_for_a_benchmark_is_scored(tmp_path: Path) -> None:
     head = ("premise", "hypothesis", "label")
     file = write(tmp_path / "rte.csv", [("a", "b", "entailment")] * 3, head)
-    splits = given_rows(TASKS["rte"], file)
+    splits = load_test_split(TASKS["rte"], file)
     assert splits is not None
     assert (len(splits.train), len(splits.dev), len(splits.test)) == (0, 0, 3)
-    assert given_rows(TASKS["rte"], str(tmp_path)) is None  # the official folder keeps its splits
+    assert load_test_split(TASKS["rte"], str(tmp_path)) is None  # the official folder keeps its splits
 
 
 def images(folder: Path, classes: Sequence[str], count: int) -> Path:
@@ -137,11 +137,11 @@ def images(folder: Path, classes: Sequence[str], count: int) -> Path:
 
 def test_every_image_of_a_folder_is_scored(tmp_path: Path) -> None:
     task = load_task(str(images(tmp_path / "photos", ("cat", "dog"), 20)))
-    splits = given_rows(task, str(images(tmp_path / "more", ("cat",), 3)))
+    splits = load_test_split(task, str(images(tmp_path / "more", ("cat",), 3)))
     assert splits is not None
     assert [len(part) for part in (splits.train, splits.dev, splits.test)] == [0, 0, 3]
     write(tmp_path / "list.csv", [("more/cat/0.png", "dog")], ("image", "label"))
-    listed = given_rows(task, str(tmp_path / "list.csv"))
+    listed = load_test_split(task, str(tmp_path / "list.csv"))
     assert listed is not None
     assert listed.test["label"][:] == ["dog"]
 
@@ -152,12 +152,12 @@ def test_folder_with_splits_keeps_them(tmp_path: Path) -> None:
     for part, count in (("train", 4), ("test", 3), ("val", 2)):
         images(tmp_path / "cut" / part, ("cat", "dog"), count)
     for split, count in ((None, 6), ("dev", 4), ("train", 8)):
-        splits = given_rows(task, str(tmp_path / "cut"), split)
+        splits = load_test_split(task, str(tmp_path / "cut"), split)
         assert splits is not None
         assert len(splits.test) == count
     shutil.rmtree(tmp_path / "cut" / "test")
     with pytest.raises(ValueError, match="has no test rows, it has train, dev"):
-        given_rows(task, str(tmp_path / "cut"))
+        load_test_split(task, str(tmp_path / "cut"))
 
 
 def test_head_is_not_scored_on_other_classes(run: Run, unchecked: None) -> None:

@@ -9,7 +9,8 @@ from scipy import stats
 from sklearn import metrics as sklearn
 
 from softprompt.tasks import METRICS, Answers, Task, score
-from softprompt.tasks.metrics import normalise, wilson
+from softprompt.tasks.metrics import wilson
+from softprompt.tasks.metrics.texts import normalise
 
 LABELS = Task(
     name="labels",

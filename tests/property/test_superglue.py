@@ -14,7 +14,7 @@ from softprompt.evaluation.evaluate import evaluate, read_splits, sample_example
 from softprompt.prompts.plain import Plain
 from softprompt.tasks import METRICS, READERS, SAME_ROWS, TASKS, Answers, Example, load_task, score, splits
 from softprompt.tasks.builtin import official
-from softprompt.tasks.metrics import referent_match
+from softprompt.tasks.metrics.texts import referent_match
 from softprompt.training.trainer import train
 
 GOLDEN = Path(__file__).parent / "official"

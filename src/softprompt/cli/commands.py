@@ -68,10 +68,14 @@ def predict_(
     """
     from softprompt import files, runs
     from softprompt.evaluation.predict import predict
-    from softprompt.tasks import task_rows, unlabelled
+    from softprompt.tasks import task_rows, unlabelled_images
 
     opened = runs.open_run(run)
-    rows = unlabelled(opened.task, input) if opened.task.image else list(task_rows(opened.task, input, answers=False))
+    rows = (
+        unlabelled_images(opened.task, input)
+        if opened.task.image
+        else list(task_rows(opened.task, input, answers=False))
+    )
     answers = predict(opened, rows, backbone=backbone)
     lines = [
         runs.json_line(_answer_json(found, opened.task.image and opened.task.render(rows[found.row])))

@@ -21,8 +21,8 @@ from softprompt.tasks import (
     Task,
     answer_ids,
     encode,
-    given_rows,
     load_task,
+    load_test_split,
     read_answers,
     row_id,
     row_number,
@@ -32,6 +32,7 @@ from softprompt.tasks import (
     splits,
     strip_end,
 )
+from softprompt.tasks.metrics import Pooled
 
 
 def evaluate(
@@ -82,7 +83,7 @@ def _rows_to_score(
 ) -> tuple[Splits, str]:
     """The rows, and the split of them that is scored."""
     experiment = run.experiment
-    if data is not None and (file_rows := given_rows(task, data, split)) is not None:
+    if data is not None and (file_rows := load_test_split(task, data, split)) is not None:
         return file_rows, "test"
     if is_runs_task and data is None:
         rows = run_splits(run)
@@ -218,8 +219,10 @@ def is_correct(task: Task, answer: str, gold: str | Sequence[str]) -> bool:
         return answer == gold
     name = task.metrics[0]
     answers = read_answers(task, name, [answer], [(gold,) if isinstance(gold, str) else tuple(gold)])
-    if METRICS[name].of == "numbers":  # correlations are undefined for a single row
+    if METRICS[name].answer_kind == "numbers":  # correlations are undefined for a single row
         return bool(answers.predictions[0] == answers.golds[0])
+    if isinstance(METRICS[name], Pooled):  # BLEU is 0 for fewer than four words, even if they are right
+        return answer in answers.golds[0]
     return METRICS[name](answers) >= 1
 
 

@@ -1,13 +1,13 @@
-"""Tasks: what is learned, its rows, its tokens and its scores; `TASKS` has the built-in ones by name."""
+"""Tasks: rows, their tokenization and splits, and the scores of answers; `TASKS` has the built-in tasks by name."""
 
 from softprompt.tasks import builtin  # noqa: F401  (importing it registers the built-in tasks)
 from softprompt.tasks.data.collate import IGNORED, Batch, answer_labels, batches, collate, schedule
 from softprompt.tasks.data.context import SEPARATOR, encode_context, split_demonstrations
 from softprompt.tasks.data.examples import Example, Examples, input_lengths
-from softprompt.tasks.data.images import augmented, sample, unlabelled
-from softprompt.tasks.data.splits import SAME_ROWS, Splits, check, cut, given_rows, shots, splits
+from softprompt.tasks.data.images import sample_pixels, unlabelled_images, with_augmentation
+from softprompt.tasks.data.splits import SAME_ROWS, Splits, load_test_split, shots, splits
 from softprompt.tasks.data.tabular import read_rows, row_id, row_name, row_number, task_rows
-from softprompt.tasks.data.tokenize import answer_ids, beginning, encode, refuse_other_input, strip_end
+from softprompt.tasks.data.tokenize import answer_ids, check_input_kind, encode, strip_end, template_prefix
 from softprompt.tasks.metrics import METRICS, Answers, Metric
 from softprompt.tasks.score import Prediction, Score, read_answers, score
 from softprompt.tasks.task import READERS, TASKS, Task, Template, register
@@ -32,25 +32,21 @@ __all__ = [
     "Template",
     "answer_ids",
     "answer_labels",
-    "augmented",
     "batches",
-    "beginning",
-    "check",
+    "check_input_kind",
     "collate",
-    "cut",
     "encode",
     "encode_context",
-    "given_rows",
     "input_lengths",
     "load_task",
+    "load_test_split",
     "read_answers",
     "read_rows",
-    "refuse_other_input",
     "register",
     "row_id",
     "row_name",
     "row_number",
-    "sample",
+    "sample_pixels",
     "schedule",
     "score",
     "shots",
@@ -58,5 +54,7 @@ __all__ = [
     "splits",
     "strip_end",
     "task_rows",
-    "unlabelled",
+    "template_prefix",
+    "unlabelled_images",
+    "with_augmentation",
 ]

@@ -1,4 +1,4 @@
-"""What is learned: a task is a frozen value that makes text, or an image, and an answer of a table's row."""
+"""`Task`: turns a table's row into a model's input and its answer, and names the metrics."""
 
 import dataclasses
 import difflib
@@ -13,22 +13,22 @@ from softprompt.tasks.metrics import METRICS
 from softprompt.tasks.template import format_hint, label_texts, parse, value_text
 
 TASKS: dict[str, "Task"] = {}
-"""The built-in tasks by name. Filled by `register`."""
+"""The built-in tasks by name, filled by `register`."""
 
 Reader = Callable[["Task", Path | None], Mapping[str, Any]]
-"""Reads a source: `datasets.Dataset`s named `rows` (to be cut), `train`, `validation` (to be halved), `dev`, `test`.
+"""Reads a source: `datasets.Dataset`s named `rows` (to be split), `train`, `validation` (to be halved), `dev`, `test`.
 
-The path is a folder to read in the source's own place; a reader that knows none calls `refuse_folder`.
+The path is a folder to read instead of the source; a reader that cannot read one calls `check_no_folder`.
 """
 
 READERS: dict[str, Reader] = {}
-"""What reads a task's `source`. Filled by `register` and by the reader of the user's own files."""
+"""The reader of each `Task.source`: a built-in task's, filled by `register`, and those of the user's own data."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """Another wording of a task: its text, and its words or its target where they differ from the task's own."""
+    """Another wording of a task: its text, and its label words or target where they differ from the task's."""
 
     text: str
     label_words: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -38,14 +38,13 @@ class Template:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    r"""A template, what is answered, and how the answers are scored.
+    r"""A template, the answers, and the metrics that score them.
 
-    A task with `label` and `label_words` is a classification, one with `target` a generation; one with `image` in place
-    of a template classifies images. It says all that training, evaluation and prediction need, so a run's folder
-    keeps it as JSON and needs no other file.
+    A task with `label` and `label_words` is a classification, one with `target` a generation; one with `image` instead
+    of a template classifies images. A run stores it as JSON, which is all that evaluation and prediction need.
 
     Raises:
-        ValueError: a template, word or metric that cannot work, by name.
+        ValueError: a template, label word or metric that cannot work, by name.
 
     >>> task = Task(name="x", template="Review: {text}\nSentiment:", label="y", label_words={"0": "bad", "1": "good"})
     >>> task.render({"text": "fine"}), task.answers, task.answer({"y": 1})
@@ -54,42 +53,42 @@ class Task:
 
     name: str
     description: str = ""
-    """One line for a list."""
+    """One line, for lists of tasks."""
     template: str = ""
-    """The input's text with `{column}` fields; `{{` and `}}` are braces. Empty where the input is an image."""
+    """The input text with `{column}` fields; `{{` and `}}` are braces. Empty if the input is an image."""
     image: str = ""
-    """The column that holds the image (a path, or its bytes as `datasets` has them), in a task of images."""
+    """The column of the image (a path, or its bytes as `datasets` stores them), in an image task."""
     broken: Literal["refuse", "skip"] = "refuse"
-    """What happens to a row whose image cannot be read: an error, or the row is left out and named."""
+    """How to treat a row whose image cannot be read: as an error, or leave it out and name it."""
     label: str = ""
-    """The column that holds the label, in a classification."""
+    """The column of the label, in a classification."""
     label_words: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """What is answered for each label, in the order of the classes; a boolean label is `false` or `true` here, and a
-    number is its text, where 1 and 1.0 are the same."""
+    """The text that the model answers for each label, in class order. Keys are texts: a boolean label is `false` or
+    `true`, and a number is written out, where 1 and 1.0 are the same."""
     target: str = ""
-    """The column that holds the answer (or a list of accepted answers), in a generation."""
+    """The column of the answer (or of a list of accepted answers), in a generation."""
     metrics: tuple[str, ...] = ("accuracy",)
     """Names in `METRICS`; the first selects the checkpoint."""
     group: str = ""
     """Rows with equal values in this column stay in one split."""
     question: str = ""
-    """Rows with equal values in this column are one question to a metric that scores whole questions."""
+    """Rows with equal values in this column are one question, for metrics that score questions."""
     max_input_tokens: int | None = None
-    """How many tokens an input of this task wants at most; none: no advice."""
+    """The suggested limit of input tokens; None: no suggestion."""
     templates: Mapping[str, Template] = field(default_factory=dict, hash=False)
     """Other wordings by name, for `using`."""
     source: str = "files"
-    """Who reads the rows: a name in `READERS`."""
+    """What reads the rows: a name in `READERS`."""
     files: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """The user's own files by split, with the source `files`."""
+    """The user's files by split."""
     split_seed: int | None = None
-    """Fixes the splits for every experiment; none: they follow the experiment's seed."""
+    """Fixes the splits for every experiment; None: they follow the experiment's seed."""
 
     def __post_init__(self) -> None:
         for name in ("label_words", "templates", "files"):
             object.__setattr__(self, name, dict(getattr(self, name)))
         object.__setattr__(self, "metrics", tuple(self.metrics))
-        check_name(self.name, "a task's name")  # runs' folders, reports' files and a service's lists have it
+        check_name(self.name, "a task's name")  # folders of runs and files of reports are named after it
         if self.image:
             self._check_image()
         elif not any(is_field for is_field, _ in parse(self.template)):
@@ -106,7 +105,7 @@ class Task:
     def _check_image(self) -> None:
         if self.template or not self.label:
             have = f"the template {self.template!r}" if self.template else "no label"
-            raise ValueError(f"task {self.name!r} has images and {have}; give a label, and words for it, alone")
+            raise ValueError(f"task {self.name!r} has images and {have}; give only a label, and words for it")
         if self.broken not in ("refuse", "skip"):
             raise ValueError(f"broken of task {self.name!r} is {self.broken!r}; it must be 'refuse' or 'skip'")
 
@@ -120,35 +119,40 @@ class Task:
             raise ValueError(
                 f"task {self.name!r} has only the labels {list(self.label_words)}; a classification needs two or more"
             )
-        seen: dict[str, str] = {}
+        labels: dict[str, str] = {}
         for label, word in self.label_words.items():
             if not word or word != word.strip():
                 raise ValueError(
-                    f"label {label!r} of task {self.name!r} has the word {word!r}; give it one, without space around"
+                    f"label {label!r} of task {self.name!r} has the word {word!r}; "
+                    "give it one without surrounding space"
                 )
-            if (other := seen.setdefault(_bare(word), label)) != label:
+            if (other := labels.setdefault(_bare(word), label)) != label:
                 raise ValueError(
                     f"labels {other!r} and {label!r} of task {self.name!r} have the same word {word!r}; "
-                    "give each label a word of its own"
+                    "give each label a different word"
                 )
 
     def _check_metrics(self) -> None:
         if not self.metrics:
             raise ValueError(f"task {self.name!r} has no metrics; known are {', '.join(sorted(METRICS))}")
         first = METRICS.get(self.metrics[0])
-        if first is not None and first.falls:
+        if first is not None and first.lower_is_better:
             raise ValueError(
-                f"the first metric of task {self.name!r} selects the checkpoint and has to be higher where it is "
-                f"better, which {self.metrics[0]!r} is not; put another one in front of it, pearson or spearman"
+                f"the first metric of task {self.name!r} selects the checkpoint, but lower is better for "
+                f"{self.metrics[0]!r}; list pearson or spearman before it"
             )
         for name in self.metrics:
             if name not in METRICS:
                 raise ValueError(f"unknown metric {name!r} of task {self.name!r}; {suggest(name, METRICS)}")
             metric = METRICS[name]
-            if (metric.of == "labels") != self.is_classification:
-                fitting = [known for known in sorted(METRICS) if METRICS[known].of != metric.of]
+            if (metric.answer_kind == "labels") != self.is_classification:
+                fitting = [
+                    other
+                    for other in sorted(METRICS)
+                    if (METRICS[other].answer_kind == "labels") == self.is_classification
+                ]
                 raise ValueError(
-                    f"metric {name!r} scores {metric.of}, but task {self.name!r} answers with "
+                    f"metric {name!r} scores {metric.answer_kind}, but task {self.name!r} answers with "
                     f"{'labels' if self.is_classification else 'text'}; use one of {', '.join(fitting)}"
                 )
             if metric.binary and len(self.label_words) != 2:
@@ -158,28 +162,28 @@ class Task:
                 )
             if metric.grouped and not self.question:
                 raise ValueError(
-                    f"metric {name!r} scores whole questions; name the column of task {self.name!r} that tells "
-                    "them apart as `question`"
+                    f"metric {name!r} scores whole questions, but task {self.name!r} has no `question`; "
+                    "name the column that identifies them"
                 )
 
     @property
     def is_classification(self) -> bool:
-        """Whether it answers with one of `label_words`."""
+        """Whether the answer is one of `label_words`."""
         return bool(self.label)
 
     @property
     def lead(self) -> str:
-        """What stands between the template and an answer: a space, unless the template ends in white space."""
+        """The text between the template and an answer: a space, unless the template ends in white space."""
         return "" if self.template[-1:].isspace() else " "
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """The words as the model would write them, in the order of the classes; empty for a generation."""
+        """The label words as the model would write them, in class order; empty for a generation."""
         return tuple(self.lead + word for word in self.label_words.values())
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The columns that the model's input is made of, sorted."""
+        """The columns of the model's input, sorted."""
         return tuple(sorted({text for is_field, text in parse(self.template) if is_field} | {self.image} - {""}))
 
     @property
@@ -188,10 +192,10 @@ class Task:
         return tuple(sorted({*self.inputs, self.label, self.target, self.group, self.question} - {""}))
 
     def pieces(self, row: Mapping[str, Any], where: str = "the row") -> list[tuple[bool, str]]:
-        """The rendered template in order, each part with whether it comes from the row; of an image its name.
+        """The rendered template as `(comes from the row, text)` pairs in order; of an image, its name.
 
         Raises:
-            ValueError: a column that `row` lacks or has no text in; `where` names the row in the message.
+            ValueError: `row` lacks a column, or has no text in it; `where` names the row in the message.
         """
         if self.image:
             return [(True, image_processor.name(self._value(row, self.image, where)))]
@@ -201,14 +205,14 @@ class Task:
         ]
 
     def render(self, row: Mapping[str, Any], where: str = "the row") -> str:
-        """The input's text; raises as `pieces` does."""
+        """The input text; raises as `pieces` does."""
         return "".join(text for _, text in self.pieces(row, where))
 
     def answer(self, row: Mapping[str, Any], where: str = "the row") -> int | str:
-        """The class's index, or the (first accepted) text.
+        """The class index, or the (first accepted) text.
 
         Raises:
-            ValueError: a missing answer, or a label without a word, naming the row and the column.
+            ValueError: a missing answer, or a label without a label word, naming the row and the column.
         """
         if not self.is_classification:
             return self.golds(row, where)[0]
@@ -235,14 +239,14 @@ class Task:
         return texts
 
     def classify(self, text: str) -> int | None:
-        """The class whose word `text` is, but for case and the space around it; none if it is no word."""
+        """The class whose label word `text` is, ignoring case and surrounding space; None if there is none."""
         return next((i for i, word in enumerate(self.label_words.values()) if _bare(word) == _bare(text)), None)
 
     def using(self, template: str) -> "Task":
-        """The same task in another of its wordings.
+        """The same task in the wording `template`.
 
         Raises:
-            ValueError: it has no template of that name.
+            ValueError: the task has no template of that name.
         """
         if template not in self.templates:
             raise ValueError(f"task {self.name!r} has no template {template!r}; {suggest(template, self.templates)}")
@@ -256,17 +260,17 @@ class Task:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "Task":
-        """The task that wrote `values`.
+        """The task that `to_json` wrote as `values`.
 
         Raises:
-            ValueError: an unknown setting, by name.
+            ValueError: an unknown or missing setting, by name.
         """
-        known = {part.name for part in dataclasses.fields(Task)}
+        known = {field.name for field in dataclasses.fields(Task)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"a task has no setting {unknown[0]!r}; {suggest(unknown[0], known)}")
         if missing := sorted({"name", "image" if values.get("image") else "template"} - set(values)):
             raise ValueError(f"a task without {missing[0]!r} cannot be read; give it one")
-        templates = {name: Template(**other) for name, other in values.get("templates", {}).items()}
+        templates = {name: Template(**template) for name, template in values.get("templates", {}).items()}
         metrics = tuple(values.get("metrics", ("accuracy",)))
         return Task(**{**values, "templates": templates, "metrics": metrics})
 
@@ -280,7 +284,7 @@ class Task:
 
 
 def register(task: Task, read: Reader) -> Task:
-    """Put a built-in task into `TASKS` and its reader into `READERS`.
+    """Add a built-in task to `TASKS` and its reader to `READERS`.
 
     Raises:
         ValueError: the name is taken.
@@ -292,20 +296,18 @@ def register(task: Task, read: Reader) -> Task:
     return task
 
 
-def refuse_folder(task: Task, folder: Path | None) -> None:
-    """For a reader that reads no folder.
+def check_no_folder(task: Task, folder: Path | None) -> None:
+    """Refuse a folder on behalf of a reader that cannot read one.
 
     Raises:
-        ValueError: a folder is given.
+        ValueError: `folder` is not None.
     """
     if folder is not None:
-        raise ValueError(
-            f"{folder} is a folder, and the rows of task {task.name!r} are not read from one; give a file of rows"
-        )
+        raise ValueError(f"{folder} is a folder, but task {task.name!r} reads its rows from files; give a file of rows")
 
 
 def suggest(word: str, known: Sequence[str] | Mapping[str, Any] | set[str]) -> str:
-    """What to say after an unknown word: the nearest known one, or all of them."""
+    """The hint after an unknown name in an error: the most similar known name, or all of them."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known)) or 'none'}"
 

@@ -1,4 +1,4 @@
-"""A template's syntax, and how a cell becomes text."""
+"""The syntax of templates, and the conversion of cells to text."""
 
 import functools
 import math
@@ -11,9 +11,9 @@ import numpy as np
 
 @functools.lru_cache
 def parse(template: str) -> tuple[tuple[bool, str], ...]:
-    """A template's parts in order: `(True, column)` and `(False, text)`.
+    """Split a template into its parts in order: `(True, column)` and `(False, text)`.
 
-    Unlike in `str.format` all that stands in the braces is a column's name: `{user.name}`, `{a:b}`, `{Customer Text}`.
+    Unlike in `str.format`, everything between braces is a column's name: `{user.name}`, `{a:b}`, `{Customer Text}`.
 
     Raises:
         ValueError: a single brace, or an empty field.
@@ -25,7 +25,7 @@ def parse(template: str) -> tuple[tuple[bool, str], ...]:
     for token in re.findall(r"\{\{|\}\}|\{[^{}]*\}|[{}]|[^{}]+", template):
         if token in ("{", "}"):
             raise ValueError(
-                f"the template {template!r} has a single {token!r}; write it twice to mean the sign itself"
+                f"the template {template!r} has a single {token!r}; write it twice to mean the brace itself"
             )
         if is_field := token[0] == "{" and token != "{{":
             token = token[1:-1]
@@ -44,7 +44,7 @@ def parse(template: str) -> tuple[tuple[bool, str], ...]:
 
 
 def format_hint(column: str, names: Collection[str]) -> str:
-    """What to write where a missing column is another's name as `str.format` would take it, as `a!r` or `a.b`.
+    """The hint for a missing `column` that is the name of another one in the syntax of `str.format`, as `a!r` or `a.b`.
 
     >>> format_hint("a:>9", ["a", "b"])
     "; braces hold a column's name and nothing else, write {a}"
@@ -54,9 +54,9 @@ def format_hint(column: str, names: Collection[str]) -> str:
 
 
 def label_texts(value: Any, column: str, where: str) -> tuple[str, ...]:
-    """The texts of a label among `label_words`; of a number also that of the same number as a float or an integer.
+    """The keys of `label_words` that a label may have: its text, and for a number also its other form (1 and 1.0).
 
-    A table of one column of numbers with a gap in it has floats: 1.0 is the label that was 1. Raises as `value_text`.
+    A column of integers with a missing value is read as floats, so 1.0 may be the label 1. Raises as `value_text`.
 
     >>> label_texts(1.0, "y", "row 1"), label_texts("1.0", "y", "row 1")
     (('1.0', '1'), ('1.0',))
@@ -64,35 +64,35 @@ def label_texts(value: Any, column: str, where: str) -> tuple[str, ...]:
     text = value_text(value, column, where)
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         return (text,)
-    same = f"{text}.0" if text.lstrip("-").isdigit() else text.removesuffix(".0")
-    return (text, same) if same != text else (text,)
+    other_form = f"{text}.0" if text.lstrip("-").isdigit() else text.removesuffix(".0")
+    return (text, other_form) if other_form != text else (text,)
 
 
 def value_text(value: Any, column: str, where: str) -> str:
-    """A cell as text; a boolean as JSON writes it.
+    """Convert a cell to text; a boolean as in JSON.
 
     Raises:
-        ValueError: the cell is missing, or is no text, number or boolean.
+        ValueError: the cell is missing, or is not a text, number or boolean.
     """
     if isinstance(value, np.generic):
         value = value.item()
-    # Of pandas, by name: it need not be there.
-    is_gap = value is None or type(value).__name__ in ("NAType", "NaTType")
-    if is_gap or (isinstance(value, float) and math.isnan(value)):
+    # pandas' missing values, by name: pandas need not be installed.
+    is_missing = value is None or type(value).__name__ in ("NAType", "NaTType")
+    if is_missing or (isinstance(value, float) and math.isnan(value)):
         raise ValueError(f"{where} has no value in column {column!r}; give it one or leave the row out")
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | dict | bytes):
         raise ValueError(f"{where} has a {type(value).__name__} in column {column!r}; text or a number belongs there")
-    whole_characters(value, column, where)
+    check_characters(value, column, where)
     return str(value)
 
 
-def whole_characters(value: Any, column: str, where: str) -> None:
-    r"""Refuse half a character in a cell, or in a list of them: JSON can write one (`\ud83d`), UTF-8 and models cannot.
+def check_characters(value: Any, column: str, where: str) -> None:
+    r"""Refuse half a surrogate pair in a cell or a list of cells: JSON can encode one (`\ud83d`), UTF-8 cannot.
 
     Raises:
-        ValueError: naming it.
+        ValueError: naming the code point, the column and the row.
     """
     for text in value if isinstance(value, list) else [value]:
         if isinstance(text, str) and not text.isascii() and (half := re.search("[\ud800-\udfff]", text)):

@@ -1,4 +1,4 @@
-"""The user's own task: a TOML file beside tables of rows."""
+"""The user's own tasks: a TOML file next to tables of rows, or a folder of images."""
 
 import tomllib
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from softprompt.tasks.data.images import folder_task, hub_words, image_words
 from softprompt.tasks.data.tabular import read_rows, task_rows
-from softprompt.tasks.task import READERS, TASKS, Task, refuse_folder, suggest
+from softprompt.tasks.task import READERS, TASKS, Task, check_no_folder, suggest
 from softprompt.tasks.template import label_texts
 
 _SPLITS = ("train", "dev", "test")
@@ -24,15 +24,15 @@ _KINDS = {str: "text", int: "a whole number", list: "a list of texts", dict: "a 
 
 
 def load_task(name: str, data: str | None = None) -> Task:
-    """The built-in task of that name (`boolq`, `boolq:dpt` for another wording), or the one in a TOML file or a folder.
+    """Load a built-in task (`boolq`, or `boolq:dpt` for another wording), or one from a TOML file or an image folder.
 
     Args:
-        name: a name in `TASKS`, a path that ends in `.toml`, or a folder with a folder of images for each class.
-        data: a file that takes the place of the TOML file's `train`; a built-in task ignores it until `splits`.
+        name: a name in `TASKS`, a path that ends in `.toml`, or a folder with a folder of images per class.
+        data: a file that replaces `train` of the TOML file; a built-in task ignores it until `splits`.
 
     Raises:
         FileNotFoundError: no such TOML file, folder or training file.
-        ValueError: an unknown name, or a file that is no task, naming the key.
+        ValueError: an unknown name, or a file that is not a task, naming the key.
     """
     if name.lower().endswith(".toml"):
         return load_table(Path(name), data)
@@ -42,7 +42,7 @@ def load_task(name: str, data: str | None = None) -> Task:
     if Path(name).expanduser().is_dir():
         return folder_task(Path(name))
     if Path(name).is_file():
-        raise ValueError(f"{name} is no task; describe it in a .toml file with at least train, template and label")
+        raise ValueError(f"{name} is not a task; describe it in a .toml file with at least train, template and label")
     if Path(name).is_absolute():
         raise FileNotFoundError(f"there is no folder {name}; give a folder of images, or the path of a .toml file")
     raise ValueError(
@@ -51,17 +51,17 @@ def load_task(name: str, data: str | None = None) -> Task:
 
 
 def load_table(path: Path, data: str | None = None) -> Task:
-    r"""The task in a TOML file; paths in it are relative to its folder.
+    r"""Load a task from a TOML file; paths in it are relative to its folder.
 
         train = "train.csv"                   # CSV, TSV, JSON, JSONL or Parquet, also .gz, .bz2, .xz
         template = "Ticket: {text}\nQueue:"
         label = "queue"                       # or target = "summary", to generate
-        [label_words]                               # optional: else each label in lower case
+        [label_words]                         # optional: else each label in lower case
         BILLING = "billing"
 
-    Optional are also name, description, dev and test (else cut from train), group, question, max_input_tokens, metrics
-    and split_seed. A task of images has no template but `image`, the column of their paths, and may have
-    `broken = "skip"`; `train` is then a table or a folder of class folders, or `hub` names a dataset in its place.
+    Also optional are name, description, dev and test (else split off train), group, question, max_input_tokens, metrics
+    and split_seed. An image task has `image`, the column of paths, instead of a template, and may have
+    `broken = "skip"`; its `train` is a table or a folder of class folders, or `hub` names a dataset instead.
 
     Raises:
         FileNotFoundError: no such TOML or training file.
@@ -74,15 +74,17 @@ def load_table(path: Path, data: str | None = None) -> Task:
         files["train"] = str(Path(data).resolve())
     if hub := settings.pop("hub", ""):
         files["train"], settings["source"] = hub, "hub"
-    for key, sought in (("train", files), ("image" if hub else "template", settings)):
-        if key not in sought and not (key == "template" and settings.get("image")):
+    for key, table in (("train", files), ("image" if hub else "template", settings)):
+        if key not in table and not (key == "template" and settings.get("image")):
             raise ValueError(f'{path} has no {key!r}; add the line {key} = "..."')
     settings.setdefault("name", path.stem)
     if settings.get("image"):
         settings.setdefault("source", "images")
     settings.setdefault("metrics", ["exact_match", "token_f1"] if settings.get("target") else ["accuracy", "macro_f1"])
     if settings.get("label") and "label_words" not in settings:
-        settings["label_words"] = _WORDS.get(settings.get("source", ""), _own_words)(files["train"], settings["label"])
+        settings["label_words"] = _LABEL_WORDS.get(settings.get("source", ""), _table_words)(
+            files["train"], settings["label"]
+        )
     try:
         return Task.from_json({**settings, "files": files})
     except ValueError as error:
@@ -90,16 +92,16 @@ def load_table(path: Path, data: str | None = None) -> Task:
 
 
 def read_files(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
-    """The rows of the task's own files, by split."""
-    refuse_folder(task, folder)
+    """Read the rows of the task's files, by split."""
+    check_no_folder(task, folder)
     return {split: task_rows(task, Path(file)) for split, file in task.files.items()}
 
 
 READERS["files"] = read_files
 
 
-_WORDS = {"images": image_words, "hub": hub_words}
-"""Where the sources of images have their classes' names."""
+_LABEL_WORDS = {"images": image_words, "hub": hub_words}
+"""What finds the class names of a source of images."""
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -131,18 +133,18 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _own_words(file: str, label: str) -> dict[str, str]:
-    """Each label's own text in lower case; sorted, so that the classes' order does not follow the rows'."""
+def _table_words(file: str, label: str) -> dict[str, str]:
+    """Each label's text in lower case; sorted, so that the order of the classes does not depend on that of the rows."""
     path = Path(file)
     rows = read_rows(path, [label], purpose=" for the label")
-    found = set()
+    labels = set()
     for number, value in enumerate(rows[label][:], start=1):
         text = label_texts(value, label, f"row {number} of {path}")[-1 if isinstance(value, float) else 0]
         if not text.strip():
             raise ValueError(
                 f"row {number} of {path} has no label in column {label!r}; give it one or leave the row out"
             )
-        found.add(text)
-    if len(found) < 2:
-        raise ValueError(f"all rows of {path} have the label {found.pop()!r}; give rows of a second one")
-    return {text: text.strip().lower() for text in sorted(found)}
+        labels.add(text)
+    if len(labels) < 2:
+        raise ValueError(f"all rows of {path} have the label {labels.pop()!r}; give rows of a second one")
+    return {text: text.strip().lower() for text in sorted(labels)}

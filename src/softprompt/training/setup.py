@@ -25,13 +25,13 @@ from softprompt.tasks import (
     Splits,
     Task,
     answer_ids,
-    augmented,
+    check_input_kind,
     encode,
     encode_context,
     load_task,
     read_answers,
-    refuse_other_input,
-    sample,
+    sample_pixels,
+    with_augmentation,
 )
 from softprompt.training import checkpoint
 from softprompt.training.callbacks import TrainingCallback
@@ -253,7 +253,7 @@ def _encode_rows(
     test = encode_split("test", settings.test_rows, 0)
     if note := over_long_note([*dev, *test], settings.max_new_tokens, "development and test"):
         callback.on_note(note)
-    return TrainingSetup(task, rows, backbone, prompted, augmented(train, settings.augment), dev, test)
+    return TrainingSetup(task, rows, backbone, prompted, with_augmentation(train, settings.augment), dev, test)
 
 
 def _check_scorable(task: Task, table: Any, examples: Sequence[Example], tokenizer: Any) -> None:
@@ -276,7 +276,7 @@ def with_sample_images(backbone: Backbone, experiment: Experiment, task: Task, r
     if not task.image:
         return backbone
     size = experiment.training.image_size or backbone.tokenizer.size
-    return backbone.with_sample_images(sample(task, backbone.tokenizer, rows.train, size, experiment.seed))
+    return backbone.with_sample_images(sample_pixels(task, backbone.tokenizer, rows.train, size, experiment.seed))
 
 
 def _check_settings_apply(experiment: Experiment, task: Task, backbone: Backbone) -> None:

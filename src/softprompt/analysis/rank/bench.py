@@ -18,7 +18,7 @@ from softprompt.evaluation.evaluate import (
 from softprompt.evaluation.predict import input_limit
 from softprompt.models import PromptedModel, attach
 from softprompt.prompts import Folded
-from softprompt.tasks import Answers, Example, Score, Splits, Task, encode, given_rows, load_task, read_answers
+from softprompt.tasks import Answers, Example, Score, Splits, Task, encode, load_task, load_test_split, read_answers
 
 Part = Literal["prompt", "update"]
 """What is cut: the prompt itself, or what it learned, added to its first values."""
@@ -71,7 +71,7 @@ class RankScorer:
         """Read, draw and tokenise the rows; raises as `functional_rank` does."""
         experiment = _experiment(subject, cutting)
         whole = load_task(experiment.task) if subject.run is None else subject.run.task
-        splits = None if cutting.data is None else given_rows(whole, cutting.data, cutting.split)
+        splits = None if cutting.data is None else load_test_split(whole, cutting.data, cutting.split)
         split, rows_of = (cutting.split or "dev",) * 2 if splits is None else ("test", "given")
         if splits is None:
             run = subject.run if cutting.data is None else None

@@ -1,4 +1,4 @@
-"""BoolQ: a yes/no question about a passage, with SuperGLUE's official training and validation rows."""
+"""BoolQ: a yes/no question about a passage, with the official training and validation rows of SuperGLUE."""
 
 import base64
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from softprompt.tasks.builtin.superglue import BOOLQ_ROWS
 from softprompt.tasks.data.tabular import read_rows
 from softprompt.tasks.task import Task, Template, register
 
-# The asset holds the official splits shuffled into one file, and `idx` counts anew in each: an idx from 3,270 on is a
+# The asset has the official splits shuffled into one file, and `idx` starts at 0 in each: an idx from 3,270 on is a
 # training row, and each one below has two labelled rows. Bit idx (from the lowest of the first byte) says whether the
-# earlier of the two is the validation row. Found by comparing the texts with SuperGLUE's own files; it fits this one
-# file, which `assets` checks by its sha256.
+# first of the two is the validation row. Derived by comparing the texts with SuperGLUE's own files; valid only for
+# this file, which `assets` checks by its sha256.
 _EARLIER_IS_VALIDATION = base64.b64decode(
     "9+13Y3sKs1IJ4f9c6V1TZpMuZohOvUFB3i5R16Mz1OCVqgg9uMaQquDHDKVAvLNYa3uSFo87xZ1zJN4nbpUOLB+wwSRN72+IhKCy"
     "EG20wqKGKIH/DzyRxNmWlr52dQrvgcbhk6rgBh/qoP6ZZ/iDhLVSgm/fBRkRE7Vpngtu8Tesek7NMj4Zps9OaTsS4flfBeqtJ7F0"
@@ -27,22 +27,22 @@ _VALIDATION = 3270
 
 
 def _read(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
-    """Official train and validation, of SuperGLUE's folder or of the asset; test rows, without labels, are left out."""
+    """Read the official splits from SuperGLUE's folder or the asset, without the test rows, which have no labels."""
     if folder is not None:
         return BOOLQ_ROWS(task, folder)
     rows = read_rows(assets.fetch("boolq"))
-    seen: set[int] = set()
+    seen_ids: set[int] = set()
     train: list[int] = []
     validation: list[int] = []
-    for place, (idx, label) in enumerate(zip(rows["idx"][:], rows["label"][:], strict=True)):
+    for index, (idx, label) in enumerate(zip(rows["idx"][:], rows["label"][:], strict=True)):
         if label is None:
             continue
         earlier_is_validation = idx < _VALIDATION and bool(_EARLIER_IS_VALIDATION[idx // 8] >> idx % 8 & 1)
-        is_validation = idx < _VALIDATION and earlier_is_validation != (idx in seen)
-        (validation if is_validation else train).append(place)
-        seen.add(idx)
+        is_validation = idx < _VALIDATION and earlier_is_validation != (idx in seen_ids)
+        (validation if is_validation else train).append(index)
+        seen_ids.add(idx)
     if len(validation) != _VALIDATION:
-        raise ValueError(f"the asset boolq has {len(validation)} validation rows, not {_VALIDATION}; fetch it anew")
+        raise ValueError(f"the asset boolq has {len(validation)} validation rows, not {_VALIDATION}; fetch it again")
     return {"train": rows.select(train), "validation": rows.select(validation)}
 
 

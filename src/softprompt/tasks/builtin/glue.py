@@ -1,4 +1,4 @@
-"""GLUE's tasks but WNLI, each in three wordings.
+"""GLUE's tasks except WNLI, each in three wordings.
 
 `natural` is ours, `dpt` and `residual` are the papers', as in superglue.py. MNLI is scored on its matched rows.
 
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from softprompt.tasks.builtin.official import Official, Row, Rows, register_official
+from softprompt.tasks.builtin.official import Official, Row, Rows, register_official, wordings
 from softprompt.tasks.task import Template
 
 HUB = "nyu-mll/glue"
@@ -20,20 +20,20 @@ _FILES = {"train": ("train.tsv",), "validation": ("dev.tsv",)}
 
 
 def read_tsv(path: Path, header: Sequence[str] = (), short: bool = False) -> Iterator[dict[str, str]]:
-    """The rows of one of GLUE's TSVs: cells stand as they are, a quotation mark is a letter like any other.
+    """Read a TSV file of GLUE, in which quotation marks have no special meaning.
 
     Args:
-        header: the columns' names, where the file has no line for them.
-        short: leave out rows with too few cells; QQP's training file has some, and the hub's copy has not.
+        header: the column names, if the file has no header.
+        short: skip rows with too few cells; QQP's training file has some, the hub's copy has none.
 
     Raises:
-        ValueError: the file is not UTF-8, or a row has another number of cells than there are columns.
+        ValueError: the file is not UTF-8, or a row has more or fewer cells than there are columns.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start + 1}); give the official file") from None
-    # Not splitlines: it also breaks at characters that stand within GLUE's sentences.
+    # Not splitlines: it also splits at characters that occur in GLUE's sentences.
     lines = [line.removesuffix("\r").split("\t") for line in text.rstrip("\r\n").split("\n")]
     names = list(header) or lines.pop(0)
     for number, cells in enumerate(lines, start=1):
@@ -52,12 +52,12 @@ def _flatten(columns: Mapping[str, str], row: Row) -> Rows:
 
 
 def _prepare(columns: Sequence[str], row: Row) -> Rows:
-    """Without the space that stands around some sentences."""
+    """Remove the space around some sentences."""
     yield {column: row[column].strip() for column in columns} | {"label": row["label"]}
 
 
 def _prepare_stsb(row: Row) -> Rows:
-    """The score as T5 writes it: to the nearest fifth. Differs from DPT's code, which rounds to the nearest tenth."""
+    """Round the score to the nearest fifth, as T5 does; DPT's code rounds to the nearest tenth."""
     yield {
         "sentence1": row["sentence1"].strip(),
         "sentence2": row["sentence2"].strip(),
@@ -66,41 +66,26 @@ def _prepare_stsb(row: Row) -> Rows:
 
 
 def _official(folder: str, config: str, texts: Mapping[str, str], label: str = "label", **settings: Any) -> Official:
-    """`texts` and `label` name the TSV's columns, by the hub's names."""
+    """`texts` maps the hub's column names to those of the TSV; `label` is the TSV's column of labels."""
     prepare: Callable[[Row], Rows] = partial(_prepare, tuple(texts))
-    chosen: dict[str, Any] = {"files": _FILES, "read": read_tsv, "labels": BINARY, "prepare": prepare, **settings}
-    return Official(
-        folder=folder, hub=HUB, config=config, flatten=partial(_flatten, {**texts, "label": label}), **chosen
-    )
+    defaults: dict[str, Any] = {"files": _FILES, "read": read_tsv, "labels": BINARY, "prepare": prepare}
+    flatten = partial(_flatten, {**texts, "label": label})
+    return Official(folder=folder, hub=HUB, config=config, flatten=flatten, **{**defaults, **settings})
 
 
 def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def _wordings(
-    natural: str, dpt: str, labels: Sequence[str], ours: Sequence[str], theirs: Sequence[str], residual: str = ""
-) -> Mapping[str, Template]:
-    """Three wordings of a classification: our words, digits, and the label names of Residual Prompt Tuning."""
-    digits = [str(number) for number in range(len(labels))]
-    return {
-        "natural": Template(text=natural, label_words=dict(zip(labels, ours, strict=True))),
-        "dpt": Template(text=dpt, label_words=dict(zip(labels, digits, strict=True))),
-        "residual": Template(text=residual or dpt, label_words=dict(zip(labels, theirs, strict=True))),
-    }
-
-
 SST2 = register_official(
     "sst2",
     _official("SST-2", "sst2", _same("sentence")),
     "Is a phrase of a film review for or against the film?",
-    _wordings(
-        "Review: {sentence}\nSentiment:",
-        "sentence: {sentence}",
+    wordings(
         BINARY,
-        ours=("negative", "positive"),
-        theirs=("negative", "positive"),
-        residual="{sentence}",
+        natural=("Review: {sentence}\nSentiment:", ("negative", "positive")),
+        dpt="sentence: {sentence}",
+        residual=("{sentence}", ("negative", "positive")),
     ),
     label="label",
     max_input_tokens=128,
@@ -113,17 +98,15 @@ COLA = register_official(
         "CoLA",
         "cola",
         _same("sentence"),
-        # The one file without a line of names; `mark` is the linguists' own sign.
+        # The only file without a header; `mark` is the linguists' own annotation.
         read=partial(read_tsv, header=("origin", "label", "mark", "sentence")),
     ),
     "Is a sentence acceptable English?",
-    _wordings(
-        "{sentence}\nQuestion: Is this sentence grammatical?\nAnswer:",
-        "sentence: {sentence}",
+    wordings(
         BINARY,
-        ours=("no", "yes"),
-        theirs=("not_acceptable", "acceptable"),
-        residual="{sentence}",
+        natural=("{sentence}\nQuestion: Is this sentence grammatical?\nAnswer:", ("no", "yes")),
+        dpt="sentence: {sentence}",
+        residual=("{sentence}", ("not_acceptable", "acceptable")),
     ),
     label="label",
     metrics=("matthews", "accuracy"),
@@ -135,12 +118,11 @@ MRPC = register_official(
     "mrpc",
     _official("MRPC", "mrpc", {"sentence1": "#1 String", "sentence2": "#2 String"}, "Quality"),
     "Do two sentences of the news say the same?",
-    _wordings(
-        "{sentence1}\n{sentence2}\nQuestion: Do these two sentences say the same?\nAnswer:",
-        "sentence1: {sentence1} sentence2: {sentence2}",
+    wordings(
         BINARY,
-        ours=("no", "yes"),
-        theirs=("not_equivalent", "equivalent"),
+        natural=("{sentence1}\n{sentence2}\nQuestion: Do these two sentences say the same?\nAnswer:", ("no", "yes")),
+        dpt="sentence1: {sentence1} sentence2: {sentence2}",
+        residual=("sentence1: {sentence1} sentence2: {sentence2}", ("not_equivalent", "equivalent")),
     ),
     label="label",
     metrics=("f1", "accuracy"),
@@ -152,12 +134,11 @@ QQP = register_official(
     "qqp",
     _official("QQP", "qqp", _same("question1", "question2"), "is_duplicate", read=partial(read_tsv, short=True)),
     "Do two questions ask the same?",
-    _wordings(
-        "{question1}\n{question2}\nQuestion: Do these two questions ask the same?\nAnswer:",
-        "question1: {question1} question2: {question2}",
+    wordings(
         BINARY,
-        ours=("no", "yes"),
-        theirs=("not_duplicate", "duplicate"),
+        natural=("{question1}\n{question2}\nQuestion: Do these two questions ask the same?\nAnswer:", ("no", "yes")),
+        dpt="question1: {question1} question2: {question2}",
+        residual=("question1: {question1} question2: {question2}", ("not_duplicate", "duplicate")),
     ),
     label="label",
     metrics=("f1", "accuracy"),
@@ -177,12 +158,14 @@ MNLI = register_official(
         hub_splits={"validation": "validation_matched"},
     ),
     "Does a text entail a sentence, contradict it, or neither? The matched validation rows.",
-    _wordings(
-        '{premise}\nQuestion: Does this mean that "{hypothesis}"? Yes, no or maybe?\nAnswer:',
-        "premise: {premise} hypothesis: {hypothesis}",
+    wordings(
         ("entailment", "neutral", "contradiction"),
-        ours=("yes", "maybe", "no"),
-        theirs=("entailment", "neutral", "contradiction"),
+        natural=(
+            '{premise}\nQuestion: Does this mean that "{hypothesis}"? Yes, no or maybe?\nAnswer:',
+            ("yes", "maybe", "no"),
+        ),
+        dpt="premise: {premise} hypothesis: {hypothesis}",
+        residual=("premise: {premise} hypothesis: {hypothesis}", ("entailment", "neutral", "contradiction")),
     ),
     label="label",
     group="premise",
@@ -194,13 +177,11 @@ QNLI = register_official(
     "qnli",
     _official("QNLI", "qnli", _same("question", "sentence"), labels=ENTAILMENT),
     "Does a sentence answer a question?",
-    _wordings(
-        "{sentence}\nQuestion: Does this answer the question: {question}\nAnswer:",
-        "question: {question} sentence: {sentence}",
+    wordings(
         ENTAILMENT,
-        ours=("yes", "no"),
-        theirs=ENTAILMENT,
-        residual="text1: {question} text2: {sentence}",
+        natural=("{sentence}\nQuestion: Does this answer the question: {question}\nAnswer:", ("yes", "no")),
+        dpt="question: {question} sentence: {sentence}",
+        residual=("text1: {question} text2: {sentence}", ENTAILMENT),
     ),
     label="label",
     group="question",
@@ -212,12 +193,11 @@ GLUE_RTE = register_official(
     "glue-rte",
     _official("RTE", "rte", _same("sentence1", "sentence2"), labels=ENTAILMENT),
     "RTE with GLUE's field names: the rows are those of rte.",
-    _wordings(
-        '{sentence1}\nQuestion: Does this mean that "{sentence2}"? Yes or no?\nAnswer:',
-        "sentence1: {sentence1} sentence2: {sentence2}",
+    wordings(
         ENTAILMENT,
-        ours=("yes", "no"),
-        theirs=ENTAILMENT,
+        natural=('{sentence1}\nQuestion: Does this mean that "{sentence2}"? Yes or no?\nAnswer:', ("yes", "no")),
+        dpt="sentence1: {sentence1} sentence2: {sentence2}",
+        residual=("sentence1: {sentence1} sentence2: {sentence2}", ENTAILMENT),
     ),
     label="label",
     group="sentence1",
@@ -234,7 +214,7 @@ STSB = register_official(
             text="{sentence1}\n{sentence2}\nQuestion: How alike are these two sentences, from 0.0 to 5.0?\nAnswer:"
         ),
         "dpt": Template(text="sentence1: {sentence1} sentence2: {sentence2}"),
-        # The published target is the score's first three letters; ours is the same number as in the other wordings.
+        # The published target is the first three characters of the score; ours is the number of the other wordings.
         "residual": Template(text="sentence1: {sentence1} sentence2: {sentence2}"),
     },
     target="score",

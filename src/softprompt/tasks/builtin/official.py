@@ -1,6 +1,6 @@
-"""A benchmark's official files, or the hub's copy of them, as the rows of its tasks."""
+"""Tasks of benchmarks: their official files, or the hub's copy, as rows."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -19,65 +19,65 @@ TRAIN_AND_VALIDATION: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def as_it_is(row: Row) -> Rows:
-    """The row."""
+def unchanged(row: Row) -> Rows:
+    """Yield the row unchanged."""
     yield dict(row)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Official:
-    """Reads a task's labelled splits: from the benchmark's folder where one is given, else from the hub.
+    """Reads a task's labelled splits from the benchmark's folder, or without one from the hub.
 
-    Files and hub come to the same rows: a file's rows are flattened to the hub's columns, and `prepare` makes the
-    columns of the templates from those.
+    Both give the same rows: `flatten` converts a file's rows to the hub's columns, and `prepare` converts those to the
+    columns of the templates.
     """
 
     folder: str
-    """The task's folder within the benchmark's, as published."""
+    """The task's folder in the benchmark's, as published."""
     hub: str
-    """The hub's dataset."""
+    """The dataset on the hub."""
     config: str
-    """The task's name within it."""
+    """The task's configuration of that dataset."""
     labels: tuple[Any, ...] = ()
-    """What the files say for the hub's labels 0, 1, ...; empty: the hub has no classes here."""
+    """The files' labels for the hub's 0, 1, ...; empty if the hub's labels are not class indices."""
     files: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: TRAIN_AND_VALIDATION, hash=False)
-    """Each split's file, under every name it goes by."""
+    """The possible names of each split's file."""
     hub_splits: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """The hub's names of splits where they differ."""
+    """The hub's names of splits, where they differ."""
     read: Callable[[Path], Iterable[Row]] = read_rows
-    """The rows of a file."""
-    flatten: Callable[[Row], Rows] = as_it_is
-    """Rows in the hub's columns from one of a file."""
-    prepare: Callable[[Row], Rows] = as_it_is
-    """Rows in the templates' columns from one in the hub's, or none."""
+    """Reads a file."""
+    flatten: Callable[[Row], Rows] = unchanged
+    """Converts a row of a file to rows with the hub's columns."""
+    prepare: Callable[[Row], Rows] = unchanged
+    """Converts a row with the hub's columns to rows with the templates' columns."""
 
     def __call__(self, task: Task, folder: Path | None) -> Mapping[str, Dataset]:
-        """The rows by split.
+        """Read the rows, by split.
 
         Raises:
             FileNotFoundError: the folder lacks a file.
-            ConnectionError: no folder is given, and the hub is out of reach.
+            ConnectionError: `folder` is None and the hub is out of reach.
             ValueError: a row is not in the official format.
         """
-        found = {}
+        splits = {}
         for split in self.files:
             if folder is None:
                 rows, origin = self._from_hub(split), f"{self.hub} ({self.config}, {split})"
             else:
                 file = self._file(folder, split)
                 rows, origin = self._from_file(file), str(file)
-            found[split] = Dataset.from_list(list(self._prepared(rows, origin)))
-        return found
+            splits[split] = Dataset.from_list(list(self._prepared(rows, origin)))
+        return splits
 
     def _file(self, folder: Path, split: str) -> Path:
-        place = folder / self.folder if (folder / self.folder).is_dir() else folder
+        task_folder = folder / self.folder if (folder / self.folder).is_dir() else folder
         for name in self.files[split]:
-            if (place / name).is_file():
-                return place / name
+            if (task_folder / name).is_file():
+                return task_folder / name
         raise FileNotFoundError(
-            f"{place} has no {' or '.join(self.files[split])}; give the official folder that holds {self.folder}, "
-            f"or {self.folder} itself"
+            f"{task_folder} has no {' or '.join(self.files[split])}; give the official folder that holds "
+            f"{self.folder}, or {self.folder} itself"
         )
 
     def _from_file(self, file: Path) -> Iterator[Rows]:
@@ -89,20 +89,20 @@ class Official:
         except (OSError, ValueError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConnectionError(
-                f"the {split} rows of {self.config} cannot be had from the hub's {self.hub} ({reason}); "
+                f"the {split} rows of {self.config} cannot be loaded from the hub's {self.hub} ({reason}); "
                 f"give the official folder that holds {self.folder} as --data FOLDER"
             ) from None
-        return (as_it_is({**row, "label": self.labels[row["label"]]} if self.labels else row) for row in rows)
+        return (unchanged({**row, "label": self.labels[row["label"]]} if self.labels else row) for row in rows)
 
     def _prepared(self, rows: Iterator[Rows], origin: str) -> Rows:
-        for number, flat in enumerate(rows, start=1):
+        for number, flat_rows in enumerate(rows, start=1):
             try:
-                for row in flat:
+                for row in flat_rows:
                     yield from self.prepare(row)
             except (KeyError, TypeError, IndexError, ValueError) as error:
-                what = f"no {error}" if isinstance(error, KeyError) else str(error)
+                reason = f"no {error}" if isinstance(error, KeyError) else str(error)
                 raise ValueError(
-                    f"row {number} of {origin} is not as {self.folder} was published ({what}); give the official file"
+                    f"row {number} of {origin} is not as {self.folder} was published ({reason}); give the official file"
                 ) from None
 
 
@@ -122,3 +122,14 @@ def register_official(
         **settings,
     )
     return register(task, official)
+
+
+def wordings(
+    labels: Sequence[str], *, natural: tuple[str, Sequence[str]], dpt: str, residual: tuple[str, Sequence[str]]
+) -> Mapping[str, Template]:
+    """The three wordings of a classification: templates, each with a label word per label; `dpt` answers digits."""
+    digits = [str(index) for index in range(len(labels))]
+    return {
+        name: Template(text=text, label_words=dict(zip(labels, label_words, strict=True)))
+        for name, (text, label_words) in {"natural": natural, "dpt": (dpt, digits), "residual": residual}.items()
+    }

@@ -1,4 +1,4 @@
-"""Film reviews: fresh or rotten, split by film."""
+"""Film reviews: fresh or rotten; no film is in two splits."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,12 +7,12 @@ from datasets import Dataset
 
 from softprompt import assets
 from softprompt.tasks.data.tabular import read_rows
-from softprompt.tasks.task import Task, refuse_folder, register
+from softprompt.tasks.task import Task, check_no_folder, register
 
 
 def _read(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
-    """The reviews; the plots among them, the third category, are no opinions."""
-    refuse_folder(task, folder)
+    """Read the reviews, without the third category, plot summaries, which are not opinions."""
+    check_no_folder(task, folder)
     rows = read_rows(assets.fetch("rotten-tomatoes"))
     reviews = [index for index, category in enumerate(rows["category"][:]) if category in task.label_words]
     return {"rows": rows.select(reviews)}

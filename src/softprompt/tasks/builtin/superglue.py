@@ -1,16 +1,15 @@
-"""SuperGLUE's tasks but BoolQ, and its two diagnostics; each in three wordings.
+"""SuperGLUE's tasks except BoolQ, and its two diagnostics; each in three wordings.
 
-`natural` is ours. `dpt` and `residual` are what the code of the two papers shows the model: digits and label names for
-answers, fields in the published order. What that code loses is lost under those names alone: COPA's question in
+`natural` is ours. `dpt` and `residual` are what the code of the two papers gives the model: digits and label names as
+answers, fields in the published order. What that code omits is omitted only under those names: COPA's question in
 `copa:dpt`, and the negative rows of WSC in the task `wsc-positives`.
 
 Reference: Wang et al. 2019, "SuperGLUE: A Stickier Benchmark for General-Purpose Language Understanding Systems".
 """
 
-from collections.abc import Mapping
 from typing import Any
 
-from softprompt.tasks.builtin.official import Official, register_official
+from softprompt.tasks.builtin.official import Official, register_official, wordings
 from softprompt.tasks.builtin.superglue_rows import (
     columns,
     flatten_multirc,
@@ -26,10 +25,9 @@ from softprompt.tasks.task import Template
 
 HUB = "aps/super_glue"
 ENTAILMENT = ("entailment", "not_entailment")
+COMMITMENT = ("entailment", "contradiction", "neutral")
 TRUTH = (False, True)
-_NO_YES = {"false": "no", "true": "yes"}
-_DIGITS = {"false": "0", "true": "1"}
-_TRUTH_WORDS = {"false": "false", "true": "true"}
+_BOOLEAN, _BINARY = ("false", "true"), ("0", "1")
 
 
 def _official(folder: str, config: str, labels: tuple[Any, ...] = (), **settings: Any) -> Official:
@@ -37,31 +35,21 @@ def _official(folder: str, config: str, labels: tuple[Any, ...] = (), **settings
 
 
 BOOLQ_ROWS = _official("BoolQ", "boolq", TRUTH, prepare=columns("question", "passage", "label"))
-"""The official rows of the task `boolq`, which without a folder reads an asset."""
+"""The official rows of the task `boolq`, which reads an asset if no folder is given."""
 
 CB = register_official(
     "cb",
-    _official(
-        "CB",
-        "cb",
-        ("entailment", "contradiction", "neutral"),
-        prepare=columns("premise", "hypothesis", "label"),
-    ),
+    _official("CB", "cb", COMMITMENT, prepare=columns("premise", "hypothesis", "label")),
     "CommitmentBank: is the writer committed to a clause's truth, to its falsehood, or to neither?",
-    {
-        "natural": Template(
-            text='{premise}\nQuestion: Does this mean that "{hypothesis}"? Yes, no or maybe?\nAnswer:',
-            label_words={"entailment": "yes", "contradiction": "no", "neutral": "maybe"},
+    wordings(
+        COMMITMENT,
+        natural=(
+            '{premise}\nQuestion: Does this mean that "{hypothesis}"? Yes, no or maybe?\nAnswer:',
+            ("yes", "no", "maybe"),
         ),
-        "dpt": Template(
-            text="premise: {premise} hypothesis: {hypothesis}",
-            label_words={"entailment": "0", "contradiction": "1", "neutral": "2"},
-        ),
-        "residual": Template(
-            text="premise: {premise} hypothesis: {hypothesis}",
-            label_words={"entailment": "entailment", "contradiction": "contradiction", "neutral": "neutral"},
-        ),
-    },
+        dpt="premise: {premise} hypothesis: {hypothesis}",
+        residual=("premise: {premise} hypothesis: {hypothesis}", COMMITMENT),
+    ),
     label="label",
     metrics=("accuracy", "macro_f1"),
     max_input_tokens=256,
@@ -72,20 +60,12 @@ COPA = register_official(
     "copa",
     _official("COPA", "copa", (0, 1), prepare=columns("premise", "choice1", "choice2", "question", "label")),
     "Which of two sentences is the cause, or the effect, of a premise? `copa:dpt` does not say which of the two.",
-    {
-        "natural": Template(
-            text="{premise}\nWhat was the {question}?\nA: {choice1}\nB: {choice2}\nAnswer:",
-            label_words={"0": "A", "1": "B"},
-        ),
-        "dpt": Template(
-            text="premise: {premise} choice1: {choice1} choice2: {choice2}",
-            label_words={"0": "0", "1": "1"},
-        ),
-        "residual": Template(
-            text="choice1: {choice1} choice2: {choice2} premise: {premise} question: {question}",
-            label_words={"0": "false", "1": "true"},
-        ),
-    },
+    wordings(
+        _BINARY,
+        natural=("{premise}\nWhat was the {question}?\nA: {choice1}\nB: {choice2}\nAnswer:", ("A", "B")),
+        dpt="premise: {premise} choice1: {choice1} choice2: {choice2}",
+        residual=("choice1: {choice1} choice2: {choice2} premise: {premise} question: {question}", _BOOLEAN),
+    ),
     label="label",
     group="premise",
     max_input_tokens=128,
@@ -96,20 +76,12 @@ MULTIRC = register_official(
     "multirc",
     _official("MultiRC", "multirc", (0, 1), flatten=flatten_multirc, prepare=prepare_multirc),
     "Is an answer to a question about a paragraph right? Several may be; scored by answer and by question.",
-    {
-        "natural": Template(
-            text="{paragraph}\nQuestion: {question}\nIs this a right answer: {answer}?\nAnswer:",
-            label_words={"0": "no", "1": "yes"},
-        ),
-        "dpt": Template(
-            text="question: {question} answer: {answer} paragraph: {paragraph}",
-            label_words={"0": "0", "1": "1"},
-        ),
-        "residual": Template(
-            text="question: {question} answer: {answer} paragraph: {paragraph}",
-            label_words={"0": "false", "1": "true"},
-        ),
-    },
+    wordings(
+        _BINARY,
+        natural=("{paragraph}\nQuestion: {question}\nIs this a right answer: {answer}?\nAnswer:", ("no", "yes")),
+        dpt="question: {question} answer: {answer} paragraph: {paragraph}",
+        residual=("question: {question} answer: {answer} paragraph: {paragraph}", _BOOLEAN),
+    ),
     label="label",
     metrics=("f1a", "question_match"),
     group="paragraph",
@@ -135,25 +107,15 @@ RECORD = register_official(
     group="passage",
     max_input_tokens=512,
 )
-"""100,730 training and 10,000 validation rows, one a query."""
+"""100,730 training and 10,000 validation rows, one per query."""
 
-
-_ENTAILMENT_TEMPLATES: Mapping[str, Template] = {
-    "natural": Template(
-        text='{premise}\nQuestion: Does this mean that "{hypothesis}"? Yes or no?\nAnswer:',
-        label_words={"entailment": "yes", "not_entailment": "no"},
-    ),
-    "dpt": Template(
-        text="premise: {premise} hypothesis: {hypothesis}",
-        label_words={"entailment": "0", "not_entailment": "1"},
-    ),
-    "residual": Template(
-        text="premise: {premise} hypothesis: {hypothesis}",
-        label_words={"entailment": "entailment", "not_entailment": "not_entailment"},
-    ),
-}
-"""The diagnostics are asked as RTE is, so that a run of `rte` answers them."""
-
+_ENTAILMENT_TEMPLATES = wordings(
+    ENTAILMENT,
+    natural=('{premise}\nQuestion: Does this mean that "{hypothesis}"? Yes or no?\nAnswer:', ("yes", "no")),
+    dpt="premise: {premise} hypothesis: {hypothesis}",
+    residual=("premise: {premise} hypothesis: {hypothesis}", ENTAILMENT),
+)
+"""The diagnostics have RTE's wordings, so that a run of `rte` can answer them."""
 
 RTE = register_official(
     "rte",
@@ -204,18 +166,19 @@ WIC = register_official(
         prepare=columns("word", "sentence1", "sentence2", "start1", "end1", "start2", "end2", "label"),
     ),
     "Has a word the same meaning in two sentences?",
-    {
-        "natural": Template(
-            text='{sentence1}\n{sentence2}\nQuestion: Does "{word}" mean the same in both sentences?\nAnswer:',
-            label_words=_NO_YES,
+    wordings(
+        _BOOLEAN,
+        natural=(
+            '{sentence1}\n{sentence2}\nQuestion: Does "{word}" mean the same in both sentences?\nAnswer:',
+            ("no", "yes"),
         ),
-        "dpt": Template(text="sentence1: {sentence1} sentence2: {sentence2} word: {word}", label_words=_DIGITS),
-        "residual": Template(
-            text="start1: {start1} end1: {end1} sentence1: {sentence1} "
+        dpt="sentence1: {sentence1} sentence2: {sentence2} word: {word}",
+        residual=(
+            "start1: {start1} end1: {end1} sentence1: {sentence1} "
             "start2: {start2} end2: {end2} sentence2: {sentence2} word: {word}",
-            label_words=_TRUTH_WORDS,
+            _BOOLEAN,
         ),
-    },
+    ),
     label="label",
     group="word",
     max_input_tokens=128,
@@ -226,19 +189,19 @@ WSC = register_official(
     "wsc",
     _official("WSC", "wsc", TRUTH, flatten=flatten_wsc, prepare=prepare_wsc),
     "Does a pronoun stand for a noun? Nearly two in three do not: look at the majority score first.",
-    {
-        "natural": Template(
-            text='{pronoun_marked}\nQuestion: Does "*{span2_text}*" stand for "{span1_text}"?\nAnswer:',
-            label_words=_NO_YES,
+    wordings(
+        _BOOLEAN,
+        natural=(
+            '{pronoun_marked}\nQuestion: Does "*{span2_text}*" stand for "{span1_text}"?\nAnswer:',
+            ("no", "yes"),
         ),
-        # DPT has no both-label wording; this is DePT's, of the same family.
-        "dpt": Template(text="text: {both_marked}", label_words=_DIGITS),
-        "residual": Template(
-            text="span1_text: {span1_text} span1_index: {span1_index} "
+        dpt="text: {both_marked}",  # DPT has no wording with both labels; this is DePT's, of the same family.
+        residual=(
+            "span1_text: {span1_text} span1_index: {span1_index} "
             "span2_text: {span2_text} span2_index: {span2_index} text: {text}",
-            label_words=_TRUTH_WORDS,
+            _BOOLEAN,
         ),
-    },
+    ),
     label="label",
     group="text",
     max_input_tokens=256,

@@ -1,4 +1,4 @@
-"""SuperGLUE's rows: the nested official ones flattened, and what its templates read made of the flat ones."""
+"""Conversion of SuperGLUE's rows: `flatten_*` the nested official ones, `prepare_*` the templates' columns."""
 
 import re
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from softprompt.tasks.builtin.official import Row, Rows
 
 
 def columns(*names: str, **renamed: str) -> Callable[[Row], Rows]:
-    """Keeps the columns `names`, and `new="old"` under a new name."""
+    """A `prepare` that keeps the columns `names`, and renames columns by `new="old"`."""
 
     def prepare(row: Row) -> Rows:
         yield {name: row[name] for name in names} | {new: row[old] for new, old in renamed.items()}
@@ -16,7 +16,7 @@ def columns(*names: str, **renamed: str) -> Callable[[Row], Rows]:
 
 
 def flatten_multirc(row: Row) -> Rows:
-    """A row an answer, of passage -> questions -> answers."""
+    """One row per answer, from passage -> questions -> answers."""
     for question in row["passage"]["questions"]:
         for answer in question["answers"]:
             yield {
@@ -29,7 +29,7 @@ def flatten_multirc(row: Row) -> Rows:
 
 
 def prepare_multirc(row: Row) -> Rows:
-    """Without markup and space around, and with the question's own number: two paragraphs may ask the same."""
+    """Remove markup and surrounding space, and add a question id: two paragraphs may ask the same question."""
     yield {
         **{name: _without_markup(row[name]) for name in ("paragraph", "question", "answer")},
         "question_id": f"{row['idx']['paragraph']}-{row['idx']['question']}",
@@ -38,7 +38,7 @@ def prepare_multirc(row: Row) -> Rows:
 
 
 def flatten_record(row: Row) -> Rows:
-    """A row a query. An entity's end is its last letter's place, not the one behind it."""
+    """One row per query. The end of an entity is the index of its last character."""
     text = row["passage"]["text"]
     for query in row["qas"]:
         yield {
@@ -50,7 +50,7 @@ def flatten_record(row: Row) -> Rows:
 
 
 def prepare_record(row: Row) -> Rows:
-    """Every entity and accepted answer once, sorted as on the hub; the article's highlights made sentences."""
+    """Remove duplicate entities and answers, sort them as on the hub, and turn highlights into sentences."""
     entities = sorted(set(row["entities"]))
     yield {
         "passage": row["passage"],
@@ -64,15 +64,15 @@ def prepare_record(row: Row) -> Rows:
 
 
 def flatten_wsc(row: Row) -> Rows:
-    """The two spans beside the text."""
+    """The text and its two spans in one row."""
     yield {"text": row["text"], "label": row["label"], **row["target"]}
 
 
 def prepare_wsc(row: Row) -> Rows:
-    """The text with its spans marked in the three published ways."""
+    """Add the text with its spans marked in the three published ways."""
     text = row["text"]
-    noun = _place(text, row["span1_text"], row["span1_index"])
-    pronoun = _place(text, row["span2_text"], row["span2_index"])
+    noun = _locate(text, row["span1_text"], row["span1_index"])
+    pronoun = _locate(text, row["span2_text"], row["span2_index"])
     noun_text = " ".join(row["span1_text"].split())
     yield {
         "text": text,
@@ -89,13 +89,13 @@ def prepare_wsc(row: Row) -> Rows:
 
 
 def prepare_wsc_positive(row: Row) -> Rows:
-    """As `prepare_wsc`, and nothing where the pronoun stands for something else."""
+    """As `prepare_wsc`, but only rows whose pronoun refers to the noun."""
     if row["label"]:
         yield from prepare_wsc(row)
 
 
 def prepare_axg(row: Row) -> Rows:
-    """With the number of the pair that differs in a pronoun's gender alone: neighbours, in the official order."""
+    """Add the index of the pair: neighbouring rows, which differ only in a pronoun's gender."""
     yield {name: row[name] for name in ("premise", "hypothesis", "label")} | {"pair": int(row["idx"]) // 2}
 
 
@@ -104,28 +104,28 @@ def _without_markup(text: str) -> str:
 
 
 def _with_highlights_as_sentences(passage: str) -> str:
-    """A line `@highlight` begins a summary sentence; the one before it gets its full stop if it has no end."""
+    """Join the summary sentences that lines `@highlight` introduce, ending the text before each with a full stop."""
     ended = re.sub(r"(?<=[.?!\"'])\n@highlight\n", " ", passage)
     return ended.replace("\n@highlight\n", ". ")
 
 
-def _place(text: str, span: str, index: int) -> tuple[int, int]:
-    """Start and end of `span`: at word `index`, or the nearest to it (one validation row's index is off by one)."""
+def _locate(text: str, span: str, index: int) -> tuple[int, int]:
+    """The start and end of the occurrence of `span` nearest to word `index` (one validation row is off by one)."""
     starts = [word.start() for word in re.finditer(r"\S+", text)]
     if not 0 <= index < len(starts):
         raise ValueError(f"the span {span!r} is at word {index}, and its text has {len(starts)} words")
-    words = r"\s+".join(map(re.escape, span.split()))
-    found = list(re.finditer(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE))
-    if not found:
+    pattern = r"\s+".join(map(re.escape, span.split()))
+    matches = list(re.finditer(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE))
+    if not matches:
         raise ValueError(f"the span {span!r} is not in its text")
-    return min(found, key=lambda match: abs(match.start() - starts[index])).span()
+    return min(matches, key=lambda match: abs(match.start() - starts[index])).span()
 
 
 def _mark(text: str, *spans: tuple[int, int, str, str]) -> str:
-    """`text` with signs before and behind each span; one row has a span within the other."""
-    signs = [((start, 1, -end), before) for start, end, before, _ in spans]
-    signs += [((end, 0, -start), behind) for start, end, _, behind in spans]
-    marked, done = "", 0
-    for (place, _, _), sign in sorted(signs):
-        marked, done = marked + text[done:place] + sign, place
-    return marked + text[done:]
+    """Insert marks before and after each span `(start, end, before, after)`; one row has nested spans."""
+    marks = [((start, 1, -end), before) for start, end, before, _ in spans]
+    marks += [((end, 0, -start), after) for start, end, _, after in spans]
+    marked, copied = "", 0
+    for (position, _, _), mark in sorted(marks):
+        marked, copied = marked + text[copied:position] + mark, position
+    return marked + text[copied:]

@@ -1,4 +1,4 @@
-"""Examples as padded tensors, and the order in which a training run sees them."""
+"""Batches of padded tensors, and the order of training batches."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -12,61 +12,61 @@ from torch import Tensor
 from softprompt.tasks.data.examples import Example
 
 IGNORED = -100
-"""The label of a position that is not answered."""
+"""The label of a position without a target, as in PyTorch's cross entropy."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows padded to the longest of them, or images."""
+    """Rows padded to the longest, or images."""
 
     input_ids: Int[Tensor, "batch seq"]
     attention_mask: Int[Tensor, "batch seq"]
-    """1 where a token is, 0 where padding is."""
+    """1 for tokens, 0 for padding."""
     labels: Int[Tensor, "batch seq"]
-    """The answer's tokens at their own places (not shifted), `IGNORED` elsewhere."""
+    """The answer's tokens at their own positions (not shifted), `IGNORED` elsewhere."""
     classes: Int[Tensor, "batch"]
-    """The class's index, -1 where there is none."""
+    """The class index, -1 for none."""
     rows: Int[Tensor, "batch"]
-    """`Example.row` of each."""
+    """`Example.row` of each row."""
     pixels: Float[Tensor, "batch channel height width"] | None = None
-    """The images, where those are the input; there are no tokens then."""
+    """The images, if those are the input; there are no tokens then."""
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """What an attachment is called with: the tokens and their mask, or the images and nothing."""
+        """The arguments of a prompted model: the tokens and their mask, or the images and None."""
         if self.pixels is not None:
             return self.pixels.to(device), None
         return self.input_ids.to(device), self.attention_mask.to(device)
 
 
 def collate(examples: Sequence[Example], pad_id: int, side: Literal["left", "right"], with_answers: bool) -> Batch:
-    """The examples as one batch; `with_answers` appends each answer to its input and labels it.
+    """Pad examples into one batch; `with_answers` appends each answer to its input and labels it.
 
-    Images are decoded here, and have no padding and no answer behind them.
+    Images are decoded here; they have no padding and no appended answer.
 
     Raises:
-        ValueError: no examples, an unknown side, an example without an answer `with_answers`, or an image that cannot
-            be read any more.
+        ValueError: no examples, an unknown padding side, an example without an answer although `with_answers`, or an
+            image that can no longer be read.
     """
     if side not in ("left", "right"):
         raise ValueError(f"the padding side is {side!r}; it must be 'left' or 'right'")
     if not examples:
         raise ValueError("there are no examples to put into a batch; give at least one")
     pixels = [example.picture.pixels() for example in examples if example.picture is not None]
-    if with_answers and (bare := [example.row for example in examples if not example.answer_ids]):
-        raise ValueError(f"row {bare[0] + 1} has no answer to put into the batch; encode it with answers")
+    if with_answers and (unanswered := [example.row for example in examples if not example.answer_ids]):
+        raise ValueError(f"row {unanswered[0] + 1} has no answer to put into the batch; encode it with answers")
     texts = [example.input_ids + (example.answer_ids if with_answers else ()) for example in examples]
     shape = (len(texts), max(map(len, texts)))
     input_ids = torch.full(shape, pad_id, dtype=torch.long)
     attention_mask = torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, IGNORED, dtype=torch.long)
-    for place, (example, ids) in enumerate(zip(examples, texts, strict=True)):
+    for index, (example, ids) in enumerate(zip(examples, texts, strict=True)):
         start = shape[1] - len(ids) if side == "left" else 0
         end = start + len(ids)
-        input_ids[place, start:end] = torch.tensor(ids, dtype=torch.long)
-        attention_mask[place, start:end] = 1
+        input_ids[index, start:end] = torch.tensor(ids, dtype=torch.long)
+        attention_mask[index, start:end] = 1
         if with_answers:
-            labels[place, end - len(example.answer_ids) : end] = torch.tensor(example.answer_ids)
+            labels[index, end - len(example.answer_ids) : end] = torch.tensor(example.answer_ids)
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -78,15 +78,16 @@ def collate(examples: Sequence[Example], pad_id: int, side: Literal["left", "rig
 
 
 def answer_labels(answers: Sequence[Sequence[int]]) -> Int[Tensor, "batch target"]:
-    """Answers that stand apart from their inputs, as labels: `IGNORED` behind the shorter ones."""
+    """Labels for answers that are separate from their inputs, padded on the right with `IGNORED`."""
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(answer) for answer in answers], True, IGNORED)
 
 
 def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, window: int = 50) -> list[list[int]]:
-    """One epoch: every index once, in batches of about one length, in an order of its own.
+    """The batches of one epoch: every index once, rows of similar length together.
 
-    The rows are shuffled, sorted by length within windows of `window` batches, and the batches shuffled; the last
-    batch of the last window may be smaller. A pure function of its arguments, so a resumed run needs no stored state.
+    Rows are shuffled, sorted by length within windows of `window` batches, and the batches are shuffled; the last
+    batch of the last window may be smaller. The result depends only on the arguments, so a resumed run needs no stored
+    state.
 
     Raises:
         ValueError: a batch size or a window below 1, or no rows.
@@ -94,24 +95,24 @@ def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, wind
     for name, value in (("batch_size", batch_size), ("window", window), ("the number of rows", len(lengths))):
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-    # Seeded by text: hashed by sha512, so that (1, 23) and (12, 3) differ.
+    # A text seed is hashed with sha512, so (1, 23) and (12, 3) give different orders.
     shuffler = random.Random(f"{seed}:{epoch}")
     order = list(range(len(lengths)))
     shuffler.shuffle(order)
-    found = []
+    epoch_batches = []
     for start in range(0, len(order), window * batch_size):
-        near = sorted(order[start : start + window * batch_size], key=lambda index: lengths[index])
-        found += [near[place : place + batch_size] for place in range(0, len(near), batch_size)]
-    shuffler.shuffle(found)
-    return found
+        by_length = sorted(order[start : start + window * batch_size], key=lambda index: lengths[index])
+        epoch_batches += [by_length[first : first + batch_size] for first in range(0, len(by_length), batch_size)]
+    shuffler.shuffle(epoch_batches)
+    return epoch_batches
 
 
 def schedule(
     lengths: Sequence[int], batch_size: int, seed: int, window: int = 50, start: int = 0
 ) -> Iterator[tuple[int, list[int]]]:
-    """Epoch and batch of step `start`, of the one after it, and so on without end; raises as `batches` does.
+    """Yield `(epoch, batch)` from step `start` on, without end; raises as `batches` does.
 
-    Costs one epoch's shuffle, however far the start is.
+    Starting costs one epoch's shuffle, however large `start` is.
     """
     if start < 0:
         raise ValueError(f"the first step is {start}; it must be at least 0")

@@ -1,4 +1,4 @@
-"""Rows in token ids, kept compactly: each becomes an `Example` when it is asked for."""
+"""Tokenized rows in compact arrays; an `Example` is created on access."""
 
 from array import array
 from collections.abc import Sequence
@@ -11,24 +11,24 @@ from softprompt.backbones.image_processor import Picture
 @final
 @dataclass(frozen=True)
 class Example:
-    """One row in token ids, or with its image."""
+    """One row: its token ids, or its image."""
 
     input_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
-    """What is to be answered, behind the input; empty where there is no answer."""
+    """The answer, which follows the input; empty if there is none."""
     label: int | None
-    """The class, in a classification."""
+    """The class index, in a classification."""
     row: int
-    """The row's place among those encoded, from 0."""
+    """The row's index among the encoded rows, from 0."""
     picture: Picture | None = None
-    """The image, where that is the input; it is decoded when a batch is made."""
+    """The image, if that is the input; decoded when a batch is collated."""
     where: str = ""
-    """What an error calls the row: by its number in its own file, counted from 1, and that file."""
+    """The row's name in errors: its number in its file, counted from 1, and the file."""
 
 
 @final
 class Examples(Sequence[Example]):
-    """Examples of text at four bytes a token; each is made when it is asked for, and a slice shares the tokens."""
+    """Text examples at four bytes per token; a slice shares the tokens."""
 
     def __init__(self, origin: str = "") -> None:
         self._origin = origin
@@ -38,10 +38,10 @@ class Examples(Sequence[Example]):
         self._labels = array("i")
         self._order: range | array[int] = range(0)
         self.answers_ended = 0
-        """Answers whose own end-of-sequence text was dropped."""
+        """Number of answers whose end-of-sequence text was dropped."""
 
     def append(self, input_ids: Sequence[int], answer_ids: Sequence[int], label: int | None, number: int) -> None:
-        """Another row, behind those that are there; `number` is its own in its file, counted from 1."""
+        """Append a row; `number` is its number in its file, counted from 1."""
         self._numbers.append(number)
         self._ids.extend(input_ids)
         self._ends.append(len(self._ids))
@@ -51,11 +51,11 @@ class Examples(Sequence[Example]):
         self._order = range(len(self._labels))
 
     def lengths(self) -> list[int]:
-        """Tokens of each input."""
+        """Number of tokens of each input."""
         return [self._ends[row + 1] - self._ends[row] for row in self._order]
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return len(self._order)
 
     @overload
@@ -63,11 +63,11 @@ class Examples(Sequence[Example]):
     @overload
     def __getitem__(self, index: slice) -> "Examples": ...
     def __getitem__(self, index: int | slice) -> "Example | Examples":
-        """One row, or some of them in their order."""
+        """One example, or a slice of them."""
         if isinstance(index, slice):
-            part = object.__new__(Examples)
-            part.__dict__.update(self.__dict__, _order=self._order[index])
-            return part
+            view = object.__new__(Examples)
+            view.__dict__.update(self.__dict__, _order=self._order[index])
+            return view
         row = self._order[index]
         return Example(
             tuple(self._ids[self._ends[row] : self._ends[row + 1]]),
@@ -79,7 +79,7 @@ class Examples(Sequence[Example]):
 
 
 def input_lengths(examples: Sequence[Example]) -> list[int]:
-    """Tokens of each input."""
+    """Number of tokens of each input."""
     if isinstance(examples, Examples):
         return examples.lengths()
     return [len(example.input_ids) for example in examples]

@@ -1,4 +1,4 @@
-"""A task's rows in three splits, and few-shot draws of them."""
+"""A task's train, dev and test splits, and few-shot samples of them."""
 
 import dataclasses
 import hashlib
@@ -13,9 +13,9 @@ from typing import TypeVar, final
 from datasets import Dataset
 
 from softprompt.backbones import image_processor
-from softprompt.tasks.data.images import cut_folders, pictures, without_broken
+from softprompt.tasks.data.images import image_table, split_folders, without_broken
 from softprompt.tasks.data.tabular import numbered, records, task_rows
-from softprompt.tasks.metrics import METRICS
+from softprompt.tasks.metrics import METRICS, check_installed
 from softprompt.tasks.score import best_constant
 from softprompt.tasks.task import READERS, Task, suggest
 from softprompt.tasks.template import format_hint, value_text
@@ -24,167 +24,173 @@ from softprompt.types import Protocol
 _Key = TypeVar("_Key", int, str)
 
 DEV, TEST = 0.1, 0.2
-"""The shares that are cut for a split that a source has not."""
-
+"""The shares of rows for a dev or test split that the source does not have."""
 
 SAME_ROWS = "selected and reported on the same rows"
-"""What has to be said beside a score under the protocol `paper`."""
+"""The caveat of a score under the protocol `paper`."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """Checked rows: every one renders, and has an answer; `row_number` tells where in its file it was."""
+    """Checked rows: every row renders and has an answer; `row_number` gives its number in its file."""
 
     train: Dataset
-    """Empty, like `dev`, where the task can only be scored."""
+    """Empty, like `dev`, if the task can only be evaluated."""
     dev: Dataset
-    """Selects the checkpoint."""
+    """The rows that select the checkpoint."""
     test: Dataset
-    """Held out, unless the two are `shared`."""
+    """Held out, unless `shared` with dev."""
     fingerprint: str
-    """sha256 over what the task reads of every row, split by split."""
+    """sha256 of every column that the task reads, split by split."""
     majority: int | str
-    """The answer that scores best if it is always given, by the task's metric on the whole training split, whatever a
-    few-shot draw has of each; on the test split where there is no other."""
+    """The best constant answer by the task's metric on the full training split, even if `train` is a sample of it; on
+    the test split if there is no training split."""
     warnings: tuple[str, ...] = ()
-    """What works but looks wrong, a sentence each."""
+    """Sentences about what works but looks wrong."""
     broken: tuple[str, ...] = ()
-    """The images that cannot be read and were left out."""
+    """The unreadable images that were left out."""
     demonstrations: str = ""
-    """Labelled rows taken out of `train` to be the context of a distillation, as text."""
+    """Labelled rows removed from `train` as the context of a distillation, as text."""
 
     @property
     def shared(self) -> bool:
-        """Whether one set of rows both selects and reports, as under the protocol `paper`."""
+        """Whether dev and test are the same rows, as under the protocol `paper`."""
         return self.dev is self.test
 
 
 def splits(task: Task, data: str | None = None, seed: int = 0, protocol: Protocol = "heldout") -> Splits:
-    """The task's three splits; what the source has not is cut from what it has.
+    """Read the task's three splits; those that the source lacks are split off those that it has.
 
-    A source of `rows` is cut into 70, 10 and 20 %, a `validation` split is halved into dev and test (under the protocol
-    `paper` it is both of them), and a missing dev or test is cut from train: by group where the task has one, else
-    class by class. A source with a test split alone is only scored.
+    A source of `rows` is split into 70, 10 and 20 %, a `validation` split is halved into dev and test (under the
+    protocol `paper` it is both), and a missing dev or test is split off train: by group if the task has one, else
+    class by class. A source with only a test split can only be evaluated.
 
     Args:
-        task: says the source, and may fix the seed by its `split_seed`.
-        data: a folder to read in place of the source, or a file whose rows take the place of the training split.
-        seed: of the cut, where the task does not fix it.
-        protocol: what a validation split is for.
+        task: names the source, and may fix the seed by its `split_seed`.
+        data: a folder to read instead of the source, or a file whose rows replace the training split.
+        seed: of the split, unless the task fixes it.
+        protocol: how a validation split is used.
 
     Raises:
-        FileNotFoundError: a file that is not there.
+        FileNotFoundError: a missing file.
         ValueError: a file or a row that cannot be used, naming the file, the row and the column; or the protocol
-            `paper` where there is no validation split.
+            `paper` without a validation split.
+        ModuleNotFoundError: a metric of the task needs an extra that is not installed.
     """
-    found, broken = _read(task, data)
+    check_installed((name, METRICS[name]) for name in task.metrics)
+    parts, broken = _read(task, data)
     seed = seed if task.split_seed is None else task.split_seed
-    if "rows" in found:
-        found = {**cut(task, found.pop("rows"), {"dev": DEV, "test": TEST}, "train", seed), **found}
-    if found.keys() == {"test"}:
-        nothing = found["test"].select([])
-        found.update(train=nothing, dev=nothing)
+    if "rows" in parts:
+        parts = {**split_rows(task, parts.pop("rows"), {"dev": DEV, "test": TEST}, "train", seed), **parts}
+    if parts.keys() == {"test"}:
+        empty = parts["test"].select([])
+        parts.update(train=empty, dev=empty)
     elif protocol == "paper":
-        if "validation" not in found:
+        if "validation" not in parts:
             raise ValueError(
                 f"task {task.name!r} has no official validation split, which the protocol paper selects and reports "
                 "on; use heldout"
             )
-        found["dev"] = found["test"] = found["validation"]
-    elif "validation" in found:
-        found.update(cut(task, found["validation"], {"dev": 0.5}, "test", seed))
-    wanted = {name: share for name, share in (("dev", DEV), ("test", TEST)) if name not in found}
-    if wanted:
-        found.update(cut(task, found["train"], wanted, "train", seed))
-    return _splits(task, found["train"], found["dev"], found["test"], broken)
+        parts["dev"] = parts["test"] = parts["validation"]
+    elif "validation" in parts:
+        parts.update(split_rows(task, parts["validation"], {"dev": 0.5}, "test", seed))
+    missing = {name: share for name, share in (("dev", DEV), ("test", TEST)) if name not in parts}
+    if missing:
+        parts.update(split_rows(task, parts["train"], missing, "train", seed))
+    return _splits(task, parts["train"], parts["dev"], parts["test"], broken)
 
 
-def given_rows(task: Task, data: str, split: str | None = None) -> Splits | None:
-    """All rows of a file that is given to be scored, as the test split; none: it is the official folder of a benchmark.
+def load_test_split(task: Task, data: str, split: str | None = None) -> Splits | None:
+    """Load all rows of a file as a test split; None if `data` is a benchmark's official folder.
 
-    Of a task of images it may be a folder of class folders too. Where a folder or a hub dataset is cut already, it is
-    that split of it, `test` if none is named. The column of groups is not needed: nothing is cut.
+    For an image task `data` may be a folder of class folders too. If it is a folder or a hub dataset with splits, one
+    of them is loaded: `split`, or `test`. The group column is not read, as nothing is split.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: a split is named and the rows have none, or a row cannot be scored.
+        FileNotFoundError: `data` does not exist.
+        ValueError: `split` is given but `data` has no splits, or a row cannot be scored.
+        ModuleNotFoundError: a metric of the task needs an extra that is not installed.
     """
-    place = Path(data).expanduser()
+    check_installed((name, METRICS[name]) for name in task.metrics)
+    path = Path(data).expanduser()
     parts: Mapping[str, Path | Dataset] = {}
-    if task.source == "hub" and not place.exists():
+    if task.source == "hub" and not path.exists():
         parts = READERS["hub"](dataclasses.replace(task, files={"train": data}), None)
         parts = {"dev" if name == "validation" else name: rows for name, rows in parts.items()}
-    elif not place.exists():
+    elif not path.exists():
         folder = "" if task.files else ", or the task's official folder"
         raise FileNotFoundError(f"there is no {data}; give a file of rows to score{folder}")
-    elif place.is_dir() and task.image:
-        parts = cut_folders(place)
-    elif place.is_dir():
+    elif path.is_dir() and task.image:
+        parts = split_folders(path)
+    elif path.is_dir():
         if task.files:
-            raise ValueError(f"{data} is a folder, and task {task.name!r} has its rows in files; give one")
+            raise ValueError(f"{data} is a folder, but task {task.name!r} reads its rows from files; give one")
         return None
     if parts and (split or "test") not in parts:
-        raise ValueError(f"{data} has no {split or 'test'} rows, it has {', '.join(parts)}; name one of these as split")
+        raise ValueError(f"{data} has no {split or 'test'} rows, only {', '.join(parts)}; name one of these as split")
     if not parts and split is not None:
-        raise ValueError(f"split is {split!r}, and {data} is scored whole, with no splits; leave one of the two out")
-    found = parts[split or "test"] if parts else place
+        raise ValueError(f"split is {split!r}, but {data} has no splits and is scored whole; leave one of the two out")
+    source = parts[split or "test"] if parts else path
     task = dataclasses.replace(task, group="")
-    if isinstance(found, Path):
-        found = pictures(task, found) if task.image else task_rows(task, found)
-    check(task, found, data)
-    found = numbered(found, data)
+    rows = _read_path(task, source) if isinstance(source, Path) else source
+    check_rows(task, rows, data)
+    rows = numbered(rows, data)
     broken: tuple[str, ...] = ()
     if task.image:
-        found, broken = without_broken(task, found, data)
-    nothing = found.select([])
-    return _splits(task, nothing, nothing, found, broken)
+        rows, broken = without_broken(task, rows, data)
+    empty = rows.select([])
+    return _splits(task, empty, empty, rows, broken)
 
 
 def _read(task: Task, data: str | None) -> tuple[dict[str, Dataset], tuple[str, ...]]:
-    """What the source has, checked, and broken images; with the training split from `data` where that is a file."""
+    """The checked parts of the source, and unreadable images; the training split is from `data` if that is a file."""
     if task.source not in READERS:
         raise ValueError(f"unknown source {task.source!r} of task {task.name!r}; {suggest(task.source, READERS)}")
     if data is not None and task.files:
         task, data = dataclasses.replace(task, files={**task.files, "train": data}), None
-    given = None if data is None else Path(data).expanduser()
-    if given is not None and not given.exists():
+    path = None if data is None else Path(data).expanduser()
+    if path is not None and not path.exists():
         raise FileNotFoundError(f"there is no {data}; give a file of training rows, or the task's official folder")
-    folder = given if given is not None and given.is_dir() else None
-    found = dict(READERS[task.source](task, folder))
-    for name, rows in found.items():
+    folder = path if path is not None and path.is_dir() else None
+    parts = dict(READERS[task.source](task, folder))
+    for name, rows in parts.items():
         origin = task.files.get(name, f"{name} of {task.name}")
-        check(task, rows, origin)
-        found[name] = numbered(rows, origin)
-    if given is not None and folder is None:
-        if found.keys() == {"test"}:
+        check_rows(task, rows, origin)
+        parts[name] = numbered(rows, origin)
+    if path is not None and folder is None:
+        if parts.keys() == {"test"}:
             raise ValueError(f"task {task.name!r} has no training rows for {data} to replace; give the official folder")
-        found["train"] = pictures(task, given) if task.image else task_rows(task, given)
-        check(task, found["train"], str(data))
-        found["train"] = numbered(found["train"], str(data))
+        parts["train"] = _read_path(task, path)
+        check_rows(task, parts["train"], str(data))
+        parts["train"] = numbered(parts["train"], str(data))
     broken: tuple[str, ...] = ()
-    for name in found if task.image else ():
-        found[name], left_out = without_broken(task, found[name], task.files.get(name, f"{name} of {task.name}"))
+    for name in parts if task.image else ():
+        parts[name], left_out = without_broken(task, parts[name], task.files.get(name, f"{name} of {task.name}"))
         broken += left_out
-    return found, broken
+    return parts, broken
 
 
-def check(task: Task, rows: Dataset, origin: str) -> None:
-    """Refuse rows that do not render or have no answer.
+def _read_path(task: Task, path: Path) -> Dataset:
+    return image_table(task, path) if task.image else task_rows(task, path)
+
+
+def check_rows(task: Task, rows: Dataset, origin: str) -> None:
+    """Check that every row renders and has an answer.
 
     Raises:
-        ValueError: naming `origin`, the row (counted from 1) and the column.
+        ValueError: one does not, naming `origin`, the row (counted from 1) and the column.
     """
     if missing := [column for column in task.columns if column not in rows.column_names]:
         raise ValueError(
             f"{origin} has no column {missing[0]!r}, which task {task.name!r} reads; "
             f"it has {', '.join(map(repr, rows.column_names))}" + format_hint(missing[0], rows.column_names)
         )
-    numeric = [name for name in task.metrics if METRICS[name].of == "numbers"]
+    numeric = [name for name in task.metrics if METRICS[name].answer_kind == "numbers"]
     for number, row in enumerate(records(rows), start=1):
         where = f"row {number} of {origin}"
         if not any(text.strip() for is_field, text in task.pieces(row, where) if is_field):
-            raise ValueError(f"{where} has nothing in any column of the template; take it out")
+            raise ValueError(f"{where} has no text in any column of the template; remove it")
         task.answer(row, where)
         if numeric and not _is_number(gold := task.golds(row, where)[0]):
             raise ValueError(
@@ -203,63 +209,63 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def cut(task: Task, rows: Dataset, shares: Mapping[str, float], rest: str, seed: int) -> dict[str, Dataset]:
-    """Disjoint parts of about these shares, and the rest; rows keep their order.
+def split_rows(task: Task, rows: Dataset, shares: Mapping[str, float], rest: str, seed: int) -> dict[str, Dataset]:
+    """Split rows into parts of about these shares, and the part `rest`; rows keep their order.
 
-    With a group column whole groups are dealt out; else every class is cut by the same shares. The deal follows
-    sha256 of the seed and the group's name or the row's place, so it is the same on every machine and version.
+    With a group column, groups are assigned as a unit; else every class is split by the same shares. The assignment
+    follows sha256 of the seed and the group's name or the row's index, so it is the same on every machine and version.
 
     Raises:
         ValueError: so few rows or groups that a part would be empty.
     """
-    dealt = _by_group(task, rows, shares, seed) if task.group else _by_class(task, rows, shares, seed)
-    taken = {index for indices in dealt.values() for index in indices}
-    dealt[rest] = [index for index in range(len(rows)) if index not in taken]
-    if empty := [name for name, indices in dealt.items() if not indices]:
-        what = f"{len(set(rows[task.group][:]))} groups" if task.group else f"{len(rows)} rows"
+    parts = _by_group(task, rows, shares, seed) if task.group else _by_class(task, rows, shares, seed)
+    assigned = {index for indices in parts.values() for index in indices}
+    parts[rest] = [index for index in range(len(rows)) if index not in assigned]
+    if empty := [name for name, indices in parts.items() if not indices]:
+        count = f"{len(set(rows[task.group][:]))} groups" if task.group else f"{len(rows)} rows"
         raise ValueError(
-            f"{what} of task {task.name!r} are too few to cut {', '.join(dealt)} from: {empty[0]} would be empty; "
+            f"{count} of task {task.name!r} are too few to split into {', '.join(parts)}: {empty[0]} would be empty; "
             "give more rows, or a file for each split"
         )
-    return {name: rows.select(sorted(indices)) for name, indices in dealt.items()}
+    return {name: rows.select(sorted(indices)) for name, indices in parts.items()}
 
 
-def shots(task: Task, whole: Splits, k: int, seed: int, balanced: bool = True) -> Splits:
-    """Few-shot: `k` training rows and as many other ones for development; the test split stays.
+def shots(task: Task, full: Splits, k: int, seed: int, balanced: bool = True) -> Splits:
+    """Few-shot splits: `k` training rows and as many other rows for dev; the test split is unchanged.
 
-    Both are drawn from the training split, `k` of each class or, not balanced, `k` in all as they come. Where the task
-    has groups, none is in both. Where dev and test are `shared` they stay so, and only the training rows are drawn.
+    Both are drawn from the training split: `k` of each class, or `k` in all if not `balanced`. No group is in both. If
+    dev and test are `shared` they stay so, and only the training rows are drawn.
 
     Raises:
-        ValueError: `k` below 1, or fewer rows than the two draws need.
+        ValueError: `k` is below 1, or there are fewer rows than needed.
     """
     if k < 1:
         raise ValueError(f"the number of shots is {k}; it must be at least 1")
-    answers = [task.answer(row) for row in records(whole.train)]
-    groups = list(map(str, whole.train[task.group][:] if task.group else range(len(answers))))
+    answers = [task.answer(row) for row in records(full.train)]
+    groups = list(map(str, full.train[task.group][:] if task.group else range(len(answers))))
     classes: Sequence[Hashable] = answers if balanced and task.is_classification else [""] * len(answers)
 
-    def draw(candidates: Iterable[int], what: str) -> list[int]:
-        drawn: dict[Hashable, list[int]] = {one: [] for one in classes}
+    def draw(candidates: Iterable[int], split: str) -> list[int]:
+        drawn: dict[Hashable, list[int]] = {label: [] for label in classes}
         for index in candidates:
             if len(drawn[classes[index]]) < k:
                 drawn[classes[index]].append(index)
-        for one, indices in drawn.items():
+        for label, indices in drawn.items():
             if len(indices) < k:
-                which = f" of class {list(task.label_words)[one]!r}" if isinstance(one, int) else ""
+                of_class = f" of class {list(task.label_words)[label]!r}" if isinstance(label, int) else ""
                 raise ValueError(
-                    f"{k} shots of task {task.name!r} need more rows{which}: {len(indices)} are left for {what}; "
+                    f"{k} shots of task {task.name!r} need more rows{of_class}: {len(indices)} are left for {split}; "
                     "lower the number of shots"
                 )
         return sorted(index for indices in drawn.values() for index in indices)
 
     order = _order(range(len(answers)), seed)
     train = draw(order, "train")
-    if whole.shared:
-        return _splits(task, whole.train.select(train), whole.dev, whole.test, whole.broken, whole.majority)
+    if full.shared:
+        return _splits(task, full.train.select(train), full.dev, full.test, full.broken, full.majority)
     used = {groups[index] for index in train}
     dev = draw([index for index in order if groups[index] not in used], "dev")
-    return _splits(task, whole.train.select(train), whole.train.select(dev), whole.test, whole.broken, whole.majority)
+    return _splits(task, full.train.select(train), full.train.select(dev), full.test, full.broken, full.majority)
 
 
 def _splits(
@@ -270,23 +276,22 @@ def _splits(
     broken: tuple[str, ...],
     majority: int | str | None = None,
 ) -> Splits:
-    """The splits; `majority` is given where `train` is a draw of the split that says it."""
-    known = train if len(train) else test
-    golds = [task.answer(row) for row in records(known)]
+    """Compute the fingerprint and warnings of splits, and their majority answer unless it is given."""
+    labelled = train if len(train) else test
+    golds = [task.answer(row) for row in records(labelled)]
     counts = Counter(golds)
-    questions = known[task.question][:] if task.question else None
+    questions = labelled[task.question][:] if task.question else None
     digest = hashlib.sha256()
     for name, rows in (("train", train), ("dev", dev), ("test", test)):
         digest.update(f"{name} {len(rows)}\n".encode())
         for row in records(rows.select_columns(list(task.columns))):
-            # What is in an image's file counts, and not where it lies.
+            # The content of an image's file counts, not its path.
             read = {**row, task.image: image_processor.digest(row[task.image])} if task.image else row
             digest.update(json.dumps(read, sort_keys=True, default=str).encode() + b"\n")
     if task.is_classification and len(train) and len(counts) < 2:
         only = list(task.label_words)[int(next(iter(counts)))]
         raise ValueError(
-            f"all {len(train)} training rows of task {task.name!r} have the label {only!r}; "
-            "there is nothing to tell apart, give rows of a second one"
+            f"all {len(train)} training rows of task {task.name!r} have the label {only!r}; add rows of a second one"
         )
     unused = [label for index, label in enumerate(task.label_words) if len(train) and index not in counts]
     return Splits(
@@ -308,12 +313,12 @@ def _by_group(task: Task, rows: Dataset, shares: Mapping[str, float], seed: int)
     for index, value in enumerate(rows[task.group][:]):
         members[str(value)].append(index)
     order = iter(_order(members, seed))
-    dealt: dict[str, list[int]] = {}
+    parts: dict[str, list[int]] = {}
     for name, share in shares.items():
-        dealt[name] = []
-        while len(dealt[name]) < share * len(rows) and (group := next(order, None)) is not None:
-            dealt[name] += members[group]
-    return dealt
+        parts[name] = []
+        while len(parts[name]) < share * len(rows) and (group := next(order, None)) is not None:
+            parts[name] += members[group]
+    return parts
 
 
 def _by_class(task: Task, rows: Dataset, shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
@@ -321,14 +326,14 @@ def _by_class(task: Task, rows: Dataset, shares: Mapping[str, float], seed: int)
     classes = [task.answer(row) if task.is_classification else "" for row in records(rows)]
     for index in _order(range(len(rows)), seed):
         members[classes[index]].append(index)
-    dealt: dict[str, list[int]] = {name: [] for name in shares}
+    parts: dict[str, list[int]] = {name: [] for name in shares}
     for indices in members.values():
         start, end = 0, 0.0
         for name, share in shares.items():
             end += share * len(indices)
-            dealt[name] += indices[start : round(end)]
+            parts[name] += indices[start : round(end)]
             start = round(end)
-    return dealt
+    return parts
 
 
 def _order(keys: Iterable[_Key], seed: int) -> list[_Key]:

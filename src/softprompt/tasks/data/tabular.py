@@ -1,7 +1,7 @@
-"""Rows of a file: CSV, TSV, JSON, JSONL and Parquet, read whole or refused with the row's number.
+"""Tables in CSV, TSV, JSON, JSONL and Parquet files, read completely or refused with the row's number.
 
-Nothing is guessed and nothing is dropped: every cell of a CSV or TSV is text as it stands (no `NA` becomes missing, no
-`007` a number), every ragged or empty row is an error. Of columns that nobody reads nothing is asked.
+Nothing is guessed or dropped: every cell of a CSV or TSV is text (`NA` is not missing, `007` is not a number), and
+every ragged or empty row is an error. Columns that the task does not read may contain anything.
 """
 
 import bz2
@@ -24,15 +24,15 @@ from datasets import Dataset
 
 from softprompt.backbones import image_processor
 from softprompt.tasks.task import Task
-from softprompt.tasks.template import format_hint, whole_characters
+from softprompt.tasks.template import check_characters, format_hint
 
 Columns = dict[str, list[Any]]
 
 Table = tuple[Sequence[str], Columns]
-"""All names that columns have, and the cells of those that are read."""
+"""The names of all columns, and the cells of those that are read."""
 
 IDS = ("id", "ID", "Id", "_id", "idx", "guid", "uid", "uuid")
-"""What a column is called that tells rows apart."""
+"""Names of columns that identify rows."""
 
 _UNPACK: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.decompress,
@@ -44,16 +44,16 @@ _UNPACK: dict[str, Callable[[bytes], bytes]] = {
 def read_rows(
     path: Path, columns: Iterable[str] | None = None, *, optional: Collection[str] = (), purpose: str = ""
 ) -> Dataset:
-    """The rows of the file, in their order.
+    """Read the rows of a file, in order.
 
     Args:
-        columns: read these, and let the others be as they are; none: read all.
-        optional: columns to read too, where they are there and can be read.
-        purpose: what they are for, behind the name of one that is missing.
+        columns: read only these; None: read all.
+        optional: columns to read as well, if they exist and can be read.
+        purpose: what the columns are for, added to the error about a missing one.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not what its name says, is empty, lacks a column, or has a row that cannot be read.
+        ValueError: the file is not of the kind that its name says, is empty, lacks a column, or has an unreadable row.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; give the path of a CSV, TSV, JSON, JSONL or Parquet file")
@@ -61,7 +61,7 @@ def read_rows(
     if kind not in _READ:
         raise ValueError(
             f"{path} ends in {kind or 'nothing'!r}, which is not read; give {', '.join(sorted(_READ))}, "
-            f"also with {', '.join(sorted(_UNPACK))} behind it"
+            f"optionally followed by {', '.join(sorted(_UNPACK))}"
         )
     needed = None if columns is None else tuple(dict.fromkeys(columns))
     names, table = _READ[kind](path, _content(path, kind), None if needed is None else {*needed, *optional})
@@ -69,7 +69,7 @@ def read_rows(
         raise ValueError(f"{path} has no rows; give a file with at least one")
     missing = [name for name in needed or () if name not in names]
     if needed is None or missing:
-        _refuse_names(path, names)
+        _check_names(path, names)
     if missing:
         known, hint = ", ".join(map(repr, names)), format_hint(missing[0], names)
         raise ValueError(f"{path} has no column {missing[0]!r}{purpose}; it has {known}{hint}")
@@ -78,57 +78,57 @@ def read_rows(
         raise ValueError(f"{path} has two columns named {wrong[0]!r}; name every column that is read differently")
     if not any(table.values()):
         raise ValueError(f"{path} has no rows; give a file with at least one")
-    found: Columns = {}
+    readable: Columns = {}
     for name, values in table.items():
         is_needed = needed is None or name in needed
         try:
             if is_needed or name not in repeated:
-                found[name] = _cells(path, name, values)
+                readable[name] = _cells(path, name, values)
         except ValueError:
             if is_needed:
                 raise
-    return Dataset.from_dict(found)
+    return Dataset.from_dict(readable)
 
 
 _ROW = "softprompt: row"
-"""The column that keeps each row's number in the user's file, beside those of the file."""
+"""The added column of each row's number in the user's file."""
 
 
 def numbered(rows: Dataset, origin: str) -> Dataset:
-    """The same rows, each with its number in `origin`, which it keeps however they are cut and drawn."""
-    named = rows.add_column(_ROW, list(range(1, len(rows) + 1)))
-    named.info.dataset_name = origin
-    return named
+    """The rows with their numbers in `origin`, which stay correct when rows are split and sampled."""
+    result = rows.add_column(_ROW, list(range(1, len(rows) + 1)))
+    result.info.dataset_name = origin
+    return result
 
 
-def row_number(row: Mapping[str, Any], place: int) -> int:
-    """The row's number in the file that it came from, counted from 1; of a row of no file that among those given."""
-    return int(row.get(_ROW, place + 1))
+def row_number(row: Mapping[str, Any], index: int) -> int:
+    """The row's number in its file, counted from 1; for a row that is from no file, `index + 1`."""
+    return int(row.get(_ROW, index + 1))
 
 
-def row_name(rows: Any, row: Mapping[str, Any], place: int) -> str:
-    """What an error calls the row at `place` of `rows`: `row 43 of train.csv`."""
+def row_name(rows: Any, row: Mapping[str, Any], index: int) -> str:
+    """The name in errors of the row at `index` of `rows`: `row 43 of train.csv`."""
     origin = row_origin(rows)
-    return f"row {row_number(row, place)}" + (f" of {origin}" if origin else "")
+    return f"row {row_number(row, index)}" + (f" of {origin}" if origin else "")
 
 
 def row_origin(rows: Any) -> str:
-    """The name of the file that rows come from; empty where they come from none."""
+    """The name of the file that the rows are from; empty if they are from none."""
     return str(rows.info.dataset_name or "") if isinstance(rows, Dataset) and _ROW in rows.column_names else ""
 
 
 def row_id(task: Task, row: Mapping[str, Any]) -> str | int:
-    """What tells the row from others: its id, where the file has a column for that, else a hash of its input."""
-    own = next((row[name] for name in IDS if name not in task.columns and row.get(name) not in (None, "")), None)
-    if isinstance(own, str | int):
-        return own
-    read = {name: row[name] for name in task.inputs}
+    """What identifies the row: its id if the file has a column in `IDS`, else a hash of its input."""
+    file_id = next((row[name] for name in IDS if name not in task.columns and row.get(name) not in (None, "")), None)
+    if isinstance(file_id, str | int):
+        return file_id
     if task.image:
         return image_processor.digest(row[task.image])[:16]
-    return hashlib.sha256(json.dumps(read, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    inputs = {name: row[name] for name in task.inputs}
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _refuse_names(path: Path, names: Sequence[str]) -> None:
+def _check_names(path: Path, names: Sequence[str]) -> None:
     for column, name in enumerate(names, start=1):
         if not name.strip() or names.index(name) != column - 1:
             reason = "has the name of an earlier one" if name.strip() else "has no name"
@@ -136,10 +136,10 @@ def _refuse_names(path: Path, names: Sequence[str]) -> None:
 
 
 def task_rows(task: Task, path: Path, *, answers: bool = True) -> Dataset:
-    """The rows of the file with the columns that the task reads, and the one that tells rows apart, if there is one.
+    """Read a file's columns that the task uses, and any column in `IDS`.
 
     Args:
-        answers: without, the columns of the input alone.
+        answers: read the columns of answers and groups too, not only those of the input.
 
     Raises:
         FileNotFoundError, ValueError: as `read_rows`.
@@ -149,17 +149,17 @@ def task_rows(task: Task, path: Path, *, answers: bool = True) -> Dataset:
 
 
 def _cells(path: Path, name: str, values: list[Any]) -> list[Any]:
-    """A column that a table can hold: numbers of several kinds, or too large for one, as their text."""
+    """Cells that fit one Arrow column: integers mixed with floats, or too large, become text."""
     kinds = {type(value) for value in values if value is not None}
     large = int in kinds and any(type(value) is int and not -(2**63) <= value < 2**63 for value in values)
     if kinds == {int, float} or (large and kinds <= {int, float}):
-        # As a column of floats 1 would become 1.0, and a large number another one.
+        # In a column of floats, 1 would become 1.0, and a large integer would be rounded.
         values = [None if value is None or value != value else str(value) for value in values]
     try:
         pyarrow.array(values)
     except UnicodeEncodeError:
         for number, value in enumerate(values, start=1):
-            whole_characters(value, name, f"row {number} of {path}")
+            check_characters(value, name, f"row {number} of {path}")
         raise ValueError(f"column {name!r} of {path} has half a character in a nested value; take it out") from None
     except (pyarrow.ArrowException, OverflowError) as error:
         raise ValueError(f"column {name!r} of {path} mixes kinds of values ({error}); make them all text") from None
@@ -167,13 +167,13 @@ def _cells(path: Path, name: str, values: list[Any]) -> list[Any]:
 
 
 def records(rows: Dataset | Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The rows one by one; a table's are read a thousand at a time, which is many times as fast as going through it."""
+    """Iterate over rows; a `Dataset` is read in chunks of 1,000, which is much faster than row by row."""
     if not isinstance(rows, Dataset):
         yield from rows
         return
-    for part in rows.iter(1000):
-        for values in zip(*part.values(), strict=True):
-            yield dict(zip(part, values, strict=True))
+    for chunk in rows.iter(1000):
+        for values in zip(*chunk.values(), strict=True):
+            yield dict(zip(chunk, values, strict=True))
 
 
 def _kind(path: Path) -> str:
@@ -184,24 +184,24 @@ def _kind(path: Path) -> str:
 
 
 def _content(path: Path, kind: str) -> bytes:
-    """The unpacked bytes, checked against what the name promises."""
+    """The decompressed bytes, after a check that their format is what the file's name says."""
     content = path.read_bytes()
     suffix = path.suffix.lower()
     if suffix in _UNPACK:
         try:
             content = _UNPACK[suffix](content)
         except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole {suffix} file ({error}); write it anew or rename it") from None
-    signs = {
+            raise ValueError(f"{path} is not a complete {suffix} file ({error}); write it again or rename it") from None
+    formats = {
         b"PAR1": "Parquet",
         b"\x1f\x8b": "gzip",
         b"BZh": "bzip2",
         b"\xfd7zXZ": "xz",
         b"PK\x03\x04": "a zip or Excel",
     }
-    found = next((name for sign, name in signs.items() if content.startswith(sign)), "")
-    if found != ("Parquet" if kind == ".parquet" else ""):
-        raise ValueError(f"{path} is called {kind} but holds {found or 'no Parquet'} data; rename it or convert it")
+    detected = next((name for magic, name in formats.items() if content.startswith(magic)), "")
+    if detected != ("Parquet" if kind == ".parquet" else ""):
+        raise ValueError(f"{path} is called {kind} but holds {detected or 'no Parquet'} data; rename it or convert it")
     return content
 
 
@@ -223,7 +223,7 @@ def _csv(path: Path, content: bytes, read: Collection[str] | None, delimiter: st
         raise ValueError(f"{path} is called {_kind(path)} but holds JSON; rename it to .json or .jsonl")
     if "\0" in text:
         raise ValueError(
-            f"line {text[: text.index(chr(0))].count(chr(10)) + 1} of {path} has a zero byte; it is no text"
+            f"line {text[: text.index(chr(0))].count(chr(10)) + 1} of {path} has a zero byte; it is not text"
         )
     lines = _csv_rows(path, text, delimiter)
     header = next(lines, [])
@@ -243,7 +243,7 @@ def _csv(path: Path, content: bytes, read: Collection[str] | None, delimiter: st
 
 
 def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[list[str]]:
-    """`strict`, and no line breaks in a TSV's cells: else a stray quotation mark swallows the rows up to the next."""
+    """Rows of cells; strict, and without line breaks in TSV cells: a stray quotation mark would swallow whole rows."""
     limit = csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(text.rstrip("\r\n"), newline=""), delimiter=delimiter, strict=True)
     number = 0
@@ -281,7 +281,7 @@ def _is_json(text: str) -> bool:
 
 
 def _json(path: Path, content: bytes, read: Collection[str] | None) -> Table:
-    """An array of objects; with no bracket in front, JSON lines."""
+    """An array of objects; without an opening bracket, JSON lines."""
     text = _text(path, content)
     if not text.lstrip().startswith("["):
         return _jsonl(path, content, read)
@@ -294,7 +294,7 @@ def _json(path: Path, content: bytes, read: Collection[str] | None) -> Table:
 
 
 def _jsonl(path: Path, content: bytes, read: Collection[str] | None) -> Table:
-    # Not splitlines: it also breaks at characters such as U+2028, which JSON allows inside a string.
+    # Not splitlines: it also splits at characters such as U+2028, which JSON allows inside a string.
     lines = _text(path, content).rstrip().split("\n")
     rows = []
     for number, line in enumerate(lines if lines != [""] else [], start=1):
@@ -310,7 +310,7 @@ def _jsonl(path: Path, content: bytes, read: Collection[str] | None) -> Table:
 
 
 def _parsed(text: str) -> Any:
-    # Python refuses to make a number of more than 4,300 digits; it may be in a column that nobody reads.
+    # Python refuses to parse integers of more than 4,300 digits; one may be in a column that the task does not read.
     return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 4300 else digits)
 
 
@@ -328,11 +328,11 @@ def _parquet(path: Path, content: bytes, read: Collection[str] | None) -> Table:
     try:
         table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)).read()
         names = list(table.column_names)
-        # By place: a name with a dot in it would be taken for a part of a nested column, and one may be there twice.
-        kept = {name: place for place, name in enumerate(names) if read is None or name in read}
-        return names, {name: table.column(place).to_pylist() for name, place in kept.items()}
+        # By index: a name with a dot would be taken for a nested column, and a name may occur twice.
+        indices = {name: index for index, name in enumerate(names) if read is None or name in read}
+        return names, {name: table.column(index).to_pylist() for name, index in indices.items()}
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a whole Parquet file ({error}); write it anew") from None
+        raise ValueError(f"{path} is not a complete Parquet file ({error}); write it again") from None
 
 
 _READ: dict[str, Callable[[Path, bytes, Collection[str] | None], Table]] = {

@@ -1,0 +1,177 @@
+"""What a metric is: its value, its interval, and the answers that it compares."""
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+
+Column = Sequence[Any] | Shaped[np.ndarray, "row"]
+"""One value per row."""
+
+UnitScores = Callable[["Answers"], Float[np.ndarray, "unit"]]
+"""Scores each row, or each question."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """Predictions and gold answers, row by row.
+
+    Labels are class indices, -1 for a prediction that is not a label. Texts are strings (None: no prediction) against
+    tuples of accepted strings. Numbers are floats, NaN for a prediction that is not a number.
+
+    Raises:
+        ValueError: unequal lengths, or no rows.
+    """
+
+    predictions: Column
+    golds: Column
+    questions: Column | None = None
+    """The question that each row belongs to; None: every row is its own."""
+
+    def __post_init__(self) -> None:
+        sizes = {len(column) for column in (self.predictions, self.golds, self.questions) if column is not None}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"{len(self.predictions)} predictions, {len(self.golds)} gold answers and "
+                f"{len(self.golds if self.questions is None else self.questions)} questions; give each row one"
+            )
+        if sizes == {0}:
+            raise ValueError("there are no predictions to score; give at least one row")
+
+    @property
+    def units(self) -> Int[np.ndarray, "row"]:
+        """The index of each row's question."""
+        if self.questions is None:
+            return np.arange(len(self.golds))
+        return np.unique(np.array([str(question) for question in self.questions]), return_inverse=True)[1]
+
+    def take(self, rows: Int[np.ndarray, "drawn"]) -> "Answers":
+        """Select rows of labels or numbers, in this order; each becomes its own question."""
+        return Answers(predictions=np.asarray(self.predictions)[rows], golds=np.asarray(self.golds)[rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(ABC):
+    """A score with a confidence interval."""
+
+    answer_kind: Literal["labels", "texts", "numbers"]
+    """What it compares."""
+    binary: bool = False
+    """Needs exactly two labels; the second is the positive one."""
+    grouped: bool = False
+    """Scores questions of several rows."""
+    lower_is_better: bool = False
+    """Such a metric is only reported: it cannot select a checkpoint."""
+    package: str = ""
+    """The package of the extra `text-metrics` that computes it, by its import name; empty: none is needed."""
+
+    @abstractmethod
+    def __call__(self, answers: Answers) -> float:
+        """The score, as a fraction."""
+
+    @abstractmethod
+    def interval(self, answers: Answers, resamples: int, seed: int) -> tuple[float, float]:
+        """The ends of the 95 % interval."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RowMean(Metric):
+    """The mean score of rows or questions; the interval is Wilson's for scores of 0 or 1, else a bootstrap."""
+
+    scores: UnitScores
+    zero_or_one: bool = True
+    """Every score is 0 or 1."""
+
+    def __call__(self, answers: Answers) -> float:
+        """The mean."""
+        return float(self.scores(answers).mean())
+
+    def interval(self, answers: Answers, resamples: int, seed: int) -> tuple[float, float]:
+        """Wilson's interval, or the percentiles of resampled means."""
+        scores = self.scores(answers)
+        if self.zero_or_one:
+            return wilson(round(float(scores.sum())), len(scores))
+        random = np.random.default_rng(seed)
+        return _percentiles([scores[random.integers(len(scores), size=len(scores))].mean() for _ in range(resamples)])
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Joint(Metric):
+    """One score of all rows together; the interval is a bootstrap over rows, or over questions if it is grouped."""
+
+    score: Callable[[Answers], float]
+
+    def __call__(self, answers: Answers) -> float:
+        """The score."""
+        return self.score(answers)
+
+    def interval(self, answers: Answers, resamples: int, seed: int) -> tuple[float, float]:
+        """The percentiles of the score over resampled rows or questions."""
+        units = answers.units if self.grouped else np.arange(len(answers.golds))
+        members = np.split(np.argsort(units, kind="stable"), np.cumsum(np.bincount(units))[:-1])
+        random = np.random.default_rng(seed)
+        draws = (random.integers(len(members), size=len(members)) for _ in range(resamples))
+        return _percentiles(
+            [self.score(answers.take(np.concatenate([members[unit] for unit in draw]))) for draw in draws]
+        )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Pooled(Metric):
+    """A corpus score computed from the sum of the rows' statistics (n-gram counts); the interval is a bootstrap."""
+
+    statistics: Callable[[Answers], Int[np.ndarray, "row statistic"]]
+    score: Callable[[Int[np.ndarray, "statistic"]], float]
+
+    def __call__(self, answers: Answers) -> float:
+        """The score."""
+        return self.score(self.statistics(answers).sum(0))
+
+    def interval(self, answers: Answers, resamples: int, seed: int) -> tuple[float, float]:
+        """The percentiles of the score over resampled rows."""
+        rows = self.statistics(answers)
+        random = np.random.default_rng(seed)
+        return _percentiles(
+            [self.score(rows[random.integers(len(rows), size=len(rows))].sum(0)) for _ in range(resamples)]
+        )
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of `successes` among `n`.
+
+    Reference: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference", by scipy.
+
+    >>> tuple(round(end, 3) for end in wilson(8, 10))
+    (0.49, 0.943)
+    """
+    from scipy.stats import binomtest
+
+    interval = binomtest(successes, n).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def check_installed(metrics: Iterable[tuple[str, Metric]]) -> None:
+    """Check that the packages of these named metrics are installed.
+
+    Raises:
+        ModuleNotFoundError: one is not, with the command that installs it.
+    """
+    for name, metric in metrics:
+        if metric.package and importlib.util.find_spec(metric.package) is None:
+            raise ModuleNotFoundError(
+                f"the metric {name!r} needs the extra `text-metrics`; install it with: "
+                "pip install 'softprompt[text-metrics]'"
+            )
+
+
+def _percentiles(values: Sequence[float]) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

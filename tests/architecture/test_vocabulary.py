@@ -1,0 +1,182 @@
+"""No name that the vocabulary retired is defined in the package: in code, as a flag, or as a JSON key."""
+
+import ast
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import softprompt
+from softprompt.config import Experiment, TrainingConfig
+from softprompt.prompts import METHODS
+
+SOURCE = Path(softprompt.__file__).parent
+PACKAGES = sorted(path.name for path in SOURCE.iterdir() if path.is_dir() and (path / "__init__.py").is_file())
+MODULES = sorted(path.name for path in SOURCE.glob("*.py"))
+each_package = pytest.mark.parametrize("package", [*PACKAGES, *MODULES])
+
+NAMES = frozenset(
+    # Words that say nothing about the value
+    "found given told own which one some wanted whole place places placed words seen unseen shown served held kept keeps "
+    "chosen choice chosen_ named speaks joined evened each alone together within over outside behind hidden alike again anew "
+    "stale standing chance chances seeing follow advance turn turns reading readings beginning beginnings begun worth "
+    # Names of the vocabulary's left column that have a term of the field
+    "untouched optimiser optimise means means_of by_means_of meeting passes in_turn extended extends recomputes shards "
+    "closed ticket tickets waiting gate access writing written writer shelf follower answering settled outcome swept "
+    "packing attachment attachments matrices layered watcher silent material tested replacing "
+    "lastly word_of never_said grown".split()
+)
+"""Names that need no context to hinder a reader; compared in lower case, without underscores at either end."""
+
+FLAGS = frozenset(
+    [
+        "untouched",
+        "place",
+        "attend",
+        "start",
+        "together",
+        "address",
+        "cluster",
+        "batch",
+        "accumulate",
+        "evaluate_every",
+        "warmup",
+        "decay",
+        "clip",
+        "max_tokens",
+        "front",
+        "behind",
+        "words",
+        "low",
+        "high",
+        "others",
+    ]
+)
+"""Fields of the command line's dataclasses and parameters of its commands that were renamed."""
+
+KEYS = frozenset(
+    [
+        "untouched",
+        "low",
+        "high",
+        "others",
+        "caution",
+        "words",
+        "place",
+        "front",
+        "behind",
+        "whole",
+        "after_first",
+        "joint",
+        "isolated",
+        "start",
+        "attend",
+        "together",
+        "evaluate_every",
+        "accumulate",
+        "warmup",
+        "decay",
+        "clip",
+    ]
+)
+"""Keys of JSON records that were renamed."""
+
+ALLOWED: dict[tuple[str, str], str] = {}
+"""Exceptions as `(file, name)`, each with the reason."""
+
+
+def defined_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Names of functions, classes, parameters, variables and attributes, with their lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name, node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr, node.lineno
+        elif isinstance(node, ast.alias) and node.asname:
+            yield node.asname, node.lineno
+        elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name:
+            yield node.name, node.lineno
+
+
+def json_keys(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Texts that are keys of dictionary literals, or keywords of `dict(...)`, with their lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            for key in node.keys:
+                if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                    yield key.value, key.lineno
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+            yield from ((keyword.arg, node.lineno) for keyword in node.keywords if keyword.arg)
+
+
+def flags(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Parameters of the command functions, whose names end in `_` or are those of the command, with their lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_"):
+            yield from ((arg.arg, arg.lineno) for arg in [*node.args.args, *node.args.kwonlyargs])
+
+
+def files_of(package: str) -> list[Path]:
+    path = SOURCE / package
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def retired(path: Path) -> list[str]:
+    """Every retired name that a file defines, as `file:line name`."""
+    tree = ast.parse(path.read_text())
+    file = str(path.relative_to(SOURCE))
+    names = [*defined_names(tree), *(pair for pair in json_keys(tree) if pair[0] in KEYS)]
+    if file.startswith("cli/"):
+        names += [pair for pair in flags(tree) if pair[0] in FLAGS]
+    return [
+        f"{file}:{line} {name}"
+        for name, line in names
+        if (name.strip("_").lower() in NAMES or name in KEYS) and (file, name) not in ALLOWED
+    ]
+
+
+@each_package
+def test_package_defines_no_retired_name(package: str) -> None:
+    assert [name for file in files_of(package) for name in retired(file)] == []
+
+
+@pytest.mark.parametrize("config", [Experiment, TrainingConfig, *METHODS.values()], ids=lambda config: config.__name__)
+def test_flags_have_no_retired_name(config: type) -> None:
+    """The fields are the flags of `softprompt train`."""
+    assert {field.name for field in dataclasses.fields(config)} & FLAGS == set()
+
+
+def test_allowed_names_still_exist() -> None:
+    stale = []
+    for file, name in ALLOWED:
+        tree = ast.parse((SOURCE / file).read_text())
+        if name not in {other for other, _ in [*defined_names(tree), *json_keys(tree)]}:
+            stale.append((file, name))
+    assert stale == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "found = 1",
+        "def f(wanted): pass",
+        "class Ticket: pass",
+        "self._whole = 1",
+        "for one in rows: pass",
+        "async def settled(): pass",
+        "import numpy as own",
+        "try: pass\nexcept E as given: pass",
+        'results = {"low": 0.1}',
+        "dict(caution=1)",
+        "[place for place in rows]",
+        "lambda words: words",
+    ],
+)
+def test_retired_names_are_detected(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda _: code)
+    assert retired(SOURCE / "training" / "trainer.py")
