@@ -35,7 +35,7 @@ def ruffs_order(name: str) -> tuple[int, str]:
     return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
 
 
-def test_all_is_sorted_and_every_name_is_real() -> None:
+def test_all_is_sorted_and_has_no_module() -> None:
     assert list(softprompt.__all__) == sorted(set(softprompt.__all__), key=ruffs_order)
     for name in softprompt.__all__:
         assert not isinstance(getattr(softprompt, name), types.ModuleType), name
@@ -63,12 +63,12 @@ def test_what_checkers_see_is_what_runs() -> None:
         assert getattr(softprompt, name) is getattr(importlib.import_module(module), attribute)
 
 
-def test_no_public_name_is_hidden_by_a_module() -> None:
+def test_no_public_name_is_shadowed_by_a_module() -> None:
     assert not [name for name in softprompt.__all__ if f"softprompt.{name}" in MODULES if name != "sweep"]
     in_a_new_process("import softprompt.sweep; import softprompt; assert callable(softprompt.sweep)")
 
 
-def test_importing_the_package_and_asking_for_help_loads_nothing_heavy() -> None:
+def test_import_and_help_load_nothing_heavy() -> None:
     code = (
         "import sys, softprompt, softprompt.cli; assert 'train' in dir(softprompt); softprompt.cli.main(['--help']);"
         "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'sklearn', 'tyro'} & set(sys.modules);"
@@ -77,7 +77,7 @@ def test_importing_the_package_and_asking_for_help_loads_nothing_heavy() -> None
     assert "usage: softprompt" in in_a_new_process(code)
 
 
-def test_help_of_the_commands_that_take_a_folder_or_a_name_loads_nothing_heavy() -> None:
+def test_help_of_short_commands_loads_nothing_heavy() -> None:
     code = (
         "import sys; from softprompt.cli import main\n"
         "for name in ('evaluate', 'predict', 'list', 'fetch', 'doctor'):\n"
@@ -104,34 +104,34 @@ def test_imports_point_down(tmp_path: Path) -> None:
     assert "0 broken" in done.stdout
 
 
-def test_every_module_has_its_place_among_the_layers() -> None:
+def test_every_module_is_in_a_layer() -> None:
     """A module that no layer names would escape the contract."""
     config = (SOURCE.parents[1] / "pyproject.toml").read_text()
     layers = config.split("layers = [", 1)[1].split("]", 1)[0]
-    named = {name for line in layers.splitlines() for name in line.strip(' ,"').split(" | ")} - {""}
-    optional = {name.strip("()") for name in named if name.startswith("(")}
+    listed = {name for line in layers.splitlines() for name in line.strip(' ,"').split(" | ")} - {""}
+    optional = {name.strip("()") for name in listed if name.startswith("(")}
     there = {found.name for found in pkgutil.iter_modules(softprompt.__path__)}
-    assert there | optional == {name.strip("()") for name in named}
+    assert there | optional == {name.strip("()") for name in listed}
 
 
 @each_file
-def test_no_file_grows_beyond_its_concept(file: Path) -> None:
+def test_no_file_has_more_than_400_lines(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= 400
 
 
 def compared_texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Every text that a comparison, a `match` or a dictionary chooses by, with its line."""
     for node in ast.walk(tree):
-        chosen: list[ast.AST] = []
+        selected: list[ast.AST] = []
         if isinstance(node, ast.Compare):
-            chosen = [node.left, *node.comparators]
+            selected = [node.left, *node.comparators]
         elif isinstance(node, ast.MatchValue):
-            chosen = [node.value]
+            selected = [node.value]
         elif isinstance(node, ast.Subscript):
-            chosen = [node.slice]
+            selected = [node.slice]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
-            chosen = [node.args[1]]
-        for part in chosen:
+            selected = [node.args[1]]
+        for part in selected:
             for leaf in ast.walk(part):
                 if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str):
                     yield node.lineno, leaf.value
@@ -149,7 +149,7 @@ def known_by_name(file: Path) -> list[str]:
 
 
 @each_file
-def test_no_file_knows_another_method_by_name(file: Path) -> None:
+def test_no_file_compares_a_method_name(file: Path) -> None:
     assert known_by_name(file) == []
 
 
@@ -163,7 +163,7 @@ def test_no_file_knows_another_method_by_name(file: Path) -> None:
         'match name:\n    case "residual": pass',
     ],
 )
-def test_the_check_above_sees_it(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_method_name_comparisons_are_detected(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda _: code)
     assert known_by_name(SOURCE / "train.py")
 
@@ -176,12 +176,12 @@ def test_doctests(name: str) -> None:
 
 def test_there_are_doctests() -> None:
     finder = doctest.DocTestFinder()
-    examples = [one for name in MODULES for one in finder.find(importlib.import_module(name)) if one.examples]
+    examples = [item for name in MODULES for item in finder.find(importlib.import_module(name)) if item.examples]
     assert len(examples) >= len(METHODS)
 
 
 @each_file
-def test_nothing_but_the_command_line_prints(file: Path) -> None:
+def test_only_the_command_line_prints(file: Path) -> None:
     tree = ast.parse(file.read_text())
     prints = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "print"]
     assert not prints or "cli" in file.parts

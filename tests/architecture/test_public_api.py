@@ -68,7 +68,7 @@ def documentation(package: str, name: str) -> str | None:
         return None if text and text.startswith(f"{value.__name__}(") else text  # a dataclass writes its own
     if isinstance(value, types.FunctionType | types.ModuleType):
         return value.__doc__
-    module = softprompt._PLACES[name].split(":")[0] if package == "softprompt" else package
+    module = softprompt._LOCATIONS[name].split(":")[0] if package == "softprompt" else package
     return constant_doc(module, name)
 
 
@@ -95,13 +95,10 @@ def resolves(dotted: str) -> bool:
 def mentioned(text: str) -> set[str]:
     """The names of the package in code of a Markdown page: `softprompt.x.y`, and `from softprompt.x import y`."""
     code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL))
-    dotted = {name for name in re.findall(r"(?<![\w./-])softprompt(?:\.[A-Za-z_]\w*)+", code)}
+    dotted = set(re.findall(r"(?<![\w./-])softprompt(?:\.[A-Za-z_]\w*)+", code))
     dotted = {name for name in dotted if name.rpartition(".")[2] not in FILE_SUFFIXES}
-    for module, names in re.findall(r"from (softprompt[\w.]*) import \(?([\w, \n]+)", code):
-        first_line_or_list = names if "\n" not in names.strip() else names.split("\n")[0]
-        dotted |= {
-            f"{module}.{name.split(' as ')[0].strip()}" for name in first_line_or_list.split(",") if name.strip()
-        }
+    for module, names in re.findall(r"from (softprompt[\w.]*) import ([\w, ]+)", code):
+        dotted |= {f"{module}.{name.split(' as ')[0].strip()}" for name in names.split(",") if name.strip()}
     return dotted
 
 

@@ -11,7 +11,7 @@ from softprompt import prompts
 from softprompt.prompts import METHODS, PromptConfig
 
 OTHERS = {"base", "concatenation", "deep", "init", "several"}
-FILES = {found.name for found in pkgutil.iter_modules(prompts.__path__)} - OTHERS
+FILES = {result.name for result in pkgutil.iter_modules(prompts.__path__)} - OTHERS
 each = pytest.mark.parametrize("config", METHODS.values(), ids=METHODS.keys())
 
 
@@ -20,19 +20,19 @@ def test_one_file_is_one_method() -> None:
 
 
 @each
-def test_a_method_lives_in_the_file_of_its_name(config: type[PromptConfig]) -> None:
+def test_method_is_in_the_file_of_its_name(config: type[PromptConfig]) -> None:
     assert config.__module__ == f"softprompt.prompts.{config.name}"
 
 
 @each
 @pytest.mark.parametrize("part", ["Reference:", "Differs:", ">>> "])
-def test_a_method_names_its_source_and_what_differs(config: type[PromptConfig], part: str) -> None:
+def test_method_docstring_names_reference_and_differences(config: type[PromptConfig], part: str) -> None:
     assert config.__doc__ is not None
     assert part in config.__doc__
 
 
 @each
-def test_every_setting_says_what_it_is(config: type[PromptConfig]) -> None:
+def test_every_setting_is_documented(config: type[PromptConfig]) -> None:
     """The string under a field is its help on the command line."""
     source = inspect.getsource(config) + inspect.getsource(PromptConfig)
     for field in dataclasses.fields(config):
@@ -41,13 +41,13 @@ def test_every_setting_says_what_it_is(config: type[PromptConfig]) -> None:
 
 
 @each
-def test_a_method_is_final_and_frozen(config: type[PromptConfig]) -> None:
+def test_method_is_final_and_frozen(config: type[PromptConfig]) -> None:
     assert config.__final__
     assert config.__dataclass_params__.frozen
     assert all(field.kw_only for field in dataclasses.fields(config))
 
 
-def test_nothing_concrete_of_the_interface_is_overridden() -> None:
+def test_final_methods_are_not_overridden() -> None:
     for config in METHODS.values():
         module = importlib.import_module(config.__module__)
         for _, kind in inspect.getmembers(module, inspect.isclass):

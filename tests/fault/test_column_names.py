@@ -15,7 +15,7 @@ NAMES = ["user.name", "a:b", "Customer Text", "col[0]", "what!", "a!r", "x:>9", 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_a_column_of_any_name_is_a_field(tmp_path: Path, name: str, kind: str) -> None:
+def test_column_of_any_name_can_be_a_field(tmp_path: Path, name: str, kind: str) -> None:
     rows = [{name: f"text {i}", "y": "ab"[i % 2], "user": "other", "a": "other"} for i in range(40)]
     if kind == "csv":
         with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as stream:
@@ -34,13 +34,13 @@ def test_a_column_of_any_name_is_a_field(tmp_path: Path, name: str, kind: str) -
 
 
 @pytest.mark.parametrize("field", ["text!r", "text:>9", "text[0]", "text.upper", " text "])
-def test_the_syntax_of_format_is_a_column_that_is_not_there(tmp_path: Path, field: str) -> None:
+def test_format_syntax_is_a_missing_column(tmp_path: Path, field: str) -> None:
     (tmp_path / "rows.csv").write_text("text,y\n" + "fine,a\npoor,b\n" * 20)
     (tmp_path / "task.toml").write_text(f'train = "rows.csv"\ntemplate = "Say: {{{field}}}"\nlabel = "y"\n')
-    said = f"has no column {field!r}, which task 'task' reads; it has 'text', 'y'; braces hold a column's name"
+    message = f"has no column {field!r}, which task 'task' reads; it has 'text', 'y'; braces hold a column's name"
     with pytest.raises(ValueError, match="braces hold") as caught:
         splits(load_task(str(tmp_path / "task.toml")))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     task = Task(name="t", template=f"{{{field}}}", label="y", label_words={"a": "a", "b": "b"})
     with pytest.raises(ValueError, match=r"write \{text\}"):
         task.render({"text": "fine"})
@@ -59,7 +59,7 @@ LABELS: dict[str, tuple[list[Any], str]] = {
 
 @pytest.mark.parametrize(("values", "words"), LABELS.values(), ids=LABELS)
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_labels_that_are_numbers(tmp_path: Path, values: list[Any], words: str, kind: str) -> None:
+def test_numbers_are_labels(tmp_path: Path, values: list[Any], words: str, kind: str) -> None:
     frame = pandas.DataFrame({"text": [f"t {i}" for i in range(40)], "y": values * 20})
     if kind == "parquet":
         frame.to_parquet(tmp_path / "rows.parquet")
@@ -73,7 +73,7 @@ def test_labels_that_are_numbers(tmp_path: Path, values: list[Any], words: str, 
     assert task.golds({"y": values[0]}) == ("yes",)
 
 
-def test_float_labels_without_words_are_whole_numbers(tmp_path: Path) -> None:
+def test_float_labels_without_words_become_integers(tmp_path: Path) -> None:
     pandas.DataFrame({"text": ["a", "b"] * 20, "y": [1.0, 0.0] * 20}).to_parquet(tmp_path / "rows.parquet")
     (tmp_path / "task.toml").write_text('train = "rows.parquet"\ntemplate = "{text}"\nlabel = "y"\n')
     task = load_task(str(tmp_path / "task.toml"))
@@ -81,7 +81,7 @@ def test_float_labels_without_words_are_whole_numbers(tmp_path: Path) -> None:
     assert {task.answer(row) for row in splits(task).train} == {0, 1}
 
 
-def test_a_text_is_not_a_number(tmp_path: Path) -> None:
+def test_text_label_is_not_a_number(tmp_path: Path) -> None:
     """In a CSV everything is text: 1.0 there is another label than 1."""
     task = Task(name="t", template="{a}", label="y", label_words={"1": "a", "0": "b"})
     with pytest.raises(ValueError, match=r"row 3 has the label '1\.0' in column 'y', which has no word"):
@@ -91,17 +91,17 @@ def test_a_text_is_not_a_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("0 = 1", "the word for label '0' in {} is 1; write text in quotation marks"),
         ("true = true", "the word for label 'true' in {} is True; write text in quotation marks"),
         ('1.5 = "a"', 'label with a dot in it in quotation marks, as "1.5" = '),
     ],
 )
-def test_words_that_are_no_texts(tmp_path: Path, words: str, said: str) -> None:
+def test_label_words_must_be_texts(tmp_path: Path, words: str, message: str) -> None:
     (tmp_path / "task.toml").write_text(
         f'train = "r.csv"\ntemplate = "{{text}}"\nlabel = "y"\n[label_words]\n{words}\n'
     )
     with pytest.raises(ValueError, match="label") as caught:
         load_task(str(tmp_path / "task.toml"))
-    assert said.format(tmp_path / "task.toml") in str(caught.value)
+    assert message.format(tmp_path / "task.toml") in str(caught.value)

@@ -37,8 +37,8 @@ def _train(folder: Path, backbone: Path, end: str) -> tuple[softprompt.runs.Run,
     return softprompt.train(experiment, out=folder / "runs", callback=callback), callback.notes
 
 
-def test_rows_that_end_train_what_bare_rows_train(tmp_path: Path, llama_folder: Path, tiny_backbone: object) -> None:
-    made = {}
+def test_answers_with_an_end_train_the_same(tmp_path: Path, llama_folder: Path, tiny_backbone: object) -> None:
+    results_by_form = {}
     end = tiny_backbone("llama").tokenizer.eos_token  # type: ignore[operator]
     for name, text in (("bare", ""), ("ended", end)):
         (tmp_path / name).mkdir()
@@ -46,13 +46,13 @@ def test_rows_that_end_train_what_bare_rows_train(tmp_path: Path, llama_folder: 
         metrics = (run.folder / "metrics.jsonl").read_text()
         golds = [json.loads(line)["gold"] for line in (run.folder / PREDICTIONS).read_text().splitlines()]
         results = {key: run.record["results"][key] for key in ("test", "majority", "dev")}
-        made[name] = (metrics, golds, results)
-        told = [note for note in notes if f"answers end with the tokenizer's own {end}" in note]
-        assert len(told) == (3 if text else 0)
-    assert made["bare"] == made["ended"]
+        results_by_form[name] = (metrics, golds, results)
+        warnings = [note for note in notes if f"answers end with the tokenizer's own {end}" in note]
+        assert len(warnings) == (3 if text else 0)
+    assert results_by_form["bare"] == results_by_form["ended"]
 
 
-def test_golds_of_several_and_the_majority_are_bare(tiny_backbone: object) -> None:
+def test_golds_and_majority_have_no_end(tiny_backbone: object) -> None:
     tokenizer = tiny_backbone("llama").tokenizer  # type: ignore[operator]
     end = tokenizer.eos_token
     task = Task(name="t", template="{text}", target="answer", metrics=("exact_match",))

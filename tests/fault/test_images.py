@@ -55,18 +55,18 @@ broken = pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
 
 
 @broken
-def test_a_broken_image_is_named(content: bytes, photos: Path) -> None:
+def test_broken_image_is_named(content: bytes, photos: Path) -> None:
     (photos / "dog" / "3.png").write_bytes(content)
     with pytest.raises(
         ValueError, match=r"row 14 of .*photos has the image '.*dog/3.png', which cannot be read"
-    ) as told:
+    ) as caught:
         splits(load_task(str(photos)))
-    assert 'write broken = "skip"' in str(told.value)
-    assert "object at 0x" not in str(told.value)
+    assert 'write broken = "skip"' in str(caught.value)
+    assert "object at 0x" not in str(caught.value)
 
 
 @broken
-def test_a_broken_image_is_skipped_on_request_and_named(content: bytes, photos: Path, tmp_path: Path) -> None:
+def test_broken_image_can_be_skipped(content: bytes, photos: Path, tmp_path: Path) -> None:
     (photos / "dog" / "3.png").write_bytes(content)
     rows = splits(load_task(toml(tmp_path, train="photos", image="image", label="label", broken="skip")))
     assert sum(map(len, (rows.train, rows.dev, rows.test))) == 19
@@ -82,14 +82,14 @@ def test_only_broken_images_are_refused(photos: Path, tmp_path: Path) -> None:
         splits(load_task(toml(tmp_path, train="photos", image="image", label="label", broken="skip")))
 
 
-def test_a_file_that_is_no_image_is_not_overlooked(photos: Path) -> None:
+def test_file_that_is_not_an_image_counts_as_broken(photos: Path) -> None:
     (photos / "cat" / "notes.txt").write_text("cats")
     (photos / "cat" / ".DS_Store").write_bytes(b"hidden files are")
     with pytest.raises(ValueError, match=r"notes.txt', which cannot be read"):
         splits(load_task(str(photos)))
 
 
-def test_an_image_that_vanishes_or_breaks_after_the_start_is_named(photos: Path) -> None:
+def test_image_lost_during_training_is_named(photos: Path) -> None:
     task, processor = load_task(str(photos)), Processor(size=16, mean=(0.0,) * 3, std=(1.0,) * 3)
     [example] = encode(task, processor, [{"image": str(photos / "cat" / "1.png")}], 16, answers=False)[0]
     assert example.picture is not None
@@ -99,7 +99,7 @@ def test_an_image_that_vanishes_or_breaks_after_the_start_is_named(photos: Path)
         example.picture.pixels()
 
 
-def test_changed_content_is_noticed_and_a_moved_folder_is_not(photos: Path, tmp_path: Path) -> None:
+def test_fingerprint_follows_content_not_path(photos: Path, tmp_path: Path) -> None:
     first = splits(load_task(str(photos))).fingerprint
     moved = photos.rename(tmp_path / "elsewhere")
     assert splits(load_task(str(moved))).fingerprint == first
@@ -107,7 +107,7 @@ def test_changed_content_is_noticed_and_a_moved_folder_is_not(photos: Path, tmp_
     assert splits(load_task(str(moved))).fingerprint != first
 
 
-def test_folders_that_are_no_task(photos: Path, tmp_path: Path) -> None:
+def test_invalid_image_folder_is_refused(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="none has no folders; give one folder a class"):
         load_task(str(tmp_path / "none"))
@@ -119,7 +119,7 @@ def test_folders_that_are_no_task(photos: Path, tmp_path: Path) -> None:
         splits(load_task(str(photos)))
 
 
-def test_a_table_of_paths(photos: Path, tmp_path: Path) -> None:
+def test_table_of_paths_is_relative_to_its_folder(photos: Path, tmp_path: Path) -> None:
     names = [f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(10)]
     lines = ["file,kind", *(f"photos/{name},{name[:3]}" for name in names)]
     (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
@@ -138,9 +138,7 @@ def test_a_table_of_paths(photos: Path, tmp_path: Path) -> None:
     ("parts", "sizes"),
     [(("train",), (14, 2, 4)), (("train", "val"), (20, 10, 10)), (("train", "valid", "test"), (20, 20, 20))],
 )
-def test_folders_that_are_cut_already(
-    parts: tuple[str, ...], sizes: tuple[int, ...], photos: Path, tmp_path: Path
-) -> None:
+def test_split_folders_are_kept(parts: tuple[str, ...], sizes: tuple[int, ...], photos: Path, tmp_path: Path) -> None:
     for part in parts:
         for file in photos.rglob("*.png"):
             inner = tmp_path / "cut" / part / file.parent.name
@@ -152,14 +150,14 @@ def test_folders_that_are_cut_already(
     assert not seen[0] & seen[1] | seen[0] & seen[2] | seen[1] & seen[2]
 
 
-def test_two_folders_of_one_meaning_are_refused(photos: Path, tmp_path: Path) -> None:
+def test_two_folders_for_one_split_are_refused(photos: Path, tmp_path: Path) -> None:
     for part in ("train", "val", "dev"):
         shutil.copytree(photos, tmp_path / "cut" / part)
     with pytest.raises(ValueError, match="cut has both 'dev' and 'val', which mean the same"):
         load_task(str(tmp_path / "cut"))
 
 
-def test_a_hub_dataset_is_read_by_its_name(tmp_path: Path, tiny_backbone: MakeBackbone) -> None:
+def test_hub_dataset_is_read_by_name(tmp_path: Path, tiny_backbone: MakeBackbone) -> None:
     """A repository in a folder of Parquet files, as the hub keeps one."""
     features = datasets.Features({"img": datasets.Image(), "kind": datasets.ClassLabel(names=["dog", "cat"])})
     cells = {"img": [{"bytes": image_bytes(), "path": None} for _ in range(20)], "kind": [0, 1] * 10}
@@ -194,12 +192,14 @@ def test_a_hub_dataset_is_read_by_its_name(tmp_path: Path, tiny_backbone: MakeBa
         ({"broken": "ignore"}, "it must be 'refuse' or 'skip'"),
     ],
 )
-def test_tasks_of_images_that_cannot_be(settings: dict[str, Any], message: str, unchecked: None) -> None:
+def test_invalid_image_task_is_refused(settings: dict[str, Any], message: str, unchecked: None) -> None:
     with pytest.raises(ValueError, match=message):
         Task(**{"name": "x", "image": "i", "label": "y", "label_words": {"a": "a", "b": "b"}, **settings})
 
 
-def test_images_and_text_do_not_meet(photos: Path, llama_folder: Path, tmp_path: Path, ticket_task: Path) -> None:
+def test_image_task_with_text_backbone_is_refused(
+    photos: Path, llama_folder: Path, tmp_path: Path, ticket_task: Path
+) -> None:
     small = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
     )
@@ -220,7 +220,7 @@ def test_images_and_text_do_not_meet(photos: Path, llama_folder: Path, tmp_path:
     assert load_backbone(str(tmp_path / "vit")).hash == load_backbone(str(tmp_path / "vit")).hash
 
 
-def test_a_call_that_cannot_be(tiny_backbone: MakeBackbone, unchecked: None) -> None:
+def test_invalid_vision_call_is_refused(tiny_backbone: MakeBackbone, unchecked: None) -> None:
     backbone, pixels = tiny_backbone("vit"), torch.zeros(2, 3, 32, 32)
     head = fresh_head(backbone, 3, torch.Generator())
     with pytest.raises(ValueError, match="has no words to answer with; give a head"):
@@ -241,7 +241,7 @@ def test_a_call_that_cannot_be(tiny_backbone: MakeBackbone, unchecked: None) -> 
         prompted(pixels, prompts=[Folded(torch.zeros(4, 16))])
 
 
-def test_a_model_of_another_build_is_refused(tmp_path: Path) -> None:
+def test_unsupported_vision_model_is_refused(tmp_path: Path) -> None:
     config = transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=16, patch_size=4, window_size=2)
     transformers.SwinModel(config).save_pretrained(tmp_path / "swin")
     with pytest.raises(ValueError, match=r"swin.* is no plain vision transformer"):
@@ -260,30 +260,30 @@ def saved(image: Any, kind: str = "png", **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "CMYK", "1"])
-def test_every_kind_of_pixel_is_read(mode: str) -> None:
+def test_every_pixel_format_is_read(mode: str) -> None:
     colour = (255, 255, 255) if mode == "1" else (90, 90, 90) if mode in ("L", "LA") else (255, 0, 0)
     image = Image.new("RGB", (9, 7), colour).convert(mode)
-    found = saved(image, "tiff" if mode == "CMYK" else "png")
-    assert (found.mode, found.size) == ("RGB", (9, 7))
-    assert (np.asarray(found) == colour).all()
+    result = saved(image, "tiff" if mode == "CMYK" else "png")
+    assert (result.mode, result.size) == ("RGB", (9, 7))
+    assert (np.asarray(result) == colour).all()
 
 
 @pytest.mark.parametrize("kind", ["png", "tiff", "ppm"])
-def test_sixteen_bits_become_eight_and_are_not_cut_off(kind: str) -> None:
+def test_sixteen_bit_pixels_are_scaled(kind: str) -> None:
     """Grey from black to white; Pillow's own conversion makes all but the darkest white."""
     grey = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
-    found = np.asarray(saved(Image.fromarray(grey), kind))
-    assert (found == np.arange(256).reshape(16, 16, 1)).all()
+    result = np.asarray(saved(Image.fromarray(grey), kind))
+    assert (result == np.arange(256).reshape(16, 16, 1)).all()
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_pixels_of_no_known_range_are_refused(dtype: Any) -> None:
+def test_pixels_of_unknown_range_are_refused(dtype: Any) -> None:
     with pytest.raises(ValueError, match="cannot be read \\(its pixels are 32-bit numbers, and nothing says which"):
         saved(Image.fromarray(np.ones((4, 4), dtype)), "tiff")
 
 
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "P"])
-def test_what_is_transparent_is_white(kind: str) -> None:
+def test_transparent_pixels_become_white(kind: str) -> None:
     """As transformers' processors have it; under an unseen pixel there may be any colour."""
     image = Image.new("RGBA", (4, 1), (200, 200, 200, 255))
     image.putpixel((0, 0), (10, 10, 10, 0))
@@ -292,22 +292,22 @@ def test_what_is_transparent_is_white(kind: str) -> None:
         image = Image.new("P", (4, 1), 1)
         image.putpalette([10, 10, 10, 200, 200, 200])
         image.putpixel((0, 0), 0)
-    found = saved(image if kind == "P" else image.convert(kind), **({"transparency": 0} if kind == "P" else {}))
+    result = saved(image if kind == "P" else image.convert(kind), **({"transparency": 0} if kind == "P" else {}))
     half = (200,) * 3 if kind == "P" else (132,) * 3
-    assert [found.getpixel((place, 0)) for place in range(3)] == [(255,) * 3, half, (200,) * 3]
+    assert [result.getpixel((x, 0)) for x in range(3)] == [(255,) * 3, half, (200,) * 3]
 
 
-def test_a_moving_image_is_its_first_frame() -> None:
+def test_animated_image_is_its_first_frame() -> None:
     frames = [Image.new("RGB", (6, 5), colour) for colour in ("red", "blue")]
     assert saved(frames[0], "gif", save_all=True, append_images=frames[1:]).getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 7), (3, 40), (40, 3)])
-def test_a_jpeg_of_a_few_pixels_can_be_looked_at(size: tuple[int, int]) -> None:
+def test_tiny_jpeg_is_read(size: tuple[int, int]) -> None:
     assert read({"bytes": image_bytes("jpeg", size), "path": None}, rough=True).mode == "RGB"
 
 
-def test_a_photo_is_turned_upright() -> None:
+def test_photo_is_rotated_upright() -> None:
     stream, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(stream, "jpeg", exif=exif)
@@ -341,7 +341,7 @@ PROCESSORS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("size", [(50, 40), (31, 47), (20, 90), (24, 24)])
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_a_processor_is_what_the_checkpoint_says(name: str, size: tuple[int, int]) -> None:
+def test_processor_follows_the_checkpoint(name: str, size: tuple[int, int]) -> None:
     """Its mean, its deviation, and its cut: what transformers' own processor makes, to the rounding of float32."""
     kind, config, settings = PROCESSORS[name]
     values = {**settings, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}

@@ -30,7 +30,7 @@ def refused(call: Callable[[], object], *words: str) -> str:
     return message
 
 
-def test_rows_beyond_the_sliding_window(tiny_backbone: MakeBackbone) -> None:
+def test_rows_beyond_the_sliding_window_are_refused(tiny_backbone: MakeBackbone) -> None:
     for name in ("mistral", "gemma2"):
         backbone = tiny_backbone(name)
         prompted = attach(backbone, prompt_of(backbone))
@@ -41,7 +41,7 @@ def test_rows_beyond_the_sliding_window(tiny_backbone: MakeBackbone) -> None:
         refused(lambda a=prompted: a.score(torch.full((1, 121), 5), None, [[5, 6, 7, 8, 9]]), "window of 128")
 
 
-def test_rows_beyond_the_models_positions(tiny_backbone: MakeBackbone) -> None:
+def test_rows_beyond_the_positions_are_refused(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("llama")
     prompted = attach(backbone, prompt_of(backbone))
     prompted(torch.full((1, 252), 5))
@@ -55,13 +55,13 @@ def test_padding_does_not_count_as_positions(tiny_backbone: MakeBackbone) -> Non
     assert attach(backbone, prompt_of(backbone))(ids, mask).logits.shape == (1, 400, 300)
 
 
-def test_a_recurrent_model(tokenizer: object) -> None:
+def test_recurrent_model_is_refused(tokenizer: object) -> None:
     config = transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)
     model = transformers.AutoModelForCausalLM.from_config(config)
     refused(lambda: attach(Backbone(model, tokenizer, "tiny-mamba", "tiny-mamba", "causal")), "tiny-mamba", "refused")
 
 
-def test_layers_that_keep_a_state_of_their_own(tokenizer: object) -> None:
+def test_layers_with_state_are_refused(tokenizer: object) -> None:
     config = transformers.Qwen3NextConfig(
         vocab_size=300,
         hidden_size=32,
@@ -84,7 +84,7 @@ def test_layers_that_keep_a_state_of_their_own(tokenizer: object) -> None:
     refused(lambda: attach(Backbone(model, tokenizer, "tiny-next", "n", "causal")), "tiny-next", "linear_attention")
 
 
-def test_a_prefix_that_is_not_exact(tiny_backbone: MakeBackbone, tokenizer: object) -> None:
+def test_inexact_prefix_is_refused(tiny_backbone: MakeBackbone, tokenizer: object) -> None:
     """A decoder whose output depends on how many rows came before in the cache: the check at attaching sees it."""
     model = transformers.AutoModelForCausalLM.from_config(tiny_backbone("llama").model.config)
     head = model.lm_head.forward
@@ -102,14 +102,14 @@ def test_a_prefix_that_is_not_exact(tiny_backbone: MakeBackbone, tokenizer: obje
     refused(lambda: attach(backbone), "odd-cache", "other logits with a shared prefix", "refused")
 
 
-def test_a_prompt_of_another_width(tiny_backbone: MakeBackbone) -> None:
+def test_prompt_of_another_width_is_refused(tiny_backbone: MakeBackbone) -> None:
     narrow = Folded(torch.zeros(4, 16))
     refused(lambda: attach(tiny_backbone("llama"), narrow)(IDS), "16 wide", "embeds in 32", "another backbone")
     wide = Folded(torch.zeros(4, 32))
     refused(lambda: attach(tiny_backbone("opt"), wide)(IDS), "32 wide", "embeds in 16")
 
 
-def test_an_index_that_fits_nothing(tiny_backbone: MakeBackbone) -> None:
+def test_wrong_prompt_index_is_refused(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("llama")
     prompted, two = attach(backbone), [prompt_of(backbone), prompt_of(backbone, 6)]
     refused(lambda: prompted(IDS, prompts=two), "2 prompts", "no index", "2 rows")
@@ -117,7 +117,7 @@ def test_an_index_that_fits_nothing(tiny_backbone: MakeBackbone) -> None:
         refused(lambda i=index: prompted(IDS, prompts=two, index=torch.tensor(i)), f"index is {index}", "0 to 1")
 
 
-def test_rows_and_masks_that_fit_nothing(tiny_backbone: MakeBackbone) -> None:
+def test_wrong_rows_and_masks_are_refused(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("llama")
     prompted = attach(backbone, prompt_of(backbone))
     empty = torch.tensor([[1, 1, 1], [0, 0, 0]])
@@ -129,19 +129,19 @@ def test_rows_and_masks_that_fit_nothing(tiny_backbone: MakeBackbone) -> None:
 
 
 @pytest.mark.parametrize("candidates", [[], [[5], []]])
-def test_candidates_without_tokens(tiny_backbone: MakeBackbone, candidates: list[list[int]]) -> None:
+def test_candidates_without_tokens_are_refused(tiny_backbone: MakeBackbone, candidates: list[list[int]]) -> None:
     prompted = attach(tiny_backbone("llama"))
     refused(lambda: prompted.score(IDS, None, candidates), "candidates are", "at least one token")
 
 
-def test_what_was_prepared_for_another_architecture(tiny_backbone: MakeBackbone) -> None:
+def test_encoding_of_another_architecture_is_refused(tiny_backbone: MakeBackbone) -> None:
     class Foreign(Prepared):
         prompts = ()
 
     refused(lambda: attach(tiny_backbone("llama"))(IDS, prompts=Foreign()), "Foreign", "another architecture")
 
 
-def test_an_architecture_without_an_attachment(
+def test_unsupported_architecture_is_refused(
     tiny_backbone: MakeBackbone, tokenizer: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(PROMPTED_MODELS, "vision")
@@ -149,7 +149,7 @@ def test_an_architecture_without_an_attachment(
     refused(lambda: attach(odd), "vit", "kind vision", "causal")
 
 
-def test_a_source_that_is_nowhere() -> None:
+def test_missing_backbone_is_refused() -> None:
     with pytest.raises(
         FileNotFoundError, match=r"backbone 'no-such-model' is neither a folder, a \.gguf file, an asset"
     ):
@@ -158,11 +158,11 @@ def test_a_source_that_is_nowhere() -> None:
         load("nowhere.gguf")
 
 
-def test_a_folder_without_a_model(tmp_path: object) -> None:
+def test_folder_without_a_model_is_refused(tmp_path: object) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no config\.json; give a folder that transformers can load"):
         load(str(tmp_path))
 
 
-def test_a_device_that_is_not_here(llama_folder: object) -> None:
+def test_missing_device_is_refused(llama_folder: object) -> None:
     with pytest.raises(ValueError, match="device 'cuda:99' is not available; use auto, cpu"):
         load(str(llama_folder), dtype="float32", device="cuda:99")

@@ -30,26 +30,26 @@ def task(folder: Path, more: str = "", head: tuple[str, ...] = HEAD) -> str:
 
 @pytest.mark.parametrize("more", ["", 'group = "customer"\n'], ids=["by class", "by group"])
 @pytest.mark.parametrize("few", [0, 3])
-def test_a_row_keeps_its_number(tmp_path: Path, more: str, few: int) -> None:
+def test_row_keeps_its_number(tmp_path: Path, more: str, few: int) -> None:
     loaded = load_task(task(tmp_path, more))
-    whole = splits(loaded)
+    full = splits(loaded)
     if few:
-        whole = shots(loaded, whole, few, seed=1)
+        full = shots(loaded, full, few, seed=1)
     numbers = []
-    for part in (whole.train, whole.dev, whole.test):
-        for place, row in enumerate(part):
-            numbers.append(row_number(row, place))
+    for part in (full.train, full.dev, full.test):
+        for index, row in enumerate(part):
+            numbers.append(row_number(row, index))
             assert row["text"] == f"ticket {numbers[-1]}"
-            assert row_name(part, row, place) == f"row {numbers[-1]} of {tmp_path / 'rows.csv'}"
+            assert row_name(part, row, index) == f"row {numbers[-1]} of {tmp_path / 'rows.csv'}"
     assert len(set(numbers)) == len(numbers)
 
 
-def test_numbers_are_not_part_of_what_rows_are_known_by(tmp_path: Path) -> None:
+def test_row_number_is_not_part_of_the_fingerprint(tmp_path: Path) -> None:
     """Nor of what a task may read."""
     loaded = load_task(task(tmp_path))
-    whole = splits(loaded)
+    full = splits(loaded)
     assert not {*loaded.columns} - {"text", "queue"}
-    assert whole.fingerprint == splits(load_task(task(tmp_path, head=("text", "queue", "key", "customer")))).fingerprint
+    assert full.fingerprint == splits(load_task(task(tmp_path, head=("text", "queue", "key", "customer")))).fingerprint
 
 
 @pytest.fixture(scope="module", params=["id", "key"])
@@ -57,11 +57,11 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("numbers")
     file = task(folder, head=("text", "queue", request.param, "customer"))
     training = TrainingConfig(steps=1, batch_size=4, eval_steps=1, test_rows=9)
-    whole = Experiment(backbone=str(llama_folder), task=file, dtype="float32", training=training)
-    return train(whole.replace(prompt=Plain(length=3)), out=folder / "runs")
+    full = Experiment(backbone=str(llama_folder), task=file, dtype="float32", training=training)
+    return train(full.replace(prompt=Plain(length=3)), out=folder / "runs")
 
 
-def test_a_prediction_names_its_row(run: Run, tmp_path: Path) -> None:
+def test_prediction_names_its_row(run: Run, tmp_path: Path) -> None:
     lines = run.predictions()
     assert len(lines) == 9
     has_id = "id" in (Path(run.task.files["train"]).read_text().splitlines()[0]).split(",")
@@ -74,20 +74,20 @@ def test_a_prediction_names_its_row(run: Run, tmp_path: Path) -> None:
     assert len({line["id"] for line in lines}) == 9
 
 
-def test_what_is_shown_is_that_row(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_the_numbered_row(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--resume", str(run.folder), "--show", "9"]) == 0
-    shown = re.findall(r"- row (\d+): said .*?'Ticket: ticket (\d+)", capsys.readouterr().err.replace("\n", " "))
-    assert len(shown) == sum(line["answer"] != line["gold"] for line in run.predictions())
-    assert all(number == text for number, text in shown)
+    displayed = re.findall(r"- row (\d+): said .*?'Ticket: ticket (\d+)", capsys.readouterr().err.replace("\n", " "))
+    assert len(displayed) == sum(line["answer"] != line["gold"] for line in run.predictions())
+    assert all(number == text for number, text in displayed)
 
 
-def test_predict_counts_as_errors_do(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_numbers_rows_as_errors_do(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     assert main(["predict", str(run.folder), "--input", str(tmp_path / "rows.jsonl")]) == 0
     assert [json.loads(line)["row"] for line in capsys.readouterr().out.splitlines()[:-1]] == [1, 2]
 
 
-def test_a_loss_that_is_no_number_names_rows_of_the_file(tmp_path: Path, tokenizer) -> None:
+def test_loss_that_is_not_finite_names_rows_of_the_file(tmp_path: Path, tokenizer) -> None:
     loaded = load_task(task(tmp_path))
     table = splits(loaded).test
     examples = encode(loaded, tokenizer, table, 64)[0][:2]

@@ -47,12 +47,12 @@ USABLE: dict[str, tuple[Callable[[], Any], int | None]] = {
 
 
 @pytest.mark.parametrize("name", USABLE)
-def test_positions_are_those_of_real_use(name: str) -> None:
-    config, wanted = USABLE[name]
-    assert positions.max_positions(transformers.AutoModel.from_config(config())) == wanted
+def test_check_uses_the_positions_of_training(name: str) -> None:
+    config, expected = USABLE[name]
+    assert positions.max_positions(transformers.AutoModel.from_config(config())) == expected
 
 
-def test_an_encoder_and_its_decoder_have_their_own_positions() -> None:
+def test_encoder_and_decoder_have_separate_positions() -> None:
     config = transformers.LEDConfig(
         **PARTS, attention_window=8, max_encoder_position_embeddings=128, max_decoder_position_embeddings=32
     )
@@ -62,7 +62,7 @@ def test_an_encoder_and_its_decoder_have_their_own_positions() -> None:
 
 
 @pytest.mark.parametrize("name", ["roberta", "mpnet", "bert"])
-def test_the_longest_row_runs_and_the_next_is_refused(name: str, tiny_backbone: MakeBackbone) -> None:
+def test_longest_row_runs_and_a_longer_one_is_refused(name: str, tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone(name)
     head = fresh_head(backbone, 2, torch.Generator())
     prompted = attach(backbone, Plain(length=4).build(backbone.host(), torch.Generator()), head=head)
@@ -75,7 +75,7 @@ def test_the_longest_row_runs_and_the_next_is_refused(name: str, tiny_backbone: 
         prompted(torch.full((1, most + 1), 7))
 
 
-def test_a_decoders_answer_counts_with_its_text(tiny_backbone: MakeBackbone) -> None:
+def test_decoder_answer_counts_as_input(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("llama")
     prompted = attach(backbone, Plain(length=4).build(backbone.host(), torch.Generator()))
     prompted.check_row([7] * 52, [9] * 201, "row 1 of train")  # whose last token is predicted and never fed
@@ -85,12 +85,12 @@ def test_a_decoders_answer_counts_with_its_text(tiny_backbone: MakeBackbone) -> 
         prompted.check_row([7] * 52, [9] * 202, "row 6 of train")
 
 
-def test_a_window_is_a_limit_too(tiny_backbone: MakeBackbone) -> None:
+def test_sliding_window_is_a_limit(tiny_backbone: MakeBackbone) -> None:
     with pytest.raises(ValueError, match=r"row 1 has 129 positions.* has 128"):
         attach(tiny_backbone("mistral")).check_row([7] * 129, (), "row 1")
 
 
-def test_an_encoder_decoders_answer_has_the_decoders_positions(tiny_backbone: MakeBackbone) -> None:
+def test_encoder_decoder_answer_uses_decoder_positions(tiny_backbone: MakeBackbone) -> None:
     prompted = attach(tiny_backbone("bart"))
     prompted.check_row([7] * 256, [9] * 255, "row 1 of train")
     with pytest.raises(ValueError, match=r"row 2 of dev has an answer of 257 tokens.* 256 positions"):
@@ -102,7 +102,7 @@ def test_an_encoder_decoders_answer_has_the_decoders_positions(tiny_backbone: Ma
 
 
 @pytest.mark.parametrize("name", ["llama", "bart", "bert", "bert_mlm"])
-def test_a_token_without_an_embedding_is_named(name: str, tiny_backbone: MakeBackbone, tokenizer: Any) -> None:
+def test_token_without_embedding_is_named(name: str, tiny_backbone: MakeBackbone, tokenizer: Any) -> None:
     backbone = tiny_backbone(name)
     more = type(tokenizer)(
         tokenizer_object=backbone.tokenizer._tokenizer.__class__.from_str(backbone.tokenizer._tokenizer.to_str()),
@@ -128,13 +128,13 @@ def test_a_token_without_an_embedding_is_named(name: str, tiny_backbone: MakeBac
 def test_padding_may_be_any_id(name: str, tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone(name)
     prompted = attach(backbone, head=fresh_head(backbone, 2, torch.Generator().manual_seed(0)))
-    mask, found = torch.tensor([[1, 1, 0], [1, 1, 1]]), []
+    mask, result = torch.tensor([[1, 1, 0], [1, 1, 1]]), []
     for padding in (2, 300, 70000, -1):
-        found.append(prompted(torch.tensor([[5, 6, padding], [7, 8, 9]]), mask).logits[:, :1])
-    assert all(torch.equal(found[0], other) for other in found)
+        result.append(prompted(torch.tensor([[5, 6, padding], [7, 8, 9]]), mask).logits[:, :1])
+    assert all(torch.equal(result[0], other) for other in result)
 
 
-def test_our_own_padding_is_an_id_of_the_table(tiny_backbone: MakeBackbone, tokenizer: Any) -> None:
+def test_default_padding_id_has_an_embedding(tiny_backbone: MakeBackbone, tokenizer: Any) -> None:
     from types import SimpleNamespace
 
     backbone = tiny_backbone("llama")
@@ -145,7 +145,7 @@ def test_our_own_padding_is_an_id_of_the_table(tiny_backbone: MakeBackbone, toke
     assert pad_id(backbone) == 2
 
 
-def test_words_that_a_mask_cannot_hold_are_named(tiny_backbone: MakeBackbone) -> None:
+def test_label_words_that_do_not_fit_a_mask_are_named(tiny_backbone: MakeBackbone) -> None:
     prompted = attach(tiny_backbone("bert_mlm"))
     prompted.check_candidates([" a", " b"], [(5,), (6,)])
     with pytest.raises(ValueError, match=r"'excellent' \(3 tokens\), 'bad' \(2 tokens\).*one mask"):
@@ -154,14 +154,14 @@ def test_words_that_a_mask_cannot_hold_are_named(tiny_backbone: MakeBackbone) ->
         prompted.check_row([0, 5, 1], [6, 7], "row 3 of train")
 
 
-def test_each_rows_mask_is_its_own_affair(tiny_backbone: MakeBackbone) -> None:
+def test_masks_of_rows_are_independent(tiny_backbone: MakeBackbone) -> None:
     """One of its own, none, or two: a row is answered where it is answered alone."""
     backbone = tiny_backbone("bert_mlm")
     mask_id = backbone.tokenizer.mask_token_id
     rows = [[0, 20, mask_id, 30, 1], [0, 20, 1], [0, mask_id, 40, mask_id, 41, 1], [0, 50, 51, 52, 53, 54, 1]]
     wide = max(map(len, rows))
-    for place in ("prefix", "suffix"):
-        prompted = attach(backbone, Plain(length=3).build(backbone.host(), torch.Generator()), prompt_position=place)
+    for position in ("prefix", "suffix"):
+        prompted = attach(backbone, Plain(length=3).build(backbone.host(), torch.Generator()), prompt_position=position)
         ids = torch.tensor([row + [2] * (wide - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (wide - len(row)) for row in rows])
         together = prompted(ids, mask).logits
@@ -170,7 +170,7 @@ def test_each_rows_mask_is_its_own_affair(tiny_backbone: MakeBackbone) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
-def test_ends_are_the_tokenizers_and_the_models(
+def test_end_ids_are_those_of_tokenizer_and_model(
     name: str, tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompted = attach(tiny_backbone(name))

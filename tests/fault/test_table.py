@@ -57,18 +57,18 @@ def folder(tmp_path: Path) -> Folder:
 # What works
 
 
-def test_a_table_is_a_task(folder: Folder) -> None:
+def test_table_makes_a_task(folder: Folder) -> None:
     task = load_task(folder.task())
     assert (task.name, dict(task.label_words), task.metrics) == (
         "support",
         {"BILLING": "billing", "Sales": "sales"},
         ("accuracy", "macro_f1"),
     )
-    whole = splits(task)
-    assert [len(whole.train), len(whole.dev), len(whole.test)] == [28, 4, 8]
+    full = splits(task)
+    assert [len(full.train), len(full.dev), len(full.test)] == [28, 4, 8]
     (folder.path / "support.toml").unlink()
     again = Task.from_json(json.loads(json.dumps(task.to_json())))
-    assert splits(again).fingerprint == whole.fingerprint
+    assert splits(again).fingerprint == full.fingerprint
 
 
 def test_every_key_is_read(folder: Folder) -> None:
@@ -90,18 +90,18 @@ BILLING = "paying"
     task = load_task(folder.task(text))
     assert (task.name, task.group, task.max_input_tokens, task.split_seed) == ("tickets", "customer", 64, 3)
     assert task.answers == (" selling", " paying")
-    whole = splits(task)
-    assert [len(whole.train), len(whole.dev), len(whole.test)] == [40, 10, 12]
+    full = splits(task)
+    assert [len(full.train), len(full.dev), len(full.test)] == [40, 10, 12]
 
 
-def test_a_target_makes_a_generation(folder: Folder) -> None:
+def test_target_makes_a_generation(folder: Folder) -> None:
     task = load_task(folder.task(TASK.replace("label", "target")))
     assert not task.is_classification
     assert task.metrics == ("exact_match", "token_f1")
     assert splits(task).majority == "BILLING"
 
 
-def test_data_takes_the_place_of_train(folder: Folder) -> None:
+def test_data_replaces_train(folder: Folder) -> None:
     (folder.path / "train.csv").unlink()
     other = folder.train(as_csv([{**row, "queue": row["queue"][0]} for row in rows(20)]), "other.csv")
     task = load_task(folder.task(), str(other))
@@ -112,7 +112,7 @@ def test_data_takes_the_place_of_train(folder: Folder) -> None:
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "json lines", "parquet"])
 @pytest.mark.parametrize("packed", ["", ".gz", ".bz2", ".xz"])
-def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str, packed: str) -> None:
+def test_every_file_format_gives_the_same_rows(tmp_path: Path, kind: str, packed: str) -> None:
     table = [*rows(3), {"text": "007, \u2028NA", "queue": "null", "customer": "é"}]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in table)
     if kind == "parquet":
@@ -120,20 +120,20 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str, packe
         content = (tmp_path / "raw").read_bytes()
     else:
         quoted = [{**row, "text": f'"{row["text"]}"'} for row in table]
-        made = {"json": json.dumps(table), "json lines": lines, "jsonl": lines, "csv": as_csv(quoted)}
-        content = made.get(kind, as_csv(table, "\t")).encode()
+        built = {"json": json.dumps(table), "json lines": lines, "jsonl": lines, "csv": as_csv(quoted)}
+        content = built.get(kind, as_csv(table, "\t")).encode()
     pack = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[packed]
     path = tmp_path / f"rows.{kind.split()[0]}{packed}"
     path.write_bytes(pack(content))
     assert read_rows(path).to_list() == table
 
 
-def test_a_csv_cell_is_text_as_it_stands(folder: Folder) -> None:
+def test_csv_cell_is_unchanged_text(folder: Folder) -> None:
     path = folder.train('\ufeffa,b\n"x\n""y""",NA\n007,\n')
     assert read_rows(path).to_list() == [{"a": 'x\n"y"', "b": "NA"}, {"a": "007", "b": ""}]
 
 
-def test_a_word_without_rows_is_a_warning(folder: Folder) -> None:
+def test_label_without_rows_is_a_warning(folder: Folder) -> None:
     label_words = '[label_words]\nBILLING = "billing"\nSales = "sales"\nLEGAL = "legal"\n'
     assert splits(load_task(folder.task(TASK + label_words))).warnings == (
         "no training row of task 'support' has the label 'LEGAL'",
@@ -172,23 +172,23 @@ def test_a_word_without_rows_is_a_warning(folder: Folder) -> None:
         (TASK + '[label_words]\nBILLING = "pay"', "has only the labels ['BILLING']"),
     ],
 )
-def test_a_task_file_that_cannot_work(folder: Folder, text: str, said: str) -> None:
+def test_invalid_task_file_is_refused(folder: Folder, text: str, said: str) -> None:
     assert said in folder.error(text)
 
 
-def test_a_label_without_a_word_names_file_row_and_column(folder: Folder) -> None:
+def test_label_without_word_names_file_row_and_column(folder: Folder) -> None:
     message = folder.error(TASK + '[label_words]\nBILLING = "pay"\nLEGAL = "law"')
     assert f"row 2 of {folder.path / 'train.csv'} has the label 'Sales' in column 'queue', which has no word" in message
 
 
-def test_files_that_are_not_there(folder: Folder) -> None:
+def test_missing_files_are_named(folder: Folder) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.toml"):
         load_task(str(folder.path / "none.toml"))
     (folder.path / "train.csv").unlink()
     assert "there is no file" in folder.error(kind=FileNotFoundError)
 
 
-def test_a_name_that_is_no_task(folder: Folder) -> None:
+def test_unknown_task_name_is_refused(folder: Folder) -> None:
     with pytest.raises(ValueError, match="unknown task 'sentimnt'; did you mean 'sentiment'"):
         load_task("sentimnt")
     with pytest.raises(ValueError, match=r"describe it in a \.toml file"):
@@ -227,7 +227,7 @@ def test_a_name_that_is_no_task(folder: Folder) -> None:
         (b"PK\x03\x04....", "{} is called .csv but holds a zip or Excel data"),
     ],
 )
-def test_a_csv_that_cannot_be_read(folder: Folder, content: str | bytes, said: str) -> None:
+def test_invalid_csv_is_refused(folder: Folder, content: str | bytes, said: str) -> None:
     path = folder.train(content)
     assert said.format(path) in folder.error()
 
@@ -257,7 +257,7 @@ def test_a_csv_that_cannot_be_read(folder: Folder, content: str | bytes, said: s
         ("train", "text", "{} ends in 'nothing', which is not read"),
     ],
 )
-def test_a_file_that_cannot_be_read(folder: Folder, name: str, content: str | bytes, said: str) -> None:
+def test_invalid_file_is_refused(folder: Folder, name: str, content: str | bytes, said: str) -> None:
     path = folder.train(content, name)
     assert said.format(path) in folder.error(TASK.replace("train.csv", name))
 
@@ -268,13 +268,13 @@ def test_one_class_in_training_is_refused(folder: Folder) -> None:
     assert "rows of task 'support' have the label 'B'" in message
 
 
-def test_too_few_rows_to_cut_are_refused(folder: Folder) -> None:
+def test_too_few_rows_to_split_are_refused(folder: Folder) -> None:
     folder.train(as_csv(rows(4)))
     assert "4 rows of task 'support' are too few to cut dev, test, train from" in folder.error()
     folder.train(as_csv([{**row, "customer": "c"} for row in rows()]))
     assert "1 groups of task 'support' are too few" in folder.error(TASK + 'group = "customer"')
 
 
-def test_the_faulty_file_is_named_among_several(folder: Folder) -> None:
+def test_faulty_file_among_several_is_named(folder: Folder) -> None:
     dev = folder.train("text,queue\na,BILLING\nb,LEGAL\n", "dev.csv")
     assert f"row 2 of {dev} has the label 'LEGAL'" in folder.error(TASK + 'dev = "dev.csv"')

@@ -47,16 +47,16 @@ UNREAD: dict[str, Callable[[int], Any]] = {
 @pytest.mark.parametrize("cell", UNREAD.values(), ids=UNREAD)
 @pytest.mark.parametrize("name", ["note", "id"])
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
-def test_a_json_column_that_nobody_reads(tmp_path: Path, cell: Callable[[int], Any], name: str, kind: str) -> None:
+def test_unread_json_column_may_hold_anything(tmp_path: Path, cell: Callable[[int], Any], name: str, kind: str) -> None:
     rows = [{**row, name: cell(i)} for i, row in enumerate(ROWS)]
     file = Path(jsonl(tmp_path, rows, f"rows.{kind}"))
     if kind == "json":
         file.write_text(json.dumps(rows))
-    whole = splits(load_task(task(tmp_path, file.name)))
-    assert [len(part) for part in (whole.train, whole.dev, whole.test)] == [28, 4, 8]
+    full = splits(load_task(task(tmp_path, file.name)))
+    assert [len(part) for part in (full.train, full.dev, full.test)] == [28, 4, 8]
 
 
-def test_a_number_of_thousands_of_digits_is_no_matter(tmp_path: Path) -> None:
+def test_unread_integer_may_have_thousands_of_digits(tmp_path: Path) -> None:
     lines = [json.dumps(row)[:-1] + f', "note": {"9" * 5000}}}' for row in ROWS]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     assert len(splits(load_task(task(tmp_path, "rows.jsonl"))).test) == 8
@@ -64,13 +64,13 @@ def test_a_number_of_thousands_of_digits_is_no_matter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("head", ["text,queue,note,note", "text,queue,,", "text,queue,id,id"])
 @pytest.mark.parametrize("kind", ["csv", "tsv"])
-def test_a_table_with_names_that_nobody_reads(tmp_path: Path, head: str, kind: str) -> None:
+def test_unread_column_names_may_be_anything(tmp_path: Path, head: str, kind: str) -> None:
     lines = [head, *(f"{row['text']},{row['queue']},1,2" for row in ROWS)]
     (tmp_path / f"rows.{kind}").write_text("\n".join(lines).replace(",", "," if kind == "csv" else "\t"))
     assert len(splits(load_task(task(tmp_path, f"rows.{kind}"))).test) == 8
 
 
-def test_a_name_twice_is_refused_where_it_is_read(tmp_path: Path) -> None:
+def test_duplicate_column_name_is_refused_if_read(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text,queue,text\n" + "a,Sales,b\n" * 20)
     with pytest.raises(ValueError, match=r"rows\.csv has two columns named 'text'"):
         splits(load_task(_worded(tmp_path, "rows.csv")))
@@ -82,7 +82,7 @@ def _worded(folder: Path, name: str) -> str:
     return str(file)
 
 
-def test_a_parquet_file_as_a_database_writes_it(tmp_path: Path) -> None:
+def test_parquet_of_a_database_is_read(tmp_path: Path) -> None:
     count = len(ROWS)
     columns = {
         "text": pyarrow.array([row["text"] for row in ROWS]),
@@ -97,15 +97,15 @@ def test_a_parquet_file_as_a_database_writes_it(tmp_path: Path) -> None:
     }
     table = pyarrow.table([*columns.values(), columns["blob"]], names=[*columns, "blob"])
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    whole = splits(load_task(task(tmp_path, "rows.parquet")))
-    assert set(whole.train["queue"]) == {"Billing", "Sales"}
+    full = splits(load_task(task(tmp_path, "rows.parquet")))
+    assert set(full.train["queue"]) == {"Billing", "Sales"}
     read = read_rows(tmp_path / "rows.parquet", ["price", "at", "big"])
     assert str(read[0]["price"]) == "1.50"
     assert read[0]["big"] == str(2**64 - 1)
 
 
 @pytest.mark.parametrize("column", ["text", "queue"])
-def test_half_a_character_that_is_read_is_refused(tmp_path: Path, column: str) -> None:
+def test_lone_surrogate_in_a_read_column_is_refused(tmp_path: Path, column: str) -> None:
     rows = [dict(row) for row in ROWS]
     rows[7][column] += "\ud83d"
     with pytest.raises(ValueError, match=rf"row 8 of .*rows\.jsonl has half a character \(\\ud83d.* '{column}'"):
@@ -113,13 +113,13 @@ def test_half_a_character_that_is_read_is_refused(tmp_path: Path, column: str) -
     assert len(read_rows(Path(jsonl(tmp_path, [{"text": "\ud83d\ude00"}])))) == 1  # both halves are one character
 
 
-def test_half_a_character_in_a_list_of_answers_is_refused(tmp_path: Path) -> None:
+def test_lone_surrogate_in_a_list_of_answers_is_refused(tmp_path: Path) -> None:
     rows = [{"text": "a", "answers": ["fine", "\udc00" if i == 4 else "b"]} for i in range(30)]
     with pytest.raises(ValueError, match=r"row 5 of .* has half a character \(\\udc00"):
         read_rows(Path(jsonl(tmp_path, rows)))
 
 
-def test_numbers_that_are_read_stay_as_they_are_written(tmp_path: Path) -> None:
+def test_numbers_keep_their_written_form(tmp_path: Path) -> None:
     """Not as floats, of which 1 would be written 1.0 and a large number another one."""
     file = Path(jsonl(tmp_path, [{"a": 1, "b": 2**64}, {"a": 2.5, "b": 3}, {"a": None, "b": -1}]))
     assert read_rows(file).to_list() == [{"a": "1", "b": str(2**64)}, {"a": "2.5", "b": "3"}, {"a": None, "b": "-1"}]
@@ -130,11 +130,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Run:
     folder = tmp_path_factory.mktemp("unread")
     jsonl(folder, ROWS)
     training = TrainingConfig(steps=1, batch_size=4, eval_steps=1)
-    whole = Experiment(backbone=str(llama_folder), task=task(folder, "rows.jsonl"), dtype="float32", training=training)
-    return train(whole.replace(prompt=Plain(length=3)), out=folder / "runs")
+    full = Experiment(backbone=str(llama_folder), task=task(folder, "rows.jsonl"), dtype="float32", training=training)
+    return train(full.replace(prompt=Plain(length=3)), out=folder / "runs")
 
 
-def test_what_is_scored_and_answered_may_have_such_columns(
+def test_evaluate_and_predict_ignore_unread_columns(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{**row, "note": UNREAD["mixed kinds"](i), "id": "\ud83d"} for i, row in enumerate(ROWS)]
@@ -149,7 +149,7 @@ def test_what_is_scored_and_answered_may_have_such_columns(
 
 
 @pytest.mark.parametrize("text", ["fine \ud83d", "\udfff"])
-def test_half_a_character_in_a_row_that_is_answered(run: Run, text: str) -> None:
+def test_lone_surrogate_in_a_row_to_predict_is_refused(run: Run, text: str) -> None:
     from softprompt.evaluation.predict import predict
 
     with pytest.raises(ValueError, match="row 2 has half a character"):

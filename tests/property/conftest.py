@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from official_files import write_glue, write_superglue
 from safetensors.torch import save_file
 
 from softprompt import DPT, Experiment, TrainingConfig
@@ -84,3 +85,13 @@ def write_run() -> Callable[..., Path]:
 def write(tmp_path: Path) -> Callable[..., Path]:
     """`write(test=0.6, seed=1, ...)`: a run in the test's own folder."""
     return functools.partial(_write_run, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def superglue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_superglue(tmp_path_factory.mktemp("superglue"))
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_glue(tmp_path_factory.mktemp("glue"))

@@ -16,12 +16,12 @@ def test_answers_are_counted_without_their_end() -> None:
     assert note.endswith("give --max-new-tokens 8")
 
 
-def test_labels_are_scored_whole_and_have_no_limit() -> None:
+def test_labels_have_no_length_limit() -> None:
     assert over_long_answers([Example((1,), (1,) * 50, 0, 0)], 5) == 0
 
 
 @pytest.mark.parametrize("words", [1, 3, 9])
-def test_a_limit_that_is_just_enough_is_enough(tokenizer, words: int) -> None:
+def test_exact_limit_is_enough(tokenizer, words: int) -> None:
     task = Task(name="t", template="{a}", target="y", metrics=("exact_match",))
     rows = [{"a": "x", "y": "abc " * words}]
     [example] = encode(task, tokenizer, rows, 20)[0]

@@ -18,7 +18,7 @@ def loaded(folder: Path, cells: list[str]) -> Task:
     return load_task(str(folder / "task.toml"))
 
 
-def test_mae_is_the_mean_distance() -> None:
+def test_mae_is_the_mean_absolute_error() -> None:
     rng = np.random.default_rng(0)
     golds, ours = rng.normal(size=50), rng.normal(size=50)
     answers = Answers(predictions=ours, golds=golds)
@@ -27,29 +27,29 @@ def test_mae_is_the_mean_distance() -> None:
     assert low < METRICS["mae"](answers) < high
 
 
-def test_an_answer_that_is_no_number_is_as_far_off_as_any_gold() -> None:
-    found = score(TASK, ["0", "alike", "4"], ["0", "1", "4"], majority=None, resamples=20)
-    assert found.others["mae"] == pytest.approx(3 / 3)  # taken for 4 where 1 was right
+def test_answer_that_is_not_a_number_is_the_farthest_gold() -> None:
+    result = score(TASK, ["0", "alike", "4"], ["0", "1", "4"], majority=None, resamples=20)
+    assert result.others["mae"] == pytest.approx(3 / 3)  # taken for 4 where 1 was right
     assert score(TASK, ["0", None, "inf"], ["0", "1", "4"], majority=None, resamples=20).others["mae"] == pytest.approx(
         7 / 3
     )
 
 
-def test_a_metric_that_falls_selects_nothing() -> None:
+def test_metric_where_lower_is_better_cannot_be_first() -> None:
     with pytest.raises(ValueError, match="put another one in front of it, pearson or spearman"):
         Task(name="n", template="{a}", target="y", metrics=("mae", "pearson"))
     with pytest.raises(ValueError, match="scores numbers, but task 'n' answers with labels"):
         Task(name="n", template="{a}", label="y", label_words={"0": "a", "1": "b"}, metrics=("accuracy", "mae"))
 
 
-def test_numbers_of_a_file_are_a_task(tmp_path: Path) -> None:
+def test_numbers_in_a_file_make_a_task(tmp_path: Path) -> None:
     task = loaded(tmp_path, [f"{i % 5}.5" for i in range(40)])
     assert len(splits(task).train) == 28
     assert math.isfinite(float(splits(task).majority))
 
 
 @pytest.mark.parametrize("cell", ["n/a", "4 stars", "nan", "inf"])
-def test_a_gold_that_is_no_number_is_refused_before_training(tmp_path: Path, cell: str) -> None:
+def test_gold_that_is_not_a_number_is_refused(tmp_path: Path, cell: str) -> None:
     task = loaded(tmp_path, ["1", "2", cell, *["3"] * 30])
     with pytest.raises(ValueError, match=rf"row 3 of .*rows\.csv has '{cell}' in column 'stars', and pearson, mae"):
         splits(task)

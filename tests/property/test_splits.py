@@ -35,74 +35,74 @@ def table(n: int, groups: int = 0) -> Dataset:
 def source(monkeypatch: pytest.MonkeyPatch):
     """Puts splits in the place of a source: `source(train=..., dev=...)` gives the name to read them by."""
 
-    def put(**found: Dataset) -> str:
-        monkeypatch.setitem(READERS, "here", lambda task, folder: found)
+    def put(**result: Dataset) -> str:
+        monkeypatch.setitem(READERS, "here", lambda task, folder: result)
         return "here"
 
     return put
 
 
-def texts(whole: Splits) -> list[set[str]]:
-    return [set(part["text"]) for part in (whole.train, whole.dev, whole.test)]
+def texts(full: Splits) -> list[set[str]]:
+    return [set(part["text"]) for part in (full.train, full.dev, full.test)]
 
 
 @settings(deadline=None, max_examples=25)
 @given(n=st.integers(30, 120), seed=st.integers(0, 99))
-def test_rows_are_cut_class_by_class_without_loss(n: int, seed: int) -> None:
+def test_rows_are_split_by_class_without_loss(n: int, seed: int) -> None:
     READERS["cut-test"] = lambda task, folder: {"rows": table(n)}
     try:
         task = dataclasses.replace(REVIEW, source="cut-test")
-        whole = splits(task, seed=seed)
+        full = splits(task, seed=seed)
         again = splits(task, seed=seed)
     finally:
         del READERS["cut-test"]
-    parts = texts(whole)
+    parts = texts(full)
     assert sum(map(len, parts)) == n
     assert len(set.union(*parts)) == n
-    for part, share in ((whole.dev, 0.1), (whole.test, 0.2)):
+    for part, share in ((full.dev, 0.1), (full.test, 0.2)):
         for label in ("0", "1"):
-            wanted = share * table(n)["verdict"].count(label)
-            assert abs(part["verdict"].count(label) - wanted) <= 1
+            expected = share * table(n)["verdict"].count(label)
+            assert abs(part["verdict"].count(label) - expected) <= 1
     assert texts(again) == parts
-    assert again.fingerprint == whole.fingerprint
-    assert whole.majority == 0
+    assert again.fingerprint == full.fingerprint
+    assert full.majority == 0
 
 
-def test_a_group_is_in_one_split(source) -> None:
+def test_group_is_in_one_split(source) -> None:
     task = dataclasses.replace(REVIEW, source=source(rows=table(300, groups=40)), group="film")
-    whole = splits(task)
-    films = [set(part["film"]) for part in (whole.train, whole.dev, whole.test)]
+    full = splits(task)
+    films = [set(part["film"]) for part in (full.train, full.dev, full.test)]
     assert sum(map(len, films)) == len(set.union(*films)) == 40
-    assert 50 <= len(whole.test) <= 80
-    assert 25 <= len(whole.dev) <= 45
+    assert 50 <= len(full.test) <= 80
+    assert 25 <= len(full.dev) <= 45
 
 
-def test_a_task_may_fix_its_splits(source) -> None:
+def test_split_seed_fixes_the_splits(source) -> None:
     free = dataclasses.replace(REVIEW, source=source(rows=table(100)))
     fixed = dataclasses.replace(free, split_seed=3)
     assert splits(free, seed=1).fingerprint != splits(free, seed=2).fingerprint
     assert splits(fixed, seed=1).fingerprint == splits(fixed, seed=2).fingerprint == splits(free, seed=3).fingerprint
 
 
-def test_an_official_validation_split_is_halved(source) -> None:
+def test_official_validation_split_is_halved(source) -> None:
     rows = table(200)
     task = dataclasses.replace(
         REVIEW, source=source(train=rows.select(range(100)), validation=rows.select(range(100, 200)))
     )
-    whole = splits(task)
-    assert set(whole.train["text"]) == set(rows["text"][:100])
-    assert set(whole.dev["text"]) | set(whole.test["text"]) == set(rows["text"][100:])
-    assert abs(len(whole.dev) - len(whole.test)) <= 2
+    full = splits(task)
+    assert set(full.train["text"]) == set(rows["text"][:100])
+    assert set(full.dev["text"]) | set(full.test["text"]) == set(rows["text"][100:])
+    assert abs(len(full.dev) - len(full.test)) <= 2
 
 
-def test_the_splits_that_there_are_stay_as_they_are(source) -> None:
+def test_existing_splits_are_unchanged(source) -> None:
     rows = table(60)
     given = {"train": rows.select(range(20)), "dev": rows.select(range(20, 30)), "test": rows.select(range(30, 60))}
-    whole = splits(dataclasses.replace(REVIEW, source=source(**given)))
-    assert texts(whole) == [set(part["text"]) for part in given.values()]
+    full = splits(dataclasses.replace(REVIEW, source=source(**given)))
+    assert texts(full) == [set(part["text"]) for part in given.values()]
 
 
-def test_a_fingerprint_follows_the_rows_that_are_read(source) -> None:
+def test_fingerprint_follows_the_columns_that_are_read(source) -> None:
     rows = table(60)
     task = dataclasses.replace(REVIEW, source=source(rows=rows))
     first = splits(task).fingerprint
@@ -116,29 +116,29 @@ def test_a_fingerprint_follows_the_rows_that_are_read(source) -> None:
 @pytest.mark.parametrize("group", ["", "film"])
 def test_shots_are_few_and_disjoint(source, balanced: bool, group: str) -> None:
     task = dataclasses.replace(REVIEW, source=source(rows=table(300, groups=100)), group=group)
-    whole = splits(task)
-    few = shots(task, whole, 8, seed=1, balanced=balanced)
+    full = splits(task)
+    few = shots(task, full, 8, seed=1, balanced=balanced)
     train, dev, test = texts(few)
     assert len(train) == len(dev) == (16 if balanced else 8)
     assert not train & dev
-    assert test == texts(whole)[2]
-    assert train | dev <= texts(whole)[0]
+    assert test == texts(full)[2]
+    assert train | dev <= texts(full)[0]
     if balanced:
         assert Counter(few.train["verdict"]) == Counter(few.dev["verdict"]) == {"0": 8, "1": 8}
     if group:
         assert not set(few.train["film"]) & set(few.dev["film"])
-    assert texts(shots(task, whole, 8, seed=2, balanced=balanced))[0] != train
+    assert texts(shots(task, full, 8, seed=2, balanced=balanced))[0] != train
 
 
-def test_a_balanced_draw_does_not_hide_the_commonest_answer(source) -> None:
+def test_balanced_shots_keep_the_majority_answer(source) -> None:
     """Of 8 and 8 neither is, and the first of the two would be a majority that nobody has to beat."""
     task = dataclasses.replace(REVIEW, label_words={"1": "positive", "0": "negative"}, source=source(rows=table(300)))
-    whole = splits(task)
-    assert list(task.label_words)[whole.majority] == "0"
-    assert shots(task, whole, 8, seed=1).majority == whole.majority
+    full = splits(task)
+    assert list(task.label_words)[full.majority] == "0"
+    assert shots(task, full, 8, seed=1).majority == full.majority
 
 
-def test_under_an_f1_the_majority_is_the_constant_answer_that_scores(source) -> None:
+def test_majority_under_f1_is_the_positive_class(source) -> None:
     """Never saying the class that counts scores nothing, however rare it is."""
     rows = source(rows=table(300))
     assert splits(dataclasses.replace(REVIEW, source=rows)).majority == 0
@@ -163,27 +163,27 @@ def asset(name: str) -> None:
 @pytest.mark.asset
 def test_no_film_is_in_two_splits() -> None:
     asset("rotten-tomatoes")
-    whole = splits(TASKS["sentiment"], seed=1)
-    films = [set(part["movie_name"]) for part in (whole.train, whole.dev, whole.test)]
-    assert [len(whole.train), len(whole.dev), len(whole.test)] == [8960, 1282, 2566]
+    full = splits(TASKS["sentiment"], seed=1)
+    films = [set(part["movie_name"]) for part in (full.train, full.dev, full.test)]
+    assert [len(full.train), len(full.dev), len(full.test)] == [8960, 1282, 2566]
     assert sum(map(len, films)) == len(set.union(*films)) == 508
-    assert set(whole.train["category"]) == {"fresh", "rotten"}
-    assert whole.fingerprint == splits(TASKS["sentiment"], seed=2).fingerprint
+    assert set(full.train["category"]) == {"fresh", "rotten"}
+    assert full.fingerprint == splits(TASKS["sentiment"], seed=2).fingerprint
 
 
 @pytest.mark.asset
 def test_boolq_has_the_official_splits() -> None:
     asset("boolq")
-    whole = splits(TASKS["boolq"])
-    assert [len(whole.train), len(whole.dev), len(whole.test)] == [9427, 1635, 1635]
-    assert not set(whole.dev["passage"]) & set(whole.test["passage"])
+    full = splits(TASKS["boolq"])
+    assert [len(full.train), len(full.dev), len(full.test)] == [9427, 1635, 1635]
+    assert not set(full.dev["passage"]) & set(full.test["passage"])
     # SuperGLUE's own files say: 5,874 of the training rows and 2,033 of the validation rows are answered with yes.
-    assert sum(whole.train["label"]) == 5874
-    assert sum(whole.dev["label"]) + sum(whole.test["label"]) == 2033
-    assert sorted(whole.train["idx"]) == list(range(9427))
-    assert sorted([*whole.dev["idx"], *whole.test["idx"]]) == list(range(3270))
+    assert sum(full.train["label"]) == 5874
+    assert sum(full.dev["label"]) + sum(full.test["label"]) == 2033
+    assert sorted(full.train["idx"]) == list(range(9427))
+    assert sorted([*full.dev["idx"], *full.test["idx"]]) == list(range(3270))
     # sha256 of the sorted questions of SuperGLUE's own BoolQ/val.jsonl
-    questions = "\n".join(sorted([*whole.dev["question"], *whole.test["question"]]))
+    questions = "\n".join(sorted([*full.dev["question"], *full.test["question"]]))
     assert hashlib.sha256(questions.encode()).hexdigest() == (
         "a3f4cc6156c67f8249f75138c848ed0663e8750f83f46427d134d279dfc8bd6e"
     )

@@ -24,31 +24,31 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 def byte_level(special: bool = True) -> PreTrainedTokenizerFast:
     """GPT-like, with <s> in front and </s> behind where `special`."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    built = Tokenizer(models.BPE())
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=["<pad>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(SENTENCES, trainer)
+    built.train_from_iterator(SENTENCES, trainer)
     if special:
-        made.post_processor = processors.TemplateProcessing(
+        built.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=10**6
+        tokenizer_object=built, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=10**6
     )
 
 
 def prefixing() -> PreTrainedTokenizerFast:
     """Llama-2-like: a space of its own in front of every text."""
     pieces = ["<unk>", "</s>", "▁", ":", "▁:", "▁yes", "▁no", *"yesno"]
-    made = Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(dict.fromkeys(pieces))], unk_id=0))
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>")
+    built = Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(dict.fromkeys(pieces))], unk_id=0))
+    built.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=built, unk_token="<unk>", eos_token="</s>")
 
 
 TOKENIZER = byte_level()
@@ -58,7 +58,7 @@ TOKENIZER = byte_level()
 
 
 @given(parts=st.lists(st.tuples(st.booleans(), st.text(min_size=1)), min_size=1, max_size=6))
-def test_a_template_is_read_as_it_was_written(parts: list[tuple[bool, str]]) -> None:
+def test_parse_inverts_a_written_template(parts: list[tuple[bool, str]]) -> None:
     parts = [(is_field, "".join(c for c in text if c not in "{}") if is_field else text) for is_field, text in parts]
     parts = [(is_field, text) for is_field, text in parts if text.strip() or not is_field]
     written = "".join(
@@ -74,13 +74,13 @@ def test_a_template_is_read_as_it_was_written(parts: list[tuple[bool, str]]) -> 
 
 
 @given(text=TEXT, title=TEXT)
-def test_render_puts_cells_in_as_they_are(text: str, title: str) -> None:
+def test_render_inserts_cells_unchanged(text: str, title: str) -> None:
     """Braces in a cell are text, never fields."""
     assert REVIEW.render({"text": text, "title": title}) == "Review: " + text + "\nTitle: " + title + "\nSentiment:"
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "message"),
     [
         ("{}", "nothing in it"),
         ("{text", "single '{'"),
@@ -88,10 +88,10 @@ def test_render_puts_cells_in_as_they_are(text: str, title: str) -> None:
         ("no field", "names no column"),
     ],
 )
-def test_a_template_that_is_more_than_columns_is_refused(template: str, said: str) -> None:
+def test_invalid_template_is_refused(template: str, message: str) -> None:
     with pytest.raises(ValueError, match="template") as caught:
         dataclasses.replace(REVIEW, template=template)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_render_names_the_missing_column_and_the_row() -> None:
@@ -100,7 +100,7 @@ def test_render_names_the_missing_column_and_the_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"label_words": {"0": "no", "1": "No"}}, "same word"),
         ({"label_words": {"0": "no"}}, "two or more"),
@@ -116,13 +116,13 @@ def test_render_names_the_missing_column_and_the_row() -> None:
         ({"name": " "}, "name"),
     ],
 )
-def test_a_task_that_cannot_work_is_refused(changes: dict[str, object], said: str) -> None:
+def test_invalid_task_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match="task") as caught:
         dataclasses.replace(REVIEW, **changes)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_answers_are_words_as_the_model_would_write_them() -> None:
+def test_answers_have_the_space_that_the_model_writes() -> None:
     assert REVIEW.answers == (" negative", " positive")
     assert dataclasses.replace(REVIEW, template="{text}\n").answers == ("negative", "positive")
     assert REVIEW.answer({"verdict": 1}) == 1
@@ -132,7 +132,7 @@ def test_answers_are_words_as_the_model_would_write_them() -> None:
     assert boolean.answer({"verdict": True}) == 1
 
 
-def test_a_generation_accepts_several_answers() -> None:
+def test_generation_accepts_several_answers() -> None:
     task = Task(name="t", template="{text}", target="names", metrics=("token_f1",))
     assert task.golds({"names": ["Ann", "Anna"]}) == ("Ann", "Anna")
     assert task.answer({"names": ["Ann", "Anna"]}) == "Ann"
@@ -141,7 +141,7 @@ def test_a_generation_accepts_several_answers() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
-def test_a_task_survives_json(name: str) -> None:
+def test_task_survives_json(name: str) -> None:
     task = TASKS[name]
     assert Task.from_json(json.loads(json.dumps(task.to_json()))) == task
     with pytest.raises(ValueError, match="did you mean 'template'"):
@@ -150,7 +150,7 @@ def test_a_task_survives_json(name: str) -> None:
         Task.from_json({"template": "{x}"})
 
 
-def test_another_wording_has_its_own_words() -> None:
+def test_template_replaces_text_and_label_words() -> None:
     other = Template(text="{text}?", label_words={"0": "bad", "1": "good"})
     task = dataclasses.replace(REVIEW, templates={"short": other})
     assert task.using("short").answers == (" bad", " good")
@@ -164,13 +164,13 @@ def test_another_wording_has_its_own_words() -> None:
 
 @settings(deadline=None)
 @given(rows=st.lists(st.tuples(TEXT, TEXT, st.integers(0, 1)), max_size=5), limit=st.integers(42, 90))
-def test_an_example_fits_and_keeps_the_cue(rows: list[tuple[str, str, int]], limit: int) -> None:
-    made = [{"text": text, "title": title, "verdict": verdict} for text, title, verdict in rows]
-    examples, shortened = encode(REVIEW, TOKENIZER, made, limit)
-    whole = [TOKENIZER(REVIEW.render(row))["input_ids"][:-1] for row in made]
+def test_encoded_example_fits_and_keeps_the_cue(rows: list[tuple[str, str, int]], limit: int) -> None:
+    built = [{"text": text, "title": title, "verdict": verdict} for text, title, verdict in rows]
+    examples, shortened = encode(REVIEW, TOKENIZER, built, limit)
+    full = [TOKENIZER(REVIEW.render(row))["input_ids"][:-1] for row in built]
     assert [example.row for example in examples] == list(range(len(rows)))
-    assert shortened == sum(len(ids) > limit for ids in whole)
-    for example, ids, row in zip(examples, whole, made, strict=True):
+    assert shortened == sum(len(ids) > limit for ids in full)
+    for example, ids, row in zip(examples, full, built, strict=True):
         assert len(example.input_ids) <= limit
         assert example.input_ids[0] == TOKENIZER.bos_token_id
         assert TOKENIZER.eos_token_id not in example.input_ids[1:]
@@ -184,7 +184,7 @@ def test_an_example_fits_and_keeps_the_cue(rows: list[tuple[str, str, int]], lim
             assert list(example.input_ids) == ids
 
 
-def test_the_longest_field_is_shortened_and_the_other_stays_whole() -> None:
+def test_only_the_longest_field_is_truncated() -> None:
     row = {"text": "word " * 400, "title": "The Cooks"}
     (example,), shortened = encode(REVIEW, TOKENIZER, [row], 100, answers=False)
     text = TOKENIZER.decode(example.input_ids[1:])
@@ -195,14 +195,14 @@ def test_the_longest_field_is_shortened_and_the_other_stays_whole() -> None:
     assert (example.answer_ids, example.label) == ((), None)
 
 
-def test_two_long_fields_share_the_loss() -> None:
+def test_two_long_fields_are_truncated_equally() -> None:
     (example,), _ = encode(REVIEW, TOKENIZER, [{"text": "x y " * 500, "title": "z w " * 500}], 100, answers=False)
     text = TOKENIZER.decode(example.input_ids[1:])
     assert abs(text.count("x") - text.count("z")) <= 4
     assert text.count("x") > 10
 
 
-def test_a_template_that_does_not_fit_is_refused() -> None:
+def test_template_beyond_the_limit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"template of task 'review' alone has \d+ tokens, but the limit is 5"):
         encode(REVIEW, TOKENIZER, [{"text": "a", "title": "b"}], 5, answers=False)
 
@@ -215,14 +215,14 @@ def test_closing_keeps_the_appended_special_token() -> None:
         assert len(closed.input_ids) <= limit
 
 
-def test_a_special_token_of_the_template_itself_stays() -> None:
+def test_special_token_of_the_template_stays() -> None:
     task = dataclasses.replace(REVIEW, template="{text} is</s>")
     (example,), _ = encode(task, TOKENIZER, [{"text": "a"}], 50, answers=False)
     assert example.input_ids[-1] == TOKENIZER.eos_token_id
     assert TOKENIZER("x</s>")["input_ids"][-2:] == [2, 2]
 
 
-def test_a_generated_answer_ends() -> None:
+def test_generated_answer_ends_with_eos() -> None:
     task = Task(name="t", template="{text}\n", target="names", metrics=("token_f1",))
     (example,), _ = encode(task, TOKENIZER, [{"text": "a", "names": "fine film"}], 50)
     assert example.answer_ids[-1] == TOKENIZER.eos_token_id
@@ -233,7 +233,7 @@ def test_a_generated_answer_ends() -> None:
         encode(task, endless, [{"text": "a", "names": "b"}], 50)
 
 
-def test_an_answer_has_the_tokens_that_it_has_behind_text() -> None:
+def test_answer_has_its_tokens_after_text() -> None:
     """A tokenizer that puts a space in front of its own would give ' yes' two of them."""
     tokenizer = prefixing()
     assert (
@@ -244,7 +244,7 @@ def test_an_answer_has_the_tokens_that_it_has_behind_text() -> None:
     assert [tokenizer.convert_ids_to_tokens(list(ids)) for ids in answer_ids(task, tokenizer)] == [["▁no"], ["▁yes"]]
 
 
-def test_words_that_cannot_be_told_apart_are_refused() -> None:
+def test_ambiguous_label_words_are_refused() -> None:
     blind = Tokenizer(models.WordLevel({"<unk>": 0, "yes": 1, ":": 2}, unk_token="<unk>"))
     blind.pre_tokenizer = pre_tokenizers.Whitespace()
     blind.normalizer = normalizers.Replace("!", "")

@@ -272,7 +272,7 @@ def _load_backbone(experiment: Experiment, dtype: Dtype) -> Backbone:
 
 def with_sample_images(backbone: Backbone, experiment: Experiment, task: Task, rows: Splits) -> Backbone:
     """For an image task, `backbone` with training images from which to sample initial prompt vectors."""
-    refuse_other_input(task, backbone.tokenizer)
+    check_input_kind(task, backbone.tokenizer)
     if not task.image:
         return backbone
     size = experiment.training.image_size or backbone.tokenizer.size

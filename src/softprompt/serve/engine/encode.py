@@ -17,8 +17,9 @@ from softprompt.models.base import refuse_unknown as refuse_unknown_tokens
 from softprompt.models.verify import sliding_window
 from softprompt.serve.engine.request import ClassifyParams, EngineRequest
 from softprompt.serve.prompts.entry import PromptEntry, display_name, needs_head
-from softprompt.tasks import Task, answer_ids, template_prefix
+from softprompt.tasks import Task, answer_ids
 from softprompt.tasks import encode as encode_rows
+from softprompt.tasks import template_prefix as task_template_prefix
 
 _tokenizer_lock = threading.Lock()
 """A fast tokenizer keeps settings between calls and is not thread-safe."""
@@ -121,7 +122,7 @@ def template_prefix(backbone: Backbone, entry: PromptEntry) -> tuple[int, ...]:
     if entry.task is None or sliding_window(backbone) is not None:  # in a window, they would take other tokens' room
         return ()
     with _tokenizer_lock:
-        ids = template_prefix(entry.task, backbone.tokenizer)
+        ids = task_template_prefix(entry.task, backbone.tokenizer)
     return ids if _MIN_TEMPLATE_PREFIX <= len(ids) < (entry.max_input_tokens or 0) else ()
 
 
