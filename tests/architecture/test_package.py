@@ -55,11 +55,11 @@ def type_checking_imports() -> dict[str, str]:
     return found
 
 
-def test_what_checkers_see_is_what_runs() -> None:
+def test_type_checking_imports_equal_lazy_imports() -> None:
     assert type_checking_imports() == softprompt._LOCATIONS
     assert set(softprompt._LOCATIONS) == set(softprompt.__all__)
-    for name, place in softprompt._LOCATIONS.items():
-        module, attribute = place.split(":")
+    for name, location in softprompt._LOCATIONS.items():
+        module, attribute = location.split(":")
         assert getattr(softprompt, name) is getattr(importlib.import_module(module), attribute)
 
 

@@ -84,7 +84,7 @@ def test_other_task_scores_every_row_of_a_file(run: Run, tables: Path, tmp_path:
 
 def test_split_of_a_file_is_rejected(run: Run, tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(run.folder), "--data", str(tables / "new.csv"), "--split", "test"]) == 1
-    assert f"split is 'test', and {tables / 'new.csv'} is scored whole" in capsys.readouterr().err
+    assert f"split is 'test', but {tables / 'new.csv'} has no splits and is scored whole" in capsys.readouterr().err
 
 
 def test_folder_or_missing_file_is_rejected(run: Run, tables: Path) -> None:

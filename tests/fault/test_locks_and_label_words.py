@@ -35,7 +35,7 @@ class WordTokenizer:
 def test_label_word_that_begins_another_is_refused() -> None:
     overlapping = {"a": "spam", "b": "spam offer"}
     task = Task(name="mail", template="{text}\nKind:", label="kind", label_words=overlapping)
-    with pytest.raises(ValueError, match="beginning of the other"):
+    with pytest.raises(ValueError, match="is a prefix of the other"):
         answer_ids(task, WordTokenizer())
     valid = Task(name="mail", template="{text}\nKind:", label="kind", label_words={"a": "ham", "b": "spam offer"})
     assert answer_ids(valid, WordTokenizer()) == ((3,), (1, 2))

@@ -71,7 +71,7 @@ def test_diagnostic_cannot_be_trained(superglue: Path, monkeypatch: pytest.Monke
         ValueError, match=r"task 'axb' has no training rows for .* to replace; give the official folder"
     ):
         splits(TASKS["axb"], str(superglue / "AX-b" / "AX-b.jsonl"))
-    with pytest.raises(ValueError, match="is a folder, and the rows of task 'sentiment' are not read from one"):
+    with pytest.raises(ValueError, match="is a folder, but task 'sentiment' reads its rows from files"):
         splits(TASKS["sentiment"], str(superglue))
     with pytest.raises(FileNotFoundError, match="there is no nowhere; give a file of training rows, or"):
         splits(TASKS["axb"], "nowhere")

@@ -36,7 +36,7 @@ def test_answer_that_is_not_a_number_is_the_farthest_gold() -> None:
 
 
 def test_metric_where_lower_is_better_cannot_be_first() -> None:
-    with pytest.raises(ValueError, match="put another one in front of it, pearson or spearman"):
+    with pytest.raises(ValueError, match="list pearson or spearman before it"):
         Task(name="n", template="{a}", target="y", metrics=("mae", "pearson"))
     with pytest.raises(ValueError, match="scores numbers, but task 'n' answers with labels"):
         Task(name="n", template="{a}", label="y", label_words={"0": "a", "1": "b"}, metrics=("accuracy", "mae"))
