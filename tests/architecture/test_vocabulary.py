@@ -45,7 +45,13 @@ evaluate_every accumulate warmup decay clip
 KEYS = frozenset(_KEYS.split())
 """Keys of JSON records that were renamed."""
 
-ALLOWED: dict[tuple[str, str], str] = {}
+ALLOWED: dict[tuple[str, str], str] = {
+    ("backbones/kernels/llama.py", "gate"): "transformers' gate_proj of the MLP, not a service's middleware",
+    ("backbones/loading.py", "shards"): "the files of a sharded checkpoint, not FSDP",
+    ("sweep/space.py", "low"): "the bound of a range, as in Optuna's suggest_float, not a confidence interval",
+    ("sweep/space.py", "high"): "the bound of a range, as in Optuna's suggest_float, not a confidence interval",
+    ("sweep/space.py", "warmup"): "a search's first trials, not the learning rate's",
+}
 """Exceptions as `(file, name)`, each with the reason."""
 
 

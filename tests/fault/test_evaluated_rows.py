@@ -88,7 +88,7 @@ def test_split_of_a_file_is_rejected(run: Run, tables: Path, capsys: pytest.Capt
 
 
 def test_folder_or_missing_file_is_rejected(run: Run, tables: Path) -> None:
-    with pytest.raises(ValueError, match="is a folder, and task 'task' has its rows in files"):
+    with pytest.raises(ValueError, match="is a folder, but task 'task' reads its rows from files"):
         evaluate(run, data=str(tables))
     with pytest.raises(FileNotFoundError, match="give a file of rows to score"):
         evaluate(run, data=str(tables / "none.csv"))
@@ -156,7 +156,7 @@ def test_folder_with_splits_keeps_them(tmp_path: Path) -> None:
         assert splits is not None
         assert len(splits.test) == count
     shutil.rmtree(tmp_path / "cut" / "test")
-    with pytest.raises(ValueError, match="has no test rows, it has train, dev"):
+    with pytest.raises(ValueError, match="has no test rows, only train, dev"):
         load_test_split(task, str(tmp_path / "cut"))
 
 

@@ -109,7 +109,7 @@ def test_fingerprint_follows_content_not_path(photos: Path, tmp_path: Path) -> N
 
 def test_invalid_image_folder_is_refused(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="none has no folders; give one folder a class"):
+    with pytest.raises(ValueError, match="none has no folders; give each class a folder"):
         load_task(str(tmp_path / "none"))
     (tmp_path / "none" / "cat").mkdir()
     with pytest.raises(ValueError, match=r"has 1 classes \(cat\); there must be two or more"):

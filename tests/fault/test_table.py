@@ -209,7 +209,7 @@ def test_unknown_task_name_is_refused(folder: Folder) -> None:
         ("text,queue\na,B\n\nc,D\n", "row 2 of {} is empty"),
         ("text,queue\na,B\n,\n", "row 2 of {} is empty"),
         ("text,queue\na,B\nc,\n", "row 2 of {} has no label in column 'queue'"),
-        ("text,queue\na,B\n ,D\n", "row 2 of {} has nothing in any column of the template"),
+        ("text,queue\na,B\n ,D\n", "row 2 of {} has no text in any column of the template"),
         ("text,queue\na,B\nc\n", "row 2 of {} has 1 cells, but there are 2 columns"),
         ("text,queue\na,b,B\n", "row 1 of {} has 3 cells"),
         ("text,text\na,B\n", "column 2 ('text') of {} has the name of an earlier one"),
@@ -270,7 +270,7 @@ def test_one_class_in_training_is_refused(folder: Folder) -> None:
 
 def test_too_few_rows_to_split_are_refused(folder: Folder) -> None:
     folder.train(as_csv(rows(4)))
-    assert "4 rows of task 'support' are too few to cut dev, test, train from" in folder.error()
+    assert "4 rows of task 'support' are too few to split into dev, test, train" in folder.error()
     folder.train(as_csv([{**row, "customer": "c"} for row in rows()]))
     assert "1 groups of task 'support' are too few" in folder.error(TASK + 'group = "customer"')
 
