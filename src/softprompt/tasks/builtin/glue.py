@@ -1,6 +1,7 @@
 """GLUE's tasks but WNLI, each in three wordings.
 
-`natural` is ours, `dpt` and `residual` are the papers', as in superglue.py. MNLI is scored on its matched rows.
+`natural` is ours, `dpt` and `residual` are the papers', as in superglue.py; SST-2 has lm-evaluation-harness's
+too. MNLI is scored on its matched rows.
 
 Reference: Wang et al. 2019, "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding".
 """
@@ -94,14 +95,20 @@ SST2 = register_official(
     "sst2",
     _official("SST-2", "sst2", _same("sentence")),
     "Is a phrase of a film review for or against the film?",
-    _wordings(
-        "Review: {sentence}\nSentiment:",
-        "sentence: {sentence}",
-        BINARY,
-        ours=("negative", "positive"),
-        theirs=("negative", "positive"),
-        residual="{sentence}",
-    ),
+    {
+        **_wordings(
+            "Review: {sentence}\nSentiment:",
+            "sentence: {sentence}",
+            BINARY,
+            ours=("negative", "positive"),
+            theirs=("negative", "positive"),
+            residual="{sentence}",
+        ),
+        "lm-eval": Template(
+            text="{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:",
+            label_words={"0": "negative", "1": "positive"},
+        ),
+    },
     label="label",
     max_input_tokens=128,
 )

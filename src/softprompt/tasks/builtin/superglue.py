@@ -1,8 +1,9 @@
-"""SuperGLUE's tasks but BoolQ, and its two diagnostics; each in three wordings.
+"""SuperGLUE's tasks but BoolQ, and its two diagnostics; each in three wordings or four.
 
 `natural` is ours. `dpt` and `residual` are what the code of the two papers shows the model: digits and label names for
 answers, fields in the published order. What that code loses is lost under those names alone: COPA's question in
-`copa:dpt`, and the negative rows of WSC in the task `wsc-positives`.
+`copa:dpt`, and the negative rows of WSC in the task `wsc-positives`. `lm-eval` is lm-evaluation-harness's; its COPA
+scores the choices themselves, which differ from row to row, and so is not among them.
 
 Reference: Wang et al. 2019, "SuperGLUE: A Stickier Benchmark for General-Purpose Language Understanding Systems".
 """
@@ -60,6 +61,10 @@ CB = register_official(
         "residual": Template(
             text="premise: {premise} hypothesis: {hypothesis}",
             label_words={"entailment": "entailment", "contradiction": "contradiction", "neutral": "neutral"},
+        ),
+        "lm-eval": Template(
+            text="{premise}\nQuestion: {hypothesis}. True, False, or Neither?\nAnswer:",
+            label_words={"entailment": "True", "contradiction": "False", "neutral": "Neither"},
         ),
     },
     label="label",
@@ -150,6 +155,10 @@ _ENTAILMENT_TEMPLATES: Mapping[str, Template] = {
     "residual": Template(
         text="premise: {premise} hypothesis: {hypothesis}",
         label_words={"entailment": "entailment", "not_entailment": "not_entailment"},
+    ),
+    "lm-eval": Template(
+        text="{premise}\nQuestion: {hypothesis} True or False?\nAnswer:",
+        label_words={"entailment": "True", "not_entailment": "False"},
     ),
 }
 """The diagnostics are asked as RTE is, so that a run of `rte` answers them."""
