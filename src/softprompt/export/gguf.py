@@ -74,7 +74,7 @@ class Gguf(Format):
         # transformers reads neither GPT-2's number of positions nor Llama 3's rotary factors from the file.
         config = copy.deepcopy(backbone.model.config)
         config.vocab_size, config.tie_word_embeddings = max(usage["suppressed_ids"]) + 1, False
-        model = loading.pretrained(
+        model = loading.load_model(
             transformers.AutoModelForCausalLM,
             str(folder),
             str(folder / "model.gguf"),
