@@ -97,14 +97,14 @@ def export_runs(
     for run, (name, token_name) in zip(runs, names.items(), strict=True):
         prompt = run.prompt(backbone)
         trained.append(Trained(name=name, token_name=token_name, run=run, prompt=prompt, folded=prompt.fold()))
-    for each in trained:
-        if layout := each.run.experiment.unusual_layout:
+    for item in trained:
+        if layout := item.run.experiment.unusual_layout:
             raise ValueError(
-                f"the prompt of run {each.run.folder} is {layout}, which other software does not do; use the run with "
+                f"the prompt of run {item.run.folder} is {layout}, which other software does not do; use the run with "
                 "softprompt predict, or train one with prompt_position=prefix and prompt_attention=full"
             )
-        if reason := form.refusal(each, backbone):
-            raise ValueError(f"run {each.run.folder} cannot be exported to {form.name}: {reason}")
+        if reason := form.refusal(item, backbone):
+            raise ValueError(f"run {item.run.folder} cannot be exported to {form.name}: {reason}")
     with files.atomic_write(folder) as draft:
         draft.mkdir()
         form.write(trained, backbone, draft)

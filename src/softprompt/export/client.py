@@ -192,10 +192,10 @@ class _Vllm(Client):
             return_tokens_as_token_ids=True,
         )
         choices = sorted(response["choices"], key=lambda choice: choice["index"])
-        found = [choice["logprobs"]["top_logprobs"][0] for choice in choices]
+        top = [choice["logprobs"]["top_logprobs"][0] for choice in choices]
         return [
             self._without_prompt_tokens({int(key.removeprefix("token_id:")): value for key, value in row.items()})
-            for row in found
+            for row in top
         ]
 
     def _write(self, name: str, row: Sequence[int], max_new_tokens: int) -> str:

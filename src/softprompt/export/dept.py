@@ -117,17 +117,17 @@ class Dept(Format):
 
     def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
         """The pair of files."""
-        [each] = trained
+        [item] = trained
         # Only DePT builds an OffsetPrompt, and `refusal` let no other prompt pass.
-        write_dept(cast(DePT, each.run.experiment.prompt), cast(OffsetPrompt, each.prompt), backbone.base, folder)
+        write_dept(cast(DePT, item.run.experiment.prompt), cast(OffsetPrompt, item.prompt), backbone.base, folder)
 
     @torch.no_grad()
     def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """The adapter, read back and folded, against the run's prompt and table."""
-        [each] = trained
+        [item] = trained
         folded, worst = read_dept(folder).prompt.fold(), dict(EXACT)
-        for expected, actual in zip(each.folded.buffers(), folded.buffers(), strict=True):
+        for expected, actual in zip(item.folded.buffers(), folded.buffers(), strict=True):
             # The scale is multiplied in before the product in one and after it in the other.
             compared = check_close(actual, expected.cpu(), 1e-5, "the DePT adapter")
             worst = max(worst, compared, key=lambda result: float(result["largest_difference"]))
-        return {"prompts": {each.name: len(each.folded.matrix)}, **worst}
+        return {"prompts": {item.name: len(item.folded.matrix)}, **worst}

@@ -59,13 +59,13 @@ def extend(trained: Sequence[Trained], backbone: Backbone) -> ExtendedCheckpoint
     Raises:
         ValueError: a token name is taken, or the tokenizer's ids have gaps.
     """
-    rows = torch.cat([each.folded.prompt().detach().float().to(backbone.device) for each in trained])
+    rows = torch.cat([item.folded.prompt().detach().float().to(backbone.device) for item in trained])
     old = len(backbone.model.get_input_embeddings().weight)
     first = max(old, len(backbone.tokenizer))
     tokenizer = _extend_tokenizer(backbone.tokenizer, trained, first)
     stand_in = _least_likely_token(trained, backbone)
     model, silenced = extend_model(backbone, rows, first - old, stand_in)
-    ids = {each.name: tokenizer.convert_tokens_to_ids(_tokens(each)) for each in trained}
+    ids = {item.name: tokenizer.convert_tokens_to_ids(_tokens(item)) for item in trained}
     as_text = _as_text(tokenizer, trained[0], ids[trained[0].name], backbone)
     usage = {
         "backbone": backbone.base,
@@ -75,12 +75,12 @@ def extend(trained: Sequence[Trained], backbone: Backbone) -> ExtendedCheckpoint
         "stand_in_id": None if silenced else stand_in,
         "as_text": as_text,
         "prompts": {
-            each.name: {
-                "ids": ids[each.name],
-                "text": None if as_text is None else "".join(_tokens(each)) + as_text["after_prompt"],
-                **task_entry(each, backbone),
+            item.name: {
+                "ids": ids[item.name],
+                "text": None if as_text is None else "".join(_tokens(item)) + as_text["after_prompt"],
+                **task_entry(item, backbone),
             }
-            for each in trained
+            for item in trained
         },
     }
     return ExtendedCheckpoint(model, tokenizer, usage)
@@ -166,7 +166,7 @@ def _extend_tokenizer(tokenizer: Any, trained: Sequence[Trained], first: int) ->
     """
     new = copy.deepcopy(tokenizer)
     fillers = [f"<no-token-{number}>" for number in range(len(tokenizer), first)]
-    tokens = [token for each in trained for token in _tokens(each)]
+    tokens = [token for item in trained for token in _tokens(item)]
     new.add_tokens([AddedToken(token, special=True, normalized=False) for token in fillers + tokens], True)
     if new.convert_tokens_to_ids(tokens) != list(range(first, first + len(tokens))):
         raise ValueError(

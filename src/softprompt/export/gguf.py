@@ -84,11 +84,11 @@ class Gguf(Format):
             quantization_config=transformers.GgufConfig(dequantize=True),
         )
         model = model.to(backbone.device).eval()
-        prompts = [usage["prompts"][each.name]["ids"] for each in trained]
-        for each, ids in zip(trained, prompts, strict=True):
+        prompts = [usage["prompts"][item.name]["ids"] for item in trained]
+        for item, ids in zip(trained, prompts, strict=True):
             vectors = model.get_input_embeddings().weight[torch.tensor(ids)]
-            expected = each.folded.prompt().detach().to(backbone.dtype).to(vectors)
-            check_close(vectors, expected, _ROUNDING[self.type], f"the embedding of {each.name}")
+            expected = item.folded.prompt().detach().to(backbone.dtype).to(vectors)
+            check_close(vectors, expected, _ROUNDING[self.type], f"the embedding of {item.name}")
         gap = size = 0.0
         for batch in probe(trained, backbone):
             rows = [
@@ -108,7 +108,7 @@ class Gguf(Format):
                 "dropped; give --gguf-type f16, or report the backbone"
             )
         return {
-            "prompts": {each.name: len(ids) for each, ids in zip(trained, prompts, strict=True)},
+            "prompts": {item.name: len(ids) for item, ids in zip(trained, prompts, strict=True)},
             "as_text": usage["as_text"] is not None,
             "type": self.type,
             "largest_difference": gap,

@@ -32,19 +32,19 @@ class LlamaCpp(Format):
     def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
         """The rows, and the header."""
         prompts = {}
-        for each in trained:
-            rows = each.folded.prompt().detach().float().cpu().numpy()
-            (folder / f"{each.name}.f32").write_bytes(rows.astype("<f4").tobytes())
-            prompts[each.name] = {"file": f"{each.name}.f32", "n_tokens": len(rows)}
+        for item in trained:
+            rows = item.folded.prompt().detach().float().cpu().numpy()
+            (folder / f"{item.name}.f32").write_bytes(rows.astype("<f4").tobytes())
+            prompts[item.name] = {"file": f"{item.name}.f32", "n_tokens": len(rows)}
         header = {**text_notes(backbone), "n_embd": backbone.dim, "type": "float32, little-endian, row by row"}
         files.write_text(folder / HEADER, json.dumps({**header, "prompts": prompts}, indent=1))
 
     def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """Every row by the header's sizes, equal bit for bit."""
         header = files.read_json(folder / HEADER)
-        for each in trained:
-            entry = header["prompts"][each.name]
+        for item in trained:
+            entry = header["prompts"][item.name]
             values = np.fromfile(folder / entry["file"], dtype="<f4").astype(np.float32)
             rows = torch.from_numpy(values.reshape(entry["n_tokens"], header["n_embd"]))
-            check_equal(rows, each.folded.prompt().detach().float(), f"{entry['file']}")
-        return {"prompts": {each.name: len(each.folded.matrix) for each in trained}, **EXACT}
+            check_equal(rows, item.folded.prompt().detach().float(), f"{entry['file']}")
+        return {"prompts": {item.name: len(item.folded.matrix) for item in trained}, **EXACT}

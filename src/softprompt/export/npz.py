@@ -32,21 +32,21 @@ class Npz(Format):
     def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
         """One archive."""
         arrays: dict[str, Any] = {}
-        for each in trained:
-            arrays |= {f"{each.name}.{key}": tensor.float().numpy() for key, tensor in _tensors(each).items()}
-            arrays[f"{each.name}.beyond"] = np.array(each.folded.beyond)
-            arrays[f"{each.name}.depth"] = np.array(each.folded.depth)
+        for item in trained:
+            arrays |= {f"{item.name}.{key}": tensor.float().numpy() for key, tensor in _tensors(item).items()}
+            arrays[f"{item.name}.beyond"] = np.array(item.folded.beyond)
+            arrays[f"{item.name}.depth"] = np.array(item.folded.depth)
         np.savez(folder / FILE, **arrays)
 
     def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """Every array, read without unpickling, equal bit for bit."""
         count = 0
         with np.load(folder / FILE, allow_pickle=False) as arrays:
-            for each in trained:
-                for key, tensor in _tensors(each).items():
-                    check_equal(torch.from_numpy(arrays[f"{each.name}.{key}"]), tensor.float(), f"{each.name}.{key}")
+            for item in trained:
+                for key, tensor in _tensors(item).items():
+                    check_equal(torch.from_numpy(arrays[f"{item.name}.{key}"]), tensor.float(), f"{item.name}.{key}")
                     count += 1
-        return {"prompts": {each.name: len(each.folded.matrix) for each in trained}, "arrays": count, **EXACT}
+        return {"prompts": {item.name: len(item.folded.matrix) for item in trained}, "arrays": count, **EXACT}
 
 
 def _tensors(trained: Trained) -> dict[str, torch.Tensor]:

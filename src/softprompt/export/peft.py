@@ -84,11 +84,11 @@ class Peft(Format):
 
     def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """The prompt, equal bit for bit, and its sizes in the config."""
-        [each] = trained
-        expected = each.folded.prompt().detach().float()
+        [item] = trained
+        expected = item.folded.prompt().detach().float()
         tensors = files.read_tensors(folder / "adapter_model.safetensors")
         check_equal(tensors["prompt_embeddings"], expected, "the PEFT prompt")
         config = files.read_json(folder / "adapter_config.json")
         if (config["num_virtual_tokens"], config["token_dim"]) != tuple(expected.shape):
             raise ValueError(f"the PEFT config does not have the prompt's shape {tuple(expected.shape)}")
-        return {"prompts": {each.name: len(expected)}, **EXACT}
+        return {"prompts": {item.name: len(expected)}, **EXACT}

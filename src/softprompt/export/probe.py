@@ -48,7 +48,7 @@ def text_ids(backbone: Backbone, texts: Sequence[str], closing: bool) -> list[tu
 def probe(trained: Sequence[Trained], backbone: Backbone) -> Iterator[Probe]:
     """Every text with every prompt, in batches; neighbouring rows have different prompts."""
     live = attach(backbone)
-    prepared = live.prepare([each.folded.to(backbone.device) for each in trained])
+    prepared = live.prepare([item.folded.to(backbone.device) for item in trained])
     texts = text_ids(backbone, TEXTS, PROMPTED_MODELS[backbone.architecture].appends_eos)
     rows = [(prompt, ids) for ids in texts for prompt in range(len(trained))]
     for start in range(0, len(rows), _BATCH):

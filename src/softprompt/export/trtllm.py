@@ -33,13 +33,13 @@ class TrtLlm(Format):
 
     def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
         """The table and its index."""
-        matrices = [_rows(each, backbone) for each in trained]
+        matrices = [_rows(item, backbone) for item in trained]
         table = torch.nn.utils.rnn.pad_sequence(matrices, batch_first=True)
         np.save(folder / TABLE, table.numpy(), allow_pickle=False)
         first = len(backbone.model.get_input_embeddings().weight)
         tasks = {
-            each.name: {"task": number, "tokens": len(rows), "ids": list(range(first, first + len(rows)))}
-            for number, (each, rows) in enumerate(zip(trained, matrices, strict=True))
+            item.name: {"task": number, "tokens": len(rows), "ids": list(range(first, first + len(rows)))}
+            for number, (item, rows) in enumerate(zip(trained, matrices, strict=True))
         }
         size = int(table.shape[0] * table.shape[1])
         notes = {**text_notes(backbone), "vocab_size": first, "max_prompt_embedding_table_size": size, "tasks": tasks}
@@ -50,12 +50,12 @@ class TrtLlm(Format):
         notes = files.read_json(folder / TASKS)
         table = torch.from_numpy(np.load(folder / TABLE, allow_pickle=False))
         flat = table.reshape(-1, table.shape[2])
-        for each in trained:
-            entry = notes["tasks"][each.name]
+        for item in trained:
+            entry = notes["tasks"][item.name]
             positions = torch.tensor(entry["ids"]) - notes["vocab_size"] + entry["task"] * table.shape[1]
-            check_equal(flat[positions], _rows(each, backbone), f"task {entry['task']} of {TABLE}")
+            check_equal(flat[positions], _rows(item, backbone), f"task {entry['task']} of {TABLE}")
         return {
-            "prompts": {each.name: len(each.folded.matrix) for each in trained},
+            "prompts": {item.name: len(item.folded.matrix) for item in trained},
             "table": list(table.shape),
             **EXACT,
         }

@@ -36,11 +36,11 @@ class Vllm(Format):
 
     def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
         """Prompts in float32, the table in the backbone's own dtype."""
-        prompts = {each.name: each.folded.prompt().detach().float() for each in trained}
+        prompts = {item.name: item.folded.prompt().detach().float() for item in trained}
         files.write_tensors(folder / "prompts.safetensors", prompts)
         table = backbone.model.get_input_embeddings().weight.detach()
         files.write_tensors(folder / "embedding.safetensors", {"embedding": table.clone()})
-        entries = {each.name: task_entry(each, backbone) for each in trained}
+        entries = {item.name: task_entry(item, backbone) for item in trained}
         usage = {"format": self.name, **text_notes(backbone), "prompts": entries}
         files.write_text(folder / "prompts.json", json.dumps(usage, indent=1))
         backbone.tokenizer.save_pretrained(folder / "tokenizer")
@@ -52,17 +52,17 @@ class Vllm(Format):
         exported, live = client.VllmEmbeds(folder), attach(backbone)
         embedding = backbone.model.get_input_embeddings()
         gap = size = 0.0
-        for each in trained:
+        for item in trained:
             for text, ids in zip(TEXTS, text_ids(backbone, TEXTS, closing=False), strict=True):
-                request = io.BytesIO(base64.b64decode(exported.encoded(each.name, text)))
+                request = io.BytesIO(base64.b64decode(exported.encoded(item.name, text)))
                 rows = torch.load(request, weights_only=True).to(backbone.device)
                 row = torch.tensor([ids], device=backbone.device)
-                prompt = each.folded.prompt().to(backbone.device, backbone.dtype)
+                prompt = item.folded.prompt().to(backbone.device, backbone.dtype)
                 expected = torch.cat([prompt, embedding(row)[0]])
-                check_equal(rows.cpu(), expected.detach(), f"the request of {each.name}")
+                check_equal(rows.cpu(), expected.detach(), f"the request of {item.name}")
                 logits = backbone.model(inputs_embeds=rows[None]).logits[0, -1].float()
-                live_logits = live(row, prompts=[each.folded]).logits[0, -1].float()
+                live_logits = live(row, prompts=[item.folded]).logits[0, -1].float()
                 gap = max(gap, float((logits - live_logits).abs().max()))
                 size = max(size, float(live_logits.abs().max()))
         compared = check_gap(gap, size, backbone, "the request's tensor", "logit")
-        return {"prompts": {each.name: len(each.folded.matrix) for each in trained}, **compared}
+        return {"prompts": {item.name: len(item.folded.matrix) for item in trained}, **compared}

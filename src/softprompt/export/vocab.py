@@ -62,14 +62,14 @@ class Vocab(Format):
         # By the model's own class, as the Auto classes would.
         model = type(backbone.model).from_pretrained(folder, dtype=backbone.dtype, trust_remote_code=False)
         model = model.to(backbone.device).eval()
-        prompt_ids = [usage["prompts"][each.name]["ids"] for each in trained]
+        prompt_ids = [usage["prompts"][item.name]["ids"] for item in trained]
         suppressed = torch.tensor(usage["suppressed_ids"])
         embedding = model.get_input_embeddings()
-        for each, ids in zip(trained, prompt_ids, strict=True):
-            expected = each.folded.prompt().detach().to(embedding.weight)
+        for item, ids in zip(trained, prompt_ids, strict=True):
+            expected = item.folded.prompt().detach().to(embedding.weight)
             rounding = 0.0 if embedding_scale(backbone) == 1.0 else torch.finfo(expected.dtype).eps * 4
             vectors = embedding(torch.tensor(ids).to(embedding.weight.device))
-            check_close(vectors, expected, rounding, f"the embedding of {each.name}")
+            check_close(vectors, expected, rounding, f"the embedding of {item.name}")
         gap = size = mass = 0.0
         for batch in probe(trained, backbone):
             logits, scores = _first_token(model, batch, prompt_ids, backbone)
@@ -85,7 +85,7 @@ class Vocab(Format):
         compared = check_gap(gap, size, backbone, "the checkpoint", "nat of log-probability")
         files.write_text(folder / USAGE, json.dumps({**usage, "unsuppressed_probability": mass}, indent=1))
         return {
-            "prompts": {each.name: len(ids) for each, ids in zip(trained, prompt_ids, strict=True)},
+            "prompts": {item.name: len(ids) for item, ids in zip(trained, prompt_ids, strict=True)},
             "as_text": usage["as_text"] is not None,
             **compared,
             "unsuppressed_probability": mass,
