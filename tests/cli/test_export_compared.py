@@ -7,7 +7,13 @@ import pytest
 
 from softprompt.cli import main
 
-UNITS = {"peft": "prompt value", "npz": "prompt value", "vllm": "logit", "vocab": "nat of log-probability"}
+UNITS = {
+    "peft": "prompt value",
+    "npz": "prompt value",
+    "vllm": "logit",
+    "vocab": "nat of log-probability",
+    "gguf": "nat of log-probability",
+}
 UNITS |= {"llamacpp": "prompt value", "trtllm": "prompt value"}
 
 

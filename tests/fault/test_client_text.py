@@ -7,11 +7,11 @@ import pytest
 from tokenizers import AddedToken
 
 from softprompt.backbones import Backbone
-from softprompt.export.vllm_client import Prompts
+from softprompt.export.client import Vllm
 
 
 def test_the_client_refuses_control_tokens(tiny_backbone: Callable[[str], Backbone]) -> None:
-    prompts = object.__new__(Prompts)
+    prompts = object.__new__(Vllm)
     prompts.tokenizer = tokenizer = copy.deepcopy(tiny_backbone("gpt2").tokenizer)
     tokenizer.add_tokens([AddedToken("<think>")])
     plain = prompts.ids("a fine film")

@@ -1,4 +1,4 @@
-"""Every export says what the live run says; what a format cannot say is refused, and nothing half-written stays."""
+"""Every export equals the live run; what a format cannot express is refused, and nothing half-written stays."""
 
 import base64
 import importlib.util
@@ -21,7 +21,9 @@ from softprompt.tasks import Task
 MakeRun = Callable[..., Run]
 
 
-def test_vllm(made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
+def test_vllm_client_tensor_equals_live_run(
+    made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path
+) -> None:
     """The client in the folder, run by itself, makes a tensor that plain transformers answers as the run does."""
     backbone = tiny_backbone("gpt2")
     trained = [made(backbone, "dpt"), made(backbone, "plain")]
@@ -32,19 +34,19 @@ def test_vllm(made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path:
     assert spec.loader is not None
     client = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(client)
-    prompts = client.Prompts(tmp_path / "out")
+    prompts = client.VllmEmbeds(tmp_path / "out")
     text = trained[0].task.render({"text": "a a b"})
-    sent = torch.load(io.BytesIO(base64.b64decode(prompts.encoded("plain", text))), weights_only=True)
+    tensor = torch.load(io.BytesIO(base64.b64decode(prompts.encoded("plain", text))), weights_only=True)
     live, ids = attach(backbone), torch.tensor([[0, *backbone.tokenizer(text, add_special_tokens=False)["input_ids"]]])
-    assert sent.shape == (5 + ids.shape[1], 32)
+    assert tensor.shape == (5 + ids.shape[1], 32)
     with torch.no_grad():
-        theirs = backbone.model(inputs_embeds=sent[None]).logits[0, 5:]
+        theirs = backbone.model(inputs_embeds=tensor[None]).logits[0, 5:]
         ours = live(ids, prompts=[trained[1].prompt(backbone)]).logits[0]
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
     assert not list((tmp_path / "out").rglob("*.pt"))
 
 
-def test_vllm_drops_what_the_run_does_not_say(
+def test_vllm_differing_scores_are_dropped(
     made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A planted fault: a live run that looks elsewhere."""
@@ -56,7 +58,7 @@ def test_vllm_drops_what_the_run_does_not_say(
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
-def test_trtllm(made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
+def test_trtllm_table_and_ids(made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
     backbone = tiny_backbone("llama")
     trained = [made(backbone, "dpt"), made(backbone, "plain")]
     export_runs(trained, FORMATS["trtllm"], tmp_path / "out", backbone=backbone)
@@ -72,7 +74,7 @@ def test_trtllm(made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_pat
     assert not table[1, 5:].any()
 
 
-def test_llamacpp(made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
+def test_llamacpp_rows(made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
     backbone = tiny_backbone("llama")
     run = made(backbone, "dpt")
     export_runs([run], FORMATS["llamacpp"], tmp_path / "out", backbone=backbone)
@@ -98,7 +100,7 @@ def test_npz_holds_every_method(made: MakeRun, tiny_backbone: Callable[[str], Ba
     assert tables == {"matrix", "position_table", "input_table", "beyond", "depth"}
 
 
-def test_npz_says_of_how_many_layers_a_prompt_is(tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
+def test_npz_deep_prompt_has_its_depth(tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
     backbone, config = tiny_backbone("vit"), METHODS["plain"](length=4)
     task = Task(name="pets", image="image", label="label", label_words={"cat": "cat", "dog": "dog"})
     experiment = Experiment(backbone="vit", prompt=config, depth="deep")
@@ -111,7 +113,7 @@ def test_npz_says_of_how_many_layers_a_prompt_is(tiny_backbone: Callable[[str], 
         assert np.array_equal(arrays["pets.matrix"], prompt.prompt().detach())
 
 
-def test_dept(made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
+def test_dept_reads_back(made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
     t5 = tiny_backbone("t5")
     run = made(t5, "dept")
     export_runs([run], FORMATS["dept"], tmp_path / "out", backbone=t5)
@@ -119,37 +121,40 @@ def test_dept(made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "method", "to", "token_names"),
+    ("kind", "method", "to", "message"),
     [
         ("llama", "dept", "vocab", r"dept also changes the input's own embeddings; export to npz"),
         ("llama", "adept", "vocab", r"adept also changes the input's own embeddings"),
         ("bert_mlm", "plain", "vocab", r"the kind encoder, .*; export to npz"),
-        ("llama", "dept", "vllm", r"vLLM takes vectors in front of the input alone"),
-        ("t5", "plain", "vllm", r"vLLM takes a prompt in front of a decoder alone.*; export to vocab"),
-        ("t5", "plain", "trtllm", r"TensorRT-LLM takes a prompt in front of a decoder alone"),
+        ("llama", "dept", "vllm", r"vLLM takes vectors before the input only"),
+        ("t5", "plain", "vllm", r"vLLM takes a prompt before a decoder's text only.*; export to vocab"),
+        ("t5", "plain", "trtllm", r"TensorRT-LLM takes a prompt before a decoder's text only"),
         ("gemma", "plain", "llamacpp", r"gemma scales inside its embedding.*; export to vocab"),
         ("gemma", "plain", "vllm", r"gemma scales inside its embedding"),
+        ("gemma", "plain", "gguf", r"no gemma models, only llama, .*; export to vocab, and convert that"),
+        ("mistral", "plain", "gguf", r"without a sliding window, which the model has"),
+        ("t5", "plain", "gguf", r"llama.cpp takes a prompt before a decoder's text only"),
         ("t5", "plain", "dept", r"the run trained plain"),
         ("llama", "dept", "dept", r"llama is none; export to npz"),
         ("llama", "adept", "peft", r"PEFT's prompt-tuning format holds vectors in front"),
     ],
 )
-def test_what_a_format_cannot_say_is_refused(
+def test_inexpressible_prompts_are_refused(
     kind: str,
     method: str,
     to: str,
-    token_names: str,
+    message: str,
     made: MakeRun,
     tiny_backbone: Callable[[str], Backbone],
     tmp_path: Path,
 ) -> None:
     backbone = tiny_backbone(kind)
-    with pytest.raises(ValueError, match=token_names):
+    with pytest.raises(ValueError, match=message):
         export_runs([made(backbone, method)], FORMATS[to], tmp_path / "out", backbone=backbone)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
-def test_runs_that_do_not_fit_together(
+def test_runs_that_do_not_fit_are_refused(
     made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path, llama_folder: Path
 ) -> None:
     llama, gpt2 = tiny_backbone("llama"), tiny_backbone("gpt2")

@@ -1,4 +1,4 @@
-"""A checkpoint whose vocabulary has the prompts says what the live runs say, and never says a prompt's token."""
+"""A checkpoint whose vocabulary has the prompts equals the live runs, and never generates a prompt's token."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def laid_out(
 
 
 @pytest.mark.parametrize("kind", DECODERS + SEQ2SEQ)
-def test_a_checkpoint_says_what_the_runs_say(
+def test_checkpoint_equals_live_runs(
     kind: str, made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path
 ) -> None:
     backbone = tiny_backbone(kind)
@@ -79,29 +79,29 @@ def test_a_checkpoint_says_what_the_runs_say(
         assert torch.equal(found[:, given.shape[1] if decoder else 1 :], wanted)
         candidates = [live.target(word) for word in answer_ids(trained[0].task, backbone.tokenizer)]
         scores = live.score(ids, mask, candidates, prompts=prompts, index=index)
-        never = json.loads((folder / "prompts.json").read_text())["never_said"]
+        suppressed = json.loads((folder / "prompts.json").read_text())["suppressed_ids"]
         for row, its in enumerate(rows):
-            theirs, size = zip(*(scored(plain, its, word, never, decoder) for word in candidates), strict=True)
+            theirs, size = zip(*(scored(plain, its, word, suppressed, decoder) for word in candidates), strict=True)
             # float32 sums in another order: relative to the largest logit, whose rounding the scores inherit
             torch.testing.assert_close(torch.tensor(theirs), scores[row], rtol=0, atol=1e-5 * max(1.0, *size))
 
 
 def scored(
-    model: Any, row: Sequence[int], answer: Sequence[int], never: Sequence[int], decoder: bool
+    model: Any, row: Sequence[int], answer: Sequence[int], suppressed: Sequence[int], decoder: bool
 ) -> tuple[float, float]:
     """Log-probability of `answer` behind a row of plain ids, the new ids left out as when suppressed; largest logit."""
     if decoder:
         logits = model(input_ids=torch.tensor([[*row, *answer]])).logits[0, len(row) - 1 : -1]
     else:
         logits = model(input_ids=torch.tensor([row]), labels=torch.tensor([answer])).logits[0]
-    size = float(logits[:, : never[0]].abs().max())
-    logits[:, never] = -torch.inf
+    size = float(logits[:, : suppressed[0]].abs().max())
+    logits[:, suppressed] = -torch.inf
     logp = logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)]
     return float(logp[model.generation_config.forced_bos_token_id is not None :].sum()), size
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
-def test_a_prompts_token_is_never_said(
+def test_prompt_tokens_are_never_generated(
     kind: str, made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path
 ) -> None:
     """Greedy, by beams, and sampled hot for many tokens; without the suppression, they are said."""
@@ -119,13 +119,13 @@ def test_a_prompts_token_is_never_said(
 
     hot = {"do_sample": True, "temperature": 50.0, "top_k": 0, "max_new_tokens": 60}
     for how in ({"max_new_tokens": 20}, {"num_beams": 3, "max_new_tokens": 10}, hot):
-        assert not said(**how) & set(usage["never_said"]), how
+        assert not said(**how) & set(usage["suppressed_ids"]), how
     model.generation_config.suppress_tokens = None
-    assert said(**hot) & set(usage["never_said"]), "hot enough to say anything"
+    assert said(**hot) & set(usage["suppressed_ids"]), "hot enough to say anything"
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "gemma"])
-def test_the_head_stays_what_it_was_and_is_no_prompt(
+def test_head_keeps_its_rows(
     kind: str, made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path
 ) -> None:
     """Tied or not: old rows keep their bits, each new row is one of the old, and the embedding's are the prompt's."""
@@ -140,9 +140,7 @@ def test_the_head_stays_what_it_was_and_is_no_prompt(
     assert loaded.get_input_embeddings().weight is not head
 
 
-def test_a_bias_of_the_head_silences_the_new_tokens_by_itself(
-    made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path
-) -> None:
+def test_head_bias_silences_new_tokens(made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
     bart, llama = tiny_backbone("bart"), tiny_backbone("llama")
     report = export_runs([made(bart, "plain")], FORMATS["vocab"], tmp_path / "out", backbone=bart)
     assert report["unsuppressed_probability"] == 0
@@ -151,7 +149,7 @@ def test_a_bias_of_the_head_silences_the_new_tokens_by_itself(
 
 
 @pytest.mark.parametrize(("kind", "special"), [("llama", False), ("gpt2", False), ("t5", True)])
-def test_as_text(
+def test_text_gives_the_runs_ids(
     kind: str, special: bool, made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path
 ) -> None:
     """What prompts.json says to put before the text gives the run's ids, beginning of sequence behind the prompt."""
@@ -175,7 +173,7 @@ def test_as_text(
     assert entry["answers"] == dict(answers)
 
 
-def test_rows_of_padding_in_the_table_stay_free(
+def test_padding_rows_of_the_table_stay_unused(
     made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path
 ) -> None:
     """A table of more rows than the tokenizer has tokens: prompts stand behind it, and scores do not move."""
@@ -186,12 +184,14 @@ def test_rows_of_padding_in_the_table_stay_free(
     report = export_runs([made(backbone, "dpt")], FORMATS["vocab"], tmp_path / "out", backbone=backbone)
     assert report["largest_difference"] < 1e-4
     usage = json.loads((tmp_path / "out" / "prompts.json").read_text())
-    assert usage["prompts"]["dpt"]["ids"] == list(range(320, 331)) == usage["never_said"]
+    assert usage["prompts"]["dpt"]["ids"] == list(range(320, 331)) == usage["suppressed_ids"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.convert_tokens_to_ids("<prompt-dpt-0>") == 320
 
 
-def test_bfloat16(made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
+def test_bfloat16_backbone_gives_bfloat16_checkpoint(
+    made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path
+) -> None:
     own = tiny_backbone("gemma")
     model = AutoModelForCausalLM.from_config(own.model.config, dtype=torch.bfloat16)
     backbone = Backbone(model, own.tokenizer, "half", "half", "causal")
@@ -199,38 +199,38 @@ def test_bfloat16(made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_p
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype is torch.bfloat16
 
 
-def test_a_checkpoint_that_differs_is_dropped(
+def test_differing_checkpoint_is_dropped(
     made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A planted fault in the table, and one in the rest of the model: each is found, and nothing stays."""
     backbone = tiny_backbone("llama")
     run, loaded = made(backbone, "dpt"), Vocab.write
 
-    def spoilt(name: str, place: int) -> Callable[..., None]:
+    def spoilt(name: str, position: int) -> Callable[..., None]:
         def write(self: Vocab, trained: Any, backbone: Backbone, folder: Path) -> None:
             loaded(self, trained, backbone, folder)
             model = AutoModelForCausalLM.from_pretrained(folder)
-            model.get_parameter(name).data[place] += 0.5
+            model.get_parameter(name).data[position] += 0.5
             model.save_pretrained(folder)
 
         return write
 
-    for name, place, token_names in (
+    for name, position, message in (
         ("model.embed_tokens.weight", -1, "the embedding of dpt differs"),
         ("model.norm.weight", 3, "other scores than the live run"),
     ):
-        monkeypatch.setattr(Vocab, "write", spoilt(name, place))
-        with pytest.raises(ValueError, match=token_names):
+        monkeypatch.setattr(Vocab, "write", spoilt(name, position))
+        with pytest.raises(ValueError, match=message):
             export_runs([run], FORMATS["vocab"], tmp_path / "out", backbone=backbone)
         assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
-def test_a_word_that_the_tokenizer_has(made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
+def test_taken_token_name_is_refused(made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
     own = tiny_backbone("llama")
     tokenizer = AutoTokenizer.from_pretrained(saved(own.tokenizer, tmp_path / "runs"))
     tokenizer.add_tokens(["<x-0>"])
     backbone = Backbone(own.model, tokenizer, "llama", "llama", "causal")
-    with pytest.raises(ValueError, match=r"the word is taken.*--token-names"):
+    with pytest.raises(ValueError, match=r"the token name is taken.*--token-names"):
         export_runs(
             [made(backbone, "plain")],
             FORMATS["vocab"],
@@ -241,9 +241,7 @@ def test_a_word_that_the_tokenizer_has(made: MakeRun, tiny_backbone: Callable[[s
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_with_settings_that_transformers_finds_fault_with(
-    llama_folder: Path, made: MakeRun, tmp_path: Path
-) -> None:
+def test_invalid_generation_config_is_kept(llama_folder: Path, made: MakeRun, tmp_path: Path) -> None:
     """As Llama 2 was published: a temperature without sampling, and tokens that are suppressed already."""
     shutil.copytree(llama_folder, tmp_path / "runs" / "model")
     settings = {"eos_token_id": 1, "temperature": 0.6, "top_p": 0.9, "suppress_tokens": [7]}
@@ -260,7 +258,7 @@ def saved(tokenizer: Any, folder: Path) -> Path:
     return folder / "tokenizer"
 
 
-def test_a_backbone_loaded_by_name(llama_folder: Path, made: MakeRun, tmp_path: Path) -> None:
+def test_backbone_loaded_by_name(llama_folder: Path, made: MakeRun, tmp_path: Path) -> None:
     run = made(load_backbone(str(llama_folder), dtype="float32"), "dpt")
     record = json.loads((run.folder / "softprompt.json").read_text())
     record["experiment"]["dtype"] = "float32"

@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "distil": "Train a prompt that stands for a long text in front of every request.",
     "evaluate": "Score a run on its test split, or on another task.",
     "predict": "Answer the rows of a file.",
+    "lm-eval": "Score a run in lm-evaluation-harness.",
     "export": "Write a run's prompt for other software.",
     "rank": "Tell what rank a prompt has, and what rank its task needs.",
     "sweep": "Run many experiments from one file, and only those not yet done.",
@@ -28,7 +29,7 @@ COMMANDS: dict[str, str] = {
 }
 """Every command, in the order of the help."""
 
-_OWN_FILES = ("distil", "export", "rank", "report", "serve", "sweep", "train")
+_OWN_FILES = ("distil", "export", "lm-eval", "rank", "report", "serve", "sweep", "train")
 """Commands with a module of their own; `commands.py` has the others. Each is a function `NAME_`."""
 
 
@@ -96,8 +97,9 @@ def _run(command: str, argv: list[str]) -> Any:
 
     argv = _with_prompt_modules(argv)
     _typed[:] = argv
-    module = importlib.import_module(f"softprompt.cli.{command if command in _OWN_FILES else 'commands'}")
-    function: Callable[..., Any] = getattr(module, f"{command}_")
+    name = command.replace("-", "_")
+    module = importlib.import_module(f"softprompt.cli.{name if command in _OWN_FILES else 'commands'}")
+    function: Callable[..., Any] = getattr(module, f"{name}_")
 
     @functools.wraps(function)
     def quietly(*given: Any, **named: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`softprompt export`: runs' prompts for other software."""
+"""`softprompt export`: write runs' prompts for other software."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,9 +8,11 @@ import tyro
 from softprompt import runs
 from softprompt.cli.console import console
 from softprompt.export import FORMATS, export_runs
+from softprompt.export.gguf import Gguf
+from softprompt.export.gguf_writer import GgufType
 
 FormatName: Any = Literal[tuple(FORMATS)]
-"""Every format of export, as `--to` takes it."""
+"""The values of `--to`."""
 
 
 def export_(
@@ -18,6 +20,7 @@ def export_(
     to: FormatName = "peft",
     output: Path | None = None,
     token_names: tuple[str, ...] = (),
+    gguf_type: GgufType = "f16",
     backbone: str | None = None,
 ) -> dict[str, Any]:
     """Write runs' prompts for other software, read the files back and compare.
@@ -26,19 +29,23 @@ def export_(
         runs_: The runs' folders; several, of one backbone, where the format holds several prompts.
         to: The format; see docs/export.md.
         output: The folder to write; none: RUN-FORMAT beside the first run.
-        words: With vocab: what a run's prompt is called in text, NAME=<word>; by default <prompt-NAME>.
-        backbone: Where the runs' backbone lies now, as in train; none: where they had it.
+        token_names: With vocab and gguf: a prompt's name in text, NAME=<name>; by default <prompt-NAME>.
+        gguf_type: With gguf: how the weights are stored.
+        backbone: Where the runs' backbone is now, as in train; none: where the runs recorded it.
     """
     if not runs_:
         raise ValueError("no run is given; name at least one run's folder")
-    if unclear := [word for word in token_names if "=" not in word]:
-        raise ValueError(f"token_names holds {unclear[0]!r}; give NAME=<word>, NAME being a run's folder name")
+    if unclear := [pair for pair in token_names if "=" not in pair]:
+        raise ValueError(f"token_names holds {unclear[0]!r}; give NAME=<name>, where NAME is a run's folder name")
     opened = [runs.open_run(run) for run in runs_]
     folder = output or opened[0].folder.with_name(f"{opened[0].name}-{to}")
-    named = dict(word.split("=", 1) for word in token_names)
-    if len(named) < len(token_names):
-        raise ValueError(f"token_names names a run twice ({', '.join(token_names)}); give each run one word")
-    measured = export_runs(opened, FORMATS[to], folder, backbone=backbone, token_names=named)
+    by_run = dict(pair.split("=", 1) for pair in token_names)
+    if len(by_run) < len(token_names):
+        raise ValueError(f"token_names names a run twice ({', '.join(token_names)}); give each run one name")
+    form = FORMATS[to]
+    if isinstance(form, Gguf):
+        form = form.with_type(gguf_type)
+    measured = export_runs(opened, form, folder, backbone=backbone, token_names=by_run)
     console.print(
         f"compared with the run: largest difference {measured['largest_difference']:.2g} ({measured['unit']}), "
         f"tolerance {measured['tolerance']:.2g}"

@@ -1,11 +1,12 @@
-"""A trained prompt for other software, and other software's prompts for us.
+"""Trained prompts for other software, and other software's prompts for softprompt.
 
-A format is one file here: a `Format` that refuses what it cannot say, writes, and reads back what it wrote; and one
-line in `FORMATS`.
+A format is one file with a `Format` that refuses what it cannot express, writes, and reads back what it wrote; and one
+entry in `FORMATS`.
 """
 
 from softprompt.export.base import Format, Trained, export_runs
 from softprompt.export.dept import Dept, PublishedDePT, read_dept, write_dept
+from softprompt.export.gguf import Gguf
 from softprompt.export.llamacpp import LlamaCpp
 from softprompt.export.model import export_model
 from softprompt.export.npz import Npz
@@ -15,9 +16,9 @@ from softprompt.export.vllm import Vllm
 from softprompt.export.vocab import Vocab
 
 FORMATS: dict[str, Format] = {
-    form.name: form for form in (Peft(), Dept(), Vocab(), Vllm(), TrtLlm(), LlamaCpp(), Npz())
+    form.name: form for form in (Peft(), Dept(), Vocab(), Gguf(), Vllm(), TrtLlm(), LlamaCpp(), Npz())
 }
-"""Every format by what `--to` calls it."""
+"""Every format by its value of `--to`."""
 
 __all__ = [
     "FORMATS",

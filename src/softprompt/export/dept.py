@@ -1,7 +1,7 @@
-"""The adapters that DePT's authors published, and our DePT prompts in the same format.
+"""The adapter format of DePT's authors: reads what they published, writes our DePT prompts.
 
-Their fork of PEFT writes `adapter_config.json` with `peft_type` PROMPT_TUNING_LORA, and in
-`adapter_model.safetensors` the short prompt, A and B; the scale `lora_alpha / sqrt(r)` is in their code alone.
+Their fork of PEFT writes `adapter_config.json` with `peft_type` PROMPT_TUNING_LORA, and in `adapter_model.safetensors`
+the short prompt, A and B; the scale `lora_alpha / sqrt(r)` is only in their code.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 
 from softprompt import files
 from softprompt.backbones import Backbone
-from softprompt.export.base import EXACT, Format, Trained, close
+from softprompt.export.base import EXACT, Format, Trained, check_close
 from softprompt.prompts.dept import DePT, OffsetPrompt
 
 _TYPE = "PROMPT_TUNING_LORA"
@@ -31,11 +31,11 @@ class PublishedDePT:
     """A DePT adapter in its authors' format."""
 
     config: DePT
-    """What it says of the method, in the published parameterisation."""
+    """The method's settings, in the published parameterisation."""
     prompt: OffsetPrompt
     """Its tensors, bit for bit."""
     settings: Mapping[str, Any]
-    """`adapter_config.json` as it was, the base model's name among it."""
+    """The content of `adapter_config.json`, such as the base model's name."""
 
 
 def read_dept(folder: Path) -> PublishedDePT:
@@ -70,10 +70,13 @@ def read_dept(folder: Path) -> PublishedDePT:
 
 
 def write_dept(config: DePT, prompt: OffsetPrompt, base: str, folder: Path) -> None:
-    """Write `prompt` as its authors' code reads it; our scale goes into the short prompt and into B.
+    """Write `prompt` as the authors' code reads it, with our scale multiplied into the short prompt and B.
 
     Args:
-        base: the name of the base model, for the reader.
+        config: the method's settings.
+        prompt: the trained prompt.
+        base: the name of the base model.
+        folder: gets the pair of files.
     """
     dim = prompt.matrix.shape[1]
     settings = {
@@ -104,27 +107,27 @@ class Dept(Format):
     many: ClassVar[bool] = False
 
     def refusal(self, trained: Trained, backbone: Backbone) -> str:
-        """Nothing but DePT on an encoder-decoder, which is what their code runs."""
+        """Only DePT on an encoder-decoder, which is what the authors' code runs."""
         if not isinstance(trained.prompt, OffsetPrompt):
             method = trained.run.experiment.method
             return f"it holds DePT's tensors, and the run trained {method}; export to peft, vocab or npz"
         if backbone.architecture != "encoder_decoder":
-            return f"its authors' code runs encoder-decoders, and {backbone.source} is none; export to npz"
+            return f"its authors' code runs encoder-decoders only, and {backbone.source} is none; export to npz"
         return ""
 
     def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
         """The pair of files."""
-        [one] = trained
-        # Nothing but DePT builds an OffsetPrompt, and whatever is none was refused.
-        write_dept(cast(DePT, one.run.experiment.prompt), cast(OffsetPrompt, one.prompt), backbone.base, folder)
+        [item] = trained
+        # Only DePT builds an OffsetPrompt, and `refusal` let no other prompt pass.
+        write_dept(cast(DePT, item.run.experiment.prompt), cast(OffsetPrompt, item.prompt), backbone.base, folder)
 
     @torch.no_grad()
     def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
-        """What was written, read back and folded, gives the run's prompt and table."""
-        [one] = trained
-        found, worst = read_dept(folder).prompt.fold(), dict(EXACT)
-        for mine, its in zip(one.folded.buffers(), found.buffers(), strict=True):
-            # The scale is multiplied in before the product here, and behind it there.
-            compared = close(its, mine.cpu(), 1e-5, "the DePT adapter")
-            worst = max(worst, compared, key=lambda each: float(each["largest_difference"]))
-        return {"prompts": {one.name: len(one.folded.matrix)}, **worst}
+        """The adapter, read back and folded, against the run's prompt and table."""
+        [item] = trained
+        folded, worst = read_dept(folder).prompt.fold(), dict(EXACT)
+        for expected, actual in zip(item.folded.buffers(), folded.buffers(), strict=True):
+            # The scale is multiplied in before the product in one and after it in the other.
+            compared = check_close(actual, expected.cpu(), 1e-5, "the DePT adapter")
+            worst = max(worst, compared, key=lambda result: float(result["largest_difference"]))
+        return {"prompts": {item.name: len(item.folded.matrix)}, **worst}

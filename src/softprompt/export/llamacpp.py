@@ -1,7 +1,6 @@
-"""Rows for llama.cpp's C interface: `llama_batch.embd`, `n_tokens * n_embd` floats, read by no tool but your program.
+"""Vectors for llama.cpp's C interface: `llama_batch.embd`, `n_tokens * n_embd` floats, read by your own program.
 
-Differs: llama-server takes no embeddings, so this is for programs that call `llama_decode`; for the server, export to
-`vocab` and convert that checkpoint.
+Differs: llama-server takes no embeddings; for it, export to `gguf`.
 """
 
 import json
@@ -14,38 +13,38 @@ import torch
 
 from softprompt import files
 from softprompt.backbones import Backbone
-from softprompt.export.base import EXACT, Format, Trained, row_refusal, same, text_notes
+from softprompt.export.base import EXACT, Format, Trained, check_equal, row_refusal, text_notes
 
 HEADER = "prompts.json"
 
 
 @final
 class LlamaCpp(Format):
-    """`NAME.f32` for each prompt, raw little-endian float32, a row a token; `prompts.json` says the sizes."""
+    """`NAME.f32` for each prompt, raw little-endian float32, token by token; `prompts.json` has the sizes."""
 
     name: ClassVar[str] = "llamacpp"
     many: ClassVar[bool] = True
 
     def refusal(self, trained: Trained, backbone: Backbone) -> str:
-        """Rows in front of a decoder, in the units of its table."""
+        """Rows before a decoder's text, in the units of its table."""
         return row_refusal(trained, backbone, "llama.cpp")
 
     def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
         """The rows, and the header."""
         prompts = {}
-        for one in trained:
-            rows = one.folded.prompt().detach().float().cpu().numpy()
-            (folder / f"{one.name}.f32").write_bytes(rows.astype("<f4").tobytes())
-            prompts[one.name] = {"file": f"{one.name}.f32", "n_tokens": len(rows)}
+        for item in trained:
+            rows = item.folded.prompt().detach().float().cpu().numpy()
+            (folder / f"{item.name}.f32").write_bytes(rows.astype("<f4").tobytes())
+            prompts[item.name] = {"file": f"{item.name}.f32", "n_tokens": len(rows)}
         header = {**text_notes(backbone), "n_embd": backbone.dim, "type": "float32, little-endian, row by row"}
         files.write_text(folder / HEADER, json.dumps({**header, "prompts": prompts}, indent=1))
 
     def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """Every row by the header's sizes, equal bit for bit."""
         header = files.read_json(folder / HEADER)
-        for one in trained:
-            entry = header["prompts"][one.name]
-            flat = np.fromfile(folder / entry["file"], dtype="<f4").astype(np.float32)
-            rows = torch.from_numpy(flat.reshape(entry["n_tokens"], header["n_embd"]))
-            same(rows, one.folded.prompt().detach().float(), f"{entry['file']}")
-        return {"prompts": {one.name: len(one.folded.matrix) for one in trained}, **EXACT}
+        for item in trained:
+            entry = header["prompts"][item.name]
+            values = np.fromfile(folder / entry["file"], dtype="<f4").astype(np.float32)
+            rows = torch.from_numpy(values.reshape(entry["n_tokens"], header["n_embd"]))
+            check_equal(rows, item.folded.prompt().detach().float(), f"{entry['file']}")
+        return {"prompts": {item.name: len(item.folded.matrix) for item in trained}, **EXACT}

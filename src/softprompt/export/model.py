@@ -1,4 +1,4 @@
-"""What a finished run leaves for stock PEFT."""
+"""The PEFT files in a finished run's folder."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from softprompt.types import unusual_layout
 
 
 def export_model(finished: PromptedModel, folder: Path) -> str:
-    """Write what stock PEFT loads, if its format can say what was trained; else the reason why it cannot."""
+    """Write the pair of files that stock PEFT loads; returns why not, if its format cannot express what was trained."""
     backbone = finished.backbone
     if finished.tuned is not None:
         if not hasattr(backbone.model, "peft_config"):
@@ -17,9 +17,9 @@ def export_model(finished: PromptedModel, folder: Path) -> str:
         export_lora(backbone, folder)
         return ""
     if finished.prompt is None:
-        return "a head alone was trained; it is in head.safetensors"
-    if own := unusual_layout(finished.prompt_position, finished.prompt_attention):
-        return f"the prompt is {own}, and PEFT puts every prompt in front of it"
+        return "only a head was trained; it is in head.safetensors"
+    if layout := unusual_layout(finished.prompt_position, finished.prompt_attention):
+        return f"the prompt is {layout}, and PEFT puts every prompt in front of it"
     folded = finished.prompt.fold()
     refusal = peft_refusal(folded, backbone.architecture)
     if not refusal:

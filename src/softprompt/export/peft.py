@@ -1,7 +1,6 @@
 """A stock PEFT prompt-tuning folder: `adapter_config.json` and `adapter_model.safetensors`.
 
-Written with JSON and safetensors alone. The keys are the fourteen that every PEFT since 2023 reads; ours would go into
-a file of our own, never in here, since older PEFT refuses a key it does not know.
+The config has only the fourteen keys that every PEFT since 2023 reads, because older versions refuse unknown keys.
 """
 
 import json
@@ -13,7 +12,7 @@ from safetensors.torch import save_file
 
 from softprompt import files
 from softprompt.backbones import Architecture, Backbone
-from softprompt.export.base import EXACT, Format, Trained, same
+from softprompt.export.base import EXACT, Format, Trained, check_equal
 from softprompt.prompts import Folded
 
 _TASK_TYPES: dict[Architecture, str] = {
@@ -23,15 +22,15 @@ _TASK_TYPES: dict[Architecture, str] = {
 
 
 def peft_refusal(folded: Folded, architecture: Architecture) -> str:
-    """Why PEFT's format cannot say this prompt; empty when it can."""
+    """Why PEFT's format cannot express this prompt; empty where it can."""
     if not folded.plain:
         return (
-            "PEFT's prompt-tuning format holds vectors in front of the input alone, and this method also changes the "
+            "PEFT's prompt-tuning format holds vectors in front of the input only, and this method also changes the "
             "input's own embeddings; use softprompt itself (predict, serve), or train dpt or residual, which fold to a "
             "plain prompt"
         )
     if architecture == "encoder":
-        return "PEFT puts an encoder's prompt before [CLS] and ours stands behind it; use softprompt itself"
+        return "PEFT puts an encoder's prompt before [CLS] and softprompt puts it after; use softprompt itself"
     if architecture not in _TASK_TYPES:
         return f"PEFT has no prompt-tuning format for {architecture} models; use softprompt itself"
     return ""
@@ -41,7 +40,7 @@ def export_peft(folded: Folded, backbone: Backbone, folder: Path) -> None:
     """Write `folded` into `folder`, so that `PeftModel.from_pretrained(model, folder)` gives the same outputs.
 
     Raises:
-        ValueError: PEFT's format cannot say this prompt; nothing is written.
+        ValueError: PEFT's format cannot express this prompt; nothing is written.
     """
     if reason := peft_refusal(folded, backbone.architecture):
         raise ValueError(reason)
@@ -53,7 +52,7 @@ def export_peft(folded: Folded, backbone: Backbone, folder: Path) -> None:
         "inference_mode": True,
         "num_attention_heads": config.num_attention_heads,
         "num_layers": config.num_hidden_layers,
-        "num_transformer_submodules": 1,  # PEFT's default of 2 for encoder-decoders allocates a half that nothing reads
+        "num_transformer_submodules": 1,  # PEFT's default of 2 for encoder-decoders allocates an unused half
         "num_virtual_tokens": matrix.shape[0],
         "peft_type": "PROMPT_TUNING",
         "prompt_tuning_init": "RANDOM",
@@ -70,13 +69,13 @@ def export_peft(folded: Folded, backbone: Backbone, folder: Path) -> None:
 
 @final
 class Peft(Format):
-    """The folder that `PeftModel.from_pretrained` loads; a finished run of a plain method is one already."""
+    """The folder that `PeftModel.from_pretrained` loads; a finished run whose prompt folds is one already."""
 
     name: ClassVar[str] = "peft"
     many: ClassVar[bool] = False
 
     def refusal(self, trained: Trained, backbone: Backbone) -> str:
-        """What PEFT's prompt tuning has no words for."""
+        """As of `peft_refusal`."""
         return peft_refusal(trained.folded, backbone.architecture)
 
     def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
@@ -85,10 +84,11 @@ class Peft(Format):
 
     def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """The prompt, equal bit for bit, and its sizes in the config."""
-        [one] = trained
-        wanted = one.folded.prompt().detach().float()
-        same(files.read_tensors(folder / "adapter_model.safetensors")["prompt_embeddings"], wanted, "the PEFT prompt")
+        [item] = trained
+        expected = item.folded.prompt().detach().float()
+        tensors = files.read_tensors(folder / "adapter_model.safetensors")
+        check_equal(tensors["prompt_embeddings"], expected, "the PEFT prompt")
         config = files.read_json(folder / "adapter_config.json")
-        if (config["num_virtual_tokens"], config["token_dim"]) != tuple(wanted.shape):
-            raise ValueError(f"the PEFT config does not say the prompt's shape {tuple(wanted.shape)}")
-        return {"prompts": {one.name: len(wanted)}, **EXACT}
+        if (config["num_virtual_tokens"], config["token_dim"]) != tuple(expected.shape):
+            raise ValueError(f"the PEFT config does not have the prompt's shape {tuple(expected.shape)}")
+        return {"prompts": {item.name: len(expected)}, **EXACT}

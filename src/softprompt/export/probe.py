@@ -1,4 +1,4 @@
-"""A few fixed texts, and what a live run says of them: what an export is compared with before it is kept."""
+"""A few fixed texts and the live run's next-token probabilities after them: the reference for every export."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -20,45 +20,47 @@ TEXTS = (
     "  The delivery came late,\nand nobody at the counter knew why; I want my money back.",
     "1, 2, 3 and 4: naïve café – 100 % sure",
 )
-"""Short and long, with spaces in front, a new line, digits and letters that are no ASCII."""
+"""Short and long, with leading spaces, a line break, digits and non-ASCII letters."""
 _BATCH = 8
 
 
 class Probe(NamedTuple):
-    """Rows of several prompts, mixed, and what the live run expects after each."""
+    """Rows of several prompts, mixed, and the live run's next-token probabilities."""
 
-    which: Int[Tensor, " batch"]
+    prompt_index: Int[Tensor, " batch"]
     """Each row's prompt."""
     ids: Sequence[Sequence[int]]
     """Each row's own tokens."""
     logp: Float[Tensor, "batch vocab"]
-    """Log-probability of the next token (the answer's first)."""
+    """Log-probability of the next token (the first of the answer)."""
 
 
 def text_ids(backbone: Backbone, texts: Sequence[str], closing: bool) -> list[tuple[int, ...]]:
-    """The tokens of each text as a run sees them."""
+    """Each text's tokens as a run sees them, with closing special tokens if `closing`."""
     task = Task(name="text", template="{text}", target="text", metrics=("exact_match",))
     rows = [{"text": text} for text in texts]
-    return [made.input_ids for made in encode(task, backbone.tokenizer, rows, 512, closing=closing, answers=False)[0]]
+    return [
+        example.input_ids for example in encode(task, backbone.tokenizer, rows, 512, closing=closing, answers=False)[0]
+    ]
 
 
 @torch.no_grad()
 def probe(trained: Sequence[Trained], backbone: Backbone) -> Iterator[Probe]:
-    """Every text with every prompt, a batch at a time, neighbours with different prompts."""
+    """Every text with every prompt, in batches; neighbouring rows have different prompts."""
     live = attach(backbone)
-    prepared = live.prepare([one.folded.to(backbone.device) for one in trained])
+    prepared = live.prepare([item.folded.to(backbone.device) for item in trained])
     texts = text_ids(backbone, TEXTS, PROMPTED_MODELS[backbone.architecture].appends_eos)
-    rows = [(which, ids) for ids in texts for which in range(len(trained))]
+    rows = [(prompt, ids) for ids in texts for prompt in range(len(trained))]
     for start in range(0, len(rows), _BATCH):
-        part = rows[start : start + _BATCH]
-        ids, mask = left_padded([ids for _, ids in part], pad_id(backbone))
-        which = torch.tensor([which for which, _ in part], device=backbone.device)
-        output = live(ids.to(backbone.device), mask.to(backbone.device), prompts=prepared, index=which)
-        yield Probe(which.cpu(), [ids for _, ids in part], output.logits[:, -1].float().log_softmax(-1).cpu())
+        batch = rows[start : start + _BATCH]
+        ids, mask = left_padded([ids for _, ids in batch], pad_id(backbone))
+        index = torch.tensor([prompt for prompt, _ in batch], device=backbone.device)
+        output = live(ids.to(backbone.device), mask.to(backbone.device), prompts=prepared, index=index)
+        yield Probe(index.cpu(), [ids for _, ids in batch], output.logits[:, -1].float().log_softmax(-1).cpu())
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-    """Ids and mask of rows of different lengths."""
+    """Ids and mask of rows of different lengths, padded with `pad` on the left."""
     longest = max(map(len, rows))
     ids = [[pad] * (longest - len(row)) + list(row) for row in rows]
     return torch.tensor(ids), torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])

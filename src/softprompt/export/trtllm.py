@@ -10,7 +10,7 @@ import torch
 
 from softprompt import files
 from softprompt.backbones import Backbone
-from softprompt.export.base import EXACT, Format, Trained, row_refusal, same, text_notes
+from softprompt.export.base import EXACT, Format, Trained, check_equal, row_refusal, text_notes
 
 TABLE, TASKS = "prompt_table.npy", "tasks.json"
 
@@ -19,44 +19,48 @@ TABLE, TASKS = "prompt_table.npy", "tasks.json"
 class TrtLlm(Format):
     """`prompt_table.npy` for `--prompt_table_path`, and `tasks.json`: each prompt's task id and virtual token ids.
 
-    The engine indexes the table by `task * tokens + (id - vocab_size)` with one number of tokens for all tasks, so
-    shorter prompts are filled up with zero rows; the ids in `tasks.json` never reach those. Float32 (float16 where the
-    backbone is): numpy has no bfloat16, and the engine converts the table to its own type.
+    The engine indexes the table by `task * tokens + (id - vocab_size)` with the same number of tokens for all tasks, so
+    shorter prompts are padded with zero rows, which the ids in `tasks.json` never address. Float32 (float16 where the
+    backbone is): numpy has no bfloat16, and the engine converts the table to its own dtype.
     """
 
     name: ClassVar[str] = "trtllm"
     many: ClassVar[bool] = True
 
     def refusal(self, trained: Trained, backbone: Backbone) -> str:
-        """Rows in front of a decoder, in the units of its table."""
+        """Rows before a decoder's text, in the units of its table."""
         return row_refusal(trained, backbone, "TensorRT-LLM")
 
     def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
         """The table and its index."""
-        matrices = [_rows(one, backbone) for one in trained]
+        matrices = [_rows(item, backbone) for item in trained]
         table = torch.nn.utils.rnn.pad_sequence(matrices, batch_first=True)
         np.save(folder / TABLE, table.numpy(), allow_pickle=False)
         first = len(backbone.model.get_input_embeddings().weight)
         tasks = {
-            one.name: {"task": number, "tokens": len(rows), "ids": list(range(first, first + len(rows)))}
-            for number, (one, rows) in enumerate(zip(trained, matrices, strict=True))
+            item.name: {"task": number, "tokens": len(rows), "ids": list(range(first, first + len(rows)))}
+            for number, (item, rows) in enumerate(zip(trained, matrices, strict=True))
         }
         size = int(table.shape[0] * table.shape[1])
         notes = {**text_notes(backbone), "vocab_size": first, "max_prompt_embedding_table_size": size, "tasks": tasks}
         files.write_text(folder / TASKS, json.dumps(notes, indent=1))
 
     def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
-        """Each task's rows, found as the engine finds them, equal bit for bit."""
+        """Each task's rows, indexed as the engine does, equal bit for bit."""
         notes = files.read_json(folder / TASKS)
         table = torch.from_numpy(np.load(folder / TABLE, allow_pickle=False))
         flat = table.reshape(-1, table.shape[2])
-        for one in trained:
-            entry = notes["tasks"][one.name]
-            places = torch.tensor(entry["ids"]) - notes["vocab_size"] + entry["task"] * table.shape[1]
-            same(flat[places], _rows(one, backbone), f"task {entry['task']} of {TABLE}")
-        return {"prompts": {one.name: len(one.folded.matrix) for one in trained}, "table": list(table.shape), **EXACT}
+        for item in trained:
+            entry = notes["tasks"][item.name]
+            positions = torch.tensor(entry["ids"]) - notes["vocab_size"] + entry["task"] * table.shape[1]
+            check_equal(flat[positions], _rows(item, backbone), f"task {entry['task']} of {TABLE}")
+        return {
+            "prompts": {item.name: len(item.folded.matrix) for item in trained},
+            "table": list(table.shape),
+            **EXACT,
+        }
 
 
 def _rows(trained: Trained, backbone: Backbone) -> torch.Tensor:
-    kind = torch.float16 if backbone.dtype is torch.float16 else torch.float32
-    return trained.folded.prompt().detach().cpu().to(kind)
+    dtype = torch.float16 if backbone.dtype is torch.float16 else torch.float32
+    return trained.folded.prompt().detach().cpu().to(dtype)

@@ -1,7 +1,8 @@
-"""Rows for vLLM's `prompt_embeds`, which takes the whole input as one tensor: so the embedding table goes along."""
+"""Embeddings for vLLM's `prompt_embeds`, which takes the whole input as one tensor, so the export has the table too."""
 
 import base64
 import io
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,51 +12,57 @@ import torch
 
 from softprompt import files
 from softprompt.backbones import Backbone
-from softprompt.export import vllm_client
-from softprompt.export.base import Format, Trained, refuse_gap, row_refusal, same
+from softprompt.export import client
+from softprompt.export.base import Format, Trained, check_equal, check_gap, row_refusal, text_notes
+from softprompt.export.extended_vocabulary import task_entry
 from softprompt.export.probe import TEXTS, text_ids
 from softprompt.models import attach
 
 
 @final
 class Vllm(Format):
-    """`prompts.safetensors`, `embedding.safetensors`, `tokenizer/`, and `client.py`, which makes a request's tensor.
+    """`prompts.safetensors`, `embedding.safetensors`, `prompts.json`, `tokenizer/`, and `client.py`.
 
-    Nothing in the folder can run when it is read, but for `client.py`, which is this package's own. A request's tensor
-    is `torch.save`d because vLLM wants it so; it is made by the client, and never kept.
+    Only `client.py` is code, a copy of this package's. A request's tensor is made by the client with `torch.save`,
+    which vLLM requires, and is never stored.
     """
 
     name: ClassVar[str] = "vllm"
     many: ClassVar[bool] = True
 
     def refusal(self, trained: Trained, backbone: Backbone) -> str:
-        """Rows in front of a decoder, in the units of its table."""
+        """Rows before a decoder's text, in the units of its table."""
         return row_refusal(trained, backbone, "vLLM")
 
     def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
-        """Prompts in float32, the table in the backbone's own type."""
-        prompts = {one.name: one.folded.prompt().detach().float() for one in trained}
+        """Prompts in float32, the table in the backbone's own dtype."""
+        prompts = {item.name: item.folded.prompt().detach().float() for item in trained}
         files.write_tensors(folder / "prompts.safetensors", prompts)
         table = backbone.model.get_input_embeddings().weight.detach()
         files.write_tensors(folder / "embedding.safetensors", {"embedding": table.clone()})
+        entries = {item.name: task_entry(item, backbone) for item in trained}
+        usage = {"format": self.name, **text_notes(backbone), "prompts": entries}
+        files.write_text(folder / "prompts.json", json.dumps(usage, indent=1))
         backbone.tokenizer.save_pretrained(folder / "tokenizer")
-        shutil.copyfile(vllm_client.__file__, folder / "client.py")
+        shutil.copyfile(client.__file__, folder / "client.py")
 
     @torch.no_grad()
     def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
-        """The tensor that the client would send, against the live rows, and its logits against the live run's."""
-        client, live = vllm_client.Prompts(folder), attach(backbone)
-        own = backbone.model.get_input_embeddings()
+        """The tensor that the client would send against the live rows, and its logits against the live run's."""
+        exported, live = client.VllmEmbeds(folder), attach(backbone)
+        embedding = backbone.model.get_input_embeddings()
         gap = size = 0.0
-        for one in trained:
+        for item in trained:
             for text, ids in zip(TEXTS, text_ids(backbone, TEXTS, closing=False), strict=True):
-                sent = io.BytesIO(base64.b64decode(client.encoded(one.name, text)))
-                rows = torch.load(sent, weights_only=True).to(backbone.device)
+                request = io.BytesIO(base64.b64decode(exported.encoded(item.name, text)))
+                rows = torch.load(request, weights_only=True).to(backbone.device)
                 row = torch.tensor([ids], device=backbone.device)
-                wanted = torch.cat([one.folded.prompt().to(backbone.device, backbone.dtype), own(row)[0]])
-                same(rows.cpu(), wanted.detach(), f"the request of {one.name}")
-                theirs = backbone.model(inputs_embeds=rows[None]).logits[0, -1].float()
-                ours = live(row, prompts=[one.folded]).logits[0, -1].float()
-                gap, size = max(gap, float((theirs - ours).abs().max())), max(size, float(ours.abs().max()))
-        compared = refuse_gap(gap, size, backbone, "the request's tensor", "logit")
-        return {"prompts": {one.name: len(one.folded.matrix) for one in trained}, **compared}
+                prompt = item.folded.prompt().to(backbone.device, backbone.dtype)
+                expected = torch.cat([prompt, embedding(row)[0]])
+                check_equal(rows.cpu(), expected.detach(), f"the request of {item.name}")
+                logits = backbone.model(inputs_embeds=rows[None]).logits[0, -1].float()
+                live_logits = live(row, prompts=[item.folded]).logits[0, -1].float()
+                gap = max(gap, float((logits - live_logits).abs().max()))
+                size = max(size, float(live_logits.abs().max()))
+        compared = check_gap(gap, size, backbone, "the request's tensor", "logit")
+        return {"prompts": {item.name: len(item.folded.matrix) for item in trained}, **compared}

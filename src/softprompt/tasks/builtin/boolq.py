@@ -62,6 +62,7 @@ BOOLQ = register(
                 text="passage: {passage} question: {question}", label_words={"false": "false", "true": "true"}
             ),
             "natural": Template(text="{passage}\nQuestion: {question}?\nAnswer:"),
+            "lm-eval": Template(text="{passage}\nQuestion: {question}?\nAnswer:"),
         },
         source="boolq",
         split_seed=0,

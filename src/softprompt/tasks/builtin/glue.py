@@ -1,6 +1,7 @@
 """GLUE's tasks except WNLI, each in three wordings.
 
-`natural` is ours, `dpt` and `residual` are the papers', as in superglue.py. MNLI is scored on its matched rows.
+`natural` is ours, `dpt` and `residual` are the papers', as in superglue.py; SST-2 has lm-evaluation-harness's
+too. MNLI is scored on its matched rows.
 
 Reference: Wang et al. 2019, "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding".
 """
@@ -86,6 +87,7 @@ SST2 = register_official(
         natural=("Review: {sentence}\nSentiment:", ("negative", "positive")),
         dpt="sentence: {sentence}",
         residual=("{sentence}", ("negative", "positive")),
+        lm_eval=("{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:", ("negative", "positive")),
     ),
     label="label",
     max_input_tokens=128,

@@ -125,11 +125,19 @@ def register_official(
 
 
 def wordings(
-    labels: Sequence[str], *, natural: tuple[str, Sequence[str]], dpt: str, residual: tuple[str, Sequence[str]]
+    labels: Sequence[str],
+    *,
+    natural: tuple[str, Sequence[str]],
+    dpt: str,
+    residual: tuple[str, Sequence[str]],
+    lm_eval: tuple[str, Sequence[str]] | None = None,
 ) -> Mapping[str, Template]:
-    """The three wordings of a classification: templates, each with a label word per label; `dpt` answers digits."""
+    """The wordings of a classification: templates, each with a label word per label; `dpt` answers digits."""
     digits = [str(index) for index in range(len(labels))]
+    texts = {"natural": natural, "dpt": (dpt, digits), "residual": residual}
+    if lm_eval is not None:
+        texts["lm-eval"] = lm_eval
     return {
         name: Template(text=text, label_words=dict(zip(labels, label_words, strict=True)))
-        for name, (text, label_words) in {"natural": natural, "dpt": (dpt, digits), "residual": residual}.items()
+        for name, (text, label_words) in texts.items()
     }

@@ -1,8 +1,9 @@
-"""SuperGLUE's tasks except BoolQ, and its two diagnostics; each in three wordings.
+"""SuperGLUE's tasks except BoolQ, and its two diagnostics; each in three wordings or four.
 
 `natural` is ours. `dpt` and `residual` are what the code of the two papers gives the model: digits and label names as
 answers, fields in the published order. What that code omits is omitted only under those names: COPA's question in
-`copa:dpt`, and the negative rows of WSC in the task `wsc-positives`.
+`copa:dpt`, and the negative rows of WSC in the task `wsc-positives`. `lm-eval` is lm-evaluation-harness's;
+its COPA scores the choices themselves, which differ from row to row, and so is not among them.
 
 Reference: Wang et al. 2019, "SuperGLUE: A Stickier Benchmark for General-Purpose Language Understanding Systems".
 """
@@ -49,6 +50,10 @@ CB = register_official(
         ),
         dpt="premise: {premise} hypothesis: {hypothesis}",
         residual=("premise: {premise} hypothesis: {hypothesis}", COMMITMENT),
+        lm_eval=(
+            "{premise}\nQuestion: {hypothesis}. True, False, or Neither?\nAnswer:",
+            ("True", "False", "Neither"),
+        ),
     ),
     label="label",
     metrics=("accuracy", "macro_f1"),
@@ -114,6 +119,7 @@ _ENTAILMENT_TEMPLATES = wordings(
     natural=('{premise}\nQuestion: Does this mean that "{hypothesis}"? Yes or no?\nAnswer:', ("yes", "no")),
     dpt="premise: {premise} hypothesis: {hypothesis}",
     residual=("premise: {premise} hypothesis: {hypothesis}", ENTAILMENT),
+    lm_eval=("{premise}\nQuestion: {hypothesis} True or False?\nAnswer:", ("True", "False")),
 )
 """The diagnostics have RTE's wordings, so that a run of `rte` can answer them."""
 

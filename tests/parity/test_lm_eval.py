@@ -1,0 +1,118 @@
+"""Scores in lm-evaluation-harness: without a prompt those of its own `hf` model, with one those of `predict`."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from softprompt import Experiment, Plain, Run, attach, load_backbone, load_task, predict, runs
+from softprompt.cli import main
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'softprompt[eval]'")
+
+ROWS = [
+    {"text": " ".join(text), "answer": number % 3} for number, text in enumerate(("aab", "c", "bbbacca", "cbac") * 3)
+]
+TASK = """
+task: local_tickets
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {rows}}}}}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: "Ticket: {{{{text}}}}\\nQueue:"
+doc_to_target: answer
+doc_to_choice: {words}
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture
+def task_folder(tmp_path: Path, ticket_task: Path) -> Path:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    words = json.dumps(list(load_task(str(ticket_task)).label_words.values()))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "local.yaml").write_text(TASK.format(rows=folder / "rows.jsonl", words=words))
+    return folder
+
+
+def evaluate(model: Any, folder: Path, **settings: Any) -> tuple[float, list[list[float]]]:
+    """The accuracy, and each row's log-likelihoods of the choices."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder))
+    results = lm_eval.simple_evaluate(
+        model=model, tasks=["local_tickets"], task_manager=manager, bootstrap_iters=0, log_samples=True, **settings
+    )
+    samples = sorted(results["samples"]["local_tickets"], key=lambda sample: sample["doc_id"])
+    scores = [[float(response[0]) for response in sample["filtered_resps"]] for sample in samples]
+    return results["results"]["local_tickets"]["acc,none"], scores
+
+
+def test_zero_shot_equals_lm_evals_hf_model(llama_folder: Path, task_folder: Path) -> None:
+    import softprompt.evaluation.lm_eval  # noqa: F401  (registers the model type)
+
+    ours = {"model_args": {"backbone": str(llama_folder), "dtype": "float32"}, "batch_size": 4}
+    theirs = {"model_args": {"pretrained": str(llama_folder), "dtype": "float32"}, "batch_size": 4, "device": "cpu"}
+    assert evaluate("softprompt", task_folder, **ours) == evaluate("hf", task_folder, **theirs)
+
+
+@pytest.fixture
+def run(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> Run:
+    backbone = load_backbone(str(llama_folder), dtype="float32")
+    config = Plain(length=5)
+    experiment = Experiment(backbone=str(llama_folder), task=str(ticket_task), prompt=config, dtype="float32")
+    created = runs.create(experiment, load_task(str(ticket_task)), backbone, tmp_path, "run", "")
+    prompt = config.build(backbone.host(), torch.Generator().manual_seed(0))
+    return created.finish(attach(backbone, prompt), {"test": 0.5})
+
+
+def test_run_scores_equal_predict(run: Run, task_folder: Path, llama_folder: Path) -> None:
+    """The harness's own loop over a run: each row's scores, normalised, are predict's probabilities."""
+    from softprompt.evaluation.lm_eval import SoftPromptLM
+
+    _, scores = evaluate(SoftPromptLM(run=str(run.folder), batch_size=4), task_folder)
+    backbone = load_backbone(str(llama_folder), dtype="float32")
+    answers = predict(run, [{"text": row["text"]} for row in ROWS], backbone=backbone)
+    for row, answer in zip(scores, answers, strict=True):
+        probabilities = torch.tensor(list(answer.probabilities.values()))
+        torch.testing.assert_close(torch.tensor(row).softmax(-1), probabilities, rtol=1e-4, atol=1e-5)
+    assert evaluate(SoftPromptLM(backbone=str(llama_folder), dtype="float32"), task_folder)[1] != scores
+
+
+def test_generation_equals_the_run(run: Run, llama_folder: Path) -> None:
+    from lm_eval.api.instance import Instance
+
+    from softprompt.evaluation.lm_eval import SoftPromptLM
+
+    texts = ["Ticket: a a b\nQueue:", "Ticket: c\nQueue:", "Ticket: b b b a\nQueue:"]
+    settings = {"until": ["</s>"], "max_gen_toks": 6}
+    requests = [Instance("generate_until", {}, (text, settings), number) for number, text in enumerate(texts)]
+    written = SoftPromptLM(run=str(run.folder), batch_size=2).generate_until(requests, disable_tqdm=True)
+    backbone = load_backbone(str(llama_folder), dtype="float32")
+    live = run.prompted(backbone)
+    for text, answer in zip(texts, written, strict=True):
+        ids = torch.tensor([backbone.tokenizer(text)["input_ids"]])
+        tokens = torch.stack(list(live.generate(ids, max_new_tokens=6)), 1)[0]
+        assert answer == backbone.tokenizer.decode(tokens, skip_special_tokens=True).split("</s>")[0]
+
+
+def test_command_prints_the_scores(run: Run, task_folder: Path) -> None:
+    out, arguments = io.StringIO(), ["--tasks", "local_tickets", "--include-path", str(task_folder), "--limit", "6"]
+    with contextlib.redirect_stdout(out):
+        assert main(["lm-eval", str(run.folder), *arguments]) == 0
+    said = json.loads(out.getvalue().splitlines()[-1])
+    assert said["command"] == "lm-eval"
+    assert 0 <= said["results"]["local_tickets"]["acc,none"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [([], "no task is given"), (["--tasks", "x"], "give lm-eval's model a run=FOLDER")]
+)
+def test_missing_arguments_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lm-eval", *arguments]) == 1
+    assert message in capsys.readouterr().err
