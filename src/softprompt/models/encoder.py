@@ -78,7 +78,7 @@ class Encoder(PromptedModel):
         cached_check(backbone.model, f"padding {self._vocabulary_head() is None}", self._check_exact)
         if self.prompt_attention == "self":
             self._check_supports_varlen()
-            cached_check(backbone.model, "isolated", self._check_isolated)
+            cached_check(backbone.model, "self attention", self._check_self_attention)
 
     def prepare(self, prompts: Sequence[SoftPrompt]) -> PromptEmbeddings | EncoderPrefixStates:
         """The prompts' vectors, since all else depends on the text; with `prompt_attention="self"` their states."""
@@ -152,7 +152,7 @@ class Encoder(PromptedModel):
         """Logits of the vocabulary at the mask, or of the head's classes."""
         text = self.text(inputs)
         if self.prompt_attention == "self":
-            return self._isolated_logits(inputs.prompts, inputs.prompt_index, text)
+            return self._self_attention_logits(inputs.prompts, inputs.prompt_index, text)
         prepared, limit = self.resolve(inputs.prompts, PromptEmbeddings), self.backbone.max_positions
         lead = self._lead(text)  # before a mask is inserted
         if self.head is not None:
@@ -167,17 +167,17 @@ class Encoder(PromptedModel):
             return vocabulary_head(self._hidden_states(rows)[batch, at])
         return self.backbone.model(inputs_embeds=rows.embeds, attention_mask=rows.mask).logits[batch, at]
 
-    def _isolated_logits(self, prompts: Prompts, index: Index, text: Rows) -> Float[Tensor, "batch answer"]:
+    def _self_attention_logits(self, prompts: Prompts, index: Index, text: Rows) -> Float[Tensor, "batch answer"]:
         """`_answer_logits` with `prompt_attention="self"`: each prompt runs once, and the rows attend to it."""
         text = text if self.head is not None else self._with_mask(text)
-        states = self._isolated_states(prompts, index, text)
+        states = self._self_attention_states(prompts, index, text)
         if self.head is not None:
             return self.head(_mean(states, text.mask.bool()))
         at = self._answer_column(text)[:, 0]
         logits: Tensor = self._vocabulary_head()(states[torch.arange(len(at), device=at.device), at])
         return logits
 
-    def _isolated_states(self, prompts: Prompts, index: Index, text: Rows) -> Float[Tensor, "batch seq hidden"]:
+    def _self_attention_states(self, prompts: Prompts, index: Index, text: Rows) -> Float[Tensor, "batch seq hidden"]:
         """The last hidden states of the text."""
         embeds, layout = pack_with_prompts(self, prompts, index, text, self.backbone.max_positions)
         return layout.rows.pad(self._run_packed(embeds, layout))
@@ -267,7 +267,7 @@ class Encoder(PromptedModel):
         embeds = self.backbone.model.get_input_embeddings()(ids)
         return torch.cat([embeds[:1], probe.prompt(row).to(embeds), embeds[1:]])[None]
 
-    def _check_isolated(self) -> bool:
+    def _check_self_attention(self) -> bool:
         """Compare with the model's own forward under a mask that hides the text from the prompt."""
         how, model, probe = "prompt_attention=self", self.backbone.model, sample(self.backbone)
         with model_errors_refused(self.backbone, how):
@@ -281,7 +281,7 @@ class Encoder(PromptedModel):
                 states = model.base_model(inputs_embeds=embeds, attention_mask=visible[None, None]).last_hidden_state[0]
                 expected.append(states[~in_prompt])
             for prompts in (probe.prompts, self.prepare(probe.prompts)):
-                states = self._isolated_states(prompts, probe.prompt_index, Rows(ids, mask, ids))
+                states = self._self_attention_states(prompts, probe.prompt_index, Rows(ids, mask, ids))
                 check_close(self.backbone, torch.cat(expected), states[mask.bool()], how, "states")
         return True
 

@@ -227,11 +227,11 @@ class EncoderDecoder(PromptedModel):
         """The encoder's states of prompts and text, and an empty cache for the decoder."""
         text, limit = self.text(inputs), self.backbone.max_positions
         if self.prompt_attention == "self":
-            return self._encode_isolated(inputs, text)
+            return self._encode_self_attention(inputs, text)
         prepared = self.resolve(inputs.prompts, PromptEmbeddings)
         return self._encode_rows(insert_prompts(self, prepared, inputs.prompt_index, text, self._lead(text), limit))
 
-    def _encode_isolated(self, inputs: Inputs, text: Rows) -> _Encoded:
+    def _encode_self_attention(self, inputs: Inputs, text: Rows) -> _Encoded:
         """The same with `prompt_attention="self"`: each prompt runs once, and every row attends to its states."""
         embeds, layout = pack_with_prompts(self, inputs.prompts, inputs.prompt_index, text, self.backbone.max_positions)
         states = t5.run(self.backbone.model.get_encoder(), embeds, layout)
