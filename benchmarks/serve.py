@@ -94,7 +94,7 @@ def prepare(settings: argparse.Namespace, folder: Path) -> tuple[list[Pair], Any
     backbone = load_backbone(BACKBONE, dtype=settings.dtype, device="cpu")
     runs = list_runs(settings.runs) if settings.runs else []
     folded = [run.prompt(backbone).fold() for run in runs if run.results and run.experiment.baseline == "none"]
-    trained = [prompt for prompt in folded if not peft_refusal(prompt, backbone.architecture)]
+    trained = [prompt for prompt in folded if not peft_refusal(prompt, backbone)]
     host, draw = backbone.host(), torch.Generator().manual_seed(0)
     for number in range(settings.prompts):
         if number < len(trained):
@@ -144,7 +144,7 @@ def memory(backbone: Any, folders: Sequence[Path], process: Any) -> dict[str, An
     for folder in folders[1:]:
         engine.add(folder.name, folder)
     growth = process.memory_info().rss - before
-    prefixes = [entry.kv_prefix.bytes for entry in engine.prompts if entry.kv_prefix is not None][1:]
+    prefixes = [entry.kv_prefix.nbytes for entry in engine.prompts if entry.kv_prefix is not None][1:]
     vectors = [entry.prompt.prompt().nbytes for entry in engine.prompts][1:]
     engine.close()
     added = max(len(prefixes), 1)

@@ -24,7 +24,7 @@ from softprompt import runs
 from softprompt.backbones import Backbone
 from softprompt.evaluation.evaluate import read_splits
 from softprompt.export import FORMATS, export_runs
-from softprompt.export.probe import left_padded
+from softprompt.models.padding import pad_batch
 from softprompt.tasks import answer_ids, encode
 
 BATCH = 9
@@ -90,8 +90,8 @@ def main(
         batch = texts[begin : begin + BATCH]
         index = torch.arange(begin, begin + len(batch)) % len(trained)
         full = [[*prefix[number], *text] for number, text in zip(index.tolist(), batch, strict=True)]
-        ids, mask = left_padded(batch, 0)
-        full_ids, full_mask = left_padded(full, 0)
+        ids, mask = pad_batch(batch, torch.device("cpu"), "left")
+        full_ids, full_mask = pad_batch(full, torch.device("cpu"), "left")
         generated = plain.generate(
             input_ids=full_ids,
             attention_mask=full_mask,

@@ -25,13 +25,13 @@ def _gradients(prompted: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("outside", [False, True], ids=["backward inside", "backward outside"])
 @pytest.mark.parametrize(("name", "prompt_attention"), CASES)
-def test_a_loss_in_an_autocast_region(
+def test_loss_under_autocast_is_near_float32(
     name: str, prompt_attention: PromptAttention, outside: bool, tiny_backbone: MakeBackbone
 ) -> None:
     backbone = tiny_backbone(name)
     reference = attached(backbone, prompt_attention)
-    wanted = loss_of(reference)
-    wanted.backward()
+    expected = loss_of(reference)
+    expected.backward()
     with torch.autocast("cpu", torch.bfloat16):
         prompted = attached(backbone, prompt_attention)
         loss = loss_of(prompted)
@@ -40,8 +40,8 @@ def test_a_loss_in_an_autocast_region(
     if outside:
         loss.backward()
     assert all(parameter.grad.dtype is torch.float32 for parameter in prompted.parameters())
-    assert float(loss - wanted) != 0, "nothing was cast"
-    assert abs(float(loss) / float(wanted) - 1) < 0.05
+    assert float(loss - expected) != 0, "nothing was cast"
+    assert abs(float(loss) / float(expected) - 1) < 0.05
     if name == "t5":  # unscaled scores of large weights: its gradient in bfloat16 is noise in torch's own kernel too
         return
     near = torch.nn.functional.cosine_similarity(_gradients(prompted), _gradients(reference), dim=0)
@@ -49,7 +49,7 @@ def test_a_loss_in_an_autocast_region(
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "bert_mlm"])
-def test_a_graph_made_outside_is_differentiated_inside(name: str, tiny_backbone: MakeBackbone) -> None:
+def test_graph_built_outside_autocast_backprops_inside(name: str, tiny_backbone: MakeBackbone) -> None:
     reference, prompted = (attached(tiny_backbone(name), "full") for _ in range(2))
     loss_of(reference).backward()
     loss = loss_of(prompted)
@@ -60,7 +60,7 @@ def test_a_graph_made_outside_is_differentiated_inside(name: str, tiny_backbone:
 
 
 @pytest.mark.parametrize("name", ["llama", "bart"])
-def test_texts_are_written_in_an_autocast_region(name: str, tiny_backbone: MakeBackbone) -> None:
+def test_generation_under_autocast(name: str, tiny_backbone: MakeBackbone) -> None:
     prompted = attached(tiny_backbone(name), "full")
     ids = torch.randint(3, 200, (2, 7), generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -69,16 +69,16 @@ def test_texts_are_written_in_an_autocast_region(name: str, tiny_backbone: MakeB
         scores = prompted.score(ids, None, [(5, 6), (7,)], prepared)
     assert len(made) == 3
     with torch.no_grad():
-        wanted = prompted.score(ids, None, [(5, 6), (7,)])
-    torch.testing.assert_close(scores.float(), wanted, rtol=0.05, atol=0.3)
+        expected = prompted.score(ids, None, [(5, 6), (7,)])
+    torch.testing.assert_close(scores.float(), expected, rtol=0.05, atol=0.3)
 
 
 class _Rows(torch.utils.data.Dataset[Mapping[str, torch.Tensor]]):
     def __len__(self) -> int:
         return 8
 
-    def __getitem__(self, place: int) -> Mapping[str, torch.Tensor]:
-        ids = torch.arange(10, 22) + place
+    def __getitem__(self, position: int) -> Mapping[str, torch.Tensor]:
+        ids = torch.arange(10, 22) + position
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 

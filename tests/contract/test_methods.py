@@ -81,7 +81,7 @@ def rank_of(matrix: torch.Tensor) -> int:
 
 
 @cases
-def test_shape_and_type(config: PromptConfig, host: Host) -> None:
+def test_prompt_shape_and_dtype(config: PromptConfig, host: Host) -> None:
     prompt = config.build(host, seeded(0))
     embeds, ids, positions = batch(host)
     assert prompt.prompt().shape == (config.length, DIM)
@@ -94,15 +94,15 @@ def test_shape_and_type(config: PromptConfig, host: Host) -> None:
 
 
 @cases
-def test_equal_generators_give_equal_prompts_whatever_torch_drew_before(config: PromptConfig, host: Host) -> None:
+def test_equal_generators_give_equal_prompts(config: PromptConfig, host: Host) -> None:
     torch.manual_seed(1)
     first = config.build(host, seeded(0)).state_dict()
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    again = config.build(host, seeded(0)).state_dict()
+    reloaded = config.build(host, seeded(0)).state_dict()
     assert torch.equal(torch.get_rng_state(), before), "building drew from torch's global generator"
-    assert first.keys() == again.keys()
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert first.keys() == reloaded.keys()
+    assert all(torch.equal(first[name], reloaded[name]) for name in first)
 
 
 @defaults
@@ -112,14 +112,14 @@ def test_another_seed_gives_another_prompt(config: PromptConfig, host: Host) -> 
 
 
 @cases
-def test_count_is_what_is_trained(config: PromptConfig, host: Host) -> None:
+def test_count_is_number_of_trainable_parameters(config: PromptConfig, host: Host) -> None:
     prompt = config.build(host, seeded(0))
     assert config.count(DIM) == sum(parameter.numel() for parameter in prompt.parameters())
     assert all(parameter.requires_grad for parameter in prompt.parameters())
 
 
 @pytest.mark.parametrize("config", [c for c in DEFAULTS.values() if hasattr(c, "rank")], ids=lambda config: config.name)
-def test_a_setting_named_rank_bounds_the_rank_of_what_it_makes(config: PromptConfig, host: Host) -> None:
+def test_rank_setting_bounds_rank_of_prompt(config: PromptConfig, host: Host) -> None:
     low = config.replace(rank=3)
     prompt = low.build(host, seeded(0))
     fixed = prompt.prompt().detach()
@@ -135,7 +135,7 @@ def test_a_setting_named_rank_bounds_the_rank_of_what_it_makes(config: PromptCon
 
 
 @cases
-def test_groups_partition_the_parameters_and_rates_cover_the_groups(config: PromptConfig, host: Host) -> None:
+def test_groups_partition_parameters_and_have_rates(config: PromptConfig, host: Host) -> None:
     prompt = config.build(host, seeded(0))
     grouped = [id(parameter) for group in prompt.groups().values() for parameter in group]
     assert sorted(grouped) == sorted(id(parameter) for parameter in prompt.parameters())
@@ -163,7 +163,7 @@ def test_live_equals_folded(config: PromptConfig, host: Host, trained: bool) -> 
 
 
 @cases
-def test_a_fold_does_not_follow_further_training(config: PromptConfig, host: Host) -> None:
+def test_fold_is_independent_of_further_training(config: PromptConfig, host: Host) -> None:
     prompt = config.build(host, seeded(0)).eval()
     folded = prompt.fold()
     before = {name: tensor.clone() for name, tensor in folded.state_dict().items()}
@@ -173,14 +173,14 @@ def test_a_fold_does_not_follow_further_training(config: PromptConfig, host: Hos
 
 
 @cases
-def test_padding_and_row_order_change_nothing(config: PromptConfig, host: Host) -> None:
+def test_shift_does_not_depend_on_padding_or_row_order(config: PromptConfig, host: Host) -> None:
     prompt = perturbed(config.build(host, seeded(0))).eval()
     embeds, ids, positions = batch(host)
-    whole = prompt.shift(embeds, ids, positions)
-    alone = prompt.shift(embeds[2:3, 11:], ids[2:3, 11:], positions[2:3, 11:])
-    torch.testing.assert_close(whole[2:3, 11:], alone, rtol=1e-5, atol=1e-5)
+    full = prompt.shift(embeds, ids, positions)
+    single_row = prompt.shift(embeds[2:3, 11:], ids[2:3, 11:], positions[2:3, 11:])
+    torch.testing.assert_close(full[2:3, 11:], single_row, rtol=1e-5, atol=1e-5)
     flipped = prompt.shift(embeds.flip(0), ids.flip(0), positions.flip(0)).flip(0)
-    torch.testing.assert_close(flipped, whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(flipped, full, rtol=1e-5, atol=1e-5)
 
 
 @cases
@@ -197,7 +197,7 @@ def test_every_parameter_gets_a_gradient(config: PromptConfig, host: Host) -> No
 
 
 @cases
-def test_one_step_of_the_default_rates_lowers_a_loss(config: PromptConfig, host: Host) -> None:
+def test_one_step_at_default_rates_lowers_loss(config: PromptConfig, host: Host) -> None:
     prompt = config.build(host, seeded(0)).eval()
     target = host.embedding[torch.randint(VOCAB, (config.length,), generator=seeded(9))]
 
@@ -213,24 +213,24 @@ def test_one_step_of_the_default_rates_lowers_a_loss(config: PromptConfig, host:
 
 
 @cases
-def test_settings_survive_json(config: PromptConfig) -> None:
-    again = PromptConfig.from_json(json.loads(json.dumps(config.to_json())))
-    assert again == config
-    assert type(again) is METHODS[config.name]
+def test_settings_round_trip_json(config: PromptConfig) -> None:
+    reloaded = PromptConfig.from_json(json.loads(json.dumps(config.to_json())))
+    assert reloaded == config
+    assert type(reloaded) is METHODS[config.name]
 
 
 @cases
-def test_numbers_survive_a_file(config: PromptConfig, host: Host, tmp_path: Path) -> None:
+def test_parameters_round_trip_file(config: PromptConfig, host: Host, tmp_path: Path) -> None:
     prompt = perturbed(config.build(host, seeded(0))).eval()
     save_file(prompt.state_dict(), tmp_path / "prompt.safetensors")
-    again = config.build(host, seeded(1)).eval()
-    again.load_state_dict(load_file(tmp_path / "prompt.safetensors"))
-    assert torch.equal(again.prompt(), prompt.prompt())
-    assert torch.equal(again.shift(*batch(host)), prompt.shift(*batch(host)))
+    reloaded = config.build(host, seeded(1)).eval()
+    reloaded.load_state_dict(load_file(tmp_path / "prompt.safetensors"))
+    assert torch.equal(reloaded.prompt(), prompt.prompt())
+    assert torch.equal(reloaded.shift(*batch(host)), prompt.shift(*batch(host)))
 
 
 @defaults
-def test_wrong_lengths_and_unknown_settings_are_refused(config: PromptConfig) -> None:
+def test_invalid_length_and_unknown_settings_are_refused(config: PromptConfig) -> None:
     with pytest.raises(ValueError, match="length is 0; it must be at least 1"):
         config.replace(length=0)
     with pytest.raises(ValueError, match=f"{config.name} has no setting colour"):

@@ -233,8 +233,8 @@ def test_prompt_attention_self_holds_in_training_and_use(
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("bert", {"prompt_position": "after_bos"}, "cannot stand 'after_bos'"),
-        ("llama", {"prompt_attention": "self"}, "cannot be isolated"),
+        ("bert", {"prompt_position": "after_bos"}, "prompt_position is 'after_bos', which .* does not support"),
+        ("llama", {"prompt_attention": "self"}, "prompt_attention is 'self', which .* does not support"),
         ("t5", {"prompt_attention": "self", "training": TrainingConfig(dropout=True)}, "leave dropout off"),
         (
             "llama",

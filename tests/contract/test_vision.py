@@ -31,8 +31,7 @@ from softprompt import (
 )
 from softprompt.cli import main
 from softprompt.models import PromptedModel, fresh_head
-from softprompt.prompts import METHODS, Folded, SoftPrompt
-from softprompt.prompts.concatenation import Concatenation
+from softprompt.prompts import METHODS, SoftPrompt
 from softprompt.prompts.deep import build
 from softprompt.tasks import load_task, splits
 
@@ -141,11 +140,6 @@ def test_a_method_that_shifts_by_tokens_is_refused(method: str, depth: int, tiny
     backbone = tiny_backbone("vit")
     with pytest.raises(ValueError, match="changes the input's own embeddings"):
         attachment_of(method, backbone, depth)
-
-
-def test_a_deep_prompt_is_no_part_of_a_concatenation() -> None:
-    with pytest.raises(ValueError, match="a prompt for 3 layers cannot be concatenated"):
-        Concatenation([Folded(torch.zeros(4, 32)), Folded(torch.zeros(12, 32), depth=3)])
 
 
 @pytest.fixture(scope="module")

@@ -223,12 +223,12 @@ def test_image_task_with_text_backbone_is_refused(
 def test_invalid_vision_call_is_refused(tiny_backbone: MakeBackbone, unchecked: None) -> None:
     backbone, pixels = tiny_backbone("vit"), torch.zeros(2, 3, 32, 32)
     head = fresh_head(backbone, 3, torch.Generator())
-    with pytest.raises(ValueError, match="has no words to answer with; give a head"):
+    with pytest.raises(ValueError, match="has no vocabulary head to answer with; give a head"):
         attach(backbone, None)
     with pytest.raises(ValueError, match="for 4 layers and vit has 3"):
         attach(backbone, Folded(torch.zeros(8, 32), depth=4), head=head)
     prompted = attach(backbone, Folded(torch.zeros(4, 32)), head=head)
-    with pytest.raises(ValueError, match="the head tells 3 classes apart and 2 candidates"):
+    with pytest.raises(ValueError, match="the head has 3 classes and 2 candidates"):
         prompted.score(pixels, None, ((0,), (1,)))
     with pytest.raises(ValueError, match="images, which have no padding"):
         prompted(pixels, torch.ones(2, 4, dtype=torch.long))

@@ -7,8 +7,7 @@ import torch
 import transformers
 
 from softprompt.backbones import Backbone, load
-from softprompt.models import PROMPTED_MODELS, attach
-from softprompt.models.base import Prepared
+from softprompt.models import PROMPTED_MODELS, Prepared, attach
 from softprompt.prompts import Folded
 
 pytestmark = pytest.mark.usefixtures("unchecked")

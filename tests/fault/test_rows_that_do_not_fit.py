@@ -150,7 +150,7 @@ def test_label_words_that_do_not_fit_a_mask_are_named(tiny_backbone: MakeBackbon
     prompted.check_candidates([" a", " b"], [(5,), (6,)])
     with pytest.raises(ValueError, match=r"'excellent' \(3 tokens\), 'bad' \(2 tokens\).*one mask"):
         prompted.check_candidates([" good", " excellent", " bad"], [(5,), (6, 7, 8), (9, 10)])
-    with pytest.raises(ValueError, match="row 3 of train is 2 tokens"):
+    with pytest.raises(ValueError, match="row 3 of train has 2 tokens"):
         prompted.check_row([0, 5, 1], [6, 7], "row 3 of train")
 
 

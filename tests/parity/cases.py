@@ -30,14 +30,12 @@ def prompts_of(backbone: Backbone) -> list[SoftPrompt]:
 
 
 def rows_of(
-    counts: Sequence[int], seed: int = 1, *, first: int = 4, front: Sequence[int] = (), behind: Sequence[int] = ()
+    counts: Sequence[int], seed: int = 1, *, first: int = 4, front: Sequence[int] = (), back: Sequence[int] = ()
 ) -> list[Tensor]:
     """Rows of so many tokens, drawn from id `first` on, between the ids that stand in `front` and `behind`."""
     draw = torch.Generator().manual_seed(seed)
     return [
-        torch.cat(
-            [torch.tensor(front), torch.randint(first, 300, (count,), generator=draw), torch.tensor(behind)]
-        ).long()
+        torch.cat([torch.tensor(front), torch.randint(first, 300, (count,), generator=draw), torch.tensor(back)]).long()
         for count in counts
     ]
 
@@ -46,9 +44,9 @@ def padded(rows: Sequence[Tensor], side: str, extra: int, fill: int = 2) -> tupl
     """The rows as one batch, `extra` columns wider than the longest, and the mask of their tokens."""
     wide = max(map(len, rows)) + extra
     ids, mask = torch.full((len(rows), wide), fill), torch.zeros(len(rows), wide, dtype=torch.long)
-    for place, row in enumerate(rows):
+    for position, row in enumerate(rows):
         where = slice(wide - len(row), wide) if side == "left" else slice(0, len(row))
-        ids[place, where], mask[place, where] = row, 1
+        ids[position, where], mask[position, where] = row, 1
     return ids, mask
 
 
@@ -71,18 +69,18 @@ def copy_of(backbone: Backbone, dtype: torch.dtype) -> Backbone:
     return dataclasses.replace(backbone, model=copy.deepcopy(backbone.model).to(dtype))
 
 
-def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 2e-5) -> None:
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
     """Equal but for float32 sums in another order, relative to the largest value."""
-    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * float(wanted.detach().abs().max()))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * float(expected.detach().abs().max()))
 
 
 def assert_same_gradients(ours: Tensor, theirs: Tensor, parameters: Sequence[Tensor], tolerance: float = 1e-4) -> None:
     """Of two losses, for every parameter, each relative to its largest; and none of them is zero."""
-    wanted = torch.autograd.grad(theirs, list(parameters))
-    for found, reference in zip(torch.autograd.grad(ours, list(parameters)), wanted, strict=True):
+    expected = torch.autograd.grad(theirs, list(parameters))
+    for actual, reference in zip(torch.autograd.grad(ours, list(parameters)), expected, strict=True):
         scale = float(reference.abs().max())
         assert scale > 0
-        torch.testing.assert_close(found, reference, rtol=1e-3, atol=tolerance * scale)
+        torch.testing.assert_close(actual, reference, rtol=1e-3, atol=tolerance * scale)
 
 
 def attached(backbone: Backbone, prompt_attention: PromptAttention) -> PromptedModel:

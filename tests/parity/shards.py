@@ -31,7 +31,7 @@ def said(prompted: PromptedModel, index: int, recompute: bool = False) -> dict[s
         loss = loss_of(prompted, 3 + index, seed=index)
         gradients = torch.autograd.grad(loss, list(prompted.parameters()))
     held = [weights for layer in layers(backbone.model) for weights in layer.parameters()]
-    found = {
+    actual = {
         "loss": loss.detach(),
         "gradients": gradients,
         "held": sum((one.to_local() if isinstance(one, DTensor) else one).numel() for one in held),
@@ -42,12 +42,12 @@ def said(prompted: PromptedModel, index: int, recompute: bool = False) -> dict[s
         ids = torch.randint(3, 200, (2 + index, 9 + index), generator=torch.Generator().manual_seed(9 + index))
         answers = [[1], [2], [0]] if backbone.architecture == "encoder" else [[11, 12], [13], [14, 15, 16]]
         scores = prompted.score(ids, None, answers)
-        found["scores"] = scores.detach(), torch.autograd.grad(scores[:, 0].sum(), list(prompted.parameters()))
+        actual["scores"] = scores.detach(), torch.autograd.grad(scores[:, 0].sum(), list(prompted.parameters()))
         if backbone.architecture in ("causal", "encoder_decoder"):
             ever = torch.stack(list(prompted.generate(ids, max_new_tokens=6, stop=[])), 1)
             stop = set(ever[:, 0].tolist()) if index == 0 else set()  # this one ends at once, the other never
-            found["tokens"], found["ever"] = list(prompted.generate(ids, max_new_tokens=6, stop=list(stop))), ever
-    return found
+            actual["tokens"], actual["ever"] = list(prompted.generate(ids, max_new_tokens=6, stop=list(stop))), ever
+    return actual
 
 
 def child(index: int, port: int, backbones: dict[str, tuple[Backbone, Any]], out: Path) -> None:
@@ -55,14 +55,14 @@ def child(index: int, port: int, backbones: dict[str, tuple[Backbone, Any]], out
     torch.distributed.init_process_group(
         "gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=60), world_size=2, rank=index
     )
-    found = {}
+    actual = {}
     for name, (backbone, prompt_attention) in backbones.items():
-        whole = attached(backbone, prompt_attention)
-        before = said(whole, index)
+        full = attached(backbone, prompt_attention)
+        before = said(full, index)
         fsdp.shard(backbone.model, "cpu")
-        parts = attach(backbone, whole.prompt, head=whole.head, prompt_attention=prompt_attention)
-        found[name] = before, said(parts, index), said(parts, index, recompute=True)
-    torch.save(found, out / f"{index}.pt")
+        parts = attach(backbone, full.prompt, head=full.head, prompt_attention=prompt_attention)
+        actual[name] = before, said(parts, index), said(parts, index, recompute=True)
+    torch.save(actual, out / f"{index}.pt")
 
 
 def main(file: Path) -> None:

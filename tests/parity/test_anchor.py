@@ -58,7 +58,7 @@ def built(settings: dict[str, Any], facts: Host | None = None) -> AnchoredPrompt
 
 
 @anchors
-def test_values_and_gradients_are_the_formulas(settings: dict[str, Any]) -> None:
+def test_anchored_dpt_matches_its_formula(settings: dict[str, Any]) -> None:
     facts = host()
     ours = built(settings)
     first_left, first_right = (factor.detach().clone().double() for factor in (ours.left, ours.right))
@@ -75,14 +75,14 @@ def test_values_and_gradients_are_the_formulas(settings: dict[str, Any]) -> None
     weights = torch.randn(LENGTH, DIM, generator=seeded(6))
     (ours.prompt() * weights).sum().backward()
     (theirs * weights.double()).sum().backward()
-    for mine, wanted in ((ours.left, left), (ours.right, right)):
+    for mine, expected in ((ours.left, left), (ours.right, right)):
         assert mine.grad is not None
-        assert wanted.grad is not None
-        close(mine.grad.double(), wanted.grad)
+        assert expected.grad is not None
+        close(mine.grad.double(), expected.grad)
 
 
 @anchors
-def test_the_start_is_the_anchor_to_the_bit(settings: dict[str, Any]) -> None:
+def test_anchored_prompt_starts_exactly_at_anchor(settings: dict[str, Any]) -> None:
     facts = host()
     if "init_text" in settings:
         rows = facts.embed(settings["init_text"], LENGTH)
@@ -94,18 +94,18 @@ def test_the_start_is_the_anchor_to_the_bit(settings: dict[str, Any]) -> None:
 
 
 @anchors
-def test_a_warm_start_of_full_rank_is_kept_to_the_bit(settings: dict[str, Any]) -> None:
-    given = 3 * torch.randn(LENGTH, DIM, generator=seeded(9))
-    assert torch.linalg.matrix_rank(given) == LENGTH > RANK
-    assert torch.equal(built(settings, host(start=given)).prompt(), given)
+def test_full_rank_warm_start_is_kept_exactly(settings: dict[str, Any]) -> None:
+    inputs = 3 * torch.randn(LENGTH, DIM, generator=seeded(9))
+    assert torch.linalg.matrix_rank(inputs) == LENGTH > RANK
+    assert torch.equal(built(settings, host(start=inputs)).prompt(), inputs)
 
 
-def test_a_written_start_leaves_the_hosts_own_rows_alone() -> None:
-    given = torch.randn(LENGTH, DIM, generator=seeded(9))
-    prompt = built({}, host(start=given))
+def test_anchor_is_a_copy_of_the_warm_start() -> None:
+    inputs = torch.randn(LENGTH, DIM, generator=seeded(9))
+    prompt = built({}, host(start=inputs))
     with torch.no_grad():
         prompt.anchor.add_(1)
-    assert torch.equal(given, torch.randn(LENGTH, DIM, generator=seeded(9)))
+    assert torch.equal(inputs, torch.randn(LENGTH, DIM, generator=seeded(9)))
 
 
 def test_random_factors_are_standard_normal() -> None:
@@ -129,7 +129,7 @@ def test_gradient_factors_are_those_of_lora_ga() -> None:
     close((prompt.right.T @ prompt.right).double() / DIM, rows.T @ rows)
 
 
-def test_gradient_factors_begin_along_the_gradient() -> None:
+def test_gradient_factors_first_step_follows_gradient() -> None:
     """`dA = G B0^T` is the best rank-r part of G's own left directions; a random B0 has a share of it."""
 
     def share(left: Tensor, right: Tensor) -> float:
@@ -141,14 +141,14 @@ def test_gradient_factors_begin_along_the_gradient() -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 4, LENGTH])
-def test_gradient_factors_of_any_rank(rank: int) -> None:
+def test_gradient_factors_accept_any_rank(rank: int) -> None:
     left, right = gradient_factors(slope(), rank)
     assert (left.shape, right.shape) == ((LENGTH, rank), (rank, DIM))
     for factor in (left, right):
         assert float(factor.square().mean()) == pytest.approx(1)
 
 
-def test_the_gradient_is_asked_for_at_the_anchor() -> None:
+def test_gradient_is_computed_at_anchor() -> None:
     asked: list[tuple[Tensor, int]] = []
 
     def gradient(rows: Tensor, batches: int) -> Tensor:
@@ -174,12 +174,12 @@ def test_the_gradient_is_asked_for_at_the_anchor() -> None:
         (lambda rows, batches: torch.full_like(rows, torch.inf), "is NaN"),
     ],
 )
-def test_no_gradient_is_no_silent_random_start(config: Any, gradient: Any, said: str) -> None:
+def test_missing_gradient_raises_instead_of_random_start(config: Any, gradient: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         config.build(host(gradient=gradient), seeded(0))
 
 
-def test_bpt_starts_its_second_factor_along_the_gradient() -> None:
+def test_bpt_second_factor_starts_along_gradient() -> None:
     prompt = BPT(length=LENGTH, rank=RANK, init="gradient").build(host(), seeded(0))
     rows = torch.linalg.svd(slope().double(), full_matrices=False)[2][:RANK]
     close((prompt.right.T @ prompt.right).double() / DIM, rows.T @ rows)
@@ -217,17 +217,17 @@ OLD: dict[str, tuple[dict[str, Any], list[float]]] = {
 
 
 @pytest.mark.parametrize("name", OLD)
-def test_without_an_anchor_the_numbers_are_the_old_ones(name: str) -> None:
-    settings, wanted = OLD[name]
+def test_dpt_without_anchor_matches_recorded_values(name: str) -> None:
+    settings, expected = OLD[name]
     prompt = DPT(anchor="none", length=LENGTH, rank=RANK, **settings).build(host(), seeded(2))
     assert sorted(prompt.state_dict()) == ["left", "right", "scale"]
     rows = prompt.prompt().detach()
     sums = [float(values.detach().double().sum()) for values in (rows, prompt.left, prompt.right)]
-    assert [*rows[0, :3].tolist(), *sums, float(prompt.scale)] == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+    assert [*rows[0, :3].tolist(), *sums, float(prompt.scale)] == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("scale", [None, 1.0])
-def test_without_an_anchor_uniform_factors_are_the_old_ones_to_the_bit(scale: float | None) -> None:
+def test_dpt_without_anchor_uniform_init_is_unchanged(scale: float | None) -> None:
     prompt = DPT(anchor="none", length=LENGTH, rank=RANK, init="uniform", scale=scale).build(host(), seeded(2))
     own = prompt.state_dict()
     digest = hashlib.sha256(b"".join(own[name].numpy().tobytes() for name in ("left", "right"))).hexdigest()
@@ -235,7 +235,7 @@ def test_without_an_anchor_uniform_factors_are_the_old_ones_to_the_bit(scale: fl
 
 
 @pytest.mark.parametrize("start", [None, 0.2 * torch.randn(LENGTH, DIM, generator=torch.Generator().manual_seed(9))])
-def test_without_an_anchor_the_rows_svd_is_the_old_one_to_the_bit(start: Tensor | None) -> None:
+def test_dpt_without_anchor_svd_init_is_unchanged(start: Tensor | None) -> None:
     facts, draw = host(start=start), seeded(2)
     rows = (facts.sample(LENGTH, draw) if start is None else start) / facts.rms
     left, right = factorise(rows, RANK, draw)
@@ -246,7 +246,7 @@ def test_without_an_anchor_the_rows_svd_is_the_old_one_to_the_bit(start: Tensor 
     assert float(prompt.scale) == float(torch.tensor(facts.rms * sizes[0] * sizes[1]))
 
 
-def test_published_is_the_papers_product() -> None:
+def test_published_dpt_is_the_papers_product() -> None:
     config = DPT.published()
     assert (config.anchor, config.init, config.scale, config.length, config.rank) == ("none", "uniform", 1.0, 100, 10)
     prompt = config.build(host(), seeded(0))
@@ -255,7 +255,7 @@ def test_published_is_the_papers_product() -> None:
 
 
 @pytest.mark.parametrize("anchor", ["vocab", "none"])
-def test_the_count_does_not_know_the_anchor(anchor: Any) -> None:
+def test_count_does_not_depend_on_anchor(anchor: Any) -> None:
     assert DPT(anchor=anchor, length=100, rank=10).count(768) == 8680
 
 
@@ -272,7 +272,7 @@ def test_the_count_does_not_know_the_anchor(anchor: Any) -> None:
         ({"gradient_batches": 0}, "gradient_batches is 0"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], said: str) -> None:
+def test_incompatible_settings_are_refused(settings: dict[str, Any], said: str) -> None:
     config = DPT()
     for name, value in settings.items():
         object.__setattr__(config, name, value)  # past the tests' own type checker, which users do not have
@@ -293,15 +293,13 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], 
         ),
     ],
 )
-def test_hosts_that_an_anchor_does_not_fit_are_refused(
-    settings: dict[str, Any], facts: dict[str, Any], said: str
-) -> None:
+def test_hosts_without_anchor_rows_are_refused(settings: dict[str, Any], facts: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         built(settings, host(**facts))
 
 
 @pytest.mark.parametrize("scale", [None, 1.0, 0.3])
-def test_ulpt_is_its_formula(scale: float | None) -> None:
+def test_ulpt_matches_its_formula(scale: float | None) -> None:
     ours = ULPT(length=LENGTH, rank=5, scale=scale).build(host(), seeded(1))
     unit = host().rms if scale is None else scale
     with torch.no_grad():
@@ -316,12 +314,12 @@ def test_ulpt_is_its_formula(scale: float | None) -> None:
     (unit * torch.stack(rows) * weights.double()).sum().backward()
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None
-        wanted = theirs[name].grad
-        assert wanted is not None
-        close(parameter.grad.double(), wanted)
+        expected = theirs[name].grad
+        assert expected is not None
+        close(parameter.grad.double(), expected)
 
 
-def test_ulpt_starts_at_the_hosts_size_or_as_published() -> None:
+def test_ulpt_starts_at_host_rms_or_as_published() -> None:
     wide = host(embedding=0.5 * torch.randn(300, 200, generator=seeded(1)))
     prompt = ULPT(length=80, rank=50).build(wide, seeded(0)).prompt()
     assert float(prompt.detach().square().mean().sqrt()) == pytest.approx(wide.rms, rel=0.05)
@@ -334,15 +332,15 @@ def test_ulpt_starts_at_the_hosts_size_or_as_published() -> None:
 
 @pytest.mark.parametrize("scale", [None, 1.0])
 def test_ulpt_fits_a_warm_start_by_least_squares(scale: float | None) -> None:
-    given = 0.2 * torch.randn(LENGTH, DIM, generator=seeded(9))
-    exact = ULPT(length=LENGTH, rank=DIM, scale=scale).build(host(start=given), seeded(1))
-    close(exact.prompt().detach(), given)
-    thin = ULPT(length=LENGTH, rank=4, scale=scale).build(host(start=given), seeded(1))
-    rest = (given - thin.prompt().detach()).double()
+    inputs = 0.2 * torch.randn(LENGTH, DIM, generator=seeded(9))
+    exact = ULPT(length=LENGTH, rank=DIM, scale=scale).build(host(start=inputs), seeded(1))
+    close(exact.prompt().detach(), inputs)
+    thin = ULPT(length=LENGTH, rank=4, scale=scale).build(host(start=inputs), seeded(1))
+    rest = (inputs - thin.prompt().detach()).double()
     close(rest @ thin.projection.double().T, torch.zeros(LENGTH, 4, dtype=torch.float64))
 
 
-def test_an_anchor_and_a_plain_prompt_start_alike() -> None:
+def test_anchored_and_plain_prompt_start_equal() -> None:
     plain = Plain(length=LENGTH).build(host(), seeded(2)).prompt().detach()
     close(built({}).prompt().detach(), plain)
     assert dataclasses.replace(host()).rms == host().rms

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from softprompt import Backbone, Experiment, attach, runs
-from softprompt.models import fresh_head
+from softprompt.models import fresh_head, model_class
 from softprompt.models.baselines import export_lora, tune
 from softprompt.runs import model_card
 from softprompt.tasks import Task
@@ -24,32 +24,32 @@ TASK = Task(name="tickets", template="{text}", label="queue", label_words={"a": 
 
 def outputs(backbone: Backbone, model: Any) -> torch.Tensor:
     if backbone.architecture == "vision":
-        given: dict[str, torch.Tensor] = {
+        inputs: dict[str, torch.Tensor] = {
             "pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         }
     else:
-        given = {"input_ids": torch.tensor([[5, 9, 40, 7], [8, 6, 200, 11]])}
+        inputs = {"input_ids": torch.tensor([[5, 9, 40, 7], [8, 6, 200, 11]])}
     if backbone.architecture == "encoder_decoder":
-        given["decoder_input_ids"] = given["input_ids"]
-    found: torch.Tensor = model(**given)[0]
-    return found
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    actual: torch.Tensor = model(**inputs)[0]
+    return actual
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bert", "bert_mlm", "vit", "dinov2"])
-def test_peft_loads_every_weight_of_lora(kind: str, tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
+def test_peft_loads_every_lora_weight(kind: str, tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
     own = tiny_backbone(kind)
     copied, tuned = tune(own, "lora")
     assert tuned is not None
     for parameter in tuned.parameters():  # B begins as zeros, which change nothing
         parameter += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter)))
-    wanted, bare = outputs(copied, copied.model), outputs(own, own.model)
-    assert not torch.allclose(wanted, bare, atol=1e-2)
-    export_lora(copied, tmp_path)
+    expected, bare = outputs(copied, copied.model), outputs(own, own.model)
+    assert not torch.allclose(expected, bare, atol=1e-2)
+    export_lora(copied, model_class(copied).peft_task_type, tmp_path)
     with warnings.catch_warnings():  # PEFT passes over weights whose names it does not know, with a warning
         warnings.filterwarnings("error", message="Found missing adapter keys")
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(own.model), tmp_path)
-    torch.testing.assert_close(outputs(own, theirs.base_model.model), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(outputs(own, theirs.base_model.model), expected, rtol=0, atol=0)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
@@ -65,7 +65,7 @@ def test_peft_loads_every_weight_of_lora(kind: str, tiny_backbone: MakeBackbone,
         ("llama", "full", "the trained tensors are in `tuned.safetensors`."),
     ],
 )
-def test_the_readme_says_where_the_trained_weights_are(
+def test_readme_names_files_of_trained_weights(
     kind: str, baseline: Baseline, words: str, tiny_backbone: MakeBackbone, tmp_path: Path
 ) -> None:
     own = tiny_backbone(kind)
@@ -79,7 +79,7 @@ def test_the_readme_says_where_the_trained_weights_are(
     assert words in (run.folder / "README.md").read_text()
 
 
-def test_the_readme_loads_a_gguf_file_as_transformers_takes_it(tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
+def test_readme_loads_gguf_as_transformers_does(tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
     own = dataclasses.replace(tiny_backbone("llama"), base="/models/small.gguf")
     experiment = Experiment(backbone=own.source)
     run = runs.create(experiment, TASK, own, tmp_path, "it", "")

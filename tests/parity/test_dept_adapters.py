@@ -30,16 +30,16 @@ def published(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_offset_is_the_published_formula(published: Path) -> None:
-    found = read_dept(published)
+def test_offset_matches_published_formula(published: Path) -> None:
+    actual = read_dept(published)
     scale = 8 / 3**0.5
-    expected = scale * found.prompt.left @ found.prompt.right
-    assert_close(found.prompt.offset(), expected)
-    assert (found.config.length, found.config.rank, found.config.positions) == (6, 3, 12)
-    assert sum(p.numel() for p in found.prompt.parameters()) == found.config.count(16)
+    expected = scale * actual.prompt.left @ actual.prompt.right
+    assert_close(actual.prompt.offset(), expected)
+    assert (actual.config.length, actual.config.rank, actual.config.positions) == (6, 3, 12)
+    assert sum(p.numel() for p in actual.prompt.parameters()) == actual.config.count(16)
 
 
-def test_written_back_and_read_again_nothing_is_lost(published: Path, tmp_path: Path) -> None:
+def test_adapter_round_trip_loses_nothing(published: Path, tmp_path: Path) -> None:
     first = read_dept(published)
     write_dept(first.config, first.prompt, "t5-base", tmp_path / "again")
     second = read_dept(tmp_path / "again")
@@ -48,16 +48,16 @@ def test_written_back_and_read_again_nothing_is_lost(published: Path, tmp_path: 
         assert torch.equal(tensor, second.prompt.state_dict()[name]), name
 
 
-def test_our_own_scale_survives_the_way_there(tmp_path: Path) -> None:
+def test_own_scale_survives_export(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     host = Host(embedding=0.3 * torch.randn(50, 16, generator=generator), encode=lambda text: [1])
     config = DePT(length=5, rank=2, positions=9)
     prompt = config.build(host, generator)
     torch.nn.init.normal_(prompt.right, generator=generator)
     write_dept(config, prompt, "t5-base", tmp_path / "ours")
-    found = read_dept(tmp_path / "ours")
-    assert_close(found.prompt.prompt(), prompt.prompt())
-    assert_close(found.prompt.offset(), prompt.offset())  # float32 rounding of one product
+    actual = read_dept(tmp_path / "ours")
+    assert_close(actual.prompt.prompt(), prompt.prompt())
+    assert_close(actual.prompt.offset(), prompt.offset())  # float32 rounding of one product
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_our_own_scale_survives_the_way_there(tmp_path: Path) -> None:
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"12"), "not a complete safetensors"),
     ],
 )
-def test_what_is_no_adapter_is_refused_by_name(published: Path, break_it, message: str) -> None:
+def test_invalid_adapter_is_refused_by_name(published: Path, break_it, message: str) -> None:
     break_it(published)
     with pytest.raises(ValueError, match=message):
         read_dept(published)

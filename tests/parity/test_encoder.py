@@ -24,7 +24,7 @@ MODELS = ("bert", "roberta", "mpnet", "distilbert")
 CLS, SEP, PAD, MASK = 0, 1, 2, 3
 TEXTS, INDEX = (7, 2, 4, 9, 1), (2, 0, 1, 0, 2)
 CLASSES = 4
-WORDS = ((11,), (12,), (40,), (41,))
+LABEL_WORDS = ((11,), (12,), (40,), (41,))
 WHOLE_WORDS = {
     "Billing": "bil",
     "Sales": "sal",
@@ -56,10 +56,10 @@ def prompted(request: pytest.FixtureRequest, tiny_backbone: MakeBackbone) -> Pro
 
 
 def texts() -> list[Tensor]:
-    return rows_of(TEXTS, front=[CLS], behind=[SEP])
+    return rows_of(TEXTS, front=[CLS], back=[SEP])
 
 
-def alone(prompted: PromptedModel, prompt: SoftPrompt | None, text: Tensor) -> Tensor:
+def single_row(prompted: PromptedModel, prompt: SoftPrompt | None, text: Tensor) -> Tensor:
     """The answer's logits for one row, from plainly concatenated vectors."""
     model = prompted.backbone.model
     if prompted.head is None:
@@ -81,29 +81,33 @@ def close(ours: Tensor, reference: Tensor) -> None:
 
 
 @sides
-def test_logits_loss_and_gradients_are_those_of_concatenation(prompted: PromptedModel, side: str, extra: int) -> None:
+def test_logits_loss_and_gradients_match_concatenation(prompted: PromptedModel, side: str, extra: int) -> None:
     prompts, rows = prompts_of(prompted.backbone), texts()
     ids, mask = padded(rows, side, extra)
     labels = torch.tensor([1, 3, 0, 2, 1])
-    found = prompted(ids, mask, labels[:, None], prompts=prompts, index=torch.tensor(INDEX))
-    logits = torch.stack([alone(prompted, prompts[which], text) for text, which in zip(rows, INDEX, strict=True)])
+    actual = prompted(ids, mask, labels[:, None], prompts=prompts, index=torch.tensor(INDEX))
+    logits = torch.stack(
+        [single_row(prompted, prompts[number], text) for text, number in zip(rows, INDEX, strict=True)]
+    )
     loss = nn.functional.cross_entropy(logits, labels)
-    close(found.logits.view_as(logits), logits)
-    close(found.loss, loss)
+    close(actual.logits.view_as(logits), logits)
+    close(actual.loss, loss)
     trained = [p for prompt in prompts for p in prompt.parameters()] + list(prompted.parameters())
     assert len(trained) == (9 if prompted.head is None else 11)
-    assert_same_gradients(found.loss, loss, trained)
+    assert_same_gradients(actual.loss, loss, trained)
 
 
-def test_without_a_prompt_it_is_the_model_on_ids(prompted: PromptedModel) -> None:
+def test_bare_encoder_is_the_model_on_ids(prompted: PromptedModel) -> None:
     rows, model = texts(), prompted.backbone.model
     ids, mask = padded(rows, "left", 5)
     logits = prompted(ids, mask).logits
     for row, text in enumerate(rows):
         ids = (text if prompted.head is not None else torch.cat([text[:-1], torch.tensor([MASK, SEP])]))[None]
         # MPNet takes id 1, the end here, for padding, whatever its config says, and gives it no position.
-        places = {"position_ids": torch.arange(2, 2 + ids.shape[1])[None]} if model.config.model_type == "mpnet" else {}
-        whole = model(input_ids=ids, **places)[0][0]
+        positions = (
+            {"position_ids": torch.arange(2, 2 + ids.shape[1])[None]} if model.config.model_type == "mpnet" else {}
+        )
+        whole = model(input_ids=ids, **positions)[0][0]
         close(logits[row].flatten(), whole[-2] if prompted.head is None else prompted.head(whole.mean(0)))
 
 
@@ -111,14 +115,14 @@ def test_scores_are_log_probabilities(prompted: PromptedModel) -> None:
     prompts, rows = prompts_of(prompted.backbone), texts()
     ids, mask = padded(rows, "left", 3)
     prepared, index = prompted.prepare(prompts), torch.tensor(INDEX)
-    scores = prompted.score(ids, mask, WORDS, prompts=prepared, index=index)
-    assert torch.equal(scores, prompted.score(ids, mask, WORDS, prompts=prompts, index=index))
-    for row, (text, which) in enumerate(zip(rows, INDEX, strict=True)):
-        slow = alone(prompted, prompts[which], text).log_softmax(-1)
-        close(scores[row], slow if prompted.head is not None else slow[[word[0] for word in WORDS]])
+    scores = prompted.score(ids, mask, LABEL_WORDS, prompts=prepared, index=index)
+    assert torch.equal(scores, prompted.score(ids, mask, LABEL_WORDS, prompts=prompts, index=index))
+    for row, (text, number) in enumerate(zip(rows, INDEX, strict=True)):
+        slow = single_row(prompted, prompts[number], text).log_softmax(-1)
+        close(scores[row], slow if prompted.head is not None else slow[[word[0] for word in LABEL_WORDS]])
 
 
-def test_a_mask_of_the_rows_own_stays_where_it_is(tiny_backbone: MakeBackbone) -> None:
+def test_rows_own_mask_keeps_its_position(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("bert_mlm")
     prompted, prompt = attach(backbone), prompts_of(backbone)[0]
     rows = [torch.tensor([CLS, 20, MASK, 30, SEP]), torch.tensor([CLS, MASK, 40, SEP])]
@@ -133,14 +137,14 @@ def test_a_mask_of_the_rows_own_stays_where_it_is(tiny_backbone: MakeBackbone) -
     close(mixed[1], prompted(torch.tensor([[CLS, 20, SEP]]), prompts=[prompt]).logits[0])
 
 
-def test_a_row_without_a_closing_token_ends_with_the_mask(tiny_backbone: MakeBackbone) -> None:
+def test_row_without_closing_token_ends_with_mask(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("roberta_mlm")
     text = torch.tensor([CLS, 20, 30])
     whole = backbone.model(input_ids=torch.cat([text, torch.tensor([MASK])])[None])[0][0, -1]
     close(attach(backbone)(text[None]).logits[0, 0], whole)
 
 
-def test_rows_up_to_the_last_position_fit_and_longer_ones_are_refused(tiny_backbone: MakeBackbone) -> None:
+def test_rows_longer_than_last_position_are_refused(tiny_backbone: MakeBackbone) -> None:
     # RoBERTa's and MPNet's tables begin behind the padding token's row: 256 - (2 + 1), and MPNet's padding is row 1.
     for name, limit in (("bert", 256), ("roberta", 253), ("mpnet", 254), ("distilbert", 256)):
         prompted = attach(tiny_backbone(name), head=head_of(tiny_backbone(name)))
@@ -151,18 +155,18 @@ def test_rows_up_to_the_last_position_fit_and_longer_ones_are_refused(tiny_backb
 
 
 def test_wrong_input_is_refused_by_name(tiny_backbone: MakeBackbone) -> None:
-    words, classes = (
+    label_words, classes = (
         attach(tiny_backbone("bert_mlm")),
         attach(tiny_backbone("bert"), head=head_of(tiny_backbone("bert"))),
     )
     ids, mask = padded(texts(), "left", 0)
     with pytest.raises(ValueError, match=r"candidates \[\[11, 12\]\] of bert_mlm are not one token each"):
-        words.score(ids, mask, [[11, 12], [13]])
+        label_words.score(ids, mask, [[11, 12], [13]])
     with pytest.raises(ValueError, match=r"labels of bert_mlm are \(5, 2\); an encoder answers with one token"):
-        words(ids, mask, torch.ones(5, 2, dtype=torch.long))
-    with pytest.raises(ValueError, match="the head tells 4 classes apart and 2 candidates are given"):
-        classes.score(ids, mask, WORDS[:2])
-    with pytest.raises(ValueError, match="bert is an encoder and does not generate"):
+        label_words(ids, mask, torch.ones(5, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="the head has 4 classes and 2 candidates are given"):
+        classes.score(ids, mask, LABEL_WORDS[:2])
+    with pytest.raises(ValueError, match=r"bert \(encoder\) does not generate"):
         classes.generate(ids, mask)
     with pytest.raises(ValueError, match="bert has no vocabulary head to answer with; give a head to train"):
         attach(tiny_backbone("bert"))
@@ -170,7 +174,7 @@ def test_wrong_input_is_refused_by_name(tiny_backbone: MakeBackbone) -> None:
         fresh_head(tiny_backbone("bert"), 0, torch.Generator())
 
 
-def test_a_fresh_head_follows_its_generator_alone(tiny_backbone: MakeBackbone) -> None:
+def test_fresh_head_depends_on_its_generator_only(tiny_backbone: MakeBackbone) -> None:
     torch.manual_seed(1)
     before, one = torch.get_rng_state(), head_of(tiny_backbone("bert"))
     assert torch.equal(torch.get_rng_state(), before)
@@ -181,9 +185,7 @@ def test_a_fresh_head_follows_its_generator_alone(tiny_backbone: MakeBackbone) -
 
 
 @pytest.mark.parametrize("name", ["bert", "bert_mlm"])
-def test_a_checkpoint_is_loaded_with_the_head_that_it_has(
-    name: str, tiny_backbone: MakeBackbone, tmp_path: Path
-) -> None:
+def test_checkpoint_loads_with_its_own_head(name: str, tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
     backbone = tiny_backbone(name)
     backbone.model.save_pretrained(tmp_path)
     backbone.tokenizer.save_pretrained(tmp_path)
@@ -194,7 +196,7 @@ def test_a_checkpoint_is_loaded_with_the_head_that_it_has(
 
 
 @pytest.mark.parametrize("name", ["bert", "bert_mlm"])
-def test_a_run_keeps_its_head_and_answers_again(
+def test_run_saves_head_and_answers_equal_after_loading(
     name: str, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
 ) -> None:
     """Train, load and answer: the head travels with the prompt."""
@@ -204,9 +206,9 @@ def test_a_run_keeps_its_head_and_answers_again(
     task = ticket_task
     if name == "bert_mlm":  # one mask holds one token
         text = 'template = "Ticket: {text}\\nQueue:"\nlabel = "queue"\n[label_words]\n'
-        words = "".join(f'{label} = "{word}"\n' for label, word in WHOLE_WORDS.items())
+        label_words = "".join(f'{label} = "{word}"\n' for label, word in WHOLE_WORDS.items())
         task = tmp_path / "tickets.toml"
-        task.write_text(f"train = {json.dumps(str(ticket_task.parent / 'train.csv'))}\n" + text + words)
+        task.write_text(f"train = {json.dumps(str(ticket_task.parent / 'train.csv'))}\n" + text + label_words)
     training = softprompt.TrainingConfig(steps=4, eval_steps=2, batch_size=4)
     experiment = softprompt.Experiment(
         backbone=str(folder), task=str(task), prompt=DPT(length=4, rank=2), training=training, dtype="float32"
@@ -216,8 +218,8 @@ def test_a_run_keeps_its_head_and_answers_again(
     assert not (run.folder / "adapter_config.json").exists()
     rows = [{"text": "a a b"}, {"text": "c"}]
     answers = softprompt.predict(run, rows)
-    again = softprompt.predict(softprompt.open_run(run.folder), rows)
-    assert answers == again
+    reloaded = softprompt.predict(softprompt.open_run(run.folder), rows)
+    assert answers == reloaded
     assert softprompt.evaluate(run).value == run.results["test"]  # type: ignore[index]
     if name == "bert":
         assert run.results["trainable"] == 4 * 2 + 2 * 32 + 32 * 6 + 6  # type: ignore[index]
@@ -252,7 +254,7 @@ class StopAt:
             raise Stops
 
 
-def test_a_stopped_training_goes_on_with_its_head(
+def test_resumed_training_continues_with_its_head(
     tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
@@ -265,13 +267,13 @@ def test_a_stopped_training_goes_on_with_its_head(
     whole = softprompt.train(experiment, out=tmp_path, name="whole")
     with pytest.raises(Stops):
         softprompt.train(experiment, out=tmp_path, name="cut", callback=StopAt(3))
-    again = softprompt.resume(tmp_path / "cut")
+    reloaded = softprompt.resume(tmp_path / "cut")
     for file in ("metrics.jsonl", "softprompt.safetensors", "head.safetensors", "predictions.jsonl"):
-        assert (again.folder / file).read_bytes() == (whole.folder / file).read_bytes(), file
+        assert (reloaded.folder / file).read_bytes() == (whole.folder / file).read_bytes(), file
 
 
 @pytest.mark.asset
-def test_minilm_pools_as_its_sentence_vectors(tmp_path: Path) -> None:
+def test_minilm_pools_like_its_sentence_vectors(tmp_path: Path) -> None:
     """The real checkpoint: with no prompt and the identity as head, it gives the mean of its token states."""
     backbone = load("minilm-l6", dtype="float32")
     assert not backbone.masked_lm

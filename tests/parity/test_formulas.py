@@ -63,8 +63,8 @@ def dept(p: dict[str, Tensor], embeds: Tensor, positions: Tensor) -> tuple[Tenso
 
 
 def adept(p: dict[str, Tensor], embeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    hidden = torch.einsum("bsd,dr->bsr", embeds / p["scale"], p["down"]) + p["down_bias"]
-    moved = torch.einsum("bsr,rd->bsd", torch.where(hidden > 0, hidden, 0), p["up"]) + p["up_bias"]
+    inner = torch.einsum("bsd,dr->bsr", embeds / p["scale"], p["down"]) + p["down_bias"]
+    moved = torch.einsum("bsr,rd->bsd", torch.where(inner > 0, inner, 0), p["up"]) + p["up_bias"]
     return p["scale"] * p["matrix"], embeds + p["scale"] * moved
 
 
@@ -91,7 +91,7 @@ CASES += [(config.replace(scale=1.0), reference) for config, reference in CASES]
 
 
 @pytest.mark.parametrize(("config", "reference"), CASES, ids=lambda case: getattr(case, "name", None))
-def test_values_and_gradients(config: PromptConfig, reference: Reference) -> None:
+def test_method_matches_its_formula(config: PromptConfig, reference: Reference) -> None:
     facts = host()
     ours = perturbed(config.build(facts, seeded(1)))
     ids = torch.randint(VOCAB, (3, 11), generator=seeded(2))
@@ -101,13 +101,13 @@ def test_values_and_gradients(config: PromptConfig, reference: Reference) -> Non
 
     numbers = {name: tensor.detach().double() for name, tensor in ours.state_dict().items()}
     trained = {name: numbers[name].requires_grad_() for name, _ in ours.named_parameters()}
-    wanted = reference(numbers, embeds.double(), positions)
-    for mine, theirs in zip(got, wanted, strict=True):
+    expected = reference(numbers, embeds.double(), positions)
+    for mine, theirs in zip(got, expected, strict=True):
         close(mine.double(), theirs)
 
     weights = [torch.randn(value.shape, generator=seeded(3)) for value in got]
     sum((value * weight).sum() for value, weight in zip(got, weights, strict=True)).backward()
-    sum((value * weight).sum() for value, weight in zip(wanted, weights, strict=True)).backward()
+    sum((value * weight).sum() for value, weight in zip(expected, weights, strict=True)).backward()
     for name, parameter in ours.named_parameters():
         size = float(trained[name].grad.abs().max())
         close(parameter.grad.double() / size, trained[name].grad / size, msg=lambda text, name=name: f"{name}: {text}")
@@ -123,7 +123,7 @@ def perturbed(prompt: SoftPrompt) -> SoftPrompt:
 
 
 @pytest.mark.parametrize("rank", [4, 10, 40])
-def test_the_published_dpt_starts_with_a_spread_of_sqrt_rank_over_12(rank: int) -> None:
+def test_published_dpt_starts_with_spread_sqrt_rank_12th(rank: int) -> None:
     wide = Host(embedding=torch.randn(4, 2000, generator=seeded(0)), encode=lambda text: [])
     prompt = DPT.published().replace(rank=rank, length=400).build(wide, seeded(rank)).prompt()
     # 400 + 2000 rows of independent draws each: the spread itself is known to about 2 %.
@@ -161,7 +161,7 @@ def test_published_bpt_starts_small_and_xavier() -> None:
 
 
 @pytest.mark.parametrize("mode", ["frozen", "tuned"])
-def test_a_warm_whitened_prompt_has_the_units_of_a_cold_one(mode: Mode) -> None:
+def test_warm_whitened_prompt_keeps_units(mode: Mode) -> None:
     """The same second factor and scale, so that one learning rate moves both alike; and the prompt it starts from."""
     config = BPT(length=LENGTH, mode=mode, through="inputs")
     start = 0.3 * torch.randn(LENGTH, DIM, generator=seeded(4))
@@ -172,7 +172,7 @@ def test_a_warm_whitened_prompt_has_the_units_of_a_cold_one(mode: Mode) -> None:
     assert torch.equal(warm.scale, cold.scale)
 
 
-def test_offsets_and_shifts_start_as_nothing() -> None:
+def test_offsets_and_shifts_start_at_zero() -> None:
     ids, positions = torch.arange(20)[None], torch.arange(20)[None]
     embeds = host().embedding[ids]
     for config in (DePT(), ADePT()):
@@ -180,7 +180,7 @@ def test_offsets_and_shifts_start_as_nothing() -> None:
 
 
 @pytest.mark.parametrize("samples", [10, 5000])
-def test_whitening_whitens(samples: int) -> None:
+def test_whitening_gives_identity_moment(samples: int) -> None:
     mixing = torch.randn(DIM, DIM, generator=seeded(1)) / DIM**0.5
     rows = torch.randn(samples, DIM, generator=seeded(2)) @ mixing
     matrix = whitening(rows, 1e-3).double()
@@ -193,7 +193,7 @@ def test_whitening_whitens(samples: int) -> None:
 
 @pytest.mark.parametrize("rms", [0.02, 10.0])
 @pytest.mark.parametrize("config", [case for case, _ in CASES if case.scale is None], ids=lambda case: case.name)
-def test_unit_scale_starts_near_the_hosts_and_grows_with_it(config: PromptConfig, rms: float) -> None:
+def test_unit_scale_start_follows_host_rms(config: PromptConfig, rms: float) -> None:
     prompt = config.build(host(rms), seeded(0)).prompt().detach()
     small = config.build(host(1.0), seeded(0)).prompt().detach()
     torch.testing.assert_close(prompt / rms, small, rtol=1e-3, atol=1e-4)
@@ -201,7 +201,7 @@ def test_unit_scale_starts_near_the_hosts_and_grows_with_it(config: PromptConfig
 
 
 @pytest.mark.parametrize("config", [Spectral(length=LENGTH), Spectral(length=LENGTH, threshold=0.7, scale=1.0)])
-def test_spectral_starts_as_the_rows_and_counts_what_is_left(config: Spectral) -> None:
+def test_spectral_starts_as_rows_and_counts_rank(config: Spectral) -> None:
     prompt = config.build(host(), seeded(3))
     start = Plain(length=LENGTH).build(host(), seeded(3)).prompt()
     torch.testing.assert_close(prompt.prompt(), start, rtol=1e-4, atol=1e-5)
@@ -217,7 +217,7 @@ def test_spectral_starts_as_the_rows_and_counts_what_is_left(config: Spectral) -
     assert torch.equal(continued.prompt(), factors.prompt())
 
 
-def test_spectral_values_that_are_off_stay_off() -> None:
+def test_spectral_values_switched_off_stay_off() -> None:
     prompt = Spectral(length=LENGTH).build(host(), seeded(3))
     with torch.no_grad():
         prompt.values[4] = -0.01
@@ -263,7 +263,7 @@ def test_spectral_of_repeated_rows_has_their_rank() -> None:
         (Spectral, {"init": "text"}, "init_text is ''"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(method: type[PromptConfig], settings: dict, said: str) -> None:
+def test_invalid_settings_are_refused(method: type[PromptConfig], settings: dict, said: str) -> None:
     config = method()
     for name, value in settings.items():
         object.__setattr__(config, name, value)  # past the tests' own type checker, which users do not have
@@ -271,17 +271,17 @@ def test_settings_that_cannot_work_are_refused(method: type[PromptConfig], setti
         config.check()
 
 
-def test_all_zero_vectors_cannot_be_whitened() -> None:
+def test_whitening_zero_vectors_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot be whitened"):
         whitening(torch.zeros(5, 3), 1e-3)
 
 
-def test_adept_drops_hidden_values_in_training_only() -> None:
+def test_adept_dropout_is_active_in_training_only() -> None:
     facts = host()
     prompt = perturbed(ADePT(dropout=0.5).build(facts, seeded(0)))
     ids, positions = torch.arange(1, 21)[None], torch.arange(20)[None]
-    train, again = (prompt.train().shift(facts.embedding[ids], ids, positions) for _ in range(2))
-    assert not torch.allclose(train, again)
+    train, reloaded = (prompt.train().shift(facts.embedding[ids], ids, positions) for _ in range(2))
+    assert not torch.allclose(train, reloaded)
     folded = prompt.fold()
     assert prompt.training
     quiet = prompt.eval().shift(facts.embedding[ids], ids, positions)
@@ -289,7 +289,7 @@ def test_adept_drops_hidden_values_in_training_only() -> None:
 
 
 @pytest.mark.parametrize("scale", [None, 1.0, 0.03])
-def test_dpt_starts_as_the_best_product_for_the_rows_at_any_scale(scale: float | None) -> None:
+def test_dpt_starts_as_best_product_at_any_scale(scale: float | None) -> None:
     prompt = DPT(anchor="none", length=LENGTH, rank=4, scale=scale).build(host(), seeded(3))
     left, values, right = torch.linalg.svd(Plain(length=LENGTH).build(host(), seeded(3)).prompt().detach().double())
     close(prompt.prompt().double(), left[:, :4] @ torch.diag(values[:4]) @ right[:4])

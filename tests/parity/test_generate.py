@@ -55,37 +55,35 @@ def tokens(prompted: PromptedModel, row: Tensor, **settings: object) -> list[int
     return [int(token) for token in prompted.generate(row[None], **{"stop": [], "max_new_tokens": NEW, **settings})]
 
 
-def test_greedy_one_row(decoder: Backbone) -> None:
+def test_greedy_single_row_matches_transformers(decoder: Backbone) -> None:
     prompt, row = prompts_of(decoder)[0], texts()[0]
     assert tokens(attach(decoder, prompt), row) == transformers_own(decoder, prompt, row, [])
 
 
-def test_greedy_rows_and_prompts_of_different_lengths(decoder: Backbone) -> None:
+def test_greedy_mixed_lengths_match_transformers(decoder: Backbone) -> None:
     prompts, rows = prompts_of(decoder), texts()
     made = torch.stack(
         list(attach(decoder).generate(*batch(rows), max_new_tokens=NEW, stop=[], prompts=prompts, index=INDEX)), 1
     )
-    wanted = [transformers_own(decoder, prompts[which], row, []) for which, row in zip(INDEX, rows, strict=True)]
-    assert made.tolist() == wanted
+    expected = [transformers_own(decoder, prompts[number], row, []) for number, row in zip(INDEX, rows, strict=True)]
+    assert made.tolist() == expected
 
 
-def test_a_stop_token_ends_its_row_and_all_of_them_the_call(decoder: Backbone) -> None:
+def test_stop_token_ends_row_then_call(decoder: Backbone) -> None:
     prompts, rows = prompts_of(decoder), texts()
-    free = [transformers_own(decoder, prompts[which], row, []) for which, row in zip(INDEX, rows, strict=True)]
+    free = [transformers_own(decoder, prompts[number], row, []) for number, row in zip(INDEX, rows, strict=True)]
     stop = [free[0][2], free[1][4], free[2][1], free[3][3]]
     made = torch.stack(
         list(attach(decoder).generate(*batch(rows), max_new_tokens=NEW, stop=stop, prompts=prompts, index=INDEX)), 1
     ).tolist()
-    ends = [next(place for place, token in enumerate(row) if token in stop) for row in free]
+    ends = [next(position for position, token in enumerate(row) if token in stop) for row in free]
     assert len(made[0]) == max(ends) + 1
-    for row, whole, end in zip(made, free, ends, strict=True):
-        assert row[: end + 1] == whole[: end + 1]
-        assert set(row[end:]) == {whole[end]}, "a finished row repeats its stop token"
+    for row, full, end in zip(made, free, ends, strict=True):
+        assert row[: end + 1] == full[: end + 1]
+        assert set(row[end:]) == {full[end]}, "a finished row repeats its stop token"
 
 
-def test_the_backbones_end_of_sequence_is_the_default_stop(
-    llama: PromptedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_stop_is_backbones_eos(llama: PromptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     row = texts()[0]
     free = tokens(llama, row)
     monkeypatch.setattr(llama.backbone.model.generation_config, "eos_token_id", free[3])
@@ -93,7 +91,7 @@ def test_the_backbones_end_of_sequence_is_the_default_stop(
     assert made == free[: free.index(free[3]) + 1]
 
 
-def test_each_token_comes_before_the_next_is_computed(llama: PromptedModel) -> None:
+def test_each_token_is_yielded_before_the_next(llama: PromptedModel) -> None:
     calls: list[int] = []
     handle = llama.backbone.model.register_forward_hook(lambda *_: calls.append(1))
     prepared = llama.prepare([llama.prompt])
@@ -106,7 +104,7 @@ def test_each_token_comes_before_the_next_is_computed(llama: PromptedModel) -> N
     handle.remove()
 
 
-def test_streams_leave_gradients_as_they_are(llama: PromptedModel) -> None:
+def test_generation_leaves_grad_mode_unchanged(llama: PromptedModel) -> None:
     """Two streams read in turn and never to their end: the reader's own mode is untouched in between and after."""
     first, second = (llama.generate(row[None], max_new_tokens=4, stop=[]) for row in texts()[:2])
     for stream in (first, second, first, second, first):
@@ -123,7 +121,7 @@ def test_streams_leave_gradients_as_they_are(llama: PromptedModel) -> None:
     [Sampling(temperature=1e-4), Sampling(temperature=2.0, top_k=1), Sampling(temperature=2.0, top_p=1e-6)],
     ids=["cold", "top_k", "top_p"],
 )
-def test_sampling_that_leaves_one_token_is_greedy(llama: PromptedModel, sampling: Sampling) -> None:
+def test_sampling_from_one_token_is_greedy(llama: PromptedModel, sampling: Sampling) -> None:
     assert tokens(llama, texts()[0], sampling=sampling) == tokens(llama, texts()[0])
 
 
@@ -142,13 +140,13 @@ def test_equal_seeds_draw_equal_tokens(llama: PromptedModel) -> None:
 def test_draws_follow_the_warped_distribution(llama: PromptedModel) -> None:
     row, count = texts()[0], 4000
     logits = llama(row[None]).logits[0, -1].detach() / 4.0
-    kept = logits.masked_fill(logits < logits.topk(20).values[-1], -torch.inf)
-    wanted = kept.softmax(-1)
+    cached = logits.masked_fill(logits < logits.topk(20).values[-1], -torch.inf)
+    expected = cached.softmax(-1)
     drawn = next(llama.generate(row.expand(count, -1), stop=[], sampling=Sampling(temperature=4.0, top_k=20, seed=5)))
     share = torch.bincount(drawn, minlength=300) / count
     # Four standard deviations of a binomial share; the seed is fixed, so it never flickers.
-    assert bool(((share - wanted).abs() <= 4 * (wanted * (1 - wanted) / count).sqrt()).all())
-    assert int((wanted > 0.02).sum()) > 3, "one likely token would make this easy"
+    assert bool(((share - expected).abs() <= 4 * (expected * (1 - expected) / count).sqrt()).all())
+    assert int((expected > 0.02).sum()) > 3, "one likely token would make this easy"
 
 
 @pytest.mark.parametrize(
@@ -161,6 +159,6 @@ def test_draws_follow_the_warped_distribution(llama: PromptedModel) -> None:
         ({"top_p": 1.5}, "top_p is 1.5"),
     ],
 )
-def test_impossible_sampling_is_refused(settings: dict[str, float], sentence: str) -> None:
+def test_invalid_sampling_is_refused(settings: dict[str, float], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         Sampling(**settings)

@@ -25,7 +25,7 @@ TEXTS = (7, 1, 4, 9, 3)
 INDEX = (2, 0, 1, 0, 2)
 
 
-def alone(backbone: Backbone, prompt: SoftPrompt, text: Tensor, candidate: tuple[int, ...]) -> Tensor:
+def single_row(backbone: Backbone, prompt: SoftPrompt, text: Tensor, candidate: tuple[int, ...]) -> Tensor:
     """One candidate's log-probability, by concatenation."""
     answer = torch.tensor(candidate)
     if backbone.architecture == "causal":
@@ -46,21 +46,21 @@ def alone(backbone: Backbone, prompt: SoftPrompt, text: Tensor, candidate: tuple
 def reference(backbone: Backbone, prompts: list[SoftPrompt], rows: list[Tensor]) -> Tensor:
     return torch.stack(
         [
-            torch.stack([alone(backbone, prompts[which], row, candidate) for candidate in CANDIDATES])
-            for which, row in zip(INDEX, rows, strict=True)
+            torch.stack([single_row(backbone, prompts[number], row, candidate) for candidate in CANDIDATES])
+            for number, row in zip(INDEX, rows, strict=True)
         ]
     )
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, tokens: int, columns: int = 2**15) -> None:
-    monkeypatch.setattr(label_tree, "MOST_TOKENS", tokens)
-    monkeypatch.setattr(label_tree, "MOST_COLUMNS", columns)
+    monkeypatch.setattr(label_tree, "MAX_TOKENS", tokens)
+    monkeypatch.setattr(label_tree, "MAX_COLUMNS", columns)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("tokens", [4096, 20, 6, 1], ids=["one_pass", "parts", "rows_apart", "one_by_one"])
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODER_DECODERS])
-def test_scores_and_gradients(
+def test_tree_scores_and_gradients_match_single_rows(
     name: str, tokens: int, side: str, tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone, rows = tiny_backbone(name), rows_of(TEXTS)
@@ -68,12 +68,12 @@ def test_scores_and_gradients(
     cut(monkeypatch, tokens)
     ids, mask = padded(rows, side, 3)
     scores = attach(backbone).score(ids, mask, CANDIDATES, prompts=prompts, index=torch.tensor(INDEX))
-    wanted = reference(backbone, prompts, rows)
-    assert_near(scores, wanted)
+    expected = reference(backbone, prompts, rows)
+    assert_near(scores, expected)
     classes = torch.tensor([0, 3, 6, 1, 4])
     pairs = zip(
         gradients(nn.functional.cross_entropy(scores, classes), prompts),
-        gradients(nn.functional.cross_entropy(wanted, classes), prompts),
+        gradients(nn.functional.cross_entropy(expected, classes), prompts),
         strict=True,
     )
     for ours, theirs in pairs:
@@ -82,7 +82,7 @@ def test_scores_and_gradients(
 
 
 @pytest.mark.parametrize("name", [name for name in DECODERS if name != "bloom"])
-def test_decoders_with_explicit_positions_take_the_tree(name: str, tiny_backbone: MakeBackbone) -> None:
+def test_decoders_with_explicit_positions_take_tree(name: str, tiny_backbone: MakeBackbone) -> None:
     assert label_tree.takes_tree(attach(tiny_backbone(name)))
 
 
@@ -90,10 +90,12 @@ def test_alibi_takes_no_tree(tiny_backbone: MakeBackbone) -> None:
     assert not label_tree.takes_tree(attach(tiny_backbone("bloom")))
 
 
-@pytest.mark.parametrize("place", ["prefix", "after_bos", "suffix"])
-def test_prompt_positions(place: str, tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("position", ["prefix", "after_bos", "suffix"])
+def test_tree_scores_with_every_prompt_position(
+    position: str, tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backbone, rows = tiny_backbone("llama"), rows_of(TEXTS)
-    prompted, prompts = attach(backbone, prompt_position=place), prompts_of(backbone)
+    prompted, prompts = attach(backbone, prompt_position=position), prompts_of(backbone)
     arguments = *padded(rows, "left", 2), CANDIDATES, [prompt.eval() for prompt in prompts], torch.tensor(INDEX)
     with torch.no_grad():
         tree = prompted.score(*arguments)
@@ -101,7 +103,7 @@ def test_prompt_positions(place: str, tiny_backbone: MakeBackbone, monkeypatch: 
         assert_near(prompted.score(*arguments), tree)
 
 
-def test_eager_attention_takes_the_tree(tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eager_attention_takes_tree(tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, rows = tiny_backbone("qwen3"), rows_of(TEXTS)
     monkeypatch.setattr(backbone.model.config, "_attn_implementation", "eager")
     forget(backbone.model)
@@ -119,7 +121,7 @@ def test_each_prefix_is_one_node() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "t5", "bart"])
-def test_a_pass_has_no_more_tokens_however_many_candidates(
+def test_pass_size_is_bounded_for_many_candidates(
     name: str, tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = tiny_backbone(name)
@@ -129,7 +131,7 @@ def test_a_pass_has_no_more_tokens_however_many_candidates(
     cut(monkeypatch, 64)
     sizes = []
     with backbone.model.get_output_embeddings().register_forward_pre_hook(
-        lambda module, given: sizes.append(given[0][..., 0].numel())
+        lambda module, inputs: sizes.append(inputs[0][..., 0].numel())
     ):
         prompted.score(*padded(rows, "left", 0), candidates)
     assert len(sizes) > 3
@@ -137,7 +139,7 @@ def test_a_pass_has_no_more_tokens_however_many_candidates(
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
-def test_the_texts_keys_and_values_are_seen_once_a_row(
+def test_text_kv_is_not_copied_per_candidate(
     name: str, tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []

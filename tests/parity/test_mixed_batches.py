@@ -117,7 +117,7 @@ def prompt_of(backbone: Backbone, length: int, seed: int = 1) -> Folded:
 
 
 @torch.no_grad()
-def alone(backbone: Backbone, prompt: Folded, text: Tensor, lead: int = 0) -> Tensor:
+def single_row(backbone: Backbone, prompt: Folded, text: Tensor, lead: int = 0) -> Tensor:
     """The model's own logits of one row with its prompt behind the first `lead` tokens."""
     own = backbone.model.get_input_embeddings()(text)
     embeds = torch.cat([own[:lead], prompt.prompt(), own[lead:]])[None]
@@ -137,23 +137,23 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 
 
 @pytest.mark.parametrize("width", [4, 5, 9, LONG])
-def test_a_decoders_row_is_the_same_beside_any_other(backbone: Backbone, width: int) -> None:
+def test_decoder_row_does_not_depend_on_neighbours(backbone: Backbone, width: int) -> None:
     prompt = prompt_of(backbone, 5)
     prompted, text = attach(backbone, prompt), torch.tensor(SHORT)
     ids, mask = beside(prompted, width)
-    wanted = alone(backbone, prompt, text)[4:]
-    assert_near(prompted(ids, mask).logits[0, -4:], wanted[1:])
+    expected = single_row(backbone, prompt, text)[4:]
+    assert_near(prompted(ids, mask).logits[0, -4:], expected[1:])
     labels = torch.where(mask == 1, ids, -100)
     labels[1:] = -100
-    loss = nn.functional.cross_entropy(wanted[:-1], text)
+    loss = nn.functional.cross_entropy(expected[:-1], text)
     assert_near(prompted(ids, mask, labels).loss, loss)
     with torch.no_grad():
         scores = prompted.score(ids, mask, [(9, 11, 12), (5,)])[0]
-        longer = alone(backbone, prompt, torch.tensor([*SHORT, 9, 11, 12]))[8:].log_softmax(-1)
+        longer = single_row(backbone, prompt, torch.tensor([*SHORT, 9, 11, 12]))[8:].log_softmax(-1)
     assert_near(scores, torch.stack([longer[0, 9] + longer[1, 11] + longer[2, 12], longer[0, 5]]))
 
 
-def test_a_decoders_gradient_is_that_of_the_row_alone(backbone: Backbone) -> None:
+def test_decoder_gradient_matches_single_rows(backbone: Backbone) -> None:
     prompt = nn.Parameter(prompt_of(backbone, 5).prompt())
     folded = Folded(prompt.detach())
     folded.matrix = prompt  # type: ignore[assignment]
@@ -168,19 +168,19 @@ def test_a_decoders_gradient_is_that_of_the_row_alone(backbone: Backbone) -> Non
     assert_near(ours, theirs, 1e-4)
 
 
-@pytest.mark.parametrize("place", ["prefix", "after_bos", "suffix"])
-def test_a_decoder_writes_what_it_writes_alone(backbone: Backbone, place: PromptPosition) -> None:
+@pytest.mark.parametrize("position", ["prefix", "after_bos", "suffix"])
+def test_decoder_generates_as_single_rows(backbone: Backbone, position: PromptPosition) -> None:
     prompt = prompt_of(backbone, 5)
-    prompted = attach(backbone, prompt, prompt_position=place)
+    prompted = attach(backbone, prompt, prompt_position=position)
     ids, mask = beside(prompted, LONG)
     made = torch.stack(list(prompted.generate(ids, mask, max_new_tokens=6, stop=[])), 1)[0]
-    lead = {"prefix": 0, "after_bos": 1, "suffix": len(SHORT)}[place]
-    wanted = alone(backbone, prompt, torch.cat([torch.tensor(SHORT), made]), lead)[-7:-1].argmax(-1)
-    assert torch.equal(made, wanted)
+    lead = {"prefix": 0, "after_bos": 1, "suffix": len(SHORT)}[position]
+    expected = single_row(backbone, prompt, torch.cat([torch.tensor(SHORT), made]), lead)[-7:-1].argmax(-1)
+    assert torch.equal(made, expected)
 
 
 @torch.no_grad()
-def test_the_services_rows_come_and_go(backbone: Backbone) -> None:
+def test_serving_rows_join_and_leave_exactly(backbone: Backbone) -> None:
     decoder = CachedDecoder(attach(backbone))
     first, second = prompt_of(backbone, 5), prompt_of(backbone, 2, 2)
     short, long = torch.tensor(SHORT), rows_of((LONG,), first=3)[0]
@@ -192,17 +192,17 @@ def test_the_services_rows_come_and_go(backbone: Backbone) -> None:
     )
     decoder.decode_next(read, torch.tensor([50, 60]))
     late, _ = decoder.prefill([Row(short.tolist(), first, decoder.kv_prefix(first))])
-    logits = decoder.decode_next(decoder.joined([(read, 1), (late, 0)]), torch.tensor([70, 80]))
-    wanted = [
-        alone(backbone, second, torch.tensor([*SHORT, 60, 70]))[-1],
-        alone(backbone, first, torch.tensor([*SHORT, 80]))[-1],
+    logits = decoder.decode_next(decoder.concat([(read, 1), (late, 0)]), torch.tensor([70, 80]))
+    expected = [
+        single_row(backbone, second, torch.tensor([*SHORT, 60, 70]))[-1],
+        single_row(backbone, first, torch.tensor([*SHORT, 80]))[-1],
     ]
-    assert_near(logits, torch.stack(wanted))
+    assert_near(logits, torch.stack(expected))
 
 
 @pytest.mark.parametrize("by", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_that_counts_columns_runs_its_prompts_in_the_row(by: float, dtype: torch.dtype) -> None:
+def test_column_counting_model_runs_prompts_in_row(by: float, dtype: torch.dtype) -> None:
     """Whatever the size of its weights: small logits differ by little, and bfloat16 rounds."""
     backbone = backbone_of(transformers.MptConfig(**MPT), "causal", by=by)
     prompted: Any = attach(Backbone(backbone.model.to(dtype), TOKENIZER, "mpt", "mpt", "causal"))
@@ -221,7 +221,7 @@ ENCODERS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_an_encoders_row_is_the_same_beside_a_longer_one(name: str) -> None:
+def test_encoder_row_does_not_depend_on_longer_neighbour(name: str) -> None:
     backbone = backbone_of(ENCODERS[name](), "encoder")
     head = fresh_head(backbone, 3, torch.Generator().manual_seed(0))
     prompted = attach(backbone, prompt_of(backbone, 5), head=head)
@@ -242,13 +242,13 @@ ENCODER_DECODERS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
-def test_an_encoder_decoders_row_is_the_same_beside_a_longer_one(name: str) -> None:
+def test_encoder_decoder_row_ignores_longer_neighbour(name: str) -> None:
     backbone = backbone_of(ENCODER_DECODERS[name](), "encoder_decoder")
     prompted = attach(backbone, prompt_of(backbone, 5))
     ids, mask = beside(prompted, LONG)
     labels, short = torch.tensor([[9, 11, 1]] * 2), torch.tensor([SHORT])
-    found = prompted(ids, mask, labels).logits[0]
-    assert_near(found, prompted(short, torch.ones_like(short), labels[:1]).logits[0])
+    actual = prompted(ids, mask, labels).logits[0]
+    assert_near(actual, prompted(short, torch.ones_like(short), labels[:1]).logits[0])
 
 
 REFUSED: dict[str, tuple[Architecture, Callable[[], Any], str]] = {
@@ -257,16 +257,16 @@ REFUSED: dict[str, tuple[Architecture, Callable[[], Any], str]] = {
         lambda: transformers.NystromformerConfig(**BASE, segment_means_seq_len=64, num_landmarks=16),
         "landmarks",
     ),
-    "convbert": ("encoder", lambda: transformers.ConvBertConfig(**BASE), "padding behind the row"),
-    "fnet": ("encoder", lambda: transformers.FNetConfig(**BASE), "padding behind the row"),
-    "yoso": ("encoder", lambda: transformers.YosoConfig(**BASE), "padding behind the row"),
+    "convbert": ("encoder", lambda: transformers.ConvBertConfig(**BASE), "padding after the row"),
+    "fnet": ("encoder", lambda: transformers.FNetConfig(**BASE), "padding after the row"),
+    "yoso": ("encoder", lambda: transformers.YosoConfig(**BASE), "padding after the row"),
     "big_bird": ("encoder", lambda: transformers.BigBirdConfig(**BASE), "block-sparse"),
     "reformer": ("encoder", lambda: transformers.ReformerConfig(vocab_size=300, axial_pos_embds=False), "chunks"),
     "bigbird_pegasus": ("encoder_decoder", lambda: transformers.BigBirdPegasusConfig(**PARTS), "block-sparse"),
     "switch_transformers": (
         "encoder_decoder",
         lambda: transformers.SwitchTransformersConfig(**T5, num_experts=4),
-        "experts of a limited capacity",
+        "experts of limited capacity",
     ),
     "prophetnet": (
         "encoder_decoder",
@@ -278,7 +278,7 @@ REFUSED: dict[str, tuple[Architecture, Callable[[], Any], str]] = {
             **{f"num_{part}_layers": 2 for part in ("encoder", "decoder")},
             **{f"num_{part}_attention_heads": 4 for part in ("encoder", "decoder")},
         ),
-        "padding behind the row",
+        "padding after the row",
     ),
     "mamba": ("causal", lambda: transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2), "mamba"),
     "xlnet": (
@@ -290,7 +290,7 @@ REFUSED: dict[str, tuple[Architecture, Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_model_whose_rows_depend_on_each_other_is_refused_by_name(name: str) -> None:
+def test_model_with_dependent_rows_is_refused_by_name(name: str) -> None:
     architecture, config, why = REFUSED[name]
     backbone = backbone_of(config(), architecture)
     head = fresh_head(backbone, 2, torch.Generator()) if architecture == "encoder" else None
@@ -328,27 +328,27 @@ def ignoring_positions(cached_only: bool, several_only: bool = False) -> Backbon
 
 
 @pytest.mark.parametrize("cached_only", [False, True])
-def test_a_model_that_takes_positions_and_ignores_them_is_refused(cached_only: bool) -> None:
+def test_model_ignoring_positions_is_refused(cached_only: bool) -> None:
     with pytest.raises(ValueError, match=r"llama \(llama\) gives other logits with a shared prefix and neighbours"):
         attach(ignoring_positions(cached_only))
 
 
-def test_the_services_decoder_compares_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_decoder_runs_its_own_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the attachment does not do, rows that join, may be wrong where all else is right."""
     prompted = attach(backbone_of(transformers.LlamaConfig(**BASE), "causal"))
-    right = CachedDecoder.joined
+    right = CachedDecoder.concat
 
     def wrong(self: CachedDecoder, *args: Any) -> Any:
         batch = right(self, *args)
         batch.mask = torch.ones_like(batch.mask)
         return batch
 
-    monkeypatch.setattr(CachedDecoder, "joined", wrong)
+    monkeypatch.setattr(CachedDecoder, "concat", wrong)
     with pytest.raises(ValueError, match="rows that join and leave a batch"):
         CachedDecoder(prompted)
 
 
-def test_a_model_that_fails_is_refused_by_its_own_words() -> None:
+def test_failing_model_is_refused_with_its_error() -> None:
     backbone = backbone_of(transformers.LlamaConfig(**BASE), "causal")
     forward = backbone.model.forward
 
@@ -365,7 +365,7 @@ def test_a_model_that_fails_is_refused_by_its_own_words() -> None:
         attach(backbone)
 
 
-def test_a_model_is_compared_once_and_again_when_forgotten() -> None:
+def test_model_is_checked_once_until_forgotten() -> None:
     backbone, calls = backbone_of(transformers.LlamaConfig(**BASE), "causal"), list[int]()
     backbone.model.model.register_forward_pre_hook(lambda *_: calls.append(1))
     attach(backbone)
@@ -378,7 +378,7 @@ def test_a_model_is_compared_once_and_again_when_forgotten() -> None:
     assert len(calls) == 2 * first
 
 
-def test_a_local_window_is_a_window_whatever_its_config_calls_it() -> None:
+def test_local_attention_is_a_sliding_window() -> None:
     config = transformers.GPTNeoConfig(
         vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
     )

@@ -36,10 +36,10 @@ WEIGHTS = (0.0, 0.3, 1.0)
 def one_token_task(ticket_task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same rows with label words of a token each, which one mask holds."""
     file = tmp_path_factory.mktemp("label_words") / "tickets.toml"
-    words = "".join(f'{label} = "{word}"\n' for label, word in WHOLE_WORDS.items())
+    label_words = "".join(f'{label} = "{word}"\n' for label, word in WHOLE_WORDS.items())
     rows = ticket_task.parent / "train.csv"
     file.write_text(
-        f'train = "{rows}"\ntemplate = "Ticket: {{text}}\\nQueue:"\nlabel = "queue"\n[label_words]\n{words}'
+        f'train = "{rows}"\ntemplate = "Ticket: {{text}}\\nQueue:"\nlabel = "queue"\n[label_words]\n{label_words}'
     )
     return file
 
@@ -77,40 +77,38 @@ CASES = [("llama", "several"), ("llama", "one"), ("t5", "several"), ("bert_mlm",
 def case(
     request: pytest.FixtureRequest, tiny_backbone: MakeBackbone, ticket_task: Path, one_token_task: Path
 ) -> tuple[Backbone, Task, list[Example]]:
-    name, words = request.param
-    backbone, file = tiny_backbone(name), ticket_task if words == "several" else one_token_task
+    name, label_words = request.param
+    backbone, file = tiny_backbone(name), ticket_task if label_words == "several" else one_token_task
     task = load_task(str(file))
-    assert (max(map(len, answer_ids(task, backbone.tokenizer))) > 1) == (words == "several")
+    assert (max(map(len, answer_ids(task, backbone.tokenizer))) > 1) == (label_words == "several")
     return backbone, task, examples_of(backbone, task, backbone.architecture != "causal", file)[:7]
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_losses_and_gradients_are_those_of_rows_alone(
-    weight: float, case: tuple[Backbone, Task, list[Example]]
-) -> None:
+def test_losses_and_gradients_match_single_rows(weight: float, case: tuple[Backbone, Task, list[Example]]) -> None:
     """`CE among the label words + weight * -log P(label words)`; at 1 the answer's own negative log-probability."""
     backbone, task, rows = case
     start = 0.5 * torch.randn(4, backbone.dim, generator=torch.Generator().manual_seed(2))
     ours, theirs = (start.clone().requires_grad_() for _ in range(2))
     prompt = Folded(ours)
     objective = Objective(attach(backbone, prompt), task, TrainingConfig(vocabulary_weight=weight))
-    found = objective.losses(rows)
-    words, wanted = answer_ids(task, backbone.tokenizer), []
+    actual = objective.losses(rows)
+    label_words, expected = answer_ids(task, backbone.tokenizer), []
     for row in rows:
-        scores = torch.stack([word_score(backbone, theirs, row.input_ids, word) for word in words])
+        scores = torch.stack([word_score(backbone, theirs, row.input_ids, word) for word in label_words])
         among = -scores.log_softmax(0)[row.label]
-        wanted.append(among - weight * scores.exp().sum().log())
+        expected.append(among - weight * scores.exp().sum().log())
         if weight == 1:
-            torch.testing.assert_close(wanted[-1], -scores[row.label])
-    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-4, atol=1e-5)
-    found.sum().backward()
-    torch.stack(wanted).sum().backward()
+            torch.testing.assert_close(expected[-1], -scores[row.label])
+    torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    actual.sum().backward()
+    torch.stack(expected).sum().backward()
     assert ours.grad is not None
     assert theirs.grad is not None
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4 * float(theirs.grad.abs().max()))
 
 
-def test_a_mean_is_over_rows_but_at_weight_1_over_tokens(case: tuple[Backbone, Task, list[Example]]) -> None:
+def test_mean_is_over_rows_or_tokens_at_weight_1(case: tuple[Backbone, Task, list[Example]]) -> None:
     backbone, task, rows = case
     prompted = attach(backbone, Folded(torch.zeros(2, backbone.dim)))
     weights = [Objective(prompted, task, TrainingConfig(vocabulary_weight=one)).weight(rows) for one in WEIGHTS]
@@ -120,7 +118,7 @@ def test_a_mean_is_over_rows_but_at_weight_1_over_tokens(case: tuple[Backbone, T
 
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_the_gradient_at_a_start_is_the_mean_over_the_first_batches(
+def test_start_gradient_is_mean_over_first_batches(
     weight: float, accumulate: int, tiny_backbone: MakeBackbone, ticket_task: Path
 ) -> None:
     backbone, task, batches = tiny_backbone("llama"), load_task(str(ticket_task)), 3
@@ -128,27 +126,27 @@ def test_the_gradient_at_a_start_is_the_mean_over_the_first_batches(
     experiment = Experiment(task=str(ticket_task), seed=4, training=settings)
     table = read_splits(experiment, task).train
     start = 0.5 * torch.randn(4, backbone.dim, generator=torch.Generator().manual_seed(2))
-    found = gradient_on(experiment, task, backbone, table)(start, batches)
-    assert not found.requires_grad
+    actual = gradient_on(experiment, task, backbone, table)(start, batches)
+    assert not actual.requires_grad
     examples = encode(task, backbone.tokenizer, table, 512)[0]
     order = schedule([len(example.input_ids) for example in examples], 5, 4)
-    leaf, words = start.clone().requires_grad_(), answer_ids(task, backbone.tokenizer)
+    leaf, label_words = start.clone().requires_grad_(), answer_ids(task, backbone.tokenizer)
     total = torch.zeros(())
     for _ in range(batches):
-        rows = [examples[place] for place in next(order)[1]]
+        rows = [examples[position] for position in next(order)[1]]
         loss, tokens = torch.zeros(()), 0
         for row in rows:
-            scores = torch.stack([word_score(backbone, leaf, row.input_ids, word) for word in words])
+            scores = torch.stack([word_score(backbone, leaf, row.input_ids, word) for word in label_words])
             loss = loss + (1 - weight) * scores.logsumexp(0) - scores[row.label]
             tokens += len(row.answer_ids)
         total = total + loss / (tokens if weight == 1 else len(rows))
     (total / batches).backward()
     assert leaf.grad is not None
-    torch.testing.assert_close(found, leaf.grad, rtol=1e-3, atol=1e-4 * float(leaf.grad.abs().max()))
+    torch.testing.assert_close(actual, leaf.grad, rtol=1e-3, atol=1e-4 * float(leaf.grad.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["bert", "dinov2"])
-def test_the_gradient_through_a_head_is_finite_and_not_zero(
+def test_start_gradient_through_head_is_finite_nonzero(
     name: str, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
 ) -> None:
     backbone, task = tiny_backbone(name), load_task(str(ticket_task))
@@ -165,18 +163,18 @@ def test_the_gradient_through_a_head_is_finite_and_not_zero(
         task=str(tmp_path if name == "dinov2" else ticket_task), training=TrainingConfig(batch_size=4)
     )
     start = torch.randn(3, backbone.dim, generator=torch.Generator().manual_seed(2))
-    found = gradient_on(experiment, task, backbone, lambda: read_splits(experiment, task).train)(start, 2)
-    assert found.shape == start.shape
-    assert bool(found.isfinite().all())
-    assert bool(found.any())
+    actual = gradient_on(experiment, task, backbone, lambda: read_splits(experiment, task).train)(start, 2)
+    assert actual.shape == start.shape
+    assert bool(actual.isfinite().all())
+    assert bool(actual.any())
 
 
 def experiment_of(folder: Path, task: Path, **settings: Any) -> Experiment:
-    whole = TrainingConfig(**{"steps": 3, "batch_size": 6, "eval_steps": 3, "lr": 0.003, **settings})
-    return Experiment(backbone=str(folder), task=str(task), prompt=Plain(length=3), training=whole, dtype="float32")
+    full = TrainingConfig(**{"steps": 3, "batch_size": 6, "eval_steps": 3, "lr": 0.003, **settings})
+    return Experiment(backbone=str(folder), task=str(task), prompt=Plain(length=3), training=full, dtype="float32")
 
 
-def test_weights_between_lie_between(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
+def test_loss_interpolates_between_weights(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
     first = []
     for weight in (0.0, 0.25, 0.75):
         run = train(experiment_of(llama_folder, ticket_task, vocabulary_weight=weight), out=tmp_path)
@@ -186,7 +184,7 @@ def test_weights_between_lie_between(llama_folder: Path, ticket_task: Path, tmp_
     assert (first[2] - first[0]) / (first[1] - first[0]) == pytest.approx(3, rel=1e-4)
 
 
-def test_concurrent_trainings_of_other_weights_share_no_pass(
+def test_concurrent_runs_of_other_weights_share_no_pass(
     llama_folder: Path, ticket_task: Path, tiny_backbone: MakeBackbone, tmp_path: Path
 ) -> None:
     backbone = tiny_backbone("llama")
@@ -218,7 +216,7 @@ def test_concurrent_trainings_of_other_weights_share_no_pass(
 
 
 @pytest.mark.parametrize("weight", [0.2, 1.0])
-def test_a_head_has_no_words_to_weigh(
+def test_vocabulary_weight_with_head_is_refused(
     weight: float, tiny_backbone: MakeBackbone, ticket_task: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
@@ -230,12 +228,12 @@ def test_a_head_has_no_words_to_weigh(
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.5, float("nan")])
-def test_a_weight_beyond_its_range_is_refused(weight: float) -> None:
+def test_vocabulary_weight_out_of_range_is_refused(weight: float) -> None:
     with pytest.raises(ValueError, match=r"vocabulary_weight is .*; it must be from 0 to 1"):
         TrainingConfig(vocabulary_weight=weight)
 
 
-def test_texts_take_the_vocabulary_whatever_the_weight(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
+def test_text_targets_ignore_vocabulary_weight(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
     file = tmp_path / "texts.toml"
     rows = ticket_task.parent / "train.csv"
     file.write_text(

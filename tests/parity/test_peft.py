@@ -63,28 +63,28 @@ def ids() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", PLAIN)
-def test_stock_peft_loads_the_run_as_it_is(method: str, trained: MakeRun, llama_folder: Path) -> None:
+def test_stock_peft_loads_run_folder(method: str, trained: MakeRun, llama_folder: Path) -> None:
     run = trained(method)
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama_folder, dtype="float32"), run.folder)
     backbone = load_backbone(str(llama_folder), dtype="float32")
     ours = attach(backbone, run.prompt(backbone).fold())
     with torch.no_grad():
-        wanted = theirs(input_ids=ids(), attention_mask=torch.ones_like(ids())).logits[:, 12:]
+        expected = theirs(input_ids=ids(), attention_mask=torch.ones_like(ids())).logits[:, 12:]
         # float32 sums in another order
-        torch.testing.assert_close(ours(ids()).logits, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+        torch.testing.assert_close(ours(ids()).logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
         made = theirs.generate(
             input_ids=ids(), attention_mask=torch.ones_like(ids()), max_new_tokens=8, do_sample=False, eos_token_id=[-1]
         )
     assert torch.equal(torch.stack(list(ours.generate(ids(), max_new_tokens=8, stop=[])), 1), made[:, -8:])
 
 
-def test_peft_finds_the_backbone_by_the_name_in_the_folder(trained: MakeRun, llama_folder: Path) -> None:
+def test_peft_finds_backbone_named_in_folder(trained: MakeRun, llama_folder: Path) -> None:
     theirs = AutoPeftModelForCausalLM.from_pretrained(trained(PLAIN[0]).folder)
     assert theirs.get_base_model().config.name_or_path == str(llama_folder.resolve())
 
 
 @pytest.mark.parametrize("method", PLAIN)
-def test_the_config_has_the_portable_keys_alone(method: str, trained: MakeRun) -> None:
+def test_adapter_config_has_portable_keys_only(method: str, trained: MakeRun) -> None:
     values = json.loads((trained(method).folder / "adapter_config.json").read_text())
     assert values.keys() == KEYS
     assert values["peft_type"] == "PROMPT_TUNING"
@@ -93,7 +93,7 @@ def test_the_config_has_the_portable_keys_alone(method: str, trained: MakeRun) -
     assert (values["num_layers"], values["num_attention_heads"]) == (2, 4)
 
 
-def test_our_prompt_reads_back_from_the_peft_pair(trained: MakeRun, llama_folder: Path, tmp_path: Path) -> None:
+def test_prompt_reads_back_from_peft_files(trained: MakeRun, llama_folder: Path, tmp_path: Path) -> None:
     run, backbone = trained(PLAIN[0]), load_backbone(str(llama_folder), dtype="float32")
     for name in PAIR:
         (tmp_path / name).write_bytes((run.folder / name).read_bytes())
@@ -102,26 +102,31 @@ def test_our_prompt_reads_back_from_the_peft_pair(trained: MakeRun, llama_folder
 
 
 @pytest.mark.parametrize("method", OTHERS)
-def test_what_peft_cannot_say_is_not_written(method: str, trained: MakeRun, llama_folder: Path, tmp_path: Path) -> None:
+def test_method_without_peft_format_is_not_written(
+    method: str, trained: MakeRun, llama_folder: Path, tmp_path: Path
+) -> None:
     run, backbone = trained(method), load_backbone(str(llama_folder), dtype="float32")
     assert not [name for name in PAIR if (run.folder / name).exists()]
     folded = run.prompt(backbone).fold()
-    reason = peft_refusal(folded, "causal")
+    reason = peft_refusal(folded, backbone)
     assert reason in (run.folder / "README.md").read_text()
     with pytest.raises(ValueError, match=r"also changes the input's own embeddings; use .* or train dpt or residual"):
         export_peft(folded, backbone, tmp_path / "export")
     assert not (tmp_path / "export").exists()
 
 
-def test_an_architecture_that_peft_has_no_format_for(tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
+def test_architecture_without_peft_format_is_refused(tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
     own = tiny_backbone("llama")
     backbone = Backbone(own.model, own.tokenizer, "vit", "vit", "vision")
-    with pytest.raises(ValueError, match="PEFT has no prompt-tuning format for vision models; use softprompt itself"):
+    with pytest.raises(
+        ValueError,
+        match=r"no prompt-tuning format for vision models, whose prompt follows \[CLS\]; use softprompt",
+    ):
         export_peft(Folded(torch.zeros(3, 32)), backbone, tmp_path / "export")
     assert not (tmp_path / "export").exists()
 
 
-def test_the_width_is_that_of_the_embeddings(tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
+def test_token_dim_is_embedding_width(tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
     """OPT projects its embeddings; a folder with its hidden size would not load."""
     backbone = tiny_backbone("opt")
     export_peft(Folded(torch.zeros(3, backbone.dim)), backbone, tmp_path)

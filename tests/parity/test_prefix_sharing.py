@@ -142,7 +142,7 @@ def test_texts_after_prepared_prefixes(decoder: Backbone, candidates: list[list[
     prompted, prompts = attach(decoder), prompts_of(decoder)
     if not prompted.supports_prefix_sharing:
         assert decoder.model.config.model_type in ("mistral", "gemma2"), "they have a sliding window"
-        with pytest.raises(ValueError, match="give the whole text"):
+        with pytest.raises(ValueError, match="give full texts"):
             with_shared_prefix(prompted, prompts)
         return
     rests = rows_of([3, 1, 4, 2, 5, 3, 2])
@@ -217,5 +217,5 @@ def test_with_shared_prefix_invalid_prefix_is_rejected(tiny_backbone: MakeBackbo
         with pytest.raises(ValueError, match="give at least one, each with at least one token"):
             llama.with_shared_prefix(llama.prepare([]), wrong)
     encoder = attach(tiny_backbone("bert_mlm"))
-    with pytest.raises(ValueError, match="give the whole text"):
+    with pytest.raises(ValueError, match="give full texts"):
         encoder.with_shared_prefix(encoder.prepare([]), [[5]])

@@ -53,20 +53,22 @@ def processes(
 
 
 @pytest.mark.parametrize(("kind", "prompt_attention"), KINDS)
-def test_loss_gradients_and_answers_are_those_of_the_whole(
+def test_sharded_loss_gradients_and_answers_match_full(
     kind: str, prompt_attention: str, processes: list[dict[str, tuple[Said, ...]]]
 ) -> None:
     for said in processes:
-        whole, *sharded = said[f"{kind}-{prompt_attention}"]
+        full, *sharded = said[f"{kind}-{prompt_attention}"]
         for parts in sharded:
-            assert parts["checksum"] == whole["checksum"]
-            for name in whole.keys() & {"loss", "gradients", "scores", "ever"}:
+            assert parts["checksum"] == full["checksum"]
+            for name in full.keys() & {"loss", "gradients", "scores", "ever"}:
                 # Norms are float32, and the Llama runs through our own layers while it is whole.
-                torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(parts[name], full[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "prompt_attention"), KINDS)
-def test_each_holds_its_part(kind: str, prompt_attention: str, processes: list[dict[str, tuple[Said, ...]]]) -> None:
+def test_each_process_holds_its_shard(
+    kind: str, prompt_attention: str, processes: list[dict[str, tuple[Said, ...]]]
+) -> None:
     name = f"{kind}-{prompt_attention}"
     all_of, parts = processes[0][name][0]["held"], [said[name][1]["held"] for said in processes]
     tables = 2 * 32 * 4 if kind == "t5" else 0  # the relative bias, whole in each
@@ -77,12 +79,12 @@ def test_each_holds_its_part(kind: str, prompt_attention: str, processes: list[d
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "bloom", "t5", "bart"])
-def test_generation_goes_on_until_all_are_done(kind: str, processes: list[dict[str, tuple[Said, ...]]]) -> None:
+def test_generation_continues_until_all_ranks_finish(kind: str, processes: list[dict[str, tuple[Said, ...]]]) -> None:
     for index, said in enumerate(processes):
-        whole, sharded, _ = said[f"{kind}-full"]
-        assert len(whole["tokens"]) == (6 if index else 1)
+        full, sharded, _ = said[f"{kind}-full"]
+        assert len(full["tokens"]) == (6 if index else 1)
         assert len(sharded["tokens"]) == 6
-        torch.testing.assert_close(sharded["tokens"][: len(whole["tokens"])], whole["tokens"])
+        torch.testing.assert_close(sharded["tokens"][: len(full["tokens"])], full["tokens"])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_generation_goes_on_until_all_are_done(kind: str, processes: list[dict[s
         ("t5", {"prompt_attention": "self"}, "prompts with prompt_attention=self bypass the layers of t5 .*"),
     ],
 )
-def test_what_cannot_be_shared_out_is_refused(
+def test_unshardable_settings_are_refused(
     kind: str, changes: Any, why: str, tiny_backbone: Callable[[str], Backbone], ticket_task: Path, tmp_path: Path
 ) -> None:
     experiment = Experiment(backbone=kind, task=str(ticket_task), training=TrainingConfig(shard=True), **changes)
@@ -102,7 +104,7 @@ def test_what_cannot_be_shared_out_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_four_bits_are_refused(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
+def test_4bit_backbone_is_refused(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
     experiment = Experiment(
         backbone=str(llama_folder), task=str(ticket_task), training=TrainingConfig(shard=True), dtype="nf4"
     )
@@ -110,7 +112,7 @@ def test_four_bits_are_refused(llama_folder: Path, ticket_task: Path, tmp_path: 
         train(experiment, out=tmp_path)
 
 
-def test_a_backbone_of_an_earlier_training_is_refused(
+def test_backbone_of_earlier_training_is_refused(
     tiny_backbone: Callable[[str], Backbone], ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = tiny_backbone("llama")
@@ -121,7 +123,7 @@ def test_a_backbone_of_an_earlier_training_is_refused(
         train(Experiment(backbone="llama", task=str(ticket_task)), out=tmp_path, backbone=backbone)
 
 
-def test_one_process_is_told_that_it_holds_the_whole(
+def test_single_process_notes_that_it_holds_all_weights(
     tiny_backbone: Callable[[str], Backbone], ticket_task: Path, tmp_path: Path
 ) -> None:
     class Told(NullCallback):
@@ -135,22 +137,22 @@ def test_one_process_is_told_that_it_holds_the_whole(
     assert any(note.startswith("one process holds the whole backbone (--shard)") for note in notes)
 
 
-def test_on_a_gpu_the_whole_is_loaded_beside_it_and_brought_there(
+def test_sharded_backbone_is_loaded_on_cpu_first(
     llama_folder: Path, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As far as it can be seen without one: `meta` is the other device."""
-    found: dict[str, Any] = {}
+    actual: dict[str, Any] = {}
 
-    def load(source: str, **given: Any) -> Backbone:
-        found.update(given)
+    def load(source: str, **inputs: Any) -> Backbone:
+        actual.update(inputs)
         raise RuntimeError("seen")
 
     monkeypatch.setattr(setup, "load", load)
     experiment = Experiment(backbone=str(llama_folder), task=str(ticket_task), training=TrainingConfig(shard=True))
     with pytest.raises(RuntimeError, match="seen"):
         train(experiment, out=tmp_path)
-    assert found["device"] == "cpu"
-    assert found["dtype"] in ("float32", "bfloat16"), "what auto comes to on the device that computes"
+    assert actual["device"] == "cpu"
+    assert actual["dtype"] in ("float32", "bfloat16"), "what auto comes to on the device that computes"
     processes = DistributedGroup(cpu=True)
     processes.device = torch.device("meta")
     model = torch.nn.Linear(2, 2)
@@ -158,7 +160,7 @@ def test_on_a_gpu_the_whole_is_loaded_beside_it_and_brought_there(
     assert model.weight.device.type == "meta"
 
 
-def test_layers_that_each_process_leaves_out_by_chance_are_refused(
+def test_layerdrop_with_sharding_is_refused(
     tiny_backbone: Callable[[str], Backbone], ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = tiny_backbone("bart")
@@ -168,7 +170,7 @@ def test_layers_that_each_process_leaves_out_by_chance_are_refused(
         train(experiment, out=tmp_path, backbone=backbone)
 
 
-def test_accelerate_is_not_left_to_shard_by_itself(
+def test_accelerate_fsdp_environment_is_refused(
     ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

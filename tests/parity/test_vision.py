@@ -30,9 +30,9 @@ def images(count: int = 3, height: int = 32, width: int = 32) -> Tensor:
 
 
 def attached(backbone: Backbone, prompt: Any, pool: Any = "cls") -> Vision:
-    found = attach(backbone, prompt, head=fresh_head(backbone, 4, seeded(1), pool))
-    assert isinstance(found, Vision)
-    return found
+    actual = attach(backbone, prompt, head=fresh_head(backbone, 4, seeded(1), pool))
+    assert isinstance(actual, Vision)
+    return actual
 
 
 def stack(model: Any) -> list[nn.Module]:
@@ -60,89 +60,89 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 @backbones
 @pytest.mark.parametrize("size", [(32, 32), (16, 16), (40, 24)])
-def test_no_prompt_is_the_model_itself(name: str, size: tuple[int, int], tiny_backbone: MakeBackbone) -> None:
+def test_bare_vision_model_is_the_model(name: str, size: tuple[int, int], tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone(name)
     pixels = images(2, *size)
     given = {} if "dino" in name else {"interpolate_pos_encoding": True}
     with torch.no_grad():
-        whole = backbone.model(pixel_values=pixels, **given).last_hidden_state
+        full = backbone.model(pixel_values=pixels, **given).last_hidden_state
         for prompts in ([], [Folded(torch.zeros(0, 32))], [Folded(torch.zeros(0, 32), depth=3)]):
-            close(attached(backbone, None).states(pixels, prompts), whole)
+            close(attached(backbone, None).hidden_states(pixels, prompts), full)
 
 
 @backbones
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_a_prompt_is_a_row_written_by_hand(name: str, depth: int, tiny_backbone: MakeBackbone) -> None:
+def test_prompt_matches_row_by_hand(name: str, depth: int, tiny_backbone: MakeBackbone) -> None:
     """States, and the gradient that reaches every vector."""
     backbone = tiny_backbone(name)
-    matrices = [torch.randn(5, 32, generator=seeded(layer)).requires_grad_() for layer in range(depth)]
-    theirs = by_hand(name, backbone.model, images(), matrices)
-    prompt = Folded(torch.cat(matrices), depth=depth)
-    ours = attached(backbone, None).states(images(), [prompt])
+    vectors = [torch.randn(5, 32, generator=seeded(layer)).requires_grad_() for layer in range(depth)]
+    theirs = by_hand(name, backbone.model, images(), vectors)
+    prompt = Folded(torch.cat(vectors), depth=depth)
+    ours = attached(backbone, None).hidden_states(images(), [prompt])
     close(ours, theirs)
     weights = torch.randn(theirs.shape, generator=seeded(9))
-    found = torch.autograd.grad((ours * weights).sum(), matrices, retain_graph=True)
-    for mine, wanted in zip(found, torch.autograd.grad((theirs * weights).sum(), matrices), strict=True):
-        close(mine, wanted)
+    actual = torch.autograd.grad((ours * weights).sum(), vectors, retain_graph=True)
+    for mine, expected in zip(actual, torch.autograd.grad((theirs * weights).sum(), vectors), strict=True):
+        close(mine, expected)
 
 
 @backbones
-def test_the_head_sees_cls_or_the_mean_of_the_patches_alone(name: str, tiny_backbone: MakeBackbone) -> None:
+def test_head_takes_cls_or_mean_of_patches(name: str, tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone(name)
     prompt = Folded(torch.randn(5, 32, generator=seeded(2)))
     with torch.no_grad():
         states = by_hand(name, backbone.model, images(), [prompt.prompt()])
-        for pool, wanted in (("cls", states[:, 0]), ("patches", states[:, LEAD[name] :].mean(1))):
-            found = attached(backbone, prompt, pool)
-            assert isinstance(found.head, nn.Sequential)
-            close(found(images()).logits, wanted @ found.head[1].weight.T + found.head[1].bias)
+        for pool, expected in (("cls", states[:, 0]), ("patches", states[:, LEAD[name] :].mean(1))):
+            actual = attached(backbone, prompt, pool)
+            assert isinstance(actual.head, nn.Sequential)
+            close(actual(images()).logits, expected @ actual.head[1].weight.T + actual.head[1].bias)
 
 
 @backbones
 @pytest.mark.parametrize("depth", [1, 3])
-def test_several_prompts_in_one_call_are_each_alone(name: str, depth: int, tiny_backbone: MakeBackbone) -> None:
+def test_several_prompts_in_one_call_are_independent(name: str, depth: int, tiny_backbone: MakeBackbone) -> None:
     """Of unequal length: what fills the shorter one up is not seen."""
     backbone = tiny_backbone(name)
     prompts = [Folded(torch.randn(depth * length, 32, generator=seeded(length)), depth=depth) for length in (3, 7, 5)]
     prompted = attached(backbone, None)
     index = torch.tensor([1, 0, 2])
     with torch.no_grad():
-        together = prompted(images(), prompts=prompts, index=index).logits
+        batched = prompted(images(), prompts=prompts, index=index).logits
         prepared = prompted(images(), prompts=prompted.prepare(prompts), index=index).logits
         for row, which in enumerate(index):
-            alone = prompted(images()[row : row + 1], prompts=[prompts[int(which)]]).logits
-            close(together[row : row + 1], alone)
-    torch.testing.assert_close(prepared, together, rtol=0, atol=0)
+            single_row = prompted(images()[row : row + 1], prompts=[prompts[int(which)]]).logits
+            close(batched[row : row + 1], single_row)
+    torch.testing.assert_close(prepared, batched, rtol=0, atol=0)
 
 
 def test_loss_and_score_are_cross_entropy(tiny_backbone: MakeBackbone) -> None:
     prompted = attached(tiny_backbone("dinov2"), Folded(torch.randn(2, 32, generator=seeded(3))))
     labels = torch.tensor([[1], [-100], [3]])
     with torch.no_grad():
-        found = prompted(images(), labels=labels)
+        actual = prompted(images(), labels=labels)
         scores = prompted.score(images(), None, [(0,), (1,), (2,), (3,)])
-    torch.testing.assert_close(scores, found.logits.log_softmax(1))
-    torch.testing.assert_close(found.loss, -(scores[0, 1] + scores[2, 3]) / 2)
+    torch.testing.assert_close(scores, actual.logits.log_softmax(1))
+    torch.testing.assert_close(actual.loss, -(scores[0, 1] + scores[2, 3]) / 2)
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2"])
-def test_a_layers_host_is_what_that_layer_sees(name: str, tiny_backbone: MakeBackbone) -> None:
+def test_layer_host_has_that_layers_inputs(name: str, tiny_backbone: MakeBackbone) -> None:
     """Its patches' states in the model as it is, and its own query and key weights."""
     backbone = tiny_backbone(name).with_sample_images(images(2))
-    seen: list[Tensor] = []
+    visible: list[Tensor] = []
     hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for layer in stack(backbone.model)
+        layer.register_forward_pre_hook(lambda _, inputs: visible.append(inputs[0])) for layer in stack(backbone.model)
     ]
     with torch.no_grad():
         backbone.model(pixel_values=images(2))
     for hook in hooks:
         hook.remove()
     hosts = backbone.hosts(3)
-    for number, (host, states) in enumerate(zip(hosts, seen, strict=True)):
-        wanted = states[:, 1:].flatten(0, 1)
-        assert host.embedding.shape == wanted.shape
-        nearest = torch.cdist(host.embedding, wanted, compute_mode="donot_use_mm_for_euclid_dist").min(1).values
-        assert float(nearest.max()) < 1e-4 * float(wanted.norm(dim=1).mean())
+    for number, (host, states) in enumerate(zip(hosts, visible, strict=True)):
+        expected = states[:, 1:].flatten(0, 1)
+        assert host.embedding.shape == expected.shape
+        nearest = torch.cdist(host.embedding, expected, compute_mode="donot_use_mm_for_euclid_dist").min(1).values
+        assert float(nearest.max()) < 1e-4 * float(expected.norm(dim=1).mean())
         assert host.query_key is not None
         torch.testing.assert_close(
             host.query_key(), query_key(backbone.model, stack(backbone.model)[number]).product(), rtol=0, atol=0
@@ -151,7 +151,7 @@ def test_a_layers_host_is_what_that_layer_sees(name: str, tiny_backbone: MakeBac
     assert not torch.equal(products[0], products[1])
 
 
-def test_whitening_sees_the_patches_through_the_layers_weights(tiny_backbone: MakeBackbone) -> None:
+def test_whitening_uses_patches_after_layer_weights(tiny_backbone: MakeBackbone) -> None:
     """`W = (Sigma + eps I)^(-1/2)` of `W_q W_k^T x`, written out; and the covariance of what it whitens."""
     [host] = tiny_backbone("vit").with_sample_images(torch.randn(40, 3, 32, 32, generator=seeded(4))).hosts(1)
     config = BPT(length=4, mode="frozen", scale=1.0, samples=640, eps=1e-9)
@@ -167,7 +167,7 @@ def test_whitening_sees_the_patches_through_the_layers_weights(tiny_backbone: Ma
     )
 
 
-def test_whitening_in_float32_is_the_identity_and_bears_a_poor_sample() -> None:
+def test_whitening_float32_handles_rank_deficient_sample() -> None:
     rows = torch.randn(4096, 64, generator=seeded(0)) @ torch.randn(64, 64, generator=seeded(1))
     white = rows @ whitening(rows, 1e-9)
     assert white.dtype is torch.float32
@@ -177,18 +177,18 @@ def test_whitening_in_float32_is_the_identity_and_bears_a_poor_sample() -> None:
     assert float((poor @ whitening(poor, 1e-3)).abs().max()) < 100
 
 
-def test_bilinear_columns_are_of_the_whitening_matrix(tiny_backbone: MakeBackbone) -> None:
+def test_bilinear_columns_come_from_whitening_matrix(tiny_backbone: MakeBackbone) -> None:
     [host] = tiny_backbone("dinov2").hosts(1)
-    whole = BPT(length=4, mode="frozen", scale=1.0).build(host, seeded(0)).right
+    full = BPT(length=4, mode="frozen", scale=1.0).build(host, seeded(0)).right
     some = BPT(length=4, rank=5, init="whitening", scale=1.0, samples=4096).build(host, seeded(0)).right
     assert some.shape == (5, 32)
     # The two draw another sample of the same 256 vectors, in another order.
-    gaps = torch.cdist(some.detach(), whole).min(1).values
-    assert float(gaps.max()) < 0.05 * float(whole.norm(dim=1).mean())
+    gaps = torch.cdist(some.detach(), full).min(1).values
+    assert float(gaps.max()) < 0.05 * float(full.norm(dim=1).mean())
 
 
 @pytest.mark.parametrize(("config", "count"), [(Plain(length=100), 76_800), (BPT(length=100, rank=75), 65_100)])
-def test_a_deep_prompt_has_a_prompt_a_layer(config: Any, count: int, tiny_backbone: MakeBackbone) -> None:
+def test_deep_prompt_has_one_prompt_per_layer(config: Any, count: int, tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("vit")
     assert config.count(768) == count
     deep = Deep([config.build(host, seeded(0)) for host in backbone.hosts(3)])
@@ -198,9 +198,9 @@ def test_a_deep_prompt_has_a_prompt_a_layer(config: Any, count: int, tiny_backbo
     torch.testing.assert_close(deep.fold().prompt()[100:200], deep.layers[1].prompt())  # type: ignore[operator]
 
 
-def test_text_models_refuse_a_deep_prompt(tiny_backbone: MakeBackbone) -> None:
+def test_text_model_refuses_deep_prompt(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("gpt2")
-    with pytest.raises(ValueError, match="in gpt2 one enters with the input alone"):
+    with pytest.raises(ValueError, match="gpt2 takes prompts at 1 at most"):
         attach(backbone, Folded(torch.zeros(4, 32), depth=2))(torch.tensor([[5, 6]]))
     with pytest.raises(ValueError, match="a prompt of depth 3 does not fit gpt2"):
         backbone.hosts(3)

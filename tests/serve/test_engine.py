@@ -108,7 +108,7 @@ def test_runs_answer_as_predict_does(run_folders: list[Path], min_prefix: int, m
         for run in runs:
             entry = engine.add(run.name, run.folder)
             assert (entry.template_prefix is not None) == (min_prefix == 1)
-            assert entry.describe()["bytes"] == sum(prefix.bytes for prefix in entry.kv_prefixes)
+            assert entry.describe()["bytes"] == sum(prefix.nbytes for prefix in entry.kv_prefixes)
         requests = [(run, engine.classify(run.name, rows)) for run in runs]
         for run, asked in requests:
             for request, answer in zip(asked, predict(run, rows, backbone=backbone), strict=True):
@@ -143,9 +143,9 @@ def test_another_prompt_costs_only_its_keys_and_values(engine_of: EngineOf, prom
     config = engine.backbone.model.config
     heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     assert short is not None
-    assert short.bytes == 2 * config.num_hidden_layers * heads * 4 * width * 4
+    assert short.nbytes == 2 * config.num_hidden_layers * heads * 4 * width * 4
     stored = {id(t.untyped_storage()): t.untyped_storage().nbytes() for pair in short.layers for t in pair}
-    assert sum(stored.values()) == short.bytes  # no view into something larger
+    assert sum(stored.values()) == short.nbytes  # no view into something larger
 
 
 def test_prompts_change_while_others_answer(engine_of: EngineOf, prompt_of: PromptOf) -> None:

@@ -87,9 +87,9 @@ def test_out_of_memory_between_steps_keeps_texts(
     engine = engine_of(prompts=4, shifting=False, max_batch=8)
     asked = [(f"p{row % 4}", TEXTS[row % 6], 4 + 12 * (row % 3) if row else 40) for row in range(8)]
     expected = [engine.generate(name, text, max_new_tokens=most).result(30.0).tokens for name, text, most in asked]
-    real, fails = CachedDecoder.joined, [0]
+    real, fails = CachedDecoder.concat, [0]
 
-    def joined(self: CachedDecoder, rows: Any, room: int = 64) -> Batch:
+    def concat(self: CachedDecoder, rows: Any, room: int = 64) -> Batch:
         several = len({id(batch) for batch, _ in rows}) > 1
         fewer = not several and len(rows) < len(rows[0][0])
         if {"joining": several, "leaving": fewer}[breaks]:
@@ -97,7 +97,7 @@ def test_out_of_memory_between_steps_keeps_texts(
             raise memory()
         return real(self, rows, room)
 
-    monkeypatch.setattr(CachedDecoder, "joined", joined)
+    monkeypatch.setattr(CachedDecoder, "concat", concat)
     began, requests = threading.Event(), []
     for name, text, most in asked:
         requests.append(engine.generate(name, text, max_new_tokens=most, on_token=lambda _: began.set()))
@@ -133,7 +133,7 @@ def test_generation_that_overflows_fails_alone(engine_of: EngineOf, monkeypatch:
 
     def decode_next(self: CachedDecoder, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
         logits = real(self, batch, tokens)
-        if int(batch.texts[0]) > 6:
+        if int(batch.token_counts[0]) > 6:
             logits[[prompt is bad for prompt in batch.prompts]] = torch.nan
         return logits
 
@@ -152,13 +152,13 @@ def test_encoder_decoder_row_that_overflows_fails_alone(
     engine = engine_of(name, prompts=2, shifting=False, max_batch=4)
     expected = [engine.generate(f"p{row}", "a b", max_new_tokens=12).result(30.0).tokens for row in (0, 1)]
     engine.add("huge", Folded(torch.full((3, engine.backbone.dim), 3e38)))
-    real = EncoderDecoder._encoded
+    real = EncoderDecoder._encode_rows
 
     def encoded(self: EncoderDecoder, rows: Any) -> Any:
         read, bad = real(self, rows), (rows.embeds.abs() > 1e37).flatten(1).any(1)
         return read._replace(states=read.states.masked_fill(bad[:, None, None], torch.nan))
 
-    monkeypatch.setattr(EncoderDecoder, "_encoded", encoded)
+    monkeypatch.setattr(EncoderDecoder, "_encode_rows", encoded)
     busy, release = threading.Event(), threading.Event()  # so that all requests start together
     holding = threading.Thread(target=engine._scheduler.run_job, args=(lambda: busy.set() or release.wait(20),))
     holding.start()

@@ -50,7 +50,7 @@ def test_joined_and_selected_rows_equal_rows_alone(
         decode_next(first, [0, 1], step)
     second, logits = cached.prefill(rows[2:])
     check(logits, [2, 3])
-    both = cached.joined([(batch, row) for batch in (first, second) for row in range(2)])
+    both = cached.concat([(batch, row) for batch in (first, second) for row in range(2)])
     for step in range(3, 6):
         decode_next(both, [0, 1, 2, 3], step)
     left = cached.select(both, [2, 0], room=0)
@@ -89,7 +89,7 @@ def test_window_is_checked_for_the_padded_width(
     backbone = tiny_backbone("mistral")
     prompted = attach(backbone, None)
     cached = CachedDecoder(prompted)
-    assert cached.window == 128
+    assert cached.prompted.window == 128
     prompts = [prompt_of(backbone, seed, "plain", length).fold() for seed, length in enumerate((4, 68))]
     states = [cached.kv_prefix(prompt) for prompt in prompts]
 

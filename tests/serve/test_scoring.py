@@ -38,7 +38,7 @@ def requests_of(backbone: Backbone, prompt_of: PromptOf) -> tuple[CausalScorer, 
 def test_rows_with_own_candidates_score_as_alone(
     name: str, tokens: int, tiny_backbone: MakeBackbone, prompt_of: PromptOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(label_tree, "MOST_TOKENS", tokens)
+    monkeypatch.setattr(label_tree, "MAX_TOKENS", tokens)
     backbone = tiny_backbone(name)
     scorer, requests = requests_of(backbone, prompt_of)
     for request, ours in zip(requests, scorer(requests), strict=True):

@@ -96,6 +96,11 @@ class Backbone:
         return positions.max_positions(self.model, "decoder") if self.architecture == "encoder_decoder" else None
 
     @property
+    def takes_images(self) -> bool:
+        """Whether the model reads pixels instead of tokens; its `tokenizer` is then an image processor."""
+        return self.architecture == "vision"
+
+    @property
     def masked_lm(self) -> bool:
         """Whether this is an encoder with a masked-LM head."""
         return self.architecture == "encoder" and self.model.get_output_embeddings() is not None

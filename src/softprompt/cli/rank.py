@@ -203,7 +203,7 @@ def _burstiness(source: str, samples: int, moved: str | None, out: Path | None) 
         if moved is not None:
             raise ValueError(f"{source} is no run, so it is a backbone itself; leave --backbone out")
         backbone = load(source)
-        if backbone.architecture == "vision":
+        if backbone.takes_images:
             raise ValueError(f"{source} sees images, of which none are given; give a run, for its training images")
     found = burstiness(backbone.host(), query_key(backbone.model), samples=samples)
     rows = {"inputs": found.inputs, "products": found.products}

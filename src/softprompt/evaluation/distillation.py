@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from softprompt.evaluation.predict import Answer, pad_id
 from softprompt.models import PromptedModel
-from softprompt.models.base import Candidates, Ids, Labels, Mask
+from softprompt.models.inputs import Candidates, Ids, Labels, Mask
 from softprompt.models.teacher import Teacher
 from softprompt.tasks import Example, Task, answer_ids, answer_labels, collate
 

@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from softprompt.backbones import load
+from softprompt.models import model_class
 from softprompt.runs import open_run
 
 
@@ -38,7 +39,7 @@ class SoftPromptLM(HFLM):
             raise ValueError("give lm-eval's model a run=FOLDER, or a backbone=NAME for zero-shot numbers")
         opened = None if run is None else open_run(run)
         loaded = load(str(backbone), dtype=dtype) if opened is None else opened.backbone(backbone)
-        if loaded.architecture != "causal":
+        if not model_class(loaded).decoder_only:
             raise ValueError(f"lm-eval's scores need a decoder, and {loaded.source} is an {loaded.architecture} model")
         settings.pop("device", None)  # the model is loaded already
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **settings)

@@ -165,7 +165,7 @@ def input_limit(prompted: PromptedModel, task: Task, training: TrainingConfig) -
                 "none to the input; give it more positions, or lower max_new_tokens"
             )
         limit = min(limit, input_length)
-    prompted.refuse_long_answer(longest_answer)
+    prompted.check_answer_length(longest_answer)
     max_row = prompted.max_row
     if max_row is None:
         return limit
@@ -231,7 +231,5 @@ def _generate(
 
 def pad_id(backbone: Backbone) -> int:
     """The padding id; the attention mask excludes it, but the model must have an embedding for it."""
-    if backbone.architecture == "vision":
-        return 0
     ids = (getattr(backbone.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
     return next((int(token) for token in ids if token is not None and 0 <= token < backbone.vocab_size), 0)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from softprompt import files
 from softprompt.backbones import Backbone
+from softprompt.models import model_class
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.runs import Run
 
@@ -170,7 +171,7 @@ def row_refusal(trained: Trained, backbone: Backbone, engine: str) -> str:
             f"{engine} takes vectors before the input only, and {trained.run.experiment.method} also changes the "
             "input's own embeddings; export to npz, or serve it with softprompt serve"
         )
-    if backbone.architecture != "causal":
+    if not model_class(backbone).decoder_only:
         return (
             f"{engine} takes a prompt before a decoder's text only, and {backbone.source} is a model of the kind "
             f"{backbone.architecture}; export to vocab or npz, or serve it with softprompt serve"

@@ -111,7 +111,7 @@ class Dept(Format):
         if not isinstance(trained.prompt, OffsetPrompt):
             method = trained.run.experiment.method
             return f"it holds DePT's tensors, and the run trained {method}; export to peft, vocab or npz"
-        if backbone.architecture != "encoder_decoder":
+        if not backbone.model.config.is_encoder_decoder:
             return f"its authors' code runs encoder-decoders only, and {backbone.source} is none; export to npz"
         return ""
 

@@ -14,7 +14,7 @@ from softprompt.backbones import Backbone
 from softprompt.evaluation.predict import input_limit
 from softprompt.export.base import Trained, embedding_scale
 from softprompt.export.probe import TEXTS, probe, text_ids
-from softprompt.models import PROMPTED_MODELS, attach
+from softprompt.models import attach, model_class
 from softprompt.tasks import answer_ids
 
 SILENT = -1e4
@@ -70,7 +70,7 @@ def extend(trained: Sequence[Trained], backbone: Backbone) -> ExtendedCheckpoint
     usage = {
         "backbone": backbone.base,
         "layout": "the prompt's ids, then the text's own ids"
-        + ("" if PROMPTED_MODELS[backbone.architecture].appends_eos else " without closing tokens"),
+        + ("" if model_class(backbone).appends_eos else " without closing tokens"),
         "suppressed_ids": list(range(old, first + len(rows))),
         "stand_in_id": None if silenced else stand_in,
         "as_text": as_text,
@@ -187,7 +187,7 @@ def _as_text(tokenizer: Any, trained: Trained, ids: Sequence[int], backbone: Bac
 
     None where neither does (SentencePiece tokenizers treat a text's first word differently): only ids work then.
     """
-    rows = text_ids(backbone, TEXTS, PROMPTED_MODELS[backbone.architecture].appends_eos)
+    rows = text_ids(backbone, TEXTS, model_class(backbone).appends_eos)
     lead = ""
     for count in range(len(rows[0])):
         if rows[0][count] not in backbone.tokenizer.all_special_ids or len({row[: count + 1] for row in rows}) > 1:

@@ -19,7 +19,9 @@ from softprompt.export import client
 from softprompt.export.base import Format, Trained, check_close
 from softprompt.export.extended_vocabulary import extend, vocabulary_refusal
 from softprompt.export.gguf_writer import GgufType, gguf_refusal, write_gguf
-from softprompt.export.probe import left_padded, probe
+from softprompt.export.probe import probe
+from softprompt.models import model_class
+from softprompt.models.padding import pad_batch
 
 _ROUNDING: dict[GgufType, float] = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 2**-11}
 """Largest relative error of a prompt's values, which `q8_0` stores as float16."""
@@ -44,7 +46,7 @@ class Gguf(Format):
 
     def refusal(self, trained: Trained, backbone: Backbone) -> str:
         """A plain prompt before a decoder's text, of an architecture that `gguf_writer` knows."""
-        if backbone.architecture != "causal":
+        if not model_class(backbone).decoder_only:
             return (
                 f"llama.cpp takes a prompt before a decoder's text only, and {backbone.source} is a model of the kind "
                 f"{backbone.architecture}; export to vocab or npz, or serve it with softprompt serve"
@@ -94,10 +96,10 @@ class Gguf(Format):
             rows = [
                 [*prompts[prompt], *ids] for prompt, ids in zip(batch.prompt_index.tolist(), batch.ids, strict=True)
             ]
-            ids, mask = left_padded(rows, pad_id(backbone))
+            ids, mask = pad_batch(rows, backbone.device, "left", pad_id(backbone))
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-            logits = model(**{key: value.to(backbone.device) for key, value in inputs.items()}).logits[:, -1].float()
+            logits = model(**inputs).logits[:, -1].float()
             logp = logits[:, : batch.logp.shape[1]].log_softmax(-1).cpu()
             gap = max(gap, float((logp - batch.logp).abs().max()))
             size = max(size, float(batch.logp.abs().max()))

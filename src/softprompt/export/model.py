@@ -14,14 +14,14 @@ def export_model(finished: PromptedModel, folder: Path) -> str:
     if finished.tuned is not None:
         if not hasattr(backbone.model, "peft_config"):
             return "every weight of the model was trained; they are in tuned.safetensors"
-        export_lora(backbone, folder)
+        export_lora(backbone, finished.peft_task_type, folder)
         return ""
     if finished.prompt is None:
         return "only a head was trained; it is in head.safetensors"
     if layout := unusual_layout(finished.prompt_position, finished.prompt_attention):
         return f"the prompt is {layout}, and PEFT puts every prompt in front of it"
     folded = finished.prompt.fold()
-    refusal = peft_refusal(folded, backbone.architecture)
+    refusal = peft_refusal(folded, backbone)
     if not refusal:
         export_peft(folded, backbone, folder)
     return refusal

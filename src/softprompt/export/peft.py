@@ -11,17 +11,13 @@ from typing import Any, ClassVar, final
 from safetensors.torch import save_file
 
 from softprompt import files
-from softprompt.backbones import Architecture, Backbone
+from softprompt.backbones import Backbone
 from softprompt.export.base import EXACT, Format, Trained, check_equal
+from softprompt.models import model_class
 from softprompt.prompts import Folded
 
-_TASK_TYPES: dict[Architecture, str] = {
-    "causal": "CAUSAL_LM",
-    "encoder_decoder": "SEQ_2_SEQ_LM",
-}
 
-
-def peft_refusal(folded: Folded, architecture: Architecture) -> str:
+def peft_refusal(folded: Folded, backbone: Backbone) -> str:
     """Why PEFT's format cannot express this prompt; empty where it can."""
     if not folded.plain:
         return (
@@ -29,10 +25,11 @@ def peft_refusal(folded: Folded, architecture: Architecture) -> str:
             "input's own embeddings; use softprompt itself (predict, serve), or train dpt or residual, which fold to a "
             "plain prompt"
         )
-    if architecture == "encoder":
-        return "PEFT puts an encoder's prompt before [CLS] and softprompt puts it after; use softprompt itself"
-    if architecture not in _TASK_TYPES:
-        return f"PEFT has no prompt-tuning format for {architecture} models; use softprompt itself"
+    if model_class(backbone).peft_task_type is None:
+        return (
+            f"PEFT has no prompt-tuning format for {backbone.architecture} models, whose prompt follows [CLS]; use "
+            "softprompt itself"
+        )
     return ""
 
 
@@ -42,7 +39,7 @@ def export_peft(folded: Folded, backbone: Backbone, folder: Path) -> None:
     Raises:
         ValueError: PEFT's format cannot express this prompt; nothing is written.
     """
-    if reason := peft_refusal(folded, backbone.architecture):
+    if reason := peft_refusal(folded, backbone):
         raise ValueError(reason)
     matrix = folded.prompt().detach().float().cpu().contiguous()
     config = backbone.model.config.get_text_config()
@@ -58,7 +55,7 @@ def export_peft(folded: Folded, backbone: Backbone, folder: Path) -> None:
         "prompt_tuning_init": "RANDOM",
         "prompt_tuning_init_text": None,
         "revision": None,
-        "task_type": _TASK_TYPES[backbone.architecture],
+        "task_type": model_class(backbone).peft_task_type,
         "token_dim": matrix.shape[1],
         "tokenizer_name_or_path": None,
     }
@@ -76,7 +73,7 @@ class Peft(Format):
 
     def refusal(self, trained: Trained, backbone: Backbone) -> str:
         """As of `peft_refusal`."""
-        return peft_refusal(trained.folded, backbone.architecture)
+        return peft_refusal(trained.folded, backbone)
 
     def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
         """The pair of files."""

@@ -10,7 +10,8 @@ from torch import Tensor
 from softprompt.backbones import Backbone
 from softprompt.evaluation.predict import pad_id
 from softprompt.export.base import Trained
-from softprompt.models import PROMPTED_MODELS, attach
+from softprompt.models import attach
+from softprompt.models.padding import pad_batch
 from softprompt.tasks import Task, encode
 
 TEXTS = (
@@ -49,18 +50,11 @@ def probe(trained: Sequence[Trained], backbone: Backbone) -> Iterator[Probe]:
     """Every text with every prompt, in batches; neighbouring rows have different prompts."""
     live = attach(backbone)
     prepared = live.prepare([item.folded.to(backbone.device) for item in trained])
-    texts = text_ids(backbone, TEXTS, PROMPTED_MODELS[backbone.architecture].appends_eos)
+    texts = text_ids(backbone, TEXTS, live.appends_eos)
     rows = [(prompt, ids) for ids in texts for prompt in range(len(trained))]
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
-        ids, mask = left_padded([ids for _, ids in batch], pad_id(backbone))
+        ids, mask = pad_batch([ids for _, ids in batch], backbone.device, "left", pad_id(backbone))
         index = torch.tensor([prompt for prompt, _ in batch], device=backbone.device)
-        output = live(ids.to(backbone.device), mask.to(backbone.device), prompts=prepared, index=index)
+        output = live(ids, mask, prompts=prepared, index=index)
         yield Probe(index.cpu(), [ids for _, ids in batch], output.logits[:, -1].float().log_softmax(-1).cpu())
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-    """Ids and mask of rows of different lengths, padded with `pad` on the left."""
-    longest = max(map(len, rows))
-    ids = [[pad] * (longest - len(row)) + list(row) for row in rows]
-    return torch.tensor(ids), torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])

@@ -14,7 +14,9 @@ from softprompt.evaluation.predict import pad_id
 from softprompt.export import client
 from softprompt.export.base import Format, Trained, check_close, check_gap, embedding_scale
 from softprompt.export.extended_vocabulary import extend, vocabulary_refusal
-from softprompt.export.probe import Probe, left_padded, probe
+from softprompt.export.probe import Probe, probe
+from softprompt.models import model_class
+from softprompt.models.padding import pad_batch
 
 USAGE = "prompts.json"
 
@@ -38,7 +40,7 @@ class Vocab(Format):
 
     def refusal(self, trained: Trained, backbone: Backbone) -> str:
         """A plain prompt before a decoder's or an encoder-decoder's text."""
-        if backbone.architecture not in ("causal", "encoder_decoder"):
+        if not model_class(backbone).generates:
             return (
                 f"{backbone.source} is a model of the kind {backbone.architecture}, which does not answer with text; "
                 "export to npz, or serve it with softprompt serve"
@@ -52,7 +54,7 @@ class Vocab(Format):
         _suppress(folder / "generation_config.json", extended.usage["suppressed_ids"])
         extended.tokenizer.save_pretrained(folder)
         files.write_text(folder / USAGE, json.dumps({"format": self.name, **extended.usage}, indent=1))
-        if backbone.architecture == "causal":
+        if model_class(backbone).decoder_only:
             shutil.copyfile(client.__file__, folder / "client.py")
 
     @torch.no_grad()
@@ -104,13 +106,10 @@ def _first_token(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of the first token that `generate` would choose, before and after its processors."""
     rows = [[*prompts[prompt], *ids] for prompt, ids in zip(batch.prompt_index.tolist(), batch.ids, strict=True)]
-    if backbone.architecture == "encoder_decoder":  # whose positions count from the row's start
-        ids, mask = (side.flip(1) for side in left_padded([row[::-1] for row in rows], pad_id(backbone)))
-    else:
-        ids, mask = left_padded(rows, pad_id(backbone))
+    ids, mask = pad_batch(rows, model.device, model_class(backbone).padding_side, pad_id(backbone))
     output = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
+        input_ids=ids,
+        attention_mask=mask,
         max_new_tokens=1,
         do_sample=False,
         num_beams=1,

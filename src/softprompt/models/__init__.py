@@ -1,16 +1,18 @@
 """How a prompt meets an architecture: one file each, one line in `PROMPTED_MODELS`."""
 
+import torch
 from torch import nn
 
 from softprompt.backbones import Architecture, Backbone
-from softprompt.models.base import Prepared, PromptedModel
+from softprompt.models.base import PromptedModel
 from softprompt.models.causal import Causal
-from softprompt.models.encoder import Encoder, fresh_head
+from softprompt.models.encoder import Encoder
 from softprompt.models.encoder_decoder import EncoderDecoder
+from softprompt.models.inputs import Prepared
 from softprompt.models.sampling import Sampling
 from softprompt.models.vision import Vision
 from softprompt.prompts import SoftPrompt
-from softprompt.types import PromptAttention, PromptPosition
+from softprompt.types import Pool, PromptAttention, PromptPosition
 
 PROMPTED_MODELS: dict[Architecture, type[PromptedModel]] = {
     "causal": Causal,
@@ -18,7 +20,21 @@ PROMPTED_MODELS: dict[Architecture, type[PromptedModel]] = {
     "encoder": Encoder,
     "vision": Vision,
 }
-"""Which attachment fits which architecture."""
+"""The class for each architecture."""
+
+
+def model_class(backbone: Backbone) -> type[PromptedModel]:
+    """The class of `backbone`'s architecture, to ask what it can do before anything is attached.
+
+    Raises:
+        ValueError: prompts cannot be attached to the architecture.
+    """
+    if backbone.architecture not in PROMPTED_MODELS:
+        raise ValueError(
+            f"{backbone.source} is a model of the kind {backbone.architecture}; prompts can be attached to "
+            f"{', '.join(PROMPTED_MODELS)}"
+        )
+    return PROMPTED_MODELS[backbone.architecture]
 
 
 def attach(
@@ -30,25 +46,34 @@ def attach(
     prompt_position: PromptPosition = "prefix",
     prompt_attention: PromptAttention = "full",
 ) -> PromptedModel:
-    """`prompt` in front of `backbone`, as an `nn.Module` for any training loop; none: the backbone alone.
+    """`backbone` with `prompt`, as an `nn.Module` for any training loop; without a prompt, the backbone alone.
 
     Args:
-        head: what an encoder without a vocabulary head answers through; `fresh_head` makes one.
-        tuned: weights of the backbone's own that a baseline trains, see `baseline.tune`.
-        prompt_position: where the prompt stands; only in front of a decoder's text is it computed once for all rows.
-        prompt_attention: an isolated prompt is computed once for all rows in an encoder too; another model, and a
-            faster one.
+        head: classifies where the backbone has no vocabulary head; `fresh_head` makes one.
+        tuned: weights of the backbone that a baseline trains; see `baselines.tune`.
+        prompt_position: where the prompt is; only in front of a decoder's text is it computed once for all rows.
+        prompt_attention: `self` hides the text from the prompt, so that it is computed once for all rows in an encoder
+            too; another model, and a faster one.
 
     Raises:
-        ValueError: there is no attachment for the architecture, or the prompt, its place or the head does not fit the
-            backbone.
+        ValueError: prompts cannot be attached to the architecture, or the prompt, its position, its attention or the
+            head does not fit the backbone.
     """
-    if backbone.architecture not in PROMPTED_MODELS:
-        raise ValueError(
-            f"{backbone.source} is a model of the kind {backbone.architecture}; prompts can be attached to "
-            f"{', '.join(PROMPTED_MODELS)}"
-        )
-    return PROMPTED_MODELS[backbone.architecture](backbone, prompt, head, tuned, prompt_position, prompt_attention)
+    return model_class(backbone)(backbone, prompt, head, tuned, prompt_position, prompt_attention)
 
 
-__all__ = ["PROMPTED_MODELS", "Prepared", "PromptedModel", "Sampling", "attach", "fresh_head"]
+def fresh_head(backbone: Backbone, classes: int, generator: torch.Generator, pool: Pool = "cls") -> nn.Module | None:
+    """The head to train with a prompt: `hidden_size -> classes`, float32; none where the backbone answers in words.
+
+    Args:
+        classes: the task's classes; 0 where its answers are texts.
+        generator: draws the initial weights, normal with a standard deviation of 0.02 as in BERT.
+        pool: the states that the head of a vision model takes.
+
+    Raises:
+        ValueError: the backbone has no vocabulary head, and there are fewer than two classes.
+    """
+    return model_class(backbone).fresh_head(backbone, classes, generator, pool)
+
+
+__all__ = ["PROMPTED_MODELS", "Prepared", "PromptedModel", "Sampling", "attach", "fresh_head", "model_class"]

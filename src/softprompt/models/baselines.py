@@ -1,4 +1,4 @@
-"""What every paper compares with: LoRA, full fine-tuning, and a trained head alone, in the same loop and run folder."""
+"""The usual baselines: LoRA, full fine-tuning, and a trained head alone, with the same loop and run folder."""
 
 import copy
 import dataclasses
@@ -19,7 +19,7 @@ RATES: dict[Baseline, float] = {"none": 1.0, "lora": 0.03, "full": 0.001, "head"
 
 LORA_RANK, LORA_ALPHA = 8, 16
 _VISION_TARGETS = ["q_proj", "v_proj", "query", "value"]
-"""What LoRA updates in a vision transformer, for which PEFT has no list of its own: its choice for text."""
+"""What LoRA updates in a vision transformer, for which PEFT has no default: the projections that it takes for text."""
 _CONFIG = "adapter_config.json"
 
 
@@ -35,7 +35,7 @@ class Tuned(nn.Module):
 
 
 def tune(backbone: Backbone, baseline: Baseline) -> tuple[Backbone, Tuned | None]:
-    """A copy of `backbone` with trainable weights, and those weights; itself and none where there is nothing to tune.
+    """A copy of `backbone` with trainable weights, and those weights; for other baselines `backbone` itself and None.
 
     Raises:
         ModuleNotFoundError: LoRA without the extra `peft`.
@@ -45,47 +45,50 @@ def tune(backbone: Backbone, baseline: Baseline) -> tuple[Backbone, Tuned | None
         return backbone, None
     model = copy.deepcopy(backbone.model)
     if baseline == "lora":
-        named = _with_lora(model, _VISION_TARGETS if backbone.architecture == "vision" else None)
+        parameters = _with_lora(model, _VISION_TARGETS if backbone.takes_images else None)
     else:
         if backbone.dtype is not torch.float32:
             raise ValueError(
                 f"full fine-tuning on {backbone.dtype} loses its small steps to rounding; give --dtype float32"
             )
-        named = dict(model.named_parameters())
-    copied = dataclasses.replace(backbone, model=model)
-    return copied, Tuned(named)
+        parameters = dict(model.named_parameters())
+    return dataclasses.replace(backbone, model=model), Tuned(parameters)
 
 
 def _with_lora(model: Any, targets: list[str] | None) -> dict[str, nn.Parameter]:
-    _need_peft()
+    _check_peft()
     from peft import LoraConfig, inject_adapter_in_model
 
-    # PEFT draws A from the global generator; a fixed seed keeps a run repeatable without touching anybody's state.
+    # PEFT draws A from the global generator; a fixed seed in a fork keeps runs repeatable and that generator's state.
     with torch.random.fork_rng():
         torch.manual_seed(0)
         inject_adapter_in_model(LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=targets), model)
-    named = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
-    for parameter in named.values():
+    parameters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    for parameter in parameters.values():
         parameter.data = parameter.data.float()
-    return named
+    return parameters
 
 
-def export_lora(backbone: Backbone, folder: Path) -> None:
-    """Write a tuned copy's LoRA weights as the folder that stock PEFT loads."""
-    _need_peft()
+def export_lora(backbone: Backbone, task_type: str | None, folder: Path) -> None:
+    """Write a tuned copy's LoRA weights as the folder that stock PEFT loads.
+
+    Args:
+        task_type: PEFT's name for the task, see `PromptedModel.peft_task_type`.
+    """
+    _check_peft()
     from peft import get_peft_model_state_dict
 
     config = copy.deepcopy(backbone.model.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = backbone.base, True
-    config.task_type = {"causal": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}.get(backbone.architecture)
-    # PEFT calls each weight by its place in a model of PEFT's own, and passes over names that it does not know.
-    named = {f"base_model.model.{name}": tensor for name, tensor in get_peft_model_state_dict(backbone.model).items()}
-    files.write_tensors(folder / "adapter_model.safetensors", named)
+    config.task_type = task_type
+    # PEFT loads weights by their names in its own wrapper of the model, and silently skips other names.
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in get_peft_model_state_dict(backbone.model).items()}
+    files.write_tensors(folder / "adapter_model.safetensors", tensors)
     with tempfile.TemporaryDirectory() as scratch:
         config.save_pretrained(scratch)
         files.write_text(folder / _CONFIG, (Path(scratch) / _CONFIG).read_text(encoding="utf-8"))
 
 
-def _need_peft() -> None:
+def _check_peft() -> None:
     if importlib.util.find_spec("peft") is None:
         raise ModuleNotFoundError("LoRA needs the extra `peft`; install it with: pip install 'softprompt[peft]'")

@@ -6,20 +6,20 @@ from typing import Any, NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from softprompt.models.base import Index
+from softprompt.models.inputs import Index
 from softprompt.prompts import SoftPrompt
 
 
 class DecodeState(NamedTuple):
-    """A batch in the middle of being read."""
+    """The cache of a batch, and what its next tokens need."""
 
     cache: Any
     mask: Int[Tensor, "batch total"]
-    """Of all so far."""
+    """1 at the cache's real columns."""
     logits: Float[Tensor, "batch kept vocab"]
-    """Those asked for."""
+    """The logits that the last pass was asked for."""
     next_position: Int[Tensor, "batch 1"]
-    """Of each row's next token in its text."""
+    """The position of each row's next token in its own text."""
     prompts: Sequence[SoftPrompt]
     rows: Index
-    """Which of the prompts each row has."""
+    """The prompt of each row."""

@@ -1,7 +1,7 @@
 """Prompts after an encoder's first token (BERT, RoBERTa, DistilBERT, MPNet, MiniLM): `[CLS] prompt text [SEP]`."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -12,52 +12,37 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 from softprompt.backbones import Backbone
 from softprompt.backbones.kernels import attention
 from softprompt.backbones.kernels.varlen import VarlenLayout
-from softprompt.models.base import Candidates, Ids, Index, Labels, Mask, PromptedModel, Prompts, mean_loss
-from softprompt.models.encoder_prefix import EncoderPrefixStates, encoder_prefix_states, lay_out
-from softprompt.models.inline import PromptEmbeddings, RowsWithPrompts, insert_prompts, prompt_embeddings, resolve
-from softprompt.models.padding import Rows, align_padding, checked_mask
-from softprompt.models.sampling import Sampling
-from softprompt.models.verify import Sample, refuse_different, refuse_length_bound, refusing, remembered, sample
-from softprompt.models.vision import Pooling
+from softprompt.models.base import PromptedModel
+from softprompt.models.checks import check_class_count
+from softprompt.models.encoder_prefix import EncoderPrefixStates, pack_with_prompts
+from softprompt.models.heads import linear_head
+from softprompt.models.inline import PromptEmbeddings, RowsWithPrompts, insert_prompts
+from softprompt.models.inputs import Candidates, Index, Inputs, Labels, Prompts
+from softprompt.models.padding import Rows, align_padding, length_mask
+from softprompt.models.verify import (
+    Sample,
+    cached_check,
+    check_batch_independence,
+    check_close,
+    model_errors_refused,
+    sample,
+)
 from softprompt.prompts import SoftPrompt
-from softprompt.types import Pool, PromptAttention, PromptPosition
-
-
-def fresh_head(backbone: Backbone, classes: int, generator: torch.Generator, pool: Pool = "cls") -> nn.Module | None:
-    """The head to train with a prompt: `dim -> classes`, float32; none where the backbone answers in words.
-
-    Args:
-        classes: what is told apart; 0 where the answers are texts.
-        generator: of the first weights, normal with a standard deviation of 0.02 as in BERT.
-        pool: what the head of a vision model sees.
-
-    Raises:
-        ValueError: the backbone has no words to answer with, and there are fewer than two classes.
-    """
-    if backbone.architecture not in ("encoder", "vision") or backbone.masked_lm:
-        return None
-    if classes < 2:
-        raise ValueError(
-            f"{backbone.source} has no vocabulary head and answers with one of at least two classes, "
-            f"but there are {classes}; choose a classification, or a backbone that generates"
-        )
-    # Meta first: nn.Linear's own first weights would draw from torch's global generator.
-    head = nn.Linear(backbone.model.config.hidden_size, classes, device="meta").to_empty(device=backbone.device)
-    with torch.no_grad():
-        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.02)
-        head.bias.zero_()
-    return nn.Sequential(Pooling(pool), head) if backbone.architecture == "vision" else head
+from softprompt.types import Pool
 
 
 @final
 class Encoder(PromptedModel):
     """A prompt between an encoder's first token and its text, answered by a vocabulary head or by a trained one.
 
-    A checkpoint with a masked-LM head answers in words: the mask token is put behind the text (in front of the
-    closing token) of every row that does not have exactly one of its own, and an answer is the one token in its place.
-    Any other checkpoint answers through `head`, a linear layer over the mean of the text's own last states (the first
-    and the closing token count, the prompt does not, as sentence encoders pool), which is trained and kept with the
+    A checkpoint with a masked-LM head answers in words: the mask token is inserted after the text (before the closing
+    token) of every row that does not have exactly one already, and an answer is the one token at the mask. Any other
+    checkpoint answers through `head`, a linear layer over the mean of the text's own last hidden states (the first and
+    the closing token count, the prompt does not, as sentence encoders pool), which is trained and saved with the
     prompt. Rows of several prompts in one call share the head.
+
+    `forward` gives the logits at the mask, `[batch, 1, vocab]`, or the head's, `[batch, classes]`. `labels` are one
+    column: the token at the mask, or the class.
 
     Costs one pass over prompt and text. Guarantees the outputs and gradients of `[first; prompt; text]` run as one row
     of its own, whatever the padding.
@@ -68,112 +53,86 @@ class Encoder(PromptedModel):
     """
 
     appends_eos = True
+    answer_in_sequence = True
+    max_label_tokens = 1
     prompt_positions = ("prefix", "suffix")
     supports_self_attention = True
     supports_self_attention_dropout = True
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        prompt: SoftPrompt | None,
-        head: nn.Module | None = None,
-        tuned: nn.Module | None = None,
-        prompt_position: PromptPosition = "prefix",
-        prompt_attention: PromptAttention = "full",
-    ) -> None:
-        super().__init__(backbone, prompt, head, tuned, prompt_position, prompt_attention)
-        if head is None and not backbone.masked_lm:
-            raise ValueError(
-                f"{backbone.source} has no vocabulary head to answer with; give a head to train, as in "
-                "attach(backbone, prompt, head=fresh_head(backbone, classes, generator))"
-            )
-        if head is None and backbone.tokenizer.mask_token_id is None:
+    @classmethod
+    def needs_head(cls, backbone: Backbone) -> bool:
+        """Whether the checkpoint has no masked-LM head."""
+        return not backbone.masked_lm
+
+    @classmethod
+    def fresh_head(cls, backbone: Backbone, classes: int, generator: torch.Generator, pool: Pool) -> nn.Module | None:
+        """A linear head for a checkpoint without a masked-LM head."""
+        return None if backbone.masked_lm else linear_head(backbone, classes, generator)
+
+    def _setup(self) -> None:
+        backbone = self.backbone
+        self.answer_in_sequence = self.head is None
+        if self.head is None and backbone.tokenizer.mask_token_id is None:
             raise ValueError(f"the tokenizer of {backbone.source} has no mask token to answer at; give a head to train")
-        self.answer_in_sequence = head is None
-        refuse_length_bound(backbone)
-        remembered(backbone.model, f"padding {self._words() is None}", self._check_exact)
-        if prompt_attention == "self":
-            self._refuse_not_isolated()
-            remembered(backbone.model, "isolated", self._check_isolated)
+        check_batch_independence(backbone)
+        cached_check(backbone.model, f"padding {self._vocabulary_head() is None}", self._check_exact)
+        if self.prompt_attention == "self":
+            self._check_supports_varlen()
+            cached_check(backbone.model, "self attention", self._check_self_attention)
 
     def prepare(self, prompts: Sequence[SoftPrompt]) -> PromptEmbeddings | EncoderPrefixStates:
-        """The prompts' vectors, since everything else depends on the text; isolated, their states in every layer."""
+        """The prompts' vectors, since all else depends on the text; with `prompt_attention="self"` their states."""
         if self.prompt_attention == "self":
-            return encoder_prefix_states(self, prompts, self._packed)
-        return prompt_embeddings(self, prompts)
-
-    def target(self, answer: Sequence[int]) -> tuple[int, ...]:
-        """As it is: it stands in the mask's place."""
-        return tuple(answer)
+            return EncoderPrefixStates.compute(self, prompts, self._run_packed)
+        return PromptEmbeddings.compute(self, prompts)
 
     def check_row(self, input_ids: Sequence[int], answer_ids: Sequence[int], where: str) -> None:
-        """As of every model; at a mask an answer is one token, and the mask that is put behind a text counts too."""
+        """Also refuse an answer of several tokens at a mask; the mask that will be inserted counts as a token."""
         if self.head is not None:
             super().check_row(input_ids, (), where)
             return
         if len(answer_ids) > 1:
             text = self.backbone.tokenizer.decode(list(answer_ids), skip_special_tokens=True)
             raise ValueError(
-                f"the answer {text[:60]!r} of {where} is {len(answer_ids)} tokens to {self.backbone.source}, and its "
-                "mask holds one; choose a classification whose label words its tokenizer keeps whole, or a decoder"
+                f"the answer {text[:60]!r} of {where} has {len(answer_ids)} tokens in {self.backbone.source}, and its "
+                "mask holds one; choose a classification whose label words are single tokens, or a decoder"
             )
         mask = self.backbone.tokenizer.mask_token_id
         super().check_row(input_ids if input_ids.count(mask) == 1 else (*input_ids, mask), answer_ids, where)
 
-    def check_candidates(self, words: Sequence[str], candidates: Candidates) -> None:
-        """As of every model; at a mask each is one token, and a head does not look at them."""
+    def check_candidates(self, label_words: Sequence[str], candidates: Candidates) -> None:
+        """Also refuse label words of several tokens at a mask; a head ignores them."""
         if self.head is not None:
             return
-        super().check_candidates(words, candidates)
-        several = [(word, len(ids)) for word, ids in zip(words, candidates, strict=True) if len(ids) != 1]
+        super().check_candidates(label_words, candidates)
+        several = [(word, len(ids)) for word, ids in zip(label_words, candidates, strict=True) if len(ids) != 1]
         if several:
             listed = ", ".join(f"{word.strip()!r} ({count} tokens)" for word, count in several[:10])
             raise ValueError(
-                f"the tokenizer of {self.backbone.source} does not keep these label words whole: {listed}; one mask "
-                "holds one token, so choose words of one ([label_words] in the task), or another backbone"
+                f"the tokenizer of {self.backbone.source} splits these label words: {listed}; one mask holds one "
+                "token, so choose single-token words ([label_words] in the task), or another backbone"
             )
 
-    def forward(
-        self,
-        input_ids: Ids,
-        attention_mask: Mask = None,
-        labels: Labels | None = None,
-        prompts: Prompts = None,
-        index: Index = None,
-    ) -> MaskedLMOutput | SequenceClassifierOutput:
-        """Logits at the mask, `[batch, 1, vocab]`, or the head's, `[batch, classes]`; the loss is a mean in float32.
+    def _logits(self, inputs: Inputs) -> Float[Tensor, "batch 1 classes"]:
+        return self._answer_logits(inputs)[:, None]
 
-        `labels` are one column: the token in the mask's prompt_position, or with a head the class; -100 where there is
-        none.
-
-        Raises:
-            ValueError: several columns of labels, or no label at all.
-        """
-        loss = None
-        if labels is None:
-            logits = self._logits(input_ids, attention_mask, prompts, index)[:, None]
-        else:
-            logits, targets = self.label_logits(input_ids, attention_mask, labels, prompts, index)
-            loss = mean_loss(logits, targets)
+    def _output(self, logits: Tensor, loss: Tensor | None) -> MaskedLMOutput | SequenceClassifierOutput:
         if self.head is not None:
             return SequenceClassifierOutput(loss=loss, logits=logits[:, 0])
         return MaskedLMOutput(loss=loss, logits=logits)
 
-    def label_logits(
-        self, input_ids: Ids, attention_mask: Mask, labels: Labels, prompts: Prompts = None, index: Index = None
+    def _label_logits(
+        self, inputs: Inputs, labels: Labels
     ) -> tuple[Float[Tensor, "batch 1 classes"], Int[Tensor, "batch 1"]]:
-        """The logits at the mask or of the head's classes, and the labels; raises as `forward` does."""
         if labels.shape[1] != 1 or not bool((labels != -100).any()):
             raise ValueError(
                 f"labels of {self.backbone.source} are {tuple(labels.shape)}; an encoder answers with one token or "
                 "class, so give one column with at least one label (use answers of a single token)"
             )
-        return self._logits(input_ids, attention_mask, prompts, index)[:, None], labels
+        return self._logits(inputs), labels
 
-    def score(
-        self, input_ids: Ids, attention_mask: Mask, candidates: Candidates, prompts: Prompts = None, index: Index = None
-    ) -> Float[Tensor, "batch candidate"]:
-        """Log-probability of each candidate's token at the mask; with a head, of each class, whatever its tokens.
+    def _score(self, inputs: Inputs, candidates: Candidates) -> Float[Tensor, "batch candidate"]:
+        """Log-probability of each candidate's token at the mask; with a head, of each class in order.
 
         Raises:
             ValueError: a candidate of several tokens at a mask, or another number of candidates than the head's.
@@ -181,81 +140,56 @@ class Encoder(PromptedModel):
         if self.head is None and (long := [list(ids) for ids in candidates if len(ids) != 1] or not candidates):
             raise ValueError(
                 f"candidates {long or []} of {self.backbone.source} are not one token each, and one mask holds one; "
-                "choose label words that its tokenizer keeps whole"
+                "choose single-token label words"
             )
-        scores = self._logits(input_ids, attention_mask, prompts, index).float().log_softmax(-1)
+        scores = self._answer_logits(inputs).float().log_softmax(-1)
         if self.head is None:
             return scores[:, torch.tensor([ids[0] for ids in candidates], device=scores.device)]
-        if scores.shape[1] != len(candidates):
-            raise ValueError(
-                f"the head tells {scores.shape[1]} classes apart and {len(candidates)} candidates are given; use the "
-                "task that it was trained for"
-            )
+        check_class_count(scores.shape[1], candidates)
         return scores
 
-    def generate(
-        self,
-        input_ids: Ids,
-        attention_mask: Mask = None,
-        *,
-        max_new_tokens: int = 64,
-        sampling: Sampling | None = None,
-        stop: Sequence[int] | None = None,
-        prompts: Prompts = None,
-        index: Index = None,
-    ) -> Iterator[Int[Tensor, " batch"]]:
-        """Nothing: an encoder does not generate.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            f"{self.backbone.source} is an encoder and does not generate; choose a classification, or a decoder"
-        )
-
-    def _logits(
-        self, input_ids: Ids, attention_mask: Mask, prompts: Prompts, index: Index
-    ) -> Float[Tensor, "batch answer"]:
-        """Of the vocabulary at the mask, or of the head's classes."""
-        text = align_padding(input_ids, checked_mask(input_ids, attention_mask), pads="behind")
+    def _answer_logits(self, inputs: Inputs) -> Float[Tensor, "batch answer"]:
+        """Logits of the vocabulary at the mask, or of the head's classes."""
+        text = self.text(inputs)
         if self.prompt_attention == "self":
-            return self._isolated(prompts, index, text)
-        prepared = resolve(self, prompts)
+            return self._self_attention_logits(inputs.prompts, inputs.prompt_index, text)
+        prepared, limit = self.resolve(inputs.prompts, PromptEmbeddings), self.backbone.max_positions
+        lead = self._lead(text)  # before a mask is inserted
         if self.head is not None:
-            rows = insert_prompts(self, prepared, index, text, lead=self._lead(text), limit=self.backbone.max_positions)
-            return self.head(_mean(self._states(rows), rows.own))
-        lead, text = self._lead(text), self._masked(text)
-        rows = insert_prompts(self, prepared, index, text, lead=lead, limit=self.backbone.max_positions)
-        at = self._answered(text)
+            rows = insert_prompts(self, prepared, inputs.prompt_index, text, lead, limit)
+            return self.head(_mean(self._hidden_states(rows), rows.is_text))
+        text = self._with_mask(text)
+        rows = insert_prompts(self, prepared, inputs.prompt_index, text, lead, limit)
+        at = self._answer_column(text)
         at = torch.where(at < lead, at, at + (rows.mask.sum(1) - text.mask.sum(1))[:, None])[:, 0]
-        each = torch.arange(len(at), device=at.device)
-        if (words := self._words()) is not None:
-            return words(self._states(rows)[each, at])
-        return self.backbone.model(inputs_embeds=rows.embeds, attention_mask=rows.mask).logits[each, at]
+        batch = torch.arange(len(at), device=at.device)
+        if (vocabulary_head := self._vocabulary_head()) is not None:
+            return vocabulary_head(self._hidden_states(rows)[batch, at])
+        return self.backbone.model(inputs_embeds=rows.embeds, attention_mask=rows.mask).logits[batch, at]
 
-    def _isolated(self, prompts: Prompts, index: Index, text: Rows) -> Float[Tensor, "batch answer"]:
-        """`_logits` where prompts see themselves alone: each is run once, and the rows go on from it."""
-        text = text if self.head is not None else self._masked(text)
-        states = self._isolated_states(prompts, index, text)
+    def _self_attention_logits(self, prompts: Prompts, index: Index, text: Rows) -> Float[Tensor, "batch answer"]:
+        """`_answer_logits` with `prompt_attention="self"`: each prompt runs once, and the rows attend to it."""
+        text = text if self.head is not None else self._with_mask(text)
+        states = self._self_attention_states(prompts, index, text)
         if self.head is not None:
             return self.head(_mean(states, text.mask.bool()))
-        at = self._answered(text)[:, 0]
-        logits: Tensor = self._words()(states[torch.arange(len(at), device=at.device), at])
+        at = self._answer_column(text)[:, 0]
+        logits: Tensor = self._vocabulary_head()(states[torch.arange(len(at), device=at.device), at])
         return logits
 
-    def _isolated_states(self, prompts: Prompts, index: Index, text: Rows) -> Float[Tensor, "batch seq hidden"]:
-        """The text's own last states."""
-        embeds, layout = lay_out(self, prompts, index, text, self.backbone.max_positions)
-        return layout.rows.pad(self._packed(embeds, layout))
+    def _self_attention_states(self, prompts: Prompts, index: Index, text: Rows) -> Float[Tensor, "batch seq hidden"]:
+        """The last hidden states of the text."""
+        embeds, layout = pack_with_prompts(self, prompts, index, text, self.backbone.max_positions)
+        return layout.rows.pad(self._run_packed(embeds, layout))
 
-    def _packed(self, embeds: Float[Tensor, "token dim"], layout: VarlenLayout) -> Float[Tensor, "token hidden"]:
-        """The last states; every token is in the place that it has in `[first; prompt; rest]`."""
-        positions = layout.positions[0] + self._skipped()
-        if layout.record_kv:  # of prompts alone
+    def _run_packed(self, embeds: Float[Tensor, "token dim"], layout: VarlenLayout) -> Float[Tensor, "token hidden"]:
+        """The last hidden states of packed tokens, each at its position in `[first; prompt; rest]`."""
+        positions = layout.positions[0] + self._first_position()
+        if layout.record_kv:  # prompts alone
             positions += 1
         else:
             positions[: layout.rows.start] += 1
-            positions[layout.rows.starts] = self._skipped()
+            positions[layout.rows.starts] = self._first_position()
         output = self.backbone.model.base_model(
             inputs_embeds=embeds[None],
             attention_mask=attention.varlen_mask(embeds.device),
@@ -264,122 +198,114 @@ class Encoder(PromptedModel):
         )
         return output.last_hidden_state[0]
 
-    def _words(self) -> Any:
-        """The vocabulary head where it is one module: it runs at the mask alone and not over the whole row."""
-        # Looked up, not kept: an attribute would make a part of the backbone a submodule.
-        return next((found for name in _HEADS if (found := getattr(self.backbone.model, name, None)) is not None), None)
+    def _vocabulary_head(self) -> Any:
+        """The vocabulary head where it is one module, which can run at the mask alone; else none."""
+        # Looked up each time: an attribute would make a part of the backbone a submodule.
+        heads = (getattr(self.backbone.model, name, None) for name in _HEADS)
+        return next((head for head in heads if head is not None), None)
 
-    def _states(self, rows: RowsWithPrompts) -> Float[Tensor, "batch total hidden"]:
-        """The last hidden states."""
+    def _hidden_states(self, rows: RowsWithPrompts) -> Float[Tensor, "batch total hidden"]:
         output = self.backbone.model.base_model(inputs_embeds=rows.embeds, attention_mask=rows.mask)
         states: Tensor = output.last_hidden_state
         return states
 
-    def _masked(self, text: Rows) -> Rows:
-        """The rows with a mask to answer at: a row's own where it has exactly one, else one before its closing token.
+    def _with_mask(self, text: Rows) -> Rows:
+        """The rows with a mask to answer at: a row's own if it has exactly one, else one before its closing token.
 
         Each row by itself, so that no neighbour changes where one is answered; of several masks the last is answered.
         """
         lengths, end, seq = text.mask.sum(1, keepdim=True), self._end(text), text.ids.shape[1]
-        needs = self._masks(text).sum(1, keepdim=True) != 1
+        needs = self._is_mask(text).sum(1, keepdim=True) != 1
         column = torch.arange(seq + 1, device=text.ids.device).expand(len(text.ids), -1)
         source = torch.where(needs & (column > end), column - 1, column).clamp(max=seq - 1)
         ids = text.ids.gather(1, source).masked_fill(needs & (column == end), self.backbone.tokenizer.mask_token_id)
-        return align_padding(ids, (column < lengths + needs.long()).long(), pads="behind")
+        return align_padding(ids, length_mask((lengths + needs.long())[:, 0], seq + 1), "right")
 
-    def _masks(self, text: Rows) -> Bool[Tensor, "batch seq"]:
-        """Where mask tokens are."""
+    def _is_mask(self, text: Rows) -> Bool[Tensor, "batch seq"]:
         return (text.ids == self.backbone.tokenizer.mask_token_id) & (text.mask == 1)
 
-    def _answered(self, text: Rows) -> Int[Tensor, "batch 1"]:
+    def _answer_column(self, text: Rows) -> Int[Tensor, "batch 1"]:
         """The column of each row's last mask."""
         column = torch.arange(text.ids.shape[1], device=text.ids.device)
-        return (self._masks(text) * column).max(1, keepdim=True).values
+        return (self._is_mask(text) * column).max(1, keepdim=True).values
 
     def _lead(self, text: Rows) -> int | Int[Tensor, "batch 1"]:
-        """Tokens in front of the prompt: [CLS], or the whole text, before a mask is put behind it."""
+        """Tokens before the prompt: [CLS], or the full text, where a mask has not been inserted yet."""
         return 1 if self.prompt_position == "prefix" else self._end(text)
 
     def _end(self, text: Rows) -> Int[Tensor, "batch 1"]:
-        """Each row's tokens in front of its closing one."""
+        """Each row's tokens before its closing one."""
         lengths, closing = text.mask.sum(1, keepdim=True), self.backbone.tokenizer.sep_token_id
         return lengths - (text.ids.gather(1, lengths - 1) == (-1 if closing is None else closing)).long()
 
-    def _skipped(self) -> int:
-        """The position of a row's first token in the model's table."""
+    def _first_position(self) -> int:
+        """The row of the model's position table for a row's first token."""
         table = getattr(getattr(self.backbone.model.base_model, "embeddings", None), "position_embeddings", None)
         padding = getattr(table, "padding_idx", None)
         return 0 if padding is None else padding + 1
 
     def _check_exact(self) -> bool:
-        """Compare rows of a mixed batch with each alone through the model's own forward, once a model."""
-        how, model = "padding behind the row", self.backbone.model
-        with refusing(self.backbone, how):
-            given = sample(self.backbone)
-            ids, mask = given.batch(self.backbone.device)
-            rows = insert_prompts(
-                self,
-                prompt_embeddings(self, given.prompts),
-                given.prompt_index,
-                Rows(ids, mask, ids),
-                lead=1,
-                limit=None,
-            )
-            words = self._words()
-            ours = (
-                model(inputs_embeds=rows.embeds, attention_mask=rows.mask)[0]
-                if words is None
-                else words(self._states(rows))
-            )
+        """Compare rows of a mixed batch with each alone through the model's own forward."""
+        how, model = "padding after the row", self.backbone.model
+        with model_errors_refused(self.backbone, how):
+            probe = sample(self.backbone)
+            ids, mask = probe.batch(self.backbone.device)
+            prepared = PromptEmbeddings.compute(self, probe.prompts)
+            rows = insert_prompts(self, prepared, probe.prompt_index, Rows(ids, mask, ids), lead=1, limit=None)
+            if (vocabulary_head := self._vocabulary_head()) is None:
+                outputs = model(inputs_embeds=rows.embeds, attention_mask=rows.mask)[0]
+            else:
+                outputs = vocabulary_head(self._hidden_states(rows))
             for row in range(len(ids)):
-                alone = model(inputs_embeds=self._alone(given, row))[0][0]
-                refuse_different(self.backbone, alone, ours[row, : len(alone)], how, "outputs")
+                single = model(inputs_embeds=self._single_row(probe, row))[0][0]
+                check_close(self.backbone, single, outputs[row, : len(single)], how, "outputs")
         return True
 
-    def _alone(self, given: Sample, row: int) -> Float[Tensor, "one total dim"]:
-        """One row with its prompt behind its first token."""
-        own = self.backbone.model.get_input_embeddings()(torch.tensor(given.texts[row], device=self.backbone.device))
-        return torch.cat([own[:1], given.prompt(row).to(own), own[1:]])[None]
+    def _single_row(self, probe: Sample, row: int) -> Float[Tensor, "one total dim"]:
+        """One row with its prompt after its first token."""
+        ids = torch.tensor(probe.texts[row], device=self.backbone.device)
+        embeds = self.backbone.model.get_input_embeddings()(ids)
+        return torch.cat([embeds[:1], probe.prompt(row).to(embeds), embeds[1:]])[None]
 
-    def _check_isolated(self) -> bool:
-        """Compare with the model's own forward under a mask that hides the text from the prompt, once a model."""
-        how, model, given = "isolated prompts", self.backbone.model, sample(self.backbone)
-        with refusing(self.backbone, how):
-            ids, mask = given.batch(self.backbone.device)
-            wanted = []
+    def _check_self_attention(self) -> bool:
+        """Compare with the model's own forward under a mask that hides the text from the prompt."""
+        how, model, probe = "prompt_attention=self", self.backbone.model, sample(self.backbone)
+        with model_errors_refused(self.backbone, how):
+            ids, mask = probe.batch(self.backbone.device)
+            expected = []
             for row in range(len(ids)):
-                embeds = self._alone(given, row)
-                place = torch.arange(embeds.shape[1], device=ids.device)
-                of_prompt = (place >= 1) & (place <= len(given.prompt(row)))
-                seen = ~of_prompt[:, None] | of_prompt[None]
-                states = model.base_model(inputs_embeds=embeds, attention_mask=seen[None, None]).last_hidden_state[0]
-                wanted.append(states[~of_prompt])
-            for prompts in (given.prompts, self.prepare(given.prompts)):
-                ours = self._isolated_states(prompts, given.prompt_index, Rows(ids, mask, ids))
-                refuse_different(self.backbone, torch.cat(wanted), ours[mask.bool()], how, "states")
+                embeds = self._single_row(probe, row)
+                column = torch.arange(embeds.shape[1], device=ids.device)
+                in_prompt = (column >= 1) & (column <= len(probe.prompt(row)))
+                visible = ~in_prompt[:, None] | in_prompt[None]
+                states = model.base_model(inputs_embeds=embeds, attention_mask=visible[None, None]).last_hidden_state[0]
+                expected.append(states[~in_prompt])
+            for prompts in (probe.prompts, self.prepare(probe.prompts)):
+                states = self._self_attention_states(prompts, probe.prompt_index, Rows(ids, mask, ids))
+                check_close(self.backbone, torch.cat(expected), states[mask.bool()], how, "states")
         return True
 
-    def _refuse_not_isolated(self) -> None:
-        """Refuse a model that does not hand positions and attention on."""
+    def _check_supports_varlen(self) -> None:
+        """Refuse a model whose layers do not pass positions and the layout on to our attention."""
         model = self.backbone.model
         accepted = inspect.signature(model.base_model.forward).parameters
         if (
             not attention.supports_varlen(model)
             or "position_ids" not in accepted
-            or (self.head or self._words()) is None
+            or (self.head or self._vocabulary_head()) is None
         ):
             raise ValueError(
-                f"{self.backbone.source} ({model.config.model_type}) does not hand positions and attention on, so its "
-                "prompts cannot be isolated; leave prompt_attention=full, or choose a BERT or RoBERTa"
+                f"{self.backbone.source} ({model.config.model_type}) does not pass positions and attention arguments "
+                "on to its layers, which prompt_attention=self needs; use prompt_attention=full, or a BERT or RoBERTa"
             )
 
 
 _HEADS = ("cls", "lm_head")
-"""What masked-LM models call a head that is one module; the others (DistilBERT) run theirs in their forward."""
+"""The names of a head that is one module in masked-LM models; the others (DistilBERT) run theirs in their forward."""
 
 
 def _mean(
-    states: Float[Tensor, "batch total hidden"], own: Bool[Tensor, "batch total"]
+    states: Float[Tensor, "batch total hidden"], is_text: Bool[Tensor, "batch total"]
 ) -> Float[Tensor, "batch hidden"]:
     """The mean state of the text's own tokens, float32."""
-    return (states.float() * own[..., None]).sum(1) / own.sum(1, keepdim=True)
+    return (states.float() * is_text[..., None]).sum(1) / is_text.sum(1, keepdim=True)

@@ -1,9 +1,9 @@
-"""Prompts in front of a decoder as what its layers keep of them: keys and values, computed once.
+"""Prompts in front of a decoder as their keys and values in every layer, computed once.
 
-A beginning that texts share can stand behind a prompt and be part of what is kept.
+The tokens that texts begin with can follow a prompt and be part of its prefix.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -13,80 +13,120 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from softprompt.backbones.kernels.varlen import States
-from softprompt.models.base import Prepared
-from softprompt.models.padding import align_padding
+from softprompt.models.inputs import Prepared
+from softprompt.models.padding import padding_order
 from softprompt.prompts import SoftPrompt
+
+LayerKV = tuple[Float[Tensor, "head _ _"], Float[Tensor, "head _ _"]]
+"""One layer's keys and values of one prefix, `[head, column, head_dim]`."""
 
 
 @final
 @dataclass(frozen=True)
-class Prefix(Prepared):
-    """Several prompts' keys and values, computed once, shorter ones padded at their end."""
+class KVPrefix:
+    """One prompt's keys and values, without padding: the memory that serving one more prompt takes."""
 
-    prompts: Sequence[SoftPrompt]
-    """A row's each, and so one several times where several beginnings stand behind it; none for a bare model."""
-    layers: tuple[tuple[Float[Tensor, "row head prompt head_dim"], Float[Tensor, "row head prompt value_dim"]], ...]
-    """Keys and values of each layer, a row a prompt with its beginning; no layers where there is neither."""
-    mask: Int[Tensor, "row prompt"]
-    """1 where a row has keys and values; one row of none for a model without a prompt."""
-    logits: Float[Tensor, "row vocab"] | None
-    """What the model expects right after each; none where there is nothing before the text."""
-    read: Int[Tensor, " row"]
-    """Tokens of a text's beginning that stand behind each prompt and are in the keys and values too."""
+    layers: tuple[LayerKV, ...]
+    token_ids: tuple[int, ...] = ()
+    """The tokens that texts begin with whose keys and values follow the prompt's."""
 
     @classmethod
-    def of(
+    def copy_of(
+        cls, layers: Iterable[tuple[Tensor, Tensor]], row: int, length: int, token_ids: Sequence[int] = ()
+    ) -> "KVPrefix":
+        """The first `length` columns of one row of batched layers, in memory of their own."""
+        copies = ((keys[row, :, :length].clone(), values[row, :, :length].clone()) for keys, values in layers)
+        return cls(tuple(copies), tuple(token_ids))
+
+    @property
+    def length(self) -> int:
+        """Columns: virtual tokens, and the tokens after them."""
+        return int(self.layers[0][0].shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the keys and values take."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no key or value is infinite or NaN."""
+        return all(bool(states.isfinite().all()) for layer in self.layers for states in layer)
+
+
+@final
+@dataclass(frozen=True)
+class KVPrefixBatch(Prepared):
+    """Several prefixes as one batch, padded on the right, and the logits after each."""
+
+    prompts: Sequence[SoftPrompt]
+    """The prompt of each row; a prompt that several beginnings follow has several rows. Empty for a bare model."""
+    layers: tuple[tuple[Float[Tensor, "row head prompt head_dim"], Float[Tensor, "row head prompt value_dim"]], ...]
+    """Keys and values of each layer; empty for a bare model."""
+    mask: Int[Tensor, "row prompt"]
+    """1 where a row has keys and values; one row without columns for a bare model."""
+    logits: Float[Tensor, "row vocab"] | None
+    """What the model predicts after each row; none for a bare model."""
+    token_counts: Int[Tensor, " row"]
+    """Tokens of a text that follow each prompt in its row."""
+
+    @classmethod
+    def from_cache(
         cls,
         prompts: Sequence[SoftPrompt],
         cache: DynamicCache,
         mask: Int[Tensor, "row total"],
         logits: Float[Tensor, "row vocab"],
-        read: Int[Tensor, " row"],
-    ) -> "Prefix":
-        """What a pass left in its cache, with all padding moved to the end."""
+        token_counts: Int[Tensor, " row"],
+    ) -> "KVPrefixBatch":
+        """What a pass left in its cache, with all padding moved to the right."""
         layers = tuple((layer.keys, layer.values) for layer in cache.layers)
-        if bool((mask.diff(dim=1) <= 0).all()):  # it stands there already
-            return cls(prompts, layers, mask, logits, read)
-        rows = align_padding(mask, mask, pads="behind")
-        at = rows.order[:, None, :, None]
+        if bool((mask.diff(dim=1) <= 0).all()):  # it is there already
+            return cls(prompts, layers, mask, logits, token_counts)
+        order = padding_order(mask, "right")
+        columns = order[:, None, :, None]
 
-        def moved(states: Tensor) -> Tensor:
-            return states.gather(2, at.expand(-1, states.shape[1], -1, states.shape[3]))
+        def aligned(states: Tensor) -> Tensor:
+            return states.gather(2, columns.expand(-1, states.shape[1], -1, states.shape[3]))
 
-        layers = tuple((moved(keys), moved(values)) for keys, values in layers)
-        return cls(prompts, layers, rows.mask, logits, read)
+        layers = tuple((aligned(keys), aligned(values)) for keys, values in layers)
+        return cls(prompts, layers, mask.gather(1, order), logits, token_counts)
 
     @property
     def lengths(self) -> list[int]:
-        """Vectors and tokens of each; none at all where nothing stands before the text."""
+        """Columns of each row; empty for a bare model."""
         return self.mask.sum(1).tolist() if self.layers else []
 
+    def select(self, row: int, length: int) -> KVPrefix:
+        """The first `length` columns of one row, copied."""
+        return KVPrefix.copy_of(self.layers, row, length)
+
     def as_varlen(self) -> list[States]:
-        """The same keys and values as packed rows see them."""
+        """The keys and values in the layout that packed rows attend to."""
         return [(key.transpose(1, 2), value.transpose(1, 2)) for key, value in self.layers]
 
     def cache(self, rows: Int[Tensor, " batch"]) -> DynamicCache:
-        """What a batch continues from, each row from the prompt that `rows` says."""
+        """The cache that a batch continues from, with the prefix in `rows` for each of its rows."""
         cache = DynamicCache()
         cache.layers = [_layer(_per_row(key, rows), _per_row(value, rows)) for key, value in self.layers]
         return cache
 
-    def predicting(
+    def with_first_logits(
         self,
         logits: Float[Tensor, "batch kept vocab"],
-        first: Bool[Tensor, "batch kept"],
+        is_first: Bool[Tensor, "batch kept"],
         rows: Int[Tensor, " batch"],
     ) -> Float[Tensor, "batch kept vocab"]:
-        """`logits` with those that predict a row's `first` token taken from the end of its prompt."""
-        if self.logits is None or not bool(first.any()):
+        """`logits`, with those that predict a row's first token taken from the end of its prefix."""
+        if self.logits is None or not bool(is_first.any()):
             return logits
-        return torch.where(first[..., None], self.logits[rows][:, None], logits)
+        return torch.where(is_first[..., None], self.logits[rows][:, None], logits)
 
 
 def _per_row(
     states: Float[Tensor, "row head prompt head_dim"], rows: Int[Tensor, " batch"]
 ) -> Float[Tensor, "batch head prompt head_dim"]:
-    # One prompt is expanded, not copied.
+    # A single prefix is expanded, not copied.
     return states.expand(len(rows), -1, -1, -1) if len(states) == 1 else states[rows]
 
 

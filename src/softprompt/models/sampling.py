@@ -1,27 +1,30 @@
-"""How the next token is chosen."""
+"""How the next token is chosen, and which tokens end a text."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
+from softprompt.backbones import Backbone
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen: the likeliest, or drawn."""
+    """How the next token is chosen: the most likely one, or a random draw."""
 
     temperature: float = 0.0
-    """0 takes the likeliest token; above, logits are divided by it before drawing."""
+    """0 takes the most likely token; above, logits are divided by it before drawing."""
     top_k: int = 0
-    """Draw among the k likeliest only; 0: all."""
+    """Draw among the k most likely tokens; 0: all."""
     top_p: float = 1.0
-    """Draw among the fewest tokens that hold this probability."""
+    """Draw among the fewest tokens whose probabilities sum to this."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the draws."""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -41,11 +44,40 @@ class Chooser:
         self._warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
 
     def __call__(self, logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
-        """One token a row."""
+        """One token per row."""
         if self._sampling.temperature == 0:
             return logits.argmax(-1)
-        # Colder than this, any two logits that differ are far apart, and dividing by less overflows to NaN.
+        # Below this, dividing would overflow to NaN, and any two different logits are far apart already.
         scores = logits.float() / max(self._sampling.temperature, 1e-6)
         for warper in self._warpers:
             scores = warper(None, scores)
         return torch.multinomial(scores.softmax(-1), 1, generator=self._generator)[:, 0]
+
+
+def end_of_sequence(backbone: Backbone) -> list[int]:
+    """The ids that end a generation; empty where neither the tokenizer nor the model names one.
+
+    First the tokenizer's, which ends the answers that a prompt is trained on; then those of the model's generation
+    config (a chat model has several), and its config's where the tokenizer takes them for special tokens: a config
+    that does not name an end has its class's default, which may be an ordinary word.
+    """
+    model, tokenizer = backbone.model, backbone.tokenizer
+    generation = getattr(model, "generation_config", None)
+    special = {*getattr(tokenizer, "all_special_ids", ()), *_added_special(tokenizer)}
+    of_config = _as_list(getattr(model.config, "eos_token_id", None))
+    ids = [
+        *_as_list(getattr(tokenizer, "eos_token_id", None)),
+        *_as_list(getattr(generation, "eos_token_id", None)),
+        *(eos for eos in of_config if generation is None or eos in special),
+    ]
+    return list(dict.fromkeys(ids))
+
+
+def _as_list(ids: int | Sequence[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def _added_special(tokenizer: Any) -> list[int]:
+    """Ids of added tokens that are marked special, as chat models' turn ends are."""
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    return [int(number) for number, token in added.items() if getattr(token, "special", False)]

@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from softprompt.backbones import Backbone
-from softprompt.models.base import Candidates, Ids, Labels, Mask, Prepared, PromptedModel
+from softprompt.models.base import PromptedModel
+from softprompt.models.inputs import Candidates, Ids, Labels, Mask, Prepared
 from softprompt.models.padding import checked_mask
 
 

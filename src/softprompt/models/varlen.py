@@ -1,4 +1,4 @@
-"""Rows through a decoder in one pass without padding: behind their prompts in training, else behind kept states."""
+"""Rows of a decoder in one packed pass without padding: after live prompts in training, else after their cached KV."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from softprompt.backbones.kernels import attention, llama
 from softprompt.backbones.kernels.varlen import VarlenLayout
 from softprompt.models.base import PromptedModel
-from softprompt.models.kv_prefix import Prefix
-from softprompt.models.padding import Rows, row_index
+from softprompt.models.kv_prefix import KVPrefixBatch
+from softprompt.models.padding import Rows, prompt_rows
 from softprompt.prompts import SoftPrompt
 
 
@@ -18,47 +18,49 @@ def varlen_logits(
     prompted: PromptedModel,
     text: Rows,
     columns: Int[Tensor, " kept"],
-    prompts: Sequence[SoftPrompt] | Prefix,
+    prompts: Sequence[SoftPrompt] | KVPrefixBatch,
     index: Int[Tensor, " batch"] | None,
-    refuse_beyond: Callable[[int], None],
+    check_length: Callable[[int], None],
     *,
-    by_layer: bool,
+    fused: bool,
 ) -> Float[Tensor, "batch kept vocab"]:
-    """The logits that predict the tokens in `columns`: a token's from one place earlier, a first one's from its prompt.
+    """The logits that predict the tokens in `columns`: from the position before, or for a first token from its prompt.
 
     Args:
-        text: with padding in front.
-        prompts: of prepared ones `by_layer` alone, without gradients; a first token's logits are then any.
-        refuse_beyond: told how many positions the longest row has with its prompt.
-        by_layer: let `llama.run` do what the model does.
+        text: padded on the left.
+        prompts: a KVPrefixBatch needs `fused` and no gradients; the logits for first tokens are then meaningless.
+        check_length: called with the positions of the longest row and its prompt.
+        fused: run the layers through `llama.run` and not through the model.
     """
-    ready = prompts if isinstance(prompts, Prefix) else None
-    live = prompts.prompts if isinstance(prompts, Prefix) else prompts
-    prompt_embeddings = [] if ready else prompted.prompt_embeddings(live)
-    lengths = ready.lengths if ready else [len(matrix) for matrix in prompt_embeddings]
-    every = len(ready.mask) if ready else max(len(live), 1)
-    rows, counts, positions = row_index(index, every, text.ids), text.mask.sum(1), text.positions()
-    places = (columns - 1 - (text.ids.shape[1] - counts)[:, None]).clamp(min=0 if ready else -1)
+    cached = prompts if isinstance(prompts, KVPrefixBatch) else None
+    live = prompts.prompts if isinstance(prompts, KVPrefixBatch) else prompts
+    vectors = [] if cached else prompted.prompt_embeddings(live)
+    prompt_lengths = cached.lengths if cached else [len(matrix) for matrix in vectors]
+    prompt_count = len(cached.mask) if cached else max(len(live), 1)
+    rows, counts, positions = prompt_rows(index, prompt_count, text.ids), text.mask.sum(1), text.positions()
+    predicting = (columns - 1 - (text.ids.shape[1] - counts)[:, None]).clamp(min=0 if cached else -1)
     model = prompted.backbone.model
-    if ready:
-        positions = positions + ready.read[rows][:, None]
-    own = prompted.shifted(live, rows, text.ids, positions)
-    begun = 0
-    if not ready and len(counts) > every and not model.training:  # the model's dropout is each row's own
-        most = text.beginning(min(int(places.min()) + 1, int(counts.min()) - 1))
-        begun, prompt_embeddings = _with_beginning(prompt_embeddings, own, text, rows, most)
-    own = own[(text.mask.cumsum(1) > begun) & (text.mask == 1)]
-    if begun:
-        lengths, counts, places = [len(matrix) for matrix in prompt_embeddings], counts - begun, places - begun
-    layout = VarlenLayout(lengths, counts.tolist(), rows, cached_kv=ready.as_varlen() if ready and lengths else None)
-    refuse_beyond(int(layout.positions.max()) + 1)
-    embeds = torch.cat([*(matrix.to(own.dtype) for matrix in prompt_embeddings), own])
-    if by_layer and not model.training:  # it knows no dropout
-        return llama.run(model, embeds, layout, places)
-    keep = layout.token_index(places)
+    if cached:
+        positions = positions + cached.token_counts[rows][:, None]
+    embeds = prompted.token_embeddings(live, rows, text.ids, positions)
+    shared = 0
+    if not cached and len(counts) > prompt_count and not model.training:  # dropout differs from row to row
+        limit = text.common_prefix_length(min(int(predicting.min()) + 1, int(counts.min()) - 1))
+        shared, vectors = _with_common_prefix(vectors, embeds, text, rows, limit)
+    packed = embeds[(text.mask.cumsum(1) > shared) & (text.mask == 1)]
+    if shared:
+        prompt_lengths, counts, predicting = [len(matrix) for matrix in vectors], counts - shared, predicting - shared
+    layout = VarlenLayout(
+        prompt_lengths, counts.tolist(), rows, cached_kv=cached.as_varlen() if cached and prompt_lengths else None
+    )
+    check_length(int(layout.positions.max()) + 1)
+    packed = torch.cat([*(matrix.to(packed.dtype) for matrix in vectors), packed])
+    if fused and not model.training:  # the fused layers have no dropout
+        return llama.run(model, packed, layout, predicting)
+    keep = layout.token_index(predicting)
     output = model(
-        inputs_embeds=embeds[None],
-        attention_mask=attention.varlen_mask(own.device),
+        inputs_embeds=packed[None],
+        attention_mask=attention.varlen_mask(packed.device),
         position_ids=layout.positions,
         use_cache=False,
         logits_to_keep=keep.flatten(),
@@ -68,26 +70,26 @@ def varlen_logits(
     return logits
 
 
-def _with_beginning(
-    prompt_embeddings: Sequence[Float[Tensor, "_ dim"]],
-    own: Float[Tensor, "batch seq dim"],
+def _with_common_prefix(
+    vectors: Sequence[Float[Tensor, "_ dim"]],
+    embeds: Float[Tensor, "batch seq dim"],
     text: Rows,
     rows: Int[Tensor, " batch"],
     count: int,
 ) -> tuple[int, list[Float[Tensor, "_ dim"]]]:
-    """`count` and each prompt with the tokens behind it in which all rows begin alike; or 0 and the prompts.
+    """`count` and each prompt followed by the first `count` tokens that all rows share; or 0 and the prompts.
 
-    What a causal model makes of those is the same in every row of a prompt, so they run once, as the prompt does; but
-    not where a method shifts them by chance (ADePT's dropout), each row's by its own.
+    A causal model computes the same states for those tokens in every row of a prompt, so they run once, as the prompt
+    does. Not where a method shifts them at random (ADePT's dropout), differently in each row.
     """
     if not count:
-        return 0, list(prompt_embeddings)
-    found = own.gather(1, text.leading(count)[..., None].expand(-1, -1, own.shape[-1]))
-    fronts = list(prompt_embeddings) or [found[0, :0]]
-    members = [(rows == which).nonzero()[:, 0] for which in range(len(fronts))]
-    if any(bool((found[some] != found[some[:1]]).any()) for some in members):
-        return 0, list(prompt_embeddings)
+        return 0, list(vectors)
+    first = embeds.gather(1, text.first_columns(count)[..., None].expand(-1, -1, embeds.shape[-1]))
+    prompts = list(vectors) or [first[0, :0]]
+    members = [(rows == number).nonzero()[:, 0] for number in range(len(prompts))]
+    if any(bool((first[member] != first[member[:1]]).any()) for member in members):
+        return 0, list(vectors)
     return count, [
-        torch.cat([front.to(own.dtype), found[some[0]]]) if len(some) else front
-        for front, some in zip(fronts, members, strict=True)
+        torch.cat([prompt.to(embeds.dtype), first[member[0]]]) if len(member) else prompt
+        for prompt, member in zip(prompts, members, strict=True)
     ]

@@ -5,7 +5,7 @@ import pkgutil
 
 from softprompt.prompts.base import METHODS, Folded, Host, PromptConfig, PromptOnly, SoftPrompt
 
-for _found in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_found.name}")
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = ["METHODS", "Folded", "Host", "PromptConfig", "PromptOnly", "SoftPrompt"]

@@ -17,11 +17,11 @@ class AdaptivePrompt(SoftPrompt):
 
     Args:
         matrix: the short prompt.
-        down: the network's first layer; the second starts at nothing, and so do the biases.
-        embedding: the host's table, which `fold` runs through the network. Held outside the buffers: it is the
-            backbone's, and is neither saved nor moved with the prompt.
+        down: the network's first layer; the second and the biases start at zero.
+        embedding: the host's table, which `fold` runs through the network. Not a buffer: it belongs to the
+            backbone, and is neither saved nor moved with the prompt.
         scale: size of one unit of prompt, input and shift.
-        dropout: share of the network's hidden values that training drops; draws from torch's global generator.
+        dropout: dropout rate of the network's hidden layer in training; draws from torch's global generator.
     """
 
     scale: Tensor
@@ -55,15 +55,15 @@ class AdaptivePrompt(SoftPrompt):
         ids: Int[Tensor, "batch seq"],
         positions: Int[Tensor, "batch seq"],
     ) -> Float[Tensor, "batch seq dim"]:
-        """The embeddings plus what the network makes of each, computed in float32."""
+        """The embeddings plus the network's output for each, computed in float32."""
         return embeds + self._network(embeds.float()).to(embeds.dtype)
 
     def fold(self) -> Folded:
-        """The prompt and, as the network sees one token at a time, its exact table of `vocab * dim` floats."""
+        """The prompt, and the network's output for every token as an exact table of `vocab * dim` floats."""
         training = self.training
         self.eval()
         with torch.no_grad():
-            # In parts: the table is the only thing of its size that is made.
+            # In chunks, so that only the table itself is allocated in full.
             parts = [self._network(part.to(self.up)) for part in torch.split(self.embedding, 8192)]
         self.train(training)
         return Folded(self.prompt().detach().clone(), input_table=torch.cat(parts))
@@ -73,8 +73,8 @@ class AdaptivePrompt(SoftPrompt):
         return {"prompt": [self.matrix], "network": [self.down, self.down_bias, self.up, self.up_bias]}
 
     def _network(self, embeds: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        hidden = nn.functional.dropout(embeds / self.scale @ self.down + self.down_bias, self.dropout, self.training)
-        return self.scale * (torch.relu(hidden) @ self.up + self.up_bias)
+        inner = nn.functional.dropout(embeds / self.scale @ self.down + self.down_bias, self.dropout, self.training)
+        return self.scale * (torch.relu(inner) @ self.up + self.up_bias)
 
 
 @final
@@ -82,8 +82,8 @@ class AdaptivePrompt(SoftPrompt):
 class ADePT(PromptConfig):
     """`[P_s; E + ReLU(E A + a) B + b]`, `length * dim + 2 * dim * width + width + dim` parameters.
 
-    Costs a narrow network on every input token a step; after folding one look-up, of a table as large as the
-    backbone's own embedding. It cannot be said in PEFT's prompt-tuning format.
+    Costs a narrow network on every input token per step; after folding one look-up, in a table as large as the
+    backbone's own embedding. PEFT's prompt-tuning format cannot express it.
     Reference: Tang et al. 2025, "ADePT: Adaptive Decomposed Prompt Tuning for Parameter-Efficient Fine-tuning"; `down`,
     `down_bias`, `up` and `up_bias` are their A, a, B and b, `width` their r.
     Differs: input, prompt and shift are all measured in units of the host's embedding RMS (`scale=1` is the
@@ -101,18 +101,18 @@ class ADePT(PromptConfig):
     width: int = 19
     """Hidden size of the network."""
     dropout: float = 0.0
-    """Share of hidden values dropped in training."""
+    """Dropout rate of the network's hidden layer in training."""
     network_rate: float = 0.01
     """Learning rate of the network, relative to the prompt's (published: 0.0001 beside 0.3)."""
     init: Init = "vocab"
-    """Where the prompt's first values come from."""
+    """Source of the prompt's initial values."""
     init_text: str = ""
     """The text, with `init=text`."""
     scale: float | None = None
     """Size of one unit of prompt, input and shift; none: the host's embedding RMS."""
 
     def check(self) -> None:
-        """Sizes, scales and initial values that make sense."""
+        """Refuse sizes, scales and initial values that cannot work."""
         super().check()
         at_least(1, width=self.width)
         if not 0 <= self.dropout < 1:
@@ -126,7 +126,7 @@ class ADePT(PromptConfig):
         return cls(length=60, width=19, dropout=0.1, network_rate=1e-4 / 0.3, scale=1.0)
 
     def build(self, host: Host, generator: torch.Generator) -> AdaptivePrompt:
-        """Initial rows, A ~ U(+-1/sqrt(width)) and B = a = b = 0: the shift starts as nothing."""
+        """Initial rows, A ~ U(+-1/sqrt(width)) and B = a = b = 0: the shift starts at zero."""
         scale = host.rms if self.scale is None else self.scale
         matrix = initial_matrix(self.init, self.init_text, self.length, host, generator, scale)
         bound = self.width**-0.5

@@ -1,4 +1,4 @@
-"""The one interface of a prompt method: what a host, an optimiser, a saver and a flag need to know of it."""
+"""The interface of a prompt method: what the model, the optimizer, saving and the command line need from it."""
 
 import dataclasses
 import math
@@ -19,44 +19,44 @@ METHODS: dict[str, type["PromptConfig"]] = {}
 """Every method by name: `METHODS["dpt"] is DPT`. Filled by subclassing `PromptConfig`."""
 
 Beyond = Literal["refuse", "none"]
-"""A token past the end of a position table: `refuse` it with an error, or give it nothing."""
+"""For a token past the end of a position table: `refuse` raises an error, `none` adds no offset."""
 
 
 @final
 @dataclass(frozen=True)
 class Host:
-    """All that a method may know of the frozen model: no transformers type crosses this line."""
+    """Everything a method may know about the frozen model, without any transformers type."""
 
     embedding: Float[Tensor, "vocab dim"]
     """The input embedding table, detached, in the dtype that the model has it in."""
     encode: Callable[[str], list[int]]
     """Text to token ids, without special tokens."""
     label_words: tuple[str, ...] = ()
-    """What the task answers with, as the model would write it; empty where there is no such list."""
+    """The task's answers as the model would write them; empty where they are not a fixed list."""
     start: Float[Tensor, "prompt dim"] | None = None
-    """A trained prompt to start from (a warm start); it takes the place of a method's own initial values."""
+    """A trained prompt to start from (a warm start), instead of a method's own initial values."""
     special: frozenset[int] = frozenset()
-    """Ids that stand for no text (padding, beginning of sequence); never drawn as initial values."""
+    """Ids of special tokens (padding, beginning of sequence); never drawn as initial values."""
     query_key: Callable[[], Float[Tensor, "dim dim"]] | None = None
-    """Gives `W_q W_k^T` of the first attention, all heads together; it may refuse a model whose layout is unknown."""
+    """Computes `W_q W_k^T` of the first attention layer, over all heads; raises for a model whose layout is unknown."""
     gradient: Callable[[Float[Tensor, "length dim"], int], Float[Tensor, "length dim"]] | None = None
-    """Gives the mean gradient of the task's loss with regard to a prompt, float32 on the CPU, over a number of batches
-    of training rows; none where no training is about to begin."""
+    """Computes the mean gradient of the task's loss at a prompt, float32 on the CPU, over a number of batches of
+    training rows; none unless a training is about to begin."""
 
     @property
     def dim(self) -> int:
-        """Width of one input vector."""
+        """Width of the input embeddings."""
         return self.embedding.shape[1]
 
     @cached_property
     def rms(self) -> float:
         """Root mean square of the embedding table: the unit in which a prompt is measured."""
-        # In parts: a table may be as large as all else that is held.
+        # In chunks: a float64 copy of the full table may not fit into memory.
         squares = sum(float(part.double().square().sum()) for part in torch.split(self.embedding, 8192))
         return math.sqrt(squares / self.embedding.numel())
 
     def sample(self, count: int, generator: torch.Generator) -> Float[Tensor, "count dim"]:
-        """`count` input vectors of ordinary tokens, float32, drawn without replacement while they last."""
+        """`count` input vectors of ordinary tokens, float32, drawn without replacement until all are used."""
         ordinary = torch.tensor([i for i in range(self.embedding.shape[0]) if i not in self.special])
         draws = torch.cat(
             [torch.randperm(len(ordinary), generator=generator) for _ in range(-(-count // len(ordinary)))]
@@ -76,12 +76,12 @@ class Host:
 
 
 class SoftPrompt(nn.Module, ABC):
-    """A soft prompt: vectors in front of the input, and what it does to the input's own vectors."""
+    """A soft prompt: virtual tokens, and what it does to the input's own embeddings."""
 
     depth: int = 1
-    """Layers that have vectors of their own: `prompt()` holds them one layer behind another."""
+    """Layers that have a prompt of their own; `prompt()` concatenates them."""
     max_input_length: int | None = None
-    """Tokens that an input may have, with what it goes on with; none: any number."""
+    """Most tokens of an input, its continuation included; none: any number."""
 
     @abstractmethod
     def prompt(self) -> Float[Tensor, "prompt dim"]:
@@ -94,23 +94,23 @@ class SoftPrompt(nn.Module, ABC):
         ids: Int[Tensor, "batch seq"],
         positions: Int[Tensor, "batch seq"],
     ) -> Float[Tensor, "batch seq dim"]:
-        """The input's own embeddings as this prompt wants them; most return `embeds` itself.
+        """The input's own embeddings as the method changes them; most methods return `embeds` itself.
 
-        `positions` count a row's real tokens from 0, so padding never moves a token; they are
-        meaningless where a row is padding, but never past the row's last real token.
+        `positions` count a row's real tokens from 0, so padding does not move a token. At padding they are meaningless,
+        but never past the row's last real token.
         """
 
     @abstractmethod
     def fold(self) -> "Folded":
-        """Plain tensors that behave the same and know no method."""
+        """The prompt as plain tensors, independent of its method; PEFT calls this merging."""
 
     @abstractmethod
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Named learning-rate groups; together they hold every trainable parameter once."""
+        """Learning-rate groups by name; every trainable parameter is in exactly one."""
 
 
 class PromptOnly(SoftPrompt):
-    """A method that only puts vectors in front: `prompt()` is all that it writes."""
+    """A method that only adds virtual tokens: it implements `prompt()` and nothing else."""
 
     @final
     def shift(
@@ -119,17 +119,17 @@ class PromptOnly(SoftPrompt):
         ids: Int[Tensor, "batch seq"],
         positions: Int[Tensor, "batch seq"],
     ) -> Float[Tensor, "batch seq dim"]:
-        """The embeddings as they are."""
+        """The embeddings unchanged."""
         return embeds
 
     @final
     def fold(self) -> "Folded":
-        """The product, and nothing that made it."""
+        """The current value of the prompt."""
         return Folded(self.prompt().detach().clone())
 
     @final
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """One group for all."""
+        """One group, `prompt`."""
         return {"prompt": list(self.parameters())}
 
 
@@ -141,10 +141,10 @@ class Folded(SoftPrompt):
         matrix: the virtual tokens.
         position_table: added to the input's embeddings by a token's position.
         input_table: added to the input's embeddings by a token's id.
-        beyond: what a token past the position table gets.
-        depth: layers that the virtual tokens are of, one behind another.
+        beyond: what happens to a token past the position table.
+        depth: layers whose prompts `matrix` concatenates.
 
-    Costs `length * dim` floats, and the tables where there are any. It has no parameters: folding ends training.
+    Takes `length * dim` floats, and those of the tables. It has no parameters: folding ends training.
     """
 
     matrix: Tensor
@@ -154,7 +154,7 @@ class Folded(SoftPrompt):
     def __init__(
         self,
         matrix: Float[Tensor, "prompt dim"],
-        position_table: Float[Tensor, "place dim"] | None = None,
+        position_table: Float[Tensor, "position dim"] | None = None,
         input_table: Float[Tensor, "vocab dim"] | None = None,
         beyond: Beyond = "none",
         depth: int = 1,
@@ -169,7 +169,7 @@ class Folded(SoftPrompt):
 
     @property
     def plain(self) -> bool:
-        """Whether the prompt alone says everything, as PEFT's format needs."""
+        """Whether there are no tables, as PEFT's format requires."""
         return self.position_table is None and self.input_table is None
 
     def prompt(self) -> Float[Tensor, "prompt dim"]:
@@ -198,21 +198,21 @@ class Folded(SoftPrompt):
         return self
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Nothing is left to train."""
+        """Empty: there are no parameters."""
         return {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig(ABC):
-    """A method's settings. Subclassing registers it under its class name in lower case.
+    """A method's settings. A subclass is registered under its class name in lower case.
 
-    A subclass must not say `@dataclass(slots=True)`: that makes the class anew, behind the registry's back.
+    A subclass must not use `@dataclass(slots=True)`, which replaces the class after it was registered.
     """
 
     name: ClassVar[str]
     """The method's name in `METHODS`, on the command line and on disk."""
     folds: ClassVar[str] = "prompt"
-    """What a finished prompt is on disk: `prompt`, or `prompt + position table`, `prompt + input table`."""
+    """What a finished prompt is on disk: `prompt`, `prompt + position table` or `prompt + input table`."""
 
     length: int = 100
     """Virtual tokens in front of the input."""
@@ -231,7 +231,7 @@ class PromptConfig(ABC):
         self.check()
 
     def check(self) -> None:
-        """Refuse settings that cannot work; a subclass extends it.
+        """Refuse settings that cannot work; subclasses extend it.
 
         Raises:
             ValueError: naming the setting, its value and what it may be.
@@ -244,8 +244,8 @@ class PromptConfig(ABC):
     @final
     def rates(self) -> dict[str, float]:
         """Each group's learning rate relative to the run's: 1 for `prompt`, a field `x_rate` for the group `x`."""
-        named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.endswith("_rate")}
-        return {"prompt": 1.0} | {name.removesuffix("_rate"): rate for name, rate in named.items()}
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.endswith("_rate")}
+        return {"prompt": 1.0} | {name.removesuffix("_rate"): rate for name, rate in settings.items()}
 
     @classmethod
     @abstractmethod
@@ -266,7 +266,7 @@ class PromptConfig(ABC):
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "PromptConfig":
-        """The config that wrote `values`.
+        """The config that `to_json` wrote as `values`.
 
         Raises:
             ValueError: an unknown method or setting, by name.
@@ -282,7 +282,7 @@ class PromptConfig(ABC):
         return config(**settings)
 
     def replace(self: ConfigT, **changes: Any) -> ConfigT:
-        """The same settings but for `changes`."""
+        """A copy of the settings with `changes`."""
         return dataclasses.replace(self, **changes)
 
 
@@ -293,15 +293,15 @@ def at_least(least: int, **settings: int) -> None:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
 
 
-def max_input_length(table: Float[Tensor, "place dim"], beyond: Beyond) -> int | None:
-    """Tokens that an input may have where `table` has an offset for each place."""
+def max_input_length(table: Float[Tensor, "position dim"], beyond: Beyond) -> int | None:
+    """Most tokens of an input for a table of offsets by position; none: any number."""
     return len(table) if beyond == "refuse" else None
 
 
 def add_by_position(
     embeds: Float[Tensor, "batch seq dim"],
     positions: Int[Tensor, "batch seq"],
-    table: Float[Tensor, "place dim"],
+    table: Float[Tensor, "position dim"],
     beyond: Beyond,
 ) -> Float[Tensor, "batch seq dim"]:
     """`embeds + table[positions]`, in the type of `embeds`.

@@ -1,4 +1,4 @@
-"""Bilinear prompt tuning: a prompt times a matrix that whitens the input, or times a learned one in its place."""
+"""Bilinear prompt tuning: a prompt times a matrix that whitens the input, or times a learned one."""
 
 from dataclasses import dataclass
 from typing import Literal, final, get_args
@@ -8,20 +8,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from softprompt.prompts.base import Host, PromptConfig, PromptOnly, at_least
-from softprompt.prompts.init import check_scale, factorise, given_rows, start_gradient
+from softprompt.prompts.init import check_scale, factorise, start_gradient, warm_start_rows
 
 Mode = Literal["bilinear", "frozen", "tuned"]
 """The second factor: `bilinear` a thin learned one; a whitening matrix, `frozen` or `tuned` with the first."""
 Through = Literal["attention", "inputs"]
-"""What is whitened: the input vectors as the layer's query and key weights show them to a prompt, or as they are."""
-First = Literal["uniform", "whitening", "gradient"]
-"""A bilinear second factor's first values: uniform (Xavier), random columns of the whitening matrix, or the leading
+"""What is whitened: the input vectors after the layer's query and key weights, or the input vectors themselves."""
+RightInit = Literal["uniform", "whitening", "gradient"]
+"""Initial values of a bilinear second factor: uniform (Xavier), random columns of the whitening matrix, or the leading
 directions of the gradient at random input vectors."""
 
 
 @final
 class BilinearPrompt(PromptOnly):
-    """`P = scale * left @ right`; `right` is trained, or a whitening matrix that stays as it is."""
+    """`P = scale * left @ right`; `right` is trained, or a frozen whitening matrix."""
 
     scale: Tensor
     right: Tensor
@@ -36,7 +36,7 @@ class BilinearPrompt(PromptOnly):
         super().__init__()
         self.left = nn.Parameter(left)
         if frozen:
-            # Saved all the same: a sample of another day would whiten otherwise.
+            # Saved although frozen: another sample would give another whitening.
             self.register_buffer("right", right)
         else:
             self.right = nn.Parameter(right)
@@ -72,21 +72,21 @@ class BPT(PromptConfig):
     """Width of the two factors, with `mode=bilinear`; may exceed the length."""
     mode: Mode = "bilinear"
     """What the second factor is."""
-    init: First = "uniform"
-    """Where the second factor begins, with `mode=bilinear`."""
+    init: RightInit = "uniform"
+    """Initial values of the second factor, with `mode=bilinear`."""
     through: Through = "attention"
-    """What a whitening matrix is of: input vectors seen through the layer's query and key weights, or as they are."""
+    """What is whitened: input vectors after the layer's query and key weights, or the input vectors themselves."""
     samples: int = 4096
-    """Input vectors that the whitening matrix is made from."""
+    """Input vectors that the whitening matrix is computed from."""
     gradient_batches: int = 8
-    """Batches of training rows that the gradient is the mean of, with `init=gradient`; count them as steps."""
+    """Batches of training rows that the gradient is averaged over, with `init=gradient`; count them as steps."""
     eps: float = 1e-3
     """Added to the variances that are whitened, in units of their mean."""
     scale: float | None = None
     """Size of one unit of the product; none: chosen from the host's embedding RMS."""
 
     def check(self) -> None:
-        """Sizes and scales that make sense."""
+        """Refuse sizes, modes and scales that cannot work."""
         super().check()
         at_least(1, rank=self.rank, samples=self.samples, gradient_batches=self.gradient_batches)
         if self.mode not in ("bilinear", "frozen", "tuned"):
@@ -95,11 +95,11 @@ class BPT(PromptConfig):
             raise ValueError(
                 f"eps is {self.eps}; it must be a positive number, or a rank-deficient sample has no whitening"
             )
-        for name, kinds in (("init", First), ("through", Through)):
+        for name, kinds in (("init", RightInit), ("through", Through)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(get_args(kinds))}")
         if self.init != "uniform" and self.mode != "bilinear":
-            raise ValueError(f"init is {self.init!r} and mode {self.mode!r}, which whitens anyhow; leave init out")
+            raise ValueError(f"init is {self.init!r} and mode {self.mode!r}, which always whitens; leave init out")
         if self.init == "gradient" and self.rank > self.length:
             raise ValueError(
                 f"rank is {self.rank} and length is {self.length}; a gradient has no more directions than the "
@@ -113,27 +113,27 @@ class BPT(PromptConfig):
         return cls(length=100, rank=75, scale=1.0)
 
     def build(self, host: Host, generator: torch.Generator) -> BilinearPrompt:
-        """A normal first factor; a uniform or a whitening second one; of a warm start the product nearest to it."""
+        """A normal first factor and a uniform or whitening second one; or the product nearest to a warm start."""
         inner = self.rank if self.mode == "bilinear" else host.dim
         left = torch.randn(self.length, inner, generator=generator)
         right = self._right(inner, host, generator)
         frozen = self.mode == "frozen"
         if host.start is not None and self.mode == "bilinear":
             scale = host.rms if self.scale is None else self.scale
-            rows = given_rows(host, self.length) * (host.rms / scale)
+            rows = warm_start_rows(host, self.length) * (host.rms / scale)
             return BilinearPrompt(*factorise(rows, self.rank, generator), scale)
         if self.scale is None:
             # Unit entries on both sides sum over `inner` products to a prompt of size sqrt(inner).
             right, scale = right / right.square().mean().sqrt(), host.rms / inner**0.5
         else:
             left, scale = 0.02 * left, self.scale
-        if host.start is not None:  # whitened: what the whitening makes the start of
-            rows = given_rows(host, self.length) * (host.rms / scale)
+        if host.start is not None:  # whitened: solve for the factor that gives the start
+            rows = warm_start_rows(host, self.length) * (host.rms / scale)
             left = torch.linalg.solve(right.double().T, rows.double().T).T.float().contiguous()
         return BilinearPrompt(left, right, scale, frozen)
 
     def _right(self, inner: int, host: Host, generator: torch.Generator) -> Float[Tensor, "inner dim"]:
-        """The second factor's first values; raises where the host lacks what they are made from."""
+        """The second factor's initial values; raises where the host lacks what they are computed from."""
         if self.mode == "bilinear" and self.init == "uniform":
             bound = (6 / (inner + host.dim)) ** 0.5
             return torch.empty(inner, host.dim).uniform_(-bound, bound, generator=generator)
@@ -144,12 +144,12 @@ class BPT(PromptConfig):
                 )
             at = host.sample(self.length, generator)
             directions = torch.linalg.svd(start_gradient(host, at, self.gradient_batches).double(), full_matrices=False)
-            # As large as the uniform start's: its entries have a variance of 2 / (inner + dim).
+            # The size of the uniform start, whose entries have a variance of 2 / (inner + dim).
             return (directions[2][:inner] * (2 * host.dim / (inner + host.dim)) ** 0.5).float().contiguous()
         rows = host.sample(self.samples, generator)
         if self.through == "attention":
             if host.query_key is None:
-                raise ValueError("this host does not tell its query and key weights; set through to 'inputs'")
+                raise ValueError("this host has no query and key weights to whiten with; set through to 'inputs'")
             product = host.query_key()
             if product.shape[1] != host.dim:
                 raise ValueError(
@@ -160,8 +160,8 @@ class BPT(PromptConfig):
         matrix = whitening(rows, self.eps).T
         if self.mode != "bilinear":
             return matrix.contiguous()
-        chosen = torch.randperm(host.dim, generator=generator)
-        return matrix[chosen.repeat(-(-inner // host.dim))[:inner]].contiguous()
+        columns = torch.randperm(host.dim, generator=generator)
+        return matrix[columns.repeat(-(-inner // host.dim))[:inner]].contiguous()
 
     def count(self, dim: int) -> int:
         """`(length + dim) * rank`; whitened `length * dim`, and `dim * dim` more if that is tuned."""

@@ -1,4 +1,4 @@
-"""A prompt for every layer, as one: what deep visual prompt tuning trains, with any method."""
+"""A prompt for every layer, as one module: what deep visual prompt tuning trains, with any method."""
 
 from collections.abc import Sequence
 from typing import final
@@ -8,12 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from softprompt.prompts.base import Folded, Host, PromptConfig, SoftPrompt
-from softprompt.prompts.several import Several
 
 
 @final
-class Deep(Several):
-    """`[P_1; P_2; ...]`, `P_i` of layer i: each takes the place of what the layer before made of the one before.
+class Deep(SoftPrompt):
+    """`[P_1; P_2; ...]`, `P_i` of layer i: before each layer its prompt replaces the previous layer's output for it.
 
     Reference: Jia et al. 2022, "Visual Prompt Tuning", VPT-deep.
     Differs: nothing.
@@ -40,26 +39,38 @@ class Deep(Several):
         self.layers = nn.ModuleList(layers)
         self.depth = len(layers)
 
+    @property
+    def _prompts(self) -> list[SoftPrompt]:
+        return [layer for layer in self.layers if isinstance(layer, SoftPrompt)]
+
+    def prompt(self) -> Float[Tensor, "prompt dim"]:
+        """The layers' prompts, concatenated."""
+        return torch.cat([layer.prompt() for layer in self._prompts])
+
     def shift(
         self,
         embeds: Float[Tensor, "batch seq dim"],
         ids: Int[Tensor, "batch seq"],
         positions: Int[Tensor, "batch seq"],
     ) -> Float[Tensor, "batch seq dim"]:
-        """The embeddings as they are."""
+        """The embeddings unchanged."""
         return embeds
 
     def fold(self) -> Folded:
         """One folded prompt of the same depth."""
         return Folded(self.prompt().detach().clone(), depth=self.depth)
 
-    @property
-    def _members(self) -> nn.ModuleList:
-        return self.layers
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """The layers' groups, merged by name."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        for layer in self._prompts:
+            for name, parameters in layer.groups().items():
+                groups.setdefault(name, []).extend(parameters)
+        return groups
 
 
 def build(config: PromptConfig, hosts: Sequence[Host], generator: torch.Generator) -> SoftPrompt:
-    """A fresh prompt for each host, as one: of one host the method's own, of several a deep one.
+    """A fresh prompt for one host, or a deep prompt for several.
 
     Raises:
         ValueError: as the method's `build` and `Deep` do.

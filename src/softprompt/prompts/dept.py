@@ -30,7 +30,7 @@ class OffsetPrompt(SoftPrompt):
     def __init__(
         self,
         matrix: Float[Tensor, "prompt dim"],
-        left: Float[Tensor, "place rank"],
+        left: Float[Tensor, "position rank"],
         right: Float[Tensor, "rank dim"],
         scale: float,
         gain: float,
@@ -49,8 +49,8 @@ class OffsetPrompt(SoftPrompt):
         """The short prompt in the host's units."""
         return self.scale * self.matrix
 
-    def offset(self) -> Float[Tensor, "place dim"]:
-        """What each position of the input gets, in the host's units."""
+    def offset(self) -> Float[Tensor, "position dim"]:
+        """The offset of each input position, in the host's units."""
         return self.scale * self.gain * (self.left @ self.right)
 
     def shift(
@@ -80,11 +80,11 @@ class OffsetPrompt(SoftPrompt):
 class DePT(PromptConfig):
     """`[P_s; E + s A B]`, `length * dim + (positions + dim) * rank` parameters.
 
-    The shorter prompt is what saves time and memory; the offset costs one product a step and one addition after
-    folding. It cannot be said in PEFT's prompt-tuning format.
+    The shorter prompt saves time and memory; the offset costs one product per step and one addition after folding.
+    PEFT's prompt-tuning format cannot express it.
     Reference: Shi and Lipani 2024, "DePT: Decomposed Prompt Tuning for Parameter-Efficient Fine-tuning"; `left` is
-    their A and `right` their B, and `s = alpha / sqrt(rank)` stands in their code only.
-    Differs: a row of the offset belongs to a token's position, not to its place in a batch padded to `positions`,
+    their A and `right` their B, and `s = alpha / sqrt(rank)` is in their code only.
+    Differs: a row of the offset belongs to a token's position, not to its column in a batch padded to `positions`,
     so padding changes nothing; prompt and offset are kept at unit size and a constant carries both to the host's
     embedding RMS (`scale=1` is the published form); the two learning rates are one rate and a ratio.
 
@@ -101,20 +101,20 @@ class DePT(PromptConfig):
     positions: int = 256
     """Input tokens that have an offset."""
     beyond: Beyond = "refuse"
-    """What a token past `positions` gets: an error (rows of a task are cut to them), or no offset."""
+    """What happens to a token past `positions`: an error (a task's rows are cut to fit), or no offset."""
     alpha: float = 8.0
     """The offset is multiplied by `alpha / sqrt(rank)`."""
     offset_rate: float = 0.01
     """Learning rate of the offset, relative to the prompt's (published runs: 0.0003 to 0.017)."""
     init: Init = "vocab"
-    """Where the prompt's first values come from."""
+    """Source of the prompt's initial values."""
     init_text: str = ""
     """The text, with `init=text`."""
     scale: float | None = None
     """Size of one unit of prompt and offset; none: the host's embedding RMS."""
 
     def check(self) -> None:
-        """Sizes, scales and initial values that make sense."""
+        """Refuse sizes, scales and initial values that cannot work."""
         super().check()
         at_least(1, rank=self.rank, positions=self.positions)
         if self.beyond not in ("refuse", "none"):
@@ -127,11 +127,11 @@ class DePT(PromptConfig):
     @classmethod
     def published(cls) -> "DePT":
         """(60, 30, 256) and the code's first text, with learning rates 0.3 and 0.0005 of the three that it tried."""
-        text = "Classify this text is postive or not:"  # sic: a fixed spelling would be other tokens
+        text = "Classify this text is postive or not:"  # sic: the correct spelling has other tokens
         return cls(length=60, rank=30, positions=256, offset_rate=5e-4 / 0.3, init="text", init_text=text, scale=1.0)
 
     def build(self, host: Host, generator: torch.Generator) -> OffsetPrompt:
-        """Initial rows, A ~ U(+-1/sqrt(rank)) and B = 0: the offset starts as nothing."""
+        """Initial rows, A ~ U(+-1/sqrt(rank)) and B = 0: the offset starts at zero."""
         scale = host.rms if self.scale is None else self.scale
         matrix = initial_matrix(self.init, self.init_text, self.length, host, generator, scale)
         bound = self.rank**-0.5

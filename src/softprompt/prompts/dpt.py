@@ -1,4 +1,4 @@
-"""Decomposed prompt tuning: the prompt is a product of two thin matrices, or a frozen anchor plus what they add."""
+"""Decomposed prompt tuning: the prompt is a product of two thin matrices, or a frozen anchor plus their update."""
 
 from dataclasses import dataclass
 from typing import Literal, final, get_args
@@ -45,10 +45,10 @@ class DecomposedPrompt(PromptOnly):
 
 @final
 class AnchoredPrompt(PromptOnly):
-    """`P = anchor + scale * (left @ right - first_left @ first_right)`; before the first step the anchor, to the bit.
+    """`P = anchor + scale * (left @ right - first_left @ first_right)`; before the first step exactly the anchor.
 
-    The anchor's rows are kept, and not the ids of its tokens: a backbone in another precision embeds those otherwise,
-    and a finished prompt would then no longer be the one that was trained.
+    The anchor's rows are saved, not the ids of its tokens: a backbone in another precision embeds those differently,
+    which would change a finished prompt.
     """
 
     anchor: Tensor
@@ -73,8 +73,8 @@ class AnchoredPrompt(PromptOnly):
 
     def prompt(self) -> Float[Tensor, "prompt dim"]:
         """The anchor in the host's units, plus what was learned: of rank at most twice that of the factors."""
-        # Not `first_left @ first_right` kept: another device or build rounds it otherwise, and the start would not be
-        # exactly the anchor.
+        # `first_left @ first_right` is not stored: another device or build may round it differently, and then the start
+        # would not be exactly the anchor.
         return self.anchor + self.scale * (self.left @ self.right - self.first_left @ self.first_right)
 
 
@@ -84,7 +84,7 @@ def decomposed(
     unit: float,
     scale: float | None = None,
 ) -> DecomposedPrompt:
-    """The prompt `unit * left @ right`, its factors at unit size or, given a `scale`, sharing what that leaves."""
+    """The prompt `unit * left @ right`, its factors at unit size or, with a `scale`, sharing the rest equally."""
     if scale is None:
         return DecomposedPrompt(left / _rms(left), right / _rms(right), unit * _rms(left) * _rms(right))
     share = (unit / scale) ** 0.5
@@ -120,20 +120,20 @@ class DPT(PromptConfig):
     """Width of the two factors."""
     anchor: Anchor = "vocab"
     """Frozen rows that the product is added to: random rows of the vocabulary (in a vision model sampled patches), the
-    embeddings of a text, of the task's label words, or none; a warm start takes their place."""
+    embeddings of a text, of the task's label words, or none; a warm start replaces them."""
     factor_init: FactorInit = "random"
     """Where the factors start around an anchor: standard normal, or the leading directions of the gradient."""
     gradient_batches: int = 8
-    """Batches of training rows that the gradient is the mean of, with `factor_init=gradient`."""
+    """Batches of training rows that the gradient is averaged over, with `factor_init=gradient`."""
     init: Init = "vocab"
-    """Where the first values come from, with `anchor=none`; all but `uniform` by truncated SVD."""
+    """Source of the initial values, with `anchor=none`; all but `uniform` by truncated SVD."""
     init_text: str = ""
     """The text, with `anchor=text` or `init=text`; repeated to the length."""
     scale: float | None = None
     """Size of one unit of the product; none: chosen from the host's embedding RMS."""
 
     def check(self) -> None:
-        """A rank that the length allows, and a start that fits the anchor."""
+        """Refuse a rank above the length, and a start that does not fit the anchor."""
         super().check()
         at_least(1, rank=self.rank, gradient_batches=self.gradient_batches)
         if self.rank > self.length:
@@ -167,7 +167,7 @@ class DPT(PromptConfig):
         return cls(length=100, rank=10, anchor="none", init="uniform", scale=1.0)
 
     def build(self, host: Host, generator: torch.Generator) -> DecomposedPrompt | AnchoredPrompt:
-        """The anchor and factors that cancel; without one uniform factors as published, or the SVD of initial rows.
+        """An anchor and factors whose update is zero; without an anchor uniform factors, or the SVD of initial rows.
 
         Raises:
             ValueError: the rank exceeds the host's width, or the host has nothing that the anchor or init needs.

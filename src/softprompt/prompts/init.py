@@ -1,4 +1,4 @@
-"""Where a prompt's first values come from, named by their source. All in units of the host's embedding RMS."""
+"""Initial values of prompts, by their source, in units of the host's embedding RMS."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from softprompt.prompts.base import Host
 
 Init = Literal["vocab", "uniform", "text", "label_words"]
-"""`vocab`: rows of random tokens; `uniform`: U(-0.5, 0.5); `text`: of a text; `label_words`: of the answers."""
+"""`vocab`: embeddings of random tokens; `text`: of a text; `label_words`: of the answers; `uniform`: U(-0.5, 0.5)."""
 
 
 def initial_rows(
@@ -30,7 +30,7 @@ def initial_rows(
 def source_rows(
     init: Init, text: str, length: int, host: Host, generator: torch.Generator
 ) -> Float[Tensor, "length dim"]:
-    """The warm start or `length` vectors of the host's own, exactly as they are; raises as `initial_rows`."""
+    """The warm start, or `length` of the host's embeddings, unscaled; raises as `initial_rows`."""
     if host.start is not None:
         return warm_start(host, length)
     if init == "vocab":
@@ -38,7 +38,7 @@ def source_rows(
     if init == "text":
         return host.embed(text, length)
     if init != "label_words":
-        raise ValueError(f"{init!r} names no vectors of the host's; use 'vocab', 'text' or 'label_words'")
+        raise ValueError(f"init is {init!r}, which is no source of embeddings; use 'vocab', 'text' or 'label_words'")
     if not host.label_words:
         raise ValueError("the prompt is to start from the task's label words, and it has none; use 'vocab' or 'text'")
     return host.embed("".join(host.label_words), length)
@@ -56,13 +56,13 @@ def initial_matrix(
     return rows if init == "uniform" and host.start is None else rows * (host.rms / scale)
 
 
-def given_rows(host: Host, length: int) -> Float[Tensor, "length dim"]:
+def warm_start_rows(host: Host, length: int) -> Float[Tensor, "length dim"]:
     """The host's warm start in units of its RMS; raises as `warm_start`."""
     return warm_start(host, length) / host.rms
 
 
 def warm_start(host: Host, length: int) -> Float[Tensor, "length dim"]:
-    """The host's warm start as it is.
+    """The host's warm start, unscaled.
 
     Raises:
         ValueError: it has another shape than the prompt.
@@ -84,22 +84,23 @@ def start_gradient(host: Host, rows: Float[Tensor, "length dim"], batches: int) 
     """
     if host.gradient is None:
         raise ValueError(
-            "the prompt is to start from the gradient, and there is none: a host gives one where a prompt of one layer "
+            "the prompt is to start from the gradient, and there is none: it exists only where a prompt of one layer "
             "is about to be trained on a task's rows; choose another start"
         )
-    found = host.gradient(rows, batches)
-    if not bool(found.isfinite().all()) or not bool(found.any()):
+    gradient = host.gradient(rows, batches)
+    finite = bool(gradient.isfinite().all())
+    if not finite or not bool(gradient.any()):
         raise ValueError(
-            f"the gradient at the start, over {batches} batches, is {'zero' if bool(found.isfinite().all()) else 'NaN'}"
-            ", so it gives no direction to start in; choose another start"
+            f"the gradient at the start, over {batches} batches, is {'zero' if finite else 'NaN'}, so it gives no "
+            "direction to start in; choose another start"
         )
-    return found
+    return gradient
 
 
 def gradient_factors(
     gradient: Float[Tensor, "length dim"], rank: int
 ) -> tuple[Float[Tensor, "length rank"], Float[Tensor, "rank dim"]]:
-    """Factors at unit size whose first step goes along the gradient: `A0 = U[:, r:2r]`, `B0 = V[:, :r]^T`.
+    """Factors at unit size whose first step follows the gradient: `A0 = U[:, r:2r]`, `B0 = V[:, :r]^T`.
 
     Where the gradient has fewer than `2 * rank` directions, A0 takes the last `rank` of them.
 
@@ -132,12 +133,12 @@ def factorise(
 ) -> tuple[Float[Tensor, "length rank"], Float[Tensor, "rank dim"]]:
     """The best rank-`rank` product for `rows` (truncated SVD), its singular values shared evenly by both factors.
 
-    Directions that `rows` do not have (repeated text, say) start as small noise on both sides, so that they can learn.
+    Directions that `rows` lack (because text was repeated, say) start as small noise in both factors, to be trainable.
 
     Reference: Eckart and Young, 1936.
     """
     left, values, right = torch.linalg.svd(rows.double(), full_matrices=False)
-    if (spare := rank - len(values)) > 0:  # more directions than the rows can have
+    if (spare := rank - len(values)) > 0:  # more directions than rows or columns
         values = nn.functional.pad(values, (0, spare))
         left, right = nn.functional.pad(left, (0, spare)), nn.functional.pad(right, (0, 0, 0, spare))
     root = values[:rank].sqrt()
@@ -152,6 +153,6 @@ def factorise(
 
 
 def check_scale(scale: float | None) -> None:
-    """Refuse a scale that would put nothing, or nonsense, in front of the input."""
+    """Refuse a scale that is not a positive number."""
     if scale is not None and not (0 < scale < float("inf")):
         raise ValueError(f"scale is {scale}; it must be a positive number, or none for the host's embedding RMS")

@@ -1,4 +1,4 @@
-"""Plain prompt tuning: every number of the prompt is trained."""
+"""Plain prompt tuning: every entry of the prompt is a parameter."""
 
 from dataclasses import dataclass
 from typing import final
@@ -41,14 +41,14 @@ class Plain(PromptConfig):
     """
 
     init: Init = "vocab"
-    """Where the first values come from."""
+    """Source of the initial values."""
     init_text: str = ""
     """The text, with `init=text`."""
     scale: float | None = None
     """Size of one unit of the matrix; none: the host's embedding RMS."""
 
     def check(self) -> None:
-        """Lengths, scales and initial values that make sense."""
+        """Refuse lengths, scales and initial values that cannot work."""
         super().check()
         check_init(self.init, self.init_text)
         check_scale(self.scale)
@@ -59,7 +59,7 @@ class Plain(PromptConfig):
         return cls(length=100, init="vocab", scale=1.0)
 
     def build(self, host: Host, generator: torch.Generator) -> PlainPrompt:
-        """Start from `init`, whatever the scale: `uniform` is U(-0.5, 0.5) in units of the scale."""
+        """Start from `init`, whatever the scale; `uniform` is U(-0.5, 0.5) in units of the scale."""
         scale = host.rms if self.scale is None else self.scale
         return PlainPrompt(initial_matrix(self.init, self.init_text, self.length, host, generator, scale), scale)
 

@@ -1,4 +1,4 @@
-"""Residual prompt tuning: a small network re-parameterises the prompt, beside a skip connection."""
+"""Residual prompt tuning: a small network with a skip connection re-parameterises the prompt."""
 
 from dataclasses import dataclass
 from typing import final
@@ -15,7 +15,7 @@ from softprompt.prompts.init import Init, check_init, check_scale, initial_matri
 class ResidualPrompt(PromptOnly):
     """`P' = scale * (matrix + LayerNorm(ReLU(matrix @ down + down_bias) @ up + up_bias))`.
 
-    All but `matrix` carry a leading axis of networks: one for all positions, or one for each.
+    All but `matrix` have a leading axis of networks: one for all positions, or one per position.
     """
 
     scale: Tensor
@@ -31,7 +31,7 @@ class ResidualPrompt(PromptOnly):
         super().__init__()
         dim = matrix.shape[1]
         self.matrix = nn.Parameter(matrix)
-        # torch's own start of a linear layer, which the published code leaves in place: U(+-1/sqrt(inputs)).
+        # torch's own init of a linear layer, as in the published code: U(+-1/sqrt(inputs)).
         self.down = nn.Parameter(_uniform(dim, generator, networks, dim, width))
         self.down_bias = nn.Parameter(_uniform(dim, generator, networks, 1, width))
         self.up = nn.Parameter(_uniform(width, generator, networks, width, dim))
@@ -43,10 +43,10 @@ class ResidualPrompt(PromptOnly):
     def prompt(self) -> Float[Tensor, "prompt dim"]:
         """The matrix plus its normalised branch, in the host's units."""
         networks, _, dim = self.up.shape
-        # [1, length, dim] for a shared network, [length, 1, dim] for one each: no network is ever copied.
+        # [1, length, dim] for a shared network, [length, 1, dim] for one per position: no network is ever copied.
         rows = self.matrix.view(networks, -1, dim)
-        hidden = torch.relu(rows @ self.down + self.down_bias)
-        branch = nn.functional.layer_norm(hidden @ self.up + self.up_bias, (dim,))
+        activations = torch.relu(rows @ self.down + self.down_bias)
+        branch = nn.functional.layer_norm(activations @ self.up + self.up_bias, (dim,))
         return self.scale * (rows + branch * self.gain + self.bias).view(-1, dim)
 
 
@@ -55,7 +55,7 @@ class ResidualPrompt(PromptOnly):
 class Residual(PromptConfig):
     """`P' = P + LayerNorm(W_up ReLU(W_down P + b1) + b2)`, `2*dim*width + width + 3*dim + dim*length` parameters.
 
-    Costs a two-layer network a step, nothing after folding; a finished prompt keeps `length * dim` numbers.
+    Costs a two-layer network per step, nothing after folding; a finished prompt has `length * dim` entries.
     Reference: Razdaibiedina et al. 2023, "Residual Prompt Tuning: Improving Prompt Tuning with Residual
     Reparameterization".
     Differs: P and the branch are both kept at unit size and a constant carries their sum to the host's embedding
@@ -69,16 +69,16 @@ class Residual(PromptConfig):
     width: int = 400
     """Hidden size of the network."""
     shared: bool = True
-    """One network for all positions; no: one for each, `length` times the network's parameters."""
+    """One network for all positions; else one per position, with `length` times the parameters."""
     init: Init = "vocab"
-    """Where the matrix's first values come from."""
+    """Source of the matrix's initial values."""
     init_text: str = ""
     """The text, with `init=text`."""
     scale: float | None = None
     """Size of one unit of the matrix and of the branch; none: the host's embedding RMS."""
 
     def check(self) -> None:
-        """Widths, scales and initial values that make sense."""
+        """Refuse widths, scales and initial values that cannot work."""
         super().check()
         at_least(1, width=self.width)
         check_init(self.init, self.init_text)

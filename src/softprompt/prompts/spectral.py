@@ -1,4 +1,4 @@
-"""A prompt as its singular value decomposition, whose values training can switch off: how much rank is needed."""
+"""A prompt as its singular value decomposition, whose values training can switch off: it shows the rank needed."""
 
 from dataclasses import dataclass
 from typing import final
@@ -35,15 +35,15 @@ class SpectralPrompt(PromptOnly):
         self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float32))
 
     def prompt(self) -> Float[Tensor, "prompt dim"]:
-        """The product of what is left above the threshold, in the host's units."""
+        """The product of the directions above the threshold, in the host's units."""
         return self.scale * ((self.left * self._positive()) @ self.right)
 
     def rank(self) -> int:
-        """How many values are left: a bound on the rank of the prompt."""
+        """The number of values above the threshold: a bound on the rank of the prompt."""
         return int((self._positive() > 0).sum())
 
     def to_dpt(self) -> DecomposedPrompt:
-        """The same prompt as the two factors of a DPT of the rank found; train on with it as it is.
+        """The same prompt as the two factors of a DPT of the rank found, ready to be trained on.
 
         To keep it in a run, build a prompt of the settings `DPT(anchor="none", length=..., rank=...)` and load this
         one's state.
@@ -69,11 +69,11 @@ class SpectralPrompt(PromptOnly):
 class Spectral(PromptConfig):
     """`P = U diag(ReLU(s)) V`, `k * (length + dim + 1)` parameters with `k = min(length, dim)`.
 
-    A pilot for DPT: train it, read `rank()`, and go on with `to_dpt()`. ReLU alone switches values off: one that a
-    step carries to zero has no gradient and never revives, so the rank never grows and part of its fall is the
-    optimiser's noise, not the task; compare the spectrum of `plain` trained alike. For pressure beyond that, give
-    a `threshold`: values start that far above it, and an optimiser's weight decay, which pulls towards zero,
-    carries what the task does not hold up below it.
+    A pilot for DPT: train it, read `rank()`, and continue with `to_dpt()`. ReLU alone switches values off: one that a
+    step carries to zero has no gradient and never recovers, so the rank never grows and part of its fall is the
+    optimizer's noise, not the task; compare the spectrum of `plain` after the same training. For more pressure, give
+    a `threshold`: values start that far above it, and the optimizer's weight decay pulls those below it that the task
+    does not need.
     Reference: the pilot study of Xiao et al. 2023, "Decomposed Prompt Tuning via Low-Rank Reparameterization".
     Differs: the study's code was never published, so the start (the SVD of initial rows, at full rank) is ours; the
     three factors are kept at unit size and a constant carries the product to the host's embedding RMS (`scale=1`
@@ -84,16 +84,16 @@ class Spectral(PromptConfig):
     """
 
     threshold: float = 0.0
-    """What a singular value must exceed to count, in units of the values' first root mean square."""
+    """What a singular value must exceed to count, in units of the values' initial root mean square."""
     init: Init = "vocab"
-    """Where the rows come from whose decomposition is the start."""
+    """Source of the initial rows, whose decomposition is the start."""
     init_text: str = ""
     """The text, with `init=text`."""
     scale: float | None = None
     """Size of one unit of the product; none: chosen from the host's embedding RMS."""
 
     def check(self) -> None:
-        """A threshold, a scale and initial values that make sense."""
+        """Refuse thresholds, scales and initial values that cannot work."""
         super().check()
         if not 0 <= self.threshold < float("inf"):
             raise ValueError(f"threshold is {self.threshold}; it must be at least 0 and finite")
@@ -106,7 +106,7 @@ class Spectral(PromptConfig):
         return cls(length=100, scale=1.0)
 
     def build(self, host: Host, generator: torch.Generator) -> SpectralPrompt:
-        """The singular value decomposition of initial rows; directions that they do not have are off from the start."""
+        """The singular value decomposition of initial rows; directions that they lack are off from the start."""
         scale = host.rms if self.scale is None else self.scale
         rows = initial_matrix(self.init, self.init_text, self.length, host, generator, scale)
         left, values, right = torch.linalg.svd(rows.double(), full_matrices=False)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from softprompt.prompts.base import Host, PromptConfig, PromptOnly, at_least
-from softprompt.prompts.init import check_scale, given_rows
+from softprompt.prompts.init import check_scale, warm_start_rows
 
 
 @final
@@ -29,7 +29,7 @@ class ProjectedPrompt(PromptOnly):
         self.latent = nn.Parameter(latent)
         self.gain = nn.Parameter(torch.ones(projection.shape[1]))
         self.bias = nn.Parameter(bias)
-        # Saved, `rank * dim` numbers: a seed draws other numbers in another version of torch.
+        # Saved: the same seed may draw other values in another version of torch.
         self.register_buffer("projection", projection)
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
 
@@ -43,7 +43,7 @@ class ProjectedPrompt(PromptOnly):
 class ULPT(PromptConfig):
     """`e_i = (z_i P~) * s + b`, P~ random and frozen: `length * rank + 2 * dim` parameters.
 
-    Costs one product a step, nothing after folding; on disk it also keeps the projection, `rank * dim` numbers.
+    Costs one product per step, nothing after folding; on disk it also has the projection, `rank * dim` entries.
     Reference: Wu et al. 2025, "Ultra-Low-Dimensional Prompt Tuning via Random Projection"; `latent` is their Z,
     `projection` their P~, `gain` and `bias` their s and b, `rank` their r.
     Differs: P~ is N(0, 1) as in the paper, divided by `sqrt(rank)` and in units of the host's embedding RMS, so that
@@ -61,7 +61,7 @@ class ULPT(PromptConfig):
     """Size of one unit of the prompt; none: chosen from the host's embedding RMS."""
 
     def check(self) -> None:
-        """A rank and a scale that make sense."""
+        """Refuse ranks and scales that cannot work."""
         super().check()
         at_least(1, rank=self.rank)
         check_scale(self.scale)
@@ -72,7 +72,7 @@ class ULPT(PromptConfig):
         return cls(length=100, rank=64, scale=1.0)
 
     def build(self, host: Host, generator: torch.Generator) -> ProjectedPrompt:
-        """Normal vectors through a random projection, `s = 1` and `b = 0`; of a warm start the least-squares fit."""
+        """Normal vectors through a random projection, `s = 1` and `b = 0`; or the least-squares fit to a warm start."""
         latent = torch.randn(self.length, self.rank, generator=generator)
         if self.scale is None:
             projection, scale = torch.randn(self.rank, host.dim, generator=generator) / self.rank**0.5, host.rms
@@ -82,7 +82,7 @@ class ULPT(PromptConfig):
             scale = self.scale
         bias = torch.zeros(host.dim)
         if host.start is not None:
-            rows = given_rows(host, self.length) * (host.rms / scale)
+            rows = warm_start_rows(host, self.length) * (host.rms / scale)
             bias = rows.mean(0)
             latent = torch.linalg.lstsq(projection.double().T, (rows - bias).double().T).solution.T.float().contiguous()
         return ProjectedPrompt(latent, projection, bias, scale)

@@ -15,7 +15,6 @@ from softprompt.evaluation.evaluate import predictions_and_golds, read_splits, s
 from softprompt.evaluation.predict import input_limit, over_long_note
 from softprompt.models import PromptedModel, attach, fresh_head, verify
 from softprompt.models.teacher import Teacher
-from softprompt.models.vision import refuse_unfit
 from softprompt.prompts import SoftPrompt
 from softprompt.runs import Run
 from softprompt.tasks import (
@@ -281,7 +280,7 @@ def with_sample_images(backbone: Backbone, experiment: Experiment, task: Task, r
 
 def _check_settings_apply(experiment: Experiment, task: Task, backbone: Backbone) -> None:
     """Refuse settings that would have no effect, or could not work."""
-    if backbone.architecture != "vision" and (unused := _changed(experiment, _image_settings)):
+    if not backbone.takes_images and (unused := _changed(experiment, _image_settings)):
         raise ValueError(f"{unused} is for images, and {backbone.source} reads text; leave it out")
     if experiment.baseline != "none" and (unused := _changed(experiment, _prompt_settings)):
         raise ValueError(f"{unused} is for prompts, and the baseline {experiment.baseline} has none; leave it out")
@@ -326,8 +325,6 @@ def _check_settings_apply(experiment: Experiment, task: Task, backbone: Backbone
 def _check_trainable(experiment: Experiment, prompted: PromptedModel) -> None:
     """Refuse settings that the prompted model cannot be trained with."""
     backbone = prompted.backbone
-    if backbone.architecture == "vision" and prompted.prompt is not None:
-        refuse_unfit(backbone, prompted.prompt)
     if (
         experiment.training.dropout
         and prompted.prompt_attention == "self"

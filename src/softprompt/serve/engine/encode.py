@@ -13,7 +13,8 @@ from torch import Tensor
 
 from softprompt.backbones import Backbone
 from softprompt.backbones.image_processor import Picture
-from softprompt.models.base import refuse_unknown as refuse_unknown_tokens
+from softprompt.models import model_class
+from softprompt.models.checks import check_token_ids
 from softprompt.models.verify import sliding_window
 from softprompt.serve.engine.request import ClassifyParams, EngineRequest
 from softprompt.serve.prompts.entry import PromptEntry, display_name, needs_head
@@ -50,7 +51,7 @@ def classification(
     """
     if not rows:
         raise ValueError("there are no rows; give at least one")
-    if backbone.architecture == "vision":
+    if backbone.takes_images:
         raise ValueError(
             f"{display_name(backbone)} takes images, and prompt {entry.name!r} has no image task; serve a run's folder"
         )
@@ -76,7 +77,7 @@ def completion(
         ValueError: the backbone generates no text, an id is not in the vocabulary, there is no token, or there is no
             room for the answer.
     """
-    if backbone.architecture in ("encoder", "vision"):
+    if not model_class(backbone).generates:
         raise ValueError(f"{display_name(backbone)} ({backbone.architecture}) writes no text; classify instead")
     if isinstance(text, str):
         [ids] = _encode(backbone, _TEXT_TASK, [{"text": text}])
@@ -163,10 +164,10 @@ def check_tokens(backbone: Backbone, request: EngineRequest, label: str) -> None
     Raises:
         ValueError: naming the token by its text.
     """
-    refuse_unknown_tokens(backbone, request.ids, label, display_name(backbone))
+    check_token_ids(backbone, request.ids, label, display_name(backbone))
     if isinstance(request.params, ClassifyParams) and not needs_head(backbone):
         for candidate in request.params.candidates:
-            refuse_unknown_tokens(backbone, candidate, f"a label of {label}", display_name(backbone))
+            check_token_ids(backbone, candidate, f"a label of {label}", display_name(backbone))
 
 
 def check_length(backbone: Backbone, entry: PromptEntry, input_tokens: int, answer_tokens: int) -> None:
@@ -178,20 +179,17 @@ def check_length(backbone: Backbone, entry: PromptEntry, input_tokens: int, answ
     Raises:
         ValueError: with the length and the limit.
     """
-    limits = [backbone.max_positions]
-    if backbone.architecture == "causal":
-        limits.append(sliding_window(backbone))
-    known = [limit for limit in limits if limit is not None]
-    answer_limit = backbone.max_answer_positions if backbone.architecture == "encoder_decoder" else None
+    architecture, answer_limit = model_class(backbone), backbone.max_answer_positions
     if answer_limit is not None and answer_tokens > answer_limit:
         raise ValueError(
             f"an answer of {answer_tokens} tokens exceeds the {answer_limit} positions of {display_name(backbone)}; "
             "ask for fewer tokens"
         )
-    total = input_tokens if backbone.architecture == "encoder_decoder" else input_tokens + answer_tokens
-    if known and entry.length + total > min(known):
+    total = input_tokens + (answer_tokens if architecture.answer_in_sequence else 0)
+    row_limit = architecture.row_limit(backbone)
+    if row_limit is not None and entry.length + total > row_limit:
         raise ValueError(
-            f"the prompt's {entry.length} positions and {total} for input and answer exceed the {min(known)} of "
+            f"the prompt's {entry.length} positions and {total} for input and answer exceed the {row_limit} of "
             f"{display_name(backbone)}; shorten the input or ask for fewer tokens"
         )
 
@@ -215,7 +213,8 @@ def _with_labels(
     longest = max(map(len, params.candidates))
     if longest > _MAX_LABEL_TOKENS:
         raise ValueError(f"a label has {longest} tokens, and at most {_MAX_LABEL_TOKENS} are allowed; shorten it")
-    if backbone.architecture == "encoder" and longest > 1:
+    label_limit = model_class(backbone).max_label_tokens
+    if label_limit is not None and longest > label_limit:
         raise ValueError(f"a label has {longest} tokens, and an encoder's mask holds one; choose shorter labels")
     inputs = []
     for row in rows:
@@ -235,7 +234,7 @@ def _encode(
     backbone: Backbone, task: Task, rows: Sequence[Mapping[str, Any]], limit: int = _NO_LIMIT
 ) -> list[tuple[int, ...]]:
     """The rows' tokens through the task's template, each truncated to `limit` and with at least one token."""
-    closing = backbone.architecture != "causal"
+    closing = model_class(backbone).appends_eos
     with _tokenizer_lock:
         encoded = encode_rows(task, backbone.tokenizer, rows, limit, closing=closing, answers=False)[0]
     for example in encoded:

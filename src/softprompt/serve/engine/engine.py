@@ -168,7 +168,7 @@ class Engine:
                 template_prefix = decoder.template_prefix(entry.prompt, kv_prefix, ids)
                 prepared = dataclasses.replace(prepared, template_prefix=template_prefix)
             # Finite values in a file may still overflow in the backbone, for every row of the prompt.
-            if not all(prefix.finite for prefix in prepared.kv_prefixes):
+            if not all(prefix.is_finite for prefix in prepared.kv_prefixes):
                 raise ValueError(
                     f"prompt {name!r} overflows in {display_name(self.backbone)}: its values are too large; train it "
                     "again"

@@ -95,7 +95,7 @@ class CausalGenerationBatch(GenerationBatch):
         assert self._logits is None
         assert other._logits is None
         rows = [(batch, row) for batch in (self._batch, other._batch) for row in range(len(batch))]
-        self._batch = self._decoder.joined(rows)
+        self._batch = self._decoder.concat(rows)
         self.requests = self.requests + other.requests
         self._last_tokens = self._last_tokens + other._last_tokens
         self._samplers = self._samplers + other._samplers

@@ -1,11 +1,10 @@
-"""What a decoder knows of each row: keys and values in one buffer a layer, rows of any prompts side by side.
+"""The KV cache of a running batch: one buffer per layer, in which rows of any prompts lie next to each other.
 
-A row's columns are `pads, prompt, text`, its newest token in the last one, and positions are given explicitly, so that
+A row's columns are `padding, prompt, text`, its newest token in the last one, and positions are explicit, so that
 neither a neighbour's length nor its coming and going changes a result. This is the one file of the service that knows
 how a transformers model caches.
 """
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -13,58 +12,34 @@ from typing import Any, final
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from softprompt.models import PromptedModel
 from softprompt.models.causal import Causal
-from softprompt.models.verify import Sample, refuse_different, refusing, remembered, sample, sliding_window
+from softprompt.models.kv_prefix import KVPrefix, LayerKV
+from softprompt.models.padding import length_mask, pad_batch
+from softprompt.models.verify import Sample, cached_check, check_close, model_errors_refused, sample
 from softprompt.prompts import Folded
 
-Columns = Float[Tensor, "head _ _"]
 ROOM = 64
-"""Columns that a buffer gets beyond what it needs, so that it is not made anew at every token."""
-
-
-@final
-@dataclass(frozen=True)
-class KVPrefix:
-    """A prompt's keys and values, without padding: what serving one more prompt costs."""
-
-    layers: tuple[tuple[Columns, Columns], ...]
-    read: tuple[int, ...] = ()
-    """Tokens with which texts begin, and whose keys and values come behind the prompt's."""
-
-    @property
-    def length(self) -> int:
-        """Columns: virtual tokens, and those that were read."""
-        return int(self.layers[0][0].shape[1])
-
-    @property
-    def bytes(self) -> int:
-        """Memory that the keys and values take."""
-        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
-
-    @property
-    def finite(self) -> bool:
-        """Whether all of them are numbers."""
-        return all(bool(one.isfinite().all()) for pair in self.layers for one in pair)
+"""Columns that a buffer gets beyond what it needs, so that it is not reallocated at every token."""
 
 
 @final
 @dataclass(frozen=True)
 class Row:
-    """A text to be read behind its prompt, and behind what the state has read of it."""
+    """A text to run after its prefix: the prompt, and the tokens of the text that the prefix contains already."""
 
     ids: Sequence[int]
     prompt: Folded
-    state: KVPrefix
+    prefix: KVPrefix
 
 
 @final
 class _Layer(CacheLayerMixin):
-    """A buffer in which new keys and values are written behind `length`, and count only once `length` moves.
+    """A buffer in which new keys and values are written after `length`, and count only once `length` grows.
 
-    A pass that fails halfway therefore leaves nothing behind, and can be tried again with fewer rows.
+    A pass that fails halfway therefore changes nothing, and can be repeated with fewer rows.
     """
 
     is_sliding = False
@@ -76,10 +51,10 @@ class _Layer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is left to do."""
+        """Nothing: the buffer exists."""
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         """Whether there is no room for another column."""
         return self.length == self.keys.shape[2]
 
@@ -91,7 +66,7 @@ class _Layer(CacheLayerMixin):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns that the next pass sees, and where they begin."""
+        """Columns that the next pass attends to, and the first of them."""
         return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -99,24 +74,24 @@ class _Layer(CacheLayerMixin):
         return self.length
 
     def get_max_length(self) -> int:
-        """None: a full buffer is made anew."""
+        """No limit: a full buffer is reallocated."""
         return -1
 
 
 @final
 class Batch:
-    """Rows that have been read: their buffers, which columns are real, and how many text tokens each has."""
+    """Rows in a cache: their buffers, the real columns, and the number of text tokens of each."""
 
     def __init__(
         self,
         layers: list[_Layer],
         mask: Int[Tensor, "row column"],
-        texts: Int[Tensor, " row"],
+        token_counts: Int[Tensor, " row"],
         prompts: list[Folded],
     ) -> None:
         self.layers = layers
         self.mask = mask
-        self.texts = texts
+        self.token_counts = token_counts
         self.prompts = prompts
 
     def __len__(self) -> int:
@@ -125,235 +100,212 @@ class Batch:
     def part(self, rows: slice) -> "Batch":
         """Neighbouring rows, in the same buffers: nothing is copied, and each part writes into its own rows."""
         layers = [_Layer(layer.keys[rows], layer.values[rows], layer.length) for layer in self.layers]
-        return Batch(layers, self.mask[rows], self.texts[rows], self.prompts[rows])
+        return Batch(layers, self.mask[rows], self.token_counts[rows], self.prompts[rows])
 
 
 @final
 class CachedDecoder:
-    """A frozen decoder that reads and continues rows of any prompts in one pass.
+    """A frozen decoder that starts and continues rows of any prompts in one pass.
 
     Raises:
         ValueError: the model gives a row something else beside others than it gives the row alone.
     """
 
     def __init__(self, prompted: PromptedModel) -> None:
+        assert isinstance(prompted, Causal)
         self.prompted = prompted
         self._model = prompted.backbone.model
-        self._positions = "position_ids" in inspect.signature(self._model.forward).parameters
-        self._by_column = isinstance(prompted, Causal) and prompted.in_row
-        """The model counts columns (MPT), so there may be no padding between a row's prompt, text and next token."""
-        self.window = sliding_window(prompted.backbone)
-        """The narrowest attention window, where there is one: no row may be wider."""
-        remembered(self._model, "served", self._check_exact)
+        self._counts_columns = prompted.in_row
+        """The model counts positions by column (MPT): no padding between a row's prompt, text and next token."""
+        cached_check(self._model, "served", self._check_exact)
 
     def kv_prefix(self, prompt: Folded) -> KVPrefix:
-        """The prompt's keys and values, computed once; no other prompt is touched.
+        """The prompt's keys and values.
 
         Raises:
             ValueError: a prompt as wide as another backbone's embeddings.
         """
-        if not len(prompt.prompt()):  # what a pass of one token leaves, without its column
-            one = self.kv_prefix(Folded(prompt.prompt().new_zeros(1, prompt.prompt().shape[1])))
-            return KVPrefix(tuple((keys[:, :0].clone(), values[:, :0].clone()) for keys, values in one.layers))
-        matrix = self.prompted.prompt_embeddings([prompt])[0]
-        cache, mask = DynamicCache(), torch.ones(1, len(matrix), dtype=torch.long, device=matrix.device)
-        embeds = matrix[None].to(self.prompted.backbone.dtype)
-        self._model(
-            inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1, **self._places(mask, 0)
-        )
-        return KVPrefix(tuple((layer.keys[0].clone(), layer.values[0].clone()) for layer in cache.layers))
+        length, matrix = len(prompt.prompt()), prompt.prompt()
+        if not length:  # one pass of one token, of which no column is taken
+            prompt = Folded(matrix.new_zeros(1, matrix.shape[1]))
+        return self.prompted.kv_prefixes([prompt]).select(0, length)
 
-    def template_prefix(self, prompt: Folded, state: KVPrefix, ids: Sequence[int]) -> KVPrefix:
-        """The same for texts that begin with `ids`."""
-        batch, _ = self.prefill([Row(ids, prompt, state)])
-        kept = [(layer.keys[0, :, : layer.length], layer.values[0, :, : layer.length]) for layer in batch.layers]
-        return KVPrefix(tuple((keys.clone(), values.clone()) for keys, values in kept), tuple(ids))
+    def template_prefix(self, prompt: Folded, prefix: KVPrefix, ids: Sequence[int]) -> KVPrefix:
+        """The keys and values of a prompt and of `ids`, with which its template begins."""
+        batch, _ = self.prefill([Row(ids, prompt, prefix)])
+        return KVPrefix.copy_of(((layer.keys, layer.values) for layer in batch.layers), 0, batch.layers[0].length, ids)
 
     def prefill(self, rows: Sequence[Row], room: int = 0) -> tuple[Batch, Float[Tensor, "row vocab"]]:
-        """The rows in one pass, and the logits behind each.
+        """Start rows in one pass, and the logits after each.
 
         Args:
             rows: each with at least one token.
-            room: columns to keep free for tokens that follow.
+            room: free columns for tokens that follow.
 
         Raises:
-            ValueError: several rows together are wider than the attention window; read fewer at once.
+            ValueError: the rows together are wider than the attention window; start fewer at once.
         """
-        device = self.prompted.backbone.device
-        longest, before = max(len(row.ids) for row in rows), max(row.state.length for row in rows)
-        wide = longest + before + room  # tokens that follow are fed at this width, prompt and text still apart
-        if self.window is not None and wide > self.window:
-            raise ValueError(f"rows of {wide} columns exceed the window of {self.window}; read fewer")
+        device, window = self.prompted.backbone.device, self.prompted.window
+        longest, before = max(len(row.ids) for row in rows), max(row.prefix.length for row in rows)
+        width = longest + before + room  # following tokens are fed at this width, prompt and text still apart
+        if window is not None and width > window:
+            raise ValueError(f"rows of {width} columns exceed the window of {window}; read fewer")
         layers = [
-            self._prompts([row.state.layers[which] for row in rows], before, longest + room)
-            for which in range(len(rows[0].state.layers))
+            _prefix_layer([row.prefix.layers[number] for row in rows], before, longest + room)
+            for number in range(len(rows[0].prefix.layers))
         ]
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask = torch.zeros(len(rows), before + longest, dtype=torch.long)
-        for place, row in enumerate(rows):
-            start = 0 if self._by_column else longest - len(row.ids)
-            ids[place, start : start + len(row.ids)] = torch.tensor(row.ids)
-            mask[place, before - row.state.length : before] = 1
-            mask[place, before + start : before + start + len(row.ids)] = 1
-        ids, mask = ids.to(device), mask.to(device)
-        read = torch.tensor([len(row.state.read) for row in rows], device=device)
+        ids, real = pad_batch([row.ids for row in rows], device, "right" if self._counts_columns else "left")
+        prefix_lengths = torch.tensor([row.prefix.length for row in rows], device=device)
+        prefix_mask = length_mask(prefix_lengths, before, "left")
+        counted = torch.tensor([len(row.prefix.token_ids) for row in rows], device=device)
         lengths = torch.tensor([len(row.ids) for row in rows], device=device)
-        batch = Batch(layers, mask[:, :before], read, [row.prompt for row in rows])
-        if self._by_column:
-            kept = torch.unique(lengths)
-            logits = self._pass(batch, ids, mask, kept - 1)
-            logits = logits[torch.arange(len(rows), device=device), torch.searchsorted(kept, lengths)]
+        batch = Batch(layers, prefix_mask, counted, [row.prompt for row in rows])
+        mask = torch.cat([prefix_mask, real], 1)
+        if self._counts_columns:
+            last = torch.unique(lengths)
+            logits = self._pass(batch, ids, mask, last - 1)
+            logits = logits[torch.arange(len(rows), device=device), torch.searchsorted(last, lengths)]
         else:
             logits = self._pass(batch, ids, mask, torch.tensor([longest - 1], device=device))[:, 0]
-        batch.mask, batch.texts = mask, read + lengths
-        return (self.select(batch, range(len(rows)), room) if self._by_column else batch), logits
+        batch.mask, batch.token_counts = mask, counted + lengths
+        return (self.select(batch, range(len(rows)), room) if self._counts_columns else batch), logits
 
     def decode_next(self, batch: Batch, tokens: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
-        """The logits behind one more token a row; what fails can be tried again, with all rows or a part."""
+        """The logits after one more token per row; a failed call can be repeated, with all rows or a part."""
         self._widen(batch)
         mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], 1)
         logits = self._pass(batch, tokens[:, None], mask, torch.zeros_like(tokens[:1]))[:, 0]
-        batch.mask, batch.texts = mask, batch.texts + 1
+        batch.mask, batch.token_counts = mask, batch.token_counts + 1
         return logits
 
-    def select(self, batch: Batch, which: Sequence[int], room: int = ROOM) -> Batch:
-        """The rows of these places (one may be named several times), in buffers without a column of padding alone."""
-        return self.joined([(batch, place) for place in which], room)
+    def select(self, batch: Batch, rows: Sequence[int], room: int = ROOM) -> Batch:
+        """These rows (one may occur several times), in buffers without columns of padding alone."""
+        return self.concat([(batch, row) for row in rows], room)
 
-    def joined(self, rows: Sequence[tuple[Batch, int]], room: int = ROOM) -> Batch:
-        """Rows of several batches in one: their real columns moved to the end, pads in front."""
-        places = [batch.mask[place].nonzero()[:, 0] for batch, place in rows]
-        width = max(len(columns) for columns in places)
+    def concat(self, rows: Sequence[tuple[Batch, int]], room: int = ROOM) -> Batch:
+        """Rows of several batches in one: their real columns moved to the right, padding on the left."""
+        columns = [batch.mask[row].nonzero()[:, 0] for batch, row in rows]
+        width = max(map(len, columns))
         layers = [
-            _moved([(batch.layers[which], place) for batch, place in rows], places, width, room)
-            for which in range(len(rows[0][0].layers))
+            _moved([(batch.layers[number], row) for batch, row in rows], columns, width, room)
+            for number in range(len(rows[0][0].layers))
         ]
-        texts = torch.stack([batch.texts[place] for batch, place in rows])
-        return Batch(layers, _mask(places, width), texts, [batch.prompts[place] for batch, place in rows])
+        token_counts = torch.stack([batch.token_counts[row] for batch, row in rows])
+        return Batch(layers, _mask(columns, width), token_counts, [batch.prompts[row] for batch, row in rows])
 
     def _widen(self, batch: Batch) -> None:
-        """Room for further tokens, a layer at a time, so that only one layer is ever there twice.
+        """Make room for further tokens, a layer at a time, so that only one layer is ever in memory twice.
 
-        Where memory runs out, the layers that have room have been moved; the next try moves the others, to where those
-        are. The mask stays that of the others until the last one has moved.
+        Where memory runs out, the layers that have room have been moved; the next try moves the others, to the same
+        columns. The mask stays that of the others until the last one has moved.
         """
-        full = [which for which, layer in enumerate(batch.layers) if layer.full]
+        full = [number for number, layer in enumerate(batch.layers) if layer.is_full]
         if not full:
             return
-        places = [row.nonzero()[:, 0] for row in batch.mask]
-        width = max((layer.length for layer in batch.layers if not layer.full), default=max(map(len, places)))
-        mask = _mask(places, width)
-        for which in full:
-            batch.layers[which] = _moved([(batch.layers[which], row) for row in range(len(batch))], places, width, ROOM)
+        columns = [row.nonzero()[:, 0] for row in batch.mask]
+        width = max((layer.length for layer in batch.layers if not layer.is_full), default=max(map(len, columns)))
+        mask = _mask(columns, width)
+        for number in full:
+            rows = [(batch.layers[number], row) for row in range(len(batch))]
+            batch.layers[number] = _moved(rows, columns, width, ROOM)
         batch.mask = mask
-
-    def _prompts(self, states: Sequence[tuple[Columns, Columns]], before: int, room: int) -> _Layer:
-        """One layer's buffer with each row's prompt at the end of its first `before` columns."""
-        keys, values = (_blank(part[None], len(states), before + room) for part in states[0])
-        for row, (key, value) in enumerate(states):
-            keys[row, :, before - key.shape[1] : before] = key
-            values[row, :, before - value.shape[1] : before] = value
-        return _Layer(keys, values, before)
 
     def _pass(
         self, batch: Batch, ids: Int[Tensor, "row more"], mask: Int[Tensor, "row total"], keep: Int[Tensor, " kept"]
     ) -> Float[Tensor, "row kept vocab"]:
-        """The logits behind the tokens in the columns `keep` of `ids`."""
+        """The logits after the tokens in the columns `keep` of `ids`."""
         more = ids.shape[1]
-        # Places count a text's own tokens; those of padding in front of it are meaningless and not negative.
-        places = batch.texts[:, None] + (mask[:, -more:].cumsum(1) - 1).clamp(min=0)
+        # Positions count a text's own tokens; those of padding before it are meaningless and not negative.
+        positions = batch.token_counts[:, None] + (mask[:, -more:].cumsum(1) - 1).clamp(min=0)
         output = self._model(
-            inputs_embeds=self._embedded(batch.prompts, ids, places),
+            inputs_embeds=self._embeddings(batch.prompts, ids, positions),
             past_key_values=Cache(layers=batch.layers),
             use_cache=True,
-            # A tensor, which copies what it picks: before a strided view the head would copy its matrix for each row.
+            # A tensor, which copies what it selects: after a strided view the head would copy its matrix for each row.
             logits_to_keep=keep,
-            **self._places(mask, mask.shape[1] - more),
+            **self.prompted.attention_arguments(mask, more),
         )
         for layer in batch.layers:
             layer.length = mask.shape[1]
         logits: Tensor = output.logits
         return logits
 
-    def _check_exact(self) -> bool:
-        """Rows of several prompts that come, go on and leave at different times, each compared with itself alone."""
-        backbone, how = self.prompted.backbone, "rows that join and leave a batch"
-        with refusing(backbone, how):
-            given = sample(backbone, self.window)
-            states = [self.kv_prefix(prompt) for prompt in given.prompts]
-            prompts = [given.prompts[place] for place in given.prompt_index.tolist()]
-            rows = [
-                Row(text, prompt, states[place])
-                for text, prompt, place in zip(given.texts, prompts, given.prompt_index.tolist(), strict=True)
-            ]
-            template_prefix = self.template_prefix(prompts[2], rows[2].state, given.texts[2][:1])
-            rows[2] = Row(given.texts[2][1:], prompts[2], template_prefix)
-            alone = [self._alone(given, row) for row in range(3)]
-            first, second, third = given.answer
-            early, one = self.prefill([rows[2], rows[0]], room=1)
-            two = self.decode_next(early, torch.full_like(early.texts, first))
-            late, three = self.prefill([rows[1]])
-            four = self.decode_next(late, torch.full_like(late.texts, first))
-            all_rows = self.joined([(early, 1), (late, 0), (early, 0)])
-            five = self.decode_next(all_rows, torch.full_like(all_rows.texts, second))
-            fewer = self.select(all_rows, [2, 0])
-            six = self.decode_next(fewer, torch.full_like(fewer.texts, third))
-            ours = [one, two, three, four, five, six]
-            steps = (
-                ((2, 0), 0),
-                ((2, 0), 1),
-                ((1,), 0),
-                ((1,), 1),
-                ((0, 1, 2), 2),
-                ((2, 0), 3),
-            )
-            wanted = [torch.stack([alone[row][step] for row in which]) for which, step in steps]
-            refuse_different(backbone, torch.cat(wanted), torch.cat(ours), how)
-        return True
-
-    def _alone(self, given: Sample, row: int) -> Float[Tensor, "step vocab"]:
-        """The model's own logits behind one row's text and behind each of its answer's tokens."""
-        ids = torch.tensor([*given.texts[row], *given.answer], device=self.prompted.backbone.device)
-        own = self._model.get_input_embeddings()(ids)
-        logits: Tensor = self._model(inputs_embeds=torch.cat([given.prompt(row).to(own), own])[None]).logits[0]
-        return logits[-4:]
-
-    def _embedded(
-        self, prompts: Sequence[Folded], ids: Int[Tensor, "row more"], places: Int[Tensor, "row more"]
+    def _embeddings(
+        self, prompts: Sequence[Folded], ids: Int[Tensor, "row more"], positions: Int[Tensor, "row more"]
     ) -> Float[Tensor, "row more dim"]:
-        """The tokens' embeddings, each row's as its prompt wants them; most prompts leave them alone."""
-        shifting = list({id(prompt): prompt for prompt in prompts if not prompt.plain}.values())
-        if not shifting:
+        """The tokens' embeddings, each row's shifted by its prompt; most prompts shift none."""
+        if all(prompt.plain for prompt in prompts):
             embeds: Tensor = self._model.get_input_embeddings()(ids)
             return embeds
-        distinct = list({id(prompt): prompt for prompt in prompts}.values())
-        index = torch.tensor([next(i for i, one in enumerate(distinct) if one is prompt) for prompt in prompts])
-        return self.prompted.shifted(distinct, index.to(ids.device), ids, places)
+        distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        index = torch.tensor([distinct[prompt] for prompt in prompts], device=ids.device)
+        return self.prompted.token_embeddings(list(distinct), index, ids, positions)
 
-    def _places(self, mask: Int[Tensor, "row total"], start: int) -> dict[str, Any]:
-        """Mask and explicit positions from column `start` on; models without the latter count the mask themselves."""
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
-        return {"attention_mask": mask} | ({"position_ids": positions} if self._positions else {})
+    def _check_exact(self) -> bool:
+        """Run rows of several prompts that come and leave at different times, and compare each with itself alone."""
+        backbone, how = self.prompted.backbone, "rows that join and leave a batch"
+        with model_errors_refused(backbone, how):
+            probe = sample(backbone, self.prompted.window)
+            prefixes, numbers = [self.kv_prefix(prompt) for prompt in probe.prompts], probe.prompt_index.tolist()
+            rows = [
+                Row(text, probe.prompts[number], prefixes[number])
+                for text, number in zip(probe.texts, numbers, strict=True)
+            ]
+            template_prefix = self.template_prefix(rows[2].prompt, rows[2].prefix, probe.texts[2][:1])
+            rows[2] = Row(probe.texts[2][1:], rows[2].prompt, template_prefix)
+            single = [self._single_row_logits(probe, row) for row in range(3)]
+            first, second, third = probe.answer
+
+            def decode(batch: Batch, token: int) -> Tensor:
+                return self.decode_next(batch, torch.full_like(batch.token_counts, token))
+
+            early, logits = self.prefill([rows[2], rows[0]], room=1)
+            steps: list[tuple[tuple[int, ...], int, Tensor]] = [((2, 0), 0, logits)]
+            steps.append(((2, 0), 1, decode(early, first)))
+            late, logits = self.prefill([rows[1]])
+            steps.append(((1,), 0, logits))
+            steps.append(((1,), 1, decode(late, first)))
+            all_rows = self.concat([(early, 1), (late, 0), (early, 0)])
+            steps.append(((0, 1, 2), 2, decode(all_rows, second)))
+            steps.append(((2, 0), 3, decode(self.select(all_rows, [2, 0]), third)))
+            expected = [single[row][step] for members, step, _ in steps for row in members]
+            check_close(backbone, torch.stack(expected), torch.cat([logits for *_, logits in steps]), how)
+        return True
+
+    def _single_row_logits(self, probe: Sample, row: int) -> Float[Tensor, "step vocab"]:
+        """The model's own logits after one row's text and after each token of its answer."""
+        ids = torch.tensor([*probe.texts[row], *probe.answer], device=self.prompted.backbone.device)
+        embeds = self._model.get_input_embeddings()(ids)
+        embeds = torch.cat([probe.prompt(row).to(embeds), embeds])[None]
+        logits: Tensor = self._model(inputs_embeds=embeds).logits[0]
+        return logits[-4:]
 
 
-def _moved(rows: Sequence[tuple[_Layer, int]], places: Sequence[Int[Tensor, " _"]], width: int, room: int) -> _Layer:
-    """One layer of these rows, the columns of `places` moved to the end of the first `width`."""
+def _prefix_layer(prefixes: Sequence[LayerKV], before: int, room: int) -> _Layer:
+    """One layer's buffer with each row's prefix at the end of its first `before` columns."""
+    keys, values = (_blank(part[None], len(prefixes), before + room) for part in prefixes[0])
+    for row, (key, value) in enumerate(prefixes):
+        keys[row, :, before - key.shape[1] : before] = key
+        values[row, :, before - value.shape[1] : before] = value
+    return _Layer(keys, values, before)
+
+
+def _moved(rows: Sequence[tuple[_Layer, int]], columns: Sequence[Int[Tensor, " _"]], width: int, room: int) -> _Layer:
+    """One layer of these rows, each one's `columns` moved to the end of the first `width`."""
     keys, values = (_blank(part, len(rows), width + room) for part in (rows[0][0].keys, rows[0][0].values))
-    for row, ((layer, place), columns) in enumerate(zip(rows, places, strict=True)):
-        start = width - len(columns)
-        keys[row, :, start:width] = layer.keys[place].index_select(1, columns)
-        values[row, :, start:width] = layer.values[place].index_select(1, columns)
+    for number, ((layer, row), real) in enumerate(zip(rows, columns, strict=True)):
+        start = width - len(real)
+        keys[number, :, start:width] = layer.keys[row].index_select(1, real)
+        values[number, :, start:width] = layer.values[row].index_select(1, real)
     return _Layer(keys, values, width)
 
 
-def _mask(places: Sequence[Int[Tensor, " _"]], width: int) -> Int[Tensor, "row width"]:
-    """As many columns as a row has places, at the end."""
-    mask = torch.zeros(len(places), width, dtype=torch.long, device=places[0].device)
-    for row, columns in enumerate(places):
-        mask[row, width - len(columns) :] = 1
-    return mask
+def _mask(columns: Sequence[Int[Tensor, " _"]], width: int) -> Int[Tensor, "row width"]:
+    """The mask of rows whose real columns were moved to the end of `width`."""
+    lengths = torch.tensor([len(real) for real in columns], device=columns[0].device)
+    return length_mask(lengths, width, "left")
 
 
 def _blank(like: Tensor, rows: int, columns: int) -> Tensor:
-    # Zeros: a hidden column's weight is 0, and 0 times what happens to lie in memory may be NaN.
+    # Zeros: a masked column's weight is 0, and 0 times what happens to be in memory may be NaN.
     return like.new_zeros(rows, like.shape[1], columns, like.shape[3])

@@ -11,7 +11,7 @@ from typing import Literal, final
 import torch
 
 from softprompt.backbones import Backbone
-from softprompt.models import attach
+from softprompt.models import attach, model_class
 from softprompt.serve.engine.generation import CausalGenerationBatch, GenerationBatch, Seq2SeqGenerationBatch
 from softprompt.serve.engine.kv_cache import CachedDecoder
 from softprompt.serve.engine.request import ClassifyOutput, EngineRequest, overflow_error
@@ -51,7 +51,7 @@ class ModelRunner:
         self._on_batch = on_batch
         self._configured_max_batch, self.max_batch, self._successes = max_batch, max_batch, 0
         self.decoder: CachedDecoder | None = None
-        if backbone.architecture == "causal":
+        if model_class(backbone).decoder_only:
             self.decoder = CachedDecoder(attach(backbone))
             self._scorer: Scorer = CausalScorer(self.decoder)
         else:

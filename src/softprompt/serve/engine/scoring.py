@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from softprompt.backbones import Backbone
 from softprompt.evaluation.predict import pad_id
-from softprompt.models import attach
+from softprompt.models import attach, model_class
 from softprompt.models.decode_state import DecodeState
 from softprompt.models.label_tree import SharedLayer, score_rest
 from softprompt.serve.engine.kv_cache import Batch, CachedDecoder, Row
@@ -66,7 +66,7 @@ class CausalScorer(Scorer):
         plain = all(entry.prompt.plain for entry in entries)  # the input's embeddings are the model's own
         cache, no_logits = Cache(layers=list(batch.layers)), batch.mask.new_zeros(len(requests), 0, 0)
         shifting = [] if plain else [entry.prompt for entry in entries]
-        return DecodeState(cache, batch.mask, no_logits, batch.texts[:, None], shifting, None if plain else rows)
+        return DecodeState(cache, batch.mask, no_logits, batch.token_counts[:, None], shifting, None if plain else rows)
 
 
 def _select_rows(state: DecodeState, rows: Sequence[int]) -> DecodeState:
@@ -113,10 +113,10 @@ class GeneralScorer(Scorer):
 
     def _groups(self, requests: Sequence[EngineRequest]) -> list[list[int]]:
         """Rows that share a pass: all of them, unless a decoder would score many candidates for nothing."""
-        if self._backbone.architecture == "encoder":
-            return [list(range(len(requests)))]
-        if self._backbone.architecture == "vision":
+        if self._backbone.takes_images:
             return self._group_by_shape(requests)
+        if not model_class(self._backbone).generates:
+            return [list(range(len(requests)))]
         return _group_by_candidates(range(len(requests)), [request.candidates for request in requests])
 
     def _group_by_shape(self, requests: Sequence[EngineRequest]) -> list[list[int]]:
@@ -180,8 +180,8 @@ def kv_row(request: EngineRequest) -> Row:
     assert entry.kv_prefix is not None
     if (
         template_prefix is not None
-        and len(request.ids) > (cached := len(template_prefix.read))
-        and request.ids[:cached] == template_prefix.read
+        and len(request.ids) > (cached := len(template_prefix.token_ids))
+        and request.ids[:cached] == template_prefix.token_ids
     ):
         return Row(request.ids[cached:], entry.prompt, template_prefix)
     return Row(request.ids, entry.prompt, entry.kv_prefix)

@@ -12,9 +12,10 @@ from torch import nn
 from softprompt import files
 from softprompt.backbones import Backbone
 from softprompt.evaluation.predict import input_limit
+from softprompt.models import model_class
+from softprompt.models.kv_prefix import KVPrefix
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.runs import RECORD, open_run, read_prompt
-from softprompt.serve.engine.kv_cache import KVPrefix
 from softprompt.tasks import Task, answer_ids
 from softprompt.tasks.template import parse
 
@@ -86,7 +87,7 @@ class PromptEntry:
             "labels": list(task.label_words) if task is not None and task.is_classification else [],
             "label_words": dict(task.label_words) if task is not None and task.is_classification else {},
             "max_new_tokens": self.max_new_tokens,
-            "bytes": sum(prefix.bytes for prefix in self.kv_prefixes),
+            "bytes": sum(prefix.nbytes for prefix in self.kv_prefixes),
             "created": self.created,
         }
 
@@ -169,7 +170,7 @@ def base_entry(backbone: Backbone) -> PromptEntry:
 
 def needs_head(backbone: Backbone) -> bool:
     """Whether the backbone cannot score words and answers through a head that is trained with each prompt."""
-    return backbone.architecture == "vision" or (backbone.architecture == "encoder" and not backbone.masked_lm)
+    return model_class(backbone).needs_head(backbone)
 
 
 def display_name(backbone: Backbone) -> str:

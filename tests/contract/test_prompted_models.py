@@ -60,7 +60,7 @@ def labels_of(prompted: PromptedModel, ids: Tensor) -> Tensor:
 
 @methods
 @backbones
-def test_forward_and_score_run_and_padding_changes_nothing(method: str, name: str, tiny_backbone: MakeBackbone) -> None:
+def test_forward_and_score_do_not_depend_on_padding(method: str, name: str, tiny_backbone: MakeBackbone) -> None:
     prompted = attachment_of(method, tiny_backbone(name))
     ids, mask = batch()
     output = prompted(ids, mask, labels_of(prompted, ids))
@@ -70,9 +70,9 @@ def test_forward_and_score_run_and_padding_changes_nothing(method: str, name: st
     assert scores.shape == (4, 3)
     assert bool((scores <= 0).all())
     for extra, side in ((1, "left"), (40, "left"), (0, "right"), (40, "right")):
-        again = prompted.score(*batch(extra, side), CANDIDATES)
+        reloaded = prompted.score(*batch(extra, side), CANDIDATES)
         # float32 sums over other shapes, at logits of order 10.
-        torch.testing.assert_close(again, scores, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(reloaded, scores, rtol=1e-4, atol=1e-4)
 
 
 @methods
@@ -92,9 +92,7 @@ def test_live_equals_folded(method: str, name: str, tiny_backbone: MakeBackbone)
 
 @methods
 @backbones
-def test_one_step_moves_prompt_and_head_and_no_bit_of_the_backbone(
-    method: str, name: str, tiny_backbone: MakeBackbone
-) -> None:
+def test_step_changes_prompt_and_head_not_backbone(method: str, name: str, tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone(name)
     prompted, before = attachment_of(method, backbone), backbone.checksum()
     assert (prompted.head is not None) == (name in ("roberta", "mpnet"))
@@ -117,9 +115,7 @@ def test_one_step_moves_prompt_and_head_and_no_bit_of_the_backbone(
 
 
 @pytest.mark.parametrize(("name", "copied"), [("llama", False), ("t5", False), ("gemma", True), ("bart", True)])
-def test_a_host_knows_the_input_vectors_and_copies_none_that_lie_there(
-    name: str, copied: bool, tiny_backbone: MakeBackbone
-) -> None:
+def test_host_embedding_is_copied_only_where_scaled(name: str, copied: bool, tiny_backbone: MakeBackbone) -> None:
     """Gemma and this BART scale what they read from the table; a copy of a large one would take as much as a model."""
     backbone = tiny_backbone(name)
     module, host = backbone.model.get_input_embeddings(), backbone.host()
