@@ -84,7 +84,7 @@ def test_train(trained: Any, where: list[str], llama_folder: Path) -> None:
         }.items()
     )
     assert 0 <= trained["dev"] <= 1
-    assert 0 <= trained["low"] <= trained["test"] <= trained["high"] <= 1
+    assert 0 <= trained["ci_low"] <= trained["test"] <= trained["ci_high"] <= 1
     assert trained["seconds"] > 0
     assert {"softprompt.json", "README.md", "metrics.jsonl"} <= {file.name for file in Path(trained["run"]).iterdir()}
 
@@ -126,10 +126,10 @@ def test_a_small_disturbance_of_the_rows_is_told(where: list[str]) -> None:
 def test_evaluate(trained: Any, ticket_task: Path) -> None:
     result = call("evaluate", trained["run"]).result
     assert (result["metric"], result["value"], result["n"]) == ("accuracy", trained["test"], 24)
-    assert (result["majority"], result["low"], result["high"]) == (
+    assert (result["majority"], result["ci_low"], result["ci_high"]) == (
         trained["majority"],
-        trained["low"],
-        trained["high"],
+        trained["ci_low"],
+        trained["ci_high"],
     )
     assert call("evaluate", trained["run"], "--split", "dev").result["value"] == trained["dev"]
     again = call("evaluate", trained["run"], "--task", ticket_task).result

@@ -112,8 +112,8 @@ def test_terminal_prints_first_step_and_each_score_once(capsys: pytest.CaptureFi
         majority=0.5,
         majority_answer="a",
         majority_source="train",
-        low=0.2,
-        high=0.8,
+        ci_low=0.2,
+        ci_high=0.8,
     )
     err = io.StringIO()
     with contextlib.redirect_stderr(err):

@@ -136,15 +136,15 @@ def score(value: float, low: float, majority: float = 0.5) -> Score:
         majority=majority,
         majority_answer="a",
         majority_source="train",
-        low=low,
-        high=1.0,
+        ci_low=low,
+        ci_high=1.0,
     )
 
 
 def functional(chances: dict[int, tuple[float, float]], low: float = 0.7, majority: float = 0.5) -> Functional:
     """Score and chance of the drop, by rank."""
     cuts = [
-        Cut(rank=rank, score=score(value, 0.0), drop=Drop(value=0.8 - value, low=0.0, high=0.1, p_value=p_value))
+        Cut(rank=rank, score=score(value, 0.0), drop=Drop(value=0.8 - value, ci_low=0.0, ci_high=0.1, p_value=p_value))
         for rank, (value, p_value) in chances.items()
     ]
     full = score(0.8, low, majority)
@@ -239,7 +239,7 @@ def test_a_cut_at_or_above_the_rank_changes_nothing(low_rank: Run) -> None:
     assert [cut.rank for cut in found.cuts] == [1, 2, 3, 5, 8]
     for cut in found.cuts[2:]:
         assert cut.score == found.full
-        assert cut.drop == Drop(value=0.0, low=0.0, high=0.0, p_value=1.0)
+        assert cut.drop == Drop(value=0.0, ci_low=0.0, ci_high=0.0, p_value=1.0)
     assert any(cut.score != found.full for cut in found.cuts[:2]), "a cut below the rank changed nothing"
     assert found.paired is not None
     assert found.paired <= 3

@@ -40,7 +40,7 @@ def _write_run(
     folder.mkdir(parents=True)
     found = {
         "metric": "accuracy", "dev": 0.6, "test": test, "n_dev": 50, "n_test": 100, "majority": 0.5,
-        "low": test - 0.05, "high": test + 0.05, "others": {}, "protocol": "heldout",
+        "ci_low": test - 0.05, "ci_high": test + 0.05, "extra_metrics": {}, "protocol": "heldout",
         "trainable": prompt.count(DIM), "steps": 6, "best_step": 4, "seconds": 12.5, **results,
     }  # fmt: skip
     at = {

@@ -223,12 +223,12 @@ def test_the_table_says_how_a_score_stands(
 def test_either_interval_may_hold_the_majority(write: Write, tmp_path: Path) -> None:
     """Wide over seeds, narrow over rows."""
     for seed, score in enumerate((0.55, 0.75)):
-        write(test=score, seed=seed, low=score - 0.01, high=score + 0.01, majority=0.5)
+        write(test=score, seed=seed, ci_low=score - 0.01, ci_high=score + 0.01, majority=0.5)
     assert formats.cells(tabled(tmp_path))[0]["against_majority"] == "within"
 
 
 def test_same_rows_are_cautioned(write: Write, tmp_path: Path) -> None:
-    write(caution="selected and reported on the same rows", wanted={"protocol": "paper"})
+    write(selection_warning="selected and reported on the same rows", wanted={"protocol": "paper"})
     found = tabled(tmp_path)
     assert tables.scores(found).rows[-1][1].splitlines()[0].endswith("§")
     assert any("same rows" in note for note in tables.scores(found).notes)
@@ -257,10 +257,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tensors": (lambda folder: (folder / "softprompt.safetensors").unlink(), "lacks softprompt.safetensors"),
     "nan": (_results(test=math.nan), "'test' is nan"),
     "text": (_results(majority="half"), "'majority' is 'half'"),
-    "true": (_results(low=True), "'low' is True"),
+    "true": (_results(ci_low=True), "'ci_low' is True"),
     "huge": (_results(test=10**400), "too large"),
     "nothing trained": (_results(trainable=0), "no trained numbers"),
-    "others": (_results(others={"f1": None}), "'f1' is None"),
+    "extra_metrics": (_results(extra_metrics={"f1": None}), "'f1' is None"),
     "binary": (lambda folder: (folder / "softprompt.json").write_bytes(b"\xff\xfe\x00"), "not readable"),
     "bad results": (
         lambda folder: (folder / "softprompt.json").write_text(

@@ -35,9 +35,12 @@ HOSTILE = "a|b & $x^{y$_#~<img src=x onerror=alert(1)>\\end{table}%`[l](javascri
 def hostile(write_run: Write, tmp_path_factory: pytest.TempPathFactory) -> Report:
     root = tmp_path_factory.mktemp("hostile")
     write = functools.partial(write_run, root)
-    write(HOSTILE.replace("/", ""), backbone={"base": HOSTILE}, metric=HOSTILE, others={HOSTILE: 0.5})
+    write(HOSTILE.replace("/", ""), backbone={"base": HOSTILE}, metric=HOSTILE, extra_metrics={HOSTILE: 0.5})
     write(
-        "=1+1", seed=1, wanted={"init_prompt": '=cmd|"</script><script>alert(1)</script>'}, caution=f"\x1b[2J{HOSTILE}"
+        "=1+1",
+        seed=1,
+        wanted={"init_prompt": '=cmd|"</script><script>alert(1)</script>'},
+        selection_warning=f"\x1b[2J{HOSTILE}",
     )
     (write("unread-\u202e\x1b[31m<b>", seed=2) / "softprompt.safetensors").unlink()
     return made(root, title=HOSTILE)
@@ -85,7 +88,7 @@ def test_json_is_whole_and_strict(hostile: Report) -> None:
     found = json.loads(hostile.files[0].with_name("results.json").read_text(), parse_constant=refuse)
     assert found["cells"] == json.loads(json.dumps(formats.cells(hostile.grid)))
     assert len(found["left_out"]) == 1
-    assert {run["others"].get(HOSTILE) for cell in found["cells"] for run in cell["runs"]} == {0.5, None}
+    assert {run["extra_metrics"].get(HOSTILE) for cell in found["cells"] for run in cell["runs"]} == {0.5, None}
 
 
 class Elements(html.parser.HTMLParser):

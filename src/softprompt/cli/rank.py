@@ -133,8 +133,9 @@ def _show_functional(found: Measured) -> None:
         return
     full = scored.full
     console.print(
-        f"{found.subject.name}: {scored.split} {full.metric} {full.value:.3f} ({full.low:.3f} to {full.high:.3f}, "
-        f"{full.n} rows, majority {full.majority:.3f}), cut to lower ranks of the {scored.part}:"
+        f"{found.subject.name}: {scored.split} {full.metric} {full.value:.3f} "
+        f"({full.ci_low:.3f} to {full.ci_high:.3f}, {full.n} rows, "
+        f"majority {full.majority:.3f}), cut to lower ranks of the {scored.part}:"
     )
     show_table(
         [
@@ -142,7 +143,7 @@ def _show_functional(found: Measured) -> None:
                 "rank": cut.rank,
                 full.metric: f"{cut.score.value:.3f}",
                 "lost": f"{cut.drop.value:+.3f}",
-                "95% interval": f"{cut.drop.low:+.3f} to {cut.drop.high:+.3f}",
+                "95% interval": f"{cut.drop.ci_low:+.3f} to {cut.drop.ci_high:+.3f}",
                 "by chance": f"{cut.drop.p_value:.3f}",
             }
             for cut in scored.cuts

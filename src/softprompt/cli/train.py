@@ -107,15 +107,15 @@ def _refuse_settings(run: Path, flags: Sequence[str]) -> None:
 def show_result(run: "Run") -> None:
     """Every metric of the test rows, beside what the majority answer (and the zero-shot model) would score."""
     results = run.results or {}
-    metric, others = results["metric"], results["others"]
+    metric, extra_metrics = results["metric"], results["extra_metrics"]
     row: dict[str, Any] = {"": f"{run.experiment.method}, {results['trainable']:,} trainable parameters"}
-    row |= {metric: f"{results['test']:.3f}"} | {name: f"{value:.3f}" for name, value in others.items()}
+    row |= {metric: f"{results['test']:.3f}"} | {name: f"{value:.3f}" for name, value in extra_metrics.items()}
     rows = [row]
     if "zero_shot" in results:
         rows.insert(0, {"": "zero-shot, same template", metric: f"{results['zero_shot']:.3f}"})
     constant = f"always {results['majority_answer'][:40]!r}, the best constant answer ({results['majority_source']})"
     rows.insert(0, {"": constant, metric: f"{results['majority']:.3f}"})
-    interval = f"{results['low']:.3f} to {results['high']:.3f}"
+    interval = f"{results['ci_low']:.3f} to {results['ci_high']:.3f}"
     console.print(f"test: {results['n_test']} rows, {metric} with the 95% interval {interval}")
     show_table(rows)
     if warning := results.get("warning"):

@@ -45,7 +45,7 @@ class Functional:
     @property
     def smallest(self) -> int | None:
         """The smallest rank tried whose score is within the full score's 95 % interval, or above it."""
-        return next((cut.rank for cut in self.cuts if cut.score.value >= self.full.low), None)
+        return next((cut.rank for cut in self.cuts if cut.score.value >= self.full.ci_low), None)
 
     @property
     def paired(self) -> int | None:
@@ -64,7 +64,7 @@ class Functional:
     @property
     def above_majority(self) -> bool:
         """Whether the full score's interval lies above the majority score: else there is nothing that a rank does."""
-        return self.full.low > self.full.majority
+        return self.full.ci_low > self.full.majority
 
 
 def ranks_up_to(most: int) -> list[int]:

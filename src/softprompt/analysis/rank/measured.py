@@ -100,7 +100,7 @@ def _functional_json(found: Functional) -> dict[str, Any]:
         "above_majority": found.above_majority,
         "full": dataclasses.asdict(found.full),
         "cuts": [
-            {"rank": cut.rank, "score": cut.score.value, "low": cut.score.low, "high": cut.score.high}
+            {"rank": cut.rank, "score": cut.score.value, "ci_low": cut.score.ci_low, "ci_high": cut.score.ci_high}
             | {"drop": dataclasses.asdict(cut.drop)}
             for cut in found.cuts
         ],

@@ -153,12 +153,12 @@ def _scores(measured: Sequence[Measured]) -> Any:
 def _score_panel(axes: Any, name: str, found: Functional) -> None:
     ranks = [cut.rank for cut in found.cuts]
     scores = [cut.score.value for cut in found.cuts]
-    axes.axhspan(found.full.low, found.full.high, color="C0", alpha=0.15, label="full score, 95 % interval")
+    axes.axhspan(found.full.ci_low, found.full.ci_high, color="C0", alpha=0.15, label="full score, 95 % interval")
     axes.axhline(found.full.value, color="C0", linewidth=1)
     axes.axhline(found.full.majority, color="0.5", linestyle="--", linewidth=1, label="majority answer")
     errors = [
-        [cut.score.value - cut.score.low for cut in found.cuts],
-        [cut.score.high - cut.score.value for cut in found.cuts],
+        [cut.score.value - cut.score.ci_low for cut in found.cuts],
+        [cut.score.ci_high - cut.score.value for cut in found.cuts],
     ]
     axes.errorbar(
         ranks, scores, yerr=errors, marker="o", color="C1", linewidth=1, elinewidth=0.6, label="cut to rank k"

@@ -87,7 +87,7 @@ def _sentence(rank: int | None, count: int, members: Sequence[tuple[LoadedPrompt
         )
     rows = min(found.full.n for _, found in members)
     tops = [max(cut.rank for cut in found.cuts) for _, found in members]
-    losses = [cut.drop.high for _, found in members for cut in found.cuts if cut.rank == rank]
+    losses = [cut.drop.ci_high for _, found in members for cut in found.cuts if cut.rank == rank]
     words = (
         f"Try --rank {rank}: the largest, over {count} of {total} prompts, of the smallest rank from which on no cut "
         f"shows a loss (one-sided paired test at 2.5 %) on {rows} {split} rows."

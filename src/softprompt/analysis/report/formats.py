@@ -157,7 +157,7 @@ def cells(grid: Grid) -> list[dict[str, Any]]:
                     "trainable": int(max(group.spread("trainable").values)),
                     "bytes": max(result.size for result in group.results),
                     "seconds": group.spread("seconds").mean,
-                    "caution": group.caution or None,
+                    "selection_warning": group.selection_warning or None,
                     "settings": {**group.settings},
                     "task_settings": {**group.column},
                     "runs": [_run(result) for result in group.results],
@@ -168,7 +168,13 @@ def cells(grid: Grid) -> list[dict[str, Any]]:
 
 def _run(result: Result) -> dict[str, Any]:
     numbers = {name: int(value) if name in _COUNTS else value for name, value in result.numbers.items()}
-    return {"name": result.name, "seed": result.seed, **numbers, "others": {**result.others}, "bytes": result.size}
+    return {
+        "name": result.name,
+        "seed": result.seed,
+        **numbers,
+        "extra_metrics": {**result.extra_metrics},
+        "bytes": result.size,
+    }
 
 
 def _ends(interval: Interval | None) -> list[float] | None:

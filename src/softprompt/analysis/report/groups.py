@@ -91,7 +91,7 @@ class Group:
     @property
     def rows_interval(self) -> Interval:
         """What drawing other test rows would change: the ends of the runs' own intervals, each a mean over seeds."""
-        return Interval(low=self.spread("low").mean, high=self.spread("high").mean)
+        return Interval(low=self.spread("ci_low").mean, high=self.spread("ci_high").mean)
 
     @property
     def standing(self) -> str:
@@ -103,9 +103,9 @@ class Group:
         return "within" if majority >= min(interval.low for interval in intervals) else "above"
 
     @property
-    def caution(self) -> str:
+    def selection_warning(self) -> str:
         """What the runs' records warn of."""
-        return next((result.caution for result in self.results if result.caution), "")
+        return next((result.selection_warning for result in self.results if result.selection_warning), "")
 
     @property
     def zero_shot(self) -> float | None:

@@ -10,7 +10,19 @@ from typing import Any, final
 from softprompt import runs
 from softprompt.runs import Run
 
-_NUMBERS = ("dev", "test", "majority", "low", "high", "n_dev", "n_test", "trainable", "seconds", "steps", "best_step")
+_NUMBERS = (
+    "dev",
+    "test",
+    "majority",
+    "ci_low",
+    "ci_high",
+    "n_dev",
+    "n_test",
+    "trainable",
+    "seconds",
+    "steps",
+    "best_step",
+)
 _TENSORS = (runs.TENSORS, runs.HEAD, runs.TUNED)
 _STUDY = "study.journal"
 """What the folder of a sweep's search holds beside its trials."""
@@ -37,12 +49,12 @@ class Result:
     """The folder's name, fit to print."""
     metric: str
     numbers: Mapping[str, float]
-    """The record's results: `dev`, `test`, `majority`, `low`, `high`, `n_test`, `trainable`, `seconds` and so on."""
-    others: Mapping[str, float]
+    """The record's results: `dev`, `test`, `majority`, `ci_low`, `ci_high`, `n_test`, `trainable` and so on."""
+    extra_metrics: Mapping[str, float]
     """The task's further metrics on the test rows."""
     zero_shot: float | None
     """The test score of the model without a prompt."""
-    caution: str
+    selection_warning: str
     """What the record warns of; empty where it warns of nothing."""
     warning: str
     """Why the test score says less than it seems to; empty where nothing speaks against it."""
@@ -126,15 +138,17 @@ def _result(run: Run) -> Result:
     size = sum((run.folder / name).stat().st_size for name in _TENSORS if (run.folder / name).is_file())
     if not size:
         raise ValueError(f"it lacks {runs.TENSORS}, what was trained; it is damaged, train again")
-    others = results.get("others")
+    extra_metrics = results.get("extra_metrics")
     return Result(
         run=run,
         name=printable(run.name),
         metric=printable(str(results.get("metric", run.task.metrics[0]))),
         numbers=numbers,
-        others={printable(name): _number(others, name) for name in others} if isinstance(others, Mapping) else {},
+        extra_metrics={printable(name): _number(extra_metrics, name) for name in extra_metrics}
+        if isinstance(extra_metrics, Mapping)
+        else {},
         zero_shot=_number(results, "zero_shot") if "zero_shot" in results else None,
-        caution=printable(str(results.get("caution", ""))),
+        selection_warning=printable(str(results.get("selection_warning", ""))),
         warning=printable(str(results.get("warning", ""))),
         size=size,
         curve=tuple(_points(run)),

@@ -11,7 +11,7 @@ from softprompt.analysis.report.read import printable
 
 MARKS = {"within": "†", "below": "‡", "above": ""}
 """What a score's standing against the majority answer puts behind it."""
-CAUTION = "§"
+SELECTION_MARK = "§"
 Shown = Callable[[float], str]
 _MINUS = "−"
 
@@ -65,8 +65,8 @@ def details(grid: Grid) -> Table:
             if zero_shot:
                 line.insert(8, "" if group.zero_shot is None else percent(group.zero_shot))
             rows.append(tuple(line))
-    others = sorted({other for group in grid.groups for result in group.results for other in result.others})
-    notes = [f"Further metrics ({', '.join(others)}) are in results.json."] if others else []
+    extra = sorted({name for group in grid.groups for result in group.results for name in result.extra_metrics})
+    notes = [f"Further metrics ({', '.join(extra)}) are in results.json."] if extra else []
     return Table(title="Every score", head=tuple(head), rows=tuple(rows), words=2, notes=tuple(notes))
 
 
@@ -146,7 +146,7 @@ def _score(group: Group | None, chosen: str) -> str:
 
 
 def _marks(group: Group) -> str:
-    return MARKS[group.standing] + (CAUTION if group.caution else "")
+    return MARKS[group.standing] + (SELECTION_MARK if group.selection_warning else "")
 
 
 def _costs(groups: Sequence[Group]) -> list[str]:
@@ -193,8 +193,8 @@ def _notes(grid: Grid) -> Iterable[str]:
         )
     if any(group.standing == "below" for group in groups):
         yield f"{MARKS['below']} Worse than the majority answer, beyond both intervals."
-    for caution in dict.fromkeys(group.caution for group in groups if group.caution):
-        yield f"{CAUTION} {caution.capitalize()}: compare with such scores alone."
+    for warning in dict.fromkeys(group.selection_warning for group in groups if group.selection_warning):
+        yield f"{SELECTION_MARK} {warning.capitalize()}: compare with such scores alone."
     for group in groups:
         for result in group.results:
             if result.warning:
