@@ -234,6 +234,14 @@ def test_same_rows_are_cautioned(write: Write, tmp_path: Path) -> None:
     assert any("same rows" in note for note in tables.scores(found).notes)
 
 
+@pytest.mark.parametrize(("warning", "noted"), [(None, False), ("all 100 rows got one answer, 'a'", True)])
+def test_report_notes_only_runs_with_a_warning(warning: str | None, noted: bool, write: Write, tmp_path: Path) -> None:
+    """A record without a warning holds null, as `train` writes it."""
+    write(warning=warning)
+    notes = tables.scores(tabled(tmp_path)).notes
+    assert any(note.startswith("Look at ") for note in notes) == noted
+
+
 def _unfinished(folder: Path) -> None:
     record = json.loads((folder / "softprompt.json").read_text())
     (folder / "softprompt.json").write_text(json.dumps({**record, "results": None}))

@@ -148,8 +148,8 @@ def _result(run: Run) -> Result:
         if isinstance(extra_metrics, Mapping)
         else {},
         zero_shot=_number(results, "zero_shot") if "zero_shot" in results else None,
-        selection_warning=printable(str(results.get("selection_warning", ""))),
-        warning=printable(str(results.get("warning", ""))),
+        selection_warning=printable(str(results.get("selection_warning") or "")),
+        warning=printable(str(results.get("warning") or "")),
         size=size,
         curve=tuple(_points(run)),
     )
