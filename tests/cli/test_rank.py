@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from softprompt.analysis.rank import plots
 from softprompt.cli import main
@@ -139,6 +139,7 @@ def test_rank_of_a_peft_folder(run: Path, adapter: Path, ticket_task: Path, llam
     full, evaluated = scored["functional"]["full"], call("evaluate", run, "--split", "train").result
     assert full == {name: evaluated[name] for name in full}
     assert call("rank", adapter, *where).result["prompts"] == [scored]  # the base model is in its config
+    assert "(a PEFT folder does not record it)" in refused("rank", adapter, *where, "--part", "update")
 
 
 def test_rank_of_an_adapter_with_more_tensors(adapter: Path, ticket_task: Path) -> None:
@@ -209,6 +210,41 @@ def test_rank_without_checkpoints_or_matplotlib(run: Path, tmp_path: Path, monke
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def rank_1_update(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> Path:
+    """A plain prompt that is its initial prompt plus a matrix of rank 1."""
+    where = ["--backbone", llama_folder, "--task", ticket_task, "--out", tmp_path, *QUICK]
+    # At this rate a step is lost in rounding, so the file holds the initial prompt, without any code that rebuilds it.
+    result = call("train", *where, "--lr", "1e-30", "plain", "--length", "6").result
+    file = Path(result["run"]) / "softprompt.safetensors"
+    tensors, draw = load_file(file), torch.Generator().manual_seed(1)
+    tensors["matrix"] += 3 * torch.randn(6, 1, generator=draw) @ torch.randn(1, 32, generator=draw)
+    save_file(tensors, file)
+    return Path(result["run"])
+
+
+def test_part_update_recovers_an_update_of_rank_1(rank_1_update: Path, tmp_path: Path) -> None:
+    """Seen failing with P0 drawn from another seed."""
+    scored = ["--functional", "--split", "train", "--rows", "0", "--out", tmp_path / "out"]
+    called = call("rank", rank_1_update, *scored, "--part", "update")
+    [prompt] = called.result["prompts"]
+    assert prompt["ranks"]["update"]["numerical"] == 1
+    assert prompt["ranks"]["prompt"]["numerical"] == 6
+    functional = prompt["functional"]
+    assert functional["part"] == "update"
+    initial, full = functional["cuts"]
+    assert (initial["rank"], full["rank"]) == (0, 1)
+    assert full["score"] == functional["full"]["value"]
+    assert full["drop"] == {"value": 0.0, "ci_low": 0.0, "ci_high": 0.0, "p_value": 1.0}
+    assert initial["score"] != functional["full"]["value"]
+    assert "the update cut to lower ranks" in " ".join(called.err.split())
+    assert "rank k of the update P" in (tmp_path / "out/score_by_rank.svg").read_text()
+    [prompt] = call("rank", rank_1_update, *scored, "--ranks", "1").result["prompts"]
+    assert prompt["functional"]["part"] == "prompt"
+    assert prompt["functional"]["cuts"][0]["score"] != prompt["functional"]["full"]["value"]
+    assert "rank k of the prompt P" in (tmp_path / "out/score_by_rank.svg").read_text()
+
+
 def test_rank_after_the_init_prompt_is_deleted(
     run: Path, folder: Path, llama_folder: Path, ticket_task: Path, tmp_path: Path
 ) -> None:
@@ -223,3 +259,6 @@ def test_rank_after_the_init_prompt_is_deleted(
     assert [at["step"] for at in prompt["history"]] == [2, 4]
     assert "update" not in prompt["ranks"]
     assert "its initial prompt P0 cannot be rebuilt" in prompt["note"]
+    sentence = refused("rank", second, "--functional", "--part", "update")
+    assert "the update of second cannot be cut, since its initial prompt P0 is not known (" in sentence
+    assert "cut the prompt itself with --part prompt" in sentence

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy import stats
 
 from softprompt import (
@@ -267,6 +268,28 @@ def test_update_cut_to_rank_0_is_the_initial_prompt(low_rank: Run, backbone: Bac
     assert torch.equal(one.start, first.prompt())
     untrained = dataclasses.replace(one, prompt=Folded(one.start))
     assert functional_rank(untrained, Truncation(ranks=(8,), split="train", rows=0)).full == found.cuts[0].score
+
+
+def test_update_of_anchored_dpt_is_its_factors_product(trained: Callable[[Any], Run]) -> None:
+    """Seen failing with a cut that was not added to the anchor."""
+    run = trained(DPT(length=8, rank=3))
+    tensors = load_file(run.folder / "softprompt.safetensors")
+    product = tensors["left"] @ tensors["right"] - tensors["first_left"] @ tensors["first_right"]
+    update = (tensors["scale"] * product).numpy().astype(np.float64)
+    [loaded] = load_prompts(run.folder)
+    [measured] = measure(run.folder)
+    assert measured.spectra["update"].numerical == 6
+    expected = np.linalg.svd(update, compute_uv=False)
+    # Both matrices are float32 sums, so the values below the sixth are their rounding.
+    np.testing.assert_allclose(measured.spectra["update"].values, expected, atol=1e-5 * expected[0])
+    cuts = functional_rank(loaded, Truncation(part="update", ranks=(0, 1, 2), split="train", rows=0)).cuts
+    left, values, right = np.linalg.svd(update, full_matrices=False)
+    for cut in cuts:
+        rank = cut.rank
+        truncated = torch.from_numpy((left[:, :rank] * values[:rank]) @ right[:rank]).float()
+        prompt = dataclasses.replace(loaded, prompt=Folded(tensors["anchor"] + truncated))
+        assert cut.score == functional_rank(prompt, Truncation(ranks=(8,), split="train", rows=0)).full
+    assert len({cut.score.value for cut in cuts}) > 1, "every cut scores the same"
 
 
 def test_history_goes_from_start_to_finished(low_rank: Run, backbone: Backbone) -> None:
