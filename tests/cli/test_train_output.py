@@ -89,9 +89,9 @@ def test_show_compares_texts_like_the_metric(
     monkeypatch.setattr(command, "console", _Printer())
     command._show_mistakes(trained, 5)
     printed = capsys.readouterr().out
-    assert "1 of 1 test rows it got wrong" in printed
+    assert "1 of 1 test rows answered wrongly" in printed
     assert printed.count("- row ") == 1
-    assert "said something else, is " in printed
+    assert "answered something else, correct is " in printed
 
 
 class _Printer:

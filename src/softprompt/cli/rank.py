@@ -81,7 +81,7 @@ def rank_(
             checkpoints=checkpoints,
             functional=truncation if functional or suggest else None,
             backbone=truncation.backbone,
-            watch=Terminal(),
+            callback=Terminal(),
         )
         result = _ranks(measured, suggest, out)
     result = {"command": "rank", "source": source, **result}
@@ -176,7 +176,7 @@ def _gradients(
         length=length,
         batches=batches,
         checkpoints=checkpoints,
-        watch=Terminal(),
+        callback=Terminal(),
     )
     max_rank = len(points[0].spectrum.values)
     ranks = [rank for rank in _ENERGY_RANKS if rank < max_rank]

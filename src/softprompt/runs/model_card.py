@@ -62,11 +62,9 @@ def _text(run: Run, results: Mapping[str, Any], usage: str, tensor_files: str) -
         else f"The baseline `{experiment.baseline}` on `{backbone['base']}`"
     )
     zero_shot = f"| zero-shot, same template | {results['zero_shot']:.3f} |\n" if "zero_shot" in results else ""
-    selection_warning = (
-        f"\n**{results['selection_warning'].capitalize()}**, as in the papers: compare it only with scores of the same kind.\n"
-        if "selection_warning" in results
-        else ""
-    )
+    warning = results.get("selection_warning", "")
+    if warning:
+        warning = f"\n**{warning.capitalize()}**, as in the papers: compare it only with scores of the same kind.\n"
     interval = f"{results['ci_low']:.3f} to {results['ci_high']:.3f}"
     note = f"\nThe backbone's weights: {backbone['note']}.\n" if backbone["note"] else ""
     return f"""# {run.name}
@@ -78,7 +76,7 @@ def _text(run: Run, results: Mapping[str, Any], usage: str, tensor_files: str) -
 | test ({results["n_test"]} rows, 95 % interval {interval}) | {results["test"]:.3f} |
 {zero_shot}| always the majority answer | {results["majority"]:.3f} |
 | development ({results["n_dev"]} rows, selected the checkpoint of step {results["best_step"]}) | {results["dev"]:.3f} |
-{selection_warning}
+{warning}
 {usage}
 
 ```

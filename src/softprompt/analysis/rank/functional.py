@@ -86,7 +86,7 @@ def functional_rank(
     loaded: LoadedPrompt,
     truncation: Truncation = Truncation(),  # noqa: B008  (a frozen value)
     *,
-    watch: TrainingCallback | None = None,
+    callback: TrainingCallback | None = None,
 ) -> FunctionalRank:
     """Score a prompt with its matrix replaced by its best rank-k approximation, for several k.
 
@@ -97,24 +97,24 @@ def functional_rank(
     Args:
         loaded: the prompt.
         truncation: what is truncated, to which ranks, and which rows score it.
-        watch: receives progress, rank by rank.
+        callback: receives progress, rank by rank.
 
     Raises:
         ValueError: a rank that the matrix cannot have, an unknown initial prompt with `part="update"`, a split without
             rows, or a prompt that cannot be scored.
     """
-    watch = watch or NullCallback()
+    callback = callback or NullCallback()
     start, ranks = _start(loaded, truncation.part), _ranks(loaded, truncation)
     matrix = loaded.matrix if start is None else loaded.matrix - start
     scorer = RankScorer.of(loaded, truncation)
     full, full_answers = scorer.score(loaded.prompt)
-    watch.on_note(f"{loaded.name}: full prompt, {full.metric} {full.value:.3f} on {full.n} {scorer.rows_name} rows")
+    callback.on_note(f"{loaded.name}: full prompt, {full.metric} {full.value:.3f} on {full.n} {scorer.rows_name} rows")
     cuts = []
     for rank in ranks:
         truncated = torch.cat([truncated_svd(layer, rank) for layer in matrix.chunk(loaded.prompt.depth)])
         score, answers = scorer.score(_with_matrix(loaded.prompt, truncated if start is None else start + truncated))
         loss = drop(METRICS[full.metric], full_answers, answers)
-        watch.on_note(f"{loaded.name}: rank {rank} of the {truncation.part}, {score.metric} {score.value:.3f}")
+        callback.on_note(f"{loaded.name}: rank {rank} of the {truncation.part}, {score.metric} {score.value:.3f}")
         cuts.append(TruncatedScore(rank=rank, score=score, drop=loss))
     return FunctionalRank(
         task=scorer.task.name,

@@ -44,7 +44,7 @@ def gradient_spectra(
     length: int | None = None,
     batches: int = 8,
     checkpoints: bool = False,
-    watch: TrainingCallback | None = None,
+    callback: TrainingCallback | None = None,
 ) -> list[GradientPoint]:
     """The gradient of a task's loss over the first batches of its training rows, at one or several prompts.
 
@@ -56,36 +56,36 @@ def gradient_spectra(
         length: virtual tokens, for a backbone; none: 100.
         batches: number of batches that the gradient is averaged over.
         checkpoints: also measure at each checkpoint.
-        watch: receives progress.
+        callback: receives progress.
 
     Raises:
         FileNotFoundError: there is no such run or backbone.
         ValueError: settings that do not fit the source, or a run whose loss depends on more than the prompt's matrix.
     """
-    watch = watch or NullCallback()
+    callback = callback or NullCallback()
     if batches < 1:
         raise ValueError(f"batches is {batches}; it must be at least 1")
     if (Path(source).expanduser() / runs.RECORD).is_file():
         if task is not None or length is not None:
             raise ValueError(f"{source} is a run and has its own task and length; leave --task and --length out")
-        return _along(Path(source).expanduser(), data, batches, checkpoints, watch)
+        return _along(Path(source).expanduser(), data, batches, checkpoints, callback)
     if task is None:
         raise ValueError(f"{source} is a backbone, and a gradient is of a task's loss; say which with --task")
     if checkpoints:
         raise ValueError(f"{source} is a backbone and has no checkpoints; leave --checkpoints out, or give a run")
     experiment = Experiment(backbone=str(source), task=task, data=data, prompt=Plain(length=length or 100))
     definition = load_task(task, data)
-    watch.on_stage(f"loading {source}")
+    callback.on_stage(f"loading {source}")
     rows = read_splits(experiment, definition)
     backbone = with_sample_images(load(str(source)), experiment, definition, rows)
     start = runs.build_prompt(experiment, definition, backbone, initialize=False).prompt()
-    return _points({"start": start}, experiment, definition, backbone, batches, watch)
+    return _points({"start": start}, experiment, definition, backbone, batches, callback)
 
 
 def _along(
-    folder: Path, data: str | None, batches: int, checkpoints: bool, watch: TrainingCallback
+    folder: Path, data: str | None, batches: int, checkpoints: bool, callback: TrainingCallback
 ) -> list[GradientPoint]:
-    [loaded] = load_prompts(folder, checkpoints=checkpoints, watch=watch)
+    [loaded] = load_prompts(folder, checkpoints=checkpoints, callback=callback)
     assert loaded.run is not None
     assert loaded.backbone is not None
     reason = ""
@@ -102,7 +102,7 @@ def _along(
     prompts = {} if loaded.start is None else {"start": loaded.start}
     prompts |= {f"step {step}": matrix for step, matrix in loaded.history.items() if step}
     prompts["finished"] = loaded.matrix
-    return _points(prompts, experiment, loaded.run.task, loaded.backbone, batches, watch)
+    return _points(prompts, experiment, loaded.run.task, loaded.backbone, batches, callback)
 
 
 def _points(
@@ -111,11 +111,11 @@ def _points(
     task: Task,
     backbone: Backbone,
     batches: int,
-    watch: TrainingCallback,
+    callback: TrainingCallback,
 ) -> list[GradientPoint]:
     gradient = gradient_on(experiment, task, backbone, read_splits(experiment, task).train)
     points = []
     for name, matrix in prompts.items():
-        watch.on_stage(f"gradient, {name}")
+        callback.on_stage(f"gradient, {name}")
         points.append(GradientPoint(at=name, spectrum=Spectrum.of(gradient(matrix, batches))))
     return points

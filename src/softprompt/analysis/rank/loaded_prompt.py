@@ -89,45 +89,51 @@ def _layer_spectra(
 
 
 def load_prompts(
-    folder: str | Path, *, checkpoints: bool = False, backbone: str | None = None, watch: TrainingCallback | None = None
+    folder: str | Path,
+    *,
+    checkpoints: bool = False,
+    backbone: str | None = None,
+    callback: TrainingCallback | None = None,
 ) -> Iterator[LoadedPrompt]:
     """The prompt of a run or a PEFT folder, or of every finished run in a folder of runs, by name.
 
     Args:
         checkpoints: also load the prompt at each checkpoint.
         backbone: where the runs' backbone is now, as `load_backbone` takes it; none: where it was during training.
-        watch: receives progress, and which runs are skipped and why.
+        callback: receives progress, and which runs are skipped and why.
 
     Raises:
         FileNotFoundError: the folder holds no prompt.
         ValueError: a damaged or unfinished run, or a PEFT folder without a prompt.
     """
-    path, watch = Path(folder).expanduser(), watch or NullCallback()
+    path, callback = Path(folder).expanduser(), callback or NullCallback()
     if (path / runs.RECORD).is_file():
         run = runs.open_run(path)
         if reason := _why_no_prompt(run):
             raise ValueError(f"run {path} {reason}; give a finished run of a prompt method")
-        watch.on_stage(f"loading {run.experiment.backbone}")
+        callback.on_stage(f"loading {run.experiment.backbone}")
         yield _of_run(run, run.backbone(backbone), checkpoints)
     elif (path / _ADAPTER).is_file():
         if checkpoints:
             raise ValueError(f"{path} is a PEFT folder and has no checkpoints; leave --checkpoints out, or give a run")
         yield _of_adapter(path)
     else:
-        yield from _of_folder(path, checkpoints, backbone, watch)
+        yield from _of_folder(path, checkpoints, backbone, callback)
 
 
-def _of_folder(path: Path, checkpoints: bool, backbone: str | None, watch: TrainingCallback) -> Iterator[LoadedPrompt]:
+def _of_folder(
+    path: Path, checkpoints: bool, backbone: str | None, callback: TrainingCallback
+) -> Iterator[LoadedPrompt]:
     cache: dict[tuple[str, str, str], Backbone] = {}
     count = 0
     for run in runs.list_runs(path):
         if reason := _why_no_prompt(run):
-            watch.on_note(f"{run.name} {reason} and is left out")
+            callback.on_note(f"{run.name} {reason} and is left out")
             continue
         key = (run.experiment.backbone, run.experiment.backbone_dtype, run.record["backbone"]["dtype"])
         if key not in cache:
             cache.clear()  # one backbone in memory at a time: the runs may have many
-            watch.on_stage(f"loading {run.experiment.backbone}")
+            callback.on_stage(f"loading {run.experiment.backbone}")
             cache[key] = run.backbone(backbone)
         count += 1
         yield _of_run(run, cache[key], checkpoints)

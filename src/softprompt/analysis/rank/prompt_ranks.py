@@ -56,7 +56,7 @@ def measure(
     checkpoints: bool = False,
     functional: Truncation | None = None,
     backbone: str | None = None,
-    watch: TrainingCallback | None = None,
+    callback: TrainingCallback | None = None,
 ) -> list[PromptRanks]:
     """The ranks of a run, a PEFT folder, or every finished run in a folder of runs.
 
@@ -65,14 +65,14 @@ def measure(
         checkpoints: also measure at each checkpoint.
         functional: also score the prompt truncated in this way.
         backbone: where the runs' backbone is now; none: as `functional` says, else where it was during training.
-        watch: receives progress.
+        callback: receives progress.
 
     Raises:
         FileNotFoundError, ValueError: as `load_prompts` and `functional_rank`.
     """
     backbone = backbone or (functional.backbone if functional else None)
     measured = []
-    for loaded in load_prompts(folder, checkpoints=checkpoints, backbone=backbone, watch=watch):
+    for loaded in load_prompts(folder, checkpoints=checkpoints, backbone=backbone, callback=callback):
         if loaded.run is None and backbone and functional is None:
             raise ValueError(f"{loaded.folder} is no run, and --backbone does nothing to it without --functional")
         depth = loaded.prompt.depth
@@ -81,7 +81,7 @@ def measure(
                 loaded=dataclasses.replace(loaded, backbone=None),  # else every run's backbone would stay in memory
                 spectra=spectra(loaded.matrix, loaded.start, depth),
                 history={step: spectra(matrix, loaded.start, depth) for step, matrix in loaded.history.items()},
-                functional=None if functional is None else functional_rank(loaded, functional, watch=watch),
+                functional=None if functional is None else functional_rank(loaded, functional, callback=callback),
             )
         )
     return measured

@@ -151,8 +151,8 @@ def _differing(rows: Sequence[tuple[str, Settings]]) -> list[str]:
 def _label_settings(rows: Sequence[tuple[str, Settings]], method: str) -> list[str]:
     """What differs: of a method's own settings among its rows, of the others among all rows."""
     shared = set.intersection(*(set(settings) for _, settings in rows)) | _COMMON_METHOD_SETTINGS
-    within = _differing([row for row in rows if row[0] == method])
-    return [*within, *(name for name in _differing(rows) if name in shared and name not in within)]
+    own_names = _differing([row for row in rows if row[0] == method])
+    return [*own_names, *(name for name in _differing(rows) if name in shared and name not in own_names)]
 
 
 def label(method: str, settings: Settings, names: Sequence[str]) -> str:
