@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from softprompt import files
-from softprompt.analysis.report.drawing import drawn
+from softprompt.analysis.report.plot_style import render_plot
 
 
 @final
@@ -76,7 +76,7 @@ def plot(cases: Sequence[tuple[str, dict[str, Any]]], out: Path) -> None:
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("speedup over the peer (median; error bar: minimum and maximum of the rounds)")
 
-    picture = drawn("speed", "Speed", "", draw, (8.6, 1.0 + 0.52 * len(cases)))
+    picture = render_plot("speed", "Speed", "", draw, (8.6, 1.0 + 0.52 * len(cases)))
     files.write_text(out, picture.svg)
     out.with_suffix(".png").write_bytes(picture.png)
 

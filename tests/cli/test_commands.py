@@ -1,4 +1,4 @@
-"""Every command as a user types it: exit code, one JSON line at the end of stdout, one sentence at a failure."""
+"""Every command as a user types it: exit code, a JSON line at the end of stdout, one sentence on failure."""
 
 import contextlib
 import io
@@ -41,10 +41,10 @@ class Called(NamedTuple):
         assert self.code == 1
         assert self.out == []
         assert not any("Traceback" in line for line in self.err)
-        said = [line for line in self.err if line.startswith("softprompt: ")]
-        assert said == self.err[-1:]
-        assert "--debug shows where" not in said[0], f"nobody wrote a sentence for this: {said[0]}"
-        return said[0]
+        sentences = [line for line in self.err if line.startswith("softprompt: ")]
+        assert sentences == self.err[-1:]
+        assert "--debug shows where" not in sentences[0], f"no sentence for this error: {sentences[0]}"
+        return sentences[0]
 
 
 def call(*arguments: str | Path) -> Called:
@@ -66,7 +66,7 @@ def trained(where: list[str]) -> Any:
     return call("train", *where, *QUICK, "--name", "mine", "dpt", "--length", "6", "--rank", "2").result
 
 
-def test_train(trained: Any, where: list[str], llama_folder: Path) -> None:
+def test_train_reports_the_run(trained: Any, where: list[str], llama_folder: Path) -> None:
     assert (
         trained.items()
         >= {
@@ -84,7 +84,7 @@ def test_train(trained: Any, where: list[str], llama_folder: Path) -> None:
         }.items()
     )
     assert 0 <= trained["dev"] <= 1
-    assert 0 <= trained["low"] <= trained["test"] <= trained["high"] <= 1
+    assert 0 <= trained["ci_low"] <= trained["test"] <= trained["ci_high"] <= 1
     assert trained["seconds"] > 0
     assert {"softprompt.json", "README.md", "metrics.jsonl"} <= {file.name for file in Path(trained["run"]).iterdir()}
 
@@ -96,51 +96,51 @@ def test_train_every_method(method: str, where: list[str]) -> None:
     assert 0 <= result["zero_shot"] <= 1
 
 
-def test_the_default_method_is_dpt(where: list[str]) -> None:
+def test_default_method_is_dpt(where: list[str]) -> None:
     assert call("train", *where, *QUICK).result["method"] == "dpt"
 
 
 def test_settings_reach_the_run(where: list[str]) -> None:
-    wanted = {
+    expected = {
         "vocabulary_weight": 1.0,
         "lr_scheduler": "cosine",
         "gradient_accumulation_steps": 2,
         "shots": 4,
         "lr": 0.01,
     }
-    flags = [part for name, value in wanted.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [part for name, value in expected.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     method = ["plain", "--length", "3", "--init", "label_words"]
     run = call("train", *where, *QUICK, *flags, "--seed", "5", *method).result["run"]
     experiment = json.loads((Path(run) / "softprompt.json").read_text())["experiment"]
     assert experiment["seed"] == 5
-    assert experiment["training"].items() >= {**wanted, "steps": 3}.items()
+    assert experiment["training"].items() >= {**expected, "steps": 3}.items()
     assert experiment["prompt"].items() >= {"method": "plain", "length": 3, "init": "label_words"}.items()
 
 
-def test_a_small_disturbance_of_the_rows_is_told(where: list[str]) -> None:
+def test_train_notes_a_small_fault_in_the_rows(where: list[str]) -> None:
     called = call("train", *where, *QUICK, "--max-input-tokens", "9", "dpt", "--length", "6", "--rank", "2")
     assert called.result["steps"] == 3
     assert any("train rows were cut to 9 tokens (--max-input-tokens)" in line for line in called.err)
 
 
-def test_evaluate(trained: Any, ticket_task: Path) -> None:
+def test_evaluate_repeats_the_runs_score(trained: Any, ticket_task: Path) -> None:
     result = call("evaluate", trained["run"]).result
     assert (result["metric"], result["value"], result["n"]) == ("accuracy", trained["test"], 24)
-    assert (result["majority"], result["low"], result["high"]) == (
+    assert (result["majority"], result["ci_low"], result["ci_high"]) == (
         trained["majority"],
-        trained["low"],
-        trained["high"],
+        trained["ci_low"],
+        trained["ci_high"],
     )
     assert call("evaluate", trained["run"], "--split", "dev").result["value"] == trained["dev"]
     again = call("evaluate", trained["run"], "--task", ticket_task).result
     assert (again["task"], again["value"]) == (str(ticket_task), trained["test"])
 
 
-def test_predict(trained: Any, tmp_path: Path) -> None:
+def test_predict_prints_a_line_per_row(trained: Any, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text\na a a\nb b\n")
-    shown = call("predict", trained["run"], "--input", tmp_path / "rows.csv")
-    assert shown.result == {"command": "predict", "run": trained["run"], "rows": 2, "output": None}
-    answers = [json.loads(line) for line in shown.out[:-1]]
+    printed = call("predict", trained["run"], "--input", tmp_path / "rows.csv")
+    assert printed.result == {"command": "predict", "run": trained["run"], "rows": 2, "output": None}
+    answers = [json.loads(line) for line in printed.out[:-1]]
     assert [answer["row"] for answer in answers] == [1, 2]
     for answer in answers:
         assert answer["probabilities"].keys() == LABELS
@@ -149,21 +149,21 @@ def test_predict(trained: Any, tmp_path: Path) -> None:
     written = call("predict", trained["run"], "--input", tmp_path / "rows.csv", "--output", tmp_path / "answers.jsonl")
     assert written.result["output"] == str(tmp_path / "answers.jsonl")
     assert len(written.out) == 1
-    assert (tmp_path / "answers.jsonl").read_text().splitlines() == shown.out[:-1]
+    assert (tmp_path / "answers.jsonl").read_text().splitlines() == printed.out[:-1]
 
 
-def test_predict_rows_without_the_templates_column(trained: Any, tmp_path: Path) -> None:
+def test_predict_names_a_missing_column(trained: Any, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("texts\na a a\n")
     assert "text" in call("predict", trained["run"], "--input", tmp_path / "rows.csv").sentence
 
 
-def test_export(trained: Any, tmp_path: Path) -> None:
+def test_export_writes_a_peft_folder(trained: Any, tmp_path: Path) -> None:
     result = call("export", trained["run"], "--output", tmp_path / "adapter").result
-    said = {"command": "export", "runs": [trained["run"]], "to": "peft", "output": str(tmp_path / "adapter")}
+    expected = {"command": "export", "runs": [trained["run"]], "to": "peft", "output": str(tmp_path / "adapter")}
     compared = {name: result.pop(name) for name in ("largest_difference", "tolerance", "unit")}
     assert compared["largest_difference"] == compared["tolerance"] == 0
     assert compared["unit"]
-    assert result == {**said, "prompts": {"mine": 6}}
+    assert result == {**expected, "prompts": {"mine": 6}}
     names = {"adapter_config.json", "adapter_model.safetensors"}
     assert {file.name for file in (tmp_path / "adapter").iterdir()} == names
     for name in names:
@@ -171,10 +171,10 @@ def test_export(trained: Any, tmp_path: Path) -> None:
     assert "never overwritten" in call("export", trained["run"], "--output", tmp_path / "adapter").sentence
 
 
-def test_list(trained: Any, where: list[str]) -> None:
+def test_list_of_each_kind(trained: Any, where: list[str]) -> None:
     methods = call("list", "methods", "--dim", "768").result
-    wanted = [{"name": name, "count": METHODS[name]().count(768), "folds": METHODS[name].folds} for name in METHODS]
-    assert methods == sorted(wanted, key=lambda method: method["name"])
+    expected = [{"name": name, "count": METHODS[name]().count(768), "folds": METHODS[name].folds} for name in METHODS]
+    assert methods == sorted(expected, key=lambda method: method["name"])
     assert {"name": "dpt", "count": 7880, "folds": "prompt"} in methods
     assert {task["name"] for task in call("list", "tasks").result} == set(TASKS)
     assert {asset["name"] for asset in call("list", "assets").result} == set(ASSETS)
@@ -183,7 +183,7 @@ def test_list(trained: Any, where: list[str]) -> None:
     assert call("list", "runs", "--out", where[-1] + "-none").result == []
 
 
-def test_doctor() -> None:
+def test_doctor_reports_versions() -> None:
     result = call("doctor").result
     assert result["versions"].items() >= {"softprompt": __version__}.items()
     assert result["dtype"] in ("float32", "bfloat16")
@@ -205,9 +205,9 @@ def test_doctor() -> None:
         (["list", "methods", "--prompt-module"], ["is no Python file"]),
     ],
 )
-def test_what_is_not_there_is_said_in_one_sentence(arguments: list[str], words: list[str]) -> None:
-    said = call(*arguments).sentence
-    assert all(word in said for word in words), said
+def test_missing_input_is_one_sentence(arguments: list[str], words: list[str]) -> None:
+    sentence = call(*arguments).sentence
+    assert all(word in sentence for word in words), sentence
 
 
 @pytest.mark.parametrize(
@@ -219,11 +219,11 @@ def test_what_is_not_there_is_said_in_one_sentence(arguments: list[str], words: 
         (["plain", "--length", "300"], ["positions", "256"]),
     ],
 )
-def test_settings_that_do_not_fit_what_they_meet(
+def test_settings_that_do_not_fit_are_refused(
     flags: list[str], words: list[str], where: list[str], tmp_path: Path
 ) -> None:
-    said = call("train", *where[:-1], tmp_path / "runs", *QUICK, *flags).sentence
-    assert all(word in said for word in words), said
+    sentence = call("train", *where[:-1], tmp_path / "runs", *QUICK, *flags).sentence
+    assert all(word in sentence for word in words), sentence
 
 
 @pytest.mark.parametrize(
@@ -235,19 +235,19 @@ def test_settings_that_do_not_fit_what_they_meet(
         (["dpt", "--rank", "7", "--length", "6"], "rank is 7 and length is 6; a prompt's rank cannot exceed"),
     ],
 )
-def test_settings_that_cannot_be_are_wrong_usage(flags: list[str], sentence: str, tmp_path: Path) -> None:
+def test_invalid_settings_exit_2(flags: list[str], sentence: str, tmp_path: Path) -> None:
     called = call("train", "--out", tmp_path / "runs", *flags)
     assert (called.code, called.out) == (2, [])
     assert sentence in " ".join(" ".join(called.err).split())  # in a box, wrapped to the terminal's width
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_backbone_that_is_not_there(where: list[str]) -> None:
-    said = call("train", "--backbone", "no-such-model", *where[2:], *QUICK).sentence
-    assert "backbone 'no-such-model' is neither a folder" in said
+def test_missing_backbone_is_one_sentence(where: list[str]) -> None:
+    sentence = call("train", "--backbone", "no-such-model", *where[2:], *QUICK).sentence
+    assert "backbone 'no-such-model' is neither a folder" in sentence
 
 
-def test_wrong_usage_is_2() -> None:
+def test_wrong_usage_exits_2() -> None:
     for arguments in (["train", "--stepz", "3"], ["train", "--steps", "many"], ["list", "colours"], ["evaluate"]):
         called = call(*arguments)
         assert called.code == 2, arguments
@@ -277,10 +277,10 @@ def test_debug_shows_the_traceback() -> None:
         main(["evaluate", "nowhere", "--debug"])
 
 
-def test_resume_takes_no_other_flags(trained: Any) -> None:
-    said = call("train", "--resume", trained["run"], "--steps", "9").sentence
-    assert "--steps is given beside --resume" in said
-    assert "keeps every setting of its own" in said
+def test_resume_refuses_settings(trained: Any) -> None:
+    sentence = call("train", "--resume", trained["run"], "--steps", "9").sentence
+    assert "--steps is given with --resume" in sentence
+    assert "keeps its own settings" in sentence
     assert call("train", "--resume", trained["run"]).result == trained
 
 
@@ -297,7 +297,7 @@ def own_method(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return forget
 
 
-def test_a_method_of_ones_own(where: list[str], own_method: Callable[[], None], tmp_path: Path) -> None:
+def test_prompt_module_adds_a_method(where: list[str], own_method: Callable[[], None], tmp_path: Path) -> None:
     flag = ["--prompt-module", str(KRONECKER)]
     own_method()
     try:
@@ -309,9 +309,9 @@ def test_a_method_of_ones_own(where: list[str], own_method: Callable[[], None], 
         result = call("train", f"--prompt-module={KRONECKER}", *where, *QUICK, "kronecker", "--length", "8").result
         assert (result["method"], result["trainable"]) == ("kronecker", 4 * 4 + 2 * 8)
         own_method()
-        said = call("evaluate", result["run"]).sentence
-        assert "'kronecker'" in said
-        assert "--prompt-module" in said
+        sentence = call("evaluate", result["run"]).sentence
+        assert "'kronecker'" in sentence
+        assert "--prompt-module" in sentence
         own_method()
         assert call("evaluate", result["run"], *flag).result["value"] == result["test"]
         assert call("export", result["run"], *flag, "--output", tmp_path / "adapter").result["to"] == "peft"
@@ -319,7 +319,7 @@ def test_a_method_of_ones_own(where: list[str], own_method: Callable[[], None], 
         own_method()
 
 
-def test_the_program_itself(where: list[str]) -> None:
+def test_program_as_a_process(where: list[str]) -> None:
     """In a process of its own: progress on stderr alone, the JSON line alone on stdout, a traceback with --debug."""
 
     def program(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -50,7 +50,7 @@ def swept(tiny_backbone: Callable[[str], Backbone], tmp_path_factory: pytest.Tem
     return folder
 
 
-def test_a_sweep_is_skipped_until_an_image_changes(swept: Path) -> None:
+def test_sweep_is_skipped_until_an_image_changes(swept: Path) -> None:
     again = call("sweep", swept / "sweep.toml", "--out", swept / "runs")
     assert (again["done"], len(again["skipped"])) == ([], 4)
     image = swept / "photos" / "sea" / "00.png"
@@ -62,16 +62,16 @@ def test_a_sweep_is_skipped_until_an_image_changes(swept: Path) -> None:
     assert all("have changed since it was trained" in one["problem"] for one in failed)
 
 
-def test_a_report_tells_the_depths_apart(swept: Path) -> None:
+def test_report_has_a_row_per_depth(swept: Path) -> None:
     found = call("report", swept / "runs", "--out", swept / "report")
     assert {cell["row"]: cell["seeds"] for cell in found["cells"]} == {
         "plain depth=shallow": [0, 1],
         "plain depth=deep": [0, 1],
     }
-    assert found["left_out"] == []
+    assert found["skipped"] == []
 
 
-def test_ranks_are_a_layers(swept: Path) -> None:
+def test_rank_measures_each_layer(swept: Path) -> None:
     found = call("rank", swept / "runs", "--functional", "--suggest", "--rows", "0")
     for prompt in found["prompts"]:
         views = {name for name in prompt["ranks"] if name.startswith("update")}

@@ -38,12 +38,12 @@ def runs_of(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.Temp
     return found
 
 
-def test_energy_is_the_share_of_the_squares() -> None:
+def test_energy_is_the_share_of_squared_values() -> None:
     point = GradientPoint(at="start", spectrum=Spectrum.of(torch.diag(torch.tensor([3.0, 2.0, 1.0]))))
     assert [point.energy(rank) for rank in (0, 1, 2, 3)] == pytest.approx([0, 9 / 14, 13 / 14, 1])
 
 
-def test_a_run_at_its_start_its_checkpoints_and_its_end(runs_of: dict[str, Path], llama_folder: Path) -> None:
+def test_gradient_at_start_checkpoints_and_end(runs_of: dict[str, Path], llama_folder: Path) -> None:
     code, result, err = call("rank", runs_of["dpt"], "--gradient", "--checkpoints", "--batches", "2")
     assert code == 0, err
     assert [point["at"] for point in result["gradients"]] == ["start", "step 2", "step 4", "finished"]
@@ -55,7 +55,7 @@ def test_a_run_at_its_start_its_checkpoints_and_its_end(runs_of: dict[str, Path]
     assert result["gradients"][-1]["energy"]["2"] == pytest.approx(float(squares[:2].sum() / squares.sum()), rel=1e-4)
 
 
-def test_a_backbone_at_random_vocabulary_rows(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
+def test_gradient_of_a_backbone_at_vocabulary_rows(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
     code, result, err = call(
         *("rank", llama_folder, "--gradient", "--task", ticket_task, "--length", "5", "--batches", "1"),
         *("--out", tmp_path / "out"),
@@ -83,7 +83,7 @@ def test_a_backbone_at_random_vocabulary_rows(llama_folder: Path, ticket_task: P
         ("backbone", ["--task", "boolq", "--checkpoints"], "is a backbone and has no checkpoints"),
     ],
 )
-def test_what_does_not_go_is_refused(
+def test_gradient_refuses_settings_that_do_not_fit(
     source: str, flags: list[str], sentence: str, runs_of: dict[str, Path], llama_folder: Path
 ) -> None:
     code, _, err = call("rank", runs_of.get(source, llama_folder), "--gradient", *flags)
@@ -92,13 +92,13 @@ def test_what_does_not_go_is_refused(
 
 
 @pytest.mark.parametrize("flags", [["--length", "5"], ["--batches", "3"]])
-def test_its_flags_do_nothing_without_it(flags: list[str], runs_of: dict[str, Path]) -> None:
+def test_gradient_flags_refused_without_gradient(flags: list[str], runs_of: dict[str, Path]) -> None:
     code, _, err = call("rank", runs_of["dpt"], *flags)
     assert code == 1
     assert "--length and --batches do nothing without --gradient" in err
 
 
-def test_of_a_head_it_is_not_read(tiny_backbone: Any, ticket_task: Path, tmp_path: Path) -> None:
+def test_gradient_refuses_a_run_with_a_head(tiny_backbone: Any, ticket_task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     tiny_backbone("bert").model.save_pretrained(folder)
     tiny_backbone("bert").tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""`softprompt report` as a user types it, on runs that were really trained."""
+"""`softprompt report` as a user types it, on trained runs."""
 
 import contextlib
 import io
@@ -39,14 +39,14 @@ def trained(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="module")
 def reported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[str], Path]:
-    """The JSON line, what was shown, and the folder."""
+    """The JSON line, stderr's lines, and the folder."""
     out = tmp_path_factory.mktemp("report")
     code, lines, err = call("report", trained, "--out", out, "--compare", "plain")
     assert code == 0, err
     return json.loads(lines[-1]), err, out
 
 
-def test_the_json_line_has_what_the_runs_have(reported: tuple[Any, list[str], Path], trained: Path) -> None:
+def test_json_line_holds_the_runs_results(reported: tuple[Any, list[str], Path], trained: Path) -> None:
     result, _, out = reported
     assert (result["command"], result["out"], result["runs"]) == ("report", str(out), 3)
     cells = {cell["method"]: cell for cell in result["cells"]}
@@ -55,13 +55,13 @@ def test_the_json_line_has_what_the_runs_have(reported: tuple[Any, list[str], Pa
     assert cells["dpt"]["test"] == pytest.approx(sum(run["test"] for run in runs) / 2)
     assert cells["dpt"]["trainable"] == runs[0]["trainable"]
     assert cells["plain"]["test_sd"] is None
-    [left] = result["left_out"]
-    assert left["folder"] == str(trained / "stopped")
-    assert "softprompt train --resume" in left["reason"]
-    assert [one["seeds"] for one in result["differences"]] == [[0]]
+    [skipped] = result["skipped"]
+    assert skipped["folder"] == str(trained / "stopped")
+    assert "softprompt train --resume" in skipped["reason"]
+    assert [difference["seeds"] for difference in result["differences"]] == [[0]]
 
 
-def test_every_file_is_there(reported: tuple[Any, list[str], Path]) -> None:
+def test_report_writes_every_file(reported: tuple[Any, list[str], Path]) -> None:
     result, _, out = reported
     assert {Path(path).name for path in result["files"]} == {path.name for path in out.iterdir()}
     assert {path.name for path in out.iterdir()} == {
@@ -70,20 +70,18 @@ def test_every_file_is_there(reported: tuple[Any, list[str], Path]) -> None:
     }  # fmt: skip
 
 
-def test_the_tables_are_shown_and_what_is_left_out_is_named(
-    reported: tuple[Any, list[str], Path], trained: Path
-) -> None:
-    _, shown, out = reported
+def test_tables_and_skipped_runs_are_printed(reported: tuple[Any, list[str], Path], trained: Path) -> None:
+    _, lines, out = reported
     text = (out / "results.txt").read_text().splitlines()
-    assert shown[: len(text)] == text
-    assert any(line.startswith("majority answer") for line in shown)
-    assert any(line.startswith(f"left out: {trained / 'stopped'}: ") for line in shown)
+    assert lines[: len(text)] == text
+    assert any(line.startswith("majority answer") for line in lines)
+    assert any(line.startswith(f"skipped: {trained / 'stopped'}: ") for line in lines)
 
 
 @pytest.mark.parametrize(
     ("form", "name"), [("markdown", "results.md"), ("csv", "results.csv"), ("latex", "results.tex")]
 )
-def test_the_format_is_what_is_shown(form: str, name: str, trained: Path, tmp_path: Path) -> None:
+def test_format_selects_the_printed_tables(form: str, name: str, trained: Path, tmp_path: Path) -> None:
     code, lines, err = call("report", trained / "tickets-plain-0", "--out", tmp_path / "out", "--format", form)
     assert code == 0
     assert json.loads(lines[-1])["runs"] == 1
@@ -100,16 +98,16 @@ def test_the_format_is_what_is_shown(form: str, name: str, trained: Path, tmp_pa
         ([], "softprompt: there is no finished run in no folder"),
     ],
 )
-def test_a_failure_is_one_sentence(arguments: list[str], sentence: str, trained: Path, tmp_path: Path) -> None:
-    given = [argument.replace("{runs}", str(trained)) for argument in arguments]
-    code, out, err = call("report", *given, "--out", tmp_path / "out")
+def test_report_failure_is_one_sentence(arguments: list[str], sentence: str, trained: Path, tmp_path: Path) -> None:
+    replaced = [argument.replace("{runs}", str(trained)) for argument in arguments]
+    code, out, err = call("report", *replaced, "--out", tmp_path / "out")
     assert (code, out) == (1, [])
     assert err[-1].startswith(sentence)
     assert "Traceback" not in "".join(err)
     assert not (tmp_path / "out").exists()
 
 
-def test_help() -> None:
+def test_report_help_names_every_flag() -> None:
     code, out, _ = call("report", "--help")
     assert code == 0
     for word in ("RUNS", "--out", "--format", "--compare", "--choose", "--rates-on"):

@@ -89,9 +89,9 @@ def test_show_compares_texts_like_the_metric(
     monkeypatch.setattr(command, "console", _Printer())
     command._show_mistakes(trained, 5)
     printed = capsys.readouterr().out
-    assert "1 of 1 test rows it got wrong" in printed
+    assert "1 of 1 test rows answered wrongly" in printed
     assert printed.count("- row ") == 1
-    assert "said something else, is " in printed
+    assert "answered something else, correct is " in printed
 
 
 class _Printer:
@@ -112,8 +112,8 @@ def test_terminal_prints_first_step_and_each_score_once(capsys: pytest.CaptureFi
         majority=0.5,
         majority_answer="a",
         majority_source="train",
-        low=0.2,
-        high=0.8,
+        ci_low=0.2,
+        ci_high=0.8,
     )
     err = io.StringIO()
     with contextlib.redirect_stderr(err):

@@ -32,7 +32,7 @@ from softprompt import (
     resume,
     train,
 )
-from softprompt.analysis.rank import Truncation, functional_rank, measure, subjects
+from softprompt.analysis.rank import Truncation, functional_rank, load_prompts, measure
 from softprompt.prompts import Folded, PromptConfig
 from softprompt.prompts.deep import build
 from softprompt.prompts.dpt import AnchoredPrompt
@@ -208,10 +208,10 @@ def test_update_rank_is_measured_from_the_anchor(
     name: str, experiment: Experiment, backbone: Backbone, tmp_path: Path
 ) -> None:
     run = train(experiment.replace(prompt=PROMPTS[name]), out=tmp_path, backbone=backbone)
-    [variant] = subjects(run.folder, checkpoints=True)
+    [variant] = load_prompts(run.folder, checkpoints=True)
     assert variant.start is not None
     assert torch.equal(variant.start, tensors(run)["anchor"])
-    assert torch.equal(variant.course[0], variant.start)
+    assert torch.equal(variant.history[0], variant.start)
     functional = functional_rank(variant, Truncation(part="update", split="train", rows=0))
     assert [cut.rank for cut in functional.cuts] == [0, 1, 2, 3, 4]  # at most twice the rank
     assert functional.cuts[-1].score == functional.full
@@ -222,7 +222,7 @@ def test_update_rank_is_measured_from_the_anchor(
         ).full
     )
     [measured] = measure(run.folder)
-    assert (measured.ranks["prompt"].numerical, measured.ranks["update"].numerical) == (6, 4)
+    assert (measured.spectra["prompt"].numerical, measured.spectra["update"].numerical) == (6, 4)
 
 
 def test_gradient_init_is_recomputed_for_the_update(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_gradient_init_is_recomputed_for_the_update(experiment: Experiment, back
     gradient = setup.gradient_on(run.experiment, run.task, backbone, setup.read_splits(run.experiment, run.task).train)
     first = build_prompted_model(run.experiment, run.task, backbone, initialize=True, gradient=gradient).prompt
     assert first is not None
-    [variant] = subjects(run.folder)
+    [variant] = load_prompts(run.folder)
     assert variant.start is not None
     assert torch.equal(variant.start, first.prompt())
 

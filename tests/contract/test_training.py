@@ -159,7 +159,7 @@ def test_results_are_of_the_test_split_with_majority(
     assert results["n_test"] == len(answers) == 24
     assert results["test"] == pytest.approx(right)
     assert results["majority"] == pytest.approx(1 / 6)
-    assert 0 <= results["low"] <= results["test"] <= results["high"] <= 1
+    assert 0 <= results["ci_low"] <= results["test"] <= results["ci_high"] <= 1
     assert 0 <= results["zero_shot"] <= 1
     assert results["trainable"] == DPT(length=6, rank=2).count(backbone.dim)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from softprompt.analysis.rank import Truncation, functional_rank
-from softprompt.analysis.rank.subject import subjects
+from softprompt.analysis.rank.loaded_prompt import load_prompts
 from softprompt.cli import main
 from softprompt.config import Experiment, TrainingConfig
 from softprompt.evaluation.evaluate import evaluate
@@ -69,7 +69,7 @@ def test_missing_rows_name_their_path(run: Run, tmp_path: Path, capsys: pytest.C
 
 
 def test_functional_rank_refuses_changed_rows(run: Run, tmp_path: Path) -> None:
-    [loaded] = subjects(run.folder)
+    [loaded] = load_prompts(run.folder)
     write(tmp_path / "train.csv", LINES[1:])
     with pytest.raises(ValueError, match="are not those that run"):
         functional_rank(loaded, Truncation(ranks=(2,)))

@@ -168,4 +168,4 @@ def test_results_have_all_metrics(llama_folder: Path, ticket_task: Path, tmp_pat
     results = train(experiment(llama_folder, ticket_task), out=tmp_path).results
     assert results is not None
     assert results["metric"] == "accuracy"
-    assert set(results["others"]) == {"macro_f1"}
+    assert set(results["extra_metrics"]) == {"macro_f1"}

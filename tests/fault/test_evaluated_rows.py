@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from softprompt.analysis.rank import Truncation, functional_rank
-from softprompt.analysis.rank.subject import subjects
+from softprompt.analysis.rank.loaded_prompt import load_prompts
 from softprompt.cli import main
 from softprompt.config import Experiment, TrainingConfig
 from softprompt.evaluation.evaluate import evaluate
@@ -110,7 +110,7 @@ def test_file_needs_no_groups_but_keeps_questions(llama_folder: Path, tmp_path: 
 
 
 def test_functional_rank_scores_every_row_of_a_file(run: Run, tables: Path) -> None:
-    [prompt] = subjects(run.folder)
+    [prompt] = load_prompts(run.folder)
     data = str(tables / "new.csv")
     result = functional_rank(prompt, Truncation(ranks=(2,), rows=0, data=data))
     assert (result.full, result.split) == (evaluate(run, data=data), "given")

@@ -284,7 +284,7 @@ def test_only_the_main_process_prints(finished_jobs: FinishedJobs) -> None:
     assert finished_jobs.codes["cli"] == [0, 0]
     (first, second), (printed, silence) = finished_jobs.output("cli", "out"), finished_jobs.output("cli", "err")
     assert json.loads(first.splitlines()[-1])["steps"] == 2
-    assert "kept in" in printed
+    assert "saved in" in printed
     assert second == silence == ""
 
 

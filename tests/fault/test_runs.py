@@ -199,9 +199,9 @@ def test_square_brackets_in_a_row_are_printed(
     file.write_text('train = "train.csv"\ntemplate = "{text}:"\nlabel = "queue"\n')
     assert main(["train", "--task", str(file), "--show", "3", *flags(finished.experiment, tmp_path)]) == 0
     captured = capsys.readouterr().err
-    assert "rows it got wrong" in captured
+    assert "rows answered wrongly" in captured
     assert captured.replace("\n", "").count(text) == 3
-    assert captured.count(": said [") == captured.count("], is [") == 3
+    assert captured.count(": answered [") == captured.count("], correct is [") == 3
 
 
 def test_list_names_a_damaged_run_among_others(

@@ -75,7 +75,9 @@ def test_readme_names_files_of_trained_weights(
     prompt = experiment.prompt.build(own.host(), torch.Generator()) if baseline == "none" else None
     trained = attach(copied, prompt, head=fresh_head(own, 2, torch.Generator()), tuned=tuned)
     results = {"metric": "accuracy", "best_step": 1, "n_test": 2, "n_dev": 2, "trainable": 3}
-    model_card.write(run, trained, {**results, **dict.fromkeys(("test", "dev", "low", "high", "majority"), 0.5)}, "")
+    model_card.write(
+        run, trained, {**results, **dict.fromkeys(("test", "dev", "ci_low", "ci_high", "majority"), 0.5)}, ""
+    )
     assert words in (run.folder / "README.md").read_text()
 
 
@@ -85,5 +87,7 @@ def test_readme_loads_gguf_as_transformers_does(tiny_backbone: MakeBackbone, tmp
     run = runs.create(experiment, TASK, own, tmp_path, "it", "")
     trained = attach(own, experiment.prompt.build(own.host(), torch.Generator()))
     results = {"metric": "accuracy", "best_step": 1, "n_test": 2, "n_dev": 2, "trainable": 3}
-    model_card.write(run, trained, {**results, **dict.fromkeys(("test", "dev", "low", "high", "majority"), 0.5)}, "")
+    model_card.write(
+        run, trained, {**results, **dict.fromkeys(("test", "dev", "ci_low", "ci_high", "majority"), 0.5)}, ""
+    )
     assert 'from_pretrained("/models", gguf_file="small.gguf"), "it")' in (run.folder / "README.md").read_text()

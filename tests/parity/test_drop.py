@@ -24,7 +24,7 @@ def test_p_value_equals_mcnemars(lost: int, won: int) -> None:
     # 1,000 tosses: three standard errors of a share of one half are 0.047, and of 0.016 they are 0.012.
     assert result.p_value == pytest.approx(exact, abs=3 * np.sqrt(max(exact * (1 - exact), 0.001) / 1000) + 0.001)
     assert result.value == pytest.approx((lost - won) / 100)
-    assert result.low <= result.value <= result.high
+    assert result.ci_low <= result.value <= result.ci_high
     assert result.significant == (exact <= 0.025)
 
 
@@ -34,12 +34,12 @@ def test_interval_width_of_a_mean_difference() -> None:
     before, after = draw.integers(2, size=400), draw.integers(2, size=400)
     result = drop(METRICS["accuracy"], labels(before, golds), labels(after, golds))
     width = 2 * 1.96 * np.std(before - after) / np.sqrt(400)
-    assert result.high - result.low == pytest.approx(width, rel=0.1)  # percentiles of 1,000 draws
+    assert result.ci_high - result.ci_low == pytest.approx(width, rel=0.1)  # percentiles of 1,000 draws
 
 
 def test_equal_answers_have_no_drop() -> None:
     before, after = (labels([0, 1, 1], [1, 1, 0]) for _ in range(2))
-    assert drop(METRICS["accuracy"], before, after) == Drop(value=0.0, low=0.0, high=0.0, p_value=1.0)
+    assert drop(METRICS["accuracy"], before, after) == Drop(value=0.0, ci_low=0.0, ci_high=0.0, p_value=1.0)
 
 
 def test_questions_are_swapped_as_units() -> None:
@@ -48,7 +48,7 @@ def test_questions_are_swapped_as_units() -> None:
     after = [0, 1, 1, 0] * 6
     metric = METRICS["question_match"]
     result = drop(metric, labels(golds, golds, questions), labels(after, golds, questions))
-    assert (result.value, result.low, result.high) == (1, 1, 1)
+    assert (result.value, result.ci_low, result.ci_high) == (1, 1, 1)
     assert result.p_value == pytest.approx(1 / 64, abs=0.013)
 
 

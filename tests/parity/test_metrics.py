@@ -75,9 +75,9 @@ def test_questions_are_right_as_a_whole() -> None:
     golds = [1, 1, 0, 1, 0, 1, 0, 0]
     ours = [1, 0, 0, 1, 0, None, 0, 1]
     found = score(PAIRS, ours, golds, questions, majority=1)
-    assert found.others["question_match"] == pytest.approx(2 / 4)
+    assert found.extra_metrics["question_match"] == pytest.approx(2 / 4)
     # 2 true positives, 1 false one, 2 missed
-    assert found.value == found.others["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 2))
+    assert found.value == found.extra_metrics["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 2))
     assert found.majority == pytest.approx(2 * 4 / (2 * 4 + 4))
     assert found.n == 8
     with pytest.raises(ValueError, match="scores whole questions; give each row's value in the column 'q'"):
@@ -90,9 +90,9 @@ def test_questions_are_resampled_whole() -> None:
     names = list(range(20))
     alone = score(PAIRS, ours, golds, names, majority=1, resamples=200)
     repeated = score(PAIRS, ours * 10, golds * 10, names * 10, majority=1, resamples=200)
-    assert (repeated.low, repeated.high) == pytest.approx((alone.low, alone.high), abs=1e-12)
+    assert (repeated.ci_low, repeated.ci_high) == pytest.approx((alone.ci_low, alone.ci_high), abs=1e-12)
     split = score(PAIRS, ours * 10, golds * 10, list(range(200)), majority=1, resamples=200)
-    assert split.high - split.low < 0.6 * (alone.high - alone.low)
+    assert split.ci_high - split.ci_low < 0.6 * (alone.ci_high - alone.ci_low)
 
 
 @pytest.mark.parametrize(
@@ -134,18 +134,18 @@ def test_a_bootstrap_is_seeded_and_agrees_with_wilson() -> None:
     texts = [str(one) for one in ours], [str(one) for one in golds]
     first = score(TEXTS, *texts, majority="1")
     assert first == score(TEXTS, *texts, majority="1")
-    assert first.low < first.value < first.high
+    assert first.ci_low < first.value < first.ci_high
     accuracy = score(dataclasses.replace(PAIRS, metrics=("accuracy",)), ours, golds, majority=1)
-    assert (first.low, first.high) == pytest.approx((accuracy.low, accuracy.high), abs=0.015)
+    assert (first.ci_low, first.ci_high) == pytest.approx((accuracy.ci_low, accuracy.ci_high), abs=0.015)
     whole = score(dataclasses.replace(PAIRS, metrics=("f1",)), ours, golds, majority=1, resamples=200)
-    assert whole.low < whole.value < whole.high
+    assert whole.ci_low < whole.value < whole.ci_high
 
 
 def test_the_majority_is_scored_by_the_same_metric() -> None:
     golds = [0, 0, 0, 1, 2, 2]
     for majority, best, source in ((2, 0, "scored rows"), (0, 0, "train"), (None, 0, "scored rows")):
         found = score(LABELS, golds, golds, majority=majority, resamples=20)
-        assert found.value == found.others["accuracy"] == 1.0
+        assert found.value == found.extra_metrics["accuracy"] == 1.0
         assert found.majority == pytest.approx(sklearn.f1_score(golds, [best] * 6, average="macro"))
         assert (found.majority_answer, found.majority_source) == (list(LABELS.label_words)[best], source)
 
@@ -155,7 +155,7 @@ def test_a_text_is_its_label_or_wrong() -> None:
     found = score(task, [" Apple", "banana\n", "pear", None, 2], [0, 1, 2, 2, 2], majority=2)
     assert found.value == pytest.approx(3 / 5)
     # the two wrong ones cost cherry's recall, and are no class of their own
-    assert found.others["macro_f1"] == pytest.approx((1 + 1 + 2 * 1 / (2 * 1 + 2)) / 3)
+    assert found.extra_metrics["macro_f1"] == pytest.approx((1 + 1 + 2 * 1 / (2 * 1 + 2)) / 3)
 
 
 def test_what_cannot_be_scored_is_refused() -> None:

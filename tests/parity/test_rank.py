@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy import stats
 
 from softprompt import (
@@ -25,19 +26,19 @@ from softprompt import (
     train,
 )
 from softprompt.analysis.rank import (
-    Cut,
     Drop,
-    Functional,
+    FunctionalRank,
     LoadedPrompt,
     Spectrum,
+    TruncatedScore,
     Truncation,
-    best_part,
     functional_rank,
+    load_prompts,
     measure,
     ranks_up_to,
-    subjects,
+    spectra,
     suggest_rank,
-    views,
+    truncated_svd,
 )
 from softprompt.prompts.dept import DePT
 from softprompt.runs import build_prompted_model
@@ -59,7 +60,7 @@ def product(length: int, rank: int, dim: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("length", "rank", "dim"), [(20, 3, 48), (48, 7, 20), (100, 10, 768), (1, 1, 8), (12, 12, 12)])
-def test_ranks_are_numpys_and_the_formulas(length: int, rank: int, dim: int) -> None:
+def test_spectrum_ranks_equal_numpy_and_formulas(length: int, rank: int, dim: int) -> None:
     matrix = product(length, rank, dim)
     found = Spectrum.of(matrix)
     assert found.numerical == rank == np.linalg.matrix_rank(matrix.numpy())
@@ -73,14 +74,14 @@ def test_ranks_are_numpys_and_the_formulas(length: int, rank: int, dim: int) -> 
 
 
 @pytest.mark.parametrize(("value", "rank"), [(3e-6, 2), (1e-5, 3)])
-def test_the_tolerance_is_numpys(value: float, rank: int) -> None:
+def test_numerical_rank_tolerance_equals_numpys(value: float, rank: int) -> None:
     """48 * 2^-23 is 5.7e-6."""
     matrix = torch.zeros(20, 48)
     matrix[range(3), range(3)] = torch.tensor([1.0, 0.5, value])
     assert Spectrum.of(matrix).numerical == np.linalg.matrix_rank(matrix.numpy()) == rank
 
 
-def test_ranks_of_known_matrices() -> None:
+def test_spectrum_of_known_matrices() -> None:
     equal = Spectrum.of(torch.diag(torch.tensor([2.0, 2.0, 2.0, 0.0])))
     assert (equal.numerical, equal.stable) == (3, 3)
     assert equal.effective == pytest.approx(3)
@@ -90,34 +91,34 @@ def test_ranks_of_known_matrices() -> None:
     assert (nothing.numerical, nothing.stable, nothing.effective) == (0, 0, 0)
 
 
-def test_an_update_is_not_counted_by_its_rounding() -> None:
+def test_update_rank_ignores_rounding_of_the_start() -> None:
     start, change = 50 + torch.randn(30, 64, generator=seeded(1)), 1e-3 * product(30, 2, 64)
     matrix = start + change  # in float32, so that 1e-3 of 50 keeps but a few digits
     assert np.linalg.matrix_rank((matrix - start).numpy()) > 2
-    found = views(matrix, start)
+    found = spectra(matrix, start)
     assert found["update"].numerical == 2
     assert found["prompt"].numerical == 30
     assert found["centred"].numerical == 29
 
 
 @pytest.mark.parametrize("rank", [0, 1, 4, 9])
-def test_the_best_part_is_the_nearest(rank: int) -> None:
+def test_truncated_svd_is_the_nearest_matrix(rank: int) -> None:
     matrix = torch.randn(9, 14, generator=seeded(2))
-    kept = best_part(matrix, rank)
-    assert np.linalg.matrix_rank(kept.numpy()) == rank
-    left = np.linalg.svd(matrix.numpy(), compute_uv=False)[rank:]
-    # Eckart and Young: what is left out is exactly the other singular values.
-    assert float((matrix - kept).norm()) == pytest.approx(float(np.sqrt((left**2).sum())), abs=1e-5)
+    truncated = truncated_svd(matrix, rank)
+    assert np.linalg.matrix_rank(truncated.numpy()) == rank
+    omitted = np.linalg.svd(matrix.numpy(), compute_uv=False)[rank:]
+    # Eckart and Young: the distance is the norm of the omitted singular values.
+    assert float((matrix - truncated).norm()) == pytest.approx(float(np.sqrt((omitted**2).sum())), abs=1e-5)
 
 
 @pytest.mark.parametrize("rank", [-1, 10])
-def test_a_part_of_an_impossible_rank_is_refused(rank: int) -> None:
+def test_truncated_svd_refuses_impossible_rank(rank: int) -> None:
     with pytest.raises(ValueError, match=rf"rank is {rank}; .* can be cut to 0 to 9"):
-        best_part(torch.zeros(9, 14), rank)
+        truncated_svd(torch.zeros(9, 14), rank)
 
 
 @pytest.mark.parametrize("most", range(1, 130))
-def test_the_ranks_tried_rise_to_the_full_one(most: int) -> None:
+def test_ranks_up_to_rise_to_the_largest(most: int) -> None:
     found = ranks_up_to(most)
     assert found == sorted(set(found))
     assert found[: min(most, 8)] == list(range(1, min(most, 8) + 1))
@@ -125,7 +126,7 @@ def test_the_ranks_tried_rise_to_the_full_one(most: int) -> None:
     assert all(later <= 1.51 * former for former, later in pairwise(found[1:]))
 
 
-# Functional rank
+# FunctionalRank rank
 
 
 def score(value: float, low: float, majority: float = 0.5) -> Score:
@@ -136,42 +137,44 @@ def score(value: float, low: float, majority: float = 0.5) -> Score:
         majority=majority,
         majority_answer="a",
         majority_source="train",
-        low=low,
-        high=1.0,
+        ci_low=low,
+        ci_high=1.0,
     )
 
 
-def functional(chances: dict[int, tuple[float, float]], low: float = 0.7, majority: float = 0.5) -> Functional:
-    """Score and chance of the drop, by rank."""
+def functional(cuts_by_rank: dict[int, tuple[float, float]], low: float = 0.7, majority: float = 0.5) -> FunctionalRank:
+    """A functional rank from score and p-value by rank."""
     cuts = [
-        Cut(rank=rank, score=score(value, 0.0), drop=Drop(value=0.8 - value, low=0.0, high=0.1, p_value=p_value))
-        for rank, (value, p_value) in chances.items()
+        TruncatedScore(
+            rank=rank, score=score(value, 0.0), drop=Drop(value=0.8 - value, ci_low=0.0, ci_high=0.1, p_value=p_value)
+        )
+        for rank, (value, p_value) in cuts_by_rank.items()
     ]
     full = score(0.8, low, majority)
-    return Functional(task="t", backbone="b", part="prompt", split="dev", full=full, cuts=tuple(cuts))
+    return FunctionalRank(task="t", backbone="b", part="prompt", split="dev", full=full, cuts=tuple(cuts))
 
 
-def test_the_smallest_rank_by_both_rules() -> None:
+def test_smallest_rank_by_interval_and_significance() -> None:
     lucky = functional({1: (0.4, 0.001), 2: (0.75, 0.3), 3: (0.6, 0.001), 4: (0.72, 0.02), 5: (0.8, 1.0)})
-    assert (lucky.smallest, lucky.paired) == (2, 5)
-    assert functional({1: (0.9, 1.0), 2: (0.8, 1.0)}).paired == 1
+    assert (lucky.rank_by_interval, lucky.rank_by_significance) == (2, 5)
+    assert functional({1: (0.9, 1.0), 2: (0.8, 1.0)}).rank_by_significance == 1
     never = functional({1: (0.1, 0.001), 2: (0.2, 0.001)})
-    assert (never.smallest, never.paired) == (None, None)
+    assert (never.rank_by_interval, never.rank_by_significance) == (None, None)
 
 
-def subject(name: str, length: int = 20) -> LoadedPrompt:
+def loaded(name: str, length: int = 20) -> LoadedPrompt:
     return LoadedPrompt(name=name, folder=Path(name), prompt=Folded(torch.zeros(length, 32)))
 
 
-def test_the_suggestion_is_the_largest_over_seeds() -> None:
+def test_suggestion_is_the_largest_over_seeds() -> None:
     two, four = ({rank: (0.8, 1.0 if rank >= least else 0.0) for rank in range(1, 9)} for least in (2, 4))
     weak = functional(two, low=0.45)
     found = suggest_rank(
         [
-            (subject("a"), functional(two)),
-            (subject("b"), functional(four)),
-            (subject("c"), weak),
-            (subject("short", 5), weak),
+            (loaded("a"), functional(two)),
+            (loaded("b"), functional(four)),
+            (loaded("c"), weak),
+            (loaded("short", 5), weak),
         ]
     )
     assert [one.rank for one in found] == [4, None]
@@ -184,19 +187,19 @@ def test_the_suggestion_is_the_largest_over_seeds() -> None:
     assert found[1].sentence.startswith("No rank can be suggested: none of 1 prompts beats the majority answer")
 
 
-def test_a_suggestion_at_the_end_of_what_was_tried_says_so() -> None:
-    [found] = suggest_rank([(subject("a"), functional({1: (0.4, 0.0), 2: (0.8, 1.0)}))])
+def test_suggestion_at_the_largest_tried_rank_says_so() -> None:
+    [found] = suggest_rank([(loaded("a"), functional({1: (0.4, 0.0), 2: (0.8, 1.0)}))])
     assert found.rank == 2
     assert "No larger rank was tried" in found.sentence
     update = dataclasses.replace(functional({0: (0.8, 1.0)}), part="update")
     with pytest.raises(ValueError, match="a rank for DPT is that of the whole prompt, and update was cut"):
-        suggest_rank([(subject("a"), update)])
+        suggest_rank([(loaded("a"), update)])
 
 
-def test_a_prompt_that_needs_more_than_was_tried_is_not_passed_over() -> None:
+def test_suggestion_none_if_one_prompt_needs_more() -> None:
     two = functional({1: (0.4, 0.0), 2: (0.8, 1.0)})
     more = functional({1: (0.4, 0.0), 2: (0.6, 0.001)})
-    [found] = suggest_rank([(subject("a"), two), (subject("b"), more)])
+    [found] = suggest_rank([(loaded("a"), two), (loaded("b"), more)])
     assert found.rank is None
     assert found.evidence == {"a": 2, "b": None}
     assert found.sentence == (
@@ -229,9 +232,9 @@ def low_rank(trained: Callable[[Any], Run]) -> Run:
     return trained(DPT(anchor="none", length=8, rank=3))
 
 
-def test_a_cut_at_or_above_the_rank_changes_nothing(low_rank: Run) -> None:
+def test_cut_at_or_above_the_rank_changes_nothing(low_rank: Run) -> None:
     [measured] = measure(low_rank.folder, functional=Truncation(ranks=(1, 2, 3, 5, 8), split="train", rows=0))
-    assert measured.ranks["prompt"].numerical == 3
+    assert measured.spectra["prompt"].numerical == 3
     found = measured.functional
     assert found is not None
     expected = evaluate(low_rank, split="train")
@@ -239,21 +242,21 @@ def test_a_cut_at_or_above_the_rank_changes_nothing(low_rank: Run) -> None:
     assert [cut.rank for cut in found.cuts] == [1, 2, 3, 5, 8]
     for cut in found.cuts[2:]:
         assert cut.score == found.full
-        assert cut.drop == Drop(value=0.0, low=0.0, high=0.0, p_value=1.0)
+        assert cut.drop == Drop(value=0.0, ci_low=0.0, ci_high=0.0, p_value=1.0)
     assert any(cut.score != found.full for cut in found.cuts[:2]), "a cut below the rank changed nothing"
-    assert found.paired is not None
-    assert found.paired <= 3
+    assert found.rank_by_significance is not None
+    assert found.rank_by_significance <= 3
 
 
-def test_without_ranks_the_cuts_end_at_the_matrix_own_rank(low_rank: Run) -> None:
+def test_default_ranks_end_at_the_numerical_rank(low_rank: Run) -> None:
     [measured] = measure(low_rank.folder, functional=Truncation(rows=10))
     assert measured.functional is not None
     assert [cut.rank for cut in measured.functional.cuts] == [1, 2, 3]
     assert measured.functional.full.n == 10
 
 
-def test_an_update_cut_to_nothing_is_the_prompt_before_training(low_rank: Run, backbone: Backbone) -> None:
-    [one] = subjects(low_rank.folder)
+def test_update_cut_to_rank_0_is_the_initial_prompt(low_rank: Run, backbone: Backbone) -> None:
+    [one] = load_prompts(low_rank.folder)
     found = functional_rank(one, Truncation(part="update", split="train", rows=0))
     assert [cut.rank for cut in found.cuts] == list(range(7))  # A B - A_0 B_0 has at most twice the rank
     assert found.cuts[-1].score == found.full
@@ -267,36 +270,58 @@ def test_an_update_cut_to_nothing_is_the_prompt_before_training(low_rank: Run, b
     assert functional_rank(untrained, Truncation(ranks=(8,), split="train", rows=0)).full == found.cuts[0].score
 
 
-def test_the_course_goes_from_the_start_to_the_end(low_rank: Run, backbone: Backbone) -> None:
-    [one] = subjects(low_rank.folder, checkpoints=True)
-    assert list(one.course) == [0, 20, 40]
-    best = one.course[int((low_rank.results or {})["best_step"])]
+def test_update_of_anchored_dpt_is_its_factors_product(trained: Callable[[Any], Run]) -> None:
+    """Seen failing with a cut that was not added to the anchor."""
+    run = trained(DPT(length=8, rank=3))
+    tensors = load_file(run.folder / "softprompt.safetensors")
+    product = tensors["left"] @ tensors["right"] - tensors["first_left"] @ tensors["first_right"]
+    update = (tensors["scale"] * product).numpy().astype(np.float64)
+    [loaded] = load_prompts(run.folder)
+    [measured] = measure(run.folder)
+    assert measured.spectra["update"].numerical == 6
+    expected = np.linalg.svd(update, compute_uv=False)
+    # Both matrices are float32 sums, so the values below the sixth are their rounding.
+    np.testing.assert_allclose(measured.spectra["update"].values, expected, atol=1e-5 * expected[0])
+    cuts = functional_rank(loaded, Truncation(part="update", ranks=(0, 1, 2), split="train", rows=0)).cuts
+    left, values, right = np.linalg.svd(update, full_matrices=False)
+    for cut in cuts:
+        rank = cut.rank
+        truncated = torch.from_numpy((left[:, :rank] * values[:rank]) @ right[:rank]).float()
+        prompt = dataclasses.replace(loaded, prompt=Folded(tensors["anchor"] + truncated))
+        assert cut.score == functional_rank(prompt, Truncation(ranks=(8,), split="train", rows=0)).full
+    assert len({cut.score.value for cut in cuts}) > 1, "every cut scores the same"
+
+
+def test_history_goes_from_start_to_finished(low_rank: Run, backbone: Backbone) -> None:
+    [one] = load_prompts(low_rank.folder, checkpoints=True)
+    assert list(one.history) == [0, 20, 40]
+    best = one.history[int((low_rank.results or {})["best_step"])]
     assert torch.equal(best, low_rank.prompt(backbone).prompt())
     [measured] = measure(low_rank.folder, checkpoints=True)
-    assert measured.course[0]["update"].numerical == 0
-    assert measured.course[20]["update"].numerical == 6
-    assert all(at["prompt"].numerical == 3 for at in measured.course.values())
+    assert measured.history[0]["update"].numerical == 0
+    assert measured.history[20]["update"].numerical == 6
+    assert all(at["prompt"].numerical == 3 for at in measured.history.values())
 
 
-def test_a_shift_of_the_input_stays_whole(trained: Callable[[Any], Run]) -> None:
+def test_cut_keeps_the_input_shift(trained: Callable[[Any], Run]) -> None:
     run = trained(DePT(length=6, rank=2, positions=40))
-    [one] = subjects(run.folder)
-    assert "the matrix alone is measured" in one.note
+    [one] = load_prompts(run.folder)
+    assert "only the matrix is measured" in one.note
     found = functional_rank(one, Truncation(ranks=(6,), split="train", rows=0))
     assert found.cuts[0].score == found.full
     assert found.full == evaluate(run, split="train")
     assert found.cuts[0].drop.p_value == 1
 
 
-def test_a_plain_prompt_has_full_rank_before_it_has_learned(trained: Callable[[Any], Run]) -> None:
+def test_plain_prompt_has_full_rank_before_training(trained: Callable[[Any], Run]) -> None:
     [measured] = measure(trained(Plain(length=8)).folder, checkpoints=True)
-    assert measured.course[0]["prompt"].numerical == 8
-    assert measured.ranks["prompt"].numerical == 8
+    assert measured.history[0]["prompt"].numerical == 8
+    assert measured.spectra["prompt"].numerical == 8
 
 
-def test_a_deep_prompt_is_a_matrix_a_layer(backbone: Backbone) -> None:
+def test_deep_prompt_has_a_spectrum_per_layer(backbone: Backbone) -> None:
     layers = [product(6, rank, 32, seed=rank) for rank in (1, 2, 4)]
-    found = views(torch.cat(layers), torch.cat(layers[:1] + layers[:1] + layers[2:]), depth=3)
+    found = spectra(torch.cat(layers), torch.cat(layers[:1] + layers[:1] + layers[2:]), depth=3)
     numbers = {name: spectrum.numerical for name, spectrum in found.items() if not name.startswith("centred")}
     assert numbers == {
         "prompt of layer 1": 1,
@@ -306,4 +331,4 @@ def test_a_deep_prompt_is_a_matrix_a_layer(backbone: Backbone) -> None:
         "update of layer 2": 3,
         "update of layer 3": 0,
     }
-    assert LoadedPrompt(name="deep", folder=Path("deep"), prompt=Folded(torch.cat(layers), depth=3)).most == 6
+    assert LoadedPrompt(name="deep", folder=Path("deep"), prompt=Folded(torch.cat(layers), depth=3)).max_rank == 6

@@ -1,4 +1,4 @@
-"""What tests of reports share: finished runs, written without a training."""
+"""Finished runs for the tests of reports, written without training."""
 
 import functools
 import json
@@ -29,21 +29,21 @@ def _write_run(
     backbone: dict[str, Any] | None = None,
     created: str = "2026-11-20T10:00:00+00:00",
     dev_at: dict[int, float] | None = None,
-    wanted: dict[str, Any] | None = None,
+    fields: dict[str, Any] | None = None,
     **results: Any,
 ) -> Path:
     """A finished run's folder below `root`, as the library writes one."""
     prompt = prompt or DPT(length=6, rank=2)
     experiment = Experiment(task=task, prompt=prompt, seed=seed, training=training or TrainingConfig(steps=6))
-    experiment = experiment.replace(**wanted or {})
+    experiment = experiment.replace(**fields or {})
     folder = root / "runs" / (name or f"{len(list((root / 'runs').glob('*')))}-run")
     folder.mkdir(parents=True)
-    found = {
+    values = {
         "metric": "accuracy", "dev": 0.6, "test": test, "n_dev": 50, "n_test": 100, "majority": 0.5,
-        "low": test - 0.05, "high": test + 0.05, "others": {}, "protocol": "heldout",
+        "ci_low": test - 0.05, "ci_high": test + 0.05, "extra_metrics": {}, "protocol": "heldout",
         "trainable": prompt.count(DIM), "steps": 6, "best_step": 4, "seconds": 12.5, **results,
     }  # fmt: skip
-    at = {
+    recorded = {
         "base": "org/tiny",
         "dim": DIM,
         "hash": "ab" * 32,
@@ -57,10 +57,10 @@ def _write_run(
         "experiment": experiment.to_json(),
         "task": TASKS[task.partition(":")[0]].to_json(),
         "data": "rows",
-        "backbone": {**at, **(backbone or {})},
+        "backbone": {**recorded, **(backbone or {})},
         "versions": {"torch": "2.0"},
         "created": created,
-        "results": found,
+        "results": values,
     }
     (folder / "softprompt.json").write_text(json.dumps(record))
     save_file({"left": torch.zeros(25)}, folder / "softprompt.safetensors")

@@ -90,17 +90,17 @@ def test_paper_run_records_that_dev_is_test(superglue: Path, llama_folder: Path,
     run = train(experiment, out=tmp_path)
     results = run.results
     assert results is not None
-    assert (results["protocol"], results["caution"]) == ("paper", SAME_ROWS)
+    assert (results["protocol"], results["selection_warning"]) == ("paper", SAME_ROWS)
     assert (results["n_dev"], results["n_test"]) == (24, 24)
     assert results["dev"] == results["test"] == evaluate(run).value
     assert "Selected and reported on the same rows" in (run.folder / "README.md").read_text()
     bias = evaluate(run, task="axg", data=str(superglue))
-    assert (bias.metric, bias.n, set(bias.others)) == ("accuracy", 18, {"gender_parity"})
+    assert (bias.metric, bias.n, set(bias.extra_metrics)) == ("accuracy", 18, {"gender_parity"})
     assert evaluate(run, task="axb", data=str(superglue)).metric == "matthews"
     with pytest.raises(ValueError, match="task 'axb' has no dev rows; it can only be scored on its test split"):
         evaluate(run, task="axb", data=str(superglue), split="dev")
     heldout = train(experiment.replace(protocol="heldout"), out=tmp_path)
     assert heldout.results is not None
     assert heldout.results["protocol"] == "heldout"
-    assert "caution" not in heldout.results
+    assert "selection_warning" not in heldout.results
     assert "same rows" not in (heldout.folder / "README.md").read_text()

@@ -21,7 +21,7 @@ def score_of(task: Task, metric: str, predictions: list, golds: list, majority: 
 @pytest.mark.parametrize("metric", ["matthews", "f1"])
 def test_constant_answer_voids_the_interval(metric: str) -> None:
     result = score_of(LABELS, metric, [0] * 20, [0, 1] * 10, 0)
-    assert (result.value, result.low, result.high) == (0, 0, 0)
+    assert (result.value, result.ci_low, result.ci_high) == (0, 0, 0)
     assert result.warning == "all 20 rows got one answer, '0', and its interval says nothing"
 
 

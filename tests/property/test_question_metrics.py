@@ -20,7 +20,7 @@ def test_multirc_is_scored_by_answer_and_question(superglue: Path) -> None:
     result = score(TASKS["multirc"], ours, golds, questions, majority=0, resamples=20)
     assert golds == [1, 0, 1, 1, 0] * 2
     assert questions[:5] == ["0-0", "0-0", "0-1", "1-2", "2-3"]
-    assert result.others["question_match"] == pytest.approx(7 / 8)
+    assert result.extra_metrics["question_match"] == pytest.approx(7 / 8)
     # 5 true positives, 1 missed
     assert result.value == pytest.approx(2 * 5 / (2 * 5 + 1))
     assert result.majority == pytest.approx(2 * sum(golds) / (len(golds) + sum(golds)))  # of always saying that it is

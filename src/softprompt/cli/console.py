@@ -1,4 +1,4 @@
-"""The terminal's stderr: where tables and advice go."""
+"""Tables and notes on stderr."""
 
 import logging
 import sys
@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from softprompt.cli import speaks
+from softprompt.cli import is_main_process
 
-console = Console(stderr=True, highlight=False, markup=False, quiet=not speaks())
+console = Console(stderr=True, highlight=False, markup=False, quiet=not is_main_process())
 
 
 def quiet() -> None:
-    """Keep other libraries' progress bars and advice off the terminal."""
+    """Suppress other libraries' progress bars and warnings; show our LoadingWarning as a note."""
     import transformers
 
     from softprompt.backbones.loading import LoadingWarning
@@ -26,19 +26,19 @@ def quiet() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     warnings.simplefilter("always", LoadingWarning)
-    shown_by_python = warnings.showwarning
+    default_showwarning = warnings.showwarning
 
-    def show(message: Warning | str, category: type[Warning], *where: Any, **further: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
         if issubclass(category, LoadingWarning):
             console.print(f"note: {message}")
         else:
-            shown_by_python(message, category, *where, **further)
+            default_showwarning(message, category, *args, **kwargs)
 
     warnings.showwarning = show
 
 
 def show_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table with a column a key, on stderr."""
+    """Print a table with a column per key on stderr."""
     if not rows:
         console.print("none")
         return

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from softprompt.cli import typed
+from softprompt.cli import command_arguments
 from softprompt.cli.console import console, show_table
 from softprompt.cli.train import Prompt, show_result
 from softprompt.config import Experiment
@@ -23,21 +23,21 @@ def distil_(
     Args:
         queries: A table of requests (CSV, TSV, JSON, JSONL or Parquet); no answers are needed.
         template: The input's text, with the table's columns in braces, as in "Question: {question} Answer:".
-        experiment: What is trained; --context names the text.
+        experiment: What to train, and how; --context names the text.
         prompt: The method.
         out: Folder that holds the runs.
-        name: The run's folder in it; none: made from the table's name, method and seed.
+        name: Name of the run's folder in it; none: made from the table's name, method and seed.
     """
     from softprompt.cli.terminal import Terminal
     from softprompt.training.distil import distil
 
     for flag in ("--task", "--data"):
-        if any(word.partition("=")[0] == flag for word in typed()):
+        if any(argument.partition("=")[0] == flag for argument in command_arguments()):
             raise ValueError(f"{flag} is given, and distil makes its task of the queries; leave it out")
     terminal = Terminal()
     try:
-        whole = experiment.replace(prompt=prompt)
-        run = distil(whole, queries, template, out=out, name=name, callback=terminal)
+        experiment = experiment.replace(prompt=prompt)
+        run = distil(experiment, queries, template, out=out, name=name, callback=terminal)
     finally:
         terminal.close()
     show_result(run)
@@ -47,7 +47,7 @@ def distil_(
 
 
 def show_distillation(results: dict[str, Any]) -> None:
-    """A table of how close the prompt, no context, and a context cut to the prompt's length are to the teacher."""
+    """Print how close the prompt, no context, and a context cut to the prompt's length are to the teacher."""
     names = {
         "teacher": f"the whole context, {results['context_tokens']} tokens",
         "prompt": f"the distilled prompt, {results['prompt_tokens']} vectors",

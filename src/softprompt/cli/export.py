@@ -26,17 +26,17 @@ def export_(
     """Write runs' prompts for other software, read the files back and compare.
 
     Args:
-        runs_: The runs' folders; several, of one backbone, where the format holds several prompts.
+        runs_: The runs' folders; several runs of one backbone where the format holds several prompts.
         to: The format; see docs/export.md.
-        output: The folder to write; none: RUN-FORMAT beside the first run.
+        output: The folder to write; none: RUN-FORMAT next to the first run.
         token_names: With vocab and gguf: a prompt's name in text, NAME=<name>; by default <prompt-NAME>.
         gguf_type: With gguf: how the weights are stored.
-        backbone: Where the runs' backbone is now, as in train; none: where the runs recorded it.
+        backbone: Where the runs' backbone is now, as in train; none: where it was during training.
     """
     if not runs_:
         raise ValueError("no run is given; name at least one run's folder")
-    if unclear := [pair for pair in token_names if "=" not in pair]:
-        raise ValueError(f"token_names holds {unclear[0]!r}; give NAME=<name>, where NAME is a run's folder name")
+    if malformed := [pair for pair in token_names if "=" not in pair]:
+        raise ValueError(f"token_names holds {malformed[0]!r}; give NAME=<name>, where NAME is a run's folder name")
     opened = [runs.open_run(run) for run in runs_]
     folder = output or opened[0].folder.with_name(f"{opened[0].name}-{to}")
     by_run = dict(pair.split("=", 1) for pair in token_names)

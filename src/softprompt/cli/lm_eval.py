@@ -22,12 +22,12 @@ def lm_eval_(
 
     Args:
         run: The run's folder; none: the backbone alone, zero-shot.
-        tasks: The harness's names of tasks, such as arc_easy piqa boolq.
+        tasks: Names of the harness's tasks, such as arc_easy piqa boolq.
         include_path: A folder with YAML files of tasks of your own.
-        num_fewshot: Examples in front of each row; none: as the task says.
-        limit: Rows of each task; none: all.
+        num_fewshot: Examples in front of each row; none: the task's default.
+        limit: Number of rows per task; none: all.
         batch_size: Rows per forward pass.
-        backbone: Where the backbone is now, as in train; none: where the run recorded it.
+        backbone: Where the backbone is now, as in train; none: where it was during training.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ModuleNotFoundError("lm-eval needs the extra `eval`; install it with: pip install 'softprompt[eval]'")

@@ -1,4 +1,4 @@
-"""`softprompt report`."""
+"""`softprompt report`: tables and plots of runs."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from softprompt.analysis.report import Form, report
-from softprompt.analysis.report.formats import whole
+from softprompt.analysis.report.formats import to_json
 from softprompt.cli.console import console
 
 
@@ -19,26 +19,26 @@ def report_(
     rates_on: Literal["dev", "test"] = "dev",
     title: str = "Prompt runs compared",
 ) -> dict[str, Any]:
-    """Make tables and pictures of runs.
+    """Make tables and plots of runs.
 
     Args:
         folders: Runs, or folders that hold runs.
-        out: The folder to write: report.html, the tables in every format, the pictures as PNG and SVG.
-        format: Of the tables shown here.
+        out: The folder to write: report.html, the tables in every format, the plots as PNG and SVG.
+        format: The format of the tables shown here.
         compare: A row or a method: every other row's difference to it is shown, paired by seed.
-        choose: Of each method and task show the settings with the best development score alone.
-        rates_on: The split whose score is drawn against the learning rate; a rate is chosen on dev.
-        title: Of the page.
+        choose: Of each method and task show only the settings with the best development score.
+        rates_on: The split whose score is plotted by learning rate; select a rate on dev.
+        title: The page's title.
     """
-    made = report(folders, out=out, compare=compare, choose=choose, rates_on=rates_on, title=title)
-    console.print(made.written(format), soft_wrap=True)
-    for one in made.left_out:
-        console.print(f"left out: {one.folder}: {one.reason}", soft_wrap=True)
-    console.print(f"page: {made.files[0]}", soft_wrap=True)
+    result = report(folders, out=out, compare=compare, choose=choose, rates_on=rates_on, title=title)
+    console.print(result.render(format), soft_wrap=True)
+    for run in result.skipped:
+        console.print(f"skipped: {run.folder}: {run.reason}", soft_wrap=True)
+    console.print(f"page: {result.files[0]}", soft_wrap=True)
     return {
         "command": "report",
         "out": str(out),
-        "runs": sum(len(group.results) for group in made.grid.groups),
-        "files": [str(path) for path in made.files],
-        **whole(made.grid, made.differences, made.left_out),
+        "runs": sum(len(group.results) for group in result.grid.groups),
+        "files": [str(path) for path in result.files],
+        **to_json(result.grid, result.differences, result.skipped),
     }

@@ -28,14 +28,15 @@ def sweep_(
 
     Args:
         file: The sweep's TOML file.
-        out: Folder that holds the runs; those finished there are skipped, those begun go on.
-        data: The folder in which the file's relative `data` begins; none: the file's own.
-        dry_run: Only list the trials, and what is there of each.
-        executor: This process, or a Ray cluster, where each trial is a task (extra sweep).
-        concurrent: Trainings at a time in this process: one pass over the rows of all, each with its own everything.
-        ray_address: The cluster's, as ray.init takes it; none: one on this machine.
-        cpus: Processors a trial, of Ray.
-        gpus: Graphics processors a trial, of Ray; with 0 a trial is not counted on any.
+        out: Folder that holds the runs; finished ones are skipped, unfinished ones resumed.
+        data: The folder that relative `data` paths in the file refer to; none: the file's folder.
+        dry_run: Only list the trials and their state.
+        executor: Run in this process, or on a Ray cluster with a task per trial (needs the extra `sweep`).
+        concurrent: Number of runs to train concurrently in this process over one backbone; each keeps its own
+            optimizer, schedule and random state.
+        ray_address: Address of the Ray cluster, as ray.init takes it; none: start one on this machine.
+        cpus: CPUs per trial, with Ray.
+        gpus: GPUs per trial, with Ray; 0: trials reserve none.
     """
     if dry_run:
         plan = read(file, data)
@@ -44,7 +45,7 @@ def sweep_(
         console.print(f"{len(rows)} trials" + (f", after {plan.search.trials} for each choice" if plan.search else ""))
         return {"command": "sweep", "out": str(out), "trials": rows}
     terminal = Terminal()
-    engines: dict[str, Any] = {
+    options: dict[str, Any] = {
         "executor": executor,
         "concurrent": concurrent,
         "ray_address": ray_address,
@@ -52,34 +53,36 @@ def sweep_(
         "gpus": gpus,
     }
     try:
-        swept = sweep(file, out=out, data=data, callback=terminal, **engines)
+        sweep_result = sweep(file, out=out, data=data, callback=terminal, **options)
     finally:
         terminal.close()
-    result = _listed(swept, out)
-    if swept.failed:
-        for trial in swept.failed:
+    result = _to_json(sweep_result, out)
+    show_table([_row(trial) for trial in sweep_result.trials])
+    if sweep_result.failed:
+        for trial in sweep_result.failed:
             console.print(f"failed: {trial.name}: {trial.problem}")
-        # The listing is the result even so; only the exit status tells of the failure.
+        # The result is printed although the exit status is 1: the other trials are done.
         print(json.dumps(result))
         raise SystemExit(1)
     return result
 
 
-def _listed(swept: SweepResult, out: Path) -> dict[str, Any]:
-    show_table([_row(trial) for trial in swept.trials])
-    names = {state: [trial.name for trial in swept.trials if trial.state == state] for state in ("done", "skipped")}
-    failed = [{"trial": trial.name, "problem": trial.problem} for trial in swept.failed]
-    chosen = [
+def _to_json(sweep_result: SweepResult, out: Path) -> dict[str, Any]:
+    trials = sweep_result.trials
+    names = {state: [trial.name for trial in trials if trial.state == state] for state in ("done", "skipped")}
+    failed = [{"trial": trial.name, "problem": trial.problem} for trial in sweep_result.failed]
+    searches = [
         {
-            "study": found.study,
-            "trials": len(found.trials),
-            "pruned": sum(trial.state == "pruned" for trial in found.trials),
-            "values": None if found.values is None else dict(found.values),
-            "dev": found.dev,
+            "study": search.study,
+            "trials": len(search.trials),
+            "pruned": sum(trial.state == "pruned" for trial in search.trials),
+            "values": None if search.values is None else dict(search.values),
+            "dev": search.dev,
         }
-        for found in swept.searches
+        for search in sweep_result.searches
     ]
-    return {"command": "sweep", "out": str(out), **names, "failed": failed, **({"chosen": chosen} if chosen else {})}
+    searched = {"chosen": searches} if searches else {}
+    return {"command": "sweep", "out": str(out), **names, "failed": failed, **searched}
 
 
 def _row(trial: TrialResult) -> dict[str, Any]:

@@ -24,9 +24,9 @@ class Drop:
 
     value: float
     """The first score minus the second."""
-    low: float
+    ci_low: float
     """Lower end of the 95 % interval of `value`, by a bootstrap of rows (of questions, if there are any)."""
-    high: float
+    ci_high: float
     """Upper end of the interval."""
     p_value: float
     """The probability of a drop at least as large if it does not matter which answer is whose."""
@@ -56,7 +56,7 @@ def drop(metric: Callable[[Answers], float], before: Answers, after: Answers, se
     first, second, golds = (_column(part) for part in (before.predictions, after.predictions, before.golds))
     value = metric(before) - metric(after)
     if all(left == right for left, right in zip(first.tolist(), second.tolist(), strict=True)):
-        return Drop(value=0.0, low=0.0, high=0.0, p_value=1.0)
+        return Drop(value=0.0, ci_low=0.0, ci_high=0.0, p_value=1.0)
     units = before.units
     count = int(units.max()) + 1
     members = np.split(np.argsort(units, kind="stable"), np.cumsum(np.bincount(units))[:-1])
@@ -88,7 +88,7 @@ def drop(metric: Callable[[Answers], float], before: Answers, after: Answers, se
     if count > 1:  # a single unit has a single resample
         interval = stats.bootstrap((np.arange(count),), resampled_drop, method="percentile", **options)
         low, high = interval.confidence_interval
-    return Drop(value=value, low=float(low), high=float(high), p_value=float(test.pvalue))
+    return Drop(value=value, ci_low=float(low), ci_high=float(high), p_value=float(test.pvalue))
 
 
 def _column(values: Column) -> Shaped[np.ndarray, "row"]:

@@ -62,11 +62,10 @@ def _text(run: Run, results: Mapping[str, Any], usage: str, tensor_files: str) -
         else f"The baseline `{experiment.baseline}` on `{backbone['base']}`"
     )
     zero_shot = f"| zero-shot, same template | {results['zero_shot']:.3f} |\n" if "zero_shot" in results else ""
-    caution = (
-        f"\n**{results['caution'].capitalize()}**, as in the papers: compare it only with scores of the same kind.\n"
-        if "caution" in results
-        else ""
-    )
+    warning = results.get("selection_warning", "")
+    if warning:
+        warning = f"\n**{warning.capitalize()}**, as in the papers: compare it only with scores of the same kind.\n"
+    interval = f"{results['ci_low']:.3f} to {results['ci_high']:.3f}"
     note = f"\nThe backbone's weights: {backbone['note']}.\n" if backbone["note"] else ""
     return f"""# {run.name}
 
@@ -74,10 +73,10 @@ def _text(run: Run, results: Mapping[str, Any], usage: str, tensor_files: str) -
 {note}
 | | {results["metric"]} |
 |---|---|
-| test ({results["n_test"]} rows, 95 % interval {results["low"]:.3f} to {results["high"]:.3f}) | {results["test"]:.3f} |
+| test ({results["n_test"]} rows, 95 % interval {interval}) | {results["test"]:.3f} |
 {zero_shot}| always the majority answer | {results["majority"]:.3f} |
 | development ({results["n_dev"]} rows, selected the checkpoint of step {results["best_step"]}) | {results["dev"]:.3f} |
-{caution}
+{warning}
 {usage}
 
 ```

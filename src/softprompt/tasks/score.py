@@ -31,10 +31,10 @@ class Score:
     """That answer."""
     majority_source: Literal["train", "scored rows"]
     """The rows that it was chosen on."""
-    low: float
+    ci_low: float
     """Lower end of the 95 % interval of `value`: Wilson's, or that of a seeded bootstrap."""
-    high: float
-    others: dict[str, float] = field(default_factory=dict)
+    ci_high: float
+    extra_metrics: dict[str, float] = field(default_factory=dict)
     """The values of the task's other metrics."""
     warning: str | None = None
     """Why the score may mislead: one answer was always given, or some could not be read."""
@@ -97,9 +97,9 @@ def score(
         majority=constant(best),
         majority_answer=_answer_text(task, best),
         majority_source=source,
-        low=low,
-        high=high,
-        others=values,
+        ci_low=low,
+        ci_high=high,
+        extra_metrics=values,
         warning=_warning(task, predictions, read, low == high),
     )
 

@@ -48,7 +48,7 @@ def evaluate_final(
         callback.on_stage("comparing with the teacher")
         results["distillation"] = _distillation(run, setup, folded, setup.teacher)
     if setup.rows.shared:
-        results["caution"] = SAME_ROWS
+        results["selection_warning"] = SAME_ROWS
         callback.on_note(SAME_ROWS)
     if run.experiment.training.zero_shot:
         callback.on_stage("testing zero-shot")

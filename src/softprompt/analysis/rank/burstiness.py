@@ -1,4 +1,4 @@
-"""How heavy the tails are of what a model's first attention makes of its inputs, before and after whitening."""
+"""The tails of a model's inputs and of their query-key products in the first attention, before and after whitening."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,45 +11,43 @@ from torch import Tensor
 from softprompt.backbones.projections import QueryKey
 from softprompt.prompts import Host
 
-_SHARES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
+_PROBABILITIES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 _BINS, _EDGE = 120, 6.0
-GAUSSIAN = {"kurtosis": 3.0, "beyond": 0.0026998}
-"""The two measures of a normal distribution."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
-    """Many numbers as a distribution; everything but mean and spread is in units of its standard deviation."""
+    """Summary of a set of values; all but mean and spread are in units of the standard deviation."""
 
     count: int
     mean: float
     spread: float
     """Standard deviation."""
     kurtosis: float
-    """`E[(x - mean)^4] / spread^4`: 3 for a Gaussian, 6 for a Laplacian, more for heavier tails."""
+    """`E[(x - mean)^4] / spread^4`: 3 for a Gaussian, 6 for a Laplacian, larger for heavier tails."""
     beyond: float
-    """Share of the numbers beyond three standard deviations: 0.0027 for a Gaussian, 0.0144 for a Laplacian."""
+    """Share of values beyond three standard deviations: 0.0027 for a Gaussian, 0.0144 for a Laplacian."""
     quantiles: Mapping[float, float]
-    """The number below which a share lies, less the mean, in standard deviations."""
+    """By probability; the mean is subtracted."""
     density: tuple[float, ...]
-    """Of equal bins from -6 to 6 standard deviations; what lies outside is in `beyond` alone."""
+    """Of equal bins from -6 to 6 standard deviations; values outside count only in `beyond`."""
 
     @classmethod
     def of(cls, values: Float[Tensor, "..."]) -> "Distribution":
-        """The distribution of all entries.
+        """Summarise all entries.
 
         Raises:
-            ValueError: the entries are all the same.
+            ValueError: all entries are equal.
         """
         flat = values.detach().double().flatten()
         mean, spread = flat.mean(), flat.std(correction=0)
         if not spread > 0:
             raise ValueError("all values are the same and have no distribution; give inputs that differ")
         unit = (flat - mean) / spread
-        # torch.quantile refuses more than 2^24 numbers.
+        # torch.quantile refuses more than 2^24 values.
         ordered = unit.sort().values
-        places = [round(share * (len(ordered) - 1)) for share in _SHARES]
+        indices = [round(probability * (len(ordered) - 1)) for probability in _PROBABILITIES]
         counts = torch.histc(unit, bins=_BINS, min=-_EDGE, max=_EDGE)
         return cls(
             count=len(flat),
@@ -57,21 +55,23 @@ class Distribution:
             spread=float(spread),
             kurtosis=float(unit.pow(4).mean()),
             beyond=float((unit.abs() > 3).double().mean()),
-            quantiles={share: float(ordered[place]) for share, place in zip(_SHARES, places, strict=True)},
+            quantiles={
+                probability: float(ordered[index]) for probability, index in zip(_PROBABILITIES, indices, strict=True)
+            },
             density=tuple((counts / len(flat) / (2 * _EDGE / _BINS)).tolist()),
         )
 
 
 def bin_centres() -> list[float]:
-    """Where the bins of `Distribution.density` are, in standard deviations."""
+    """The centres of the bins of `Distribution.density`, in standard deviations."""
     width = 2 * _EDGE / _BINS
-    return [-_EDGE + width * (place + 0.5) for place in range(_BINS)]
+    return [-_EDGE + width * (index + 0.5) for index in range(_BINS)]
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A distribution before whitening, and after it."""
+    """A distribution before and after whitening."""
 
     before: Distribution
     after: Distribution
@@ -80,14 +80,14 @@ class Pair:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Burstiness:
-    """The distributions that BPT's paper argues from."""
+    """The distributions on which BPT's paper bases its argument."""
 
     inputs: Pair
     """Entries of the input vectors `X`."""
     products: Pair
-    """Entries of `X W_q W_k^T`, all heads together: what a prompt's vectors are multiplied with."""
+    """Entries of `X W_q W_k^T`, all heads together: the vectors that a prompt's vectors are multiplied with."""
     heads: tuple[Pair, ...]
-    """The same, head by head, each whitened by itself."""
+    """The same per head, each whitened by itself."""
     query: Distribution
     """Entries of `W_q`."""
     key: Distribution
@@ -98,29 +98,29 @@ def burstiness(
 ) -> Burstiness:
     """Distributions of `X` and of the products `X~ = X (W_q W_k^T)^T`, and of both times `(Sigma + eps I)^(-1/2)`.
 
-    A query `p W_q` meets a key `x W_k` as `p . x~`, so the entries of `x~` are query-key products of an input with each
-    unit direction that a prompt can have. Costs a singular value decomposition of `samples x dim` numbers, and one a
-    head. What the layer does to its input before the projections (a norm, positions) is left out, as in the paper.
+    The product of a query `p W_q` and a key `x W_k` is `p . x~`, so the entries of `x~` are the query-key products of
+    an input with each unit direction that a prompt can have. Costs a singular value decomposition of a `samples x dim`
+    matrix, and one per head. A norm or positions before the projections are ignored, as in the paper.
 
     Args:
-        host: its `sample` gives the inputs.
-        projections: of the first attention.
-        samples: input vectors.
-        seed: of their draw.
-        eps: added to the variances that are whitened, in units of their mean.
+        host: provides the inputs by its `sample`.
+        projections: those of the first attention.
+        samples: number of input vectors.
+        seed: seed of the sample.
+        eps: added to the variances before whitening, in units of their mean.
 
     Raises:
-        ValueError: too few samples, or projections that take inputs of another width.
+        ValueError: fewer than 2 samples, or projections that take inputs of another width.
 
     Reference: Wang, Duan and Kong 2025, "Attention to the Burstiness in Visual Prompt Tuning!".
-    Differs: with eps, without which the products of one head, whose rank is below `dim`, have no whitening.
+    Differs: eps, without which the products of one head cannot be whitened, since their rank is below `dim`.
     """
     if samples < 2:
         raise ValueError(f"samples is {samples}; a distribution needs at least 2")
     if projections.query.shape[2] != host.dim:
         raise ValueError(
             f"the inputs are {host.dim} wide and the first query projection takes {projections.query.shape[2]}: this "
-            "model widens its embeddings in between, and what it multiplies them with is not known"
+            "model widens its embeddings in between, which is not supported; choose another backbone"
         )
     rows = host.sample(samples, torch.Generator().manual_seed(seed))
     heads = zip(projections.query, projections.key, strict=True)

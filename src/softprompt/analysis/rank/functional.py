@@ -1,4 +1,4 @@
-"""Functional rank: to what rank a finished prompt can be cut before its task's score suffers."""
+"""Functional rank: the rank to which a trained prompt can be truncated before its task's score suffers."""
 
 from dataclasses import dataclass
 from typing import final
@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softprompt.analysis.rank.bench import Part, RankScorer, Truncation
-from softprompt.analysis.rank.spectrum import best_part
-from softprompt.analysis.rank.subject import LoadedPrompt, views
+from softprompt.analysis.rank.loaded_prompt import LoadedPrompt, spectra
+from softprompt.analysis.rank.scorer import Part, RankScorer, Truncation
+from softprompt.analysis.rank.spectrum import truncated_svd
 from softprompt.evaluation.significance import Drop, drop
 from softprompt.prompts import Folded
 from softprompt.tasks import METRICS, Score
@@ -18,132 +18,137 @@ from softprompt.training.callbacks import NullCallback, TrainingCallback
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Cut:
-    """The score of a prompt that was cut to a rank."""
+class TruncatedScore:
+    """The score of a prompt truncated to a rank."""
 
     rank: int
     score: Score
     drop: Drop
-    """What is lost from the full prompt's score, on the same rows."""
+    """The loss against the full prompt's score on the same rows."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Functional:
+class FunctionalRank:
     """A prompt's score at every rank that was tried."""
 
     task: str
     """The task's name."""
     backbone: str
-    """What scored it."""
+    """The backbone that scored it."""
     part: Part
     split: str
     full: Score
-    cuts: tuple[Cut, ...]
-    """By rank, rising."""
+    cuts: tuple[TruncatedScore, ...]
+    """By rank, ascending."""
 
     @property
-    def smallest(self) -> int | None:
+    def rank_by_interval(self) -> int | None:
         """The smallest rank tried whose score is within the full score's 95 % interval, or above it."""
-        return next((cut.rank for cut in self.cuts if cut.score.value >= self.full.low), None)
+        return next((cut.rank for cut in self.cuts if cut.score.value >= self.full.ci_low), None)
 
     @property
-    def paired(self) -> int | None:
-        """The smallest rank tried from which on no cut shows a loss on the same rows; none if the last one does.
+    def rank_by_significance(self) -> int | None:
+        """The smallest rank tried such that it and every larger one lose nothing significant; none if the last does.
 
-        Stricter than `smallest` twice: it counts the rows that go wrong by the cut alone, and one lucky rank below
-        others that lose is not taken.
+        Stricter than `rank_by_interval` in two ways: the test is paired by row, and a rank that scores well by luck
+        while larger ranks lose is not taken.
         """
-        found = None
+        smallest = None
         for cut in reversed(self.cuts):
             if cut.drop.significant:
                 break
-            found = cut.rank
-        return found
+            smallest = cut.rank
+        return smallest
 
     @property
     def above_majority(self) -> bool:
-        """Whether the full score's interval lies above the majority score: else there is nothing that a rank does."""
-        return self.full.low > self.full.majority
+        """Whether the full score's interval lies above the majority score; if not, its ranks mean little."""
+        return self.full.ci_low > self.full.majority
 
 
 def ranks_up_to(most: int) -> list[int]:
-    """Every rank up to 8, then four for each doubling, and `most` itself.
+    """Every rank up to 8, then four per doubling, and `most` itself.
 
     >>> ranks_up_to(40)
     [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40]
     """
-    found, step, rank = list(range(1, min(most, 8) + 1)), 2, 8
+    ranks, step, rank = list(range(1, min(most, 8) + 1)), 2, 8
     while rank + step < most:
         rank += step
-        found.append(rank)
+        ranks.append(rank)
         if rank >= 8 * step:
             step *= 2
-    return found if found and found[-1] == most else [*found, most]
+    return ranks if ranks and ranks[-1] == most else [*ranks, most]
 
 
 def functional_rank(
-    subject: LoadedPrompt,
-    cutting: Truncation = Truncation(),  # noqa: B008  (a frozen value)
+    loaded: LoadedPrompt,
+    truncation: Truncation = Truncation(),  # noqa: B008  (a frozen value)
     *,
-    watch: TrainingCallback | None = None,
-) -> Functional:
-    """The task's score of `subject` when its matrix is cut to its best rank-k part, for several k.
+    callback: TrainingCallback | None = None,
+) -> FunctionalRank:
+    """Score a prompt with its matrix replaced by its best rank-k approximation, for several k.
 
-    A method that also shifts the input's own embeddings keeps that shift whole, and of a deep prompt each layer's
-    matrix is cut. Costs one evaluation a rank.
+    With `part="update"` the score at rank k is that of `P0 + truncated_svd(P - P0, k)`; at rank 0 that is the initial
+    prompt. A method that also shifts the input's own embeddings keeps the trained shift in full. Each layer of a deep
+    prompt is truncated by itself. Costs one evaluation per rank.
 
     Args:
-        subject: the prompt.
-        cutting: what is cut, to which ranks, and which rows score it.
-        watch: receives progress, rank by rank.
+        loaded: the prompt.
+        truncation: what is truncated, to which ranks, and which rows score it.
+        callback: receives progress, rank by rank.
 
     Raises:
-        ValueError: a rank that the matrix cannot have, a split without rows, or a prompt that cannot be cut or scored.
+        ValueError: a rank that the matrix cannot have, an unknown initial prompt with `part="update"`, a split without
+            rows, or a prompt that cannot be scored.
     """
-    watch = watch or NullCallback()
-    start, tried = _start(subject, cutting.part), _ranks(subject, cutting)
-    matrix = subject.matrix if start is None else subject.matrix - start
-    bench = RankScorer.of(subject, cutting)
-    full, answers = bench.score(subject.prompt)
-    watch.on_note(f"{subject.name}: full prompt, {full.metric} {full.value:.3f} on {full.n} {bench.rows_of} rows")
+    callback = callback or NullCallback()
+    start, ranks = _start(loaded, truncation.part), _ranks(loaded, truncation)
+    matrix = loaded.matrix if start is None else loaded.matrix - start
+    scorer = RankScorer.of(loaded, truncation)
+    full, full_answers = scorer.score(loaded.prompt)
+    callback.on_note(f"{loaded.name}: full prompt, {full.metric} {full.value:.3f} on {full.n} {scorer.rows_name} rows")
     cuts = []
-    for rank in tried:
-        kept = torch.cat([best_part(layer, rank) for layer in matrix.chunk(subject.prompt.depth)])
-        found, given = bench.score(_with_matrix(subject.prompt, kept if start is None else start + kept))
-        lost = drop(METRICS[full.metric], answers, given)
-        watch.on_note(f"{subject.name}: rank {rank}, {found.metric} {found.value:.3f}")
-        cuts.append(Cut(rank=rank, score=found, drop=lost))
-    return Functional(
-        task=bench.task.name,
-        backbone=bench.prompted.backbone.source,
-        part=cutting.part,
-        split=bench.rows_of,
+    for rank in ranks:
+        truncated = torch.cat([truncated_svd(layer, rank) for layer in matrix.chunk(loaded.prompt.depth)])
+        score, answers = scorer.score(_with_matrix(loaded.prompt, truncated if start is None else start + truncated))
+        loss = drop(METRICS[full.metric], full_answers, answers)
+        callback.on_note(f"{loaded.name}: rank {rank} of the {truncation.part}, {score.metric} {score.value:.3f}")
+        cuts.append(TruncatedScore(rank=rank, score=score, drop=loss))
+    return FunctionalRank(
+        task=scorer.task.name,
+        backbone=scorer.prompted.backbone.source,
+        part=truncation.part,
+        split=scorer.rows_name,
         full=full,
         cuts=tuple(cuts),
     )
 
 
-def _start(subject: LoadedPrompt, part: Part) -> Float[Tensor, "prompt dim"] | None:
+def _start(loaded: LoadedPrompt, part: Part) -> Float[Tensor, "prompt dim"] | None:
     if part == "prompt":
         return None
-    if subject.start is None:
+    if loaded.start is None:
         raise ValueError(
-            f"what {subject.name} learned cannot be cut, since its first prompt is not known; cut the prompt itself"
+            f"the update of {loaded.name} cannot be cut, since its initial prompt P0 is not known "
+            f"({loaded.start_missing}); cut the prompt itself with --part prompt"
         )
-    return subject.start
+    return loaded.start
 
 
-def _ranks(subject: LoadedPrompt, cutting: Truncation) -> list[int]:
-    least = 0 if cutting.part == "update" else 1
-    if wrong := [rank for rank in cutting.ranks if not least <= rank <= subject.most]:
-        raise ValueError(f"rank {wrong[0]} cannot be tried on {subject.name}; choose from {least} to {subject.most}")
-    if cutting.ranks:
-        return sorted(set(cutting.ranks))
-    spectra = views(subject.matrix, subject.start, subject.prompt.depth)
-    own = max(found.numerical for name, found in spectra.items() if name.startswith(cutting.part))
-    found = ranks_up_to(max(own, 1))
-    return [0, *found] if cutting.part == "update" else found
+def _ranks(loaded: LoadedPrompt, truncation: Truncation) -> list[int]:
+    least = 0 if truncation.part == "update" else 1
+    if impossible := [rank for rank in truncation.ranks if not least <= rank <= loaded.max_rank]:
+        raise ValueError(
+            f"rank {impossible[0]} cannot be tried on {loaded.name}; choose from {least} to {loaded.max_rank}"
+        )
+    if truncation.ranks:
+        return sorted(set(truncation.ranks))
+    by_view = spectra(loaded.matrix, loaded.start, loaded.prompt.depth)
+    numerical = max(spectrum.numerical for view, spectrum in by_view.items() if view.startswith(truncation.part))
+    ranks = ranks_up_to(max(numerical, 1))
+    return [0, *ranks] if truncation.part == "update" else ranks
 
 
 def _with_matrix(prompt: Folded, matrix: Float[Tensor, "prompt dim"]) -> Folded:

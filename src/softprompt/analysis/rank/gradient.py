@@ -1,4 +1,4 @@
-"""How few directions the loss's gradient has, at random rows of a backbone's vocabulary or along a run."""
+"""The singular values of the loss's gradient, at random vocabulary rows of a backbone or along a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softprompt import runs
+from softprompt.analysis.rank.loaded_prompt import load_prompts
 from softprompt.analysis.rank.spectrum import Spectrum
-from softprompt.analysis.rank.subject import subjects
 from softprompt.backbones import Backbone, load
 from softprompt.config import Experiment
 from softprompt.evaluation.evaluate import read_splits
@@ -24,14 +24,14 @@ from softprompt.training.setup import with_sample_images
 @final
 @dataclass(frozen=True, kw_only=True)
 class GradientPoint:
-    """The spectrum of the loss's mean gradient with regard to a prompt."""
+    """The spectrum of the loss's mean gradient with respect to a prompt."""
 
     at: str
-    """Which prompt: `start`, `step 50`, `finished`."""
+    """The prompt: `start`, `step 50`, `finished`."""
     spectrum: Spectrum
 
     def energy(self, rank: int) -> float:
-        """Share of `||G||_F^2` in the first `rank` directions: `sum_{i <= rank} s_i^2 / sum_i s_i^2`."""
+        """The share of `||G||_F^2` in the first `rank` directions: `sum_{i <= rank} s_i^2 / sum_i s_i^2`."""
         squares = torch.tensor(self.spectrum.values, dtype=torch.float64).square()
         return float(squares[:rank].sum() / squares.sum())
 
@@ -44,65 +44,65 @@ def gradient_spectra(
     length: int | None = None,
     batches: int = 8,
     checkpoints: bool = False,
-    watch: TrainingCallback | None = None,
+    callback: TrainingCallback | None = None,
 ) -> list[GradientPoint]:
-    """The gradient of a task's loss over the first batches of its training rows, at one prompt or several.
+    """The gradient of a task's loss over the first batches of its training rows, at one or several prompts.
 
     Args:
-        source: a run, for its first prompt, its finished one and those at its checkpoints; or a backbone, for random
+        source: a run, for its initial prompt, its trained one and those at its checkpoints; or a backbone, for random
             rows of its vocabulary.
         task: a task's name or TOML file, for a backbone; a run has its own.
-        data: where the task's rows are, as in train; none: where the run had them.
-        length: rows of the prompt, for a backbone; none: 100.
-        batches: what the gradient is the mean of.
-        checkpoints: also at each checkpoint.
-        watch: receives progress.
+        data: where the task's rows are, as in train; none: where they were during training.
+        length: virtual tokens, for a backbone; none: 100.
+        batches: number of batches that the gradient is averaged over.
+        checkpoints: also measure at each checkpoint.
+        callback: receives progress.
 
     Raises:
         FileNotFoundError: there is no such run or backbone.
-        ValueError: settings that do not fit the source, or a run whose gradient its prompt alone does not tell.
+        ValueError: settings that do not fit the source, or a run whose loss depends on more than the prompt's matrix.
     """
-    watch = watch or NullCallback()
+    callback = callback or NullCallback()
     if batches < 1:
         raise ValueError(f"batches is {batches}; it must be at least 1")
     if (Path(source).expanduser() / runs.RECORD).is_file():
         if task is not None or length is not None:
             raise ValueError(f"{source} is a run and has its own task and length; leave --task and --length out")
-        return _along(Path(source).expanduser(), data, batches, checkpoints, watch)
+        return _along(Path(source).expanduser(), data, batches, checkpoints, callback)
     if task is None:
         raise ValueError(f"{source} is a backbone, and a gradient is of a task's loss; say which with --task")
     if checkpoints:
         raise ValueError(f"{source} is a backbone and has no checkpoints; leave --checkpoints out, or give a run")
     experiment = Experiment(backbone=str(source), task=task, data=data, prompt=Plain(length=length or 100))
-    whole = load_task(task, data)
-    watch.on_stage(f"loading {source}")
-    rows = read_splits(experiment, whole)
-    backbone = with_sample_images(load(str(source)), experiment, whole, rows)
-    start = runs.build_prompt(experiment, whole, backbone, initialize=False).prompt()
-    return _points({"start": start}, experiment, whole, backbone, batches, watch)
+    definition = load_task(task, data)
+    callback.on_stage(f"loading {source}")
+    rows = read_splits(experiment, definition)
+    backbone = with_sample_images(load(str(source)), experiment, definition, rows)
+    start = runs.build_prompt(experiment, definition, backbone, initialize=False).prompt()
+    return _points({"start": start}, experiment, definition, backbone, batches, callback)
 
 
 def _along(
-    folder: Path, data: str | None, batches: int, checkpoints: bool, watch: TrainingCallback
+    folder: Path, data: str | None, batches: int, checkpoints: bool, callback: TrainingCallback
 ) -> list[GradientPoint]:
-    [subject] = subjects(folder, checkpoints=checkpoints, watch=watch)
-    assert subject.run is not None
-    assert subject.backbone is not None
-    why = ""
-    if subject.prompt.depth > 1:
-        why = "is of several layers"
-    elif not subject.prompt.plain:
-        why = "also changes the input's own embeddings"
+    [loaded] = load_prompts(folder, checkpoints=checkpoints, callback=callback)
+    assert loaded.run is not None
+    assert loaded.backbone is not None
+    reason = ""
+    if loaded.prompt.depth > 1:
+        reason = "is of several layers"
+    elif not loaded.prompt.plain:
+        reason = "also changes the input's own embeddings"
     elif (folder / runs.HEAD).is_file():
-        why = "was trained with a head, which changes along the run"
-    if why:
-        raise ValueError(f"the prompt of run {folder} {why}, so its matrix alone has no gradient; give a backbone")
-    own = subject.run.experiment
-    experiment = own if data is None else own.replace(data=data)
-    prompts = {} if subject.start is None else {"start": subject.start}
-    prompts |= {f"step {step}": matrix for step, matrix in subject.course.items() if step}
-    prompts["finished"] = subject.matrix
-    return _points(prompts, experiment, subject.run.task, subject.backbone, batches, watch)
+        reason = "was trained with a head, which changes along the run"
+    if reason:
+        raise ValueError(f"the prompt of run {folder} {reason}, so its matrix alone has no gradient; give a backbone")
+    experiment = loaded.run.experiment
+    experiment = experiment if data is None else experiment.replace(data=data)
+    prompts = {} if loaded.start is None else {"start": loaded.start}
+    prompts |= {f"step {step}": matrix for step, matrix in loaded.history.items() if step}
+    prompts["finished"] = loaded.matrix
+    return _points(prompts, experiment, loaded.run.task, loaded.backbone, batches, callback)
 
 
 def _points(
@@ -111,11 +111,11 @@ def _points(
     task: Task,
     backbone: Backbone,
     batches: int,
-    watch: TrainingCallback,
+    callback: TrainingCallback,
 ) -> list[GradientPoint]:
     gradient = gradient_on(experiment, task, backbone, read_splits(experiment, task).train)
-    found = []
+    points = []
     for name, matrix in prompts.items():
-        watch.on_stage(f"gradient, {name}")
-        found.append(GradientPoint(at=name, spectrum=Spectrum.of(gradient(matrix, batches))))
-    return found
+        callback.on_stage(f"gradient, {name}")
+        points.append(GradientPoint(at=name, spectrum=Spectrum.of(gradient(matrix, batches))))
+    return points

@@ -1,4 +1,4 @@
-"""Singular values of a prompt's matrix, and three ranks that are read off them."""
+"""Singular values of a prompt's matrix, the three ranks they define, and truncated SVD."""
 
 from dataclasses import dataclass
 from typing import final
@@ -18,17 +18,17 @@ class Spectrum:
     """
 
     values: tuple[float, ...]
-    """All of them, falling."""
+    """In descending order."""
     tolerance: float
-    """What a value must exceed to be more than rounding."""
+    """Values up to this one count as rounding error."""
 
     @classmethod
     def of(cls, matrix: Float[Tensor, "prompt dim"], size: float = 0.0) -> "Spectrum":
         """The spectrum of `matrix`, decomposed in float64.
 
         Args:
-            matrix: its numbers count as float32, in which prompts are kept.
-            size: the largest singular value of what the matrix was subtracted from: its rounding stays in it.
+            matrix: its entries are taken to be float32, as prompts are stored.
+            size: for a difference of two matrices, the largest singular value of either, whose rounding remains in it.
         """
         values = torch.linalg.svdvals(matrix.detach().double().cpu())
         unit = max(matrix.shape) * torch.finfo(torch.float32).eps
@@ -36,16 +36,16 @@ class Spectrum:
 
     @property
     def numerical(self) -> int:
-        """How many `s_i > s_1 * max(length, dim) * 2^-23`.
+        """The number of `s_i > s_1 * max(length, dim) * 2^-23`.
 
         Reference: numpy.linalg.matrix_rank, after Press et al. 2007, "Numerical Recipes", section 2.6.
-        Differs: of float32 numbers, but decomposed in float64.
+        Differs: the tolerance is float32's, the decomposition float64.
         """
         return sum(value > self.tolerance for value in self.values)
 
     @property
     def stable(self) -> float:
-        """`||P||_F^2 / ||P||_2^2 = sum_i s_i^2 / s_1^2`: small where one direction has most of the size.
+        """`||P||_F^2 / ||P||_2^2 = sum_i s_i^2 / s_1^2`: small where one direction has most of the norm.
 
         Reference: Rudelson and Vershynin 2007, "Sampling from Large Matrices", section 1.
         """
@@ -54,7 +54,7 @@ class Spectrum:
 
     @property
     def effective(self) -> float:
-        """`exp(-sum_i p_i log p_i)` with `p_i = s_i / sum_j s_j`: how many equal values are as spread as these.
+        """`exp(-sum_i p_i log p_i)` with `p_i = s_i / sum_j s_j`: the number of equal values with the same entropy.
 
         Reference: Roy and Vetterli 2007, "The Effective Rank: A Measure of Effective Dimensionality", definition 1.
         """
@@ -64,11 +64,11 @@ class Spectrum:
         return float(torch.special.entr(shares / shares.sum()).sum().exp())
 
 
-def best_part(matrix: Float[Tensor, "prompt dim"], rank: int) -> Float[Tensor, "prompt dim"]:
-    """The matrix of at most `rank` that is nearest: the first `rank` terms of its singular value decomposition.
+def truncated_svd(matrix: Float[Tensor, "prompt dim"], rank: int) -> Float[Tensor, "prompt dim"]:
+    """The nearest matrix of at most `rank`: the first `rank` terms of the singular value decomposition.
 
     Raises:
-        ValueError: a rank below 0 or above what the matrix can have.
+        ValueError: a rank below 0 or above the smaller dimension.
 
     Reference: Eckart and Young 1936, "The Approximation of One Matrix by Another of Lower Rank".
     """

@@ -1,17 +1,19 @@
-"""What rank to give to DPT, from prompts that were trained already."""
+"""Suggest a rank for DPT from prompts that are already trained."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from softprompt.analysis.rank.functional import Functional
-from softprompt.analysis.rank.subject import LoadedPrompt
+from softprompt.analysis.rank.functional import FunctionalRank
+from softprompt.analysis.rank.loaded_prompt import LoadedPrompt
+
+Scored = tuple[LoadedPrompt, FunctionalRank]
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Suggestion:
-    """A rank for DPT, for one task on one backbone, and what it rests on."""
+    """A rank for DPT for one task on one backbone, and its evidence."""
 
     rank: int | None
     """None where no prompt beats the majority answer, or no rank tried was enough for one that does."""
@@ -19,45 +21,53 @@ class Suggestion:
     backbone: str
     method: str
     length: int
-    """Rows of the prompt, of each layer's in a deep one."""
+    """Virtual tokens; in a deep prompt, of each layer."""
     depth: int
     """Layers that have a prompt of their own."""
     evidence: Mapping[str, int | None]
     """The functional rank of each prompt by name; none: it does not beat the majority, or no rank tried was enough."""
     sentence: str
-    """How it was found."""
+    """The suggestion and its evidence in words."""
 
 
-def suggest_rank(measured: Sequence[tuple[LoadedPrompt, Functional]]) -> list[Suggestion]:
-    """For each task, backbone, method and size: the largest functional rank (`Functional.paired`) over its prompts.
+def suggest_rank(scored: Sequence[Scored]) -> list[Suggestion]:
+    """For each task, backbone, method and size: the largest `FunctionalRank.rank_by_significance` of its prompts.
 
-    The largest over seeds, since a rank has to do for the seed that needs most; at least 1, and never more than the
-    prompt's shape allows. A prompt that does not beat the majority answer says nothing and is left out;
-    where one does, and loses at every rank that was tried, no rank is suggested.
+    The largest over seeds, since the rank must suffice for the seed that needs most; at least 1, and never more than
+    the prompt's shape allows. A prompt that does not beat the majority answer is ignored. Where one does beat it and
+    loses at every rank that was tried, no rank is suggested.
 
     Raises:
-        ValueError: it was not the prompt itself that was cut.
+        ValueError: the update was truncated, not the prompt itself.
     """
-    groups: dict[tuple[str, str, str, int, int], list[tuple[LoadedPrompt, Functional]]] = {}
-    for subject, found in measured:
-        if found.part != "prompt":
-            raise ValueError(f"a rank for DPT is that of the whole prompt, and {found.part} was cut; cut the prompt")
-        method = "unknown" if subject.run is None else subject.run.experiment.method
-        depth = subject.prompt.depth
-        key = (found.task, found.backbone, method, subject.matrix.shape[0] // depth, depth)
-        groups.setdefault(key, []).append((subject, found))
+    groups: dict[tuple[str, str, str, int, int], list[Scored]] = {}
+    for loaded, functional in scored:
+        if functional.part != "prompt":
+            raise ValueError(
+                f"a rank for DPT is that of the whole prompt, and {functional.part} was cut; cut the prompt"
+            )
+        method = "unknown" if loaded.run is None else loaded.run.experiment.method
+        depth = loaded.prompt.depth
+        key = (functional.task, functional.backbone, method, loaded.matrix.shape[0] // depth, depth)
+        groups.setdefault(key, []).append((loaded, functional))
     return [_suggestion(*key, members) for key, members in groups.items()]
 
 
 def _suggestion(
-    task: str, backbone: str, method: str, length: int, depth: int, members: Sequence[tuple[LoadedPrompt, Functional]]
+    task: str, backbone: str, method: str, length: int, depth: int, members: Sequence[Scored]
 ) -> Suggestion:
-    evidence = {subject.name: found.paired if found.above_majority else None for subject, found in members}
+    evidence = {
+        loaded.name: functional.rank_by_significance if functional.above_majority else None
+        for loaded, functional in members
+    }
     needed = [max(rank, 1) for rank in evidence.values() if rank is not None]
-    short = [subject.name for subject, found in members if found.above_majority and found.paired is None]
-    most = min(subject.most for subject, _ in members)
-    # One that needs more than was tried needs the most of all; the others' ranks are too small for it.
-    rank = min(max(needed), most) if needed and not short else None
+    insufficient = [
+        loaded.name
+        for loaded, functional in members
+        if functional.above_majority and functional.rank_by_significance is None
+    ]
+    # A prompt that loses at every rank tried needs a larger one than all the others.
+    rank = min(max(needed), *(loaded.max_rank for loaded, _ in members)) if needed and not insufficient else None
     return Suggestion(
         rank=rank,
         task=task,
@@ -66,36 +76,36 @@ def _suggestion(
         length=length,
         depth=depth,
         evidence=evidence,
-        sentence=_too_few(short, members) if short else _sentence(rank, len(needed), members),
+        sentence=_too_small(insufficient, members) if insufficient else _sentence(rank, len(needed), members),
     )
 
 
-def _too_few(short: Sequence[str], members: Sequence[tuple[LoadedPrompt, Functional]]) -> str:
-    tried = max(cut.rank for subject, found in members if subject.name in short for cut in found.cuts)
+def _too_small(names: Sequence[str], members: Sequence[Scored]) -> str:
+    largest = max(cut.rank for loaded, functional in members if loaded.name in names for cut in functional.cuts)
     return (
-        f"No rank can be suggested: {', '.join(short)} still loses at rank {tried}, the largest that was tried; "
+        f"No rank can be suggested: {', '.join(names)} still loses at rank {largest}, the largest that was tried; "
         "try larger ones."
     )
 
 
-def _sentence(rank: int | None, count: int, members: Sequence[tuple[LoadedPrompt, Functional]]) -> str:
+def _sentence(rank: int | None, count: int, members: Sequence[Scored]) -> str:
     split, total = members[0][1].split, len(members)
     if rank is None:
         return (
             f"No rank can be suggested: none of {total} prompts beats the majority answer on its {split} rows; "
             "train longer, or score more rows."
         )
-    rows = min(found.full.n for _, found in members)
-    tops = [max(cut.rank for cut in found.cuts) for _, found in members]
-    losses = [cut.drop.high for _, found in members for cut in found.cuts if cut.rank == rank]
-    words = (
-        f"Try --rank {rank}: the largest, over {count} of {total} prompts, of the smallest rank from which on no cut "
-        f"shows a loss (one-sided paired test at 2.5 %) on {rows} {split} rows."
+    rows = min(functional.full.n for _, functional in members)
+    largest_tried = max(cut.rank for _, functional in members for cut in functional.cuts)
+    losses = [cut.drop.ci_high for _, functional in members for cut in functional.cuts if cut.rank == rank]
+    sentence = (
+        f"Try --rank {rank}: the largest, over {count} of {total} prompts, of the smallest rank from which no cut "
+        f"loses significantly (one-sided paired test at 2.5 %) on {rows} {split} rows."
     )
     if losses:
-        words += f" At that rank a loss of up to {max(0.0, *losses):.3f} is not ruled out."
-    if rank == max(tops):
-        words += " No larger rank was tried: more might help; train with the method plain, and cut that."
+        sentence += f" At that rank a loss of up to {max(0.0, *losses):.3f} is not ruled out."
+    if rank == largest_tried:
+        sentence += " No larger rank was tried: more might help; train with the method plain, and cut that."
     if count < 3:
-        words += f" {count} prompt{'s are' if count > 1 else ' is'} little evidence: train three seeds."
-    return words
+        sentence += f" {count} prompt{'s are' if count > 1 else ' is'} little evidence: train three seeds."
+    return sentence

@@ -1,4 +1,8 @@
-"""Tables, pictures and a page of what came out of runs."""
+"""Report the results of runs as tables, plots and an HTML page.
+
+In this order: read.py (runs from disk), groups.py and statistics.py (means over seeds), grid.py (rows and columns),
+compare.py (paired differences), then tables.py with formats.py, plots.py with plot_style.py, and page.py.
+"""
 
 import importlib.util
 from collections.abc import Sequence
@@ -14,8 +18,8 @@ from softprompt.analysis.report.groups import group
 from softprompt.analysis.report.read import SkippedRun, read
 
 if TYPE_CHECKING:
-    from softprompt.analysis.report.drawing import Picture
-    from softprompt.analysis.report.pictures import Split
+    from softprompt.analysis.report.plot_style import Plot
+    from softprompt.analysis.report.plots import Split
 
 Form = Literal["text", "markdown", "csv", "latex"]
 
@@ -23,19 +27,19 @@ Form = Literal["text", "markdown", "csv", "latex"]
 @final
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was found and written."""
+    """The results of a set of runs, and the files that were written."""
 
     grid: Grid
-    """What the tables show."""
+    """The content of the tables."""
     differences: tuple[Difference, ...]
-    left_out: tuple[SkippedRun, ...]
+    skipped: tuple[SkippedRun, ...]
     files: tuple[Path, ...]
-    """All that was written; the page is first."""
+    """All files that were written; the page is first."""
     tables: tuple[tables.Table, ...]
 
-    def written(self, form: Form) -> str:
+    def render(self, form: Form) -> str:
         """The tables in a format, as the file of that format has them."""
-        return formats.written(form, self.tables, self.grid)
+        return formats.render(form, self.tables, self.grid)
 
 
 def report(
@@ -47,78 +51,78 @@ def report(
     rates_on: "Split" = "dev",
     title: str = "Prompt runs compared",
 ) -> Report:
-    """Write tables, pictures and a page of every finished run in and below `folders`; the others are named.
+    """Write tables, plots and a page of every finished run in and below `folders`; all other runs are listed.
 
-    Runs that differ in nothing but the seed are one row's score on a task; nothing else is ever averaged.
+    A score is the mean over runs that differ only in the seed; nothing else is ever averaged.
 
     Args:
         folders: runs, or folders that hold runs.
-        out: the folder that is written; files of an earlier report there are replaced.
+        out: the folder to write; files of an earlier report in it are replaced.
         compare: a row or a method; every other row's difference to it is shown, paired by seed.
-        choose: of each method and task show the settings with the best development score alone.
-        rates_on: the split whose score is drawn against the learning rate.
-        title: of the page.
+        choose: of each method and task show only the settings with the best development score.
+        rates_on: the split whose score is plotted by learning rate.
+        title: the page's title.
 
     Raises:
-        FileNotFoundError: one of `folders` is not there.
-        ModuleNotFoundError: without the extra `report`.
+        FileNotFoundError: one of `folders` does not exist.
+        ModuleNotFoundError: the extra `report` is not installed.
         ValueError: no finished run, no row named `compare`, or `out` is a run itself.
     """
-    _need_extra()
-    place = Path(out).expanduser()
-    if (place / runs.RECORD).exists():
-        raise ValueError(f"{place} is a run, and a report is not written into one; choose another --out")
+    _check_extra()
+    folder = Path(out).expanduser()
+    if (folder / runs.RECORD).exists():
+        raise ValueError(f"{folder} is a run, and a report is not written into one; choose another --out")
     results, unread = read(folders)
-    groups, doubled = group(results)
-    left_out = (*unread, *doubled)
+    groups, duplicates = group(results)
+    skipped = (*unread, *duplicates)
     if not groups:
-        asked = ", ".join(map(str, folders)) or "no folder"
-        why = f": {left_out[0].folder}: {left_out[0].reason}" if left_out else ""
-        raise ValueError(f"there is no finished run in {asked}{why}")
+        names = ", ".join(map(str, folders)) or "no folder"
+        reason = f": {skipped[0].folder}: {skipped[0].reason}" if skipped else ""
+        raise ValueError(f"there is no finished run in {names}{reason}")
     grid = arrange(groups, choose=choose)
-    found = tuple(differences(grid, compare)) if compare else ()
-    shown = [tables.scores(grid), tables.details(grid)]
-    compared = tables.comparison(found, compare) if compare else None
-    pictures = _pictures(arrange(groups), rates_on)
+    compared = tuple(differences(grid, compare)) if compare else ()
+    all_tables = [tables.scores(grid), tables.details(grid)]
+    comparison = tables.comparison(compared, compare) if compare else None
+    plots = _plots(arrange(groups), rates_on)
     from softprompt.analysis.report.page import page
 
-    texts = {"report.html": page(title, grid, shown, compared, pictures, left_out)}
-    shown += [compared] if compared else []
-    texts |= {formats.FORMATS[form][0]: formats.written(form, shown, grid) for form in formats.FORMATS}
-    texts["results.json"] = formats.json_text(formats.whole(grid, found, left_out))
-    written = [*_write_texts(place, texts), *_write_pictures(place, [one for _, some in pictures for one in some])]
-    return Report(grid=grid, differences=found, left_out=left_out, files=tuple(written), tables=tuple(shown))
+    texts = {"report.html": page(title, grid, all_tables, comparison, plots, skipped)}
+    all_tables += [comparison] if comparison else []
+    texts |= {formats.FORMATS[form][0]: formats.render(form, all_tables, grid) for form in formats.FORMATS}
+    texts["results.json"] = formats.json_text(formats.to_json(grid, compared, skipped))
+    paths = [*_write_texts(folder, texts), *_write_plots(folder, [plot for _, section in plots for plot in section])]
+    return Report(grid=grid, differences=compared, skipped=skipped, files=tuple(paths), tables=tuple(all_tables))
 
 
-def _pictures(grid: Grid, rates_on: "Split") -> "list[tuple[str, list[Picture]]]":
-    from softprompt.analysis.report import pictures
+def _plots(grid: Grid, rates_on: "Split") -> "list[tuple[str, list[Plot]]]":
+    from softprompt.analysis.report.plots import plot_learning, plot_rates, plot_sizes
 
-    learning = [pictures.learning(grid, number, column) for number, column in enumerate(grid.columns, 1)]
-    rates = pictures.rates(grid, rates_on)
+    learning = [plot_learning(grid, number, column) for number, column in enumerate(grid.columns, 1)]
+    rates = plot_rates(grid, rates_on)
     return [
-        ("Score against trainable parameters", [pictures.sizes(grid)]),
-        ("Score against learning rate", [rates] if rates else []),
-        ("Learning curves", [one for one in learning if one]),
+        ("Score by trainable parameters", [plot_sizes(grid)]),
+        ("Score by learning rate", [rates] if rates else []),
+        ("Learning curves", [plot for plot in learning if plot]),
     ]
 
 
-def _write_texts(place: Path, texts: dict[str, str]) -> list[Path]:
+def _write_texts(folder: Path, texts: dict[str, str]) -> list[Path]:
     for name, text in texts.items():
-        files.write_text(place / name, text)
-    return [place / name for name in texts]
+        files.write_text(folder / name, text)
+    return [folder / name for name in texts]
 
 
-def _write_pictures(place: Path, pictures: "Sequence[Picture]") -> list[Path]:
-    written = []
-    for one in pictures:
-        with files.atomic_write(place / f"{one.name}.png") as draft:
-            draft.write_bytes(one.png)
-        files.write_text(place / f"{one.name}.svg", one.svg)
-        written += [place / f"{one.name}.png", place / f"{one.name}.svg"]
-    return written
+def _write_plots(folder: Path, plots: "Sequence[Plot]") -> list[Path]:
+    paths = []
+    for plot in plots:
+        with files.atomic_write(folder / f"{plot.name}.png") as draft:
+            draft.write_bytes(plot.png)
+        files.write_text(folder / f"{plot.name}.svg", plot.svg)
+        paths += [folder / f"{plot.name}.png", folder / f"{plot.name}.svg"]
+    return paths
 
 
-def _need_extra() -> None:
+def _check_extra() -> None:
     if missing := [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]:
         raise ModuleNotFoundError(
             f"a report needs the extra `report` ({', '.join(missing)}); install it: pip install 'softprompt[report]'"

@@ -1,4 +1,4 @@
-"""Groups of runs as a table: a row says what is trained, a column the task, and labels say what differs."""
+"""Arrange groups as a table: a row is a method with settings, a column a task, and labels name what differs."""
 
 import dataclasses
 import json
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, final
 
-from softprompt.analysis.report.groups import WAYS, Group, Settings
+from softprompt.analysis.report.groups import SETTING_FIELDS, Group, Settings
 from softprompt.analysis.report.read import printable
 from softprompt.prompts import PromptConfig
 
-_SHARED = {field.name for field in dataclasses.fields(PromptConfig)}
-"""Settings that every method has: compared among all rows, as the training's are. Others are compared in a method."""
+_COMMON_METHOD_SETTINGS = {field.name for field in dataclasses.fields(PromptConfig)}
+"""Settings that every method has: compared among all rows, like the training's; others within a method."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What is trained: a method with settings."""
+    """A method with settings."""
 
     label: str
     method: str
@@ -29,102 +29,108 @@ class Row:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Rows x columns with a group in each cell that has runs."""
+    """Rows and columns, with a group in each cell that has runs."""
 
     rows: tuple[Row, ...]
     columns: tuple[str, ...]
     cells: Mapping[tuple[str, str], Group]
     """By the labels of row and column."""
     common: Settings
-    """What all rows have alike."""
+    """Settings that are equal in all rows."""
     differing: Mapping[str, Sequence[str]]
-    """By method: the settings that its rows' labels tell."""
-    chosen: Mapping[tuple[str, str], str]
-    """In a grid of the best settings: which they are, a cell."""
+    """By method: the settings that its rows' labels name."""
+    best_settings: Mapping[tuple[str, str], str]
+    """In a grid of the best settings: those of each cell, in words."""
 
     def of_row(self, row: Row) -> list[Group]:
-        """Its cells."""
+        """The groups of one row."""
         return [self.cells[row.label, column] for column in self.columns if (row.label, column) in self.cells]
 
     def of_column(self, column: str) -> list[tuple[Row, Group]]:
-        """Its cells with their rows."""
+        """The groups of one column with their rows."""
         return [(row, self.cells[row.label, column]) for row in self.rows if (row.label, column) in self.cells]
 
     @property
     def groups(self) -> list[Group]:
-        """All cells, row by row."""
+        """All groups, row by row."""
         return [group for row in self.rows for group in self.of_row(row)]
 
 
 def arrange(groups: Sequence[Group], *, choose: bool = False) -> Grid:
-    """The groups as rows and columns, with labels that say what differs.
+    """Arrange groups in rows and columns, with labels that name what differs.
 
     Args:
-        choose: of groups that differ in the training's or the method's settings alone, keep for each task the one with
-            the best mean development score; CONDITIONS such as backbone and shots are never chosen among.
+        choose: of groups that differ only in settings of the training or the method, keep for each task the one with
+            the best mean development score. Groups that differ in CONDITIONS, such as backbone or shots, are all kept.
     """
     if choose:
         return _grid(_best(groups), lambda group: {name: group.settings[name] for name in CONDITIONS}, groups)
     return _grid(groups, lambda group: group.settings, ())
 
 
-CONDITIONS = ("backbone", "weights", "dtype", "shots", "shots_balanced", *WAYS)
-"""Settings under which methods are compared: never chosen among."""
+CONDITIONS = ("backbone", "weights", "dtype", "shots", "shots_balanced", *SETTING_FIELDS)
+"""Settings under which methods are compared, so `choose` never selects among them."""
 
 
 def _best(groups: Sequence[Group]) -> list[Group]:
     best: dict[str, Group] = {}
     for group in groups:
-        key = _contest(group)
-        if key not in best or _merit(group) > _merit(best[key]):
+        key = _candidates_key(group)
+        if key not in best or _rank_key(group) > _rank_key(best[key]):
             best[key] = group
     return list(best.values())
 
 
-def _contest(group: Group) -> str:
-    """What groups have alike that are chosen among."""
-    return json.dumps([group.method, group.column, [group.settings[name] for name in CONDITIONS]], sort_keys=True)
+def _candidates_key(group: Group) -> str:
+    """Equal for groups of which `choose` keeps one."""
+    conditions = [group.settings[name] for name in CONDITIONS]
+    return json.dumps([group.method, group.task_settings, conditions], sort_keys=True)
 
 
-def _merit(group: Group) -> tuple[float, float]:
+def _rank_key(group: Group) -> tuple[float, float]:
     """The development score; among equals the smaller prompt."""
     return group.spread("dev").mean, -group.spread("trainable").mean
 
 
-def _grid(groups: Sequence[Group], settings: Callable[[Group], Settings], among: Sequence[Group]) -> Grid:
+def _grid(groups: Sequence[Group], settings: Callable[[Group], Settings], candidates: Sequence[Group]) -> Grid:
     rows = _distinct((group.method, settings(group)) for group in groups)
-    columns = _distinct(("", group.column) for group in groups)
-    differing = {method: _told(rows, method) for method, _ in rows}
-    row_labels = _unique([label(method, known, differing[method]) for method, known in rows])
-    column_labels = _column_labels([column for _, column in columns])
-    order = sorted(range(len(rows)), key=lambda place: _order(rows[place]))
-    cells, chosen = {}, {}
-    for one in groups:
-        place = row_labels[rows.index((one.method, settings(one)))], column_labels[columns.index(("", one.column))]
-        cells[place] = one
-        if among:
-            chosen[place] = _choice(one, among)
+    columns = _distinct(("", group.task_settings) for group in groups)
+    differing = {method: _label_settings(rows, method) for method, _ in rows}
+    row_labels = _unique([label(method, row_settings, differing[method]) for method, row_settings in rows])
+    column_labels = _column_labels([task_settings for _, task_settings in columns])
+    order = sorted(range(len(rows)), key=lambda index: _sort_key(rows[index]))
+    cells, best_settings = {}, {}
+    for group in groups:
+        row_index = rows.index((group.method, settings(group)))
+        cell = row_labels[row_index], column_labels[columns.index(("", group.task_settings))]
+        cells[cell] = group
+        if candidates:
+            best_settings[cell] = _describe_best(group, candidates)
     return Grid(
-        rows=tuple(Row(label=row_labels[place], method=rows[place][0], settings=rows[place][1]) for place in order),
+        rows=tuple(Row(label=row_labels[index], method=rows[index][0], settings=rows[index][1]) for index in order),
         columns=tuple(sorted(column_labels)),
         cells=cells,
         common=_common(rows),
         differing=differing,
-        chosen=chosen,
+        best_settings=best_settings,
     )
 
 
-def _choice(best: Group, among: Sequence[Group]) -> str:
-    """Its settings that differ anywhere in its method, and among how many it was chosen."""
-    tried = _distinct((other.method, other.settings) for other in among if other.method == best.method)
+def _describe_best(best: Group, candidates: Sequence[Group]) -> str:
+    """The settings that differ anywhere in its method, and the number of candidates."""
+    tried = _distinct((other.method, other.settings) for other in candidates if other.method == best.method)
     names = [name for name in _differing(tried) if name not in CONDITIONS]
-    count = sum(_contest(other) == _contest(best) for other in among)
-    return f"{_said(best.settings, names)}{f', 1 of {count}' if count > 1 else ''}"
+    count = sum(_candidates_key(other) == _candidates_key(best) for other in candidates)
+    return f"{_in_words(best.settings, names)}{f', 1 of {count}' if count > 1 else ''}"
 
 
 def _common(rows: Sequence[tuple[str, Settings]]) -> Settings:
-    alike = (name for name in rows[0][1] if all(name in known for _, known in rows) and len(_values(rows, name)) == 1)
-    return {name: rows[0][1][name] for name in alike}
+    first = rows[0][1]
+    return {
+        name: first[name]
+        for name in first
+        if all(name in settings for _, settings in rows) and len(_values(rows, name)) == 1
+    }
 
 
 def _distinct(pairs: Iterable[tuple[str, Settings]]) -> list[tuple[str, Settings]]:
@@ -137,34 +143,34 @@ def _values(rows: Sequence[tuple[str, Settings]], name: str) -> set[str]:
 
 def _differing(rows: Sequence[tuple[str, Settings]]) -> list[str]:
     names = dict.fromkeys(name for _, settings in rows for name in settings)
-    # The weights' hash says more than the name only where one name stands for several weights.
-    plain = len(_values(rows, "backbone")) == len(_values(rows, "weights"))
-    return [name for name in names if len(_values(rows, name)) > 1 and not (plain and name == "weights")]
+    # The hash of the weights adds something only where one backbone name has several weights.
+    one_hash_per_name = len(_values(rows, "backbone")) == len(_values(rows, "weights"))
+    return [name for name in names if len(_values(rows, name)) > 1 and not (one_hash_per_name and name == "weights")]
 
 
-def _told(rows: Sequence[tuple[str, Settings]], method: str) -> list[str]:
+def _label_settings(rows: Sequence[tuple[str, Settings]], method: str) -> list[str]:
     """What differs: of a method's own settings among its rows, of the others among all rows."""
-    shared = set.intersection(*(set(settings) for _, settings in rows)) | _SHARED
-    own = _differing([row for row in rows if row[0] == method])
-    return [*own, *(name for name in _differing(rows) if name in shared and name not in own)]
+    shared = set.intersection(*(set(settings) for _, settings in rows)) | _COMMON_METHOD_SETTINGS
+    own_names = _differing([row for row in rows if row[0] == method])
+    return [*own_names, *(name for name in _differing(rows) if name in shared and name not in own_names)]
 
 
 def label(method: str, settings: Settings, names: Sequence[str]) -> str:
-    """The method and those of its settings."""
-    return f"{printable(method)} {_said(settings, names)}".strip()
+    """The method and the named settings."""
+    return f"{printable(method)} {_in_words(settings, names)}".strip()
 
 
 def _unique(labels: Sequence[str]) -> list[str]:
-    """Equal labels numbered, so that none hides another: long numbers and paths are shown shortened."""
-    seen: Counter[str] = Counter()
-    made = []
-    for label in labels:
-        seen[label] += 1
-        made.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
-    return made
+    """Number equal labels, which occur because long numbers and paths are shortened."""
+    counts: Counter[str] = Counter()
+    unique = []
+    for text in labels:
+        counts[text] += 1
+        unique.append(text if counts[text] == 1 else f"{text} ({counts[text]})")
+    return unique
 
 
-def _said(settings: Settings, names: Sequence[str]) -> str:
+def _in_words(settings: Settings, names: Sequence[str]) -> str:
     return " ".join(f"{name}={_value(name, settings[name])}" for name in names if name in settings)
 
 
@@ -178,21 +184,21 @@ def _value(name: str, value: Any) -> str:
 def _column_labels(columns: Sequence[Settings]) -> list[str]:
     labels = [str(column["task"]) for column in columns]
     for name in ("protocol", "metric", "data", "wording"):
-        twice = {label for label, count in Counter(labels).items() if count > 1}
-        for label in twice:
-            places = [place for place, other in enumerate(labels) if other == label]
-            values = [columns[place][name] for place in places]
+        duplicates = {label for label, count in Counter(labels).items() if count > 1}
+        for duplicate in duplicates:
+            indices = [index for index, other in enumerate(labels) if other == duplicate]
+            values = [columns[index][name] for index in indices]
             kinds = list(dict.fromkeys(values))
             if len(kinds) > 1:
-                for place, value in zip(places, values, strict=True):
-                    # A wording is long: it is numbered, and told in full in the JSON.
-                    shown = kinds.index(value) + 1 if name == "wording" else printable(str(value))
-                    labels[place] = f"{label} {name}={shown}"
+                for index, value in zip(indices, values, strict=True):
+                    # A wording is long: the label has its number, the JSON its text.
+                    text = kinds.index(value) + 1 if name == "wording" else printable(str(value))
+                    labels[index] = f"{duplicate} {name}={text}"
     return _unique(labels)
 
 
-def _order(row: tuple[str, Settings]) -> tuple[Any, ...]:
-    """By method, then by settings as numbers where they are: rank 5 before rank 10."""
+def _sort_key(row: tuple[str, Settings]) -> tuple[Any, ...]:
+    """By method, then by settings, numerically where they are numbers: rank 5 before rank 10."""
     method, settings = row
     return method, [
         (0, float(value), "") if isinstance(value, int | float) else (1, 0.0, str(value)) for value in settings.values()

@@ -1,4 +1,4 @@
-"""What came out of runs: read from their folders, with a reason for each that is left out."""
+"""Read the results of runs from their folders, with a reason for each run that is skipped."""
 
 import math
 import os
@@ -10,10 +10,13 @@ from typing import Any, final
 from softprompt import runs
 from softprompt.runs import Run
 
-_NUMBERS = ("dev", "test", "majority", "low", "high", "n_dev", "n_test", "trainable", "seconds", "steps", "best_step")
+_VALUES = (
+    *("dev", "test", "majority", "ci_low", "ci_high", "n_dev", "n_test"),
+    *("trainable", "seconds", "steps", "best_step"),
+)
 _TENSORS = (runs.TENSORS, runs.HEAD, runs.TUNED)
 _STUDY = "study.journal"
-"""What the folder of a sweep's search holds beside its trials."""
+"""A file in the folder of a sweep's search, beside its trials."""
 
 
 @final
@@ -24,7 +27,7 @@ class Point:
     step: int
     loss: float
     dev: float | None
-    """Of an evaluation after this step."""
+    """The score of an evaluation after this step."""
 
 
 @final
@@ -34,25 +37,25 @@ class Result:
 
     run: Run
     name: str
-    """The folder's name, fit to print."""
+    """The folder's name, safe to print."""
     metric: str
-    numbers: Mapping[str, float]
-    """The record's results: `dev`, `test`, `majority`, `low`, `high`, `n_test`, `trainable`, `seconds` and so on."""
-    others: Mapping[str, float]
+    values: Mapping[str, float]
+    """The record's results: `dev`, `test`, `majority`, `ci_low`, `ci_high`, `n_test`, `trainable` and so on."""
+    extra_metrics: Mapping[str, float]
     """The task's further metrics on the test rows."""
     zero_shot: float | None
     """The test score of the model without a prompt."""
-    caution: str
-    """What the record warns of; empty where it warns of nothing."""
+    selection_warning: str
+    """A note that the checkpoint was selected on the test rows; empty where it was not."""
     warning: str
-    """Why the test score says less than it seems to; empty where nothing speaks against it."""
+    """Why the test score may mislead; empty where nothing was found."""
     size: int
-    """Bytes of the tensors that were trained."""
+    """Bytes of the trained tensors."""
     curve: tuple[Point, ...]
 
     @property
     def seed(self) -> int:
-        """Of the experiment."""
+        """The experiment's seed."""
         return self.run.experiment.seed
 
 
@@ -66,76 +69,80 @@ class SkippedRun:
 
 
 def find(folders: Sequence[str | Path]) -> list[Path]:
-    """Every run's folder among `folders` and anywhere below them, once, by path; a run is not searched for others.
+    """Every run's folder among `folders` and below them, once, by path; nothing is searched inside a run.
 
-    The folder of a search is there in place of its trials, unless it, or the one that it lies in, is given.
+    The folder of a search stands for its trials, unless it or its parent is among `folders`.
 
     Raises:
-        FileNotFoundError: one of `folders` is not there.
+        FileNotFoundError: one of `folders` does not exist.
     """
-    found: dict[Path, None] = {}
+    paths: dict[Path, None] = {}
     for folder in folders:
         top = Path(folder).expanduser()
         if not top.is_dir():
             raise FileNotFoundError(f"{str(folder)!r} is no folder; give runs, or folders that hold runs")
-        found.update(dict.fromkeys(_below(top)))
-    # A run that is given twice under two names (a link, a relative path) is one run.
-    return list({path.resolve(): path for path in reversed(found)}.values())[::-1]
+        paths.update(dict.fromkeys(_below(top)))
+    # A run that is given under two names (a link, a relative path) is one run.
+    return list({path.resolve(): path for path in reversed(paths)}.values())[::-1]
 
 
 def _below(top: Path) -> Iterator[Path]:
-    for place, inner, names in os.walk(top):
-        asked = top in (Path(place), Path(place).parent)
-        if runs.RECORD in names or (_STUDY in names and not asked):
-            inner.clear()
-            yield Path(place)
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
+    for parent, folders, names in os.walk(top):
+        is_requested = top in (Path(parent), Path(parent).parent)
+        if runs.RECORD in names or (_STUDY in names and not is_requested):
+            folders.clear()
+            yield Path(parent)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
 
 
 def read(folders: Sequence[str | Path]) -> tuple[list[Result], list[SkippedRun]]:
-    """The finished runs, and those left out with the reason; raises as `find` does."""
+    """The finished runs, and the skipped ones with the reason.
+
+    Raises:
+        FileNotFoundError: one of `folders` does not exist.
+    """
     results: list[Result] = []
-    left_out: list[SkippedRun] = []
+    skipped: list[SkippedRun] = []
     for folder in find(folders):
         if not (folder / runs.RECORD).is_file():
-            # Of one seed, some stopped early: beside the runs that they chose settings for they would be rows too.
-            reason = "trials of a search, by which settings were chosen; give this folder itself to see them"
-            left_out.append(SkippedRun(folder=printable(str(folder)), reason=reason))
+            # Trials have one seed, and some were stopped early: beside the final runs they would look like results.
+            reason = "it holds the trials of a search, which selected settings; give this folder itself to see them"
+            skipped.append(SkippedRun(folder=printable(str(folder)), reason=reason))
             continue
         try:
             results.append(_result(runs.open_run(folder)))
         except (ValueError, OSError, OverflowError, RecursionError) as error:
-            left_out.append(SkippedRun(folder=printable(str(folder)), reason=printable(str(error))))
-    return results, left_out
+            skipped.append(SkippedRun(folder=printable(str(folder)), reason=printable(str(error))))
+    return results, skipped
 
 
 def _result(run: Run) -> Result:
     """The run's results.
 
     Raises:
-        ValueError: it is not finished, or what its folder holds is damaged.
+        ValueError: it is not finished, or its folder is damaged.
     """
     results = run.record.get("results")
     if results is None:
-        raise ValueError(f"it is not finished; go on with: softprompt train --resume {run.folder}")
+        raise ValueError(f"it is not finished; resume it with: softprompt train --resume {run.folder}")
     if not isinstance(results, Mapping):
         raise ValueError(f"its results are {type(results).__name__}, not an object; it is damaged, train again")
-    numbers = {name: _number(results, name) for name in _NUMBERS}
-    if numbers["trainable"] < 1 or numbers["n_test"] < 1:
-        raise ValueError("its results tell of no trained numbers or no test rows; it is damaged, train again")
+    values = {name: _number(results, name) for name in _VALUES}
+    if values["trainable"] < 1 or values["n_test"] < 1:
+        raise ValueError("its results have no trainable parameters or no test rows; it is damaged, train again")
     size = sum((run.folder / name).stat().st_size for name in _TENSORS if (run.folder / name).is_file())
     if not size:
-        raise ValueError(f"it lacks {runs.TENSORS}, what was trained; it is damaged, train again")
-    others = results.get("others")
+        raise ValueError(f"it lacks {runs.TENSORS}, the trained tensors; it is damaged, train again")
+    extra = results.get("extra_metrics")
     return Result(
         run=run,
         name=printable(run.name),
         metric=printable(str(results.get("metric", run.task.metrics[0]))),
-        numbers=numbers,
-        others={printable(name): _number(others, name) for name in others} if isinstance(others, Mapping) else {},
+        values=values,
+        extra_metrics={printable(name): _number(extra, name) for name in extra} if isinstance(extra, Mapping) else {},
         zero_shot=_number(results, "zero_shot") if "zero_shot" in results else None,
-        caution=printable(str(results.get("caution", ""))),
-        warning=printable(str(results.get("warning", ""))),
+        selection_warning=printable(str(results.get("selection_warning") or "")),
+        warning=printable(str(results.get("warning") or "")),
         size=size,
         curve=tuple(_points(run)),
     )
@@ -149,7 +156,7 @@ def _number(values: Mapping[str, Any], name: str) -> float:
 
 
 def _points(run: Run) -> Iterator[Point]:
-    """The lines up to the first that is damaged, as `Run.metrics` reads them."""
+    """The lines up to the first damaged one."""
     last = 0
     for line in run.metrics():
         if not isinstance(line, dict):
@@ -159,14 +166,14 @@ def _points(run: Run) -> Iterator[Point]:
             dev = _number(line, "dev") if "dev" in line else None
         except (ValueError, OverflowError):
             return
-        if step <= last:  # not what this library writes
+        if step <= last:  # not written by this library
             return
         last = step
         yield Point(step=step, loss=loss, dev=dev)
 
 
 def printable(text: str) -> str:
-    r"""`text` without what would move a terminal's cursor or turn the direction of writing.
+    r"""`text` with control and direction characters escaped, so that it cannot affect a terminal.
 
     >>> printable("a\x1b[2Jb") == "a" + chr(92) + "x1b[2Jb"
     True

@@ -1,4 +1,4 @@
-"""What the tables say: scores in percent with one decimal, each beside n, the majority answer and an interval."""
+"""The report's tables: scores in percent with one decimal, beside n, the majority answer and an interval."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -6,13 +6,14 @@ from typing import final
 
 from softprompt.analysis.report.compare import NO_SPREAD, Difference
 from softprompt.analysis.report.grid import Grid
-from softprompt.analysis.report.groups import Group, Interval
+from softprompt.analysis.report.groups import Group
 from softprompt.analysis.report.read import printable
+from softprompt.analysis.report.statistics import Interval
 
 MARKS = {"within": "†", "below": "‡", "above": ""}
-"""What a score's standing against the majority answer puts behind it."""
-CAUTION = "§"
-Shown = Callable[[float], str]
+"""The mark after a score, by its position against the majority answer."""
+SELECTION_MARK = "§"
+Formatter = Callable[[float], str]
 _MINUS = "−"
 
 
@@ -24,36 +25,36 @@ class Table:
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    words: int
-    """How many columns at the left are words; the others are numbers."""
-    references: int = 0
-    """How many rows at the top are not results but what to compare them with."""
+    text_columns: int
+    """The number of columns at the left that hold text; the others hold numbers."""
+    reference_rows: int = 0
+    """The number of rows at the top that are not results but references, such as the majority answer."""
     notes: tuple[str, ...] = ()
 
 
 def scores(grid: Grid) -> Table:
-    """Methods x tasks."""
-    head = ["method", *(f"{name}\n{_metric(grid, name)}" for name in grid.columns), "numbers", "bytes", "seconds"]
+    """Methods by tasks."""
+    head = ["method", *(f"{name}\n{_metric(grid, name)}" for name in grid.columns), "parameters", "bytes", "seconds"]
     rows = [
         ["majority answer", *(_majority(grid, name) for name in grid.columns), "", "", ""],
-        ["test rows", *(_rows(grid, name) for name in grid.columns), "", "", ""],
+        ["test rows", *(_test_rows(grid, name) for name in grid.columns), "", "", ""],
     ]
     for row in grid.rows:
-        places = [(row.label, name) for name in grid.columns]
-        shown = (_score(grid.cells.get(place), grid.chosen.get(place, "")) for place in places)
-        rows.append([row.label, *shown, *_costs(grid.of_row(row))])
+        keys = [(row.label, name) for name in grid.columns]
+        cells = (_score(grid.cells.get(key), grid.best_settings.get(key, "")) for key in keys)
+        rows.append([row.label, *cells, *_costs(grid.of_row(row))])
     return Table(
         title="Test scores",
         head=tuple(head),
         rows=tuple(map(tuple, rows)),
-        words=1,
-        references=2,
+        text_columns=1,
+        reference_rows=2,
         notes=tuple(_notes(grid)),
     )
 
 
 def details(grid: Grid) -> Table:
-    """A line a cell, with both intervals."""
+    """A line per cell, with both intervals."""
     head = ["task", "method", "test", "sd", "seeds", "95% test rows", "95% seeds", "majority", "n", "dev", "best step"]
     zero_shot = any(group.zero_shot is not None for group in grid.groups)
     if zero_shot:
@@ -61,36 +62,37 @@ def details(grid: Grid) -> Table:
     rows = []
     for name in grid.columns:
         for row, group in grid.of_column(name):
-            line = [name, f"{row.label} {_brackets(grid.chosen.get((row.label, name), ''))}".strip(), *_numbers(group)]
+            best = grid.best_settings.get((row.label, name), "")
+            line = [name, f"{row.label} ({best})" if best else row.label, *_detail_cells(group)]
             if zero_shot:
                 line.insert(8, "" if group.zero_shot is None else percent(group.zero_shot))
             rows.append(tuple(line))
-    others = sorted({other for group in grid.groups for result in group.results for other in result.others})
-    notes = [f"Further metrics ({', '.join(others)}) are in results.json."] if others else []
-    return Table(title="Every score", head=tuple(head), rows=tuple(rows), words=2, notes=tuple(notes))
+    extra = sorted({name for group in grid.groups for result in group.results for name in result.extra_metrics})
+    notes = [f"Further metrics ({', '.join(extra)}) are in results.json."] if extra else []
+    return Table(title="Every score", head=tuple(head), rows=tuple(rows), text_columns=2, notes=tuple(notes))
 
 
-def comparison(found: Sequence[Difference], reference: str) -> Table:
+def comparison(differences: Sequence[Difference], reference: str) -> Table:
     """Differences to the reference row, paired by seed."""
     rows = [
         (
-            one.column,
-            one.row,
-            signed(one.spread.mean),
-            interval(one.interval, signed),
-            ", ".join(map(str, one.seeds)),
-            one.verdict,
+            difference.column,
+            difference.row,
+            signed(difference.spread.mean),
+            interval_text(difference.interval, signed),
+            ", ".join(map(str, difference.seeds)),
+            difference.verdict,
         )
-        for one in found
+        for difference in differences
     ]
     notes: tuple[str, ...] = (
-        "Test score minus the reference's, in percent points, paired by seed (equal seeds have equal rows).",
-        "The interval is Student's t over the seeds; several comparisons are made, and it is not widened for that.",
+        "Test score minus the reference's, in percentage points, paired by seed (equal seeds have equal rows).",
+        "The interval is Student's t over the seeds, without correction for the number of comparisons.",
     )
-    if any(one.verdict == NO_SPREAD for one in found):
-        notes += (f"{NO_SPREAD}: every seed differs by as much, so no interval can be drawn.",)
+    if any(difference.verdict == NO_SPREAD for difference in differences):
+        notes += (f"{NO_SPREAD}: the difference is the same for every seed, so there is no interval.",)
     head = ("task", "method", "difference", "95% seeds", "seeds", f"against {reference}")
-    return Table(title=f"Against {reference}", head=head, rows=tuple(rows), words=2, notes=notes)
+    return Table(title=f"Against {reference}", head=head, rows=tuple(rows), text_columns=2, notes=notes)
 
 
 def percent(value: float) -> str:
@@ -99,17 +101,17 @@ def percent(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference, in percent points."""
+    """A difference in percentage points, with its sign."""
     return f"{100 * value:+.1f}".replace("-", _MINUS)
 
 
-def interval(given: Interval | None, shown: Shown = percent) -> str:
-    """`[low, high]`; a dash where there is none."""
-    return "–" if given is None else f"[{shown(given.low)}, {shown(given.high)}]"
+def interval_text(interval: Interval | None, text: Formatter = percent) -> str:
+    """`[low, high]`; a dash for none."""
+    return "–" if interval is None else f"[{text(interval.low)}, {text(interval.high)}]"
 
 
 def bytes_text(count: float) -> str:
-    """Decimal units, as files are sold.
+    """A size in decimal units.
 
     >>> bytes_text(24_040.0)
     '24 kB'
@@ -120,47 +122,47 @@ def bytes_text(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def _numbers(group: Group) -> list[str]:
+def _detail_cells(group: Group) -> list[str]:
     test = group.spread("test")
     return [
         percent(test.mean) + _marks(group),
         "–" if test.deviation is None else percent(test.deviation),
         str(len(group.seeds)),
-        interval(group.rows_interval),
-        interval(test.interval),
+        interval_text(group.rows_interval),
+        interval_text(test.interval),
         percent(group.spread("majority").mean),
-        _between(group.spread("n_test").values),
+        _range(group.spread("n_test").values),
         percent(group.spread("dev").mean),
-        _between(group.spread("best_step").values),
+        _range(group.spread("best_step").values),
     ]
 
 
-def _score(group: Group | None, chosen: str) -> str:
+def _score(group: Group | None, best_settings: str) -> str:
     if group is None:
         return "–"
     test = group.spread("test")
-    spread = f" ± {percent(test.deviation)}" if test.deviation is not None else ""
+    deviation = f" ± {percent(test.deviation)}" if test.deviation is not None else ""
     seeds = f" ({len(group.seeds)})"
-    lines = [percent(test.mean) + spread + seeds + _marks(group), interval(group.rows_interval)]
-    return "\n".join([*lines, chosen] if chosen else lines)
+    lines = [percent(test.mean) + deviation + seeds + _marks(group), interval_text(group.rows_interval)]
+    return "\n".join([*lines, best_settings] if best_settings else lines)
 
 
 def _marks(group: Group) -> str:
-    return MARKS[group.standing] + (CAUTION if group.caution else "")
+    return MARKS[group.against_majority] + (SELECTION_MARK if group.selection_warning else "")
 
 
 def _costs(groups: Sequence[Group]) -> list[str]:
-    def all_of(name: str) -> list[float]:
+    def values(name: str) -> list[float]:
         return [value for group in groups for value in group.spread(name).values]
 
     sizes = [float(result.size) for group in groups for result in group.results]
-    seconds = all_of("seconds")
-    return [_between(all_of("trainable")), _between(sizes, bytes_text), f"{sum(seconds) / len(seconds):,.0f}"]
+    seconds = values("seconds")
+    return [_range(values("trainable")), _range(sizes, bytes_text), f"{sum(seconds) / len(seconds):,.0f}"]
 
 
-def _between(values: Iterable[float], shown: Shown = "{:,.0f}".format) -> str:
-    known = sorted(values)
-    low, high = shown(known[0]), shown(known[-1])
+def _range(values: Iterable[float], text: Formatter = "{:,.0f}".format) -> str:
+    ordered = sorted(values)
+    low, high = text(ordered[0]), text(ordered[-1])
     return low if low == high else f"{low}–{high}"
 
 
@@ -169,54 +171,50 @@ def _metric(grid: Grid, column: str) -> str:
 
 
 def _majority(grid: Grid, column: str) -> str:
-    return _between((group.spread("majority").mean for _, group in grid.of_column(column)), percent)
+    return _range((group.spread("majority").mean for _, group in grid.of_column(column)), percent)
 
 
-def _rows(grid: Grid, column: str) -> str:
-    return _between([value for _, group in grid.of_column(column) for value in group.spread("n_test").values])
-
-
-def _brackets(text: str) -> str:
-    return f"({text})" if text else ""
+def _test_rows(grid: Grid, column: str) -> str:
+    return _range([value for _, group in grid.of_column(column) for value in group.spread("n_test").values])
 
 
 def _notes(grid: Grid) -> Iterable[str]:
     yield (
         "Scores are percent: the mean over seeds ± the standard deviation (number of seeds); below it in brackets the "
-        "95% interval over test rows, of a single run (its ends are means over the seeds). Seconds are a run's."
+        "95% interval over test rows of a single run (its ends averaged over seeds). Seconds are per run."
     )
     groups = grid.groups
-    if any(group.standing == "within" for group in groups):
+    if any(group.against_majority == "within" for group in groups):
         yield (
-            f"{MARKS['within']} Not shown to differ from the majority answer: its score lies within the 95% interval "
+            f"{MARKS['within']} Not shown to differ from the majority answer, whose score lies within the 95% interval "
             "over test rows or over seeds."
         )
-    if any(group.standing == "below" for group in groups):
+    if any(group.against_majority == "below" for group in groups):
         yield f"{MARKS['below']} Worse than the majority answer, beyond both intervals."
-    for caution in dict.fromkeys(group.caution for group in groups if group.caution):
-        yield f"{CAUTION} {caution.capitalize()}: compare with such scores alone."
+    for warning in dict.fromkeys(group.selection_warning for group in groups if group.selection_warning):
+        yield f"{SELECTION_MARK} {warning.capitalize()}: compare only with other such scores."
     for group in groups:
         for result in group.results:
             if result.warning:
-                yield f"Look at {result.name} before trusting its score: {result.warning}."
+                yield f"Check {result.name} before trusting its score: {result.warning}."
     uneven = [name for name in grid.columns if len({group.seeds for _, group in grid.of_column(name)}) > 1]
     if uneven:
         yield f"Not all rows have the same seeds in: {', '.join(uneven)}."
-    if grid.chosen:
+    if grid.best_settings:
         yield (
-            "Of each method the settings with the best mean development score are shown, chosen for each task; "
-            '"1 of 9" says among how many.'
+            "Of each method only the settings with the best mean development score are shown, selected for each task; "
+            '"1 of 9" is the number of candidates.'
         )
     yield from _versions(groups)
 
 
 def _versions(groups: Sequence[Group]) -> Iterable[str]:
-    known: dict[str, set[str]] = {}
+    by_package: dict[str, set[str]] = {}
     for group in groups:
         for result in group.results:
             versions = result.run.record.get("versions")
             for package, version in versions.items() if isinstance(versions, dict) else ():
-                known.setdefault(printable(str(package)), set()).add(printable(str(version)))
-    for package, versions in sorted(known.items()):
-        if len(versions) > 1:
-            yield f"The runs were made with several versions of {package}: {', '.join(sorted(versions))}."
+                by_package.setdefault(printable(str(package)), set()).add(printable(str(version)))
+    for package, package_versions in sorted(by_package.items()):
+        if len(package_versions) > 1:
+            yield f"The runs were made with several versions of {package}: {', '.join(sorted(package_versions))}."

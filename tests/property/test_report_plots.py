@@ -1,4 +1,4 @@
-"""A report's curves and pictures: a mean is over all seeds or not drawn, and a method looks the same everywhere."""
+"""A report's curves and plots: a mean is over all seeds or not drawn, and a method's style never changes."""
 
 import statistics
 import xml.etree.ElementTree as ElementTree
@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 
 from softprompt import TrainingConfig
-from softprompt.analysis.report import Report, curves, formats, pictures, report
+from softprompt.analysis.report import Report, formats, report
 from softprompt.analysis.report.groups import Group, group
-from softprompt.analysis.report.palette import styles
+from softprompt.analysis.report.learning_curves import development_curve, loss_curve
+from softprompt.analysis.report.plot_style import styles
+from softprompt.analysis.report.plots import plot_rates
 from softprompt.analysis.report.read import read
 
 Write = Callable[..., Path]
 
 
-def made(tmp_path: Path, **options: Any) -> Report:
+def make_report(tmp_path: Path, **options: Any) -> Report:
     return report([tmp_path / "runs"], out=tmp_path / "out", **options)
 
 
@@ -25,33 +27,33 @@ def groups(tmp_path: Path) -> list[Group]:
     return group(read([tmp_path])[0])[0]
 
 
-def test_a_curve_has_only_steps_that_all_seeds_reached(write: Write, tmp_path: Path) -> None:
+def test_curve_has_only_steps_of_all_seeds(write: Write, tmp_path: Path) -> None:
     write(seed=0, dev_at={2: 0.5, 4: 0.6, 6: 0.9})
     write(seed=1, dev_at={2: 0.7, 4: 0.8})
-    [one] = groups(tmp_path)
-    curve = curves.development(one)
+    [merged] = groups(tmp_path)
+    curve = development_curve(merged)
     assert curve.steps == (2, 4)
     assert curve.means == pytest.approx((0.6, 0.7))
     assert curve.deviations == pytest.approx((statistics.stdev([0.5, 0.7]),) * 2)
-    loss = curves.loss(one, 2)
+    loss = loss_curve(merged, 2)
     assert loss.steps == (2, 4, 6)
     assert loss.means == pytest.approx(((1 + 1 / 2) / 2, (1 / 3 + 1 / 4) / 2, (1 / 5 + 1 / 6) / 2))
 
 
-def test_a_method_looks_the_same_everywhere() -> None:
+def test_style_of_a_method_is_always_the_same() -> None:
     assert styles(["dpt"])["dpt"] == styles(["plain", "mine", "dpt", "lora"])["dpt"]
-    looks = styles(["mine", "another"])
-    assert len(set(looks.values())) == len(looks)
-    assert len({look.marker for look in looks.values()}) == len(looks) or len(looks) > 10
+    by_method = styles(["mine", "another"])
+    assert len(set(by_method.values())) == len(by_method)
+    assert len({style.marker for style in by_method.values()}) == len(by_method) or len(by_method) > 10
 
 
-def test_pictures_of_a_sweep(write: Write, tmp_path: Path) -> None:
+def test_plots_of_a_sweep(write: Write, tmp_path: Path) -> None:
     for lr in (0.01, 0.1):
         write(training=TrainingConfig(steps=6, lr=lr), dev=0.6 + lr, test=0.4)
-    found = made(tmp_path)
-    names = {path.name for path in found.files}
+    result = make_report(tmp_path)
+    names = {path.name for path in result.files}
     assert names >= {f"{stem}.{kind}" for stem in ("learning-1", "sizes", "rates-dev") for kind in ("png", "svg")}
-    for path in found.files:
+    for path in result.files:
         if path.suffix == ".png":
             assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         if path.suffix == ".svg":
@@ -59,13 +61,13 @@ def test_pictures_of_a_sweep(write: Write, tmp_path: Path) -> None:
     svg = (tmp_path / "out" / "rates-dev.svg").read_text()
     assert ">learning rate (log)<" in svg
     assert ">dev accuracy (%)<" in svg
-    on_test = pictures.rates(found.grid, "test")
+    on_test = plot_rates(result.grid, "test")
     assert on_test is not None
     assert ">test accuracy (%)<" in on_test.svg
 
 
-def test_without_curves_and_with_one_rate_there_are_no_such_pictures(write: Write, tmp_path: Path) -> None:
+def test_no_plot_without_curves_or_with_one_rate(write: Write, tmp_path: Path) -> None:
     (write() / "metrics.jsonl").unlink()
-    found = made(tmp_path)
-    assert len(formats.cells(found.grid)) == 1
-    assert {path.stem for path in found.files if path.suffix == ".svg"} == {"sizes"}
+    result = make_report(tmp_path)
+    assert len(formats.cells(result.grid)) == 1
+    assert {path.stem for path in result.files if path.suffix == ".svg"} == {"sizes"}

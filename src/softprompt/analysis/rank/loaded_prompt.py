@@ -1,0 +1,224 @@
+"""Load what is to be analysed: a run's prompt, initial prompt and checkpoints, or a PEFT folder's matrix."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from softprompt import files, runs
+from softprompt.analysis.rank.spectrum import Spectrum
+from softprompt.backbones import Backbone
+from softprompt.evaluation.evaluate import run_splits
+from softprompt.prompts import Folded
+from softprompt.runs import Run
+from softprompt.training import checkpoint, setup
+from softprompt.training.callbacks import NullCallback, TrainingCallback
+from softprompt.training.gradients import gradient_on
+
+_ADAPTER = "adapter_model.safetensors"
+_MATRIX = "prompt_embeddings"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LoadedPrompt:
+    """A trained prompt to be analysed."""
+
+    name: str
+    """The folder's name."""
+    folder: Path
+    prompt: Folded
+    """The trained prompt; its matrix is analysed, and what it does to the input's own embeddings is ignored."""
+    start: Float[Tensor, "prompt dim"] | None = None
+    """The matrix before the first step, `P0`; none where it is not known."""
+    start_missing: str = "its folder does not record it"
+    """Why `start` is not known, where it is none."""
+    history: Mapping[int, Float[Tensor, "prompt dim"]] = field(default_factory=dict)
+    """The matrix at each checkpoint, by step; step 0 is the start."""
+    complete: bool = True
+    """Whether `prompt` is all that was trained; false for an adapter of which only the matrix can be read."""
+    note: str = ""
+    """What a reader of the ranks should know."""
+    run: Run | None = None
+    """None for a PEFT folder."""
+    backbone: Backbone | None = None
+    """The run's backbone, loaded; none for a PEFT folder."""
+
+    @property
+    def matrix(self) -> Float[Tensor, "prompt dim"]:
+        """The prompt's matrix `P`."""
+        return self.prompt.prompt()
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank that a matrix of this shape can have; in a deep prompt, the matrix of one layer."""
+        length, dim = self.matrix.shape
+        return min(length // self.prompt.depth, dim)
+
+
+def spectra(
+    matrix: Float[Tensor, "prompt dim"], start: Float[Tensor, "prompt dim"] | None = None, depth: int = 1
+) -> dict[str, Spectrum]:
+    """The spectra of the prompt `P`, of `P` less its mean row (`centred`), and of the update `P - P0`.
+
+    A prompt that starts from vocabulary rows has full rank before training, and the mean row alone may hold most of
+    its norm, so the update is the most informative of the three. A deep prompt has a matrix per layer, and these views
+    of each: `prompt of layer 1`, and so on.
+    """
+    if depth == 1:
+        return _layer_spectra(matrix, start)
+    starts = [None] * depth if start is None else start.chunk(depth)
+    return {
+        f"{view} of layer {number}": spectrum
+        for number, (layer, layer_start) in enumerate(zip(matrix.chunk(depth), starts, strict=True), 1)
+        for view, spectrum in _layer_spectra(layer, layer_start).items()
+    }
+
+
+def _layer_spectra(
+    matrix: Float[Tensor, "prompt dim"], start: Float[Tensor, "prompt dim"] | None
+) -> dict[str, Spectrum]:
+    prompt = Spectrum.of(matrix)
+    by_view = {"prompt": prompt, "centred": Spectrum.of(matrix - matrix.mean(0), prompt.values[0])}
+    if start is not None:
+        by_view["update"] = Spectrum.of(matrix - start, max(prompt.values[0], Spectrum.of(start).values[0]))
+    return by_view
+
+
+def load_prompts(
+    folder: str | Path,
+    *,
+    checkpoints: bool = False,
+    backbone: str | None = None,
+    callback: TrainingCallback | None = None,
+) -> Iterator[LoadedPrompt]:
+    """The prompt of a run or a PEFT folder, or of every finished run in a folder of runs, by name.
+
+    Args:
+        checkpoints: also load the prompt at each checkpoint.
+        backbone: where the runs' backbone is now, as `load_backbone` takes it; none: where it was during training.
+        callback: receives progress, and which runs are skipped and why.
+
+    Raises:
+        FileNotFoundError: the folder holds no prompt.
+        ValueError: a damaged or unfinished run, or a PEFT folder without a prompt.
+    """
+    path, callback = Path(folder).expanduser(), callback or NullCallback()
+    if (path / runs.RECORD).is_file():
+        run = runs.open_run(path)
+        if reason := _why_no_prompt(run):
+            raise ValueError(f"run {path} {reason}; give a finished run of a prompt method")
+        callback.on_stage(f"loading {run.experiment.backbone}")
+        yield _of_run(run, run.backbone(backbone), checkpoints)
+    elif (path / _ADAPTER).is_file():
+        if checkpoints:
+            raise ValueError(f"{path} is a PEFT folder and has no checkpoints; leave --checkpoints out, or give a run")
+        yield _of_adapter(path)
+    else:
+        yield from _of_folder(path, checkpoints, backbone, callback)
+
+
+def _of_folder(
+    path: Path, checkpoints: bool, backbone: str | None, callback: TrainingCallback
+) -> Iterator[LoadedPrompt]:
+    cache: dict[tuple[str, str, str], Backbone] = {}
+    count = 0
+    for run in runs.list_runs(path):
+        if reason := _why_no_prompt(run):
+            callback.on_note(f"{run.name} {reason} and is left out")
+            continue
+        key = (run.experiment.backbone, run.experiment.backbone_dtype, run.record["backbone"]["dtype"])
+        if key not in cache:
+            cache.clear()  # one backbone in memory at a time: the runs may have many
+            callback.on_stage(f"loading {run.experiment.backbone}")
+            cache[key] = run.backbone(backbone)
+        count += 1
+        yield _of_run(run, cache[key], checkpoints)
+    if not count:
+        raise FileNotFoundError(
+            f"{str(path)!r} is neither a run, a PEFT folder ({_ADAPTER}) nor a folder with finished runs of a prompt "
+            "method; see softprompt list runs"
+        )
+
+
+def _why_no_prompt(run: Run) -> str:
+    """Why a run has no prompt to analyse; empty where it has one."""
+    if run.experiment.baseline != "none":
+        return f"is the baseline {run.experiment.baseline} and has no prompt"
+    return "is not finished" if run.results is None else ""
+
+
+def _of_run(run: Run, backbone: Backbone, checkpoints: bool) -> LoadedPrompt:
+    prompt, notes = run.prompt(backbone).fold(), []
+    if not prompt.plain:
+        notes.append("it also changes the input's own embeddings, which is ignored: only the matrix is measured")
+    start, start_missing = None, ""
+    try:
+        host = with_sample_images(run, backbone)
+        gradient = gradient_on(run.experiment, run.task, host, lambda: run_splits(run).train)
+        start = runs.build_prompt(run.experiment, run.task, host, initialize=True, gradient=gradient).prompt().detach()
+    except (FileNotFoundError, ValueError) as error:  # an --init-prompt folder that is gone, images that have changed
+        start_missing = str(error)
+        notes.append(f"its initial prompt P0 cannot be rebuilt, so its update is not measured ({error})")
+    return LoadedPrompt(
+        name=run.name,
+        folder=run.folder,
+        prompt=prompt,
+        start=start,
+        start_missing=start_missing,
+        history=_history(run, backbone, start) if checkpoints else {},
+        note="; ".join(notes),
+        run=run,
+        backbone=backbone,
+    )
+
+
+def with_sample_images(run: Run, backbone: Backbone) -> Backbone:
+    """The backbone with the training images sampled as for the run's initial prompt, if its task has images."""
+    if not run.task.image:
+        return backbone
+    return setup.with_sample_images(backbone, run.experiment, run.task, run_splits(run))
+
+
+def _history(
+    run: Run, backbone: Backbone, start: Float[Tensor, "prompt dim"] | None
+) -> dict[int, Float[Tensor, "prompt dim"]]:
+    prompt = runs.build_prompt(run.experiment, run.task, backbone, initialize=False)
+    history = {} if start is None else {0: start}
+    for step in checkpoint.steps(run.folder):
+        file = checkpoint.folder_of(run.folder, step) / "prompt.safetensors"
+        tensors = {
+            name.removeprefix("prompt."): tensor
+            for name, tensor in files.read_tensors(file).items()
+            if name.startswith("prompt.")  # the file may also hold a head
+        }
+        files.load_tensors(prompt, tensors, str(file))
+        history[step] = prompt.prompt().detach().clone()
+    if set(history) <= {0}:
+        raise ValueError(f"run {run.folder} has no checkpoints left; leave --checkpoints out")
+    return history
+
+
+def _of_adapter(path: Path) -> LoadedPrompt:
+    """Load only the prompt's matrix, so that adapters of methods that stock PEFT cannot load work too."""
+    file = path / _ADAPTER
+    tensors = files.read_tensors(file, "save the adapter again, or fetch it again")
+    matrix = tensors.pop(_MATRIX, None)
+    if matrix is None:
+        raise ValueError(f"{file} holds {', '.join(sorted(tensors))} and no {_MATRIX}; give a prompt-tuning adapter")
+    if matrix.ndim != 2 or not matrix.is_floating_point() or not bool(matrix.isfinite().all()):
+        raise ValueError(f"{file} has a prompt of shape {tuple(matrix.shape)}; a prompt is a matrix of finite numbers")
+    note = "a PEFT folder does not record the initial prompt P0, so its update is not measured"
+    if tensors:
+        note += f"; its {', '.join(sorted(tensors))} are ignored: only the matrix is measured"
+    return LoadedPrompt(
+        name=path.resolve().name,
+        folder=path,
+        prompt=Folded(matrix.float()),
+        start_missing="a PEFT folder does not record it",
+        complete=not tensors,
+        note=note,
+    )
