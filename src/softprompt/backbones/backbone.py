@@ -21,7 +21,6 @@ from softprompt.prompts import Host
 from softprompt.types import Dtype
 
 Architecture = Literal["causal", "encoder_decoder", "encoder", "vision"]
-"""What kind of model a backbone is, and so which prompted model fits it."""
 
 _AUTO_CLASSES: dict[Architecture, type[Any]] = {
     "causal": transformers.AutoModelForCausalLM,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -23,7 +24,6 @@ from softprompt.models import PromptedModel, attach, fresh_head
 from softprompt.models.baselines import tune
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.prompts.deep import build
-from softprompt.runs.context import CONTEXT, fingerprint, read_context_file
 from softprompt.tasks import Task
 
 Gradient = Callable[[Float[Tensor, "length dim"], int], Float[Tensor, "length dim"]]
@@ -34,6 +34,8 @@ HEAD = "head.safetensors"
 TUNED = "tuned.safetensors"
 METRICS = "metrics.jsonl"
 PREDICTIONS = "predictions.jsonl"
+CONTEXT = "context.txt"
+"""The text that a distilled prompt stands for; only in the folder of a distillation."""
 _FORMAT = 1
 _NAME_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EACCES)
 """Errors of renaming a folder to a name that is taken, which depend on the system."""
@@ -153,8 +155,18 @@ class Run:
 
     @property
     def context(self) -> str:
-        """The text that was distilled, empty if none was; raises ValueError where its file has been changed."""
-        return read_context_file(self.folder, self.record)
+        """The text that was distilled; empty for a run that is no distillation.
+
+        Raises:
+            ValueError: the file is missing or has been changed.
+        """
+        if self.record.get("context") is None:
+            return ""
+        path = self.folder / CONTEXT
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if _sha256(text) != self.record["context"]:
+            raise ValueError(f"{path} is not the text that the run was started with; put it back, or start a new run")
+        return text
 
     def rewind_metrics(self, step: int) -> None:
         """Remove the metrics after `step`, which a resumed run writes again."""
@@ -254,7 +266,7 @@ def create(
         "experiment": experiment.to_json(),
         "task": task.to_json(),
         "data": data,
-        "context": fingerprint(context),
+        "context": _sha256(context) if context else None,
         "backbone": {
             "base": backbone.base,
             "dim": backbone.dim,
@@ -374,6 +386,10 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
     }
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _claim(out: Path, name: str | None, stem: str, contents: Mapping[str, str]) -> Path:
