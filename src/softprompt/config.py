@@ -188,9 +188,15 @@ class Experiment:
 
         Memory options, and fields added later while at their defaults, are left out: they do not change the result.
         """
-        values = {name: value for name, value in self.to_json().items() if _LATER_FIELDS.get(name, ...) != value}
-        training = {name: value for name, value in values["training"].items() if name not in MEMORY_OPTIONS}
-        return hashlib.sha256(json.dumps({**values, "training": training}, sort_keys=True).encode()).hexdigest()
+        values = self.to_json()
+        training = values.pop("training")
+        hashed = {name: value for name, value in values.items() if _LATER_FIELDS.get(name, ...) != value}
+        hashed["training"] = {
+            name: value
+            for name, value in training.items()
+            if name not in MEMORY_OPTIONS and _LATER_TRAINING_FIELDS.get(name, ...) != value
+        }
+        return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
     def with_memory_options(self, other: "Experiment") -> "Experiment":
         """The same experiment with every memory option that either of the two has on."""
@@ -234,8 +240,15 @@ class Experiment:
         return dataclasses.replace(self, **changes)
 
 
-_LATER_FIELDS = {"prompt_position": "prefix", "prompt_attention": "full"}
+_LATER_FIELDS: dict[str, Any] = {
+    "prompt_position": "prefix",
+    "prompt_attention": "full",
+    "context": None,
+    "demonstrations": 0,
+}
 """Fields added after the first runs, with the default that those runs used."""
+_LATER_TRAINING_FIELDS: dict[str, Any] = {"temperature": 1.0}
+"""The same for the fields of `training`."""
 
 MEMORY_OPTIONS = ("gradient_checkpointing", "shard")
 """Training settings that change the memory needed, and not the result."""

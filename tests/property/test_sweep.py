@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softprompt import DPT, METHODS, Experiment, TrainingConfig
-from softprompt.config import _LATER_FIELDS
+from softprompt.config import _LATER_FIELDS, _LATER_TRAINING_FIELDS
 from softprompt.sweep import Range, Search, expand, read, trial_name
 from softprompt.tasks import load_task
 
@@ -132,6 +132,8 @@ def test_experiment_hash_is_stable() -> None:
     )
     for name, value in _LATER_FIELDS.items():
         assert getattr(Experiment(), name) == value
+    for name, value in _LATER_TRAINING_FIELDS.items():
+        assert getattr(TrainingConfig(), name) == value
 
 
 def test_empty_file_is_one_default_experiment() -> None:

@@ -1,5 +1,6 @@
 """The run folder: written atomically, read without executing code, described by a model card."""
 
+from softprompt.runs.creation import check_new_run, create, versions
 from softprompt.runs.run import (
     HEAD,
     METRICS,
@@ -11,15 +12,12 @@ from softprompt.runs.run import (
     Run,
     build_prompt,
     build_prompted_model,
-    check_new_run,
-    create,
     json_line,
     list_runs,
     open_run,
     read_prompt,
     resolve_run,
     run_folders,
-    versions,
 )
 
 __all__ = [
