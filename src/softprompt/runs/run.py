@@ -39,7 +39,7 @@ TUNED = "tuned.safetensors"
 METRICS = "metrics.jsonl"
 """Loss, rate and development score by step."""
 PREDICTIONS = "predictions.jsonl"
-"""The answer to each dev and test row."""
+"""The answer to each test row."""
 CONTEXT = "context.txt"
 """The text that a distilled prompt stands for; only in the folder of a distillation."""
 _FORMAT = 1
