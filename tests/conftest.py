@@ -1,4 +1,4 @@
-"""What all tests share: tiny random models of real architectures, a real tokenizer, and folders to train from."""
+"""Shared fixtures: tiny random models of real architectures, a real tokenizer, a model folder and a task folder."""
 
 import os
 
@@ -23,7 +23,7 @@ from softprompt.backbones.image_processor import processor_from_settings
 torch.set_num_threads(1)
 
 LABELS = ("Billing", "Sales", "Returns", "Login", "Delivery", "Other")
-"""Of the user's own task; only the letter differs that the text is made of."""
+"""The labels of `ticket_task`; the texts of each repeat one letter."""
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -100,21 +100,21 @@ VISION: dict[str, Callable[[], Any]] = {
 
 
 def _tokenizer(template: str = "<s> $A") -> Any:
-    """A byte-level BPE of 300 tokens: any text survives it, and a label's word is one or several tokens."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    """A byte-level BPE of 300 tokens: it encodes any text, and label words have one or several tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=["<s>", "</s>", "<pad>"] + (["<mask>"] if template != "<s> $A" else []),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator([f"Ticket: a a b b c c\nQueue: {label.lower()}" for label in LABELS] * 4, trainer)
-    made.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
+    backend.train_from_iterator([f"Ticket: a a b b c c\nQueue: {label.lower()}" for label in LABELS] * 4, trainer)
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
     special = {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"} if template != "<s> $A" else {}
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", **special
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", **special
     )
 
 
@@ -122,7 +122,7 @@ def _tokenizer(template: str = "<s> $A") -> Any:
 def _model(config: Any, kind: Any = transformers.AutoModelForCausalLM) -> Any:
     torch.manual_seed(0)
     model = kind.from_config(config, dtype=torch.float32).eval()
-    # As initialised, attention is all but uniform and a wrong position would hardly show.
+    # With the initial weights attention is nearly uniform, and a wrong position would hardly change the output.
     for weights in model.parameters():
         if weights.ndim == 2:
             weights *= 5
@@ -130,10 +130,10 @@ def _model(config: Any, kind: Any = transformers.AutoModelForCausalLM) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(
+def _separate_cache(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """No test reads or writes the user's cache, except one that is about a downloaded asset."""
+    """Keep tests from the user's cache, except those of a downloaded asset."""
     if request.node.get_closest_marker("asset") is None:
         monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
@@ -145,27 +145,27 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_backbone(tokenizer: Any) -> Callable[[str], Backbone]:
-    """`tiny_backbone("llama")`: one of DECODERS, ENCODER_DECODERS, ENCODERS or VISION, float32; made once a session."""
-    made: dict[str, Backbone] = {}
-    closing, masking = _tokenizer("$A </s>"), _tokenizer("<s> $A </s>")
+    """`tiny_backbone("llama")`: one of DECODERS, ENCODER_DECODERS, ENCODERS or VISION, float32, cached per session."""
+    cache: dict[str, Backbone] = {}
+    with_eos, with_mask = _tokenizer("$A </s>"), _tokenizer("<s> $A </s>")
 
-    def fresh(name: str) -> Backbone:
+    def build(name: str) -> Backbone:
         if name in DECODERS:
             return Backbone(_model(DECODERS[name]()), tokenizer, name, name, "causal")
         if name in ENCODER_DECODERS:
             model = _model(ENCODER_DECODERS[name](), transformers.AutoModelForSeq2SeqLM)
             model.generation_config.forced_bos_token_id = 0 if name == "bart_forced" else None
-            return Backbone(model, closing, name, name, "encoder_decoder")
+            return Backbone(model, with_eos, name, name, "encoder_decoder")
         if name in VISION:
             model = _model(VISION[name](), transformers.AutoModel)
             return Backbone(model, processor_from_settings({}, model.config), name, name, "vision")
         kind = transformers.AutoModelForMaskedLM if name.endswith("_mlm") else transformers.AutoModel
-        return Backbone(_model(ENCODERS[name.removesuffix("_mlm")](), kind), masking, name, name, "encoder")
+        return Backbone(_model(ENCODERS[name.removesuffix("_mlm")](), kind), with_mask, name, name, "encoder")
 
     def make(name: str) -> Backbone:
-        if name not in made:
-            made[name] = fresh(name)
-        return made[name]
+        if name not in cache:
+            cache[name] = build(name)
+        return cache[name]
 
     return make
 
@@ -178,7 +178,7 @@ def decoder(request: pytest.FixtureRequest, tiny_backbone: Callable[[str], Backb
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """A tiny Llama with its tokenizer, as a user has a model; read only."""
+    """A saved tiny Llama with its tokenizer; read-only."""
     folder = tmp_path_factory.mktemp("backbone") / "tiny-llama"
     _model(DECODERS["llama"]()).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -187,7 +187,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Pa
 
 @pytest.fixture(scope="session")
 def ticket_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's own task of six classes: a TOML file beside a CSV of 120 rows; read only."""
+    """A user's task of six classes: a TOML file next to a CSV of 120 rows; read-only."""
     folder = tmp_path_factory.mktemp("task")
     draw = random.Random(0)
     with (folder / "train.csv").open("w", newline="") as stream:
@@ -203,7 +203,7 @@ def ticket_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """Without the tests' shape checker, as users run: our own error is what they see."""
+    """Disable the tests' shape checker, so that our own error is raised, as for users."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

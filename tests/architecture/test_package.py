@@ -1,4 +1,4 @@
-"""The package is what its own rules say: names, layers, sizes, doctests; no file knows another's method by name."""
+"""The house rules: names, layers, file sizes, doctests, and no comparison with a method's name."""
 
 import ast
 import doctest

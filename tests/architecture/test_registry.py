@@ -1,4 +1,4 @@
-"""Every method says where it comes from and how it differs, and the registry is the folder."""
+"""Every file in prompts/ is one method, which documents its reference, differences and settings."""
 
 import dataclasses
 import importlib

@@ -127,12 +127,12 @@ def test_flags_have_no_retired_name(config: type) -> None:
 
 
 def test_allowed_names_still_exist() -> None:
-    stale = []
+    unused = []
     for file, name in ALLOWED:
         tree = ast.parse((SOURCE / file).read_text())
         if name not in {other for other, _ in [*defined_names(tree), *json_keys(tree)]}:
-            stale.append((file, name))
-    assert stale == []
+            unused.append((file, name))
+    assert unused == []
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""vLLM's client reads no control token in a text unless it is told to."""
+"""vLLM's client refuses control tokens in a text unless they are allowed."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Names and labels as real files have them: any column in a template, numbers and booleans as labels."""
+"""Any column name works in a template, and numbers and booleans work as labels."""
 
 import csv
 import json

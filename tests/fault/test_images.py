@@ -1,4 +1,4 @@
-"""What is wrong with a user's images is said in a sentence, before anything is trained or written."""
+"""Faulty images are refused in one sentence, before anything is trained or written."""
 
 import io
 import shutil

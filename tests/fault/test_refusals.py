@@ -1,4 +1,4 @@
-"""What cannot be exact is refused before anything is computed, in one sentence that names it."""
+"""Inputs and models that cannot be exact are refused in one sentence before anything is computed."""
 
 from collections.abc import Callable
 

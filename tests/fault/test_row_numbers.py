@@ -1,4 +1,4 @@
-"""One number for a row everywhere: its place in the user's file, counted from 1, however the rows are cut and drawn."""
+"""A row has its number in the user's file, counted from 1, everywhere, also after splitting and sampling."""
 
 import csv
 import json

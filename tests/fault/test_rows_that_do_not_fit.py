@@ -1,4 +1,4 @@
-"""Rows, words and tokens that a model cannot take are refused by name; positions are those of real use."""
+"""Rows, label words and tokens that a model cannot take are refused by name."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The user's own task: what works, and one clear sentence for everything that does not."""
+"""A user's task file and tables: valid ones work, and each invalid one is refused in one sentence."""
 
 import bz2
 import gzip

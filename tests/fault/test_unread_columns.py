@@ -1,4 +1,4 @@
-"""Cells of files as other programs write them: refused by row and column where the task reads them, else no matter."""
+"""Unusual cells are refused by row and column if the task reads them, and ignored otherwise."""
 
 import datetime
 import decimal

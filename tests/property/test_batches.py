@@ -1,4 +1,4 @@
-"""Batches: every token is at its place, and every row comes once an epoch."""
+"""Batches keep every token at its position, and every row once per epoch."""
 
 import itertools
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Control tokens in a row's own text are text; in the template they are tokens; ordinary text has today's ids."""
+"""Control tokens are text in a row and tokens in the template; ordinary text has the tokenizer's ids."""
 
 import dataclasses
 import re

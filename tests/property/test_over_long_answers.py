@@ -1,4 +1,4 @@
-"""Answers that are longer than what may be generated are counted: they can never be right."""
+"""Gold answers longer than max_new_tokens are counted, since they can never be right."""
 
 import pytest
 
@@ -20,10 +20,10 @@ def test_labels_have_no_length_limit() -> None:
     assert over_long_answers([Example((1,), (1,) * 50, 0, 0)], 5) == 0
 
 
-@pytest.mark.parametrize("words", [1, 3, 9])
-def test_exact_limit_is_enough(tokenizer, words: int) -> None:
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_exact_limit_is_enough(tokenizer, count: int) -> None:
     task = Task(name="t", template="{a}", target="y", metrics=("exact_match",))
-    rows = [{"a": "x", "y": "abc " * words}]
+    rows = [{"a": "x", "y": "abc " * count}]
     [example] = encode(task, tokenizer, rows, 20)[0]
     needed = len(tokenizer(" " + rows[0]["y"], add_special_tokens=False)["input_ids"])
     assert over_long_answers([example], needed) == 0

@@ -1,4 +1,4 @@
-"""A number as the target of a user's own task: written out, read back, scored, and refused where a gold is none."""
+"""Numbers as targets: they are written out, read back and scored; a gold that is not a number is refused."""
 
 import math
 from pathlib import Path

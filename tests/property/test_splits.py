@@ -1,4 +1,4 @@
-"""A task's rows in three splits: nothing is lost, nothing is in two of them, and a draw of a few stays one."""
+"""Splits lose no row and share none, keep groups and classes, and few-shot samples are reproducible."""
 
 import dataclasses
 import hashlib
@@ -53,7 +53,7 @@ def test_rows_are_split_by_class_without_loss(n: int, seed: int) -> None:
     try:
         task = dataclasses.replace(REVIEW, source="cut-test")
         full = splits(task, seed=seed)
-        again = splits(task, seed=seed)
+        repeated = splits(task, seed=seed)
     finally:
         del READERS["cut-test"]
     parts = texts(full)
@@ -63,8 +63,8 @@ def test_rows_are_split_by_class_without_loss(n: int, seed: int) -> None:
         for label in ("0", "1"):
             expected = share * table(n)["verdict"].count(label)
             assert abs(part["verdict"].count(label) - expected) <= 1
-    assert texts(again) == parts
-    assert again.fingerprint == full.fingerprint
+    assert texts(repeated) == parts
+    assert repeated.fingerprint == full.fingerprint
     assert full.majority == 0
 
 
@@ -97,9 +97,9 @@ def test_official_validation_split_is_halved(source) -> None:
 
 def test_existing_splits_are_unchanged(source) -> None:
     rows = table(60)
-    given = {"train": rows.select(range(20)), "dev": rows.select(range(20, 30)), "test": rows.select(range(30, 60))}
-    full = splits(dataclasses.replace(REVIEW, source=source(**given)))
-    assert texts(full) == [set(part["text"]) for part in given.values()]
+    parts = {"train": rows.select(range(20)), "dev": rows.select(range(20, 30)), "test": rows.select(range(30, 60))}
+    full = splits(dataclasses.replace(REVIEW, source=source(**parts)))
+    assert texts(full) == [set(part["text"]) for part in parts.values()]
 
 
 def test_fingerprint_follows_the_columns_that_are_read(source) -> None:

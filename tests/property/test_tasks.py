@@ -1,4 +1,4 @@
-"""Tasks: what render, encode, collate, the batches' order and the splits promise for any input."""
+"""Tasks render any cell unchanged, and encoded rows fit, keep the cue and have the answer's tokens."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ TOKENIZER = byte_level()
 def test_parse_inverts_a_written_template(parts: list[tuple[bool, str]]) -> None:
     parts = [(is_field, "".join(c for c in text if c not in "{}") if is_field else text) for is_field, text in parts]
     parts = [(is_field, text) for is_field, text in parts if text.strip() or not is_field]
-    written = "".join(
+    template = "".join(
         "{" + text + "}" if is_field else text.replace("{", "{{").replace("}", "}}") for is_field, text in parts
     )
     merged: list[tuple[bool, str]] = []
@@ -70,7 +70,7 @@ def test_parse_inverts_a_written_template(parts: list[tuple[bool, str]]) -> None
             merged[-1] = (False, merged[-1][1] + text)
         else:
             merged.append((is_field, text))
-    assert parse(written) == tuple(merged)
+    assert parse(template) == tuple(merged)
 
 
 @given(text=TEXT, title=TEXT)

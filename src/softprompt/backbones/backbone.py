@@ -21,6 +21,7 @@ from softprompt.prompts import Host
 from softprompt.types import Dtype
 
 Architecture = Literal["causal", "encoder_decoder", "encoder", "vision"]
+"""The kind of model, which decides how a prompt is attached."""
 
 _AUTO_CLASSES: dict[Architecture, type[Any]] = {
     "causal": transformers.AutoModelForCausalLM,

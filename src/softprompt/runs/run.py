@@ -24,11 +24,17 @@ from softprompt.tasks import Task
 Gradient = Callable[[Float[Tensor, "length dim"], int], Float[Tensor, "length dim"]]
 """Computes the mean gradient of the loss at a prompt over the first N batches of training rows."""
 RECORD = "softprompt.json"
+"""Experiment, versions, backbone and results."""
 TENSORS = "softprompt.safetensors"
+"""The prompt's parameters."""
 HEAD = "head.safetensors"
+"""The trained head of an encoder or vision model."""
 TUNED = "tuned.safetensors"
+"""The trained weights of a baseline."""
 METRICS = "metrics.jsonl"
+"""Loss, rate and development score by step."""
 PREDICTIONS = "predictions.jsonl"
+"""The answer to each test row."""
 CONTEXT = "context.txt"
 """The text that a distilled prompt stands for; only in the folder of a distillation."""
 FORMAT = 1
