@@ -46,8 +46,22 @@ KEYS = frozenset(_KEYS.split())
 """Keys of JSON records that were renamed."""
 
 ALLOWED: dict[tuple[str, str], str] = {
+    ("analysis/rank/gradient.py", "start"): "the point of a run at which a gradient is taken, beside step N",
+    ("analysis/rank/loaded_prompt.py", "start"): "the prompt before the first step, not the flag --start",
+    ("analysis/report/learning_curves.py", "means"): "means over seeds",
+    ("analysis/report/plots.py", "means"): "means over seeds",
+    ("analysis/report/statistics.py", "low"): "the end of an interval of any statistic, not a key of results",
+    ("analysis/report/statistics.py", "high"): "the end of an interval of any statistic, not a key of results",
     ("backbones/kernels/llama.py", "gate"): "transformers' gate_proj of the MLP, not a service's middleware",
     ("backbones/loading.py", "shards"): "the files of a sharded checkpoint, not FSDP",
+    ("export/client.py", "choice"): "OpenAI's own field",
+    ("export/gguf.py", "extended"): "an extended vocabulary, as the vocabulary calls it",
+    ("export/gguf_writer.py", "writer"): "a gguf.GGUFWriter",
+    ("export/vocab.py", "extended"): "an extended vocabulary, as the vocabulary calls it",
+    ("prompts/base.py", "start"): "the matrix a method starts from, not the flag --start",
+    ("serve/engine/engine.py", "closed"): "whether the engine is, as of a file or a socket",
+    ("serve/engine/scheduler.py", "closed"): "whether the scheduler is, as of a file or a socket",
+    ("serve/engine/scheduler.py", "_closed"): "whether the scheduler is, as of a file or a socket",
     ("sweep/space.py", "low"): "the bound of a range, as in Optuna's suggest_float, not a confidence interval",
     ("sweep/space.py", "high"): "the bound of a range, as in Optuna's suggest_float, not a confidence interval",
     ("sweep/space.py", "warmup"): "a search's first trials, not the learning rate's",

@@ -31,7 +31,7 @@ class Scoring(Protocol):
 
 
 @runtime_checkable
-class Answering(Scoring, Protocol):
+class Generating(Scoring, Protocol):
     """A model that also answers: `PromptedModel` or `Teacher`."""
 
     def generate(self, input_ids: Ids, attention_mask: Mask, *, max_new_tokens: int) -> Iterator[Int[Tensor, " batch"]]:
@@ -60,8 +60,8 @@ def token_divergence(
     answered = targets != -100
     expected = (teacher[answered].float() / temperature).log_softmax(-1)
     predicted = (student[answered].float() / temperature).log_softmax(-1)
-    each = nn.functional.kl_div(predicted, expected, reduction="none", log_target=True).sum(-1) * temperature**2
-    return each.new_zeros(targets.shape).masked_scatter(answered, each).sum(1)
+    divergence = nn.functional.kl_div(predicted, expected, reduction="none", log_target=True).sum(-1) * temperature**2
+    return divergence.new_zeros(targets.shape).masked_scatter(answered, divergence).sum(1)
 
 
 def label_divergence(
@@ -101,8 +101,8 @@ def divergences(
     if task.is_classification:
         batch = collate(rows, pad_id=pad_id(prompted.backbone), side="left", with_answers=False)
         ids, mask = batch.inputs(prompted.backbone.device)
-        words = answer_ids(task, prompted.backbone.tokenizer)
-        return label_divergence(student.score(ids, mask, words), teacher.score(ids, mask, words), temperature)
+        candidates = answer_ids(task, prompted.backbone.tokenizer)
+        return label_divergence(student.score(ids, mask, candidates), teacher.score(ids, mask, candidates), temperature)
     ids, mask, labels = labelled_batch(prompted, rows)
     logits, targets = student.label_logits(ids, mask, labels)
     return token_divergence(logits, teacher.label_logits(ids, mask, labels)[0], targets, temperature)
@@ -134,7 +134,7 @@ class Imitation:
 
 @torch.no_grad()
 def imitations(
-    models: Mapping[str, Answering],
+    models: Mapping[str, Generating],
     teacher: Teacher,
     prompted: PromptedModel,
     task: Task,
@@ -170,16 +170,16 @@ def imitations(
 
 
 def _answers(
-    model: Answering, prompted: PromptedModel, task: Task, rows: Sequence[Example], max_new_tokens: int
+    model: Generating, prompted: PromptedModel, task: Task, rows: Sequence[Example], max_new_tokens: int
 ) -> list[Answer]:
     backbone = prompted.backbone
     batch = collate(rows, pad_id=pad_id(backbone), side="left", with_answers=False)
     ids, mask = batch.inputs(backbone.device)
     if task.is_classification:
-        labels, words = list(task.label_words), list(task.label_words.values())
+        labels, label_words = list(task.label_words), list(task.label_words.values())
         indices = model.score(ids, mask, answer_ids(task, backbone.tokenizer)).argmax(-1).tolist()
         return [
-            Answer(row=row.row, text=words[index], label=labels[index], index=index)
+            Answer(row=row.row, text=label_words[index], label=labels[index], index=index)
             for row, index in zip(rows, indices, strict=True)
         ]
     texts = backbone.tokenizer.batch_decode(
@@ -189,7 +189,7 @@ def _answers(
 
 
 def generated(
-    model: Answering, prompted: PromptedModel, ids: Tensor, mask: Tensor | None, max_new_tokens: int
+    model: Generating, prompted: PromptedModel, ids: Tensor, mask: Tensor | None, max_new_tokens: int
 ) -> list[list[int]]:
     """Greedy answers as tokens, each without its end of sequence."""
     steps = torch.stack(list(model.generate(ids, mask, max_new_tokens=max_new_tokens)), 1).tolist()

@@ -17,7 +17,7 @@ from softprompt.export.probe import TEXTS, probe, text_ids
 from softprompt.models import attach, model_class
 from softprompt.tasks import answer_ids
 
-SILENT = -1e4
+SUPPRESSED_LOGIT = -1e4
 """The bias of a token that is never generated: its probability is 0 in every dtype, and no sum becomes NaN."""
 
 
@@ -105,7 +105,7 @@ def extend_model(backbone: Backbone, rows: Float[Tensor, "new dim"], gap: int, s
 
     The old rows of the head keep their bits, so the old tokens' logits do not change. The new rows of the head:
 
-    - A head with a bias (BART's `final_logits_bias`, Phi's `lm_head.bias`) gets a bias of `SILENT` there, tied or not.
+    - A head with a bias (BART's `final_logits_bias`, Phi's `lm_head.bias`) gets `SUPPRESSED_LOGIT` there, tied or not.
     - Without a bias, weights alone cannot rule a token out: after an RMS norm the last state reaches both `h` and `-h`,
       so no row has the smallest logit for every `h` (least of all a row of zeros, whose logit 0 exceeds every negative
       one). A tied head would be worse, since its new rows would be the prompts, which have large norms. So the head is
@@ -134,7 +134,7 @@ def extend_model(backbone: Backbone, rows: Float[Tensor, "new dim"], gap: int, s
             _declare_untied(new)
         head.weight[old:] = head.weight[stand_in]
     for bias in biases:
-        bias[..., old:] = SILENT
+        bias[..., old:] = SUPPRESSED_LOGIT
     embedding.weight[old:] = 0
     embedding.weight[old + gap :] = (rows / (embedding_scale(backbone) or 1.0)).to(embedding.weight)
     return new, bool(biases)

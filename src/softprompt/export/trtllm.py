@@ -33,13 +33,13 @@ class TrtLlm(Format):
 
     def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
         """The table and its index."""
-        matrices = [_rows(item, backbone) for item in trained]
-        table = torch.nn.utils.rnn.pad_sequence(matrices, batch_first=True)
+        prompts = [_rows(item, backbone) for item in trained]
+        table = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
         np.save(folder / TABLE, table.numpy(), allow_pickle=False)
         first = len(backbone.model.get_input_embeddings().weight)
         tasks = {
             item.name: {"task": number, "tokens": len(rows), "ids": list(range(first, first + len(rows)))}
-            for number, (item, rows) in enumerate(zip(trained, matrices, strict=True))
+            for number, (item, rows) in enumerate(zip(trained, prompts, strict=True))
         }
         size = int(table.shape[0] * table.shape[1])
         notes = {**text_notes(backbone), "vocab_size": first, "max_prompt_embedding_table_size": size, "tasks": tasks}

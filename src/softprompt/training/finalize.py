@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from softprompt import files, runs
-from softprompt.evaluation.distillation import Answering, imitations
+from softprompt.evaluation.distillation import Generating, imitations
 from softprompt.evaluation.evaluate import prediction_record, score_answers
 from softprompt.evaluation.predict import Answer
 from softprompt.export import export_model
@@ -62,12 +62,12 @@ def _distillation(run: Run, setup: TrainingSetup, folded: PromptedModel, teacher
     """How close the prompt is to the teacher on the test rows, beside no context and one cut to the prompt's length."""
     length, settings = folded.prompt_length, run.experiment.training
     leading = teacher.leading
-    sides: dict[str, Answering] = {"prompt": folded, "no_context": teacher.model}
+    sides: dict[str, Generating] = {"prompt": folded, "no_context": teacher.model}
     if length and len(teacher.context) > leading + length:
-        own = teacher.context[leading:]
+        context = teacher.context[leading:]
         first = teacher.context[:leading]
-        sides["context_start"] = Teacher(teacher.model, (*first, *own[:length]), leading)
-        sides["context_end"] = Teacher(teacher.model, (*first, *own[-length:]), leading)
+        sides["context_start"] = Teacher(teacher.model, (*first, *context[:length]), leading)
+        sides["context_end"] = Teacher(teacher.model, (*first, *context[-length:]), leading)
     close = imitations(sides, teacher, folded, run.task, setup.test, settings.max_new_tokens)
     results: dict[str, Any] = {"context_tokens": len(teacher.context), "prompt_tokens": length}
     for name, side in close.items():
