@@ -139,6 +139,8 @@ def test_only_the_seed_is_averaged_over(write: Write, tmp_path: Path) -> None:
         "dtype": {"backbone": {"dtype": "bfloat16"}},  # the dtype used, not the one asked for
         "data": {"fields": {"data": "/other"}},
         "init_prompt": {"fields": {"init_prompt": "runs/earlier"}},
+        "context": {"fields": {"context": "/policy.md"}},
+        "demonstrations": {"fields": {"demonstrations": 8}},
     }
     for field in dataclasses.fields(Experiment):
         if field.name not in ("seed", *changes):
