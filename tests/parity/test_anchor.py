@@ -12,7 +12,7 @@ from torch import Tensor
 from softprompt.prompts import Host
 from softprompt.prompts.bpt import BPT
 from softprompt.prompts.dpt import DPT, AnchoredPrompt
-from softprompt.prompts.init import factorise, gradient_factors
+from softprompt.prompts.initialization import factorise, gradient_factors
 from softprompt.prompts.plain import Plain
 from softprompt.prompts.ulpt import ULPT
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from softprompt.prompts.base import Host, PromptConfig, PromptOnly, at_least
-from softprompt.prompts.init import check_scale, factorise, start_gradient, warm_start_rows
+from softprompt.prompts.initialization import check_scale, factorise, start_gradient, warm_start_rows
 
 Mode = Literal["bilinear", "frozen", "tuned"]
 """The second factor: `bilinear` a thin learned one; a whitening matrix, `frozen` or `tuned` with the first."""

@@ -17,7 +17,7 @@ from softprompt.prompts.base import (
     at_least,
     max_input_length,
 )
-from softprompt.prompts.init import Init, check_init, check_scale, initial_matrix
+from softprompt.prompts.initialization import Init, check_init, check_scale, initial_matrix
 
 
 @final

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from softprompt.prompts.base import Host, PromptConfig, PromptOnly
-from softprompt.prompts.init import Init, check_init, check_scale, initial_matrix
+from softprompt.prompts.initialization import Init, check_init, check_scale, initial_matrix
 
 
 @final

@@ -7,10 +7,10 @@ from typing import Any
 
 from softprompt import files
 from softprompt.analysis.rank.burstiness import Burstiness, Pair, bin_centres
-from softprompt.analysis.rank.functional import FunctionalRank
 from softprompt.analysis.rank.gradient import GradientPoint
 from softprompt.analysis.rank.prompt_ranks import PromptRanks
 from softprompt.analysis.rank.spectrum import Spectrum
+from softprompt.analysis.rank.truncation import FunctionalRank
 
 _VIEWS = {"prompt": "prompt P", "centred": "P less its mean row", "update": "update P − P₀"}
 _RANKS = {"numerical": "numerical rank", "stable": "stable rank", "effective": "effective rank"}

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from softprompt.analysis.rank.functional import FunctionalRank, functional_rank
 from softprompt.analysis.rank.loaded_prompt import LoadedPrompt, load_prompts, spectra
 from softprompt.analysis.rank.scorer import Truncation
 from softprompt.analysis.rank.spectrum import Spectrum
+from softprompt.analysis.rank.truncation import FunctionalRank, functional_rank
 from softprompt.training.callbacks import TrainingCallback
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from softprompt.analysis.rank.functional import FunctionalRank
 from softprompt.analysis.rank.loaded_prompt import LoadedPrompt
+from softprompt.analysis.rank.truncation import FunctionalRank
 
 Scored = tuple[LoadedPrompt, FunctionalRank]
 
