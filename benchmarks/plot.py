@@ -76,9 +76,9 @@ def plot(cases: Sequence[tuple[str, dict[str, Any]]], out: Path) -> None:
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("speedup over the peer (median; error bar: minimum and maximum of the rounds)")
 
-    picture = render_plot("speed", "Speed", "", draw, (8.6, 1.0 + 0.52 * len(cases)))
-    files.write_text(out, picture.svg)
-    out.with_suffix(".png").write_bytes(picture.png)
+    rendered = render_plot("speed", "Speed", "", draw, (8.6, 1.0 + 0.52 * len(cases)))
+    files.write_text(out, rendered.svg)
+    out.with_suffix(".png").write_bytes(rendered.png)
 
 
 if __name__ == "__main__":

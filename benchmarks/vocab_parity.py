@@ -101,12 +101,12 @@ def main(
             pad_token_id=0,
         )[:, full_ids.shape[1] :]
         ours = torch.stack(list(live.generate(ids, mask, max_new_tokens=new_tokens, prompts=prepared, index=index)), 1)
-        generated_prompt_tokens += int(torch.isin(generated, torch.tensor(usage["never_said"])).sum())
+        generated_prompt_tokens += int(torch.isin(generated, torch.tensor(usage["suppressed_ids"])).sum())
         ends = set(live.end_of_sequence())
         equal += sum(before_end(mine, ends) == before_end(its, ends) for mine, its in zip(ours, generated, strict=True))
         if words:
             mine = live.score(ids, mask, words, prompts=prepared, index=index)
-            theirs = torch.stack([scores(plain, row, words, usage["never_said"][0]) for row in full])
+            theirs = torch.stack([scores(plain, row, words, usage["suppressed_ids"][0]) for row in full])
             gap = max(gap, float((mine - theirs).abs().max()))
             labels += int((mine.argmax(-1) == theirs.argmax(-1)).sum())
         print(f"{begin + len(batch)} of {rows} rows, equal texts {equal}", file=sys.stderr)

@@ -10,7 +10,7 @@ import pytest
 from softprompt import prompts
 from softprompt.prompts import METHODS, PromptConfig
 
-OTHERS = {"base", "concatenation", "deep", "init", "several"}
+OTHERS = {"base", "deep", "initialization"}
 FILES = {result.name for result in pkgutil.iter_modules(prompts.__path__)} - OTHERS
 each = pytest.mark.parametrize("config", METHODS.values(), ids=METHODS.keys())
 

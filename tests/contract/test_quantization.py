@@ -124,7 +124,7 @@ def test_resumed_run_loads_the_same_weights(
 
 
 def test_checkpoint_export_is_rejected(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a checkpoint needs them whole; train in bfloat16"):
+    with pytest.raises(ValueError, match="a checkpoint needs them unquantized; train in bfloat16"):
         export_runs([run], FORMATS["vocab"], tmp_path / "checkpoint")
     assert not list(tmp_path.iterdir())
 

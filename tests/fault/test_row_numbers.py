@@ -76,7 +76,9 @@ def test_prediction_names_its_row(run: Run, tmp_path: Path) -> None:
 
 def test_show_prints_the_numbered_row(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--resume", str(run.folder), "--show", "9"]) == 0
-    displayed = re.findall(r"- row (\d+): said .*?'Ticket: ticket (\d+)", capsys.readouterr().err.replace("\n", " "))
+    displayed = re.findall(
+        r"- row (\d+): answered .*?'Ticket: ticket (\d+)", capsys.readouterr().err.replace("\n", " ")
+    )
     assert len(displayed) == sum(line["answer"] != line["gold"] for line in run.predictions())
     assert all(number == text for number, text in displayed)
 

@@ -32,7 +32,7 @@ def prompts_of(backbone: Backbone) -> list[SoftPrompt]:
 def rows_of(
     counts: Sequence[int], seed: int = 1, *, first: int = 4, front: Sequence[int] = (), back: Sequence[int] = ()
 ) -> list[Tensor]:
-    """Rows of so many tokens, drawn from id `first` on, between the ids that stand in `front` and `behind`."""
+    """Rows of so many tokens, drawn from id `first` on, between the ids in `front` and `back`."""
     draw = torch.Generator().manual_seed(seed)
     return [
         torch.cat([torch.tensor(front), torch.randint(first, 300, (count,), generator=draw), torch.tensor(back)]).long()

@@ -91,7 +91,7 @@ def test_head_encoder_self_attention_prompt_matches_mask(tiny_backbone: MakeBack
 
 @pytest.mark.parametrize("name", ["llama", "bart", "distilbert_mlm", "mpnet_mlm"])
 def test_unsupported_model_is_refused(tiny_backbone: MakeBackbone, name: str) -> None:
-    with pytest.raises(ValueError, match="isolated"):
+    with pytest.raises(ValueError, match="prompt_attention"):
         attach(tiny_backbone(name), prompt_attention="self")
 
 

@@ -59,7 +59,7 @@ def test_other_architectures_read_the_context_with_each_row(tiny_backbone: MakeB
     backbone = tiny_backbone(name)
     closing = [1] if name == "t5" else [3, 1]  # an encoder answers at its mask
     front = [] if name == "t5" else [0]
-    rows = rows_of([3, 6], front=front, behind=closing)
+    rows = rows_of([3, 6], front=front, back=closing)
     ids, mask = padded(rows, "left", extra=2)
     found = Teacher(attach(backbone), [*front, 17, 33, 50], leading=len(front)).score(ids, mask, [(9,), (40,)])
     for row, scores in zip(rows, found, strict=True):
