@@ -1,5 +1,6 @@
 """Distilling a context is an ordinary run whose loss is the teacher's distribution."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from softprompt import (
 from softprompt.evaluation.evaluate import read_splits
 from softprompt.tasks import load_task
 from softprompt.training.callbacks import NullCallback
+from softprompt.training.context import make_teacher
+from softprompt.training.distil import distil
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +106,35 @@ def test_unusable_context_is_refused_before_a_folder(
     with pytest.raises(ValueError, match=message):
         train(experiment.replace(context=str(tmp_path / "context.md")), out=tmp_path / "runs", backbone=backbone)
     assert not (tmp_path / "runs").exists()
+
+
+def test_missing_context_is_refused(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*; give the path of a text"):
+        train(experiment.replace(context=str(tmp_path / "none.md")), out=tmp_path / "runs", backbone=backbone)
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_model_without_words_is_no_teacher(name: str, tiny_backbone: Callable[[str], Backbone]) -> None:
+    with pytest.raises(ValueError, match="does not answer in words"):
+        make_teacher("a b c", tiny_backbone(name))
+
+
+def test_queries_are_answered_once_and_trained_on(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
+    (tmp_path / "context.md").write_text("a b c")
+    (tmp_path / "requests.csv").write_text("text\n" + "".join(f"{'a ' * n}b\n" for n in range(1, 25)))
+    settings = TrainingConfig(steps=2, batch_size=4, eval_steps=2, max_new_tokens=4)
+    asked = experiment.replace(context=str(tmp_path / "context.md"), demonstrations=0, training=settings)
+    runs = [
+        distil(asked.replace(seed=seed), tmp_path / "requests.csv", "Ticket: {text}", out=tmp_path, backbone=backbone)
+        for seed in (0, 1)
+    ]
+    assert len(list(tmp_path.glob("teacher-*"))) == 1
+    for run in runs:
+        assert run.results is not None
+        close = run.results["distillation"]
+        assert close["teacher"]["score"] == close["teacher"]["agreement"] == 1.0  # float32: it repeats its own answers
+    with pytest.raises(ValueError, match="distil takes its context from a file"):
+        distil(experiment, tmp_path / "requests.csv", "Ticket: {text}", out=tmp_path, backbone=backbone)
 
 
 def test_settings_without_effect_are_refused(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:

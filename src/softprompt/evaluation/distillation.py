@@ -156,7 +156,7 @@ def imitations(
         rows = [examples[index] for index in batch]
         for name, model in answered.items():
             total[name] += float(divergences(model, teacher, prompted, task, rows).sum())
-            answers[name].update(zip(batch, _answers(model, prompted, task, rows, max_new_tokens), strict=True))
+            answers[name].update(zip(batch, answers_of(model, prompted, task, rows, max_new_tokens), strict=True))
     count = len(examples)
     units = count if task.is_classification else sum(len(prompted.target(row.answer_ids)) for row in examples)
     return {
@@ -169,9 +169,10 @@ def imitations(
     }
 
 
-def _answers(
+def answers_of(
     model: Generating, prompted: PromptedModel, task: Task, rows: Sequence[Example], max_new_tokens: int
 ) -> list[Answer]:
+    """The greedy answers of `model` to one batch of rows, in their order."""
     backbone = prompted.backbone
     batch = collate(rows, pad_id=pad_id(backbone), side="left", with_answers=False)
     ids, mask = batch.inputs(backbone.device)
@@ -183,12 +184,12 @@ def _answers(
             for row, index in zip(rows, indices, strict=True)
         ]
     texts = backbone.tokenizer.batch_decode(
-        generated(model, prompted, ids, mask, max_new_tokens), skip_special_tokens=True
+        _generated(model, prompted, ids, mask, max_new_tokens), skip_special_tokens=True
     )
     return [Answer(row=row.row, text=text.strip()) for row, text in zip(rows, texts, strict=True)]
 
 
-def generated(
+def _generated(
     model: Generating, prompted: PromptedModel, ids: Tensor, mask: Tensor | None, max_new_tokens: int
 ) -> list[list[int]]:
     """Greedy answers as tokens, each without its end of sequence."""

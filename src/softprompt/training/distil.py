@@ -9,13 +9,12 @@ from typing import Any
 from softprompt import files, runs
 from softprompt.backbones import Backbone, load
 from softprompt.config import Experiment
-from softprompt.evaluation.distillation import generated
-from softprompt.evaluation.predict import pad_id
+from softprompt.evaluation.distillation import answers_of
 from softprompt.models.teacher import Teacher
 from softprompt.runs import Run
-from softprompt.tasks import Task, collate, encode, read_rows
+from softprompt.tasks import Task, encode, read_rows
 from softprompt.training.callbacks import NullCallback, TrainingCallback
-from softprompt.training.setup import make_teacher, read_context
+from softprompt.training.context import make_teacher, read_context
 from softprompt.training.trainer import train
 
 _BATCH = 16
@@ -63,14 +62,24 @@ def distil(
         name=path.name.partition(".")[0], template=template, target="answer", metrics=("token_f1", "exact_match")
     )
     rows = [dict(row) for row in read_rows(path, task.inputs, purpose=" for the template")]
+    experiment = experiment.with_absolute_paths()
     context = read_context(experiment)
     backbone = backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
-    limit = experiment.training.max_new_tokens
-    key = [backbone.hash, context, template, limit, [task.render(row) for row in rows]]
+    settings = experiment.training
+    key = [
+        backbone.hash,
+        context,
+        template,
+        settings.max_input_tokens,
+        settings.max_new_tokens,
+        [task.render(row) for row in rows],
+    ]
     folder = Path(out).expanduser() / f"teacher-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
     if not (folder / "task.toml").is_file():
         callback.on_stage(f"answering {len(rows)} queries with the context")
-        answers = _answers(make_teacher(context, backbone), task, rows, limit)
+        answers = _answers(
+            make_teacher(context, backbone), task, rows, settings.max_input_tokens, settings.max_new_tokens
+        )
         answered = [{**row, "answer": text} for row, text in zip(rows, answers, strict=True) if text]
         if not answered:
             raise ValueError(
@@ -85,9 +94,11 @@ def distil(
     return train(located, out=out, name=name, backbone=backbone, callback=callback)
 
 
-def _answers(teacher: Teacher, task: Task, rows: Sequence[Mapping[str, Any]], max_new_tokens: int) -> list[str]:
+def _answers(
+    teacher: Teacher, task: Task, rows: Sequence[Mapping[str, Any]], max_input_tokens: int, max_new_tokens: int
+) -> list[str]:
     """The teacher's greedy answer to each row, in their order."""
-    model, tokenizer = teacher.model, teacher.backbone.tokenizer
+    model = teacher.model
     room = 512 if model.max_row is None else model.max_row - len(teacher.context) - max_new_tokens
     if room < 1:
         raise ValueError(
@@ -95,17 +106,15 @@ def _answers(teacher: Teacher, task: Task, rows: Sequence[Mapping[str, Any]], ma
             f"in the {model.max_row} positions of {teacher.backbone.source}; shorten the context, or lower "
             "max_new_tokens"
         )
-    examples = encode(task, tokenizer, rows, room, closing=model.appends_eos, answers=False)[0]
+    limit = min(room, max_input_tokens or 512)  # as the prompt will be trained on them
+    examples = encode(task, teacher.backbone.tokenizer, rows, limit, closing=model.appends_eos, answers=False)[0]
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
     texts = [""] * len(examples)
     for start in range(0, len(order), _BATCH):
         batch = order[start : start + _BATCH]
-        inputs = collate(
-            [examples[row] for row in batch], pad_id=pad_id(model.backbone), side="left", with_answers=False
-        )
-        tokens = generated(teacher, model, *inputs.inputs(model.backbone.device), max_new_tokens)
-        for row, text in zip(batch, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
-            texts[row] = text.strip()
+        answers = answers_of(teacher, model, task, [examples[row] for row in batch], max_new_tokens)
+        for row, answer in zip(batch, answers, strict=True):
+            texts[row] = answer.text
     return texts
 
 

@@ -18,7 +18,6 @@ from softprompt.models.teacher import Teacher
 from softprompt.prompts import SoftPrompt
 from softprompt.runs import Run
 from softprompt.tasks import (
-    SEPARATOR,
     Example,
     Examples,
     Splits,
@@ -26,7 +25,6 @@ from softprompt.tasks import (
     answer_ids,
     check_input_kind,
     encode,
-    encode_context,
     load_task,
     read_answers,
     sample_pixels,
@@ -34,6 +32,7 @@ from softprompt.tasks import (
 )
 from softprompt.training import checkpoint
 from softprompt.training.callbacks import TrainingCallback
+from softprompt.training.context import make_teacher, read_context
 from softprompt.training.distributed import DistributedGroup
 from softprompt.training.gradients import gradient_on
 from softprompt.types import Dtype
@@ -131,40 +130,6 @@ def resume_run(run: Run, backbone: Backbone | str | Path | None, callback: Train
     if experiment.training.shard:
         _check_shardable(experiment, prompted)
     return _with_teacher(_encode_rows(experiment, run.task, rows, prompted, callback), teacher, context)
-
-
-def read_context(experiment: Experiment, demonstrations: str = "") -> str:
-    """The text to distil: that of the file `context`, the demonstrations, or both; empty if there is neither.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no UTF-8 text, or has no text.
-    """
-    texts = [demonstrations] if demonstrations else []
-    if experiment.context is not None:
-        try:
-            text = Path(experiment.context).read_text(encoding="utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{experiment.context} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
-        if not text:
-            raise ValueError(f"{experiment.context} has no text; give a context that says something")
-        texts.insert(0, text)
-    return SEPARATOR.join(texts)
-
-
-def make_teacher(context: str, backbone: Backbone) -> Teacher:
-    """The frozen model with `context` in front of each row.
-
-    Raises:
-        ValueError: a backbone that does not answer in words, or a context that is as long as the backbone's positions.
-    """
-    model = attach(backbone)
-    ids, leading = encode_context(backbone.tokenizer, context)
-    if model.max_row is not None and len(ids) >= model.max_row:
-        raise ValueError(
-            f"the context has {len(ids)} tokens, and {backbone.source} has {model.max_row} positions; shorten it"
-        )
-    return Teacher(model, ids, leading)
 
 
 def _with_teacher(setup: TrainingSetup, teacher: Teacher | None, context: str) -> TrainingSetup:
