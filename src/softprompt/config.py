@@ -28,10 +28,11 @@ class TrainingConfig:
     """Rows per step."""
     lr: float = 0.03
     """Peak learning rate, in units of the prompt's scale; the same number fits every backbone."""
-    vocabulary_weight: float = 0.0
+    vocabulary_weight: float | None = None
     """Weight, from 0 to 1, of -log P(label words) in a classification loss, added to the cross-entropy among the label
-    words. At 0, a model that generates freely may not produce a label word; 1 is the cross-entropy of the answer's
-    tokens over the vocabulary (as in the papers), which tasks without label words always use."""
+    words; none: 0.1 where the model answers in words, so that it also writes a label word when it generates freely in
+    another engine. At 0 it may not; 1 is the cross-entropy of the answer's tokens over the vocabulary (as in the
+    papers), which tasks without label words always use."""
     temperature: float = 1.0
     """Of a distillation (`context`, `demonstrations`): above 1 the teacher's less likely tokens count for more."""
     warmup_ratio: float = 0.1
@@ -98,7 +99,7 @@ class TrainingConfig:
             raise ValueError(f"temperature is {self.temperature}; it must be a positive number (1 is the default)")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}; it must be a fraction of the steps, from 0 to 1")
-        if not 0 <= self.vocabulary_weight <= 1:
+        if self.vocabulary_weight is not None and not 0 <= self.vocabulary_weight <= 1:
             raise ValueError(f"vocabulary_weight is {self.vocabulary_weight}; it must be from 0 to 1")
         if self.gradient_accumulation_steps > self.batch_size:
             raise ValueError(
@@ -239,6 +240,9 @@ class Experiment:
         """A copy with `changes`."""
         return dataclasses.replace(self, **changes)
 
+
+DEFAULT_VOCABULARY_WEIGHT = 0.1
+"""Of a model that answers in words; measured in docs/results/superglue."""
 
 _LATER_FIELDS: dict[str, Any] = {
     "prompt_position": "prefix",

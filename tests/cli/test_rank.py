@@ -175,7 +175,6 @@ def test_burstiness_of_a_run_and_its_backbone(run: Path, llama_folder: Path, tmp
         (["--task", "boolq", "--functional"], "is a run and has its own task; leave --task out"),
         (["--rows", "5"], "do nothing without --functional or --suggest"),
         (["--burstiness", "--suggest"], "--burstiness is of a backbone and not of a prompt"),
-        (["--suggest", "--part", "update"], "leave --part update out"),
         (["--burstiness", "--samples", "1"], "samples is 1; a distribution needs at least 2"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What parity tests of exports share: finished runs of random prompts, without any training."""
+"""What parity tests share: finished runs of random prompts, without any training, and label words of one token."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +16,28 @@ TASK = Task(
     label="queue",
     label_words={"billing": "billing", "login": "login", "other": "other"},
 )
+
+WHOLE_WORDS = {
+    "Billing": "bil",
+    "Sales": "sal",
+    "Returns": "ret",
+    "Login": "login",
+    "Delivery": "delivery",
+    "Other": "ot",
+}
+"""Label words that the tests' tokenizer keeps whole."""
+
+
+@pytest.fixture(scope="session")
+def one_token_task(ticket_task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same rows with label words of a token each, which one mask holds."""
+    file = tmp_path_factory.mktemp("label_words") / "tickets.toml"
+    label_words = "".join(f'{label} = "{word}"\n' for label, word in WHOLE_WORDS.items())
+    rows = ticket_task.parent / "train.csv"
+    file.write_text(
+        f'train = "{rows}"\ntemplate = "Ticket: {{text}}\\nQueue:"\nlabel = "queue"\n[label_words]\n{label_words}'
+    )
+    return file
 
 
 @pytest.fixture

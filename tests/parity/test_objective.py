@@ -20,28 +20,7 @@ from softprompt.training.objective import Objective
 from softprompt.training.step import Differentiate, TrainingStep
 
 MakeBackbone = Callable[[str], Backbone]
-WHOLE_WORDS = {
-    "Billing": "bil",
-    "Sales": "sal",
-    "Returns": "ret",
-    "Login": "login",
-    "Delivery": "delivery",
-    "Other": "ot",
-}
-"""Label words that the tests' tokenizer keeps whole."""
 WEIGHTS = (0.0, 0.3, 1.0)
-
-
-@pytest.fixture(scope="module")
-def one_token_task(ticket_task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same rows with label words of a token each, which one mask holds."""
-    file = tmp_path_factory.mktemp("label_words") / "tickets.toml"
-    label_words = "".join(f'{label} = "{word}"\n' for label, word in WHOLE_WORDS.items())
-    rows = ticket_task.parent / "train.csv"
-    file.write_text(
-        f'train = "{rows}"\ntemplate = "Ticket: {{text}}\\nQueue:"\nlabel = "queue"\n[label_words]\n{label_words}'
-    )
-    return file
 
 
 def examples_of(backbone: Backbone, task: Task, closing: bool, file: Path) -> list[Example]:

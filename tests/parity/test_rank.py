@@ -179,7 +179,7 @@ def test_suggestion_is_the_largest_over_seeds() -> None:
     )
     assert [one.rank for one in found] == [4, None]
     assert found[0].evidence == {"a": 2, "b": 4, "c": None}
-    assert found[0].sentence.startswith("Try --rank 4: the largest, over 2 of 3 prompts")
+    assert found[0].sentence.startswith("Try --anchor none --rank 4: the largest, over 2 of 3 prompts")
     assert "A loss" not in found[0].sentence
     assert "a loss of up to 0.100 is not ruled out" in found[0].sentence
     assert "2 prompts are little evidence" in found[0].sentence
@@ -191,9 +191,15 @@ def test_suggestion_at_the_largest_tried_rank_says_so() -> None:
     [found] = suggest_rank([(loaded("a"), functional({1: (0.4, 0.0), 2: (0.8, 1.0)}))])
     assert found.rank == 2
     assert "No larger rank was tried" in found.sentence
-    update = dataclasses.replace(functional({0: (0.8, 1.0)}), part="update")
-    with pytest.raises(ValueError, match="a rank for DPT is that of the whole prompt, and update was cut"):
-        suggest_rank([(loaded("a"), update)])
+
+
+def test_suggestion_from_updates_is_for_an_anchored_dpt() -> None:
+    cuts = functional({1: (0.4, 0.0), 2: (0.8, 1.0), 3: (0.8, 1.0)})
+    update = dataclasses.replace(functional({0: (0.8, 1.0), 1: (0.8, 1.0)}), part="update")
+    of_prompt, of_update = suggest_rank([(loaded("a"), cuts), (loaded("a"), update)])
+    assert (of_prompt.part, of_prompt.rank, of_update.part, of_update.rank) == ("prompt", 2, "update", 1)
+    assert of_prompt.sentence.startswith("Try --anchor none --rank 2: ")
+    assert of_update.sentence.startswith("Try --rank 1: ")
 
 
 def test_suggestion_none_if_one_prompt_needs_more() -> None:

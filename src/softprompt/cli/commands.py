@@ -23,6 +23,7 @@ def evaluate_(
     data: str | None = None,
     split: Literal["test", "dev", "train"] | None = None,
     backbone: str | None = None,
+    generate: bool = False,
 ) -> dict[str, Any]:
     """Score a run.
 
@@ -33,12 +34,14 @@ def evaluate_(
             none: the run's rows, or those of --task.
         split: The split to score; none: test. Not with a file, all of whose rows are scored.
         backbone: Where the run's backbone is now, as in train; none: where it was during training.
+        generate: In classification, also let the model generate freely, and report how often its text begins with a
+            label word (label_word_rate) and with the right one (generated_accuracy).
     """
     from softprompt import runs
     from softprompt.evaluation.evaluate import evaluate
 
     opened = runs.open_run(run)
-    score = evaluate(opened, task=task, data=data, split=split, backbone=backbone)
+    score = evaluate(opened, task=task, data=data, split=split, backbone=backbone, generate=generate)
     if score.warning:
         console.print(f"note: {score.warning}")
     return {

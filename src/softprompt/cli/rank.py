@@ -45,7 +45,8 @@ def rank_(
         source: A run, a PEFT prompt-tuning folder or a folder of runs; with --burstiness or --gradient also a backbone.
         checkpoints: Also measure at every checkpoint.
         functional: Also cut the prompt to lower ranks and score each.
-        suggest: Suggest a rank for DPT from these scores.
+        suggest: Suggest a rank for DPT from these scores: with --part update for one with an anchor (the default), else
+            for one without.
         truncation: How prompts are cut and scored.
         burstiness_: Measure instead how heavy the tails of the inputs' query-key products are.
         samples: Number of input vectors for --burstiness.
@@ -67,8 +68,6 @@ def rank_(
         raise ValueError("--length and --batches do nothing without --gradient; give it too, or leave them out")
     elif has_cut_flags and not (functional or suggest):
         raise ValueError("the flags of a cut do nothing without --functional or --suggest; give one of these too")
-    if suggest and truncation.part != "prompt":
-        raise ValueError(f"--suggest needs cuts of the prompt itself; leave --part {truncation.part} out")
     if out is not None:
         check_matplotlib()
     if burstiness_:
@@ -111,7 +110,8 @@ def _ranks(measured: list[PromptRanks], suggest: bool, out: Path | None) -> dict
             size = f"length {suggestion.length}"
             size += f" in each of {suggestion.depth} layers" if suggestion.depth > 1 else ""
             console.print(
-                f"{suggestion.task}, {suggestion.method} of {size} on {suggestion.backbone}: {suggestion.sentence}"
+                f"{suggestion.task}, {suggestion.method} of {size} on {suggestion.backbone}, cuts of the "
+                f"{suggestion.part}: {suggestion.sentence}"
             )
         result["suggestions"] = [dataclasses.asdict(suggestion) for suggestion in suggestions]
     if out is not None:

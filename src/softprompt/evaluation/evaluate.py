@@ -1,5 +1,6 @@
 """Score a prompt on a split or a file: the metric with its n, its interval and the majority answer's score."""
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ def evaluate(
     data: str | None = None,
     split: str | None = None,
     backbone: Backbone | str | None = None,
+    generate: bool = False,
 ) -> Score:
     """Score a finished run on a split of its task, on another task, or on all rows of a file.
 
@@ -53,10 +55,14 @@ def evaluate(
         split: `test` (the default), `dev` or `train`; not with a file, all of whose rows are scored.
         backbone: the run's backbone, loaded or as a source for `load_backbone`; None to load it from where the run
             recorded it.
+        generate: in classification, also let the model generate freely, as an engine that knows nothing of the label
+            words would: `extra_metrics` then has `label_word_rate`, the share of rows whose text begins with a label
+            word, and `generated_accuracy`, the share that begins with the right one.
 
     Raises:
         FileNotFoundError: the rows are no longer where the run recorded them, or `data` does not exist.
-        ValueError: an unknown split, one that the task lacks, or one of a file; or the run's rows have changed.
+        ValueError: an unknown split, one that the task lacks, or one of a file; the run's rows have changed; or
+            `generate` for a task that is generated anyway, or a model that answers through a head.
     """
     if split not in (None, "train", "dev", "test"):
         raise ValueError(f"split is {split!r}; it must be train, dev or test")
@@ -69,13 +75,35 @@ def evaluate(
     backbone = run.backbone(backbone)
     prompted = run.prompted(backbone)
     _check_classes(run, prompted, scored_task)
+    if generate:
+        _check_generate(prompted, scored_task)
     limit = input_limit(prompted, scored_task, experiment.training)
     if scored_task.is_classification:
         prompted.check_candidates(scored_task.answers, answer_ids(scored_task, backbone.tokenizer))
     examples = encode(scored_task, backbone.tokenizer, getattr(rows, split), limit, closing=prompted.appends_eos)[0]
     for example in examples:  # the answer is compared as text, so its tokens need not fit
         prompted.check_row(example.input_ids, (), example.where)
-    return score_examples(prompted, scored_task, rows, split, examples, experiment.training.max_new_tokens)[0]
+    max_new_tokens = experiment.training.max_new_tokens
+    result = score_examples(prompted, scored_task, rows, split, examples, max_new_tokens)[0]
+    if not generate:
+        return result
+    answers = answer(prompted, scored_task, examples, max_new_tokens=max_new_tokens, generate=True)
+    correct = sum(one.index == example.label for one, example in zip(answers, examples, strict=True))
+    generated = {
+        "label_word_rate": sum(one.index >= 0 for one in answers) / len(answers),
+        "generated_accuracy": correct / len(answers),
+    }
+    return dataclasses.replace(result, extra_metrics={**result.extra_metrics, **generated})
+
+
+def _check_generate(prompted: PromptedModel, task: Task) -> None:
+    if not task.is_classification:
+        raise ValueError(f"generate is on, and the answers of task {task.name!r} are generated anyway; leave it out")
+    if not prompted.generates:
+        raise ValueError(
+            f"generate is on, and {prompted.backbone.source} does not generate text; leave it out, or use a decoder or "
+            "an encoder-decoder"
+        )
 
 
 def _rows_to_score(

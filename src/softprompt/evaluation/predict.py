@@ -29,7 +29,7 @@ class Answer:
     label: str = ""
     """The label, in classification."""
     index: int = -1
-    """The class index, in classification."""
+    """The class index, in classification; -1 if a generated text begins with no label word."""
     probabilities: Mapping[str, float] = field(default_factory=dict)
     """The probability of each of the task's labels, in classification."""
 
@@ -113,9 +113,18 @@ def _is_file(text: str) -> bool:
 
 @torch.no_grad()
 def answer(
-    prompted: PromptedModel, task: Task, examples: Sequence[Example], *, batch_size: int = 32, max_new_tokens: int
+    prompted: PromptedModel,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int,
+    generate: bool = False,
 ) -> list[Answer]:
     """One answer per example, in order.
+
+    With `generate`, classification is not a choice among the label words either: the model generates as many tokens as
+    the longest of them has, and an answer that begins with none of them keeps the index -1.
 
     The prompt is computed once, and so is any prefix that examples share if the model supports it. Examples of similar
     length are batched together.
@@ -135,10 +144,10 @@ def answer(
                 dataclasses.replace(examples[text], input_ids=texts[text][len(group.prefixes[prefix]) :])
                 for text, prefix in batch
             ]
-            if task.is_classification:
+            if task.is_classification and not generate:
                 batch_answers = _classify(prompted, with_prefixes, task, rows, index)
             else:
-                batch_answers = _generate(prompted, with_prefixes, rows, index, max_new_tokens)
+                batch_answers = _generate(prompted, with_prefixes, task, rows, index, max_new_tokens)
             answers.update(zip([text for text, _ in batch], batch_answers, strict=True))
     return [answers[text] for text in range(len(examples))]
 
@@ -218,15 +227,30 @@ def _classify(
 
 
 def _generate(
-    prompted: PromptedModel, prepared: Prepared, batch: Sequence[Example], index: Tensor, max_new_tokens: int
+    prompted: PromptedModel,
+    prepared: Prepared,
+    task: Task,
+    batch: Sequence[Example],
+    index: Tensor,
+    max_new_tokens: int,
 ) -> list[Answer]:
     tokenizer, device = prompted.backbone.tokenizer, prompted.backbone.device
     inputs = collate(batch, pad_id=pad_id(prompted.backbone), side="left", with_answers=False)
     ids, mask = inputs.input_ids.to(device), inputs.attention_mask.to(device)
-    steps = prompted.generate(ids, mask, max_new_tokens=max_new_tokens, prompts=prepared, index=index)
+    candidates = answer_ids(task, tokenizer) if task.is_classification else ()
+    length = max(map(len, candidates), default=max_new_tokens)
+    steps = prompted.generate(ids, mask, max_new_tokens=length, prompts=prepared, index=index)
     tokens = torch.stack(list(steps), 1).tolist()
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return [Answer(row=example.row, text=text.strip()) for example, text in zip(batch, texts, strict=True)]
+    labels = list(task.label_words)
+    answers = []
+    for example, row, text in zip(batch, tokens, texts, strict=True):
+        # No label word is the beginning of another, so at most one matches.
+        match = next((i for i, label_word in enumerate(candidates) if row[: len(label_word)] == list(label_word)), -1)
+        answers.append(
+            Answer(row=example.row, text=text.strip(), label=labels[match] if match >= 0 else "", index=match)
+        )
+    return answers
 
 
 def pad_id(backbone: Backbone) -> int:

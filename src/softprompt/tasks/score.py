@@ -35,7 +35,7 @@ class Score:
     """Lower end of the 95 % interval of `value`: Wilson's, or that of a seeded bootstrap."""
     ci_high: float
     extra_metrics: dict[str, float] = field(default_factory=dict)
-    """The values of the task's other metrics."""
+    """The values of the task's other metrics; of `evaluate(generate=True)` also what was generated freely."""
     warning: str | None = None
     """Why the score may mislead: one answer was always given, or some could not be read."""
 

@@ -6,7 +6,7 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from softprompt.config import TrainingConfig
+from softprompt.config import DEFAULT_VOCABULARY_WEIGHT, TrainingConfig
 from softprompt.evaluation.distillation import divergences
 from softprompt.evaluation.predict import pad_id
 from softprompt.models import PromptedModel
@@ -32,7 +32,9 @@ class Objective:
     ) -> None:
         self.prompted, self.task, self.teacher = prompted, task, teacher
         self._temperature = settings.temperature
-        self._vocabulary_weight = settings.vocabulary_weight
+        default = DEFAULT_VOCABULARY_WEIGHT if prompted.head is None else 0.0
+        weight = settings.vocabulary_weight
+        self._vocabulary_weight = default if weight is None else weight
 
     def losses(
         self, rows: Sequence[Example], prompts: Sequence[SoftPrompt] | None = None, index: Tensor | None = None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import final
 
 from softprompt.analysis.rank.loaded_prompt import LoadedPrompt
+from softprompt.analysis.rank.scorer import Part
 from softprompt.analysis.rank.truncation import FunctionalRank
 
 Scored = tuple[LoadedPrompt, FunctionalRank]
@@ -24,6 +25,8 @@ class Suggestion:
     """Virtual tokens; in a deep prompt, of each layer."""
     depth: int
     """Layers that have a prompt of their own."""
+    part: Part
+    """What was truncated: the `update` for a DPT around an anchor, the whole `prompt` for one without."""
     evidence: Mapping[str, int | None]
     """The functional rank of each prompt by name; none: it does not beat the majority, or no rank tried was enough."""
     sentence: str
@@ -31,30 +34,23 @@ class Suggestion:
 
 
 def suggest_rank(scored: Sequence[Scored]) -> list[Suggestion]:
-    """For each task, backbone, method and size: the largest `FunctionalRank.rank_by_significance` of its prompts.
+    """For each task, backbone, method, size and part: the largest `FunctionalRank.rank_by_significance` of its prompts.
 
     The largest over seeds, since the rank must suffice for the seed that needs most; at least 1, and never more than
     the prompt's shape allows. A prompt that does not beat the majority answer is ignored. Where one does beat it and
     loses at every rank that was tried, no rank is suggested.
-
-    Raises:
-        ValueError: the update was truncated, not the prompt itself.
     """
-    groups: dict[tuple[str, str, str, int, int], list[Scored]] = {}
+    groups: dict[tuple[str, str, str, int, int, Part], list[Scored]] = {}
     for loaded, functional in scored:
-        if functional.part != "prompt":
-            raise ValueError(
-                f"a rank for DPT is that of the whole prompt, and {functional.part} was cut; cut the prompt"
-            )
         method = "unknown" if loaded.run is None else loaded.run.experiment.method
         depth = loaded.prompt.depth
-        key = (functional.task, functional.backbone, method, loaded.matrix.shape[0] // depth, depth)
+        key = (functional.task, functional.backbone, method, loaded.matrix.shape[0] // depth, depth, functional.part)
         groups.setdefault(key, []).append((loaded, functional))
     return [_suggestion(*key, members) for key, members in groups.items()]
 
 
 def _suggestion(
-    task: str, backbone: str, method: str, length: int, depth: int, members: Sequence[Scored]
+    task: str, backbone: str, method: str, length: int, depth: int, part: Part, members: Sequence[Scored]
 ) -> Suggestion:
     evidence = {
         loaded.name: functional.rank_by_significance if functional.above_majority else None
@@ -75,6 +71,7 @@ def _suggestion(
         method=method,
         length=length,
         depth=depth,
+        part=part,
         evidence=evidence,
         sentence=_too_small(insufficient, members) if insufficient else _sentence(rank, len(needed), members),
     )
@@ -89,7 +86,7 @@ def _too_small(names: Sequence[str], members: Sequence[Scored]) -> str:
 
 
 def _sentence(rank: int | None, count: int, members: Sequence[Scored]) -> str:
-    split, total = members[0][1].split, len(members)
+    split, part, total = members[0][1].split, members[0][1].part, len(members)
     if rank is None:
         return (
             f"No rank can be suggested: none of {total} prompts beats the majority answer on its {split} rows; "
@@ -98,8 +95,9 @@ def _sentence(rank: int | None, count: int, members: Sequence[Scored]) -> str:
     rows = min(functional.full.n for _, functional in members)
     largest_tried = max(cut.rank for _, functional in members for cut in functional.cuts)
     losses = [cut.drop.ci_high for _, functional in members for cut in functional.cuts if cut.rank == rank]
+    flags = f"--rank {rank}" if part == "update" else f"--anchor none --rank {rank}"
     sentence = (
-        f"Try --rank {rank}: the largest, over {count} of {total} prompts, of the smallest rank from which no cut "
+        f"Try {flags}: the largest, over {count} of {total} prompts, of the smallest rank from which no cut "
         f"loses significantly (one-sided paired test at 2.5 %) on {rows} {split} rows."
     )
     if losses:
