@@ -139,7 +139,8 @@ class Experiment:
     prompt: Annotated[PromptConfig, tyro.conf.Suppress] = field(default_factory=DPT)  # a subcommand, see cli/train.py
     """The method and its settings."""
     depth: Literal["shallow", "deep"] = "shallow"
-    """In a vision model: one prompt at the first layer (shallow), or a separate prompt at every layer (deep)."""
+    """One prompt in front of the input (shallow), or one for every layer (deep): vectors in a vision model, keys and
+    values in a decoder (prefix tuning), which start as those of the shallow prompt."""
     prompt_position: PromptPosition = "prefix"
     """In a text model: the prompt is inserted before the text, after its first token (a decoder's beginning of
     sequence), or after the text and before the answer. The prefix is cheapest; a baseline has no prompt."""

@@ -242,7 +242,8 @@ def test_prompt_attention_self_holds_in_training_and_use(
             "prompt_position is for prompts, and the baseline lora has none",
         ),
         ("llama", {"init_prompt": "/nowhere/run"}, "/nowhere/run. holds neither a run"),
-        ("llama", {"depth": "deep"}, "depth is for images"),
+        ("t5", {"depth": "deep"}, "depth is deep, and .* takes prompts in front of the input only"),
+        ("llama", {"depth": "deep", "prompt_position": "suffix"}, "come before the text; leave one of them out"),
     ],
 )
 def test_unfit_settings_are_refused_before_the_folder(

@@ -198,9 +198,10 @@ def test_deep_prompt_has_one_prompt_per_layer(config: Any, count: int, tiny_back
     torch.testing.assert_close(deep.fold().prompt()[100:200], deep.layers[1].prompt())  # type: ignore[operator]
 
 
-def test_text_model_refuses_deep_prompt(tiny_backbone: MakeBackbone) -> None:
-    backbone = tiny_backbone("gpt2")
-    with pytest.raises(ValueError, match="gpt2 takes prompts at 1 at most"):
+@pytest.mark.parametrize(("name", "takes"), [("t5", "prompts of depth 1 only"), ("gpt2", "prompts of depth 1 or 4")])
+def test_text_model_refuses_deep_prompt_of_a_vision_model(name: str, takes: str, tiny_backbone: MakeBackbone) -> None:
+    backbone = tiny_backbone(name)
+    with pytest.raises(ValueError, match=f"the prompt is of depth 2, and {name} takes {takes}"):
         attach(backbone, Folded(torch.zeros(4, 32), depth=2))(torch.tensor([[5, 6]]))
-    with pytest.raises(ValueError, match="a prompt of depth 3 does not fit gpt2"):
+    with pytest.raises(ValueError, match=f"a prompt of depth 3 does not fit {name}, which takes {takes}"):
         backbone.hosts(3)

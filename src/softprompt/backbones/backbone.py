@@ -17,6 +17,7 @@ import transformers
 from softprompt import assets, files
 from softprompt.backbones import fsdp, gguf, image_processor, loading, positions, projections, quantization, vit
 from softprompt.backbones.kernels import attention
+from softprompt.backbones.kv_layout import KVLayout, kv_layout
 from softprompt.prompts import Host
 from softprompt.types import Dtype
 
@@ -105,10 +106,24 @@ class Backbone:
         """Whether this is an encoder with a masked-LM head."""
         return self.architecture == "encoder" and self.model.get_output_embeddings() is not None
 
+    @cached_property
+    def kv_layout(self) -> KVLayout | None:
+        """The keys and values that a deep prompt of a decoder has; none for other models, or where layers differ."""
+        return kv_layout(self.model) if self.architecture == "causal" else None
+
     @property
-    def layers(self) -> int:
-        """The most layers that a deep prompt can enter; 1 where a prompt enters with the input only."""
-        return len(vit.layers(self.model)) if self.architecture == "vision" else 1
+    def max_depth(self) -> int:
+        """The most matrices that a deep prompt can have; 1 where a prompt enters with the input only.
+
+        A vision model takes one for each of its layers, a decoder one for each layer's keys and one for its values.
+        """
+        if self.architecture == "vision":
+            return len(vit.layers(self.model))
+        return 1 if self.kv_layout is None else 2 * self.kv_layout.layers
+
+    def prompt_dim(self, depth: int) -> int:
+        """The width of a prompt of that depth."""
+        return self.dim if depth == 1 or self.kv_layout is None else self.kv_layout.width
 
     @cached_property
     def _embedding_table(self) -> torch.Tensor:
@@ -161,23 +176,65 @@ class Backbone:
         )
 
     def hosts(self, depth: int, label_words: tuple[str, ...] = (), start: torch.Tensor | None = None) -> list[Host]:
-        """One host per layer for the first `depth` layers; for depth 1, `host` alone.
+        """One host for each matrix of a prompt of that depth; for depth 1, `host` alone.
+
+        Args:
+            label_words: the task's label words, if it has any.
+            start: a trained prompt to initialise from; a deep prompt of a decoder needs one (`models.as_deep`).
 
         Raises:
-            ValueError: a prompt cannot enter that many layers.
+            ValueError: the model takes no prompt of that depth.
         """
-        if not 1 <= depth <= self.layers:
+        if depth == 1 and self.architecture != "vision":
+            return [self.host(label_words, start)]
+        if not self._takes_depth(depth):
             raise ValueError(
-                f"a prompt of depth {depth} does not fit {self.source}, which takes prompts in at most {self.layers} "
-                "layers; deep prompts are for vision models"
+                f"a prompt of depth {depth} does not fit {self.source}, which takes {self._depths}; deep prompts are "
+                "for vision models, and for decoders whose layers have keys and values of one size"
             )
         if self.architecture != "vision":
-            return [self.host(label_words, start)]
+            if start is None:
+                raise ValueError("a deep prompt of a decoder starts from keys and values; give them as start")
+            # A unit is the size of the layer's own keys or values, as it is the embeddings' for a shallow prompt.
+            parts = [part.clone() for part in start.chunk(depth)]
+            return [Host(embedding=part, encode=_no_tokens, label_words=label_words, start=part) for part in parts]
         return vit.hosts(self.model, self.images, depth, label_words, start)
+
+    def check_prompt(self, matrix: torch.Tensor, depth: int) -> None:
+        """Check that a prompt of that depth fits the model.
+
+        Raises:
+            ValueError: it was trained for another backbone, or is deep where only shallow prompts fit.
+        """
+        if depth > 1 and not self._takes_depth(depth):
+            raise ValueError(
+                f"the prompt is of depth {depth}, and {self.source} takes {self._depths}; it was trained for another "
+                "backbone"
+            )
+        if matrix.shape[1] != self.prompt_dim(depth):
+            what = "embeds in" if depth == 1 or self.kv_layout is None else "has keys of"
+            raise ValueError(
+                f"the prompt is {matrix.shape[1]} wide, but {self.source} {what} {self.prompt_dim(depth)}; it was "
+                "trained for another backbone"
+            )
+
+    def _takes_depth(self, depth: int) -> bool:
+        return 1 <= depth <= self.max_depth if self.architecture == "vision" else depth in (1, self.max_depth)
+
+    @property
+    def _depths(self) -> str:
+        """The depths of prompts that fit, in words."""
+        if self.max_depth == 1:
+            return "prompts of depth 1 only"
+        return f"prompts of depth 1 {'to' if self.architecture == 'vision' else 'or'} {self.max_depth}"
 
     def with_sample_images(self, images: torch.Tensor) -> "Backbone":
         """The same model with input vectors sampled from `images` (pixels from its image processor)."""
         return dataclasses.replace(self, images=images)
+
+
+def _no_tokens(text: str) -> list[int]:
+    raise ValueError(f"the initial text is {text!r}, and keys and values have none; give it to the shallow prompt")
 
 
 def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbone:

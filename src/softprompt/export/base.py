@@ -171,6 +171,8 @@ def row_refusal(trained: Trained, backbone: Backbone, engine: str) -> str:
             f"{engine} takes vectors before the input only, and {trained.run.experiment.method} also changes the "
             "input's own embeddings; export to npz, or serve it with softprompt serve"
         )
+    if trained.folded.depth > 1:
+        return deep_refusal(engine)
     if not model_class(backbone).decoder_only:
         return (
             f"{engine} takes a prompt before a decoder's text only, and {backbone.source} is a model of the kind "
@@ -182,6 +184,14 @@ def row_refusal(trained: Trained, backbone: Backbone, engine: str) -> str:
             "export to vocab, whose embedding table holds them unscaled"
         )
     return ""
+
+
+def deep_refusal(engine: str) -> str:
+    """Why `engine` cannot take keys and values of every layer."""
+    return (
+        f"{engine} takes vectors in front of the input only, and this prompt is deep, with keys and values in every "
+        "layer; export it to peft (prefix tuning) or npz, serve it with softprompt serve, or train with depth shallow"
+    )
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from softprompt.backbones import Backbone
 from softprompt.evaluation.predict import input_limit
-from softprompt.export.base import Trained, embedding_scale
+from softprompt.export.base import Trained, deep_refusal, embedding_scale
 from softprompt.export.probe import TEXTS, probe, text_ids
 from softprompt.models import attach, model_class
 from softprompt.tasks import answer_ids
@@ -35,6 +35,8 @@ class ExtendedCheckpoint:
 
 def vocabulary_refusal(trained: Trained, backbone: Backbone) -> str:
     """Why the prompt cannot be rows of the backbone's embedding table; empty where it can."""
+    if trained.folded.depth > 1:
+        return deep_refusal("a vocabulary")
     if not trained.folded.plain:
         return (
             f"tokens cannot express the prompt, since {trained.run.experiment.method} also changes the input's own "

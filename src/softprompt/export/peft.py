@@ -1,4 +1,6 @@
-"""A stock PEFT prompt-tuning folder: `adapter_config.json` and `adapter_model.safetensors`.
+"""A stock PEFT folder: `adapter_config.json` and `adapter_model.safetensors`.
+
+Prompt tuning, and for the deep prompt of a decoder prefix tuning without a projection.
 
 The config has only the fourteen keys that every PEFT since 2023 reads, because older versions refuse unknown keys.
 """
@@ -8,7 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, final
 
+import torch
+from jaxtyping import Float
 from safetensors.torch import save_file
+from torch import Tensor
 
 from softprompt import files
 from softprompt.backbones import Backbone
@@ -25,6 +30,8 @@ def peft_refusal(folded: Folded, backbone: Backbone) -> str:
             "input's own embeddings; use softprompt itself (predict, serve), or train dpt or residual, which fold to a "
             "plain prompt"
         )
+    if folded.depth > 1 and backbone.kv_layout is None:
+        return "PEFT has no format for a prompt at every layer of a vision model; use softprompt itself"
     if model_class(backbone).peft_task_type is None:
         return (
             f"PEFT has no prompt-tuning format for {backbone.architecture} models, whose prompt follows [CLS]; use "
@@ -41,9 +48,9 @@ def export_peft(folded: Folded, backbone: Backbone, folder: Path) -> None:
     """
     if reason := peft_refusal(folded, backbone):
         raise ValueError(reason)
-    matrix = folded.prompt().detach().float().cpu().contiguous()
+    matrix = _peft_matrix(folded)
     config = backbone.model.config.get_text_config()
-    values = {
+    values: dict[str, Any] = {
         "auto_mapping": None,
         "base_model_name_or_path": backbone.base,
         "inference_mode": True,
@@ -59,9 +66,26 @@ def export_peft(folded: Folded, backbone: Backbone, folder: Path) -> None:
         "token_dim": matrix.shape[1],
         "tokenizer_name_or_path": None,
     }
+    if folded.depth > 1:
+        layout = backbone.kv_layout
+        assert layout is not None  # `peft_refusal` let no other deep prompt pass
+        values = {name: value for name, value in values.items() if not name.startswith(("prompt_", "tokenizer_"))}
+        values |= {
+            "encoder_hidden_size": layout.width,
+            "num_attention_heads": layout.heads,
+            "num_layers": layout.layers,
+            "peft_type": "PREFIX_TUNING",
+            "prefix_projection": False,
+            "token_dim": layout.width,
+        }
     with files.atomic_write(folder / "adapter_model.safetensors") as draft:
         save_file({"prompt_embeddings": matrix}, draft, metadata={"format": "pt"})
     files.write_text(folder / "adapter_config.json", json.dumps(values, indent=2))
+
+
+def _peft_matrix(folded: Folded) -> Float[Tensor, "length _"]:
+    """The tensor `prompt_embeddings`: virtual tokens, or of a deep prompt each token's `[K_1, V_1, K_2, V_2, ...]`."""
+    return torch.cat(folded.prompt().detach().float().cpu().chunk(folded.depth), 1).contiguous()
 
 
 @final
@@ -82,10 +106,10 @@ class Peft(Format):
     def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """The prompt, equal bit for bit, and its sizes in the config."""
         [item] = trained
-        expected = item.folded.prompt().detach().float()
+        expected = _peft_matrix(item.folded)
         tensors = files.read_tensors(folder / "adapter_model.safetensors")
         check_equal(tensors["prompt_embeddings"], expected, "the PEFT prompt")
         config = files.read_json(folder / "adapter_config.json")
-        if (config["num_virtual_tokens"], config["token_dim"]) != tuple(expected.shape):
+        if (config["num_virtual_tokens"], config["token_dim"] * item.folded.depth) != tuple(expected.shape):
             raise ValueError(f"the PEFT config does not have the prompt's shape {tuple(expected.shape)}")
         return {"prompts": {item.name: len(expected)}, **EXACT}

@@ -309,21 +309,12 @@ class PromptedModel(nn.Module, ABC):
         """Each prompt's virtual tokens, float32, on the backbone's device.
 
         Raises:
-            ValueError: a prompt is as wide as another backbone's embeddings, or has more layers than this one takes.
+            ValueError: a prompt is as wide as another backbone's embeddings, or of a depth that this one does not take.
         """
         with torch.autocast(self.backbone.device.type, enabled=False):  # prompts are float32, whoever calls
             vectors = [prompt.prompt().to(self.backbone.device) for prompt in prompts]
-        if (depth := max([prompt.depth for prompt in prompts], default=1)) > self.backbone.layers:
-            raise ValueError(
-                f"the prompt is for {depth} layers, and {self.backbone.source} takes prompts at {self.backbone.layers} "
-                "at most; deep prompts are for vision models"
-            )
-        for matrix in vectors:
-            if matrix.shape[1] != self.backbone.dim:
-                raise ValueError(
-                    f"the prompt is {matrix.shape[1]} wide, but {self.backbone.source} embeds in {self.backbone.dim}; "
-                    "it was trained for another backbone"
-                )
+        for prompt, matrix in zip(prompts, vectors, strict=True):
+            self.backbone.check_prompt(matrix, prompt.depth)
         return vectors
 
     def end_of_sequence(self) -> list[int]:
@@ -339,7 +330,7 @@ class PromptedModel(nn.Module, ABC):
     def prompt_length(self) -> int:
         """Positions that the model's own prompt takes in a row."""
         with torch.no_grad():
-            return 0 if self.prompt is None else len(self.prompt.prompt())
+            return 0 if self.prompt is None else len(self.prompt.prompt()) // self.prompt.depth
 
     def check_row(self, input_ids: Sequence[int], answer_ids: Sequence[int], where: str) -> None:
         """Refuse a row that the model cannot run, before anything is written.

@@ -161,8 +161,8 @@ def _check_prompt(backbone: Backbone, prompt: SoftPrompt) -> None:
             "this method also changes the input's own embeddings by a token's position or id, and an image has no "
             "tokens; choose one that folds to a prompt alone (see: softprompt list methods)"
         )
-    if prompt.depth > backbone.layers:
-        raise ValueError(f"the prompt is for {prompt.depth} layers and {backbone.source} has {backbone.layers}")
+    if prompt.depth > backbone.max_depth:
+        raise ValueError(f"the prompt is for {prompt.depth} layers and {backbone.source} has {backbone.max_depth}")
 
 
 def _attention_mask(

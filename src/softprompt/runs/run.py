@@ -17,6 +17,7 @@ from softprompt.backbones import Backbone, load
 from softprompt.config import Experiment
 from softprompt.models import PromptedModel, attach, fresh_head
 from softprompt.models.baselines import tune
+from softprompt.models.deep_kv import as_deep
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.prompts.deep import build
 from softprompt.tasks import Task
@@ -214,7 +215,8 @@ def build_prompt(
     Raises:
         ValueError: `init_prompt` cannot be the start of this prompt.
     """
-    start, depth = None, backbone.layers if experiment.depth == "deep" else 1
+    start, depth = None, backbone.max_depth if experiment.depth == "deep" else 1
+    is_deep_kv = depth > 1 and backbone.kv_layout is not None
     if initialize and experiment.init_prompt is not None:
         folded = read_prompt(Path(experiment.init_prompt).expanduser(), backbone).fold()
         if not folded.plain:
@@ -222,19 +224,37 @@ def build_prompt(
                 f"the prompt of --init-prompt {experiment.init_prompt} also changes the input's own embeddings, which "
                 "a new prompt cannot start from; give one of plain, dpt, residual, ..."
             )
-        if folded.depth != depth:
+        if folded.depth != depth and not (is_deep_kv and folded.depth == 1):
             raise ValueError(
                 f"the prompt of --init-prompt {experiment.init_prompt} has {folded.depth} layers and the new one "
                 f"{depth}; give both the same depth"
             )
         start = folded.prompt().detach().cpu()
+        if is_deep_kv and folded.depth == 1:
+            start = as_deep(backbone, start)
     generator = torch.Generator().manual_seed(experiment.seed)
+    if is_deep_kv and start is None:
+        start = _initial_kv(experiment, task, backbone, initialize, generator)
     hosts = backbone.hosts(depth, task.answers, start)
     if not initialize:  # the tensors are replaced by loaded ones, so any matrix of the gradient's shape will do
         hosts = [dataclasses.replace(host, gradient=lambda rows, batches: rows) for host in hosts]
     elif depth == 1:  # in a deep prompt, a layer's gradient depends on layers that are not built yet
         hosts = [dataclasses.replace(host, gradient=gradient) for host in hosts]
     return build(experiment.prompt, hosts, generator)
+
+
+def _initial_kv(
+    experiment: Experiment, task: Task, backbone: Backbone, initialize: bool, generator: torch.Generator
+) -> Tensor:
+    """Where a decoder's deep prompt starts: the keys and values of the shallow prompt that the method would begin with.
+
+    Without `initialize` any values, since loaded tensors replace them.
+    """
+    if not initialize:
+        rows = backbone.max_depth * experiment.prompt.length
+        return torch.randn(rows, backbone.prompt_dim(backbone.max_depth), generator=generator)
+    shallow = build(experiment.prompt, [backbone.host(task.answers)], generator)
+    return as_deep(backbone, shallow.prompt().detach())
 
 
 def open_run(folder: str | Path) -> Run:

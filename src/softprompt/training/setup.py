@@ -249,6 +249,8 @@ def _check_settings_apply(experiment: Experiment, task: Task, backbone: Backbone
         raise ValueError(f"{unused} is for images, and {backbone.source} reads text; leave it out")
     if experiment.baseline != "none" and (unused := _changed(experiment, _prompt_settings)):
         raise ValueError(f"{unused} is for prompts, and the baseline {experiment.baseline} has none; leave it out")
+    if experiment.depth == "deep":
+        _check_deep(experiment, backbone)
     limit = backbone.max_positions
     if limit is not None and experiment.prompt.length >= limit:
         raise ValueError(f"length is {experiment.prompt.length}, but {backbone.source} has {limit} positions; lower it")
@@ -284,6 +286,19 @@ def _check_settings_apply(experiment: Experiment, task: Task, backbone: Backbone
     if experiment.baseline == "head" and head is None:
         raise ValueError(
             f"{backbone.source} answers with label words and has no head to train; use the baseline lora or full"
+        )
+
+
+def _check_deep(experiment: Experiment, backbone: Backbone) -> None:
+    if backbone.max_depth == 1:
+        raise ValueError(
+            f"depth is deep, and {backbone.source} ({backbone.architecture}) takes prompts in front of the input only; "
+            "use a vision model, or a decoder whose layers have keys and values of one size, or leave depth out"
+        )
+    if not backbone.takes_images and experiment.prompt_position != "prefix":
+        raise ValueError(
+            f"depth is deep and prompt_position {experiment.prompt_position!r}, but keys and values of a deep prompt "
+            "come before the text; leave one of them out"
         )
 
 
@@ -347,7 +362,6 @@ def _prompt_settings(experiment: Experiment) -> Mapping[str, Any]:
 def _image_settings(experiment: Experiment) -> Mapping[str, Any]:
     training = experiment.training
     return {
-        "depth": experiment.depth,
         "pool": experiment.pool,
         "image_size": training.image_size,
         "augment": training.augment,
@@ -357,5 +371,7 @@ def _image_settings(experiment: Experiment) -> Mapping[str, Any]:
 def _init_prompt_note(name: str, prompt: SoftPrompt, source: SoftPrompt) -> str:
     """How closely the method can represent the prompt that it starts from."""
     target = source.prompt().detach().cpu()
+    if prompt.depth != source.depth:
+        return f"starting from the keys and values of {name}"
     error = float((prompt.prompt().detach().cpu() - target).norm() / target.norm())
     return f"starting from {name}, represented to a relative error of {error:.3g}"

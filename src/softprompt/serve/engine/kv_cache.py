@@ -125,7 +125,8 @@ class CachedDecoder:
         Raises:
             ValueError: a prompt as wide as another backbone's embeddings.
         """
-        length, matrix = len(prompt.prompt()), prompt.prompt()
+        matrix = prompt.prompt()
+        length = len(matrix) // prompt.depth
         if not length:  # one pass of one token, of which no column is taken
             prompt = Folded(matrix.new_zeros(1, matrix.shape[1]))
         return self.prompted.kv_prefixes([prompt]).select(0, length)

@@ -53,7 +53,7 @@ class PromptEntry:
     @property
     def length(self) -> int:
         """Number of virtual tokens."""
-        return len(self.prompt.prompt())
+        return len(self.prompt.prompt()) // self.prompt.depth
 
     @property
     def kv_prefixes(self) -> tuple[KVPrefix, ...]:
@@ -154,11 +154,7 @@ def from_prompt(name: str, prompt: SoftPrompt, backbone: Backbone, source: str =
             f"{display_name(backbone)} answers through a head that is trained with a prompt; give a run's folder"
         )
     folded = prompt.fold().to(backbone.device)
-    if (width := folded.prompt().shape[1]) != backbone.dim:
-        raise ValueError(
-            f"the prompt is {width} wide, but {display_name(backbone)} embeds in {backbone.dim}; it was trained for "
-            "another backbone"
-        )
+    backbone.check_prompt(folded.prompt(), folded.depth)
     return PromptEntry(name=check_prompt_name(name), prompt=folded, source=source)
 
 

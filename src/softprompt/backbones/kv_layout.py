@@ -1,0 +1,36 @@
+"""What a decoder keeps of a token in each layer: the sizes of its keys and values."""
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+
+@final
+@dataclass(frozen=True)
+class KVLayout:
+    """Keys and values of equal size in every layer."""
+
+    layers: int
+    heads: int
+    """Key-value heads, of which grouped-query attention has fewer than query heads."""
+    head_dim: int
+
+    @property
+    def width(self) -> int:
+        """Numbers in the keys, or in the values, of one token in one layer."""
+        return self.heads * self.head_dim
+
+
+@torch.no_grad()
+def kv_layout(model: Any) -> KVLayout | None:
+    """The sizes of what one token leaves in the cache; none where layers or keys and values differ (as in MLA)."""
+    cache = DynamicCache()
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    model(input_ids=token, past_key_values=cache, use_cache=True)
+    states = [(layer.keys, layer.values) for layer in cache.layers]
+    if any(keys is None or keys.shape != states[0][0].shape or values.shape != keys.shape for keys, values in states):
+        return None
+    _, heads, _, head_dim = states[0][0].shape
+    return KVLayout(layers=len(states), heads=heads, head_dim=head_dim)

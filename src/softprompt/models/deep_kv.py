@@ -1,0 +1,49 @@
+"""A deep prompt of a decoder: keys and values in every layer, which no token computed.
+
+A matrix for the keys and one for the values of each layer, `[length, heads * head_dim]`, concatenated as
+`[K_1; V_1; K_2; V_2; ...]`. Keys are those that attention reads, after rotary positions 0 to length - 1.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from softprompt.backbones import Backbone
+from softprompt.models.kv_prefix import KVPrefixBatch
+from softprompt.models.padding import length_mask
+from softprompt.prompts import SoftPrompt
+
+
+def deep_prefixes(backbone: Backbone, prompts: Sequence[SoftPrompt], matrices: Sequence[Tensor]) -> KVPrefixBatch:
+    """Deep prompts as a batch of prefixes; gradients flow to the matrices. Nothing predicts a row's first token.
+
+    Args:
+        matrices: each prompt's `prompt()`.
+    """
+    layout = backbone.kv_layout
+    assert layout is not None
+    shape = (layout.layers, 2, -1, layout.heads, layout.head_dim)
+    by_layer = [matrix.to(backbone.device, backbone.dtype).view(shape) for matrix in matrices]
+    lengths = torch.tensor([states.shape[2] for states in by_layer], device=backbone.device)
+    # [layer, key or value, row, column, head, head_dim]
+    padded = torch.nn.utils.rnn.pad_sequence([states.permute(2, 0, 1, 3, 4) for states in by_layer], True)
+    states = padded.permute(2, 3, 0, 4, 1, 5)
+    layers = tuple((keys, values) for keys, values in states)
+    mask = length_mask(lengths, int(lengths.max()))
+    return KVPrefixBatch(list(prompts), layers, mask, None, torch.zeros_like(lengths))
+
+
+@torch.no_grad()
+def as_deep(backbone: Backbone, prompt: Float[Tensor, "length dim"]) -> Float[Tensor, "depth_x_length width"]:
+    """The keys and values of virtual tokens in front of a text: a deep prompt that does the same, float32, on the CPU.
+
+    Exact for every token of a text but the first, which virtual tokens predict and a deep prompt does not.
+    """
+    rows = prompt.to(backbone.device, backbone.dtype)[None]
+    cache = DynamicCache()
+    backbone.model(inputs_embeds=rows, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    parts = [states[0].transpose(0, 1).flatten(1) for layer in cache.layers for states in (layer.keys, layer.values)]
+    return torch.cat(parts).float().cpu()
