@@ -66,7 +66,7 @@ def arm(kind: str, at: int) -> None:
     elif kind == "full":
         checkpoint.save = save_on_full_disk
     elif kind == "dtype":
-        backbones.backbone.measured_dtype = lambda _: torch.bfloat16
+        backbones.precision.measured_dtype = lambda _: torch.bfloat16
     else:
         Objective.losses = losses_with_fault  # type: ignore[method-assign]
 
@@ -101,7 +101,7 @@ def child(job: dict[str, Any], index: int, port: int, out: Path, loaded: Backbon
         os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="127.0.0.1")
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(out / f"{job['name']}-{index}.{stream}", os.O_WRONLY | os.O_CREAT), number)
-    backbones.backbone.measured_dtype = lambda _: torch.float32
+    backbones.precision.measured_dtype = lambda _: torch.float32
     kind, process, at = job.get("fault", ("", -1, 0))
     if process == index:
         arm(kind, at)

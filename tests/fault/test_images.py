@@ -209,8 +209,8 @@ def test_image_task_with_text_backbone_is_refused(
         train(vision.replace(backbone=str(llama_folder)), out=tmp_path / "runs")
     with pytest.raises(ValueError, match="has text and the backbone reads images"):
         train(vision.replace(task=str(ticket_task)), out=tmp_path / "runs")
-    with pytest.raises(ValueError, match=r"depth is for images, and .* reads text"):
-        train(vision.replace(backbone=str(llama_folder), task=str(ticket_task), depth="deep"), out=tmp_path / "runs")
+    with pytest.raises(ValueError, match=r"pool is for images, and .* reads text"):
+        train(vision.replace(backbone=str(llama_folder), task=str(ticket_task), pool="patches"), out=tmp_path / "runs")
     with pytest.raises(ValueError, match=r"an image of 20 x 20 pixels is no whole number of patches of 8; give .* 16"):
         train(vision.replace(training=TrainingConfig(steps=1, image_size=20)), out=tmp_path / "runs")
     with pytest.raises(ValueError, match="the initial text is 'cats', and a vision model takes no text"):

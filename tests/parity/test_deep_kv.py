@@ -205,7 +205,7 @@ def test_deep_prompts_are_refused_where_they_do_not_fit(
         assert not (tmp_path / "refused").exists()
     backbone = tiny_backbone("llama")
     mixed = [deep_prompt(backbone, 3), Folded(virtual_tokens(backbone, 3))]
-    with pytest.raises(ValueError, match="run each depth on its own"):
+    with pytest.raises(ValueError, match="run each kind on its own"):
         attach(backbone, None)(IDS, MASK, prompts=mixed, index=torch.tensor([0, 1, 0]))
     run = train(experiment, out=tmp_path / "runs")
     for form in ("vllm", "vocab", "gguf", "llamacpp", "trtllm"):

@@ -2,10 +2,8 @@
 
 import dataclasses
 import hashlib
-import json
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +12,18 @@ from typing import Any, Literal, final, get_args
 import torch
 import transformers
 
-from softprompt import assets, files
-from softprompt.backbones import fsdp, gguf, image_processor, loading, positions, projections, quantization, vit
+from softprompt import assets
+from softprompt.backbones import (
+    fsdp,
+    gguf,
+    image_processor,
+    loading,
+    positions,
+    precision,
+    projections,
+    quantization,
+    vit,
+)
 from softprompt.backbones.kernels import attention
 from softprompt.backbones.kv_layout import KVLayout, kv_layout
 from softprompt.prompts import Host
@@ -254,7 +262,7 @@ def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbon
     """
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype is {dtype!r}; it must be {', '.join(get_args(Dtype))}")
-    torch_device = _device(device)
+    torch_device = precision.resolve_device(device)
     folder, base, note = _locate(source)
     config = _config(folder, source)
     architecture = _architecture(config)
@@ -263,7 +271,7 @@ def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbon
     if quantized:
         torch_dtype = torch.bfloat16
     else:
-        torch_dtype = measured_dtype(torch_device) if dtype == "auto" else getattr(torch, dtype)
+        torch_dtype = precision.measured_dtype(torch_device) if dtype == "auto" else getattr(torch, dtype)
     if torch_dtype is torch.float16 and config.model_type in ("t5", "mt5", "umt5", "longt5"):
         raise ValueError(f"{source} is a T5, which overflows in float16; use bfloat16 or float32")
     arguments: dict[str, Any] = {"config": config, "dtype": torch_dtype}
@@ -287,17 +295,6 @@ def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbon
     backbone = Backbone(model, tokenizer, source, base, architecture, quantized, note)
     _check_embeddings(backbone)
     return backbone
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not available; use auto, cpu or a device that torch lists") from error
-    return device
 
 
 def _locate(source: str) -> tuple[str, str, str]:
@@ -377,49 +374,3 @@ def _check_embeddings(backbone: Backbone) -> None:
             f"{backbone.source} ({model.config.model_type}) gives other outputs for embeddings than for their ids "
             f"(largest difference {gap:.2g}), so a prompt would not act as tokens do; choose another backbone"
         )
-
-
-def measured_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where `device` multiplies it faster than float32, else float32.
-
-    Measured once per machine (a tenth of a second) and kept in the cache folder.
-    """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_fingerprint()
-    key = f"{device.type}/{name}/torch {torch.__version__}/{torch.get_num_threads()} threads"
-    file = assets.cache_folder() / "dtype.json"
-    try:
-        measured: Mapping[str, str] = json.loads(file.read_text())
-    except (OSError, ValueError):
-        measured = {}
-    if measured.get(key) not in ("float32", "bfloat16"):
-        seconds = {dtype: _matmul_seconds(device, getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
-        measured = {**measured, key: min(seconds, key=lambda dtype: seconds[dtype])}
-        with suppress(OSError):  # without a cache it is measured again
-            files.write_text(file, json.dumps(measured, indent=1))
-    return torch.bfloat16 if measured[key] == "bfloat16" else torch.float32
-
-
-def resolve_dtype(dtype: Dtype) -> Dtype:
-    """`dtype` with `auto` resolved for the first GPU, or the CPU without one, wherever a model is now."""
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if measured_dtype(_device("auto")) is torch.bfloat16 else "float32"
-
-
-def _cpu_fingerprint() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    identifying = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    return hashlib.sha256("\n".join(identifying).encode()).hexdigest()[:12]
-
-
-def _matmul_seconds(device: torch.device, dtype: torch.dtype) -> float:
-    left, right = (torch.randn(512, 512, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        (left @ right).sum().item()
-        best = min(best, time.perf_counter() - start)
-    return best

@@ -88,9 +88,9 @@ def evaluate(
     if not generate:
         return result
     answers = answer(prompted, scored_task, examples, max_new_tokens=max_new_tokens, generate=True)
-    correct = sum(one.index == example.label for one, example in zip(answers, examples, strict=True))
+    correct = sum(reply.index == example.label for reply, example in zip(answers, examples, strict=True))
     generated = {
-        "label_word_rate": sum(one.index >= 0 for one in answers) / len(answers),
+        "label_word_rate": sum(reply.index >= 0 for reply in answers) / len(answers),
         "generated_accuracy": correct / len(answers),
     }
     return dataclasses.replace(result, extra_metrics={**result.extra_metrics, **generated})

@@ -83,6 +83,7 @@ class Causal(PromptedModel):
         is_deep = self.prompt is not None and self.prompt.depth > 1
         self.supports_gradient_checkpointing = self.packs and not is_deep
         if is_deep:
+            self.prompt_embeddings(self.prompts_of(None))
             self._check_deep(self.prompts_of(None))
 
     def _check_exact(self) -> None:
@@ -377,8 +378,8 @@ class Causal(PromptedModel):
                 f"the prompt is deep, and {self.backbone.source}{where} runs prompts in every row; train a shallow "
                 "prompt, or a deep one with prompt_position 'prefix' on a model that takes explicit positions"
             )
-        if depths := sorted({prompt.depth for prompt in prompts} - {self.backbone.max_depth}):
-            raise ValueError(f"prompts of depths {depths} and deep ones are in one call; run each depth on its own")
+        if any(prompt.depth == 1 for prompt in prompts):
+            raise ValueError("deep and shallow prompts are in one call; run each kind on its own")
 
     def _check_width(self, longest: int, width: int) -> None:
         """Refuse rows of more positions than the model has, or wider than its attention window with their padding."""

@@ -17,16 +17,16 @@ from softprompt.models.padding import length_mask
 from softprompt.prompts import SoftPrompt
 
 
-def deep_prefixes(backbone: Backbone, prompts: Sequence[SoftPrompt], matrices: Sequence[Tensor]) -> KVPrefixBatch:
-    """Deep prompts as a batch of prefixes; gradients flow to the matrices. Nothing predicts a row's first token.
+def deep_prefixes(backbone: Backbone, prompts: Sequence[SoftPrompt], vectors: Sequence[Tensor]) -> KVPrefixBatch:
+    """Deep prompts as a batch of prefixes; gradients flow to `vectors`. Nothing predicts a row's first token.
 
     Args:
-        matrices: each prompt's `prompt()`.
+        vectors: each prompt's `prompt()`.
     """
     layout = backbone.kv_layout
     assert layout is not None
     shape = (layout.layers, 2, -1, layout.heads, layout.head_dim)
-    by_layer = [matrix.to(backbone.device, backbone.dtype).view(shape) for matrix in matrices]
+    by_layer = [matrix.to(backbone.device, backbone.dtype).view(shape) for matrix in vectors]
     lengths = torch.tensor([states.shape[2] for states in by_layer], device=backbone.device)
     # [layer, key or value, row, column, head, head_dim]
     padded = torch.nn.utils.rnn.pad_sequence([states.permute(2, 0, 1, 3, 4) for states in by_layer], True)
