@@ -30,7 +30,7 @@ class TrainingConfig:
     """Peak learning rate, in units of the prompt's scale; the same number fits every backbone."""
     vocabulary_weight: float | None = None
     """Weight, from 0 to 1, of -log P(label words) in a classification loss, added to the cross-entropy among the label
-    words; none: 0.1 where the model answers in words, so that it also writes a label word when it generates freely in
+    words; none: 0.03 where the model answers in words, so that it also writes a label word when it generates freely in
     another engine. At 0 it may not; 1 is the cross-entropy of the answer's tokens over the vocabulary (as in the
     papers), which tasks without label words always use."""
     temperature: float = 1.0
@@ -242,7 +242,7 @@ class Experiment:
         return dataclasses.replace(self, **changes)
 
 
-DEFAULT_VOCABULARY_WEIGHT = 0.1
+DEFAULT_VOCABULARY_WEIGHT = 0.03
 """Of a model that answers in words; measured in docs/results/superglue."""
 
 _LATER_FIELDS: dict[str, Any] = {
