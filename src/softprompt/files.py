@@ -4,7 +4,6 @@ import errno
 import fcntl
 import json
 import os
-import pickle
 import shutil
 import threading
 import unicodedata
@@ -182,9 +181,6 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 RETRAIN = "the run is damaged: copy its folder again, or train again"
 """Advice about an unreadable file of a run."""
 
-ADAPTER = "save the adapter again, or fetch it again"
-"""Advice about an unreadable file of another library's adapter."""
-
 
 def read_tensors(file: Path, advice: str = RETRAIN) -> dict[str, torch.Tensor]:
     """Read the tensors of a safetensors file.
@@ -201,26 +197,6 @@ def read_tensors(file: Path, advice: str = RETRAIN) -> dict[str, torch.Tensor]:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a complete safetensors file ({error}); {advice}") from error
-
-
-def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    """Read an adapter's tensors from `adapter_model.safetensors`, else from `adapter_model.bin` without executing code.
-
-    Raises:
-        FileNotFoundError, ValueError: both are missing, or the file is damaged or holds more than tensors.
-    """
-    pickled = folder / "adapter_model.bin"
-    if (folder / "adapter_model.safetensors").is_file() or not pickled.is_file():
-        return read_tensors(folder / "adapter_model.safetensors", ADAPTER)
-    try:
-        tensors = torch.load(pickled, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{pickled} is damaged, or holds more than tensors, which is never executed; {ADAPTER}"
-        ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise ValueError(f"{pickled} is not a dictionary of named tensors, so it is not an adapter; {ADAPTER}")
-    return tensors
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:

@@ -25,10 +25,10 @@ def evaluate_(
     backbone: str | None = None,
     generate: bool = False,
 ) -> dict[str, Any]:
-    """Score a run.
+    """Score a run, or a prompt that PEFT trained.
 
     Args:
-        run: The run's folder.
+        run: The run's folder, or a stock PEFT prompt folder with --task.
         task: Another task than the run's own: a name, or a TOML file.
         data: A file of rows (for images also a folder), all of which are scored, or a benchmark's official folder;
             none: the run's rows, or those of --task.
@@ -40,7 +40,8 @@ def evaluate_(
     from softprompt import runs
     from softprompt.evaluation.evaluate import evaluate
 
-    opened = runs.open_run(run)
+    opened = runs.resolve_prompt(run, task)
+    _show_base_note(opened, backbone)
     score = evaluate(opened, task=task, data=data, split=split, backbone=backbone, generate=generate)
     if score.warning:
         console.print(f"note: {score.warning}")
@@ -58,22 +59,26 @@ def predict_(
     run: RunFolder,
     input: Path,
     output: Path | None = None,
+    task: str | None = None,
     backbone: str | None = None,
 ) -> dict[str, Any]:
     """Predict the answers to the rows of a file.
 
     Args:
-        run: The run's folder.
+        run: The run's folder, or a stock PEFT prompt folder with --task.
         input: CSV, TSV, JSONL, JSON or Parquet file with the template's columns; labels are not needed. For a task
             with images also an image, or a folder of images.
         output: JSONL file to write, with a line per row, counted from 1; none: stdout.
+        task: The task of a PEFT folder: a name, or a TOML file; a run has its own.
         backbone: Where the run's backbone is now, as in train; none: where it was during training.
     """
     from softprompt import files, runs
     from softprompt.evaluation.predict import predict
     from softprompt.tasks import task_rows, unlabelled_images
 
-    opened = runs.open_run(run)
+    opened = runs.resolve_prompt(run, task)
+    runs.check_has_own_task(opened, task)
+    _show_base_note(opened, backbone)
     rows = (
         unlabelled_images(opened.task, input)
         if opened.task.image
@@ -94,6 +99,14 @@ def predict_(
         "rows": len(lines),
         "output": None if output is None else str(output),
     }
+
+
+def _show_base_note(opened: Any, backbone: str | None) -> None:
+    """Show that a PEFT folder names another base model than the backbone that is asked for."""
+    from softprompt import runs
+
+    if isinstance(opened, runs.PeftPrompt) and backbone is not None and (note := opened.adapter.base_note(backbone)):
+        console.print(f"note: {note}")
 
 
 def list_(

@@ -21,23 +21,28 @@ def export_(
     output: Path | None = None,
     token_names: tuple[str, ...] = (),
     gguf_type: GgufType = "f16",
+    task: str | None = None,
     backbone: str | None = None,
 ) -> dict[str, Any]:
     """Write runs' prompts for other software, read the files back and compare.
 
     Args:
-        runs_: The runs' folders; several runs of one backbone where the format holds several prompts.
+        runs_: The runs' folders, or stock PEFT prompt folders with --task; several of one backbone where the format
+            holds several prompts.
         to: The format; see docs/export.md.
         output: The folder to write; none: RUN-FORMAT next to the first run.
         token_names: With vocab and gguf: a prompt's name in text, NAME=<name>; by default <prompt-NAME>.
         gguf_type: With gguf: how the weights are stored.
+        task: The task of PEFT folders: a name, or a TOML file; runs have their own.
         backbone: Where the runs' backbone is now, as in train; none: where it was during training.
     """
     if not runs_:
         raise ValueError("no run is given; name at least one run's folder")
     if malformed := [pair for pair in token_names if "=" not in pair]:
         raise ValueError(f"token_names holds {malformed[0]!r}; give NAME=<name>, where NAME is a run's folder name")
-    opened = [runs.open_run(run) for run in runs_]
+    opened = [runs.resolve_prompt(run, task) for run in runs_]
+    if all(isinstance(run, runs.Run) for run in opened):
+        runs.check_has_own_task(opened[0], task)
     folder = output or opened[0].folder.with_name(f"{opened[0].name}-{to}")
     by_run = dict(pair.split("=", 1) for pair in token_names)
     if len(by_run) < len(token_names):

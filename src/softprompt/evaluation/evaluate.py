@@ -12,7 +12,7 @@ from softprompt.backbones import Backbone
 from softprompt.config import Experiment
 from softprompt.evaluation.predict import Answer, answer, input_limit
 from softprompt.models import PromptedModel
-from softprompt.runs import Run, resolve_run
+from softprompt.runs import PeftPrompt, Run, resolve_prompt
 from softprompt.tasks import (
     METRICS,
     Example,
@@ -37,7 +37,7 @@ from softprompt.tasks.metrics import Pooled
 
 
 def evaluate(
-    run: Run | str | Path,
+    run: Run | PeftPrompt | str | Path,
     *,
     task: str | None = None,
     data: str | None = None,
@@ -48,8 +48,8 @@ def evaluate(
     """Score a finished run on a split of its task, on another task, or on all rows of a file.
 
     Args:
-        run: a run, or its folder.
-        task: a built-in task's name or a TOML file; None for the run's task.
+        run: a run, its folder, or a stock PEFT prompt folder.
+        task: a built-in task's name or a TOML file; None for the run's task. A PEFT folder needs one.
         data: a file (for images also a folder of class folders), all of whose rows are scored; or the official folder
             of a built-in task, of which `split` is scored; None for the run's rows, or those of `task`.
         split: `test` (the default), `dev` or `train`; not with a file, all of whose rows are scored.
@@ -61,12 +61,13 @@ def evaluate(
 
     Raises:
         FileNotFoundError: the rows are no longer where the run recorded them, or `data` does not exist.
-        ValueError: an unknown split, one that the task lacks, or one of a file; the run's rows have changed; or
-            `generate` for a task that is generated anyway, or a model that answers through a head.
+        ValueError: an unknown split, one that the task lacks, or one of a file; the run's rows have changed; a PEFT
+            folder without a task, or that embedding rows cannot express; or `generate` for a task that is generated
+            anyway, or a model that answers through a head.
     """
     if split not in (None, "train", "dev", "test"):
         raise ValueError(f"split is {split!r}; it must be train, dev or test")
-    run = resolve_run(run)
+    run = resolve_prompt(run, task)
     experiment = run.experiment
     scored_task = load_task(task) if task else run.task
     rows, split = _rows_to_score(run, scored_task, data, split, is_runs_task=task is None)
@@ -107,13 +108,13 @@ def _check_generate(prompted: PromptedModel, task: Task) -> None:
 
 
 def _rows_to_score(
-    run: Run, task: Task, data: str | None, split: str | None, *, is_runs_task: bool
+    run: Run | PeftPrompt, task: Task, data: str | None, split: str | None, *, is_runs_task: bool
 ) -> tuple[Splits, str]:
     """The rows, and the split of them that is scored."""
     experiment = run.experiment
     if data is not None and (file_rows := load_test_split(task, data, split)) is not None:
         return file_rows, "test"
-    if is_runs_task and data is None:
+    if is_runs_task and data is None and isinstance(run, Run):
         rows = run_splits(run)
     elif is_runs_task:
         rows = read_splits(experiment.replace(data=data), task)
@@ -122,7 +123,7 @@ def _rows_to_score(
     return rows, split or "test"
 
 
-def _check_classes(run: Run, prompted: PromptedModel, task: Task) -> None:
+def _check_classes(run: Run | PeftPrompt, prompted: PromptedModel, task: Task) -> None:
     """Check that a trained head fits the task: its classes are indices, so label words and their order must match."""
     trained, scored = list(run.task.label_words.values()), list(task.label_words.values())
     if prompted.head is not None and trained != scored:

@@ -13,7 +13,7 @@ from softprompt.backbones import Backbone
 from softprompt.config import TrainingConfig
 from softprompt.evaluation import prefix_sharing
 from softprompt.models import Prepared, PromptedModel
-from softprompt.runs import Run, resolve_run
+from softprompt.runs import PeftPrompt, Run, check_has_own_task, resolve_prompt
 from softprompt.tasks import Example, Task, answer_ids, collate, encode
 
 
@@ -34,21 +34,26 @@ class Answer:
     """The probability of each of the task's labels, in classification."""
 
 
-def predict(run: Run | str | Path, rows: Any, *, backbone: Backbone | str | None = None) -> list[Answer]:
+def predict(
+    run: Run | PeftPrompt | str | Path, rows: Any, *, task: str | None = None, backbone: Backbone | str | None = None
+) -> list[Answer]:
     """The run's answers to `rows`, which need the template's columns but no label.
 
     Args:
-        run: a run, or its folder.
+        run: a run, its folder, or a stock PEFT prompt folder.
         rows: a list of rows (each a mapping of columns), a table (`datasets.Dataset`, pandas or polars data frame), or
             one row. If the template reads one column, also a list of texts or one text. An image is its path, or its
             bytes in the form of `datasets`.
+        task: a built-in task's name or a TOML file, for a PEFT folder; a run has its own.
         backbone: the run's backbone, loaded or as a source for `load_backbone`; None to load it from where the run
             recorded it.
 
     Raises:
-        ValueError: `rows` is none of these, a row lacks a column, or the run is not finished.
+        ValueError: `rows` is none of these, a row lacks a column, the run is not finished, or `task` is missing or
+            given to a run.
     """
-    run = resolve_run(run)
+    run = resolve_prompt(run, task)
+    check_has_own_task(run, task)
     table = _table(run.task, rows)
     if not table:
         return []

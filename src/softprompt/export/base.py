@@ -15,7 +15,7 @@ from softprompt import files
 from softprompt.backbones import Backbone
 from softprompt.models import model_class
 from softprompt.prompts import Folded, SoftPrompt
-from softprompt.runs import Run
+from softprompt.runs import PeftPrompt, Run
 
 _TOKEN_NAME = re.compile(r"<[^<>\s]+>")
 
@@ -23,13 +23,13 @@ _TOKEN_NAME = re.compile(r"<[^<>\s]+>")
 @final
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A finished run's prompt."""
+    """The prompt of a finished run, or of a stock PEFT folder."""
 
     name: str
     """Its name in the export: the run's folder name."""
     token_name: str
     """Its name in text, for formats that have text: `<prompt-NAME>`."""
-    run: Run
+    run: Run | PeftPrompt
     prompt: SoftPrompt
     """As it was trained."""
     folded: Folded
@@ -63,7 +63,7 @@ class Format(ABC):
 
 
 def export_runs(
-    runs: Sequence[Run],
+    runs: Sequence[Run | PeftPrompt],
     form: Format,
     folder: Path,
     *,
@@ -73,7 +73,7 @@ def export_runs(
     """Write the prompts of `runs` into the new folder `folder`, read it back and compare; returns what was measured.
 
     Args:
-        runs: finished runs of one backbone.
+        runs: finished runs, or stock PEFT prompts, of one backbone.
         form: a value of `FORMATS`.
         folder: the export, which must not exist.
         backbone: the runs' own, loaded or as `load_backbone` takes it, and named in the export; none: where the first
@@ -212,10 +212,19 @@ def text_notes(backbone: Backbone) -> dict[str, Any]:
     return {"backbone": backbone.base, "dim": backbone.dim, "layout": "the prompt, then the text's own tokens"}
 
 
-def _check_one_backbone(runs: Sequence[Run], backbone: Backbone | str | None) -> None:
-    """A loaded backbone has a dtype of its own, so the runs' dtypes may differ; equal weights may lie anywhere."""
-    recorded = [run.record["backbone"] for run in runs]
-    if len({(record["hash"], record["dtype"]) for record in recorded}) == 1:
+def _check_one_backbone(runs: Sequence[Run | PeftPrompt], backbone: Backbone | str | None) -> None:
+    """A loaded backbone has a dtype of its own, so the runs' dtypes may differ; equal weights may lie anywhere.
+
+    A PEFT folder records no weights, only a name; which backbone it is for is known where `backbone` says so.
+    """
+    recorded = [run.record["backbone"] for run in runs if isinstance(run, Run)]
+    bases = {run.adapter.base for run in runs if isinstance(run, PeftPrompt)}
+    if bases and backbone is None and len(bases := bases | {record["base"] for record in recorded}) > 1:
+        raise ValueError(
+            f"the prompts name the backbones {', '.join(map(repr, sorted(bases)))}; one export holds prompts of one "
+            "backbone, so if these are the same weights, say where they are with --backbone"
+        )
+    if len({(record["hash"], record["dtype"]) for record in recorded}) <= 1:
         return
     is_loaded = isinstance(backbone, Backbone)
     kinds = {record["base"] if is_loaded else f"{record['base']} in {record['dtype']}" for record in recorded}

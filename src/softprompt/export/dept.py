@@ -15,14 +15,11 @@ import torch
 from softprompt import files
 from softprompt.backbones import Backbone
 from softprompt.export.base import EXACT, Format, Trained, check_close
+from softprompt.models.peft_folder import CONFIG, PROMPT, WEIGHTS, read_peft_folder
 from softprompt.prompts.dept import DePT, OffsetPrompt
 
 _TYPE = "PROMPT_TUNING_LORA"
-_PROMPT, _LEFT, _RIGHT = (
-    "prompt_embeddings",
-    "prompt_encoder.lora_embedding_A",
-    "prompt_encoder.lora_embedding_B",
-)
+_LEFT, _RIGHT = "prompt_encoder.lora_embedding_A", "prompt_encoder.lora_embedding_B"
 
 
 @final
@@ -44,20 +41,20 @@ def read_dept(folder: Path) -> PublishedDePT:
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or it is no DePT adapter.
     """
-    settings = files.read_json(folder / "adapter_config.json", files.ADAPTER)
-    if settings.get("peft_type") != _TYPE:
-        raise ValueError(f"{folder} holds a {settings.get('peft_type')!r} adapter, not DePT's {_TYPE!r}")
-    tensors = files.read_adapter(folder)
-    if missing := sorted({_PROMPT, _LEFT, _RIGHT} - set(tensors)):
+    adapter = read_peft_folder(folder)
+    settings = adapter.settings
+    if adapter.peft_type != _TYPE:
+        raise ValueError(f"{folder} holds a {adapter.peft_type!r} adapter, not DePT's {_TYPE!r}")
+    if missing := sorted({PROMPT, _LEFT, _RIGHT} - set(adapter.tensors)):
         raise ValueError(f"{folder} lacks the tensor {missing[0]!r}; it is no whole DePT adapter")
-    matrix, left, right = (tensors[name].float() for name in (_PROMPT, _LEFT, _RIGHT))
+    matrix, left, right = (adapter.tensor(name) for name in (PROMPT, _LEFT, _RIGHT))
     positions, rank = left.shape
     if right.shape != (rank, matrix.shape[1]):
         raise ValueError(
             f"{folder} holds A {tuple(left.shape)} and B {tuple(right.shape)}, which do not fit; it is damaged"
         )
     if wanting := sorted({"lora_alpha"} - set(settings)):
-        raise ValueError(f"{folder / 'adapter_config.json'} lacks {wanting[0]!r}; it is no whole DePT adapter")
+        raise ValueError(f"{folder / CONFIG} lacks {wanting[0]!r}; it is no whole DePT adapter")
     config = DePT(
         length=matrix.shape[0],
         rank=rank,
@@ -94,9 +91,9 @@ def write_dept(config: DePT, prompt: OffsetPrompt, base: str, folder: Path) -> N
         "tokenizer_name_or_path": base,
     }
     with torch.no_grad():
-        tensors = {_PROMPT: prompt.prompt(), _LEFT: prompt.left, _RIGHT: prompt.scale * prompt.right}
-    files.write_tensors(folder / "adapter_model.safetensors", tensors)
-    files.write_text(folder / "adapter_config.json", json.dumps(settings, indent=1))
+        tensors = {PROMPT: prompt.prompt(), _LEFT: prompt.left, _RIGHT: prompt.scale * prompt.right}
+    files.write_tensors(folder / WEIGHTS, tensors)
+    files.write_text(folder / CONFIG, json.dumps(settings, indent=1))
 
 
 @final

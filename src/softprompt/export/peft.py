@@ -12,13 +12,13 @@ from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 
 from softprompt import files
 from softprompt.backbones import Backbone
 from softprompt.export.base import EXACT, Format, Trained, check_equal
 from softprompt.models import model_class
+from softprompt.models.peft_folder import CONFIG, PROMPT, WEIGHTS, read_peft_folder
 from softprompt.prompts import Folded
 
 
@@ -78,9 +78,8 @@ def export_peft(folded: Folded, backbone: Backbone, folder: Path) -> None:
             "prefix_projection": False,
             "token_dim": layout.width,
         }
-    with files.atomic_write(folder / "adapter_model.safetensors") as draft:
-        save_file({"prompt_embeddings": matrix}, draft, metadata={"format": "pt"})
-    files.write_text(folder / "adapter_config.json", json.dumps(values, indent=2))
+    files.write_tensors(folder / WEIGHTS, {PROMPT: matrix})
+    files.write_text(folder / CONFIG, json.dumps(values, indent=2))
 
 
 def _peft_matrix(folded: Folded) -> Float[Tensor, "length _"]:
@@ -104,12 +103,8 @@ class Peft(Format):
         export_peft(trained[0].folded, backbone, folder)
 
     def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
-        """The prompt, equal bit for bit, and its sizes in the config."""
+        """The prompt, equal bit for bit, and a config that states its sizes."""
         [item] = trained
-        expected = _peft_matrix(item.folded)
-        tensors = files.read_tensors(folder / "adapter_model.safetensors")
-        check_equal(tensors["prompt_embeddings"], expected, "the PEFT prompt")
-        config = files.read_json(folder / "adapter_config.json")
-        if (config["num_virtual_tokens"], config["token_dim"] * item.folded.depth) != tuple(expected.shape):
-            raise ValueError(f"the PEFT config does not have the prompt's shape {tuple(expected.shape)}")
-        return {"prompts": {item.name: len(expected)}, **EXACT}
+        expected = item.folded.prompt().detach().float()
+        check_equal(read_peft_folder(folder).prompt(backbone).prompt(), expected, "the PEFT prompt")
+        return {"prompts": {item.name: len(expected) // item.folded.depth}, **EXACT}

@@ -12,6 +12,7 @@ from torch import nn
 
 from softprompt import files
 from softprompt.backbones import Backbone
+from softprompt.models.peft_folder import CONFIG, WEIGHTS
 from softprompt.types import Baseline
 
 RATES: dict[Baseline, float] = {"none": 1.0, "lora": 0.03, "full": 0.001, "head": 1.0}
@@ -20,7 +21,6 @@ RATES: dict[Baseline, float] = {"none": 1.0, "lora": 0.03, "full": 0.001, "head"
 LORA_RANK, LORA_ALPHA = 8, 16
 _VISION_TARGETS = ["q_proj", "v_proj", "query", "value"]
 """What LoRA updates in a vision transformer, for which PEFT has no default: the projections that it takes for text."""
-_CONFIG = "adapter_config.json"
 
 
 @final
@@ -83,10 +83,10 @@ def export_lora(backbone: Backbone, task_type: str | None, folder: Path) -> None
     config.task_type = task_type
     # PEFT loads weights by their names in its own wrapper of the model, and silently skips other names.
     tensors = {f"base_model.model.{name}": tensor for name, tensor in get_peft_model_state_dict(backbone.model).items()}
-    files.write_tensors(folder / "adapter_model.safetensors", tensors)
+    files.write_tensors(folder / WEIGHTS, tensors)
     with tempfile.TemporaryDirectory() as scratch:
         config.save_pretrained(scratch)
-        files.write_text(folder / _CONFIG, (Path(scratch) / _CONFIG).read_text(encoding="utf-8"))
+        files.write_text(folder / CONFIG, (Path(scratch) / CONFIG).read_text(encoding="utf-8"))
 
 
 def _check_peft() -> None:

@@ -18,7 +18,8 @@ from softprompt.config import Experiment
 from softprompt.models import PromptedModel, attach, fresh_head
 from softprompt.models.baselines import tune
 from softprompt.models.deep_kv import as_deep
-from softprompt.prompts import Folded, SoftPrompt
+from softprompt.models.peft_folder import WEIGHTS, is_peft_folder, read_peft_folder
+from softprompt.prompts import SoftPrompt
 from softprompt.prompts.deep import build
 from softprompt.tasks import Task
 
@@ -285,15 +286,6 @@ def open_run(folder: str | Path) -> Run:
     return Run(path, experiment, task, record)
 
 
-def resolve_run(run: Run | str | Path) -> Run:
-    """Return `run`, or open the run in that folder; raises like `open_run`, or `TypeError` for anything else."""
-    if isinstance(run, Run):
-        return run
-    if not isinstance(run, str | Path):
-        raise TypeError(f"the run is a {type(run).__name__}; give a Run (softprompt.open_run) or its folder")
-    return open_run(run)
-
-
 def run_folders(out: Path) -> list[Path]:
     """The folders in `out` that hold a run, readable or not, sorted by name."""
     return [record.parent for record in sorted(out.glob(f"*/{RECORD}")) if not record.parent.name.startswith(".")]
@@ -305,23 +297,17 @@ def list_runs(out: Path) -> list[Run]:
 
 
 def read_prompt(folder: Path, backbone: Backbone) -> SoftPrompt:
-    """Read the prompt of a run or of a PEFT prompt-tuning folder, for `backbone`."""
+    """Read the prompt of a run or of a PEFT folder, for `backbone`.
+
+    Raises:
+        FileNotFoundError: `folder` holds neither.
+        ValueError: as `Run.prompt`, or as `PeftFolder.prompt`.
+    """
     if (folder / RECORD).is_file():
         return open_run(folder).prompt(backbone)
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file() and not file.with_suffix(".bin").is_file():
-        raise FileNotFoundError(f"{str(folder)!r} holds neither a run ({RECORD}) nor a PEFT prompt ({file.name})")
-    tensors = files.read_adapter(folder)
-    if "prompt_embeddings" not in tensors or len(tensors) > 1:
-        raise ValueError(
-            f"{file} holds {', '.join(sorted(tensors))}; a PEFT prompt-tuning folder holds only prompt_embeddings"
-        )
-    matrix = tensors["prompt_embeddings"].float()
-    if matrix.ndim != 2 or matrix.shape[1] != backbone.dim or not bool(matrix.isfinite().all()):
-        raise ValueError(
-            f"{file} has a prompt of shape {tuple(matrix.shape)}; {backbone.source} needs finite rows of {backbone.dim}"
-        )
-    return Folded(matrix)
+    if not is_peft_folder(folder):
+        raise FileNotFoundError(f"{str(folder)!r} holds neither a run ({RECORD}) nor a PEFT prompt ({WEIGHTS})")
+    return read_peft_folder(folder).prompt(backbone)
 
 
 def json_line(values: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, final, get_args
 
 import tyro
 
+from softprompt.models.peft_folder import base_of_peft_folder
 from softprompt.runs import RECORD, open_run
 from softprompt.serve.api.auth import AuthConfig
 from softprompt.serve.engine.limits import Limits
@@ -46,7 +47,7 @@ class ServeConfig:
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=]FOLDER")] = ()
     """Folders of runs or PEFT prompts, each served under its folder's name or the name before `=`."""
     backbone: str | None = None
-    """Hub id, folder, .gguf file or asset; none: the first run's backbone."""
+    """Hub id, folder, .gguf file or asset; none: the first run's backbone, or the first PEFT folder's base model."""
     host: str = "127.0.0.1"
     """Address to listen on; one that other machines can reach requires a token."""
     port: int = 8000
@@ -99,13 +100,16 @@ class ServeConfig:
         """The backbone's hub id, folder, file or asset.
 
         Raises:
-            ValueError: it is not set, and no source is a run.
+            ValueError: it is not set, and no source names one.
         """
         if self.backbone:
             return self.backbone
         for _, folder in self.folders():
             if (folder / RECORD).is_file():
                 return open_run(folder).experiment.backbone
+        for _, folder in self.folders():
+            if base := base_of_peft_folder(folder):
+                return base
         raise ValueError("no folder names its backbone; give --backbone, or the folder of a run")
 
     def auth(self) -> AuthConfig:

@@ -14,6 +14,7 @@ from softprompt.config import Experiment
 from softprompt.evaluation.evaluate import predictions_and_golds, read_splits, sample_examples
 from softprompt.evaluation.predict import input_limit, over_long_note
 from softprompt.models import PromptedModel, attach, fresh_head, verify
+from softprompt.models.peft_folder import read_peft_folder
 from softprompt.models.teacher import Teacher
 from softprompt.prompts import SoftPrompt
 from softprompt.runs import Run
@@ -86,6 +87,9 @@ def new_run(experiment: Experiment, backbone: Backbone | None, callback: Trainin
     if experiment.init_prompt is not None and prompted.prompt is not None:
         source = runs.read_prompt(Path(experiment.init_prompt), backbone)
         callback.on_note(_init_prompt_note(experiment.init_prompt, prompted.prompt, source))
+        folder = Path(experiment.init_prompt)
+        if not (folder / runs.RECORD).is_file() and (note := read_peft_folder(folder).base_note(backbone)):
+            callback.on_note(note)
     return _with_teacher(_encode_rows(experiment, task, rows, prompted, callback), teacher, context)
 
 

@@ -12,14 +12,12 @@ from softprompt import files, runs
 from softprompt.analysis.rank.spectrum import Spectrum
 from softprompt.backbones import Backbone
 from softprompt.evaluation.evaluate import run_splits
+from softprompt.models.peft_folder import PROMPT, WEIGHTS, PeftFolder, is_peft_folder, read_peft_folder
 from softprompt.prompts import Folded
 from softprompt.runs import Run
 from softprompt.training import checkpoint, setup
 from softprompt.training.callbacks import NullCallback, TrainingCallback
 from softprompt.training.gradients import gradient_on
-
-_ADAPTER = "adapter_model.safetensors"
-_MATRIX = "prompt_embeddings"
 
 
 @final
@@ -44,6 +42,8 @@ class LoadedPrompt:
     """What a reader of the ranks should know."""
     run: Run | None = None
     """None for a PEFT folder."""
+    adapter: PeftFolder | None = None
+    """The PEFT folder; none for a run."""
     backbone: Backbone | None = None
     """The run's backbone, loaded; none for a PEFT folder."""
 
@@ -113,7 +113,7 @@ def load_prompts(
             raise ValueError(f"run {path} {reason}; give a finished run of a prompt method")
         callback.on_stage(f"loading {run.experiment.backbone}")
         yield _of_run(run, run.backbone(backbone), checkpoints)
-    elif (path / _ADAPTER).is_file():
+    elif is_peft_folder(path):
         if checkpoints:
             raise ValueError(f"{path} is a PEFT folder and has no checkpoints; leave --checkpoints out, or give a run")
         yield _of_adapter(path)
@@ -139,7 +139,7 @@ def _of_folder(
         yield _of_run(run, cache[key], checkpoints)
     if not count:
         raise FileNotFoundError(
-            f"{str(path)!r} is neither a run, a PEFT folder ({_ADAPTER}) nor a folder with finished runs of a prompt "
+            f"{str(path)!r} is neither a run, a PEFT folder ({WEIGHTS}) nor a folder with finished runs of a prompt "
             "method; see softprompt list runs"
         )
 
@@ -203,22 +203,18 @@ def _history(
 
 
 def _of_adapter(path: Path) -> LoadedPrompt:
-    """Load only the prompt's matrix, so that adapters of methods that stock PEFT cannot load work too."""
-    file = path / _ADAPTER
-    tensors = files.read_tensors(file, "save the adapter again, or fetch it again")
-    matrix = tensors.pop(_MATRIX, None)
-    if matrix is None:
-        raise ValueError(f"{file} holds {', '.join(sorted(tensors))} and no {_MATRIX}; give a prompt-tuning adapter")
-    if matrix.ndim != 2 or not matrix.is_floating_point() or not bool(matrix.isfinite().all()):
-        raise ValueError(f"{file} has a prompt of shape {tuple(matrix.shape)}; a prompt is a matrix of finite numbers")
+    """Load the prompt; only its matrix where the adapter has more tensors, as those of methods that PEFT lacks."""
+    adapter = read_peft_folder(path)
+    others = adapter.other_tensors if PROMPT in adapter.tensors else []
     note = "a PEFT folder does not record the initial prompt P0, so its update is not measured"
-    if tensors:
-        note += f"; its {', '.join(sorted(tensors))} are ignored: only the matrix is measured"
+    if others:
+        note += f"; its {', '.join(others)} are ignored: only the matrix is measured"
     return LoadedPrompt(
         name=path.resolve().name,
         folder=path,
-        prompt=Folded(matrix.float()),
+        prompt=Folded(adapter.matrix() if others else adapter.rows()),
         start_missing="a PEFT folder does not record it",
-        complete=not tensors,
+        complete=not others,
         note=note,
+        adapter=adapter,
     )

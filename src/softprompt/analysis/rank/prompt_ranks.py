@@ -10,7 +10,7 @@ from softprompt.analysis.rank.loaded_prompt import LoadedPrompt, load_prompts, s
 from softprompt.analysis.rank.scorer import Truncation
 from softprompt.analysis.rank.spectrum import Spectrum
 from softprompt.analysis.rank.truncation import FunctionalRank, functional_rank
-from softprompt.training.callbacks import TrainingCallback
+from softprompt.training.callbacks import NullCallback, TrainingCallback
 
 
 @final
@@ -75,6 +75,8 @@ def measure(
     for loaded in load_prompts(folder, checkpoints=checkpoints, backbone=backbone, callback=callback):
         if loaded.run is None and backbone and functional is None:
             raise ValueError(f"{loaded.folder} is no run, and --backbone does nothing to it without --functional")
+        if loaded.adapter is not None and backbone and (note := loaded.adapter.base_note(backbone)):
+            (callback or NullCallback()).on_note(note)
         depth = loaded.prompt.depth
         measured.append(
             PromptRanks(

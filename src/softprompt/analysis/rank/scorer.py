@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
-from softprompt import files
 from softprompt.analysis.rank.loaded_prompt import LoadedPrompt
 from softprompt.backbones import load
 from softprompt.config import Experiment
@@ -84,6 +83,8 @@ class RankScorer:
         if not len(table):
             raise ValueError(f"task {task.name!r} has no {split} rows; choose another split")
         backbone = loaded.backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
+        if loaded.adapter is not None:
+            loaded.adapter.prompt(backbone)  # raises if it is for another backbone
         prompted = attach(backbone, loaded.prompt) if loaded.run is None else loaded.run.prompted(backbone)
         limit = input_limit(prompted, task, experiment.training)
         examples = encode(task, backbone.tokenizer, table, limit, closing=prompted.appends_eos)[0]
@@ -127,6 +128,7 @@ def _experiment(loaded: LoadedPrompt, truncation: Truncation) -> Experiment:
         raise ValueError(f"{loaded.folder} is no run and names no task; say which one scores it with --task")
     base = truncation.backbone
     if base is None:
-        config = files.read_json(loaded.folder / "adapter_config.json", "name the backbone with --backbone")
-        base = str(config.get("base_model_name_or_path") or "")
+        base = "" if loaded.adapter is None else loaded.adapter.base
+        if not base:
+            raise ValueError(f"{loaded.folder} names no base model; name the backbone with --backbone")
     return Experiment(task=truncation.task, data=truncation.data, backbone=base)

@@ -24,7 +24,7 @@ from softprompt.serve.engine.engine import Engine
 from softprompt.serve.engine.request import ClassifyOutput, EngineRequest
 from softprompt.serve.metrics import Metrics
 from softprompt.serve.prompts.entry import PromptEntry, check_prompt_name, display_name
-from softprompt.serve.prompts.store import PromptStore, read_prompt_bytes
+from softprompt.serve.prompts.store import PromptStore, read_upload
 
 PAGE = Path(__file__).with_name("page") / "index.html"
 _POLICY = (
@@ -156,7 +156,7 @@ def _prompt_routes(engine: Engine, store: PromptStore | None, metrics: Metrics) 
     body = {"requestBody": {"content": _FILE, "required": True}}
 
     def add_or_replace(name: str, content: bytes, replace: bool) -> dict[str, Any]:
-        prompt = read_prompt_bytes(content, engine.backbone)
+        prompt = read_upload(content, engine.backbone)
         if store is None:
             return engine.add(name, prompt, replace=replace).describe()
         with store.saving(name, content, replace=replace):  # saved only if it can be served

@@ -1,5 +1,6 @@
 """A prompt that is served: from a run, a PEFT folder or an upload, with everything that answering with it needs."""
 
+import logging
 import re
 import time
 from dataclasses import dataclass, field
@@ -14,13 +15,15 @@ from softprompt.backbones import Backbone
 from softprompt.evaluation.predict import input_limit
 from softprompt.models import model_class
 from softprompt.models.kv_prefix import KVPrefix
+from softprompt.models.peft_folder import WEIGHTS, is_peft_folder, read_peft_folder
 from softprompt.prompts import Folded, SoftPrompt
-from softprompt.runs import RECORD, open_run, read_prompt
+from softprompt.runs import RECORD, open_run
 from softprompt.tasks import Task, answer_ids
 from softprompt.tasks.template import parse
 
 BASE = "base"
 """The name that requests use for the model without a prompt."""
+_log = logging.getLogger("softprompt.serve")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -119,7 +122,12 @@ def from_folder(name: str, folder: Path, backbone: Backbone) -> PromptEntry:
     if not (folder / RECORD).is_file():
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {folder}; give a run's or a PEFT prompt's")
-        return from_prompt(name, read_prompt(folder, backbone), backbone, source="peft")
+        if not is_peft_folder(folder):
+            raise FileNotFoundError(f"{folder} holds neither a run ({RECORD}) nor a PEFT prompt ({WEIGHTS})")
+        adapter = read_peft_folder(folder)
+        if note := adapter.base_note(backbone):
+            _log.warning("%s", note)
+        return from_prompt(name, adapter.prompt(backbone), backbone, source="peft")
     run = open_run(folder)
     if run.experiment.baseline != "none":
         raise ValueError(f"run {folder} is the baseline {run.experiment.baseline} and has no prompt to serve")
