@@ -35,11 +35,28 @@ _INVISIBLE = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u
 """Invisible characters such as direction marks, which make a name look like another one."""
 
 
+def error_text(error: BaseException) -> str:
+    """The error's message on one line; its class's name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: object) -> str:
+    """The first line of an error of another library, at most 300 characters; later lines explain its own options."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]
+
+
+def is_readable(error: BaseException) -> bool:
+    """Whether the error's message alone says to a user what happened."""
+    known = isinstance(error, (ValueError, OSError, RuntimeError, ModuleNotFoundError))
+    return bool(str(error).strip()) and (known or type(error).__module__.startswith("softprompt"))
+
+
 def one_line(error: BaseException) -> str:
     """The error's message on one line, after its class's name if the message alone is not meant for users."""
-    text = " ".join(str(error).split())
-    readable = isinstance(error, (ValueError, OSError, RuntimeError, ModuleNotFoundError)) and bool(text)
-    return text if readable else f"{type(error).__name__}: {text or 'no message'}"
+    if is_readable(error):
+        return error_text(error)
+    return f"{type(error).__name__}: {error_text(error) if str(error).strip() else 'no message'}"
 
 
 def check_name(name: str, what: str) -> str:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import ImageProcessingMixin
 
+from softprompt.files import error_text
 from softprompt.types import Augment
 
 Cell = str | Mapping[str, Any]
@@ -148,7 +149,7 @@ def read(cell: Cell, where: str = "the row", *, rough: bool = False) -> Any:
     except decoding_errors as error:
         # Pillow's message would name an object in memory.
         unidentified = "cannot identify" in str(error)
-        reason = "it is no image of a known kind" if unidentified else " ".join(str(error).split())
+        reason = "it is no image of a known kind" if unidentified else error_text(error)
         raise ValueError(
             f"{where} has the image {name(cell)!r}, which cannot be read ({reason}); repair it or take it out, or "
             'write broken = "skip" into the task\'s .toml file'

@@ -18,6 +18,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer,
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from softprompt.files import first_line
+
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """In transformers' order of precedence; each may also be an index of shards (`NAME.index.json`)."""
 _BUFFERS = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids|token_type_ids)$")
@@ -68,7 +70,7 @@ def load_config(folder: str, source: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
-        raise ValueError(f"the config.json of {source} cannot be used: {_first_line(error)}") from error
+        raise ValueError(f"the config.json of {source} cannot be used: {first_line(error)}") from error
     if has_code:
         _warn(
             f"{source} brings code of its own (auto_map in its config.json), which is not run; transformers' own "
@@ -99,7 +101,7 @@ def load_tokenizer(folder: str, source: str, config: Any, vocab_size: int, **kwa
                 f"the tokenizer of {source} brings code of its own (auto_map in its tokenizer_config.json), which is "
                 "never run; save it as a tokenizer.json first"
             ) from error
-        raise ValueError(f"{source} has no tokenizer that can be read ({_first_line(error)})") from error
+        raise ValueError(f"{source} has no tokenizer that can be read ({first_line(error)})") from error
     if not tokenizer.is_fast:
         raise ValueError(f"{source} has no fast tokenizer, which truncation needs; convert it to tokenizer.json first")
     if get_tokenizer_config(folder).get("auto_map"):
@@ -187,7 +189,7 @@ def load_model(auto_class: Any, folder: str, source: str, **kwargs: Any) -> Any:
             raise ValueError(
                 f"{source} is a {model_type}, for which transformers has no {auto_class.__name__}; choose another model"
             ) from error
-        raise ValueError(f"the weights of {source} cannot be read ({_first_line(error)})") from error
+        raise ValueError(f"the weights of {source} cannot be read ({first_line(error)})") from error
     _check_report(model, report, source)
     return model
 
@@ -201,7 +203,7 @@ def _check_report(model: nn.Module, report: Mapping[str, Any], source: str) -> N
             f"{tuple(model_shape)}{more}; the checkpoint and its config.json do not belong together"
         )
     if report["error_msgs"]:
-        raise ValueError(f"the weights of {source} cannot be loaded ({_first_line(report['error_msgs'][0])})")
+        raise ValueError(f"the weights of {source} cannot be loaded ({first_line(report['error_msgs'][0])})")
     parameters = dict(model.named_parameters())
     poolers = [name for name in report["missing_keys"] if "pooler" in name.split(".")]
     missing = sorted({name for name in report["missing_keys"] if name in parameters} - set(poolers))
@@ -328,8 +330,3 @@ def _listed(names: Iterable[str]) -> str:
     listed = list(names)
     more = f" and {len(listed) - _MAX_LISTED} more" if len(listed) > _MAX_LISTED else ""
     return ", ".join(listed[:_MAX_LISTED]) + more
-
-
-def _first_line(error: object) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]

@@ -140,10 +140,9 @@ def _with_prompt_modules(argv: list[str]) -> list[str]:
 def _sentence(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "stopped"
-    text = " ".join(str(error).split())
-    known = isinstance(error, (ValueError, OSError, RuntimeError, ModuleNotFoundError))
-    ours = type(error).__module__.startswith("softprompt")
-    return text if text and (known or ours) else f"{type(error).__name__}: {text or 'no message'}; --debug shows where"
+    from softprompt.files import is_readable, one_line  # not earlier: it imports torch
+
+    return one_line(error) + ("" if is_readable(error) else "; --debug shows where")
 
 
 def _usage() -> str:

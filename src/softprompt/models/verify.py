@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softprompt.backbones import Backbone
+from softprompt.files import error_text
 from softprompt.models.padding import pad_batch
 from softprompt.prompts import Folded
 
@@ -153,10 +154,9 @@ def model_errors_refused(backbone: Backbone, how: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model's forward may be anybody's code, and raise anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise OutputMismatch(
-            f"{backbone.source} ({backbone.model.config.model_type}) fails with {how} ({reason}); its attention is "
-            "unusual, so it is refused: choose another backbone"
+            f"{backbone.source} ({backbone.model.config.model_type}) fails with {how} ({error_text(error)[:200]}); its "
+            "attention is unusual, so it is refused: choose another backbone"
         ) from error
 
 

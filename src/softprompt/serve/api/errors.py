@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from softprompt.files import error_text
 from softprompt.serve.engine.request import Cancelled, EngineClosed, PromptNotFound, QueueFull
 
 _RESPONSES: tuple[tuple[type[BaseException], int, str, str | None], ...] = (
@@ -64,7 +65,7 @@ def explain(error: BaseException) -> tuple[int, dict[str, Any], dict[str, str]]:
     for expected, status, type_, code in _RESPONSES:
         if isinstance(error, expected):
             headers = {"Retry-After": str(math.ceil(error.retry_after))} if isinstance(error, QueueFull) else {}
-            return status, _error_body(" ".join(str(error).split()), type_, code), headers
+            return status, _error_body(error_text(error), type_, code), headers
     return 500, _error_body("the request failed in the service; see its log", "server_error", "internal"), {}
 
 

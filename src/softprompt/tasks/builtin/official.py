@@ -7,6 +7,7 @@ from typing import Any, final
 
 from datasets import Dataset, load_dataset
 
+from softprompt.files import first_line
 from softprompt.tasks.data.tabular import read_rows
 from softprompt.tasks.task import Task, Template, register
 
@@ -87,7 +88,7 @@ class Official:
         try:
             rows = load_dataset(self.hub, self.config, split=self.hub_splits.get(split, split))
         except (OSError, ValueError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise ConnectionError(
                 f"the {split} rows of {self.config} cannot be loaded from the hub's {self.hub} ({reason}); "
                 f"give the official folder that holds {self.folder} as --data FOLDER"

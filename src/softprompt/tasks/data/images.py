@@ -17,6 +17,7 @@ from torch import Tensor
 from softprompt import assets
 from softprompt.backbones import image_processor
 from softprompt.backbones.image_processor import Processor
+from softprompt.files import error_text
 from softprompt.tasks.data.examples import Example, Examples
 from softprompt.tasks.data.tabular import read_rows, task_rows
 from softprompt.tasks.data.tokenize import encode_pictures
@@ -194,9 +195,8 @@ def _load_hub(repository: str) -> Mapping[str, Dataset]:
     try:
         splits: Mapping[str, Dataset] = datasets.load_dataset(repository)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"the dataset {repository!r} cannot be loaded ({reason}); check the name, or fetch it first"
+            f"the dataset {repository!r} cannot be loaded ({error_text(error)}); check the name, or fetch it first"
         ) from error
     return splits
 
