@@ -131,7 +131,7 @@ def test_checkpoint_export_is_rejected(run: Run, tmp_path: Path) -> None:
 
 @QUANTIZED
 def test_unquantized_weights_are_required(kind: Any, llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="are quantised; give a --dtype without quantisation"):
+    with pytest.raises(ValueError, match="are quantized; give a --dtype without quantization"):
         query_key(load_backbone(str(llama_folder), dtype=kind).model)
     with pytest.raises(ValueError, match="give --dtype float32"):
         train(experiment(llama_folder, ticket_task, kind, baseline="full"), out=tmp_path)

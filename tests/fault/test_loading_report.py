@@ -246,7 +246,7 @@ def test_config_ids_unlike_the_tokenizers_warn(llama: Path):
 @pytest.mark.parametrize("dtype", ["float32", "nf4"])
 def test_unsupported_quantization_is_named(llama: Path, settings: dict[str, Any], method: str, dtype: str):
     change_json(llama / "config.json", quantization_config=settings)
-    with pytest.raises(ValueError, match=rf"are quantised \({method}\), which is not supported"):
+    with pytest.raises(ValueError, match=rf"are quantized \({method}\), which is not supported"):
         load(llama, dtype)
 
 

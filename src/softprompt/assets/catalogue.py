@@ -78,7 +78,7 @@ ASSETS: dict[str, Asset] = {
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             licence="Apache-2.0",
             base="HuggingFaceTB/SmolLM2-135M-Instruct",
-            note="These weights were 4-bit (Q4_1) and are dequantised.",
+            note="These weights were 4-bit (Q4_1) and are dequantized.",
             description="SmolLM2 135M Instruct, a small causal language model in a 98 MB GGUF file",
         ),
         Asset(

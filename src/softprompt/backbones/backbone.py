@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -103,6 +104,11 @@ class Backbone:
     def max_answer_positions(self) -> int | None:
         """The most tokens that an encoder-decoder's answer may have; None without a limit."""
         return positions.max_positions(self.model, "decoder") if self.architecture == "encoder_decoder" else None
+
+    @cached_property
+    def forward_arguments(self) -> frozenset[str]:
+        """The names of the arguments that the model's forward takes."""
+        return frozenset(inspect.signature(self.model.forward).parameters)
 
     @property
     def takes_images(self) -> bool:
@@ -312,7 +318,7 @@ def _locate(source: str) -> tuple[str, str, str]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"backbone {source!r} does not exist; give the path of a .gguf file")
-        return str(gguf.convert(path)), str(path.resolve()), "dequantised from a GGUF file"
+        return str(gguf.convert(path)), str(path.resolve()), "dequantized from a GGUF file"
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"folder {source!r} has no config.json; give a folder that transformers can load")

@@ -38,7 +38,7 @@ def query_key(model: Any, submodule: nn.Module | None = None) -> QueryKey:
     """
     if not all(param.is_floating_point() for param in model.parameters()):
         raise ValueError(
-            f"the projections of this {model.config.model_type} are quantised; give a --dtype without quantisation, "
+            f"the projections of this {model.config.model_type} are quantized; give a --dtype without quantization, "
             "such as bfloat16"
         )
     heads = int(model.config.get_text_config().num_attention_heads)

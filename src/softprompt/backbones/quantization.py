@@ -43,7 +43,7 @@ def check_checkpoint(config: Any, dtype: str, source: str) -> None:
     if method == "bitsandbytes":
         method = f"bitsandbytes {kind}" if settings.get("load_in_4bit") else "bitsandbytes in 8 bits"
     raise ValueError(
-        f"the weights of {source} are quantised ({method}), which is not supported; give the original checkpoint, and "
+        f"the weights of {source} are quantized ({method}), which is not supported; give the original checkpoint, and "
         "--dtype nf4 to load it in 4 bits"
     )
 

@@ -1,4 +1,8 @@
-"""How a prompt meets an architecture: one file each, one line in `PROMPTED_MODELS`."""
+"""How a prompt meets an architecture: one file each, one line in `PROMPTED_MODELS`.
+
+`verify.py` and `verify_causal.py` run a model with prompts, padding and rows of other lengths before it is used, and
+refuse it if a row's outputs differ from those of the row alone. `peft_folder.py` reads the prompts that PEFT saved.
+"""
 
 import torch
 from torch import nn

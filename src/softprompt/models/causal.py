@@ -8,7 +8,6 @@ A prompt after a text's first token or after the text runs in every row, and so 
 positions by column (MPT).
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard, final
 
@@ -67,10 +66,9 @@ class Causal(PromptedModel):
 
     def _setup(self) -> None:
         model = self.backbone.model
-        self._accepted = frozenset(inspect.signature(model.forward).parameters)
         self.window = sliding_window(self.backbone)
         """The narrowest attention window; no row may be wider. None where there is none."""
-        check_decoder(self.backbone, self._accepted)
+        check_decoder(self.backbone)
         check_batch_independence(self.backbone)
         self._has_fused_layers = self.tuned is None and llama.is_supported(model)
         self.in_row = self.prompt_position != "prefix"
@@ -93,7 +91,7 @@ class Causal(PromptedModel):
         columns (MPT's ALiBi) is exact where prompt and text are adjacent, so there the prompt runs in every row.
         """
         model = self.backbone.model
-        takes_positions = "position_ids" in self._accepted
+        takes_positions = "position_ids" in self.backbone.forward_arguments
         if not self.in_row:
 
             def shared() -> bool:
@@ -265,7 +263,8 @@ class Causal(PromptedModel):
     def attention_arguments(self, mask: Int[Tensor, "row total"], length: int) -> dict[str, Any]:
         """The mask, and the positions of the last `length` columns where the model takes positions."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - length :]
-        return {"attention_mask": mask} | ({"position_ids": positions} if "position_ids" in self._accepted else {})
+        takes_positions = "position_ids" in self.backbone.forward_arguments
+        return {"attention_mask": mask} | ({"position_ids": positions} if takes_positions else {})
 
     @property
     def _is_fused(self) -> bool:

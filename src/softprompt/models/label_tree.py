@@ -10,7 +10,6 @@ Either way a pass has at most `MAX_LOGITS` logits and `MAX_TOKENS` tokens. With 
 but their scores, and run again in the backward pass.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -287,7 +286,7 @@ def _row_logits(
         past_key_values=Cache(layers=[SharedLayer(keys, values, count) for keys, values in layers]),
         use_cache=True,
         attention_mask=mask,
-        **({"position_ids": positions} if _takes_positions(model) else {}),
+        **({"position_ids": positions} if "position_ids" in prompted.backbone.forward_arguments else {}),
     ).logits
     return logits.view(batch, count, *logits.shape[1:])
 
@@ -298,7 +297,8 @@ def takes_tree(prompted: PromptedModel) -> bool:
 
     def check() -> bool:
         implementations = ("sdpa", "eager", attention.ATTN_IMPLEMENTATION)
-        if model.config._attn_implementation not in implementations or not _takes_positions(model):
+        takes_positions = "position_ids" in prompted.backbone.forward_arguments
+        if model.config._attn_implementation not in implementations or not takes_positions:
             return False
         try:
             return _tree_is_exact(prompted)
@@ -334,7 +334,3 @@ def _tree_is_exact(prompted: PromptedModel) -> bool:
     expected = by_row[:, list(candidate), list(depth)]
     gap = float((by_node[:, nodes] - expected).norm() / expected.norm())
     return gap <= (1e-3 if backbone.dtype is torch.float32 else 0.1)
-
-
-def _takes_positions(model: Any) -> bool:
-    return "position_ids" in inspect.signature(model.forward).parameters

@@ -52,15 +52,16 @@ def sliding_window(backbone: Backbone) -> int | None:
     return int(window) if window else None
 
 
-def check_decoder(backbone: Backbone, accepted: frozenset[str]) -> None:
+def check_decoder(backbone: Backbone) -> None:
     """Refuse a decoder with state other than attention's keys and values, or whose forward lacks an argument we need.
 
-    Args:
-        accepted: the arguments of the model's forward.
+    Raises:
+        ValueError: it is such a decoder.
     """
     config = backbone.model.config
     other_layers = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
-    missing = sorted({"past_key_values", "inputs_embeds", "attention_mask", "logits_to_keep"} - accepted)
+    needed = {"past_key_values", "inputs_embeds", "attention_mask", "logits_to_keep"}
+    missing = sorted(needed - backbone.forward_arguments)
     if other_layers or missing:
         reason = f"has {', '.join(other_layers)} layers" if other_layers else f"takes no {', '.join(missing)}"
         raise ValueError(

@@ -55,22 +55,13 @@ def collate(examples: Sequence[Example], pad_id: int, side: Literal["left", "rig
     pixels = [example.picture.pixels() for example in examples if example.picture is not None]
     if with_answers and (unanswered := [example.row for example in examples if not example.answer_ids]):
         raise ValueError(f"row {unanswered[0] + 1} has no answer to put into the batch; encode it with answers")
-    texts = [example.input_ids + (example.answer_ids if with_answers else ()) for example in examples]
-    shape = (len(texts), max(map(len, texts)))
-    input_ids = torch.full(shape, pad_id, dtype=torch.long)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED, dtype=torch.long)
-    for index, (example, ids) in enumerate(zip(examples, texts, strict=True)):
-        start = shape[1] - len(ids) if side == "left" else 0
-        end = start + len(ids)
-        input_ids[index, start:end] = torch.tensor(ids, dtype=torch.long)
-        attention_mask[index, start:end] = 1
-        if with_answers:
-            labels[index, end - len(example.answer_ids) : end] = torch.tensor(example.answer_ids)
+    answers = [example.answer_ids if with_answers else () for example in examples]
+    texts = [example.input_ids + answer for example, answer in zip(examples, answers, strict=True)]
+    labels = [(IGNORED,) * len(example.input_ids) + answer for example, answer in zip(examples, answers, strict=True)]
     return Batch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        labels=labels,
+        input_ids=_pad(texts, pad_id, side),
+        attention_mask=_pad([(1,) * len(text) for text in texts], 0, side),
+        labels=_pad(labels, IGNORED, side),
         classes=torch.tensor([-1 if example.label is None else example.label for example in examples]),
         rows=torch.tensor([example.row for example in examples]),
         pixels=torch.stack(pixels) if pixels else None,
@@ -79,7 +70,12 @@ def collate(examples: Sequence[Example], pad_id: int, side: Literal["left", "rig
 
 def answer_labels(answers: Sequence[Sequence[int]]) -> Int[Tensor, "batch target"]:
     """Labels for answers that are separate from their inputs, padded on the right with `IGNORED`."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(answer) for answer in answers], True, IGNORED)
+    return _pad(answers, IGNORED, "right")
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, side: Literal["left", "right"]) -> Int[Tensor, "batch longest"]:
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, True, value, side)
 
 
 def batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, window: int = 50) -> list[list[int]]:
