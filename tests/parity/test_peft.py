@@ -13,6 +13,7 @@ from softprompt import Experiment, Run, TrainingConfig, attach, export_peft, loa
 from softprompt.backbones import Backbone
 from softprompt.export import peft_refusal
 from softprompt.prompts import METHODS, Folded
+from softprompt.prompts.dpt import DPT
 
 KEYS = {
     "auto_mapping",
@@ -32,13 +33,19 @@ KEYS = {
 }
 PAIR = ("adapter_config.json", "adapter_model.safetensors")
 PLAIN = [name for name, config in METHODS.items() if config.folds == "prompt"]
+CONFIGS = {
+    **{name: config(length=12) for name, config in METHODS.items()},
+    "dpt around label words": DPT(length=12, anchor="labels"),
+    "dpt without an anchor": DPT(length=12, anchor="none"),
+}
+"""`dpt` itself is anchored at vocabulary rows."""
 OTHERS = [name for name in METHODS if name not in PLAIN]
 MakeRun = Callable[[str], Run]
 
 
 @pytest.fixture(scope="module")
 def trained(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
-    """A run of that method, trained for three steps."""
+    """A run of that configuration, trained for three steps."""
     made: dict[str, Run] = {}
     backbone = load_backbone(str(llama_folder), dtype="float32")
     out = tmp_path_factory.mktemp("runs")
@@ -48,7 +55,7 @@ def trained(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.Temp
             experiment = Experiment(
                 backbone=str(llama_folder),
                 task=str(ticket_task),
-                prompt=METHODS[method](length=12),
+                prompt=CONFIGS[method],
                 training=TrainingConfig(steps=3, batch_size=8, eval_steps=3),
                 dtype="float32",
             )
@@ -62,7 +69,7 @@ def ids() -> torch.Tensor:
     return torch.randint(3, 300, (3, 7), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("method", PLAIN)
+@pytest.mark.parametrize("method", [*PLAIN, "dpt around label words", "dpt without an anchor"])
 def test_stock_peft_loads_run_folder(method: str, trained: MakeRun, llama_folder: Path) -> None:
     run = trained(method)
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama_folder, dtype="float32"), run.folder)
