@@ -164,7 +164,7 @@ class PeftFolder:
         if rows.shape[1] != backbone.dim:
             raise ValueError(
                 f"the prompt of {self.folder} is {rows.shape[1]} wide, but {backbone.source} embeds in {backbone.dim}; "
-                f"use the backbone it was trained on{self._named()}"
+                f"use the backbone it was trained on{self._trained_on()}"
             )
         return Folded(rows)
 
@@ -178,22 +178,22 @@ class PeftFolder:
         """
         if self.config is None or self.peft_type not in _TENSORS:  # which `rows` refuses by its name
             return
-        own, stated = model_class(backbone).peft_task_type, self.config.get("task_type")
-        if own is None:
+        task_type, stated = model_class(backbone).peft_task_type, self.config.get("task_type")
+        if task_type is None:
             raise ValueError(
                 f"{self.folder} is a PEFT prompt, which goes in front of all tokens, and {backbone.source} "
                 f"({backbone.architecture}) takes its prompt after [CLS]; use a decoder or an encoder-decoder"
             )
-        if stated != own:
+        if stated != task_type:
             raise ValueError(
-                f"{self.folder} has the task type {stated!r}, and {backbone.source} takes prompts of {own!r}; use the "
-                f"kind of model that it was trained on{self._named()}"
+                f"{self.folder} has the task type {stated!r}, and {backbone.source} takes prompts of {task_type!r}; use the "
+                f"kind of model that it was trained on{self._trained_on()}"
             )
         layers, expected = self.config.get("num_layers"), backbone.model.config.get_text_config().num_hidden_layers
         if isinstance(layers, int) and layers != expected:
             raise ValueError(
                 f"{self.folder} was trained on a model of {layers} layers, and {backbone.source} has {expected}; use "
-                f"the backbone it was trained on{self._named()}"
+                f"the backbone it was trained on{self._trained_on()}"
             )
 
     def base_note(self, backbone: Backbone | str) -> str:
@@ -207,7 +207,7 @@ class PeftFolder:
             return ""
         return f"{self.folder} was trained on {self.base}; make sure that {source} has the same weights"
 
-    def _named(self) -> str:
+    def _trained_on(self) -> str:
         return f" ({self.base})" if self.base else ""
 
     def _setting(self, name: str) -> int:
