@@ -26,6 +26,7 @@ class Case(NamedTuple):
     config: Callable[[], Any]
     stored_rows: int = LENGTH
     tasks: bool = False
+    deep: bool = False
 
 
 CASES = {
@@ -55,6 +56,19 @@ CASES = {
         "llama",
         lambda: peft.MultitaskPromptTuningConfig(num_virtual_tokens=LENGTH, num_ranks=2, **DECODER),
         tasks=True,
+    ),
+    "prefix tuning, keys of fewer heads": Case(
+        "llama", lambda: peft.PrefixTuningConfig(num_virtual_tokens=LENGTH, **DECODER), deep=True
+    ),
+    "prefix tuning with a projection": Case(
+        "gpt2",
+        lambda: peft.PrefixTuningConfig(
+            num_virtual_tokens=LENGTH, prefix_projection=True, encoder_hidden_size=24, **DECODER
+        ),
+        deep=True,
+    ),
+    "cartridge": Case(
+        "llama", lambda: peft.CartridgeConfig(num_virtual_tokens=LENGTH, num_frozen_tokens=1, **DECODER), deep=True
     ),
     "prompt tuning, T5, rows for the decoder too": Case(
         "t5", lambda: peft.PromptTuningConfig(num_virtual_tokens=LENGTH, **ENCODER_DECODER), stored_rows=2 * LENGTH
@@ -107,15 +121,19 @@ def test_logits_are_those_of_stock_peft(case: Case, tiny_backbone: MakeBackbone,
     assert len(load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]) == case.stored_rows
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(backbone.model), folder)
     prompt = read_prompt(folder, backbone)
-    assert len(prompt.prompt()) == LENGTH
+    assert len(prompt.prompt()) == LENGTH * prompt.depth
+    assert (prompt.depth > 1) == case.deep
     ids, mask = rows_of_other_lengths()
     extra = {"task_ids": torch.zeros(len(ids), dtype=torch.long)} if case.tasks else {}
     ours = attach(backbone, prompt.fold())
-    neighbour = Folded(torch.randn(2 * LENGTH, backbone.dim, generator=torch.Generator().manual_seed(2)))
+    matrix = torch.randn(2 * len(prompt.prompt()), prompt.prompt().shape[1], generator=torch.Generator().manual_seed(2))
+    neighbour = Folded(matrix, depth=prompt.depth)
     mixed: dict[str, Any] = {"prompts": [neighbour, prompt.fold()], "index": torch.tensor([1, 1, 1, 0])}
     ids4, mask4 = torch.cat([ids, ids[:1]]), torch.cat([mask, mask[:1]])
     if backbone.architecture == "causal":
-        expected = theirs(input_ids=ids, attention_mask=mask, **extra).logits[:, LENGTH:][mask == 1]
+        expected = theirs(input_ids=ids, attention_mask=mask, **extra).logits[:, 0 if case.deep else LENGTH :][
+            mask == 1
+        ]
         actual = ours(ids, mask).logits[mask == 1]
         in_a_mixed_batch = ours(ids4, mask4, **mixed).logits[:3][mask == 1]
     else:
@@ -135,10 +153,10 @@ def test_logits_are_those_of_stock_peft(case: Case, tiny_backbone: MakeBackbone,
 
 
 REFUSED = {
-    "prefix tuning": (
-        "llama",
-        lambda: peft.PrefixTuningConfig(num_virtual_tokens=LENGTH, **DECODER),
-        "is a PREFIX_TUNING adapter, which trains keys and values of every layer",
+    "prefix tuning of an encoder-decoder": (
+        "t5",
+        lambda: peft.PrefixTuningConfig(num_virtual_tokens=LENGTH, **ENCODER_DECODER),
+        "is a PREFIX_TUNING adapter of an encoder-decoder, .* keys and values in the layers of decoders only",
     ),
     "LoRA": ("llama", lambda: peft.LoraConfig(**DECODER), r"is a LORA adapter, .* \(merge_and_unload\)"),
     "adaption prompt": (
@@ -184,7 +202,7 @@ def saved(tiny_backbone: MakeBackbone, tmp_path: Path) -> Path:
         ({"num_virtual_tokens": 4}, r"is \(5, 32\), and its adapter_config.json states \(4, 32\)"),
         ({"num_virtual_tokens": None}, "num_virtual_tokens in .* is None; it must be a number from 1 on"),
         ({"num_transformer_submodules": 2}, "is 2, and PEFT runs no model of the task type 'CAUSAL_LM' with as many"),
-        ({"peft_type": "CARTRIDGE"}, "is a CARTRIDGE adapter, which trains keys and values"),
+        ({"peft_type": "CARTRIDGE"}, r"is \(5, 32\), and its adapter_config.json states \(5, 128\)"),
         ({"peft_type": "VERA"}, "is a VERA adapter, which changes the model's own weights"),
         ({"peft_type": "PROMPT_TUNING_LORA"}, r"not stock PEFT's; read it with softprompt\.export\.read_dept"),
         ({"peft_type": "MULTITASK_PROMPT_TUNING"}, "and no prefix_task_cols"),
@@ -226,7 +244,7 @@ def test_prompt_of_another_width_names_its_base_model(tiny_backbone: MakeBackbon
     config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2, "token_dim": 48, **DECODER}
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "other/model"}))
     save_file({"prompt_embeddings": torch.ones(2, 48)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"48 wide, but .* embeds in 32; .* it was trained on \(other/model\)"):
+    with pytest.raises(ValueError, match=r"does not fit: .* 48 wide, but .* \(other/model\)"):
         read_prompt(tmp_path, tiny_backbone("llama"))
 
 

@@ -62,7 +62,7 @@ def evaluate(
     Raises:
         FileNotFoundError: the rows are no longer where the run recorded them, or `data` does not exist.
         ValueError: an unknown split, one that the task lacks, or one of a file; the run's rows have changed; a PEFT
-            folder without a task, or that embedding rows cannot express; or `generate` for a task that is generated
+            folder without a task, or that a folded prompt cannot express; or `generate` for a task that is generated
             anyway, or a model that answers through a head.
     """
     if split not in (None, "train", "dev", "test"):

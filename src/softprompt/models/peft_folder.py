@@ -1,13 +1,15 @@
 """PEFT's adapter folders, read in one place: which files and tensors, what is checked, and the prompt that they hold.
 
 A folder has `adapter_config.json`, whose `peft_type` names the method, and `adapter_model.safetensors` (or
-`adapter_model.bin`, of which only tensors are read). Four of PEFT's methods put embedding rows in front of the input
-and do nothing else, so a plain `Folded` is exactly what PEFT computes:
+`adapter_model.bin`, of which only tensors are read). Six of PEFT's methods put embedding rows in front of the input, or
+keys and values in each layer of a decoder, and do nothing else, so a plain `Folded` is what PEFT computes:
 
 - PROMPT_TUNING: `prompt_embeddings`.
 - P_TUNING: `prompt_embeddings`; PEFT runs its MLP or LSTM when it saves, and stores the result only.
 - CPT: `prompt_embeddings`; PEFT adds the trained offsets when it saves.
 - MULTITASK_PROMPT_TUNING: `prompt_embeddings * (prefix_task_cols[0] @ prefix_task_rows[0])`, if it has one task.
+- PREFIX_TUNING, CARTRIDGE: a deep prompt. Each row of `prompt_embeddings` has a token's `[K_1, V_1, K_2, V_2, ...]`;
+  PEFT runs its projection, if there is one, when it saves.
 
 `inference_mode` is not read: PEFT sets it when it saves and again when it loads, and stores the same rows either way.
 
@@ -41,16 +43,16 @@ _ADVICE = "save the adapter again, or fetch it again"
 _MULTITASK = "MULTITASK_PROMPT_TUNING"
 _COLS, _ROWS = "prefix_task_cols", "prefix_task_rows"
 _TENSORS = {"PROMPT_TUNING": {PROMPT}, "P_TUNING": {PROMPT}, "CPT": {PROMPT}, _MULTITASK: {PROMPT, _COLS, _ROWS}}
-"""The tensors of each method that embedding rows express."""
+_DEEP = ("PREFIX_TUNING", "CARTRIDGE")
+"""Methods that store keys and values of every layer."""
+_TENSORS |= {kind: {PROMPT} for kind in _DEEP}
+"""The tensors of each method that a folded prompt expresses."""
 _REFUSALS = {
-    "PREFIX_TUNING": "trains keys and values of every layer, which no rows in front of the input express; use PEFT "
-    "itself, or train a prompt (softprompt train)",
-    "ADAPTION_PROMPT": "trains prompts inside the layers, which no rows in front of the input express; use PEFT "
+    "ADAPTION_PROMPT": "trains prompts inside the layers, which no prompt expresses; use PEFT "
     "itself, or train a prompt (softprompt train)",
     "PROMPT_TUNING_LORA": "is the format of DePT's authors and not stock PEFT's; read it with "
     "softprompt.export.read_dept",
 }
-_REFUSALS["CARTRIDGE"] = _REFUSALS["PREFIX_TUNING"]
 _CHANGES_WEIGHTS = (
     "changes the model's own weights or layers; merge it into the model where PEFT can (merge_and_unload), and give "
     "the merged model as the backbone"
@@ -125,11 +127,11 @@ class PeftFolder:
             )
         return matrix
 
-    def rows(self) -> Float[Tensor, "length dim"]:
-        """The embedding rows that PEFT puts in front of the input, float32.
+    def folded(self) -> Folded:
+        """The prompt that PEFT puts in front of the input, float32.
 
         Raises:
-            ValueError: rows cannot express the adapter, or its tensors are not those of its type.
+            ValueError: a folded prompt cannot express the adapter, or its tensors are not those of its type.
         """
         kind = self.peft_type
         if kind not in _TENSORS:
@@ -141,32 +143,35 @@ class PeftFolder:
                 f"{' and '.join(sorted(_TENSORS[kind]))}, so train it without modules_to_save"
             )
         if self.config is None:
-            return matrix
-        length, submodules = self._setting("num_virtual_tokens"), self._submodules()
-        stored = (length * submodules, self._setting("token_dim"))
-        if tuple(matrix.shape) != stored:
-            raise ValueError(
-                f"{PROMPT} of {self.folder} is {tuple(matrix.shape)}, and its {CONFIG} states {stored}; {_ADVICE}"
-            )
+            return Folded(matrix)
+        if kind in _DEEP:
+            return self._deep(matrix)
+        length = self._setting("num_virtual_tokens")
+        self._check_shape(matrix, length * self._submodules(), self._setting("token_dim"))
         if kind == _MULTITASK:
-            return self._multitask(matrix)
+            return Folded(self._multitask(matrix))
         # PEFT stores rows for the decoder too, and its forward pass and generate() use the encoder's only.
-        return matrix[:length]
+        return Folded(matrix[:length])
 
     def prompt(self, backbone: Backbone) -> Folded:
         """The prompt, for `backbone`.
 
         Raises:
-            ValueError: as `rows`, or the adapter is for another task type, width or number of layers.
+            ValueError: as `folded`, or the adapter is for another task type, width or number of layers.
         """
         self.check_backbone(backbone)
-        rows = self.rows()
-        if rows.shape[1] != backbone.dim:
+        folded = self.folded()
+        try:
+            backbone.check_prompt(folded.matrix, folded.depth)
+        except ValueError as error:
+            raise ValueError(f"{self.folder} does not fit: {error}{self._trained_on()}") from error
+        heads, layout = self._setting("num_attention_heads") if folded.depth > 1 else 0, backbone.kv_layout
+        if folded.depth > 1 and layout is not None and heads != layout.heads:
             raise ValueError(
-                f"the prompt of {self.folder} is {rows.shape[1]} wide, but {backbone.source} embeds in {backbone.dim}; "
-                f"use the backbone it was trained on{self._trained_on()}"
+                f"{self.folder} holds keys of {heads} heads, and {backbone.source} has {layout.heads}; use the "
+                f"backbone it was trained on{self._trained_on()}"
             )
-        return Folded(rows)
+        return folded
 
     def check_backbone(self, backbone: Backbone) -> None:
         """Check that the config's task type and number of layers are the backbone's.
@@ -176,7 +181,7 @@ class PeftFolder:
         Raises:
             ValueError: they are not.
         """
-        if self.config is None or self.peft_type not in _TENSORS:  # which `rows` refuses by its name
+        if self.config is None or self.peft_type not in _TENSORS:  # which `folded` refuses by its name
             return
         task_type, stated = model_class(backbone).peft_task_type, self.config.get("task_type")
         if task_type is None:
@@ -186,8 +191,8 @@ class PeftFolder:
             )
         if stated != task_type:
             raise ValueError(
-                f"{self.folder} has the task type {stated!r}, and {backbone.source} takes prompts of {task_type!r}; use the "
-                f"kind of model that it was trained on{self._trained_on()}"
+                f"{self.folder} has the task type {stated!r}, and {backbone.source} takes prompts of {task_type!r}; "
+                f"use the kind of model that it was trained on{self._trained_on()}"
             )
         layers, expected = self.config.get("num_layers"), backbone.model.config.get_text_config().num_hidden_layers
         if isinstance(layers, int) and layers != expected:
@@ -209,6 +214,23 @@ class PeftFolder:
 
     def _trained_on(self) -> str:
         return f" ({self.base})" if self.base else ""
+
+    def _check_shape(self, matrix: Float[Tensor, "stored width"], length: int, width: int) -> None:
+        if tuple(matrix.shape) != (length, width):
+            raise ValueError(
+                f"{PROMPT} of {self.folder} is {tuple(matrix.shape)}, and its {CONFIG} states {(length, width)}; "
+                f"{_ADVICE}"
+            )
+
+    def _deep(self, matrix: Float[Tensor, "length depth_x_width"]) -> Folded:
+        if self.settings.get("task_type") == "SEQ_2_SEQ_LM":
+            raise ValueError(
+                f"{self.folder} is a {self.peft_type} adapter of an encoder-decoder, and softprompt has keys and "
+                "values in the layers of decoders only; use PEFT itself, or train a prompt (softprompt train)"
+            )
+        depth = 2 * self._setting("num_layers")
+        self._check_shape(matrix, self._setting("num_virtual_tokens"), depth * self._setting("token_dim"))
+        return Folded(torch.cat(matrix.chunk(depth, 1)), depth=depth)
 
     def _setting(self, name: str) -> int:
         value = (self.config or {}).get(name)

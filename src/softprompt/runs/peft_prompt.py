@@ -59,7 +59,7 @@ class PeftPrompt:
         """The prompt, for `backbone`.
 
         Raises:
-            ValueError: embedding rows cannot express the adapter, or it is for another backbone.
+            ValueError: a folded prompt cannot express the adapter, or it is for another backbone.
         """
         return self.adapter.prompt(backbone)
 
@@ -76,14 +76,19 @@ def open_peft_prompt(folder: str | Path, task: str | None) -> PeftPrompt:
 
     Raises:
         FileNotFoundError: `folder` has no adapter.
-        ValueError: no task is given, the adapter is damaged, or embedding rows cannot express it.
+        ValueError: no task is given, the adapter is damaged, or a folded prompt cannot express it.
     """
     path = Path(folder).expanduser()
     adapter = read_peft_folder(path)
-    length = len(adapter.rows())
+    folded = adapter.folded()
     if task is None:
         raise ValueError(f"{folder} is a PEFT prompt and names no task; say which one it is for with --task")
-    experiment = Experiment(backbone=adapter.base, task=task, prompt=Plain(length=length))
+    experiment = Experiment(
+        backbone=adapter.base,
+        task=task,
+        prompt=Plain(length=len(folded.prompt()) // folded.depth),
+        depth="deep" if folded.depth > 1 else "shallow",
+    )
     return PeftPrompt(path, adapter, experiment, load_task(task))
 
 

@@ -212,7 +212,7 @@ def _of_adapter(path: Path) -> LoadedPrompt:
     return LoadedPrompt(
         name=path.resolve().name,
         folder=path,
-        prompt=Folded(adapter.matrix() if others else adapter.rows()),
+        prompt=Folded(adapter.matrix()) if others else adapter.folded(),
         start_missing="a PEFT folder does not record it",
         complete=not others,
         note=note,
