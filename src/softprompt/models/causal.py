@@ -18,13 +18,14 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
 from softprompt.backbones import Backbone, fsdp
-from softprompt.backbones.kernels import attention, llama
+from softprompt.backbones.kernels import attention, llama, llama_decode
 from softprompt.models.base import PromptedModel
 from softprompt.models.checks import check_not_empty
 from softprompt.models.decode_state import DecodeState
 from softprompt.models.deep_kv import deep_prefixes
 from softprompt.models.inline import PromptEmbeddings, insert_prompts
 from softprompt.models.inputs import Candidates, Ids, Index, Inputs, Labels, Mask, Prepared, Prompts
+from softprompt.models.kv_buffer import ROOM, KVBuffer
 from softprompt.models.kv_prefix import KVPrefixBatch
 from softprompt.models.label_tree import score_rest
 from softprompt.models.padding import Rows, align_padding, length_mask, pad_batch, prompt_rows
@@ -230,7 +231,7 @@ class Causal(PromptedModel):
         for step in range(max_new_tokens):
             with torch.no_grad():  # not around the yield: the caller keeps its own grad mode
                 if step:
-                    state = self.decode(state, token[:, None])
+                    state = self.decode(state.with_room(min(ROOM, max_new_tokens - step)), token[:, None])
                 token = torch.where(done, token, choose(state.logits[:, -1]))
                 done = done | torch.isin(token, ends)
             yield token
@@ -257,8 +258,29 @@ class Causal(PromptedModel):
         mask = torch.cat([state.mask, torch.ones_like(ids) if real is None else real], 1)
         positions = state.next_position + torch.arange(more, device=ids.device)
         embeds = self.token_embeddings(state.prompts, state.rows, ids, positions)
-        logits = self._run(embeds, state.cache, mask, 0)
+        if more == 1 and self.has_fused_decode:
+            logits = self.fused_decode(embeds, state.cache.layers, mask)[:, None]
+        else:
+            logits = self._run(embeds, state.cache, mask, 0)
+        for layer in state.cache.layers:
+            if isinstance(layer, KVBuffer):
+                layer.length = mask.shape[1]
         return state._replace(mask=mask, logits=logits, next_position=state.next_position + more)
+
+    @property
+    def has_fused_decode(self) -> bool:
+        """Whether one token more for each row runs through `fused_decode`: our layers, and no gradients."""
+        return self._is_fused and not torch.is_grad_enabled()
+
+    def fused_decode(
+        self, embeds: Float[Tensor, "batch one dim"], cache_layers: Sequence[Any], mask: Int[Tensor, "batch total"]
+    ) -> Float[Tensor, "batch vocab"]:
+        """The logits after one token more for each row, whose keys and values are added to the cache's layers.
+
+        Args:
+            mask: 1 at real columns, the new one included.
+        """
+        return llama_decode.decode(self.backbone.model, embeds[:, 0], cache_layers, mask, mask.sum(1) - 1)
 
     def attention_arguments(self, mask: Int[Tensor, "row total"], length: int) -> dict[str, Any]:
         """The mask, and the positions of the last `length` columns where the model takes positions."""

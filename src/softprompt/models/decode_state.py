@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from softprompt.models.inputs import Index
+from softprompt.models.kv_buffer import KVBuffer
 from softprompt.prompts import SoftPrompt
 
 
@@ -23,3 +25,10 @@ class DecodeState(NamedTuple):
     prompts: Sequence[SoftPrompt]
     rows: Index
     """The prompt of each row."""
+
+    def with_room(self, columns: int) -> "DecodeState":
+        """The same state with room for further tokens: keys and values are copied to buffers where they are full."""
+        layers = self.cache.layers
+        if isinstance(layers[0], KVBuffer) and not layers[0].is_full:
+            return self
+        return self._replace(cache=Cache(layers=[KVBuffer.copy_of(layer, columns) for layer in layers]))

@@ -7,22 +7,20 @@ how a transformers model caches.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from softprompt.models import PromptedModel
 from softprompt.models.causal import Causal
+from softprompt.models.kv_buffer import ROOM, KVBuffer
 from softprompt.models.kv_prefix import KVPrefix, LayerKV
 from softprompt.models.padding import length_mask, pad_batch
 from softprompt.models.verify import Sample, cached_check, check_close, model_errors_refused, sample
 from softprompt.prompts import Folded
-
-ROOM = 64
-"""Columns that a buffer gets beyond what it needs, so that it is not reallocated at every token."""
 
 
 @final
@@ -36,55 +34,12 @@ class Row:
 
 
 @final
-class _Layer(CacheLayerMixin):
-    """A buffer in which new keys and values are written after `length`, and count only once `length` grows.
-
-    A pass that fails halfway therefore changes nothing, and can be repeated with fewer rows.
-    """
-
-    is_sliding = False
-
-    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
-        super().__init__()
-        self.keys, self.values, self.length = keys, values, length
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the buffer exists."""
-
-    @property
-    def is_full(self) -> bool:
-        """Whether there is no room for another column."""
-        return self.length == self.keys.shape[2]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **others: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values so far, the given ones last."""
-        end = self.length + key_states.shape[2]
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns that the next pass attends to, and the first of them."""
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Columns that count."""
-        return self.length
-
-    def get_max_length(self) -> int:
-        """No limit: a full buffer is reallocated."""
-        return -1
-
-
-@final
 class Batch:
     """Rows in a cache: their buffers, the real columns, and the number of text tokens of each."""
 
     def __init__(
         self,
-        layers: list[_Layer],
+        layers: list[KVBuffer],
         mask: Int[Tensor, "row column"],
         token_counts: Int[Tensor, " row"],
         prompts: list[Folded],
@@ -99,7 +54,7 @@ class Batch:
 
     def part(self, rows: slice) -> "Batch":
         """Neighbouring rows, in the same buffers: nothing is copied, and each part writes into its own rows."""
-        layers = [_Layer(layer.keys[rows], layer.values[rows], layer.length) for layer in self.layers]
+        layers = [KVBuffer(layer.keys[rows], layer.values[rows], layer.length) for layer in self.layers]
         return Batch(layers, self.mask[rows], self.token_counts[rows], self.prompts[rows])
 
 
@@ -218,8 +173,14 @@ class CachedDecoder:
         more = ids.shape[1]
         # Positions count a text's own tokens; those of padding before it are meaningless and not negative.
         positions = batch.token_counts[:, None] + (mask[:, -more:].cumsum(1) - 1).clamp(min=0)
+        embeds = self._embeddings(batch.prompts, ids, positions)
+        if more == 1 and self.prompted.has_fused_decode:
+            logits = self.prompted.fused_decode(embeds, batch.layers, mask)[:, None]
+            for layer in batch.layers:
+                layer.length = mask.shape[1]
+            return logits
         output = self._model(
-            inputs_embeds=self._embeddings(batch.prompts, ids, positions),
+            inputs_embeds=embeds,
             past_key_values=Cache(layers=batch.layers),
             use_cache=True,
             # A tensor, which copies what it selects: after a strided view the head would copy its matrix for each row.
@@ -228,8 +189,8 @@ class CachedDecoder:
         )
         for layer in batch.layers:
             layer.length = mask.shape[1]
-        logits: Tensor = output.logits
-        return logits
+        all_logits: Tensor = output.logits
+        return all_logits
 
     def _embeddings(
         self, prompts: Sequence[Folded], ids: Int[Tensor, "row more"], positions: Int[Tensor, "row more"]
@@ -282,23 +243,25 @@ class CachedDecoder:
         return logits[-4:]
 
 
-def _prefix_layer(prefixes: Sequence[LayerKV], before: int, room: int) -> _Layer:
+def _prefix_layer(prefixes: Sequence[LayerKV], before: int, room: int) -> KVBuffer:
     """One layer's buffer with each row's prefix at the end of its first `before` columns."""
     keys, values = (_blank(part[None], len(prefixes), before + room) for part in prefixes[0])
     for row, (key, value) in enumerate(prefixes):
         keys[row, :, before - key.shape[1] : before] = key
         values[row, :, before - value.shape[1] : before] = value
-    return _Layer(keys, values, before)
+    return KVBuffer(keys, values, before)
 
 
-def _moved(rows: Sequence[tuple[_Layer, int]], columns: Sequence[Int[Tensor, " _"]], width: int, room: int) -> _Layer:
+def _moved(
+    rows: Sequence[tuple[KVBuffer, int]], columns: Sequence[Int[Tensor, " _"]], width: int, room: int
+) -> KVBuffer:
     """One layer of these rows, each one's `columns` moved to the end of the first `width`."""
     keys, values = (_blank(part, len(rows), width + room) for part in (rows[0][0].keys, rows[0][0].values))
     for number, ((layer, row), real) in enumerate(zip(rows, columns, strict=True)):
         start = width - len(real)
         keys[number, :, start:width] = layer.keys[row].index_select(1, real)
         values[number, :, start:width] = layer.values[row].index_select(1, real)
-    return _Layer(keys, values, width)
+    return KVBuffer(keys, values, width)
 
 
 def _mask(columns: Sequence[Int[Tensor, " _"]], width: int) -> Int[Tensor, "row width"]:

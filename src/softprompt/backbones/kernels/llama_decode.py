@@ -1,0 +1,75 @@
+"""One token more for each row of a batch through a Llama's layers on a CPU, with a dozen operations a layer.
+
+transformers runs a hundred, whose overhead is most of the time for one token. Here a layer is its seven matrix
+products, which read the weights once, and a few small operations between them. The query heads that share a key-value
+head are the queries of one attention call, so keys and values are not repeated. The formulas are transformers';
+rounding differs.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from softprompt.backbones.kernels.dequantize import dequantized_weight
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    embeds: Float[Tensor, "row dim"],
+    cache_layers: Any,
+    mask: Int[Tensor, "row total"],
+    positions: Int[Tensor, " row"],
+) -> Float[Tensor, "row vocab"]:
+    """The model's logits after one token a row; the cache grows by a column.
+
+    Args:
+        model: one that `llama.is_supported` accepts.
+        embeds: each row's next token.
+        cache_layers: for each layer a transformers cache layer with the keys and values so far.
+        mask: 1 at the cache's real columns, the new one included.
+        positions: of each new token.
+    """
+    decoder = model.model
+    cos, sin = decoder.rotary_emb(embeds, positions[:, None])
+    half = cos.shape[-1] // 2
+    cos, sin = cos.to(embeds.dtype), sin[..., :half].to(embeds.dtype)
+    visible = None if bool(mask.all()) else mask.bool()[:, None, None]
+    states = embeds
+    for layer, cache in zip(decoder.layers, cache_layers, strict=True):
+        attention, mlp = layer.self_attn, layer.mlp
+        normed = _rms_norm(states, layer.input_layernorm)
+        heads = (len(states), -1, attention.head_dim)
+        query = _rotated(attention.q_proj(normed).view(heads), cos, sin, half)
+        key = _rotated(attention.k_proj(normed).view(heads), cos, sin, half)
+        value = attention.v_proj(normed).view(heads)
+        keys, values = cache.update(key[:, :, None], value[:, :, None])
+        grouped = query.view(len(states), keys.shape[1], -1, attention.head_dim)
+        output = nn.functional.scaled_dot_product_attention(
+            grouped, keys, values, attn_mask=visible, scale=attention.scaling
+        )
+        states = torch.addmm(states, output.reshape(len(states), -1), dequantized_weight(attention.o_proj).t())
+        normed = _rms_norm(states, layer.post_attention_layernorm)
+        gate = normed @ dequantized_weight(mlp.gate_proj).t()
+        product = nn.functional.silu(gate, inplace=True).mul_(normed @ dequantized_weight(mlp.up_proj).t())
+        states = torch.addmm(states, product, dequantized_weight(mlp.down_proj).t())
+    logits: Tensor = model.lm_head(_rms_norm(states, decoder.norm))
+    return logits
+
+
+def _rms_norm(states: Float[Tensor, "row dim"], norm: Any) -> Float[Tensor, "row dim"]:
+    wide = states.float()
+    mean_square = torch.linalg.vecdot(wide, wide)[:, None].div_(wide.shape[-1])
+    return (wide * mean_square.add_(norm.variance_epsilon).rsqrt_()).to(states.dtype).mul_(norm.weight)
+
+
+def _rotated(
+    states: Float[Tensor, "row head head_dim"], cos: Float[Tensor, "row 1 head_dim"], sin: Tensor, half: int
+) -> Float[Tensor, "row head head_dim"]:
+    """RoPE, as `llama._apply_rotary`."""
+    rotated = states * cos
+    rotated[..., :half].addcmul_(states[..., half:], sin, value=-1)
+    rotated[..., half:].addcmul_(states[..., :half], sin)
+    return rotated
