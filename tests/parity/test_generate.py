@@ -93,7 +93,9 @@ def test_default_stop_is_backbones_eos(llama: PromptedModel, monkeypatch: pytest
 
 def test_each_token_is_yielded_before_the_next(llama: PromptedModel) -> None:
     calls: list[int] = []
-    handle = llama.backbone.model.register_forward_hook(lambda *_: calls.append(1))
+    # The layer runs in the model's own forward and in our decode steps.
+    last = llama.backbone.model.model.layers[-1].self_attn.v_proj
+    handle = last.register_forward_hook(lambda *_: calls.append(1))
     prepared = llama.prepare([llama.prompt])
     stream = llama.generate(texts()[0][None], max_new_tokens=4, stop=[], prompts=prepared)
     assert len(calls) == 1, "the prompt, once"

@@ -72,7 +72,7 @@ def test_failed_pass_leaves_the_batch_unchanged(
     def broken(*_: object) -> None:
         raise RuntimeError("broken")
 
-    hook = last.register_forward_pre_hook(broken)
+    hook = last.self_attn.q_proj.register_forward_pre_hook(broken)
     with pytest.raises(RuntimeError, match="broken"):
         cached.decode_next(batch, torch.tensor([99]))
     hook.remove()

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard, final
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
 from softprompt.backbones import Backbone, fsdp
@@ -377,7 +377,7 @@ class Causal(PromptedModel):
     def _run(
         self,
         embeds: Float[Tensor, "batch seq dim"],
-        cache: DynamicCache,
+        cache: Cache,
         mask: Int[Tensor, "batch total"],
         keep: Int[Tensor, " kept"] | int,
     ) -> Float[Tensor, "batch kept vocab"]:
