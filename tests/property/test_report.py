@@ -1,6 +1,5 @@
 """Reports: only runs that differ in the seed are averaged, and every score has its interval and majority."""
 
-import dataclasses
 import json
 import math
 import re
@@ -8,7 +7,7 @@ import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,30 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from softprompt import DPT, ADePT, Experiment, Plain, TrainingConfig
+from softprompt import DPT, Plain, TrainingConfig
 from softprompt.analysis.report import Report, formats, report, tables
 from softprompt.analysis.report.compare import differences
 from softprompt.analysis.report.grid import Grid, arrange
 from softprompt.analysis.report.groups import group
 from softprompt.analysis.report.read import read
 from softprompt.analysis.report.statistics import Spread
-from softprompt.config import MEMORY_OPTIONS
 
 DIM = 32
 Write = Callable[..., Path]
-
-
-def other_value(field: "dataclasses.Field[Any]") -> Any:
-    """A value other than the default for a training setting."""
-    if choices := get_args(get_type_hints(TrainingConfig)[field.name]):
-        return next(choice for choice in choices if choice != field.default)
-    return not field.default if isinstance(field.default, bool) else type(field.default)(field.default * 0.5 + 7)
-
-
-OTHER_VALUES = {field.name: other_value(field) for field in dataclasses.fields(TrainingConfig)}
-NOT_COMPARED = ("zero_shot", *MEMORY_OPTIONS)
-"""Settings that do not change the trained prompt."""
-SETTINGS = {name: value for name, value in OTHER_VALUES.items() if name not in NOT_COMPARED}
 
 
 def make_report(tmp_path: Path, **options: Any) -> Report:
@@ -49,10 +34,6 @@ def make_report(tmp_path: Path, **options: Any) -> Report:
 def make_grid(tmp_path: Path, *, choose: bool = False) -> Grid:
     """The grid alone: plots take seconds."""
     return arrange(group(read([tmp_path / "runs"])[0])[0], choose=choose)
-
-
-def labels(tmp_path: Path) -> list[str]:
-    return [row.label for row in make_grid(tmp_path).rows]
 
 
 def test_cell_is_the_mean_over_seeds_with_intervals(write: Write, tmp_path: Path) -> None:
@@ -76,134 +57,6 @@ def test_one_seed_has_no_spread(write: Write, tmp_path: Path) -> None:
     [cell] = formats.cells(make_grid(tmp_path))
     assert cell["test_sd"] is cell["test_seeds_interval"] is None
     assert "±" not in tables.scores(make_grid(tmp_path)).rows[-1][1]
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_differing_training_setting_makes_another_row(name: str, write: Write, tmp_path: Path) -> None:
-    write(training=TrainingConfig(steps=6), test=0.5)
-    changed = {name: 0.5} if name in ("warmup_ratio", "vocabulary_weight") else {name: SETTINGS[name]}  # shares
-    write(training=dataclasses.replace(TrainingConfig(steps=6), **changed), test=0.7, seed=1)
-    grid = make_grid(tmp_path)
-    assert len(grid.rows) == 2
-    assert all(f"{name}=" in label for label in labels(tmp_path))
-    assert sorted(cell["test"] for cell in formats.cells(grid)) == [0.5, 0.7]
-
-
-@pytest.mark.parametrize("name", NOT_COMPARED)
-def test_setting_without_effect_makes_no_row(name: str, write: Write, tmp_path: Path) -> None:
-    write(training=TrainingConfig(steps=6), test=0.5)
-    write(training=dataclasses.replace(TrainingConfig(steps=6), **{name: OTHER_VALUES[name]}), test=0.7, seed=1)
-    [cell] = formats.cells(make_grid(tmp_path))
-    assert cell["test"] == pytest.approx(0.6)
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"prompt": DPT(length=6, rank=3)}, "rank=3"),
-        ({"prompt": DPT(length=7, rank=2)}, "length=7"),
-        ({"prompt": DPT(anchor="none", length=6, rank=2, init="uniform", scale=1.0)}, "init=uniform"),
-        ({"backbone": {"base": "org/other", "hash": "cd" * 32}}, "backbone=other"),
-        ({"backbone": {"hash": "cd" * 32}}, "weights=cdcdcdcdcdcd"),
-        ({"backbone": {"dtype": "bfloat16"}}, "dtype=bfloat16"),
-        ({"fields": {"init_prompt": "runs/earlier"}}, "init_prompt=runs/earlier"),
-        ({"fields": {"depth": "deep"}}, "depth=deep"),
-        ({"fields": {"pool": "patches"}}, "pool=patches"),
-    ],
-)
-def test_differing_experiment_makes_another_row(
-    change: dict[str, Any], expected: str, write: Write, tmp_path: Path
-) -> None:
-    write()
-    write(**change)
-    grid = make_grid(tmp_path)
-    assert len(grid.rows) == 2
-    assert sum(expected in label for label in labels(tmp_path)) == 1
-
-
-@pytest.mark.parametrize("change", [{"task": "cb"}, {"fields": {"protocol": "paper"}}, {"fields": {"data": "/other"}}])
-def test_other_task_protocol_or_data_is_a_column(change: dict[str, Any], write: Write, tmp_path: Path) -> None:
-    write()
-    write(**change)
-    grid = make_grid(tmp_path)
-    assert (len(grid.rows), len(grid.columns)) == (1, 2)
-
-
-def test_only_the_seed_is_averaged_over(write: Write, tmp_path: Path) -> None:
-    """Holds for fields added later too: depth and pool were once averaged over."""
-    changes: dict[str, Any] = {
-        "task": {"task": "cb"},
-        "prompt": {"prompt": DPT(length=6, rank=3)},
-        "training": {"training": TrainingConfig(steps=7)},
-        "backbone": {"backbone": {"hash": "cd" * 32}},  # the weights count, not their path
-        "dtype": {"backbone": {"dtype": "bfloat16"}},  # the dtype used, not the one asked for
-        "data": {"fields": {"data": "/other"}},
-        "init_prompt": {"fields": {"init_prompt": "runs/earlier"}},
-        "context": {"fields": {"context": "/policy.md"}},
-        "demonstrations": {"fields": {"demonstrations": 8}},
-    }
-    for field in dataclasses.fields(Experiment):
-        if field.name not in ("seed", *changes):
-            choices = get_args(get_type_hints(Experiment)[field.name])
-            value = next(choice for choice in choices if choice != field.default)
-            changes[field.name] = {"fields": {field.name: value}}
-    write()
-    for change in changes.values():
-        write(**change)
-    groups, skipped = group(read([tmp_path / "runs"])[0])
-    assert skipped == []
-    assert len(groups) == 1 + len(changes) == len(dataclasses.fields(Experiment))
-
-
-def test_tasks_of_one_name_differ_by_their_files(write: Write, tmp_path: Path) -> None:
-    for parent in ("here", "there"):
-        folder = write(fields={"task": f"/{parent}/mine.toml"})
-        record = json.loads((folder / "softprompt.json").read_text())
-        record["task"] |= {"name": "mine", "source": "files", "files": {"train": f"/{parent}/rows.csv"}}
-        (folder / "softprompt.json").write_text(json.dumps(record))
-    grid = make_grid(tmp_path)
-    assert grid.columns == ("mine data=/here/rows.csv", "mine data=/there/rows.csv")
-
-
-def test_labels_name_only_what_differs(write: Write, tmp_path: Path) -> None:
-    write(prompt=DPT(length=12, rank=10))
-    write(prompt=DPT(length=12, rank=5))
-    write(prompt=Plain(length=12))
-    assert labels(tmp_path) == ["dpt rank=5", "dpt rank=10", "plain"]
-
-
-def test_label_prefixes_method_setting_of_training_name(write: Write, tmp_path: Path) -> None:
-    """Both have a dropout."""
-    write(prompt=ADePT(length=6, width=2, dropout=0.5))
-    write(prompt=ADePT(length=6, width=2, dropout=0.0))
-    write(prompt=Plain(length=6))
-    assert labels(tmp_path) == ["adept prompt.dropout=0", "adept prompt.dropout=0.5", "plain"]
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_1_and_1_0_are_one_value(write: Write, tmp_path: Path) -> None:
-    write(training=TrainingConfig(steps=6, max_grad_norm=1))
-    write(training=TrainingConfig(steps=6, max_grad_norm=1.0), seed=1)
-    assert len(make_grid(tmp_path).rows) == 1
-
-
-def test_equal_weights_at_two_paths_are_one_backbone(write: Write, tmp_path: Path) -> None:
-    write(backbone={"base": "/here/tiny"})
-    write(backbone={"base": "/there/tiny"}, seed=1)
-    [cell] = formats.cells(make_grid(tmp_path))
-    assert (cell["seeds"], cell["settings"]["backbone"]) == ([0, 1], "/here/tiny")
-
-
-def test_duplicate_run_counts_once(write: Write, tmp_path: Path) -> None:
-    write("late", test=0.9, created="2026-11-21T10:00:00+00:00")
-    first = write("early", test=0.6)
-    results, unread = read([tmp_path / "runs", first, first / ".." / "late"])
-    assert len(results) == 2
-    assert unread == []
-    [merged], [skipped] = group(results)
-    assert [result.name for result in merged.results] == ["early"]
-    assert skipped.folder == str(tmp_path / "runs" / "late")
-    assert "early" in skipped.reason
 
 
 @pytest.mark.parametrize(
@@ -274,6 +127,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "huge": (_results(test=10**400), "too large"),
     "nothing trained": (_results(trainable=0), "no trainable parameters"),
     "extra_metrics": (_results(extra_metrics={"f1": None}), "'f1' is None"),
+    "distillation": (_results(distillation={"prompt": {"kl": 1}}), "'context_tokens' is None"),
     "binary": (lambda folder: (folder / "softprompt.json").write_bytes(b"\xff\xfe\x00"), "not readable"),
     "bad results": (
         lambda folder: (folder / "softprompt.json").write_text(
@@ -422,3 +276,29 @@ def test_interval_contains_its_mean(values: list[float]) -> None:
         return
     assert spread.interval.low <= spread.mean + 1e-12
     assert spread.mean <= spread.interval.high + 1e-12
+
+
+def test_distilled_prompts_have_a_table_beside_their_teacher(write: Write, tmp_path: Path) -> None:
+    for seed in range(2):
+        models = {"teacher": (0.0, 1.0, 0.9), "prompt": (0.1 + 0.1 * seed, 0.8, 0.85), "no_context": (1.0, 0.5, 0.6)}
+        distillation: dict[str, Any] = {"context_tokens": 600, "prompt_tokens": 20}
+        for name, values in models.items():
+            distillation[name] = dict(zip(("kl", "agreement", "score"), values, strict=True))
+        write(seed=seed, distillation=distillation)
+    table = tables.distillation(make_grid(tmp_path))
+    assert table is not None
+    assert [row[2:] for row in table.rows] == [
+        ("the whole context (teacher)", "600", "0.000", "100.0", "90.0", "2"),
+        ("the distilled prompt", "20", "0.150", "80.0", "85.0", "2"),
+        ("no context", "0", "1.000", "50.0", "60.0", "2"),
+    ]
+    [cell] = formats.cells(make_grid(tmp_path))
+    assert cell["runs"][1]["distillation"]["prompt"]["kl"] == 0.2
+    made = make_report(tmp_path)
+    assert "the distilled prompt" in (tmp_path / "out" / "report.html").read_text()
+    assert "Distillation" in made.render("markdown")
+
+
+def test_runs_without_a_teacher_have_no_distillation_table(write: Write, tmp_path: Path) -> None:
+    write()
+    assert tables.distillation(make_grid(tmp_path)) is None

@@ -82,12 +82,16 @@ def report(
     grid = arrange(groups, choose=choose)
     compared = tuple(differences(grid, compare)) if compare else ()
     all_tables = [tables.scores(grid), tables.details(grid)]
-    comparison = tables.comparison(compared, compare) if compare else None
+    further = [
+        table
+        for table in (tables.distillation(grid), tables.comparison(compared, compare) if compare else None)
+        if table is not None
+    ]
     plots = _plots(arrange(groups), rates_on)
     from softprompt.analysis.report.page import page
 
-    texts = {"report.html": page(title, grid, all_tables, comparison, plots, skipped)}
-    all_tables += [comparison] if comparison else []
+    texts = {"report.html": page(title, grid, all_tables, further, plots, skipped)}
+    all_tables += further
     texts |= {formats.FORMATS[form][0]: formats.render(form, all_tables, grid) for form in formats.FORMATS}
     texts["results.json"] = formats.json_text(formats.to_json(grid, compared, skipped))
     paths = [*_write_texts(folder, texts), *_write_plots(folder, [plot for _, section in plots for plot in section])]

@@ -178,6 +178,7 @@ def _run(result: Result) -> dict[str, Any]:
         "seed": result.seed,
         **values,
         "extra_metrics": {**result.extra_metrics},
+        "distillation": {name: {**model} for name, model in result.distillation.items()} or None,
         "bytes": result.size,
     }
 

@@ -20,7 +20,7 @@ def page(
     title: str,
     grid: Grid,
     tables: Sequence[Table],
-    comparison: Table | None,
+    further_tables: Sequence[Table],
     plots: Sequence[tuple[str, Sequence[Plot]]],
     skipped: Sequence[SkippedRun],
 ) -> str:
@@ -28,6 +28,7 @@ def page(
 
     Args:
         tables: the scores, and every score in detail.
+        further_tables: what stands between them, such as differences to a reference.
         plots: by heading.
     """
     # Every text is escaped, since names of runs and error messages are not trusted.
@@ -45,7 +46,7 @@ def page(
         further=[(name, _plain(value)) for name, value in grid.common.items() if name not in _FIRST],
         scores=scores,
         rows=_rows(grid, scores),
-        comparison=comparison,
+        further_tables=further_tables,
         plots=[(heading, section) for heading, section in plots if section],
         details=details,
         runs=_runs_table(grid),

@@ -43,6 +43,9 @@ class Result:
     """The record's results: `dev`, `test`, `majority`, `ci_low`, `ci_high`, `n_test`, `trainable` and so on."""
     extra_metrics: Mapping[str, float]
     """The task's further metrics on the test rows."""
+    distillation: Mapping[str, Mapping[str, float]]
+    """Of a distilled prompt: `kl`, `agreement`, `score` and `tokens` of the teacher, of the prompt and of what it is
+    compared with, by name; empty otherwise."""
     zero_shot: float | None
     """The test score of the model without a prompt."""
     selection_warning: str
@@ -140,12 +143,27 @@ def _result(run: Run) -> Result:
         metric=printable(str(results.get("metric", run.task.metrics[0]))),
         values=values,
         extra_metrics={printable(name): _number(extra, name) for name in extra} if isinstance(extra, Mapping) else {},
+        distillation=_distillation(results.get("distillation")),
         zero_shot=_number(results, "zero_shot") if "zero_shot" in results else None,
         selection_warning=printable(str(results.get("selection_warning") or "")),
         warning=printable(str(results.get("warning") or "")),
         size=size,
         curve=tuple(_points(run)),
     )
+
+
+def _distillation(values: Any) -> dict[str, dict[str, float]]:
+    if not isinstance(values, Mapping):
+        return {}
+    whole, cut = _number(values, "context_tokens"), _number(values, "prompt_tokens")
+    return {
+        printable(name): {
+            **{key: _number(model, key) for key in ("kl", "agreement", "score")},
+            "tokens": {"teacher": whole, "no_context": 0.0}.get(name, cut),
+        }
+        for name, model in values.items()
+        if isinstance(model, Mapping)
+    }
 
 
 def _number(values: Mapping[str, Any], name: str) -> float:

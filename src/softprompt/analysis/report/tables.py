@@ -1,5 +1,6 @@
 """The report's tables: scores in percent with one decimal, beside n, the majority answer and an interval."""
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -93,6 +94,45 @@ def comparison(differences: Sequence[Difference], reference: str) -> Table:
         notes += (f"{NO_SPREAD}: the difference is the same for every seed, so there is no interval.",)
     head = ("task", "method", "difference", "95% seeds", "seeds", f"against {reference}")
     return Table(title=f"Against {reference}", head=head, rows=tuple(rows), text_columns=2, notes=notes)
+
+
+_DISTILLED = {
+    "teacher": "the whole context (teacher)",
+    "prompt": "the distilled prompt",
+    "context_start": "the context's first tokens",
+    "context_end": "the context's last tokens",
+    "no_context": "no context",
+}
+"""What is in front of a row, by its name in a run's results, in the order of the table."""
+
+
+def distillation(grid: Grid) -> Table | None:
+    """Distilled prompts beside their teacher and cheaper ways to have the context; none if no run is a distillation."""
+    rows = []
+    for column in grid.columns:
+        for row, group in grid.of_column(column):
+            for name, text in _DISTILLED.items():
+                models = [result.distillation[name] for result in group.results if name in result.distillation]
+                if not models:
+                    continue
+                tokens, kl, agreement, score = (
+                    [model[key] for model in models] for key in ("tokens", "kl", "agreement", "score")
+                )
+                shares = [percent(statistics.fmean(values)) for values in (agreement, score)]
+                line = (_range(tokens), f"{statistics.fmean(kl):.3f}", *shares, str(len(models)))
+                rows.append((column, row.label, text, *line))
+    if not rows:
+        return None
+    return Table(
+        title="Distillation",
+        head=("task", "method", "in front of a row", "tokens", "KL", "same answer", "score", "seeds"),
+        rows=tuple(rows),
+        text_columns=3,
+        notes=(
+            "KL is the mean divergence from the teacher on the test rows, in nats per row of a classification or per "
+            "answer token; same answer is the share of rows with exactly the teacher's. Means over seeds.",
+        ),
+    )
 
 
 def percent(value: float) -> str:

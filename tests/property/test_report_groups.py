@@ -1,0 +1,170 @@
+"""Reports average runs that differ only in the seed: any other difference makes a row or a column of its own."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from softprompt import DPT, ADePT, Experiment, Plain, TrainingConfig
+from softprompt.analysis.report import formats
+from softprompt.analysis.report.grid import Grid, arrange
+from softprompt.analysis.report.groups import group
+from softprompt.analysis.report.read import read
+from softprompt.config import MEMORY_OPTIONS
+
+Write = Callable[..., Path]
+
+
+def other_value(field: "dataclasses.Field[Any]") -> Any:
+    """A value other than the default for a training setting."""
+    if choices := get_args(get_type_hints(TrainingConfig)[field.name]):
+        return next(choice for choice in choices if choice != field.default)
+    if field.default is None:
+        return 0.5
+    return not field.default if isinstance(field.default, bool) else type(field.default)(field.default * 0.5 + 7)
+
+
+OTHER_VALUES = {field.name: other_value(field) for field in dataclasses.fields(TrainingConfig)}
+NOT_COMPARED = ("zero_shot", *MEMORY_OPTIONS)
+"""Settings that do not change the trained prompt."""
+SETTINGS = {name: value for name, value in OTHER_VALUES.items() if name not in NOT_COMPARED}
+
+
+def make_grid(tmp_path: Path, *, choose: bool = False) -> Grid:
+    """The grid alone: plots take seconds."""
+    return arrange(group(read([tmp_path / "runs"])[0])[0], choose=choose)
+
+
+def labels(tmp_path: Path) -> list[str]:
+    return [row.label for row in make_grid(tmp_path).rows]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_differing_training_setting_makes_another_row(name: str, write: Write, tmp_path: Path) -> None:
+    write(training=TrainingConfig(steps=6), test=0.5)
+    changed = {name: 0.5} if name in ("warmup_ratio", "vocabulary_weight") else {name: SETTINGS[name]}  # shares
+    write(training=dataclasses.replace(TrainingConfig(steps=6), **changed), test=0.7, seed=1)
+    grid = make_grid(tmp_path)
+    assert len(grid.rows) == 2
+    assert all(f"{name}=" in label for label in labels(tmp_path))
+    assert sorted(cell["test"] for cell in formats.cells(grid)) == [0.5, 0.7]
+
+
+@pytest.mark.parametrize("name", NOT_COMPARED)
+def test_setting_without_effect_makes_no_row(name: str, write: Write, tmp_path: Path) -> None:
+    write(training=TrainingConfig(steps=6), test=0.5)
+    write(training=dataclasses.replace(TrainingConfig(steps=6), **{name: OTHER_VALUES[name]}), test=0.7, seed=1)
+    [cell] = formats.cells(make_grid(tmp_path))
+    assert cell["test"] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"prompt": DPT(length=6, rank=3)}, "rank=3"),
+        ({"prompt": DPT(length=7, rank=2)}, "length=7"),
+        ({"prompt": DPT(anchor="none", length=6, rank=2, init="uniform", scale=1.0)}, "init=uniform"),
+        ({"backbone": {"base": "org/other", "hash": "cd" * 32}}, "backbone=other"),
+        ({"backbone": {"hash": "cd" * 32}}, "weights=cdcdcdcdcdcd"),
+        ({"backbone": {"dtype": "bfloat16"}}, "dtype=bfloat16"),
+        ({"fields": {"init_prompt": "runs/earlier"}}, "init_prompt=runs/earlier"),
+        ({"fields": {"depth": "deep"}}, "depth=deep"),
+        ({"fields": {"pool": "patches"}}, "pool=patches"),
+    ],
+)
+def test_differing_experiment_makes_another_row(
+    change: dict[str, Any], expected: str, write: Write, tmp_path: Path
+) -> None:
+    write()
+    write(**change)
+    grid = make_grid(tmp_path)
+    assert len(grid.rows) == 2
+    assert sum(expected in label for label in labels(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("change", [{"task": "cb"}, {"fields": {"protocol": "paper"}}, {"fields": {"data": "/other"}}])
+def test_other_task_protocol_or_data_is_a_column(change: dict[str, Any], write: Write, tmp_path: Path) -> None:
+    write()
+    write(**change)
+    grid = make_grid(tmp_path)
+    assert (len(grid.rows), len(grid.columns)) == (1, 2)
+
+
+def test_only_the_seed_is_averaged_over(write: Write, tmp_path: Path) -> None:
+    """Holds for fields added later too: depth and pool were once averaged over."""
+    changes: dict[str, Any] = {
+        "task": {"task": "cb"},
+        "prompt": {"prompt": DPT(length=6, rank=3)},
+        "training": {"training": TrainingConfig(steps=7)},
+        "backbone": {"backbone": {"hash": "cd" * 32}},  # the weights count, not their path
+        "dtype": {"backbone": {"dtype": "bfloat16"}},  # the dtype used, not the one asked for
+        "data": {"fields": {"data": "/other"}},
+        "init_prompt": {"fields": {"init_prompt": "runs/earlier"}},
+        "context": {"fields": {"context": "/policy.md"}},
+        "demonstrations": {"fields": {"demonstrations": 8}},
+    }
+    for field in dataclasses.fields(Experiment):
+        if field.name not in ("seed", *changes):
+            choices = get_args(get_type_hints(Experiment)[field.name])
+            value = next(choice for choice in choices if choice != field.default)
+            changes[field.name] = {"fields": {field.name: value}}
+    write()
+    for change in changes.values():
+        write(**change)
+    groups, skipped = group(read([tmp_path / "runs"])[0])
+    assert skipped == []
+    assert len(groups) == 1 + len(changes) == len(dataclasses.fields(Experiment))
+
+
+def test_tasks_of_one_name_differ_by_their_files(write: Write, tmp_path: Path) -> None:
+    for parent in ("here", "there"):
+        folder = write(fields={"task": f"/{parent}/mine.toml"})
+        record = json.loads((folder / "softprompt.json").read_text())
+        record["task"] |= {"name": "mine", "source": "files", "files": {"train": f"/{parent}/rows.csv"}}
+        (folder / "softprompt.json").write_text(json.dumps(record))
+    grid = make_grid(tmp_path)
+    assert grid.columns == ("mine data=/here/rows.csv", "mine data=/there/rows.csv")
+
+
+def test_labels_name_only_what_differs(write: Write, tmp_path: Path) -> None:
+    write(prompt=DPT(length=12, rank=10))
+    write(prompt=DPT(length=12, rank=5))
+    write(prompt=Plain(length=12))
+    assert labels(tmp_path) == ["dpt rank=5", "dpt rank=10", "plain"]
+
+
+def test_label_prefixes_method_setting_of_training_name(write: Write, tmp_path: Path) -> None:
+    """Both have a dropout."""
+    write(prompt=ADePT(length=6, width=2, dropout=0.5))
+    write(prompt=ADePT(length=6, width=2, dropout=0.0))
+    write(prompt=Plain(length=6))
+    assert labels(tmp_path) == ["adept prompt.dropout=0", "adept prompt.dropout=0.5", "plain"]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_1_and_1_0_are_one_value(write: Write, tmp_path: Path) -> None:
+    write(training=TrainingConfig(steps=6, max_grad_norm=1))
+    write(training=TrainingConfig(steps=6, max_grad_norm=1.0), seed=1)
+    assert len(make_grid(tmp_path).rows) == 1
+
+
+def test_equal_weights_at_two_paths_are_one_backbone(write: Write, tmp_path: Path) -> None:
+    write(backbone={"base": "/here/tiny"})
+    write(backbone={"base": "/there/tiny"}, seed=1)
+    [cell] = formats.cells(make_grid(tmp_path))
+    assert (cell["seeds"], cell["settings"]["backbone"]) == ([0, 1], "/here/tiny")
+
+
+def test_duplicate_run_counts_once(write: Write, tmp_path: Path) -> None:
+    write("late", test=0.9, created="2026-11-21T10:00:00+00:00")
+    first = write("early", test=0.6)
+    results, unread = read([tmp_path / "runs", first, first / ".." / "late"])
+    assert len(results) == 2
+    assert unread == []
+    [merged], [skipped] = group(results)
+    assert [result.name for result in merged.results] == ["early"]
+    assert skipped.folder == str(tmp_path / "runs" / "late")
+    assert "early" in skipped.reason
