@@ -155,11 +155,11 @@ def _result(run: Run) -> Result:
 def _distillation(values: Any) -> dict[str, dict[str, float]]:
     if not isinstance(values, Mapping):
         return {}
-    whole, cut = _number(values, "context_tokens"), _number(values, "prompt_tokens")
+    context_tokens, prompt_tokens = _number(values, "context_tokens"), _number(values, "prompt_tokens")
     return {
         printable(name): {
             **{key: _number(model, key) for key in ("kl", "agreement", "score")},
-            "tokens": {"teacher": whole, "no_context": 0.0}.get(name, cut),
+            "tokens": {"teacher": context_tokens, "no_context": 0.0}.get(name, prompt_tokens),
         }
         for name, model in values.items()
         if isinstance(model, Mapping)
