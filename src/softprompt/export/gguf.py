@@ -88,7 +88,7 @@ class Gguf(Format):
         model = model.to(backbone.device).eval()
         prompts = [usage["prompts"][item.name]["ids"] for item in trained]
         for item, ids in zip(trained, prompts, strict=True):
-            vectors = model.get_input_embeddings().weight[torch.tensor(ids)]
+            vectors = model.get_input_embeddings().weight[torch.tensor(ids, device=model.device)]
             expected = item.folded.prompt().detach().to(backbone.dtype).to(vectors)
             check_close(vectors, expected, _ROUNDING[self.type], f"the embedding of {item.name}")
         gap = size = 0.0

@@ -70,7 +70,7 @@ class Vocab(Format):
         for item, ids in zip(trained, prompt_ids, strict=True):
             expected = item.folded.prompt().detach().to(embedding.weight)
             rounding = 0.0 if embedding_scale(backbone) == 1.0 else torch.finfo(expected.dtype).eps * 4
-            vectors = embedding(torch.tensor(ids).to(embedding.weight.device))
+            vectors = embedding(torch.tensor(ids, device=embedding.weight.device))
             check_close(vectors, expected, rounding, f"the embedding of {item.name}")
         gap = size = mass = 0.0
         for batch in probe(trained, backbone):

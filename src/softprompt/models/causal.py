@@ -150,7 +150,7 @@ class Causal(PromptedModel):
         mask, cache = length_mask(lengths, rows.shape[1]), DynamicCache()
         last = torch.unique(lengths) - 1
         logits = self._run(rows.to(self.backbone.dtype), cache, mask, last)
-        logits = logits[torch.arange(len(rows)), torch.searchsorted(last, lengths - 1)]
+        logits = logits[torch.arange(len(rows), device=device), torch.searchsorted(last, lengths - 1)]
         return KVPrefixBatch.from_cache(list(prompts), cache, mask, logits, torch.zeros_like(lengths))
 
     def with_shared_prefix(self, prompts: Prompts, prefixes: Sequence[Sequence[int]], index: Index = None) -> Prepared:
@@ -203,13 +203,13 @@ class Causal(PromptedModel):
         check_not_empty(candidates)
         text, prompts, index = self.text(inputs), inputs.prompts, inputs.prompt_index
         longest = max(len(candidate) for candidate in candidates)
+        first = torch.tensor([candidate[0] for candidate in candidates], device=text.ids.device)
         if longest == 1 and self._can_pack(prompts):
             end = torch.tensor([text.ids.shape[1]], device=text.ids.device)
             logits = self._predicting_logits(text, end, prompts, index)[0][:, 0]
-            return logits.float().log_softmax(-1)[:, [candidate[0] for candidate in candidates]]
+            return logits.float().log_softmax(-1)[:, first]
         last = torch.tensor([-1], device=text.ids.device)
         state = self._read(text, self._prepared(prompts), index, keep=last, room=longest - 1)
-        first = torch.tensor([candidate[0] for candidate in candidates], device=text.ids.device)
         scores = state.logits[:, 0].float().log_softmax(-1)[:, first]
         longer = [number for number, candidate in enumerate(candidates) if len(candidate) > 1]
         if not longer:

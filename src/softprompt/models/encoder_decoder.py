@@ -153,7 +153,7 @@ class EncoderDecoder(PromptedModel):
         self.check_answer_length(len(self._forced) + max(map(len, targets)))
         forced = torch.tensor(self._forced, dtype=torch.long, device=ids.device).expand(len(ids), -1)
         logits = self._decode(encoded, torch.cat([self._decoder_start(ids), forced], 1))[:, -1].float()
-        scores = logits.log_softmax(-1)[:, [target[0] for target in targets]]
+        scores = logits.log_softmax(-1)[:, torch.tensor([target[0] for target in targets], device=ids.device)]
         longer = [number for number, target in enumerate(targets) if len(target) > 1]
         if not longer:
             return scores
@@ -198,10 +198,10 @@ class EncoderDecoder(PromptedModel):
         A row whose logits are not finite finishes: with the first token of `stop`, or -1 where that is empty.
         """
         ids = inputs.rows
-        ends = torch.tensor(self.end_of_sequence() if stop is None else list(stop), dtype=torch.long)
-        ends = ends.to(ids.device)
+        stop = self.end_of_sequence() if stop is None else stop
+        ends = torch.tensor(list(stop), dtype=torch.long, device=ids.device)
         self.check_answer_length(max_new_tokens)
-        overflow = int(ends[0]) if len(ends) else -1
+        overflow = stop[0] if stop else -1
         choose = Chooser(sampling, ids.device)
         with torch.no_grad():
             encoded = self._encode(inputs)

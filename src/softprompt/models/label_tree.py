@@ -90,7 +90,7 @@ class LabelTree:
         norms = logits.float().logsumexp(-1)
         if tree:
             pairs = list(self.edges)
-            steps = [edge for path in self.paths for edge in path]
+            steps = [edge for path in self.paths for edge in path]  # of each path in turn: paths share edges
         else:
             longest = logits.shape[1] // len(self.paths)
             pairs = [
@@ -102,11 +102,12 @@ class LabelTree:
         at, next_ids = (torch.tensor(part, dtype=torch.long, device=device) for part in zip(*pairs, strict=True))
         logp = logits[:, at, next_ids].float() - norms[:, at]
         owners = torch.tensor([candidate for candidate, path in enumerate(self.paths) for _ in path], device=device)
-        return logp.new_zeros(batch, len(self.paths)).index_add(1, owners, logp[:, steps])
+        by_path = logp[:, torch.tensor(steps, device=device)]
+        return logp.new_zeros(batch, len(self.paths)).index_add(1, owners, by_path)
 
     def ancestors(self, device: torch.device) -> Tensor:
         """`[node, node]`, bool: the nodes that each one attends to, itself among them."""
-        visible = torch.eye(len(self.tokens), dtype=torch.bool)
+        visible = torch.eye(len(self.tokens), dtype=torch.bool, device="cpu")
         for node, parent in enumerate(self.parents):
             if parent >= 0:
                 visible[node] |= visible[parent]
@@ -314,9 +315,9 @@ def takes_tree(prompted: PromptedModel) -> bool:
 def _tree_is_exact(prompted: PromptedModel) -> bool:
     backbone = prompted.backbone
     size = len(backbone.model.get_input_embeddings().weight)
-    a, b, c, d, e, f, g = (int(token) % size for token in torch.linspace(0.1 * size, 0.9 * size, 7).long())
-    ids, mask = torch.tensor([[a, b, c, d], [a, e, f, b]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
-    ids, mask = ids.to(backbone.device), mask.to(backbone.device)
+    a, b, c, d, e, f, g = (int(token) % size for token in torch.linspace(0.1 * size, 0.9 * size, 7, device="cpu").long())
+    ids = torch.tensor([[a, b, c, d], [a, e, f, b]], device=backbone.device)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=backbone.device)
     candidates, cache = [(a, b, c, d), (a, b, e, d), (a, f, g, d), (g, c, b, d)], DynamicCache()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     embeds = prompted.token_embeddings([], None, ids, positions)
@@ -329,8 +330,8 @@ def _tree_is_exact(prompted: PromptedModel) -> bool:
     by_node = _tree_logits(prompted, state, layers, candidates).float()
     by_row = _row_logits(prompted, state, layers, candidates).float()
     at = {edge: (candidate, depth) for candidate, path in enumerate(tree.paths) for depth, edge in enumerate(path)}
-    nodes = [node for node, _ in tree.edges]
-    candidate, depth = zip(*(at[edge] for edge in range(len(tree.edges))), strict=True)
-    expected = by_row[:, list(candidate), list(depth)]
+    nodes = torch.tensor([node for node, _ in tree.edges], device=backbone.device)
+    candidate, depth = torch.tensor([at[edge] for edge in range(len(tree.edges))], device=backbone.device).unbind(1)
+    expected = by_row[:, candidate, depth]
     gap = float((by_node[:, nodes] - expected).norm() / expected.norm())
     return gap <= (1e-3 if backbone.dtype is torch.float32 else 0.1)

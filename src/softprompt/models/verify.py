@@ -127,7 +127,8 @@ def sample(backbone: Backbone, window: int | None = None) -> Sample:
     longest = max(1, min(5, (most - 5) // 3))
     lengths = [min(4, longest), 2, max(3, min(_LONG_ROW, most - longest - 5))]
     # From all over the vocabulary: the first ids are special tokens, for which even plain bfloat16 is far off.
-    ids = torch.linspace(0.1 * len(table), 0.9 * len(table), longest + 2 + sum(lengths) + 3).long().tolist()
+    count = longest + 2 + sum(lengths) + 3
+    ids = torch.linspace(0.1 * len(table), 0.9 * len(table), count, device="cpu").long().tolist()
     ids = ids[::2] + ids[1::2]  # else a row's tokens would be neighbours in the vocabulary
     prompts = [Folded(table[ids[:longest]].float()), Folded(table[ids[longest : longest + 2][:longest]].float())]
     rest, texts = ids[longest + 2 :], list[list[int]]()

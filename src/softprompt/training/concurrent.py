@@ -272,13 +272,14 @@ def _losses_and_gradients(
     """The loss of each request, and the gradients of their sum."""
     prompts = [request.training_step.prompted.prompt for request in requests]
     rows = [row for request in requests for row in request.rows]
-    counts = torch.tensor([len(request.rows) for request in requests])
+    counts = [len(request.rows) for request in requests]
+    numbers = [number for number, count in enumerate(counts) for _ in range(count)]
     with requests[0].training_step.backbone_modes():
-        index = torch.arange(len(requests)).repeat_interleave(counts)
+        index = torch.tensor(numbers, device=requests[0].training_step.prompted.backbone.device)
         row_losses = requests[0].training_step.objective.losses(
             rows, [prompt for prompt in prompts if prompt is not None], index
         )
-        parts = torch.split(row_losses, counts.tolist())
+        parts = torch.split(row_losses, counts)
         losses = torch.stack([part.sum() / request.weight for part, request in zip(parts, requests, strict=True)])
         # Not `backward`: a pass that fails must not leave gradients in the parameters.
         return losses.detach(), torch.autograd.grad(losses.sum(), parameters, allow_unused=True)

@@ -76,11 +76,12 @@ def _is_supported_layer(layer: Any) -> bool:
     if type(layer).__name__ not in SUPPORTED_LAYERS:
         return False
     attention, mlp = layer.self_attn, layer.mlp
+    one = torch.ones(1, device=layer.input_layernorm.weight.device)
     without_bias = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     return (
         all(map(dequantize.is_supported, [attention.q_proj, attention.k_proj, attention.v_proj, *without_bias]))
         and all(linear.bias is None for linear in without_bias)
-        and bool(mlp.act_fn(torch.ones(1)) == nn.functional.silu(torch.ones(1)))
+        and bool(mlp.act_fn(one) == nn.functional.silu(one))
     )
 
 
@@ -179,7 +180,8 @@ def _last_layer(
     index = layout.token_index(positions)
     flat_index = index.flatten()
     query = _apply_rotary(_split_heads(weights.q_proj(normed[flat_index]), weights), cos[flat_index], sin[flat_index])
-    keys, values, mask = rows.pad(key), rows.pad(value), torch.arange(rows.longest) <= positions[..., None]
+    keys, values = rows.pad(key), rows.pad(value)
+    mask = torch.arange(rows.longest, device=positions.device) <= positions[..., None]
     prefix = layout.prefix_kv(key, value)
     if prompts and prefix:
         keys, values = (

@@ -88,7 +88,8 @@ class CausalGenerationBatch(GenerationBatch):
         self._last_tokens = [self._last_tokens[row] for row in rows] if self._last_tokens else []
         self._partial_tokens = [self._partial_tokens[row] for row in rows if row < len(self._partial_tokens)]
         self._samplers = [self._samplers[row] for row in rows]
-        self._logits = None if self._logits is None else self._logits[list(rows)]
+        if self._logits is not None:
+            self._logits = self._logits[torch.tensor(rows, dtype=torch.long, device=self._logits.device)]
 
     def merge(self, other: "CausalGenerationBatch") -> None:
         """Add the rows of `other`; both batches must have completed their step."""

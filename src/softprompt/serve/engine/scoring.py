@@ -14,6 +14,7 @@ from softprompt.evaluation.predict import pad_id
 from softprompt.models import attach, model_class
 from softprompt.models.decode_state import DecodeState
 from softprompt.models.label_tree import SharedLayer, score_rest
+from softprompt.models.padding import pad_batch
 from softprompt.serve.engine.kv_cache import Batch, CachedDecoder, Row
 from softprompt.serve.engine.request import EngineRequest
 from softprompt.serve.prompts.entry import PromptEntry, needs_head
@@ -46,7 +47,9 @@ class CausalScorer(Scorer):
         longest = max(len(ids) for row in candidates for ids in row)
         batch, logits = self._decoder.prefill([kv_row(request) for request in requests], room=longest - 1)
         logp = logits.float().log_softmax(-1)
-        scores = [logp[row, [ids[0] for ids in options]].tolist() for row, options in enumerate(candidates)]
+        first, _ = pad_batch([[ids[0] for ids in options] for options in candidates], logp.device)
+        by_row = logp.gather(1, first).tolist()  # one copy from the device for all rows
+        scores = [row[: len(options)] for row, options in zip(by_row, candidates, strict=True)]
         longer = [tuple(dict.fromkeys(ids for ids in options if len(ids) > 1)) for options in candidates]
         state = self._decode_state(batch, requests)
         for group in _group_by_candidates([row for row, options in enumerate(longer) if options], longer):
