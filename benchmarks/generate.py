@@ -18,21 +18,21 @@ from typing import Any
 
 import score
 from harness import Pair, Settings, Work, WorkerSpec, main
-from train_step import BACKBONE, batch, decomposed, peft_model, widths
+from train_step import Load, batch, decomposed, peft_model, smollm2, widths
 
 NEW_TOKENS = 32
 
 
-def ours(new: int) -> Callable[[WorkerSpec], Callable[[int], Work]]:
+def ours(new: int, load: Load = smollm2) -> Callable[[WorkerSpec], Callable[[int], Work]]:
     """Our side, with the prompt's keys and values computed once."""
 
     def side(spec: WorkerSpec) -> Callable[[int], Work]:
         import torch
 
-        from softprompt import attach, load_backbone
+        from softprompt import attach
 
-        backbone = load_backbone(BACKBONE, dtype=spec.dtype, device="cpu")
-        prompted, prompt = attach(backbone), decomposed(backbone, spec).fold()
+        backbone = load(spec)
+        prompted, prompt = attach(backbone), decomposed(backbone, spec).fold().to(backbone.device)
         with torch.no_grad():
             prepared = prompted.prepare([prompt])
 
@@ -49,13 +49,13 @@ def ours(new: int) -> Callable[[WorkerSpec], Callable[[int], Work]]:
     return side
 
 
-def peft(new: int) -> Callable[[WorkerSpec], Callable[[int], Work]]:
+def peft(new: int, load: Load = smollm2) -> Callable[[WorkerSpec], Callable[[int], Work]]:
     """PEFT with the same prompt."""
 
     def side(spec: WorkerSpec) -> Callable[[int], Work]:
         import torch
 
-        model, _ = peft_model(spec)
+        model, _ = peft_model(spec, load)
 
         def prepare(tokens: int) -> Work:
             ids, mask, _ = batch(model.base_model, spec, tokens)

@@ -59,6 +59,7 @@ class WorkerSpec:
     dtype: Dtype
     steps: int
     seed: int
+    device: str = "cpu"
 
 
 @final

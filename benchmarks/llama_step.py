@@ -16,7 +16,7 @@ from train_step import decomposed, ours, peft, plain
 LAYERS = 4
 
 
-def llama(spec: WorkerSpec) -> Any:
+def llama(spec: WorkerSpec, layers: int = LAYERS) -> Any:
     """A backbone of this shape with random weights."""
     import torch
     import transformers
@@ -25,12 +25,13 @@ def llama(spec: WorkerSpec) -> Any:
 
     torch.manual_seed(spec.seed)
     config = transformers.LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=LAYERS, num_attention_heads=32,
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=32,
         num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, max_position_embeddings=131072,
         dtype=getattr(torch, spec.dtype),
     )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    name = f"Llama 3.2 1B's shape, {LAYERS} layers"
+    with torch.device(spec.device):
+        model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    name = f"Llama 3.2 1B's shape, {layers} layers"
     return Backbone(model, SimpleNamespace(all_special_ids=[]), name, name, "causal")
 
 

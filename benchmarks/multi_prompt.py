@@ -15,7 +15,7 @@ from typing import Any
 
 from harness import Pair, Settings, Work, WorkerSpec, generator, main
 from score import answer_ids, loss, multiply_adds
-from train_step import BACKBONE, batch, peft_model
+from train_step import Load, batch, peft_model, smollm2
 
 PROMPTS = 16
 
@@ -26,20 +26,20 @@ def folded_prompts(backbone: Any, spec: WorkerSpec) -> list[Any]:
 
     draw = generator(spec)
     config = DPT(length=spec.length, rank=spec.rank)
-    return [config.build(backbone.host(), draw).fold() for _ in range(PROMPTS)]
+    return [config.build(backbone.host(), draw).fold().to(backbone.device) for _ in range(PROMPTS)]
 
 
-def indexed(spec: WorkerSpec) -> Callable[[int], Work]:
+def indexed(spec: WorkerSpec, load: Load = smollm2) -> Callable[[int], Work]:
     """Our side: one call for all rows."""
     import torch
 
-    from softprompt import attach, load_backbone
+    from softprompt import attach
 
-    backbone = load_backbone(BACKBONE, dtype=spec.dtype, device="cpu")
+    backbone = load(spec)
     prompted, answers = attach(backbone), answer_ids(backbone.tokenizer)
     with torch.no_grad():
         prepared = prompted.prepare(folded_prompts(backbone, spec))
-    index = torch.arange(spec.batch_size) % PROMPTS
+    index = torch.arange(spec.batch_size, device=backbone.device) % PROMPTS
 
     def prepare(tokens: int) -> Work:
         ids, mask, _ = batch(backbone.model, spec, tokens)
@@ -54,16 +54,14 @@ def indexed(spec: WorkerSpec) -> Callable[[int], Work]:
     return prepare
 
 
-def switching(spec: WorkerSpec) -> Callable[[int], Work]:
+def switching(spec: WorkerSpec, load: Load = smollm2) -> Callable[[int], Work]:
     """PEFT: one call per adapter."""
     import torch
 
-    from softprompt import load_backbone
-
-    model, tokenizer = peft_model(spec)
+    model, tokenizer = peft_model(spec, load)
     answers = answer_ids(tokenizer)
     config = model.peft_config["default"]
-    prompts = folded_prompts(load_backbone(BACKBONE, dtype=spec.dtype, device="cpu"), spec)
+    prompts = folded_prompts(load(spec), spec)
     for number, prompt in enumerate(prompts):
         model.add_adapter(str(number), config)
         with torch.no_grad():
@@ -72,7 +70,7 @@ def switching(spec: WorkerSpec) -> Callable[[int], Work]:
 
     def prepare(tokens: int) -> Work:
         ids, mask, _ = batch(model.base_model, spec, tokens)
-        logits = torch.empty(spec.batch_size, len(answers))
+        logits = torch.empty(spec.batch_size, len(answers), device=ids.device)
 
         def run() -> float:
             with torch.no_grad():

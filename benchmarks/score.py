@@ -17,19 +17,19 @@ from collections.abc import Callable
 from typing import Any
 
 from harness import Pair, Settings, Work, WorkerSpec, main
-from train_step import BACKBONE, batch, decomposed, peft_model, widths
+from train_step import Load, batch, decomposed, peft_model, smollm2, widths
 
 ANSWERS = (" yes", " no")
 
 
-def folded(spec: WorkerSpec) -> Callable[[int], Work]:
+def folded(spec: WorkerSpec, load: Load = smollm2) -> Callable[[int], Work]:
     """Our side, with the prompt's keys and values computed once."""
     import torch
 
-    from softprompt import attach, load_backbone
+    from softprompt import attach
 
-    backbone = load_backbone(BACKBONE, dtype=spec.dtype, device="cpu")
-    prompted = attach(backbone, decomposed(backbone, spec).fold())
+    backbone = load(spec)
+    prompted = attach(backbone, decomposed(backbone, spec).fold().to(backbone.device))
     answers = answer_ids(backbone.tokenizer)
     with torch.no_grad():
         prepared = prompted.prepare([prompted.prompt])
@@ -46,11 +46,11 @@ def folded(spec: WorkerSpec) -> Callable[[int], Work]:
     return prepare
 
 
-def peft(spec: WorkerSpec) -> Callable[[int], Work]:
+def peft(spec: WorkerSpec, load: Load = smollm2) -> Callable[[int], Work]:
     """PEFT with the same prompt."""
     import torch
 
-    model, tokenizer = peft_model(spec)
+    model, tokenizer = peft_model(spec, load)
     answers = answer_ids(tokenizer)
 
     def prepare(tokens: int) -> Work:
@@ -82,7 +82,8 @@ def loss(scores: Any) -> float:
     """Mean cross-entropy of the answers; the target alternates over the rows."""
     import torch
 
-    return float(torch.nn.functional.cross_entropy(scores, torch.arange(len(scores)) % len(ANSWERS)))
+    targets = torch.arange(len(scores), device=scores.device) % len(ANSWERS)
+    return float(torch.nn.functional.cross_entropy(scores, targets))
 
 
 def multiply_adds(model: Any, spec: WorkerSpec, tokens: int) -> int:

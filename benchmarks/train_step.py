@@ -36,7 +36,7 @@ def smollm2(spec: WorkerSpec) -> Any:
     """SmolLM2-135M with its pretrained weights."""
     from softprompt import load_backbone
 
-    return load_backbone(BACKBONE, dtype=spec.dtype, device="cpu")
+    return load_backbone(BACKBONE, dtype=spec.dtype, device=spec.device)
 
 
 def ours(prompt_of: Callable[[Any, WorkerSpec], Any], load: Load = smollm2, *, checkpointing: bool = False) -> Side:
@@ -49,7 +49,7 @@ def ours(prompt_of: Callable[[Any, WorkerSpec], Any], load: Load = smollm2, *, c
         backbone = load(spec)
 
         def prepare(tokens: int) -> Work:
-            prompted = attach(backbone, prompt_of(backbone, spec))
+            prompted = attach(backbone, prompt_of(backbone, spec).to(backbone.device))
             ids, mask, labels = batch(backbone.model, spec, tokens)
             step = training_step(lambda: prompted(ids, mask, labels).loss, list(prompted.parameters()))
 
@@ -101,14 +101,14 @@ def peft_model(spec: WorkerSpec, load: Load = smollm2) -> tuple[Any, Any]:
         num_virtual_tokens=spec.length,
         prompt_tuning_init=PromptTuningInit.RANDOM,
     )
-    model = get_peft_model(backbone.model, config).eval()
+    model = get_peft_model(backbone.model, config).eval().to(backbone.device)
     with torch.no_grad():
         model.prompt_encoder["default"].embedding.weight.copy_(decomposed(backbone, spec).prompt())
     return model, backbone.tokenizer
 
 
 def decomposed(backbone: Any, spec: WorkerSpec) -> Any:
-    """The decomposed prompt; every side starts from its product."""
+    """The decomposed prompt, on the CPU; every side starts from its product."""
     from softprompt import DPT
 
     return DPT(length=spec.length, rank=spec.rank).build(backbone.host(), generator(spec))
@@ -126,8 +126,8 @@ def batch(model: Any, spec: WorkerSpec, tokens: int) -> tuple[Any, Any, Any]:
     """Token ids, their mask, and labels: the last two tokens of each row."""
     import torch
 
-    vocab = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocab, (spec.batch_size, tokens), generator=generator(spec))
+    embeddings = model.get_input_embeddings().weight
+    ids = torch.randint(len(embeddings), (spec.batch_size, tokens), generator=generator(spec)).to(embeddings.device)
     labels = torch.full_like(ids, -100)
     labels[:, -LABELS:] = ids[:, -LABELS:]
     return ids, torch.ones_like(ids), labels

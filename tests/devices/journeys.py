@@ -1,7 +1,7 @@
 """What users do with a model, from training to serving, on one device; every number that comes out.
 
-`python journeys.py JOB` runs in a process of its own. JOB is a JSON file: the folders of the tiny models, the tasks, and
-the devices. The result is written beside it.
+`python journeys.py JOB` runs in a process of its own. JOB is a JSON file: the tiny models' folders and tasks, and the
+devices. The result is written beside it.
 """
 
 import dataclasses
@@ -21,8 +21,6 @@ import pretend
 import strict
 import torch
 
-sys.modules["matplotlib"] = None  # type: ignore[assignment]  # a run's curve would take a third of the time
-
 import softprompt
 from softprompt import Backbone, Experiment, Progress, Run, Sampling, TrainingConfig, attach
 from softprompt.analysis.rank import Truncation, gradient_spectra, measure
@@ -30,6 +28,7 @@ from softprompt.evaluation.evaluate import evaluate
 from softprompt.evaluation.predict import predict
 from softprompt.export import FORMATS, export_runs
 from softprompt.prompts import METHODS, PromptConfig
+from softprompt.runs import build_prompted_model
 from softprompt.serve import Engine, Limits
 from softprompt.training.callbacks import NullCallback
 from softprompt.training.concurrent import run_concurrently
@@ -38,19 +37,25 @@ from softprompt.training.step import differentiate
 loading = importlib.import_module("softprompt.backbones.backbone")
 
 TEXTS = ("a a a", "c", "b b b b b b a", "Ticket: e e")
-PROMPTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {"rank": 2, "length": 5},
-    "t5": {"rank": 2, "length": 4},
-    "bert": {"rank": 2, "length": 4},
-    "bert_mlm": {"rank": 2, "length": 4},
-    "vit": {"rank": 2, "length": 3},
+PROMPTS: Mapping[str, PromptConfig] = {
+    "llama": METHODS["dpt"](rank=2, length=5),
+    "t5": METHODS["adept"](length=4, width=3),
+    "bert": METHODS["dpt"](rank=2, length=4),
+    "bert_mlm": METHODS["dpt"](rank=2, length=4),
+    "vit": METHODS["dpt"](rank=2, length=3),
 }
-"""The decomposed prompt that each model is trained with."""
+"""What each model is trained with; `adept` also changes the text's embeddings."""
 EXPORTS = {
     "llama": ("peft", "vocab", "gguf", "vllm", "trtllm", "llamacpp", "npz"),
-    "t5": ("peft", "npz"),
+    "t5": ("npz",),
     "bert_mlm": ("npz",),
 }
+LAYOUTS: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    "llama": ({"prompt_position": "after_bos"}, {"prompt_position": "suffix"}),
+    "t5": ({"prompt_attention": "self"},),
+    "bert_mlm": ({"prompt_attention": "self"},),
+}
+"""Other positions of a prompt, and other attention."""
 STEPS = 5
 SMALL = {"length": 4, "rank": 2, "width": 4, "positions": 30, "samples": 50}
 
@@ -103,8 +108,8 @@ class Journey:
     @property
     def experiment(self) -> Experiment:
         training = TrainingConfig(steps=STEPS, batch_size=4, eval_steps=2, dev_rows=4, test_rows=6, max_new_tokens=3)
-        prompt = METHODS["dpt"](**PROMPTS[self.model])
-        return Experiment(backbone=self.source, task=self.task, prompt=prompt, training=training, dtype="float32")
+        prompt, source = PROMPTS[self.model], self.source
+        return Experiment(backbone=source, task=self.task, prompt=prompt, training=training, dtype="float32")
 
     def train(self) -> Any:
         """Steps with gradients, evaluations and the final test."""
@@ -112,7 +117,15 @@ class Journey:
         assert self.run.results is not None
         answers = [line["answer"] for line in self.run.predictions()]
         losses = [line["loss"] for line in self.run.metrics()]
-        return {"losses": losses, "test": self.run.results["test"], "answers": answers}
+        fresh = build_prompted_model(self.experiment, self.run.task, self.backbone, initialize=False)
+        trained = self.run.prompted(self.backbone)
+        devices = {tensor.device for model in (fresh, trained) for tensor in model.state_dict().values()}
+        return {
+            "losses": losses,
+            "test": self.run.results["test"],
+            "answers": answers,
+            "on_device": devices == {self.backbone.device},
+        }
 
     def resume(self) -> Any:
         """The same training, killed after a checkpoint and resumed: equal bits on its device."""
@@ -134,7 +147,10 @@ class Journey:
         """Answers to rows without labels."""
         assert self.run is not None
         rows = list(TEXTS) if self.model != "vit" else self._images()
-        return [dict(answer.probabilities) or answer.text for answer in predict(self.run.folder, rows, backbone=self.backbone)]
+        return [
+            dict(answer.probabilities) or answer.text
+            for answer in predict(self.run.folder, rows, backbone=self.backbone)
+        ]
 
     def _images(self) -> list[dict[str, str]]:
         return [{"image": str(path)} for path in sorted(Path(self.task).glob("*/*.png"))[::11]]
@@ -179,12 +195,12 @@ class Journey:
             "history": len(ranks.history),
             "cuts": [cut.score.value for cut in ranks.functional.cuts],
         }
-        if self.model in ("llama", "t5", "bert_mlm"):
+        if self.model in ("llama", "bert_mlm"):
             result["gradient"] = [point.spectrum.values for point in gradient_spectra(self.run.folder, batches=1)]
         return result
 
     def prompts(self) -> Any:
-        """Every method: loss, gradients, and several prompts over one batch, prepared and not; greedy and drawn text."""
+        """Every method: loss, gradients, and several prompts over one batch; greedy and drawn text."""
         backbone, result, folded = self.backbone, dict[str, Any](), []
         for name, config in METHODS.items():
             prompt = small(config).build(backbone.host(("yes", "no")), torch.Generator().manual_seed(0))
@@ -196,6 +212,17 @@ class Journey:
                      if parameter.grad is not None}  # fmt: skip
             result[name] = {"loss": loss, "norms": norms}
             folded.append(prompt.fold())
+        for layout in LAYOUTS[self.model]:
+            prompt = small(METHODS["dpt"]).build(backbone.host(("yes", "no")), torch.Generator().manual_seed(0))
+            prompted = attach(backbone, prompt.to(backbone.device), **layout)
+            ids, mask, labels = batch(backbone)
+            loss = prompted(ids, mask, labels=labels).loss
+            loss.backward()
+            norms = [parameter.grad.norm() for parameter in prompt.parameters() if parameter.grad is not None]
+            with torch.no_grad():
+                prepared = prompted.prepare([prompt])
+                scores = prompted.score(ids, mask, [(5,), (7,)], prompts=prepared)
+            result[str(layout)] = {"loss": loss, "norms": norms, "scores": scores}
         model = attach(backbone)
         ids, mask, _ = batch(backbone)
         index = torch.tensor([2, 0, len(folded) - 1, 0], device=backbone.device)
@@ -229,10 +256,10 @@ class Journey:
         return [[line["loss"] for line in run.metrics()] for run in runs]
 
     def layers(self) -> Any:
-        """How often the host waits for the device in a training step, with the model's layers and with twice as many."""
+        """How often the host waits for the device in a training step, with N layers and with 2 N."""
         counts = []
         backbone = softprompt.load_backbone(self.source, dtype="float32")
-        prompt = METHODS["dpt"](**PROMPTS[self.model]).build(backbone.host(("yes",)), torch.Generator().manual_seed(0))
+        prompt = PROMPTS[self.model].build(backbone.host(("yes",)), torch.Generator().manual_seed(0))
         head = softprompt.models.fresh_head(backbone, 2, torch.Generator().manual_seed(0))
         for times in (1, 2):
             repeat_layers(backbone.model, times)
@@ -253,7 +280,7 @@ SKIPPED = {
     *((model, "prompts") for model in ("bert", "vit")),  # no method's prompt needs a head
     *((model, "together") for model in ("t5", "bert", "bert_mlm", "vit")),  # a matter of threads, not of models
 }
-"""What would only repeat another stage. On the CPU, tests/fault resumes in more ways, and the host waits for nothing."""
+"""What would only repeat another stage. On the CPU, `resume` and `layers` are left out: tests/fault resumes there."""
 
 
 def small(config: type[PromptConfig]) -> PromptConfig:
@@ -293,6 +320,10 @@ def main(job: Path) -> None:
     """Run the journeys of a job, each stage on every device, and write what came out."""
     settings = json.loads(job.read_text())
     results: dict[str, Any] = {"seconds": {}}
+    sys.modules["matplotlib"] = None  # type: ignore[assignment]  # a run's curve would take a third of the time
+    if "cuda" in settings["devices"]:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.allow_tf32 = False
     if "pretend" in settings["devices"]:
         pretend.register()
         results["pretend"] = refusals()

@@ -1,11 +1,10 @@
 """A pretend accelerator: a torch device `pretend` whose tensors lie in CPU memory and refuse to meet CPU tensors.
 
 It registers torch's PrivateUse1 backend from Python, so it needs a process of its own: a process can have one such
-backend, for good. A tensor of the device is a wrapper around the CPU tensor that holds its values. Autograd, modules and
-optimizers see a device that is not the CPU; each operation is run by the CPU's kernel, so results can be compared
-exactly. As on CUDA, an operation on tensors of both devices raises, except where one is a CPU scalar in an elementwise
-operation; unlike on CUDA, a CPU tensor as an index into a device tensor raises too, since it would be a hidden copy
-that waits for the device.
+backend, for good. A tensor of the device wraps the CPU tensor that holds its values. Autograd, modules and optimizers
+see a device that is not the CPU; each operation is run by the CPU's kernel, so results can be compared closely. As on
+CUDA, an operation on tensors of both devices raises, unless one of them is a CPU scalar in an elementwise operation.
+Unlike on CUDA, a CPU tensor as an index into a device tensor raises too: it would be a hidden copy.
 """
 
 from collections import Counter
@@ -141,7 +140,9 @@ def _check_devices(func: Any, tensors: Sequence[torch.Tensor]) -> None:
     strangers = [
         tensor for tensor in tensors if not isinstance(tensor, PretendTensor) and not (pointwise and tensor.dim() == 0)
     ]
-    if strangers and len(strangers) < len(tensors):
+    on_device = [isinstance(tensor, PretendTensor) for tensor in tensors]
+    writes_to_cpu = func._schema.is_mutable and any(on_device) and not on_device[0]  # also where it is a scalar
+    if writes_to_cpu or (strangers and any(on_device)):
         shapes = [f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors]
         raise MixedDevices(f"{func} got tensors of several devices: {', '.join(shapes)}")
 
