@@ -13,11 +13,13 @@ packages are missing (`environment.missing`), says why under `skipped`.
 - `scoring`, `generation`, `mixed_prompts`: as in score.py, generate.py and multi_prompt.py.
 - `real_rows`: 200 training steps, with evaluations, on the task `sentiment`.
 
-`seconds` is the median of the repetitions after one that is not timed; the sides alternate. `peak_mb` is the most
-memory that torch allocated during the first run, and `over_mb` the part of it that was added (on a CPU, resident
-memory). Where `loss_gap` is above `loss_tolerance`, the sides did not do the same work. SmolLM2-135M and the rows come
-from the cache folder of softprompt's assets (`--cache`, else `SOFTPROMPT_CACHE`, else the usual one); nothing is
-downloaded. Without the model in it, a model of its shape with random weights takes its place, and `models` says so.
+`seconds` is the median of the repetitions after one that is not timed; the sides alternate. `prepare_seconds` are
+those of loading and attaching, which runs the layers and so compiles them, `first_seconds` those of the first run.
+`peak_mb` is the most memory that torch allocated during the first run, and `over_mb` the part of it that was added
+(on a CPU, resident memory). Where `loss_gap` is above `loss_tolerance`, the sides did not do the same work.
+SmolLM2-135M and the rows come from the cache folder of softprompt's assets (`--cache`, else `SOFTPROMPT_CACHE`, else
+the usual one); nothing is downloaded. Without the model in it, a model of its shape with random weights takes its
+place, and `models` says so.
 """
 
 import argparse

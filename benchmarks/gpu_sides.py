@@ -172,8 +172,10 @@ def compare(plan: Plan, sides: Mapping[str, Any], rows: int, tokens: int, roundi
     works, results = {}, {}
     for name, side in sides.items():
         try:
+            started = time.perf_counter()
             works[name] = side(spec)(tokens)
-            results[name] = warm_up(plan, works[name].run)
+            prepared = time.perf_counter() - started
+            results[name] = {"prepare_seconds": prepared, **warm_up(plan, works[name].run)}
         except torch.OutOfMemoryError:
             works.pop(name, None)
             results[name] = {"error": "out of memory"}

@@ -315,7 +315,8 @@ def takes_tree(prompted: PromptedModel) -> bool:
 def _tree_is_exact(prompted: PromptedModel) -> bool:
     backbone = prompted.backbone
     size = len(backbone.model.get_input_embeddings().weight)
-    a, b, c, d, e, f, g = (int(token) % size for token in torch.linspace(0.1 * size, 0.9 * size, 7, device="cpu").long())
+    spread = torch.linspace(0.1 * size, 0.9 * size, 7, device="cpu").long().tolist()
+    a, b, c, d, e, f, g = (token % size for token in spread)
     ids = torch.tensor([[a, b, c, d], [a, e, f, b]], device=backbone.device)
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=backbone.device)
     candidates, cache = [(a, b, c, d), (a, b, e, d), (a, f, g, d), (g, c, b, d)], DynamicCache()
