@@ -5,7 +5,6 @@ devices. The result is written beside it.
 """
 
 import dataclasses
-import importlib
 import json
 import os
 import sys
@@ -24,6 +23,7 @@ import torch
 import softprompt
 from softprompt import Backbone, Experiment, Progress, Run, Sampling, TrainingConfig, attach
 from softprompt.analysis.rank import Truncation, gradient_spectra, measure
+from softprompt.backbones import precision
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.evaluation.predict import predict
 from softprompt.export import FORMATS, export_runs
@@ -33,8 +33,6 @@ from softprompt.serve import Engine, Limits
 from softprompt.training.callbacks import NullCallback
 from softprompt.training.concurrent import run_concurrently
 from softprompt.training.step import differentiate
-
-loading = importlib.import_module("softprompt.backbones.backbone")
 
 TEXTS = ("a a a", "c", "b b b b b b a", "Ticket: e e")
 PROMPTS: Mapping[str, PromptConfig] = {
@@ -76,12 +74,12 @@ class StopAt(NullCallback):
 @contextmanager
 def auto_device(device: str) -> Iterator[None]:
     """Make `device` the one that `auto` stands for, as it is on a machine with that accelerator."""
-    choose = loading._device
-    loading._device = lambda name: choose(device if name == "auto" else name)
+    choose = precision.resolve_device
+    precision.resolve_device = lambda name: choose(device if name == "auto" else name)
     try:
         yield
     finally:
-        loading._device = choose
+        precision.resolve_device = choose
 
 
 def numbers(values: Any) -> Any:
@@ -240,11 +238,11 @@ class Journey:
         return result
 
     def together(self) -> Any:
-        """Two runs that share their forward passes, and a distillation of demonstrations."""
+        """Two runs that share their forward passes, a distillation of demonstrations, and a deep prompt."""
         training = dataclasses.replace(self.experiment.training, steps=2)
         first = self.experiment.replace(training=training)
         second = first.replace(prompt=METHODS["adept"](length=3, width=4), seed=1)
-        taught = first.replace(demonstrations=2)
+        taught, deep = first.replace(demonstrations=2), first.replace(depth="deep")
 
         def job(experiment: Experiment, name: str) -> Any:
             return lambda compute: softprompt.train(
@@ -252,7 +250,10 @@ class Journey:
             )
 
         runs = [*run_concurrently([job(first, "first"), job(second, "second")], 2)]
-        runs = [*sorted(runs, key=lambda run: run.name), job(taught, "taught")(differentiate)]
+        runs = [
+            *sorted(runs, key=lambda run: run.name),
+            *(job(each, name)(differentiate) for each, name in ((taught, "taught"), (deep, "deep"))),
+        ]
         return [[line["loss"] for line in run.metrics()] for run in runs]
 
     def layers(self) -> Any:

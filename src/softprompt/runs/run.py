@@ -253,7 +253,7 @@ def _initial_kv(
     """
     if not initialize:
         rows = backbone.max_depth * experiment.prompt.length
-        return torch.randn(rows, backbone.prompt_dim(backbone.max_depth), generator=generator)
+        return torch.randn(rows, backbone.prompt_dim(backbone.max_depth), generator=generator, device="cpu")
     shallow = build(experiment.prompt, [backbone.host(task.answers)], generator)
     return as_deep(backbone, shallow.prompt().detach())
 
