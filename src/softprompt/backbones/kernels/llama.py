@@ -76,12 +76,12 @@ def _is_supported_layer(layer: Any) -> bool:
     if type(layer).__name__ not in SUPPORTED_LAYERS:
         return False
     attention, mlp = layer.self_attn, layer.mlp
-    one = torch.ones(1, device=layer.input_layernorm.weight.device)
+    probe = torch.ones(1, device=layer.input_layernorm.weight.device)
     without_bias = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     return (
         all(map(dequantize.is_supported, [attention.q_proj, attention.k_proj, attention.v_proj, *without_bias]))
         and all(linear.bias is None for linear in without_bias)
-        and bool(mlp.act_fn(one) == nn.functional.silu(one))
+        and bool(mlp.act_fn(probe) == nn.functional.silu(probe))
     )
 
 
