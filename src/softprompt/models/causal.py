@@ -22,7 +22,7 @@ from softprompt.backbones.kernels import attention, llama, llama_decode
 from softprompt.models.base import PromptedModel
 from softprompt.models.checks import check_not_empty
 from softprompt.models.decode_state import DecodeState
-from softprompt.models.deep_kv import deep_prefixes
+from softprompt.models.deep_kv import any_deep, check_deep, deep_prefixes
 from softprompt.models.inline import PromptEmbeddings, insert_prompts
 from softprompt.models.inputs import Candidates, Ids, Index, Inputs, Labels, Mask, Prepared, Prompts
 from softprompt.models.kv_buffer import ROOM, KVBuffer
@@ -79,11 +79,9 @@ class Causal(PromptedModel):
         self._check_exact()
         self.supports_prefix_sharing = not self.in_row and self.window is None and not fsdp.is_sharded(model)
         # Rows that are not packed continue from a cache, which a second run of the layers would write to again.
-        is_deep = self.prompt is not None and self.prompt.depth > 1
-        self.supports_gradient_checkpointing = self.packs and not is_deep
-        if is_deep:
-            self.prompt_embeddings(self.prompts_of(None))
-            self._check_deep(self.prompts_of(None))
+        self.supports_gradient_checkpointing = self.packs and not any_deep(self.prompts_of(None))
+        if any_deep(self.prompts_of(None)):
+            self.kv_prefixes(self.prompts_of(None))  # refuses what does not fit
 
     def _check_exact(self) -> None:
         """Compare mixed batches with single rows, once per model and position; choose an exact layout, or refuse.
@@ -128,7 +126,7 @@ class Causal(PromptedModel):
 
     def prepare(self, prompts: Sequence[SoftPrompt]) -> KVPrefixBatch | PromptEmbeddings:
         """The prompts' keys and values; their vectors where prompts run in every row."""
-        if _any_deep(prompts):
+        if any_deep(prompts):
             return self.kv_prefixes(prompts)
         return PromptEmbeddings.compute(self, prompts) if self.in_row and prompts else self.kv_prefixes(prompts)
 
@@ -139,8 +137,8 @@ class Causal(PromptedModel):
             ValueError: deep prompts beside shallow ones, or where the model has no prefix of keys and values.
         """
         device, vectors = self.backbone.device, self.prompt_embeddings(prompts)
-        if _any_deep(prompts):
-            self._check_deep(prompts)
+        if any_deep(prompts):
+            check_deep(self.backbone, prompts, self.in_row, self.prompt_position)
             return deep_prefixes(self.backbone, prompts, vectors)
         if not vectors:
             empty = torch.ones(1, 0, dtype=torch.long, device=device)
@@ -296,7 +294,7 @@ class Causal(PromptedModel):
     def _can_pack(self, prompts: Prompts) -> TypeGuard[Sequence[SoftPrompt] | KVPrefixBatch | None]:
         if isinstance(prompts, KVPrefixBatch):
             return self.packs and self._is_fused and not torch.is_grad_enabled()
-        return self.packs and not isinstance(prompts, Prepared) and not _any_deep(self.prompts_of(prompts))
+        return self.packs and not isinstance(prompts, Prepared) and not any_deep(self.prompts_of(prompts))
 
     def _predicting_logits(
         self,
@@ -330,7 +328,7 @@ class Causal(PromptedModel):
         return prepared.with_first_logits(state.logits, is_first, rows), prepared.logits is None
 
     def _prepared(self, prompts: Prompts) -> KVPrefixBatch | PromptEmbeddings:
-        in_row = self.in_row and len(self.prompts_of(prompts)) > 0 and not _any_deep(self.prompts_of(prompts))
+        in_row = self.in_row and len(self.prompts_of(prompts)) > 0 and not any_deep(self.prompts_of(prompts))
         return self.resolve(prompts, PromptEmbeddings) if in_row else self.resolve(prompts, KVPrefixBatch)
 
     def _read(
@@ -392,16 +390,6 @@ class Causal(PromptedModel):
         logits: Tensor = output.logits
         return logits
 
-    def _check_deep(self, prompts: Sequence[SoftPrompt]) -> None:
-        if self.in_row:
-            where = "" if self.prompt_position == "prefix" else f" at prompt_position {self.prompt_position!r}"
-            raise ValueError(
-                f"the prompt is deep, and {self.backbone.source}{where} runs prompts in every row; train a shallow "
-                "prompt, or a deep one with prompt_position 'prefix' on a model that takes explicit positions"
-            )
-        if any(prompt.depth == 1 for prompt in prompts):
-            raise ValueError("deep and shallow prompts are in one call; run each kind on its own")
-
     def _check_width(self, longest: int, width: int) -> None:
         """Refuse rows of more positions than the model has, or wider than its attention window with their padding."""
         self.check_length(longest, self.backbone.max_positions)
@@ -410,7 +398,3 @@ class Causal(PromptedModel):
                 f"rows of {width} positions with prompt and padding exceed the sliding window of {self.window} of "
                 f"{self.backbone.source}, beyond which a shared prefix is not exact; shorten the rows"
             )
-
-
-def _any_deep(prompts: Sequence[SoftPrompt]) -> bool:
-    return any(prompt.depth > 1 for prompt in prompts)

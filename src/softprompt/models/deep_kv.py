@@ -15,6 +15,35 @@ from softprompt.backbones import Backbone
 from softprompt.models.kv_prefix import KVPrefixBatch
 from softprompt.models.padding import length_mask
 from softprompt.prompts import SoftPrompt
+from softprompt.types import PromptPosition
+
+
+def any_deep(prompts: Sequence[SoftPrompt]) -> bool:
+    """Whether one of the prompts is deep."""
+    return any(prompt.depth > 1 for prompt in prompts)
+
+
+def check_deep(
+    backbone: Backbone, prompts: Sequence[SoftPrompt], in_row: bool, prompt_position: PromptPosition
+) -> None:
+    """Check that deep prompts can be prefixes of a decoder's rows.
+
+    Args:
+        prompts: those of one call, of which one is deep.
+        in_row: whether the model runs prompts in every row.
+        prompt_position: where its prompts are.
+
+    Raises:
+        ValueError: they cannot, or there are shallow prompts beside them.
+    """
+    if in_row:
+        where = "" if prompt_position == "prefix" else f" at prompt_position {prompt_position!r}"
+        raise ValueError(
+            f"the prompt is deep, and {backbone.source}{where} runs prompts in every row; train a shallow prompt, or a "
+            "deep one with prompt_position 'prefix' on a model that takes explicit positions"
+        )
+    if any(prompt.depth == 1 for prompt in prompts):
+        raise ValueError("deep and shallow prompts are in one call; run each kind on its own")
 
 
 def deep_prefixes(backbone: Backbone, prompts: Sequence[SoftPrompt], vectors: Sequence[Tensor]) -> KVPrefixBatch:
