@@ -21,7 +21,10 @@ HERE = Path(__file__).parent
 
 def methods() -> str:
     """One section per method, from its docstring and its fields."""
-    parts = ["# Methods\n\nGenerated from the code by `make docs`. Parameter counts are at width 768.\n"]
+    parts = [
+        "# Methods\n\nGenerated from the code by `make docs`. Parameter counts are at width 768. A method that folds "
+        "to a prompt alone\ncan also give every layer a prompt of its own (`--depth deep`): [deep.md](deep.md).\n"
+    ]
     for name, config in sorted(METHODS.items()):
         parts.append(f"## {name}\n\n{cleandoc(config.__doc__ or '')}\n")
         parts.append(f"Folds to: {config.folds}. Default size: {config().count(768):,} parameters.\n")

@@ -34,7 +34,7 @@ class TrainingConfig:
     another engine. At 0 it may not; 1 is the cross-entropy of the answer's tokens over the vocabulary (as in the
     papers), which tasks without label words always use."""
     temperature: float = 1.0
-    """Of a distillation (`context`, `demonstrations`): above 1 the teacher's less likely tokens count for more."""
+    """Temperature of a distillation (`context`, `demonstrations`); above 1, less likely tokens count for more."""
     warmup_ratio: float = 0.1
     """Fraction of the steps over which the learning rate rises from 0."""
     lr_scheduler: Literal["linear", "cosine", "none"] = "linear"
@@ -155,12 +155,12 @@ class Experiment:
     """Hyperparameters of the training."""
     context: str | None = None
     """A text file to distil: the frozen model that reads it before each row is the teacher, and the prompt is trained
-    to give the teacher's distribution without it; the rows' own answers then only say at which tokens."""
+    to give the teacher's distribution without it. The rows' own answers then only say at which tokens."""
     demonstrations: int = 0
     """Labelled training rows in front of each row, as the context to distil (after the text of `context`, if both are
     given); the prompt is not trained on these rows."""
     init_prompt: str | None = None
-    """A run or a PEFT prompt-tuning folder whose prompt to start from, instead of the method's own initialization."""
+    """A run or a PEFT prompt folder from whose prompt training starts, instead of the method's own initialization."""
     seed: int = 0
     """Seed of the prompt's initialization, the order of rows and all random draws."""
     dtype: Dtype = "auto"

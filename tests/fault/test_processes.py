@@ -171,7 +171,7 @@ def test_interrupt_in_one_process_stops_both_resumably(finished_jobs: FinishedJo
     assert finished_jobs.codes["drawing"] == [0, 0]
     assert finished_jobs.codes["stopped"] == [1, 1]
     for error in finished_jobs.errors("stopped"):
-        assert error.startswith("Interrupted: stopped after step 3 of 6; go on with: softprompt train --resume ")
+        assert error.startswith("Interrupted: stopped after step 3 of 6; continue with: softprompt train --resume ")
     assert finished_jobs.codes["resumed"] == [0, 0], finished_jobs.errors("resumed")
     for name in ("metrics.jsonl", "softprompt.safetensors", "predictions.jsonl"):
         resumed, experiment_json = (
@@ -210,7 +210,7 @@ def test_killed_process_ends_the_other(finished_jobs: FinishedJobs) -> None:
     assert finished_jobs.codes["kill"] == [1, -signal.SIGKILL]
     [error] = finished_jobs.errors("kill")
     assert error == (
-        "RuntimeError: another process of this training has ended; read its error, and go on with: "
+        "RuntimeError: another process of this training has ended; read its error, and continue with: "
         "softprompt train --resume RUN"
     )
 

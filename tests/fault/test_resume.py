@@ -106,7 +106,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(
     monkeypatch.setattr(NullCallback, "on_step", interrupt_at(at))
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(
-        Interrupted, match=rf"stopped after step {at} of 6; go on with: softprompt train --resume \S+run$"
+        Interrupted, match=rf"stopped after step {at} of 6; continue with: softprompt train --resume \S+run$"
     ):
         train(uninterrupted.experiment, out=tmp_path, name="run")
     assert signal.getsignal(signal.SIGINT) is handler
@@ -146,7 +146,7 @@ def test_ctrl_c_on_the_command_line_resumes(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines()[-1] == (
-        f"softprompt: stopped after step 3 of 6; go on with: softprompt train --resume {tmp_path / 'run'}"
+        f"softprompt: stopped after step 3 of 6; continue with: softprompt train --resume {tmp_path / 'run'}"
     )
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 6

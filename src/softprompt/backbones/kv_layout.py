@@ -1,4 +1,4 @@
-"""What a decoder keeps of a token in each layer: the sizes of its keys and values."""
+"""The sizes of a decoder's cache: the keys and values of one token in each layer."""
 
 from dataclasses import dataclass
 from typing import Any, final
@@ -19,7 +19,7 @@ class KVLayout:
 
     @property
     def width(self) -> int:
-        """Numbers in the keys, or in the values, of one token in one layer."""
+        """Entries of one token's keys, or of its values, in one layer."""
         return self.heads * self.head_dim
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 COMMANDS: dict[str, str] = {
     "train": "Train a prompt and save it in a run's folder.",
-    "distil": "Train a prompt that stands for a long text in front of every request.",
+    "distil": "Train a prompt that takes the place of a long text in front of every request.",
     "evaluate": "Score a run on its test split, or on another task.",
     "predict": "Predict the answers to the rows of a file.",
     "lm-eval": "Score a run in lm-evaluation-harness.",

@@ -1,4 +1,4 @@
-"""`softprompt distil`: a long text in front of every request becomes a short trained prompt."""
+"""`softprompt distil`: a short trained prompt takes the place of a long text in front of every request."""
 
 from pathlib import Path
 from typing import Any

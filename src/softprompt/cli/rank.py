@@ -44,10 +44,10 @@ def rank_(
     Args:
         source: A run, a PEFT prompt-tuning folder or a folder of runs; with --burstiness or --gradient also a backbone.
         checkpoints: Also measure at every checkpoint.
-        functional: Also cut the prompt to lower ranks and score each.
+        functional: Also truncate the prompt to lower ranks and score each.
         suggest: Suggest a rank for DPT from these scores: with --part update for one with an anchor (the default), else
             for one without.
-        truncation: How prompts are cut and scored.
+        truncation: How prompts are truncated and scored.
         burstiness_: Measure instead how heavy the tails of the inputs' query-key products are.
         samples: Number of input vectors for --burstiness.
         gradient: Measure instead in how few directions the loss's gradient lies: at the prompts of a run, or for a
@@ -67,7 +67,9 @@ def rank_(
     elif length is not None or batches != 8:
         raise ValueError("--length and --batches do nothing without --gradient; give it too, or leave them out")
     elif has_cut_flags and not (functional or suggest):
-        raise ValueError("the flags of a cut do nothing without --functional or --suggest; give one of these too")
+        raise ValueError(
+            "the flags of a truncation do nothing without --functional or --suggest; give one of these too"
+        )
     if out is not None:
         check_matplotlib()
     if burstiness_:

@@ -36,11 +36,13 @@ class SoftPromptLM(HFLM):
         self, run: str | None = None, backbone: str | None = None, dtype: Any = "auto", **settings: Any
     ) -> None:
         if run is None and backbone is None:
-            raise ValueError("give lm-eval's model a run=FOLDER, or a backbone=NAME for zero-shot numbers")
+            raise ValueError("give lm-eval's model a run=FOLDER, or a backbone=NAME for zero-shot scores")
         opened = None if run is None else open_run(run)
         loaded = load(str(backbone), dtype=dtype) if opened is None else opened.backbone(backbone)
         if not model_class(loaded).decoder_only:
-            raise ValueError(f"lm-eval's scores need a decoder, and {loaded.source} is an {loaded.architecture} model")
+            raise ValueError(
+                f"{loaded.source} is a model of the kind {loaded.architecture}, and lm-eval's scores need a decoder; give one"
+            )
         settings.pop("device", None)  # the model is loaded already
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **settings)
         self.prompted = None if opened is None else opened.prompted(loaded)
@@ -63,7 +65,9 @@ class SoftPromptLM(HFLM):
             tokens: Tensor = super()._model_generate(context, max_length, stop, **generation_kwargs)
             return tokens
         if generation_kwargs.get("do_sample") or generation_kwargs.get("num_beams", 1) != 1:
-            raise ValueError("lm-eval's task samples or searches with beams, and a run is evaluated greedily")
+            raise ValueError(
+                "lm-eval's task asks for sampling or beams, and a run generates greedily; choose a greedy task"
+            )
         steps: list[Tensor] = []
         for token in self.prompted.generate(
             context,

@@ -2,7 +2,7 @@ r"""Labels, probabilities and texts of exported prompts, from a vLLM or llama.cp
 
 Copied into an export, where it needs transformers (and for `vllm` exports torch and safetensors), not softprompt:
 
-    python client.py http://localhost:8000 sentiment "Review: A film that earns its tears.\nSentiment:"
+    python client.py http://localhost:8000 sentiment $'Review: A film that earns its tears.\nSentiment:'
 
 Every request is greedy or asks for log-probabilities alone, so answers do not depend on the server's sampling settings.
 """

@@ -18,8 +18,8 @@ class Npz(Format):
     """`prompts.npz`: float32 arrays `NAME.matrix`, and `NAME.position_table`, `NAME.input_table` where there are any.
 
     A row is `[matrix; E(text) + position_table[position in the text] + input_table[id]]`; `NAME.beyond` says what a
-    token past the position table gets: `refuse` (the run would refuse the row) or `none`. `NAME.depth` is 1, or for a
-    deep prompt the number of layers, whose vectors are concatenated in `NAME.matrix`.
+    token past the position table gets: `refuse` (the run would refuse the row) or `none`. `NAME.depth` is the number of
+    matrices in `NAME.matrix`: 1, or for a deep prompt the layers, or in a decoder each layer's keys and its values.
     """
 
     name: ClassVar[str] = "npz"

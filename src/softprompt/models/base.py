@@ -47,7 +47,7 @@ class PromptedModel(nn.Module, ABC):
     max_label_tokens: ClassVar[int | None] = None
     """Most tokens of a label word; none: any number."""
     peft_task_type: ClassVar[str | None] = None
-    """PEFT's name for the task, where PEFT puts prompts where we do; none where it does not."""
+    """PEFT's name for the task; none if PEFT does not put prompts where we do."""
     prompt_positions: ClassVar[tuple[PromptPosition, ...]] = ("prefix",)
     """Where a prompt may be in the input."""
     supports_self_attention: ClassVar[bool] = False
@@ -61,7 +61,7 @@ class PromptedModel(nn.Module, ABC):
     supports_prefix_sharing: bool = False
     """`with_shared_prefix` computes what texts begin with once for all of them."""
     head_rate: ClassVar[float] = 0.5
-    """Learning rate of the group `head`, relative to the prompt's; MiniLM learned best with it of 0.02, 0.1, 0.5."""
+    """Learning rate of the group `head`, relative to the prompt's; of 0.02, 0.1 and 0.5 MiniLM learned best with it."""
 
     backbone: Backbone
     tuned: nn.Module | None

@@ -1,4 +1,4 @@
-"""A batch that a decoder is in the middle of."""
+"""The state of a decoder's batch between two steps."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from softprompt.prompts import SoftPrompt
 
 
 class DecodeState(NamedTuple):
-    """The cache of a batch, and what its next tokens need."""
+    """The cache of a batch, the logits of its last pass, and what its next tokens need."""
 
     cache: Any
     mask: Int[Tensor, "batch total"]

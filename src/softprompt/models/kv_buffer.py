@@ -1,4 +1,4 @@
-"""Room for a running batch's keys and values in one layer: new ones are written into it, and nothing is copied."""
+"""A preallocated cache layer of a running batch: new keys and values are written into it, and nothing is copied."""
 
 from typing import Any, final
 

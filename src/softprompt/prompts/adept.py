@@ -82,8 +82,8 @@ class AdaptivePrompt(SoftPrompt):
 class ADePT(PromptConfig):
     """`[P_s; E + ReLU(E A + a) B + b]`, `length * dim + 2 * dim * width + width + dim` parameters.
 
-    Costs a narrow network on every input token per step; after folding one look-up, in a table as large as the
-    backbone's own embedding. PEFT's prompt-tuning format cannot express it.
+    Costs a narrow network on every input token per step; after folding, one lookup in a table as large as the
+    backbone's embedding table. PEFT's prompt-tuning format cannot express it.
     Reference: Tang et al. 2025, "ADePT: Adaptive Decomposed Prompt Tuning for Parameter-Efficient Fine-tuning"; `down`,
     `down_bias`, `up` and `up_bias` are their A, a, B and b, `width` their r.
     Differs: input, prompt and shift are all measured in units of the host's embedding RMS (`scale=1` is the

@@ -53,16 +53,17 @@ class BPT(PromptConfig):
     """`P = A B^T`, `(length + dim) * rank` parameters; or `P = P0 W^T` with `W` whitening `W_q W_k^T x` of the inputs.
 
     Whitening costs one eigendecomposition of a `dim * dim` matrix when the prompt is built, and `dim * dim` numbers
-    on disk; folded it costs nothing. Any `scale` starts as published, times that scale; none puts both factors at
-    unit size and the first prompt at the host's embedding RMS, so that one learning rate fits every backbone.
-    A deep prompt has for each layer its own factors, whitened by that layer's own inputs and weights.
+    on disk; folded it costs nothing. With a `scale` the factors start as published, times that scale; without one,
+    both are at unit size and the first prompt is at the host's embedding RMS, so that one learning rate fits every
+    backbone. In a deep prompt each layer has its own factors, whitened by that layer's own inputs and weights.
     Reference: Wang, Duan and Kong 2025, "Attention to the Burstiness in Visual Prompt Tuning!"; `left` is their A or
     P0, `right` their B^T or W^T, `rank` their p. `W = (Sigma + eps I)^(-1/2)` is symmetric (ZCA), and Sigma is not
     centred, as theirs is not.
     Differs: the published code has no eps, so that a rank-deficient sample divides by zero; it averages the images
-    before Sigma, which leaves one vector a position; its shallow form takes the query weights for the keys' too; its
-    prompts must fill a square grid; it divides Sigma by `dim` too; of a deep prompt it trains B in the top four blocks
-    alone (183,600 parameters at length and rank 50), this one in all. `scale=1` is the published form of what is left.
+    before Sigma, which leaves one vector per position; its shallow form uses the query weights in place of the key
+    weights; its prompts must fill a square grid; it also divides Sigma by `dim`; of a deep prompt it trains B in the
+    top four blocks only (183,600 parameters at length and rank 50), this one in all. Apart from these differences,
+    `scale=1` is the published form.
 
     >>> BPT(length=100, rank=75).count(768)
     65100

@@ -1,4 +1,4 @@
-"""A prompt for every layer, as one module: what deep visual prompt tuning trains, with any method."""
+"""A prompt for every layer, as one module: deep visual prompt tuning and prefix tuning, with any method."""
 
 from collections.abc import Sequence
 from typing import final
@@ -12,7 +12,9 @@ from softprompt.prompts.base import Folded, Host, PromptConfig, SoftPrompt
 
 @final
 class Deep(SoftPrompt):
-    """`[P_1; P_2; ...]`, `P_i` of layer i: before each layer its prompt replaces the previous layer's output for it.
+    """`[P_1; P_2; ...]`: in a vision model `P_i` replaces the previous layer's output at the prompt, before layer i.
+
+    In a decoder they are the keys and the values of each layer, `[K_1; V_1; K_2; ...]` (`models/deep_kv.py`).
 
     Reference: Jia et al. 2022, "Visual Prompt Tuning", VPT-deep.
     Differs: nothing.

@@ -97,8 +97,8 @@ class DPT(PromptConfig):
     """`P = P0 + s (A B - A0 B0)`, P0 frozen, or as published `P = A B`: `rank * (length + dim)` parameters.
 
     Costs two thin products a step, nothing after folding; on disk an anchored prompt also keeps P0, A0 and B0, frozen.
-    The start is exactly P0: of a warm start the given prompt, whatever its rank. Without an anchor the prompt itself
-    has rank at most `rank`; around one, `P - (P0 - s A0 B0)` has. `factor_init=gradient` computes the
+    Training starts at exactly P0; with a warm start, P0 is the given prompt, whatever its rank. Without an anchor the
+    prompt itself has rank at most `rank`; with one, `P - (P0 - s A0 B0)` does. `factor_init=gradient` computes the
     gradient of `gradient_batches` batches before the first step: count those as steps when you compare.
     Reference: Xiao et al. 2023, "Decomposed Prompt Tuning via Low-Rank Reparameterization"; `left` is their A
     and `right` their B, transposed as in their code (`[length, rank] @ [rank, dim]`).

@@ -48,8 +48,8 @@ class ULPT(PromptConfig):
     `projection` their P~, `gain` and `bias` their s and b, `rank` their r.
     Differs: P~ is N(0, 1) as in the paper, divided by `sqrt(rank)` and in units of the host's embedding RMS, so that
     the first prompt is at the host's size and one learning rate fits every backbone; with a `scale` it is
-    Xavier-uniform times that scale, as in their code, and `scale=1` is that. A warm start becomes the nearest prompt
-    that the projection allows (`s = 1`, `b` its mean row).
+    Xavier-uniform times that scale (`scale=1` is their code). A warm start becomes the nearest prompt that the
+    projection can represent (`s = 1`, `b` its mean row).
 
     >>> ULPT(length=100, rank=64).count(768)
     7936

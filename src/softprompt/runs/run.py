@@ -115,7 +115,9 @@ class Run:
     def _check_usable(self, backbone: Backbone) -> None:
         """Check that the run is finished and was trained on `backbone`."""
         if self.results is None:
-            raise ValueError(f"run {self.folder} is not finished; go on with: softprompt train --resume {self.folder}")
+            raise ValueError(
+                f"run {self.folder} is not finished; continue with: softprompt train --resume {self.folder}"
+            )
         self._check_backbone(backbone)
 
     def _check_backbone(self, backbone: Backbone) -> None:

@@ -87,7 +87,7 @@ class Interrupted(Exception):
 
 
 _stop_requests: list[threading.Event] = []
-"""The event of each `interruptible` block in the main thread: one and the same event."""
+"""One entry for each open `interruptible` block of the main thread; all are the same event."""
 _previous_handlers: dict[int, Any] = {}
 """The signal handlers from before the outermost `interruptible` block."""
 

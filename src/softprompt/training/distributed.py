@@ -20,7 +20,7 @@ _TIMEOUT = timedelta(hours=12)
 """How long a collective waits for another process, which may be downloading a model; a dead one is noticed at once."""
 
 _PEER_ENDED = (
-    "another process of this training has ended; read its error, and go on with: softprompt train --resume RUN"
+    "another process of this training has ended; read its error, and continue with: softprompt train --resume RUN"
 )
 
 _PEER_ENDED_SIGNS = ("gloo", "remote process", "Connection closed", "Connection reset")

@@ -229,7 +229,7 @@ class _Trainer:
             if self.processes.any(stop_requested.is_set()):
                 self._save_checkpoint()
                 raise Interrupted(
-                    f"stopped after step {state.step} of {settings.steps}; go on with: "
+                    f"stopped after step {state.step} of {settings.steps}; continue with: "
                     f"softprompt train --resume {self.run.folder}"
                 )
 

@@ -1,6 +1,6 @@
-"""One token more for each row of a batch through a Llama's layers on a CPU, with a dozen operations a layer.
+"""Decode one more token for each row of a batch through Llama layers on a CPU, with a dozen operations per layer.
 
-transformers runs a hundred, whose overhead is most of the time for one token. Here a layer is its seven matrix
+transformers runs a hundred, whose overhead is most of the time for one token. Here a layer consists of its seven matrix
 products, which read the weights once, and a few small operations between them. The query heads that share a key-value
 head are the queries of one attention call, so keys and values are not repeated. The formulas are transformers';
 rounding differs.

@@ -81,7 +81,7 @@ def _same(*names: str) -> dict[str, str]:
 SST2 = register_official(
     "sst2",
     _official("SST-2", "sst2", _same("sentence")),
-    "Is a phrase of a film review for or against the film?",
+    "Is a phrase from a film review positive or negative?",
     wordings(
         BINARY,
         natural=("Review: {sentence}\nSentiment:", ("negative", "positive")),
@@ -119,7 +119,7 @@ COLA = register_official(
 MRPC = register_official(
     "mrpc",
     _official("MRPC", "mrpc", {"sentence1": "#1 String", "sentence2": "#2 String"}, "Quality"),
-    "Do two sentences of the news say the same?",
+    "Do two sentences from the news have the same meaning?",
     wordings(
         BINARY,
         natural=("{sentence1}\n{sentence2}\nQuestion: Do these two sentences say the same?\nAnswer:", ("no", "yes")),
@@ -135,7 +135,7 @@ MRPC = register_official(
 QQP = register_official(
     "qqp",
     _official("QQP", "qqp", _same("question1", "question2"), "is_duplicate", read=partial(read_tsv, short=True)),
-    "Do two questions ask the same?",
+    "Are two questions duplicates of each other?",
     wordings(
         BINARY,
         natural=("{question1}\n{question2}\nQuestion: Do these two questions ask the same?\nAnswer:", ("no", "yes")),
@@ -210,7 +210,7 @@ GLUE_RTE = register_official(
 STSB = register_official(
     "stsb",
     _official("STS-B", "stsb", _same("sentence1", "sentence2"), "score", labels=(), prepare=_prepare_stsb),
-    "How alike are two sentences, from 0.0 to 5.0? Written out as a number.",
+    "How similar are two sentences, from 0.0 to 5.0? Generated as a number.",
     {
         "natural": Template(
             text="{sentence1}\n{sentence2}\nQuestion: How alike are these two sentences, from 0.0 to 5.0?\nAnswer:"

@@ -21,7 +21,7 @@ def _read(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
 SENTIMENT = register(
     Task(
         name="sentiment",
-        description="Is a sentence of a film review for or against the film? No film is in two splits.",
+        description="Is a sentence from a film review positive or negative? No film is in two splits.",
         template="Review: {text}\nSentiment:",
         label="category",
         label_words={"rotten": "negative", "fresh": "positive"},

@@ -80,7 +80,7 @@ COPA = register_official(
 MULTIRC = register_official(
     "multirc",
     _official("MultiRC", "multirc", (0, 1), flatten=flatten_multirc, prepare=prepare_multirc),
-    "Is an answer to a question about a paragraph right? Several may be; scored by answer and by question.",
+    "Is an answer to a question about a paragraph correct? Several may be; scored by answer and by question.",
     wordings(
         _BINARY,
         natural=("{paragraph}\nQuestion: {question}\nIs this a right answer: {answer}?\nAnswer:", ("no", "yes")),
@@ -98,7 +98,7 @@ MULTIRC = register_official(
 RECORD = register_official(
     "record",
     _official("ReCoRD", "record", flatten=flatten_record, prepare=prepare_record),
-    "Which of an article's entities is left out of a sentence? Written out, and scored against every accepted one.",
+    "Which of an article's entities is missing from a sentence? Generated, and scored against all accepted answers.",
     {
         "natural": Template(
             text="{article}\nNames: {entities}\nSentence: {cloze}\nThe name that is missing from the sentence:"
@@ -171,7 +171,7 @@ WIC = register_official(
         TRUTH,
         prepare=columns("word", "sentence1", "sentence2", "start1", "end1", "start2", "end2", "label"),
     ),
-    "Has a word the same meaning in two sentences?",
+    "Does a word have the same meaning in two sentences?",
     wordings(
         _BOOLEAN,
         natural=(
@@ -194,7 +194,7 @@ WIC = register_official(
 WSC = register_official(
     "wsc",
     _official("WSC", "wsc", TRUTH, flatten=flatten_wsc, prepare=prepare_wsc),
-    "Does a pronoun stand for a noun? Nearly two in three do not: look at the majority score first.",
+    "Does a pronoun refer to a noun? In nearly two of three rows it does not: look at the majority score first.",
     wordings(
         _BOOLEAN,
         natural=(
@@ -217,7 +217,7 @@ WSC = register_official(
 WSC_POSITIVES = register_official(
     "wsc-positives",
     _official("WSC", "wsc", TRUTH, flatten=flatten_wsc, prepare=prepare_wsc_positive),
-    "WSC as the papers score it: write what a pronoun stands for, positive rows alone. No negative is ever tested.",
+    "WSC as the papers score it: generate what a pronoun refers to, in positive rows only. No negative is ever tested.",
     {
         "natural": Template(text='{pronoun_marked}\nQuestion: What does "*{span2_text}*" stand for?\nAnswer:'),
         "dpt": Template(text="{pronoun_apart}"),

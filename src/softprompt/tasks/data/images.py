@@ -269,7 +269,7 @@ READERS["hub"] = _read_hub
 MNIST = register(
     Task(
         name="mnist",
-        description="Which digit did a hand write? 5,000 of MNIST's images, for a vision model.",
+        description="Which handwritten digit is it? 5,000 of MNIST's images, for a vision model.",
         image=IMAGE,
         label=LABEL,
         label_words={str(digit): str(digit) for digit in range(10)},
