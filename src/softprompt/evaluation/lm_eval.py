@@ -41,7 +41,7 @@ class SoftPromptLM(HFLM):
         loaded = load(str(backbone), dtype=dtype) if opened is None else opened.backbone(backbone)
         if not model_class(loaded).decoder_only:
             raise ValueError(
-                f"{loaded.source} is a model of the kind {loaded.architecture}, and lm-eval's scores need a decoder; give one"
+                f"{loaded.source} is a model of the kind {loaded.architecture}, and lm-eval needs a decoder; give one"
             )
         settings.pop("device", None)  # the model is loaded already
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **settings)
