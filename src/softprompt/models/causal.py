@@ -50,9 +50,8 @@ class Causal(PromptedModel):
     (the tokens themselves) the head runs at label positions alone: logits are `[batch, kept, vocab]`, one column for
     each (after moving padding to the left) in which any row has a label.
 
-    A training step costs one pass over the prompt (once, whatever the batch size) and the text; at inference `prepare`
-    pays for the prompt once. Guarantees the outputs and gradients of `[prompt; text]` run as one row, whatever the
-    padding.
+    A training step costs one pass over the text and one over the prompt, at batch 1; at inference `prepare` runs the
+    prompt once. Guarantees outputs and gradients of `[prompt; text]` run as one row, whatever the padding.
 
     Raises:
         ValueError: the model has state other than attention's keys and values, or its prefix is not exact.
