@@ -272,7 +272,7 @@ def test_a_warm_start_is_layer_by_layer(dinov2_folder: Path, photos: Path, tmp_p
     train(warm, out=tmp_path, name="again", callback=notes)
     [error] = [float(note.split()[-1]) for note in notes.said if "relative error" in note]
     assert error < 1e-5
-    with pytest.raises(ValueError, match="has 3 layers and the new one 1"):
+    with pytest.raises(ValueError, match="is of depth 3 and the new one of depth 1"):
         train(warm.replace(depth="shallow", prompt=Plain(length=9)), out=tmp_path)
 
 

@@ -174,6 +174,16 @@ def test_deep_prompt_starts_from_a_shallow_or_a_deep_run(experiment: Experiment,
     torch.testing.assert_close(initial.prompt(), read_prompt(warm.folder, backbone).prompt(), rtol=1e-5, atol=1e-5)
 
 
+def test_demonstrations_are_distilled_into_a_deep_prompt(experiment: Experiment, tmp_path: Path) -> None:
+    training = TrainingConfig(steps=20, batch_size=8, eval_steps=20, lr=0.1, dev_rows=6)
+    run = train(experiment.replace(demonstrations=6, training=training, prompt=Plain(length=5)), out=tmp_path)
+    distilled = run.results["distillation"]
+    assert distilled["prompt_tokens"] == 5
+    assert distilled["prompt"]["kl"] < distilled["no_context"]["kl"]
+    losses = [line["loss"] for line in run.metrics()]
+    assert losses[-1] < 0.7 * losses[0]
+
+
 def test_service_mixes_deep_and_shallow_prompts(experiment: Experiment, tmp_path: Path) -> None:
     deep = train(experiment, out=tmp_path / "deep")
     shallow = train(experiment.replace(depth="shallow"), out=tmp_path / "shallow")

@@ -229,8 +229,8 @@ def build_prompt(
             )
         if folded.depth != depth and not (is_deep_kv and folded.depth == 1):
             raise ValueError(
-                f"the prompt of --init-prompt {experiment.init_prompt} has {folded.depth} layers and the new one "
-                f"{depth}; give both the same depth"
+                f"the prompt of --init-prompt {experiment.init_prompt} is of depth {folded.depth} and the new one of "
+                f"depth {depth}, counted in matrices; train with the depth of the other"
             )
         start = folded.prompt().detach().cpu()
         if is_deep_kv and folded.depth == 1:
