@@ -101,5 +101,5 @@ def test_usage_counts_inputs_once_and_answers_to_the_stop(
         assert len(counts) == 1
         assert counts.pop() < once["usage"]["completion_tokens"]
         lines = ask(stop=[stop], stream=True, stream_options={"include_usage": True}).text.splitlines()
-        usage = next(line for line in lines if '"usage"' in line)
+        usage = next(line for line in lines if '"usage": {' in line)
         assert f'"prompt_tokens": {once["usage"]["prompt_tokens"]}' in usage

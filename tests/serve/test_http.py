@@ -65,8 +65,9 @@ def test_openai_client_understands_errors(service: Any) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="nobody", prompt="a")
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="logprobs is not supported"):
-        client.completions.create(model="p0", prompt="a", logprobs=3)
+    with pytest.raises(openai.BadRequestError, match="suffix is not supported") as refused:
+        client.completions.create(model="p0", prompt="a", suffix="b")
+    assert (refused.value.param, refused.value.code) == ("suffix", "unsupported_parameter")
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{service.address}/v1", api_key="wrong", max_retries=0).models.list()
 

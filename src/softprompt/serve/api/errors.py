@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from softprompt.files import error_text
-from softprompt.serve.engine.request import Cancelled, EngineClosed, PromptNotFound, QueueFull
+from softprompt.serve.engine.request import Cancelled, EngineClosed, InvalidParameter, PromptNotFound, QueueFull
 
 _RESPONSES: tuple[tuple[type[BaseException], int, str, str | None], ...] = (
     (QueueFull, 429, "rate_limit_error", "rate_limit_exceeded"),
@@ -58,14 +58,15 @@ def error_response(
 def explain(error: BaseException) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers of the response to an exception."""
     if isinstance(error, RequestValidationError):
-        return 400, _error_body(_validation_message(error), "invalid_request_error", "invalid"), {}
+        return 400, _validation_body(error), {}
     if isinstance(error, HTTPException):
         body = _error_body(str(error.detail), "invalid_request_error", None)
         return error.status_code, body, dict(error.headers or {})
     for expected, status, type_, code in _RESPONSES:
         if isinstance(error, expected):
             headers = {"Retry-After": str(math.ceil(error.retry_after))} if isinstance(error, QueueFull) else {}
-            return status, _error_body(error_text(error), type_, code), headers
+            param = error.param if isinstance(error, InvalidParameter) else None
+            return status, _error_body(error_text(error), type_, code, param), headers
     return 500, _error_body("the request failed in the service; see its log", "server_error", "internal"), {}
 
 
@@ -75,13 +76,13 @@ async def handle_error(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse(body, status, headers)
 
 
-def _error_body(message: str, type_: str, code: str | None) -> dict[str, Any]:
+def _error_body(message: str, type_: str, code: str | None, param: str | None = None) -> dict[str, Any]:
     # A message may quote what the client sent, and a lone surrogate cannot be written as UTF-8.
     text = message.encode("utf-8", "backslashreplace").decode()
-    return {"error": {"message": text, "type": type_, "param": None, "code": code}}
+    return {"error": {"message": text, "type": type_, "param": param, "code": code}}
 
 
-def _validation_message(error: RequestValidationError) -> str:
+def _validation_body(error: RequestValidationError) -> dict[str, Any]:
     """The first problem of a body, without quoting it.
 
     Where a field may have several types, pydantic reports one error per type; the one that helps is of the type that
@@ -90,7 +91,8 @@ def _validation_message(error: RequestValidationError) -> str:
     problems = error.errors()
     if problems[0].get("type") == "json_invalid":
         reason = str(problems[0].get("ctx", {}).get("error", "it cannot be read"))
-        return f"the body is not JSON: {reason} at character {problems[0]['loc'][-1]}"
+        message = f"the body is not JSON: {reason} at character {problems[0]['loc'][-1]}"
+        return _error_body(message, "invalid_request_error", "invalid")
     located = [(problem, _location(problem, error.body)) for problem in problems]
     first_field = located[0][1][:1]
     located = [(problem, location) for problem, location in located if location[:1] == first_field]
@@ -104,7 +106,11 @@ def _validation_message(error: RequestValidationError) -> str:
     if None not in types and len(names) > 1:
         reason = f"Input should be {', '.join(names[:-1])} or {names[-1]}"
     field = ".".join(map(str, location))[:200]
-    return f"{field}: {reason}" if field else reason
+    message = f"{field}: {reason}" if field else reason
+    if problem["type"] != "unsupported_parameter":
+        return _error_body(message, "invalid_request_error", "invalid", field or None)
+    name = problem["ctx"]["field"]
+    return _error_body(message, "invalid_request_error", "unsupported_parameter", f"{field}.{name}" if field else name)
 
 
 def _location(problem: Mapping[str, Any], body: Any) -> tuple[str | int, ...]:

@@ -3,38 +3,62 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from softprompt.models import Sampling
 
 MAX_ROWS = 128
 """Rows per request."""
+MAX_TOP_LOGPROBS = 20
+"""Most likely tokens that a request can ask for."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
+    "audio": (),
     "echo": (False,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False, 0),
-    "top_logprobs": (0,),
-    "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none",),
+    "function_call": ("none", "auto"),
     "functions": ([],),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
 }
-"""OpenAI's fields that are accepted only with a value that asks for nothing."""
-_NO_EFFECT = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
+"""OpenAI's fields that are accepted only with a value that asks for nothing, or null."""
+_NO_EFFECT = (
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+)
 """OpenAI's fields that do not affect the answer; accepted and ignored."""
 
-_MAX_KEYS = 256
+_OTHER_PARTS = ("image_url", "input_audio", "file", "refusal")
+"""OpenAI's content parts that are not text."""
+_NEUTRAL_OF_MESSAGE = ("annotations", "audio", "function_call", "refusal", "tool_calls")
+"""Fields of the answers that clients send back, accepted without a value."""
+_MAX_KEYS = 1024
 """Keys of an object: each wrong key is an error of its own, far larger than what was sent."""
 
 _FailFast = Field(fail_fast=True)
 """Validation of a list ends at its first wrong item."""
 Cell = str | int | float | bool
 Name = Annotated[str, Field(min_length=1, max_length=128, description="The prompt's name.")]
+
+
+def field_error(name: str, problem: str) -> PydanticCustomError:
+    """The error of a field that is refused; the response has its name as `param`."""
+    return PydanticCustomError("unsupported_parameter", "{field} {problem}", {"field": name, "problem": problem})
 
 
 class StreamOptions(BaseModel):
@@ -63,10 +87,14 @@ class _Request(BaseModel):
         except (UnicodeEncodeError, RecursionError):
             raise ValueError("it holds half of a surrogate pair, or is nested too deeply; send valid text") from None
         _check_keys(values)
-        for name, neutral in _NEUTRAL.items():
-            if name in values and values[name] is not None and values[name] not in neutral:
-                raise ValueError(f"{name} is not supported; leave it out")
-        return {name: value for name, value in values.items() if name not in _NEUTRAL and name not in _NO_EFFECT}
+        for name in values:
+            if name in _NEUTRAL and name not in cls.model_fields:
+                _check_neutral(name, values[name], _NEUTRAL[name])
+        return {
+            name: value
+            for name, value in values.items()
+            if name in cls.model_fields or (name not in _NEUTRAL and name not in _NO_EFFECT)
+        }
 
 
 class _GenerationRequest(_Request):
@@ -82,6 +110,23 @@ class _GenerationRequest(_Request):
     """Texts that end an answer and are not part of it."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    """Added to the logits, by token id."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """Subtracted from the logit of each token that the answer holds already."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    """The same, once for each time."""
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> "_GenerationRequest":
+        if self.stream_options is not None and not self.stream:
+            raise field_error("stream_options", "has no effect without stream; set stream, or leave it out")
+        return self
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """Most likely tokens to report with each token's log-probability; none: report nothing."""
+        raise NotImplementedError
 
     def sampling(self, seed: int) -> Sampling:
         """The sampling parameters, with a seed."""
@@ -106,7 +151,34 @@ class CompletionRequest(_GenerationRequest):
     ) = None
     row: dict[str, Cell] | None = None
     """Instead of `prompt`: the columns of the template that the prompt was trained with."""
-    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    """0, with `echo`: return only the input."""
+    echo: bool | None = None
+    """Put the input before the answer."""
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """Report each token's log-probability, and this many of the most likely tokens."""
+    best_of: int | None = None
+    """Accepted if it equals `n`."""
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _without_flag(cls, value: Any) -> Any:
+        if value is True:
+            raise ValueError("true is a chat's value; send the number of most likely tokens to report")
+        return None if value is False else value
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise field_error("best_of", "is not supported beyond n; leave it out")
+        if self.max_tokens == 0 and not self.echo:
+            raise field_error("max_tokens", "is 0, which returns nothing without echo; ask for at least 1")
+        return self
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """Most likely tokens to report with each token's log-probability; none: report nothing."""
+        return self.logprobs
 
     def inputs(self) -> list[str | list[int] | dict[str, Cell]]:
         """The inputs.
@@ -134,14 +206,33 @@ class TextPart(BaseModel):
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_type(cls, values: Any) -> Any:
+        kind = values.get("type") if isinstance(values, dict) else None
+        if kind in _OTHER_PARTS:
+            raise field_error("type", f"{kind} is not supported; send parts of type text")
+        return values
+
 
 class Message(BaseModel):
     """A message of a conversation."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], _FailFast]
+    name: str | None = None
+    """Accepted, and without effect."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for name in _NEUTRAL_OF_MESSAGE:
+            _check_neutral(name, values.get(name), ([],))
+        return {name: value for name, value in values.items() if name not in _NEUTRAL_OF_MESSAGE}
 
     def to_template(self) -> dict[str, str]:
         """The message as chat templates take it."""
@@ -155,6 +246,23 @@ class ChatRequest(_GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    logprobs: bool | None = None
+    """Report each token's log-probability."""
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """Most likely tokens to report with it."""
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise field_error("top_logprobs", "has no effect without logprobs; set logprobs to true, or leave it out")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise field_error("max_tokens", "differs from max_completion_tokens; send one of them")
+        return self
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """Most likely tokens to report with each token's log-probability; none: report nothing."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class ClassifyRequest(_Request):
@@ -168,6 +276,12 @@ class ClassifyRequest(_Request):
     def rows(self) -> list[str | dict[str, Cell]]:
         """The rows; raises `ValueError` if there are none, or too many."""
         return _check_count(self.input if isinstance(self.input, list) else [self.input])
+
+
+def _check_neutral(name: str, value: Any, neutral: tuple[Any, ...]) -> None:
+    # 0 == False, and tuples compare with ==.
+    if value is not None and not any(type(value) is type(other) and value == other for other in neutral):
+        raise field_error(name, "is not supported; leave it out")
 
 
 def _check_count(rows: list[Any]) -> list[Any]:

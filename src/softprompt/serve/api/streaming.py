@@ -11,6 +11,7 @@ from fastapi import Request
 from softprompt.serve.api.middleware import RequestRecord
 from softprompt.serve.engine.detokenizer import IncrementalDetokenizer
 from softprompt.serve.engine.engine import Engine
+from softprompt.serve.engine.logits import TokenLogprob
 from softprompt.serve.engine.request import Cancelled, EngineRequest
 
 Result = TypeVar("Result")
@@ -29,6 +30,7 @@ class TextStream:
         self._detokenizer = IncrementalDetokenizer(tokenizer, stops)
         self._loop = asyncio.get_running_loop()
         self._tokens: asyncio.Queue[int | None] = asyncio.Queue()
+        self._num_taken = 0
         self.request: EngineRequest | None = None
         self.finish_reason = ""
         """`stop` or `length`, once it has ended."""
@@ -63,6 +65,18 @@ class TextStream:
     async def text(self) -> str:
         """The full text."""
         return "".join([piece async for piece in self.pieces()])
+
+    def take_logprobs(self) -> list[TokenLogprob]:
+        """Of the tokens whose text `pieces` has dealt with since the last call.
+
+        They end with the token that completed a stop text, or with the stop token.
+        """
+        request = self.request
+        assert request is not None
+        ended_by_engine = bool(self.finish_reason) and not self._detokenizer.stopped
+        end = len(request.logprobs) if ended_by_engine else self._detokenizer.count
+        start, self._num_taken = self._num_taken, max(end, self._num_taken)
+        return request.logprobs[start:end]
 
     async def _next_token(self, request: EngineRequest) -> int | None:
         """The next token; a time limit of its own, since a stuck engine does not expire requests."""

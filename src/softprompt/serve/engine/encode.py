@@ -16,7 +16,7 @@ from softprompt.backbones.image_processor import Picture
 from softprompt.models import model_class
 from softprompt.models.checks import check_token_ids
 from softprompt.models.verify import sliding_window
-from softprompt.serve.engine.request import ClassifyParams, EngineRequest
+from softprompt.serve.engine.request import ClassifyParams, EngineRequest, GenerateParams, InvalidParameter
 from softprompt.serve.prompts.entry import PromptEntry, display_name, needs_head
 from softprompt.tasks import Task, answer_ids
 from softprompt.tasks import encode as encode_rows
@@ -168,6 +168,31 @@ def check_tokens(backbone: Backbone, request: EngineRequest, label: str) -> None
     if isinstance(request.params, ClassifyParams) and not needs_head(backbone):
         for candidate in request.params.candidates:
             check_token_ids(backbone, candidate, f"a label of {label}", display_name(backbone))
+
+
+def check_generation(backbone: Backbone, params: GenerateParams) -> None:
+    """Check that the backbone can do with its logits what a generation asks.
+
+    Raises:
+        ValueError: an input is to be scored without `logprobs`.
+        InvalidParameter: the backbone is an encoder-decoder, or a biased token is not in its vocabulary.
+    """
+    if params.score_input and params.logprobs is None:
+        raise ValueError("score_input reports log-probabilities; set logprobs too")
+    fields = {"logprobs": params.logprobs is not None, "logit_bias": params.logit_bias}
+    fields |= {"presence_penalty": params.presence_penalty, "frequency_penalty": params.frequency_penalty}
+    asked = [name for name, value in fields.items() if value]
+    if asked and not model_class(backbone).decoder_only:
+        raise InvalidParameter(
+            asked[0],
+            f"needs a decoder-only model, and {display_name(backbone)} ({backbone.architecture}) is none; leave it out",
+        )
+    size = backbone.vocab_size
+    if unknown := [token for token in params.logit_bias if not 0 <= token < size]:
+        raise InvalidParameter(
+            "logit_bias",
+            f"names token {unknown[0]}, which is not in the vocabulary of {size}; send ids from 0 to {size - 1}",
+        )
 
 
 def check_length(backbone: Backbone, entry: PromptEntry, input_tokens: int, answer_tokens: int) -> None:

@@ -15,7 +15,7 @@ from softprompt.models import Sampling, attach
 from softprompt.prompts import SoftPrompt
 from softprompt.serve.engine import encode
 from softprompt.serve.engine.limits import Limits
-from softprompt.serve.engine.request import EngineRequest, GenerateParams, PromptNotFound
+from softprompt.serve.engine.request import EngineRequest, GenerateParams, InvalidParameter, PromptNotFound
 from softprompt.serve.engine.runner import BatchStats, ModelRunner
 from softprompt.serve.engine.scheduler import Scheduler
 from softprompt.serve.prompts.entry import (
@@ -242,12 +242,23 @@ class Engine:
         sampling: Sampling | None = None,
         timeout: float | None = None,
         on_token: Callable[[int], None] | None = None,
+        logprobs: int | None = None,
+        score_input: bool = False,
+        logit_bias: Mapping[int, float] | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
     ) -> EngineRequest:
         """Continue a text, a row of the prompt's template, or token ids.
 
+        Log-probabilities are the model's own, of natural logarithm: before temperature, bias and penalties.
+
         Args:
-            max_new_tokens: none: the prompt's.
+            max_new_tokens: none: the prompt's; 0: none, for an input that is only scored.
             on_token: called in the engine's thread with each token; it must not block.
+            logprobs: set the request's `logprobs`, each with this many of the most likely tokens.
+            score_input: set its `input_logprobs` too; needs `logprobs`.
+            logit_bias: added to the logits, by token id.
+            presence_penalty, frequency_penalty: as in `LogitAdjuster`.
 
         Raises:
             PromptNotFound: no prompt has that name.
@@ -256,10 +267,20 @@ class Engine:
         """
         entry = self.get(name)
         length = entry.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if not 1 <= length <= self.limits.max_new_tokens:
-            raise ValueError(f"max_tokens is {length}; it must be from 1 to {self.limits.max_new_tokens}")
+        if not 0 <= length <= self.limits.max_new_tokens:
+            raise InvalidParameter("max_tokens", f"is {length}; it must be from 0 to {self.limits.max_new_tokens}")
         ids = encode.completion(self.backbone, entry, text, length, self.limits.max_input_tokens)
-        params = GenerateParams(max_new_tokens=length, sampling=sampling or Sampling(), stop=self._stop)
+        params = GenerateParams(
+            max_new_tokens=length,
+            sampling=sampling or Sampling(),
+            stop=self._stop,
+            logprobs=logprobs,
+            score_input=score_input,
+            logit_bias=logit_bias or {},
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+        )
+        encode.check_generation(self.backbone, params)
         request = EngineRequest(entry, ids, params, timeout=self._timeout(timeout), on_token=on_token)
         self.submit([request])
         return request

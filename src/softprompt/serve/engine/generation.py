@@ -3,6 +3,7 @@
 Rows of a decoder join and leave their batch between any two steps; those of an encoder-decoder start together.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import final
@@ -14,7 +15,8 @@ from torch import Tensor
 from softprompt.evaluation.predict import pad_id
 from softprompt.models import PromptedModel
 from softprompt.models.sampling import Chooser
-from softprompt.serve.engine.kv_cache import CachedDecoder
+from softprompt.serve.engine.kv_cache import Batch, CachedDecoder, Row
+from softprompt.serve.engine.logits import LogitAdjuster, TokenLogprob, token_logprobs
 from softprompt.serve.engine.request import EngineRequest, overflow_error
 from softprompt.serve.engine.scoring import examples, kv_row, unique_prompts
 from softprompt.tasks import collate
@@ -27,6 +29,8 @@ class GenerationBatch(ABC):
     """Rows that are decoded together. A step that raises changes nothing, so the batch can be split and retried."""
 
     requests: list[EngineRequest]
+    logprobs: list[TokenLogprob | None]
+    """Of each token of the last step, where its request asks for it."""
 
     @abstractmethod
     def step(self) -> list[int]:
@@ -48,7 +52,11 @@ class CausalGenerationBatch(GenerationBatch):
     def __init__(self, decoder: CachedDecoder, requests: Sequence[EngineRequest]) -> None:
         self._decoder = decoder
         self.requests = list(requests)
-        self._batch, logits = decoder.prefill([kv_row(request) for request in requests], room=1)
+        self.logprobs = []
+        if any(request.generation.score_input for request in requests):
+            self._batch, logits = _prefill_scored(decoder, requests)
+        else:
+            self._batch, logits = decoder.prefill([kv_row(request) for request in requests], room=1)
         self._logits: Tensor | None = logits
         self._last_tokens: list[int] = []
         self._partial_tokens: list[int] = []
@@ -75,6 +83,12 @@ class CausalGenerationBatch(GenerationBatch):
                 self._partial_tokens.append(greedy[row])
             else:
                 self._partial_tokens.append(int(sampler(logits[row : row + 1])))
+        self.logprobs = [
+            None
+            if request.generation.logprobs is None or request.done
+            else token_logprobs(logits[row : row + 1], [token], request.generation.logprobs)[0]
+            for row, (request, token) in enumerate(zip(self.requests, self._partial_tokens, strict=True))
+        ]
         self._last_tokens, self._partial_tokens, self._logits = self._partial_tokens, [], None
         return self._last_tokens
 
@@ -114,6 +128,7 @@ class CausalGenerationBatch(GenerationBatch):
         part._logits = None if self._logits is None else self._logits[rows]
         part.requests, part._samplers = self.requests[rows], self._samplers[rows]
         part._last_tokens, part._partial_tokens = self._last_tokens[rows], self._partial_tokens[rows]
+        part.logprobs = []
         return part
 
 
@@ -124,6 +139,7 @@ class Seq2SeqGenerationBatch(GenerationBatch):
     def __init__(self, prompted: PromptedModel, requests: Sequence[EngineRequest], num_skipped: int = 0) -> None:
         self._prompted = prompted
         self.requests = list(requests)
+        self.logprobs = []
         self._rows = list(range(len(requests)))
         """The row of each of `requests` among the rows that the batch started with."""
         self._started = list(requests)
@@ -137,6 +153,7 @@ class Seq2SeqGenerationBatch(GenerationBatch):
         tokens = next(self._tokens).tolist()
         self._num_steps += 1
         tokens = [tokens[row] for row in self._rows]
+        self.logprobs = [None] * len(tokens)
         for request, token in zip(self.requests, tokens, strict=True):
             if token == _OVERFLOW:
                 request.fail(overflow_error(request))
@@ -171,5 +188,36 @@ class Seq2SeqGenerationBatch(GenerationBatch):
 
 def _sampler(request: EngineRequest, device: torch.device) -> Callable[[Float[Tensor, "one vocab"]], Tensor] | None:
     """The row's own sampler; None for greedy decoding, which one argmax does for all rows."""
-    sampling = request.generation.sampling
-    return Chooser(sampling, device) if sampling.temperature else None
+    params = request.generation
+    if not params.adjusts_logits:
+        return Chooser(params.sampling, device) if params.sampling.temperature else None
+    choose = Chooser(params.sampling, device)
+    adjust = LogitAdjuster(params.logit_bias, params.presence_penalty, params.frequency_penalty, device)
+    return lambda logits: choose(adjust(logits, request.tokens))
+
+
+def _prefill_scored(
+    decoder: CachedDecoder, requests: Sequence[EngineRequest]
+) -> tuple[Batch, Float[Tensor, "row vocab"]]:
+    """Start rows, and set the `input_logprobs` of those that ask for them."""
+    scored: list[list[TokenLogprob]] = [[] for _ in requests]
+
+    def score(row: int, first: int, logits: Float[Tensor, "token vocab"]) -> None:
+        request = requests[row]
+        following = request.ids[first + 1 : first + 1 + len(logits)]
+        if request.generation.score_input and following:
+            scored[row] += token_logprobs(logits[: len(following)], following, request.generation.logprobs or 0)
+
+    # A cached template prefix has no logits for its tokens.
+    rows = [
+        Row(request.ids, request.entry.prompt, request.entry.kv_prefixes[0])
+        if request.generation.score_input
+        else kv_row(request)
+        for request in requests
+    ]
+    batch, logits = decoder.prefill(rows, room=1, visit=score)
+    for request, entries in zip(requests, scored, strict=True):
+        if any(math.isnan(entry.logprob) for entry in entries):
+            raise overflow_error(request)
+        request.input_logprobs = tuple(entries)
+    return batch, logits

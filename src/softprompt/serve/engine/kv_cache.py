@@ -5,7 +5,7 @@ neither a neighbour's length nor its coming and going changes a result. This is 
 how a transformers model caches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -21,6 +21,11 @@ from softprompt.models.kv_prefix import KVPrefix, LayerKV
 from softprompt.models.padding import length_mask, pad_batch
 from softprompt.models.verify import Sample, cached_check, check_close, model_errors_refused, sample
 from softprompt.prompts import Folded
+
+MAX_LOGITS = 2**24
+"""Logits of a pass whose logits are all read (64 MB in float32); more columns take several passes."""
+Visit = Callable[[int, int, Float[Tensor, "token vocab"]], None]
+"""Called with a row's number, the index of one of its tokens, and the logits after this and some following tokens."""
 
 
 @final
@@ -91,12 +96,15 @@ class CachedDecoder:
         batch, _ = self.prefill([Row(ids, prompt, prefix)])
         return KVPrefix.copy_of(((layer.keys, layer.values) for layer in batch.layers), 0, batch.layers[0].length, ids)
 
-    def prefill(self, rows: Sequence[Row], room: int = 0) -> tuple[Batch, Float[Tensor, "row vocab"]]:
+    def prefill(
+        self, rows: Sequence[Row], room: int = 0, visit: Visit | None = None
+    ) -> tuple[Batch, Float[Tensor, "row vocab"]]:
         """Start rows in one pass, and the logits after each.
 
         Args:
             rows: each with at least one token.
             room: free columns for tokens that follow.
+            visit: gets the logits after all of the rows' tokens; the passes are then sliced to bound memory.
 
         Raises:
             ValueError: the rows together are wider than the attention window; start fewer at once.
@@ -117,7 +125,9 @@ class CachedDecoder:
         lengths = torch.tensor([len(row.ids) for row in rows], device=device)
         batch = Batch(layers, prefix_mask, counted, [row.prompt for row in rows])
         mask = torch.cat([prefix_mask, real], 1)
-        if self._counts_columns:
+        if visit is not None:
+            logits = self._visit_slices(batch, ids, mask, [len(row.ids) for row in rows], visit)
+        elif self._counts_columns:
             last = torch.unique(lengths)
             logits = self._pass(batch, ids, mask, last - 1)
             logits = logits[torch.arange(len(rows), device=device), torch.searchsorted(last, lengths)]
@@ -125,6 +135,34 @@ class CachedDecoder:
             logits = self._pass(batch, ids, mask, torch.tensor([longest - 1], device=device))[:, 0]
         batch.mask, batch.token_counts = mask, counted + lengths
         return (self.select(batch, range(len(rows)), room) if self._counts_columns else batch), logits
+
+    def _visit_slices(
+        self,
+        batch: Batch,
+        ids: Int[Tensor, "row more"],
+        mask: Int[Tensor, "row total"],
+        lengths: Sequence[int],
+        visit: Visit,
+    ) -> Float[Tensor, "row vocab"]:
+        """Run `ids` a slice of columns at a time; the logits after each row's last token."""
+        width, counted = ids.shape[1], batch.token_counts
+        before, real = mask.shape[1] - width, mask[:, mask.shape[1] - width :]
+        starts = [0 if self._counts_columns else width - length for length in lengths]
+        # Two at least: a pass of one column is a decode step, in which no column is padding.
+        step = max(2, MAX_LOGITS // (len(lengths) * self.prompted.backbone.vocab_size))
+        last: dict[int, Tensor] = {}
+        for begin in range(0, width, step):
+            end = min(begin + step, width)
+            batch.token_counts = counted + real[:, :begin].sum(1)
+            columns = torch.arange(end - begin, device=ids.device)
+            logits = self._pass(batch, ids[:, begin:end], mask[:, : before + end], columns)
+            for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+                first, stop = max(begin, start), min(end, start + length)
+                if first < stop:
+                    visit(row, first - start, logits[row, first - begin : stop - begin])
+                if first < stop == start + length:
+                    last[row] = logits[row, stop - begin - 1].clone()
+        return torch.stack([last[row] for row in range(len(lengths))])
 
     def decode_next(self, batch: Batch, tokens: Int[Tensor, " row"]) -> Float[Tensor, "row vocab"]:
         """The logits after one more token per row; a failed call can be repeated, with all rows or a part."""

@@ -1,7 +1,7 @@
 """A row on its way through the engine, its result, and the errors that end it."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,11 +11,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softprompt.models import Sampling
+from softprompt.serve.engine.logits import TokenLogprob
 from softprompt.serve.prompts.entry import PromptEntry
 
 
 class PromptNotFound(LookupError):
     """No prompt has that name."""
+
+
+class InvalidParameter(ValueError):
+    """A field of a request that the model or the engine's limits do not allow; `param` is its name in the API."""
+
+    def __init__(self, param: str, problem: str) -> None:
+        super().__init__(f"{param} {problem}")
+        self.param = param
 
 
 class QueueFull(RuntimeError):
@@ -51,6 +60,21 @@ class GenerateParams:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[int, ...] = ()
     """Token ids that end the text and are not part of it."""
+    logprobs: int | None = None
+    """Report each token's log-probability, and this many of the most likely tokens; none: report nothing."""
+    score_input: bool = False
+    """Report the log-probabilities of the input's tokens too."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits, by token id."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token that was generated before."""
+    frequency_penalty: float = 0.0
+    """The same, once for each time."""
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether the next token is chosen from other logits than the model's."""
+        return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty)
 
 
 @final
@@ -103,6 +127,10 @@ class EngineRequest:
         self.deadline = None if timeout is None else self.arrived + timeout
         self.future: Future[Any] = Future()
         self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        """If asked for: of each of `tokens`, then of the stop token that ended the text."""
+        self.input_logprobs: tuple[TokenLogprob, ...] = ()
+        """If asked for: of the input's tokens from the second on."""
         self.length_at_stop: int | None = None
         """Tokens up to the one that completed a stop text; the engine may have generated further ones."""
         self._on_token = on_token
@@ -158,8 +186,13 @@ class EngineRequest:
             seconds = self.deadline - self.arrived
             self.fail(TimeoutError(f"no answer within {seconds:g} seconds; ask for less, or try again later"))
 
-    def append_token(self, token: int) -> None:
+    def append_token(self, token: int, logprob: TokenLogprob | None = None) -> None:
         """Add the next token of a generation, and finish the request if it was the last one."""
+        if not self.generation.max_new_tokens:  # only the input is scored
+            self.finish(GenerateOutput(tokens=(), finish_reason="length"))
+            return
+        if logprob is not None:
+            self.logprobs.append(logprob)
         if token in self.generation.stop:
             self.finish(GenerateOutput(tokens=tuple(self.tokens), finish_reason="stop"))
             return

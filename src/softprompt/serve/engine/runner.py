@@ -167,11 +167,11 @@ class ModelRunner:
         start, requests = time.monotonic(), list(batch.requests)
         tokens = batch.step()
         self._record_success("generate", len(requests), time.monotonic() - start)
-        for request, token in zip(requests, tokens, strict=True):
+        for request, token, logprob in zip(requests, tokens, batch.logprobs, strict=True):
             if request.done:
                 continue
             try:
-                request.append_token(token)
+                request.append_token(token, logprob)
             except Exception as error:  # raised by the caller's on_token
                 request.fail(error)
 
