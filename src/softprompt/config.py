@@ -160,7 +160,8 @@ class Experiment:
     """Labelled training rows in front of each row, as the context to distil (after the text of `context`, if both are
     given); the prompt is not trained on these rows."""
     init_prompt: str | None = None
-    """A run or a PEFT prompt folder from whose prompt training starts, instead of the method's own initialization."""
+    """A run or a PEFT prompt folder from whose prompt training starts, instead of the method's own initialization;
+    `hub:USER/NAME` is one on the Hugging Face Hub."""
     seed: int = 0
     """Seed of the prompt's initialization, the order of rows and all random draws."""
     dtype: Dtype = "auto"

@@ -63,7 +63,7 @@ def evaluate(model: Any, folder: Path, **settings: Any) -> list[tuple[float, boo
     """Log-likelihood of each choice of each row, and whether greedy decoding gives it."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(folder))
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
     results = lm_eval.simple_evaluate(
         model=model, tasks=["local_tickets"], task_manager=manager, bootstrap_iters=0, log_samples=True, **settings
     )

@@ -19,6 +19,7 @@ COMMANDS: dict[str, str] = {
     "predict": "Predict the answers to the rows of a file.",
     "lm-eval": "Score a run in lm-evaluation-harness.",
     "export": "Export trained prompts to other software.",
+    "push": "Upload a run's prompt to the Hugging Face hub.",
     "rank": "Measure the rank of a prompt, and the rank that its task needs.",
     "sweep": "Run the experiments of one file that are not finished yet.",
     "report": "Make tables and plots of runs.",
@@ -29,7 +30,7 @@ COMMANDS: dict[str, str] = {
 }
 """Every command, in the order of the help."""
 
-_OWN_MODULES = ("distil", "export", "lm-eval", "rank", "report", "serve", "sweep", "train")
+_OWN_MODULES = ("distil", "export", "lm-eval", "push", "rank", "report", "serve", "sweep", "train")
 """Commands with a module of their own; the others are in `commands.py`. Each is a function `NAME_`."""
 
 

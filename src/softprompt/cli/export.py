@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from softprompt import runs
+from softprompt.assets.hub import is_hub_prompt, local_folder
 from softprompt.cli.console import console
 from softprompt.export import FORMATS, export_runs
 from softprompt.export.gguf import Gguf
@@ -40,7 +41,9 @@ def export_(
         raise ValueError("no run is given; name at least one run's folder")
     if malformed := [pair for pair in token_names if "=" not in pair]:
         raise ValueError(f"token_names holds {malformed[0]!r}; give NAME=<name>, where NAME is a run's folder name")
-    opened = [runs.resolve_prompt(run, task) for run in runs_]
+    if output is None and is_hub_prompt(runs_[0]):
+        raise ValueError(f"{runs_[0]} has no folder to write next to; give --output")
+    opened = [runs.resolve_prompt(local_folder(run), task) for run in runs_]
     if all(isinstance(run, runs.Run) for run in opened):
         runs.check_has_own_task(opened[0], task)
     folder = output or opened[0].folder.with_name(f"{opened[0].name}-{to}")

@@ -34,5 +34,4 @@ def serve_(
         serve_replicas(config, on_start=on_start)
     else:
         serve(config, on_start=on_start)
-    names = [name for name, _ in config.folders()]
-    return {"command": "serve", "address": address, "backbone": source, "prompts": names}
+    return {"command": "serve", "address": address, "backbone": source, "prompts": config.names()}

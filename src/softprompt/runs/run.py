@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softprompt import files
+from softprompt.assets.hub import local_folder
 from softprompt.backbones import Backbone, load
 from softprompt.config import Experiment
 from softprompt.models import PromptedModel, attach, fresh_head
@@ -221,7 +222,7 @@ def build_prompt(
     start, depth = None, backbone.max_depth if experiment.depth == "deep" else 1
     is_deep_kv = depth > 1 and backbone.kv_layout is not None
     if initialize and experiment.init_prompt is not None:
-        folded = read_prompt(Path(experiment.init_prompt).expanduser(), backbone).fold()
+        folded = read_prompt(local_folder(experiment.init_prompt), backbone).fold()
         if not folded.plain:
             raise ValueError(
                 f"the prompt of --init-prompt {experiment.init_prompt} also changes the input's own embeddings, which "

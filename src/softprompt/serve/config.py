@@ -7,6 +7,7 @@ from typing import Annotated, Literal, final, get_args
 
 import tyro
 
+from softprompt.assets.hub import hub_name, is_hub_prompt, local_folder
 from softprompt.models.peft_folder import base_of_peft_folder
 from softprompt.runs import RECORD, open_run
 from softprompt.serve.api.auth import AuthConfig
@@ -45,7 +46,8 @@ class ServeConfig:
     """The configuration of a service (immutable)."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=]FOLDER")] = ()
-    """Folders of runs or PEFT prompts, each served under its folder's name or the name before `=`."""
+    """Folders of runs or PEFT prompts, each served under its folder's name or the name before `=`; `hub:USER/NAME` is
+    one on the Hugging Face hub."""
     backbone: str | None = None
     """Hub id, folder, .gguf file or asset; none: the first run's backbone, or the first PEFT folder's base model."""
     host: str = "127.0.0.1"
@@ -78,23 +80,37 @@ class ServeConfig:
             raise ValueError(f"engine is {self.engine!r}; it must be {' or '.join(get_args(EngineKind))}")
         if not 0 <= self.grace < math.inf:
             raise ValueError(f"grace is {self.grace}; it must be 0 or more seconds")
-        self.folders()
+        self.names()
+
+    def names(self) -> list[str]:
+        """The name of each source.
+
+        Raises:
+            ValueError: it cannot be a prompt's.
+        """
+        return [name for name, _ in self._named_sources()]
 
     def folders(self) -> list[tuple[str, Path]]:
-        """The name and folder of each source.
+        """The name and folder of each source; those on the hub are downloaded.
 
         Raises:
             ValueError: a name cannot be a prompt's.
+            FileNotFoundError: a prompt on the hub cannot be downloaded.
 
         >>> ServeConfig(sources=("reviews=runs/sentiment-dpt-0",)).folders()
         [('reviews', PosixPath('runs/sentiment-dpt-0'))]
         """
-        folders = []
+        return [(name, local_folder(source)) for name, source in self._named_sources()]
+
+    def _named_sources(self) -> list[tuple[str, str]]:
+        named = []
         for source in self.sources:
             name, equals, folder = source.partition("=")
-            path = Path(folder if equals else source).expanduser()
-            folders.append((check_prompt_name(name if equals else path.resolve().name), path))
-        return folders
+            if not equals:
+                folder = source
+                name = hub_name(source) if is_hub_prompt(source) else Path(source).expanduser().resolve().name
+            named.append((check_prompt_name(name), folder))
+        return named
 
     def backbone_source(self) -> str:
         """The backbone's hub id, folder, file or asset.

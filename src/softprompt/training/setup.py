@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 
 from softprompt import runs
+from softprompt.assets.hub import local_folder
 from softprompt.backbones import Backbone, load, resolve_dtype
 from softprompt.backbones.kernels import gradient_checkpointing
 from softprompt.config import Experiment
@@ -85,7 +86,7 @@ def new_run(experiment: Experiment, backbone: Backbone | None, callback: Trainin
     prompted = runs.build_prompted_model(experiment, task, backbone, initialize=True, gradient=gradient)
     _check_trainable(experiment, prompted)
     if experiment.init_prompt is not None and prompted.prompt is not None:
-        source = runs.read_prompt(Path(experiment.init_prompt), backbone)
+        source = runs.read_prompt(local_folder(experiment.init_prompt), backbone)
         callback.on_note(_init_prompt_note(experiment.init_prompt, prompted.prompt, source))
         folder = Path(experiment.init_prompt)
         if not (folder / runs.RECORD).is_file() and (note := read_peft_folder(folder).base_note(backbone)):

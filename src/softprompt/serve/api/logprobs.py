@@ -98,8 +98,11 @@ class CompletionLogprobs:
 
     def first_token(self, token: int) -> dict[str, list[Any]]:
         """An input's first token, which nothing in the input predicts."""
-        return {"tokens": [self._names.name(token)], "token_logprobs": [None], "top_logprobs": [None]} | {
-            "text_offset": [self._next_offset(token)]
+        return {
+            "tokens": [self._names.name(token)],
+            "token_logprobs": [None],
+            "top_logprobs": [None],
+            "text_offset": [self._next_offset(token)],
         }
 
     def tokens(self, entries: Sequence[TokenLogprob]) -> dict[str, list[Any]]:

@@ -173,8 +173,8 @@ class _Completion:
 
         def chunk(text: str, finish_reason: str | None) -> dict[str, Any]:
             taken = {} if logprobs is None else logprobs.take()
-            fields = {"index": choice.index, "finish_reason": finish_reason}
-            fields["logprobs"] = taken if taken.get("tokens") or taken.get("content") else None
+            reported = taken if taken.get("tokens") or taken.get("content") else None
+            fields = {"index": choice.index, "finish_reason": finish_reason, "logprobs": reported}
             if self.kind == "text_completion":
                 return {**fields, "text": text}
             delta = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
