@@ -59,7 +59,7 @@ def local_folder(source: str | Path) -> Path:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from huggingface_hub.utils import httpx  # the client's own, which is not the same package in all its versions
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx or httpx2, by its version
 
     name, revision = _split(source)
     arguments: dict[str, Any] = {"revision": revision or None, "allow_patterns": list(_FILES)}

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import httpx, validate_repo_id
+from huggingface_hub.utils import httpx, validate_repo_id  # type: ignore[attr-defined]  # httpx or httpx2
 
 from softprompt import files
 from softprompt.runs import HEAD, Run
@@ -70,7 +70,7 @@ def model_card(run: Run, base_model: str, datasets: Sequence[str] = ()) -> Model
     assert run.results is not None
     task, results, recorded = run.task, run.results, run.record["backbone"]
     pipeline = "text-classification" if task.is_classification else _PIPELINES.get(recorded["architecture"])
-    result = {
+    result: dict[str, Any] = {
         "task_type": pipeline or "other",
         "task_name": task.name,
         "dataset_type": datasets[0] if datasets else task.name,
