@@ -86,9 +86,9 @@ def new_run(experiment: Experiment, backbone: Backbone | None, callback: Trainin
     prompted = runs.build_prompted_model(experiment, task, backbone, initialize=True, gradient=gradient)
     _check_trainable(experiment, prompted)
     if experiment.init_prompt is not None and prompted.prompt is not None:
-        source = runs.read_prompt(local_folder(experiment.init_prompt), backbone)
+        folder = local_folder(experiment.init_prompt)
+        source = runs.read_prompt(folder, backbone)
         callback.on_note(_init_prompt_note(experiment.init_prompt, prompted.prompt, source))
-        folder = Path(experiment.init_prompt)
         if not (folder / runs.RECORD).is_file() and (note := read_peft_folder(folder).base_note(backbone)):
             callback.on_note(note)
     return _with_teacher(_encode_rows(experiment, task, rows, prompted, callback), teacher, context)
