@@ -1,13 +1,16 @@
 """Generate the reference pages from the code: methods, tasks, assets, commands. `--check` lists those out of date."""
 
+import ast
 import contextlib
 import dataclasses
 import io
 import os
 import re
 import sys
-from inspect import cleandoc
+from inspect import cleandoc, getsource
+from itertools import pairwise
 from pathlib import Path
+from textwrap import dedent
 
 os.environ["COLUMNS"] = "100"  # the same pages in every terminal
 
@@ -19,6 +22,22 @@ from softprompt.tasks import TASKS
 HERE = Path(__file__).parent
 
 
+def field_docstrings(config: type) -> dict[str, str]:
+    """The text under each field of a dataclass and its bases, on one line."""
+    texts: dict[str, str] = {}
+    for base in reversed(config.__mro__[:-1]):
+        try:
+            source = dedent(getsource(base))
+        except OSError:  # a class without a file
+            continue
+        body = ast.parse(source).body[0].body  # type: ignore[attr-defined]
+        for statement, following in pairwise(body):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                text = following.value.value if isinstance(following, ast.Expr) else ""  # type: ignore[attr-defined]
+                texts[statement.target.id] = " ".join(str(text).split()).replace("|", "\\|")
+    return texts
+
+
 def methods() -> str:
     """One section per method, from its docstring and its fields."""
     parts = [
@@ -28,8 +47,11 @@ def methods() -> str:
     for name, config in sorted(METHODS.items()):
         parts.append(f"## {name}\n\n{cleandoc(config.__doc__ or '')}\n")
         parts.append(f"Folds to: {config.folds}. Default size: {config().count(768):,} parameters.\n")
-        rows = [f"| `{field.name}` | `{field.default!r}` |" for field in dataclasses.fields(config)]
-        parts.append("\n".join(["| setting | default |", "|---|---|", *rows]) + "\n")
+        meanings = field_docstrings(config)
+        rows = [
+            f"| `{field.name}` | `{field.default!r}` | {meanings[field.name]} |" for field in dataclasses.fields(config)
+        ]
+        parts.append("\n".join(["| setting | default | meaning |", "|---|---|---|", *rows]) + "\n")
     return "\n".join(parts)
 
 

@@ -38,10 +38,9 @@ def evaluate_(
             label word (label_word_rate) and with the right one (generated_accuracy).
     """
     from softprompt import runs
-    from softprompt.assets.hub import local_folder
     from softprompt.evaluation.evaluate import evaluate
 
-    opened = runs.resolve_prompt(local_folder(run), task)
+    opened = runs.resolve_prompt(run, task)
     _show_base_note(opened, backbone)
     score = evaluate(opened, task=task, data=data, split=split, backbone=backbone, generate=generate)
     if score.warning:
@@ -74,11 +73,10 @@ def predict_(
         backbone: Where the run's backbone is now, as in train; none: where it was during training.
     """
     from softprompt import files, runs
-    from softprompt.assets.hub import local_folder
     from softprompt.evaluation.predict import predict
     from softprompt.tasks import task_rows, unlabelled_images
 
-    opened = runs.resolve_prompt(local_folder(run), task)
+    opened = runs.resolve_prompt(run, task)
     runs.check_has_own_task(opened, task)
     _show_base_note(opened, backbone)
     rows = (

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from softprompt import runs
-from softprompt.assets.hub import is_hub_prompt, local_folder
+from softprompt.assets.hub import is_hub_prompt
 from softprompt.cli.console import console
 from softprompt.export import FORMATS, export_runs
 from softprompt.export.gguf import Gguf
@@ -43,7 +43,7 @@ def export_(
         raise ValueError(f"token_names holds {malformed[0]!r}; give NAME=<name>, where NAME is a run's folder name")
     if output is None and is_hub_prompt(runs_[0]):
         raise ValueError(f"{runs_[0]} has no folder to write next to; give --output")
-    opened = [runs.resolve_prompt(local_folder(run), task) for run in runs_]
+    opened = [runs.resolve_prompt(run, task) for run in runs_]
     if all(isinstance(run, runs.Run) for run in opened):
         runs.check_has_own_task(opened[0], task)
     folder = output or opened[0].folder.with_name(f"{opened[0].name}-{to}")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from softprompt.assets.hub import local_folder
 from softprompt.backbones import Backbone, load
 from softprompt.config import Experiment
 from softprompt.models import PromptedModel, attach
@@ -93,23 +94,23 @@ def open_peft_prompt(folder: str | Path, task: str | None) -> PeftPrompt:
 
 
 def resolve_prompt(source: Run | PeftPrompt | str | Path, task: str | None = None) -> Run | PeftPrompt:
-    """Return `source`, or open the run or the PEFT folder that it names.
+    """Return `source`, or open the run or the PEFT folder that it names; `hub:USER/NAME` is one on the hub.
 
     Args:
         task: the task of a PEFT folder, which names none; not used for a run.
 
     Raises:
         TypeError: `source` is none of these.
-        FileNotFoundError, ValueError: as `open_run` and `open_peft_prompt`.
+        FileNotFoundError, ValueError: as `open_run`, `open_peft_prompt` and `assets.hub.local_folder`.
     """
     if isinstance(source, Run | PeftPrompt):
         return source
     if not isinstance(source, str | Path):
         raise TypeError(f"the run is a {type(source).__name__}; give a Run (softprompt.open_run) or its folder")
-    path = Path(source).expanduser()
+    path = local_folder(source)
     if is_peft_folder(path) and not (path / RECORD).is_file():
-        return open_peft_prompt(source, task)
-    return open_run(source)
+        return open_peft_prompt(path, task)
+    return open_run(path)
 
 
 def check_has_own_task(source: Run | PeftPrompt, task: str | None) -> None:
