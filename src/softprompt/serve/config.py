@@ -103,14 +103,14 @@ class ServeConfig:
         return [(name, local_folder(source)) for name, source in self._named_sources()]
 
     def _named_sources(self) -> list[tuple[str, str]]:
-        named = []
+        sources = []
         for source in self.sources:
             name, equals, folder = source.partition("=")
             if not equals:
                 folder = source
                 name = hub_name(source) if is_hub_prompt(source) else Path(source).expanduser().resolve().name
-            named.append((check_prompt_name(name), folder))
-        return named
+            sources.append((check_prompt_name(name), folder))
+        return sources
 
     def backbone_source(self) -> str:
         """The backbone's hub id, folder, file or asset.

@@ -149,7 +149,7 @@ def chat_logprobs(names: TokenNames, entries: Sequence[TokenLogprob]) -> dict[st
     return {"content": content, "refusal": None}
 
 
-def joined(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+def concatenate(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
     """Completions' `logprobs` of consecutive texts as one."""
     return {name: [value for part in parts for value in part[name]] for name in parts[0]}
 

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from softprompt.serve.api import errors
-from softprompt.serve.api.logprobs import CompletionLogprobs, TokenNames, chat_logprobs, joined
+from softprompt.serve.api.logprobs import CompletionLogprobs, TokenNames, chat_logprobs, concatenate
 from softprompt.serve.api.middleware import RequestRecord
 from softprompt.serve.api.schemas import MAX_ROWS, ChatRequest, CompletionRequest
 from softprompt.serve.api.streaming import TextStream, record_of, wait_or_cancel
@@ -113,7 +113,7 @@ class _Logprobs:
             request = self._choice.scored_request
             parts = [self._input.first_token(request.ids[0]), self._input.tokens(request.input_logprobs), *parts]
             self._input = None
-        return joined(parts)
+        return concatenate(parts)
 
 
 @final

@@ -28,10 +28,10 @@ def token_logprobs(
         num_top: how many of the most likely tokens are reported for each.
     """
     logprobs = logits.float().log_softmax(-1)
-    chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    token_values = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
     values, ids = logprobs.topk(min(num_top, logprobs.shape[-1]), -1)
     tops = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
-    return tuple(map(TokenLogprob, tokens, chosen, tops))
+    return tuple(map(TokenLogprob, tokens, token_values, tops))
 
 
 @final
