@@ -107,8 +107,9 @@ class DPT(PromptConfig):
     ours, `s` is the host's embedding RMS over `sqrt(rank)`, A0 and B0 are N(0, 1). Without an anchor both factors are
     kept at unit size and a constant carries the product to the host's embedding RMS, so that one learning rate fits
     every backbone; it starts from the best rank-`rank` part of vocabulary rows, and needs more steps than an anchored
-    prompt (docs/results/superglue). The length is 20 and not 100: it takes less time, and no loss was shown. `anchor=none`, `init=uniform`
-    and `scale=1` are the published parameterisation: both factors U(-0.5, 0.5), nothing else.
+    prompt (docs/results/superglue). The length is 20 and not 100: it takes less time, and no loss was shown.
+    `anchor=none`, `init=uniform` and `scale=1` are the published parameterisation: both factors U(-0.5, 0.5), nothing
+    else.
 
     >>> DPT(length=100, rank=10).count(768)
     8680
