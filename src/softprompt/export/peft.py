@@ -30,8 +30,6 @@ def peft_refusal(folded: Folded, backbone: Backbone) -> str:
             "input's own embeddings; use softprompt itself (predict, serve), or train dpt or residual, which fold to a "
             "plain prompt"
         )
-    if folded.depth > 1 and backbone.kv_layout is None:
-        return "PEFT has no format for a prompt at every layer of a vision model; use softprompt itself"
     if model_class(backbone).peft_task_type is None:
         return (
             f"PEFT has no prompt-tuning format for {backbone.architecture} models, whose prompt follows [CLS]; use "
