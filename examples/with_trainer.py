@@ -32,4 +32,6 @@ def main(source: str, out: str, steps: int = 30) -> SoftPrompt:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:4]))
