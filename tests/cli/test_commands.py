@@ -1,16 +1,15 @@
 """Every command as a user types it: exit code, a JSON line at the end of stdout, one sentence on failure."""
 
-import contextlib
-import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from called import call
 
 import softprompt.cli
 from softprompt import __version__
@@ -22,36 +21,6 @@ from softprompt.tasks import TASKS
 KRONECKER = Path(__file__).with_name("kronecker.py")
 QUICK = ["--dtype", "float32", "--steps", "3", "--batch-size", "8", "--eval-steps", "3"]
 LABELS = {"Billing", "Sales", "Returns", "Login", "Delivery", "Other"}
-
-
-class Called(NamedTuple):
-    code: int
-    out: list[str]
-    err: list[str]
-
-    @property
-    def result(self) -> Any:
-        """The last line of stdout, of a command that succeeded."""
-        assert self.code == 0, "\n".join(self.err)
-        return json.loads(self.out[-1])
-
-    @property
-    def sentence(self) -> str:
-        """The one sentence of a command that failed."""
-        assert self.code == 1
-        assert self.out == []
-        assert not any("Traceback" in line for line in self.err)
-        sentences = [line for line in self.err if line.startswith("softprompt: ")]
-        assert sentences == self.err[-1:]
-        assert "--debug shows where" not in sentences[0], f"no sentence for this error: {sentences[0]}"
-        return sentences[0]
-
-
-def call(*arguments: str | Path) -> Called:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(argument) for argument in arguments])
-    return Called(code, out.getvalue().splitlines(), err.getvalue().splitlines())
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +89,7 @@ def test_settings_reach_the_run(where: list[str]) -> None:
 def test_train_notes_a_small_fault_in_the_rows(where: list[str]) -> None:
     called = call("train", *where, *QUICK, "--max-input-tokens", "9", "dpt", "--length", "6", "--rank", "2")
     assert called.result["steps"] == 3
-    assert any("train rows were cut to 9 tokens (--max-input-tokens)" in line for line in called.err)
+    assert any("train rows were cut to 9 tokens (--max-input-tokens)" in line for line in called.err.splitlines())
 
 
 def test_evaluate_repeats_the_runs_score(trained: Any, ticket_task: Path) -> None:
@@ -238,7 +207,7 @@ def test_settings_that_do_not_fit_are_refused(
 def test_invalid_settings_exit_2(flags: list[str], sentence: str, tmp_path: Path) -> None:
     called = call("train", "--out", tmp_path / "runs", *flags)
     assert (called.code, called.out) == (2, [])
-    assert sentence in " ".join(" ".join(called.err).split())  # in a box, wrapped to the terminal's width
+    assert sentence in " ".join(called.err.split())  # in a box, wrapped to the terminal's width
     assert not (tmp_path / "runs").exists()
 
 
@@ -254,14 +223,14 @@ def test_wrong_usage_exits_2() -> None:
         assert called.out == []
     called = call("trian")
     assert (called.code, called.out) == (2, [])
-    assert called.err == [f"softprompt: no command 'trian'; commands are {', '.join(COMMANDS)}"]
+    assert called.err == f"softprompt: no command 'trian'; commands are {', '.join(COMMANDS)}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
     called = call(command, "--help")
     assert called.code == 0
-    assert COMMANDS[command].split()[0] in "\n".join(called.out + called.err)
+    assert COMMANDS[command].split()[0] in "\n".join([*called.out, called.err])
 
 
 def test_help_and_version() -> None:

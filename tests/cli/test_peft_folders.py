@@ -1,50 +1,22 @@
 """Stock PEFT folders in place of a run: the commands that take them, and what each says of one that it cannot use."""
 
-import contextlib
-import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import peft
 import pytest
 import torch
+from called import call
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from softprompt import Backbone, Experiment, Plain, Run, TrainingConfig, evaluate, load_backbone, predict, runs, train
-from softprompt.cli import main
 from softprompt.serve.config import ServeConfig
 from softprompt.tasks import load_task
 
 TEXTS = ["a a a", "b b", "f f f f f", "c"]
-
-
-class Called(NamedTuple):
-    code: int
-    out: list[str]
-    err: str
-
-    @property
-    def result(self) -> Any:
-        assert self.code == 0, self.err
-        return json.loads(self.out[-1])
-
-    @property
-    def sentence(self) -> str:
-        assert (self.code, self.out) == (1, [])
-        [said] = [line for line in self.err.splitlines() if line.startswith("softprompt: ")]
-        assert "--debug shows where" not in said, said
-        return said
-
-
-def call(*arguments: object) -> Called:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(argument) for argument in arguments])
-    return Called(code, out.getvalue().splitlines(), err.getvalue())
 
 
 @pytest.fixture(scope="module")

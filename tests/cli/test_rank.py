@@ -1,47 +1,17 @@
 """`softprompt rank` as a user types it."""
 
-import contextlib
-import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
+from called import call
 from safetensors.torch import load_file, save_file
 
 from softprompt.analysis.rank import plots
-from softprompt.cli import main
 
 QUICK = ["--dtype", "float32", "--steps", "4", "--batch-size", "8", "--eval-steps", "2"]
-
-
-class Called(NamedTuple):
-    code: int
-    out: list[str]
-    err: str
-
-    @property
-    def result(self) -> Any:
-        assert self.code == 0, self.err
-        return json.loads(self.out[-1])
-
-
-def call(*arguments: str | Path) -> Called:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(argument) for argument in arguments])
-    return Called(code, out.getvalue().splitlines(), err.getvalue())
-
-
-def refused(*arguments: str | Path) -> str:
-    called = call(*arguments)
-    assert called.code == 1
-    assert called.out == []
-    [said] = [line for line in called.err.splitlines() if line.startswith("softprompt: ")]
-    assert "--debug shows where" not in said, said
-    return said
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +109,7 @@ def test_rank_of_a_peft_folder(run: Path, adapter: Path, ticket_task: Path, llam
     full, evaluated = scored["functional"]["full"], call("evaluate", run, "--split", "train").result
     assert full == {name: evaluated[name] for name in full}
     assert call("rank", adapter, *where).result["prompts"] == [scored]  # the base model is in its config
-    assert "(a PEFT folder does not record it)" in refused("rank", adapter, *where, "--part", "update")
+    assert "(a PEFT folder does not record it)" in call("rank", adapter, *where, "--part", "update").sentence
 
 
 def test_rank_of_an_adapter_with_more_tensors(adapter: Path, ticket_task: Path) -> None:
@@ -148,7 +118,7 @@ def test_rank_of_an_adapter_with_more_tensors(adapter: Path, ticket_task: Path) 
     [prompt] = call("rank", adapter).result["prompts"]
     assert prompt["ranks"]["prompt"]["numerical"] == 5
     assert "prompt_encoder.lora_embedding_A are ignored: only the matrix is measured" in prompt["note"]
-    assert "holds more than a prompt's matrix" in refused("rank", adapter, "--functional", "--task", ticket_task)
+    assert "holds more than a prompt's matrix" in call("rank", adapter, "--functional", "--task", ticket_task).sentence
 
 
 def test_burstiness_of_a_run_and_its_backbone(run: Path, llama_folder: Path, tmp_path: Path) -> None:
@@ -179,7 +149,7 @@ def test_burstiness_of_a_run_and_its_backbone(run: Path, llama_folder: Path, tmp
     ],
 )
 def test_rank_refuses_flags_that_do_not_fit(flags: list[str], sentence: str, run: Path) -> None:
-    assert sentence in refused("rank", run, *flags)
+    assert sentence in call("rank", run, *flags).sentence
 
 
 def test_rank_wrong_usage_exits_2(run: Path) -> None:
@@ -189,23 +159,23 @@ def test_rank_wrong_usage_exits_2(run: Path) -> None:
 
 
 def test_rank_refuses_sources_without_a_prompt(folder: Path, adapter: Path, tmp_path: Path) -> None:
-    assert "is neither a run, a PEFT folder" in refused("rank", tmp_path / "nowhere")
-    assert "is not finished; give a finished run" in refused("rank", folder / "stopped")
-    assert "is the baseline full and has no prompt" in refused("rank", folder / "whole")
-    assert "is a PEFT folder and has no checkpoints" in refused("rank", adapter, "--checkpoints")
-    assert "say which one scores it with --task" in refused("rank", adapter, "--functional")
+    assert "is neither a run, a PEFT folder" in call("rank", tmp_path / "nowhere").sentence
+    assert "is not finished; give a finished run" in call("rank", folder / "stopped").sentence
+    assert "is the baseline full and has no prompt" in call("rank", folder / "whole").sentence
+    assert "is a PEFT folder and has no checkpoints" in call("rank", adapter, "--checkpoints").sentence
+    assert "say which one scores it with --task" in call("rank", adapter, "--functional").sentence
     save_file({"base_model.lora_A": torch.zeros(2, 2)}, adapter / "adapter_model.safetensors")
-    assert "and no prompt_embeddings; give a prompt-tuning adapter" in refused("rank", adapter)
+    assert "and no prompt_embeddings; give a prompt-tuning adapter" in call("rank", adapter).sentence
     save_file({"prompt_embeddings": torch.full((2, 2), torch.nan)}, adapter / "adapter_model.safetensors")
-    assert "a prompt is a matrix of finite numbers" in refused("rank", adapter)
+    assert "a prompt is a matrix of finite numbers" in call("rank", adapter).sentence
 
 
 def test_rank_without_checkpoints_or_matplotlib(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(run, bare, ignore=shutil.ignore_patterns("checkpoints"))
-    assert "has no checkpoints left" in refused("rank", bare, "--checkpoints")
+    assert "has no checkpoints left" in call("rank", bare, "--checkpoints").sentence
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'softprompt[report]'" in refused("rank", run, "--out", tmp_path / "out")
+    assert "pip install 'softprompt[report]'" in call("rank", run, "--out", tmp_path / "out").sentence
     assert not (tmp_path / "out").exists()
 
 
@@ -258,6 +228,6 @@ def test_rank_after_the_init_prompt_is_deleted(
     assert [at["step"] for at in prompt["history"]] == [2, 4]
     assert "update" not in prompt["ranks"]
     assert "its initial prompt P0 cannot be rebuilt" in prompt["note"]
-    sentence = refused("rank", second, "--functional", "--part", "update")
+    sentence = call("rank", second, "--functional", "--part", "update").sentence
     assert "the update of second cannot be cut, since its initial prompt P0 is not known (" in sentence
     assert "cut the prompt itself with --part prompt" in sentence

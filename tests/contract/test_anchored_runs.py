@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import WHOLE_WORDS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -243,16 +244,8 @@ def test_architecture_starts_from_an_anchor(
     folder = tmp_path / "model"
     tiny_backbone(name).model.save_pretrained(folder)
     tiny_backbone(name).tokenizer.save_pretrained(folder)
-    label_words = {
-        "Billing": "bil",
-        "Sales": "sal",
-        "Returns": "ret",
-        "Login": "login",
-        "Delivery": "delivery",
-        "Other": "ot",
-    }
     file = tmp_path / "tickets.toml"
-    lines = "".join(f'{label} = "{label_word}"\n' for label, label_word in label_words.items())
+    lines = "".join(f'{label} = "{label_word}"\n' for label, label_word in WHOLE_WORDS.items())
     rows = f'train = "{ticket_task.parent / "train.csv"}"\n'
     file.write_text(rows + 'template = "Ticket: {text}\\nQueue:"\nlabel = "queue"\n[label_words]\n' + lines)
     experiment = Experiment(

@@ -1,4 +1,4 @@
-"""What parity tests of attachments share: prompts, rows, batches, and how values and gradients are compared."""
+"""What tests of attachments share: label words, prompts, rows, batches, and how values and gradients are compared."""
 
 import copy
 import dataclasses
@@ -15,6 +15,16 @@ from softprompt.prompts.dept import DePT
 from softprompt.prompts.dpt import DPT
 from softprompt.prompts.plain import Plain
 from softprompt.types import PromptAttention
+
+WHOLE_WORDS = {
+    "Billing": "bil",
+    "Sales": "sal",
+    "Returns": "ret",
+    "Login": "login",
+    "Delivery": "delivery",
+    "Other": "ot",
+}
+"""Label words that the tests' tokenizer keeps whole."""
 
 
 def prompts_of(backbone: Backbone) -> list[SoftPrompt]:

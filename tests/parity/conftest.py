@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import WHOLE_WORDS
 
 from softprompt import METHODS, Backbone, Experiment, Run, attach, runs
 from softprompt.tasks import Task
@@ -16,16 +17,6 @@ TASK = Task(
     label="queue",
     label_words={"billing": "billing", "login": "login", "other": "other"},
 )
-
-WHOLE_WORDS = {
-    "Billing": "bil",
-    "Sales": "sal",
-    "Returns": "ret",
-    "Login": "login",
-    "Delivery": "delivery",
-    "Other": "ot",
-}
-"""Label words that the tests' tokenizer keeps whole."""
 
 
 @pytest.fixture(scope="session")

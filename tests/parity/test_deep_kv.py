@@ -7,7 +7,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tests.conftest import DECODERS
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
@@ -47,9 +46,8 @@ def deep_prompt(backbone: Backbone, length: int, seed: int = 0) -> Folded:
     return Folded(as_deep(backbone, virtual_tokens(backbone, length, seed)), depth=backbone.max_depth)
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_keys_and_values_of_virtual_tokens_give_their_outputs(name: str, tiny_backbone: MakeBackbone) -> None:
-    backbone = tiny_backbone(name)
+def test_keys_and_values_of_virtual_tokens_give_their_outputs(decoder: Backbone) -> None:
+    backbone = decoder
     shallow = [Folded(virtual_tokens(backbone, length, seed)) for seed, length in enumerate((3, 6))]
     deep = [deep_prompt(backbone, length, seed) for seed, length in enumerate((3, 6))]
     index = torch.tensor([1, 0, 1])
@@ -84,9 +82,8 @@ def reference_losses(backbone: Backbone, matrix: Tensor, labels: Tensor) -> Tens
     return torch.stack(losses)
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_losses_and_gradients_match_transformers_row_by_row(name: str, tiny_backbone: MakeBackbone) -> None:
-    backbone = tiny_backbone(name)
+def test_losses_and_gradients_match_transformers_row_by_row(decoder: Backbone) -> None:
+    backbone = decoder
     ids, mask = IDS[:2], MASK[:2]
     labels = torch.where(mask == 1, ids, -100)
     labels[0, 2] = labels[1, :3] = -100

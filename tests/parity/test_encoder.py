@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import assert_same_gradients, padded, prompts_of, rows_of
+from cases import WHOLE_WORDS, assert_same_gradients, padded, prompts_of, rows_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,15 +25,6 @@ CLS, SEP, PAD, MASK = 0, 1, 2, 3
 TEXTS, INDEX = (7, 2, 4, 9, 1), (2, 0, 1, 0, 2)
 CLASSES = 4
 LABEL_WORDS = ((11,), (12,), (40,), (41,))
-WHOLE_WORDS = {
-    "Billing": "bil",
-    "Sales": "sal",
-    "Returns": "ret",
-    "Login": "login",
-    "Delivery": "delivery",
-    "Other": "ot",
-}
-"""Of the tests' own task, each one token of the tests' tokenizer."""
 MakeBackbone = Callable[[str], Backbone]
 sides = pytest.mark.parametrize(
     ("side", "extra"), [("left", 0), ("right", 0), ("left", 1), ("right", 40), ("left", 40)]

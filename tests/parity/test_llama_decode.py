@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.conftest import GROUPED
 
 from softprompt import Backbone, attach
 from softprompt.backbones.kernels import llama, llama_decode
@@ -24,10 +23,15 @@ def backbone(request: pytest.FixtureRequest, tiny_backbone: MakeBackbone) -> Bac
     if request.param != "qwen2":
         return tiny_backbone(request.param)
     torch.manual_seed(0)
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**GROUPED)).eval()
+    source = tiny_backbone("llama")
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    sizes = {
+        name: getattr(source.model.config, name)
+        for name in (*names, "intermediate_size", "bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes)).eval()
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.self_attn.q_proj.bias)
-    source = tiny_backbone("llama")
     return Backbone(model, source.tokenizer, "qwen2", "qwen2", "causal")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from local_lm_eval import write_local_task
 
 from softprompt import Experiment, Plain, Run, attach, load_backbone, load_task, predict, runs
 from softprompt.cli import main
@@ -17,27 +18,12 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip i
 ROWS = [
     {"text": " ".join(text), "answer": number % 3} for number, text in enumerate(("aab", "c", "bbbacca", "cbac") * 3)
 ]
-TASK = """
-task: local_tickets
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {rows}}}}}
-validation_split: validation
-output_type: multiple_choice
-doc_to_text: "Ticket: {{{{text}}}}\\nQueue:"
-doc_to_target: answer
-doc_to_choice: {words}
-metric_list: [{{metric: acc}}]
-"""
 
 
 @pytest.fixture
 def task_folder(tmp_path: Path, ticket_task: Path) -> Path:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    words = json.dumps(list(load_task(str(ticket_task)).label_words.values()))
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (folder / "local.yaml").write_text(TASK.format(rows=folder / "rows.jsonl", words=words))
-    return folder
+    label_words = load_task(str(ticket_task)).label_words.values()
+    return write_local_task(tmp_path / "tasks", list(label_words), ROWS)
 
 
 def evaluate(model: Any, folder: Path, **settings: Any) -> tuple[float, list[list[float]]]:

@@ -1,11 +1,11 @@
 """lm-evaluation-harness's `local-completions` on a real service scores as `hf` and `softprompt lm-eval` do."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from local_lm_eval import write_local_task
 
 from softprompt import load_task
 
@@ -13,28 +13,16 @@ pytest.importorskip("tenacity", reason="lm-eval's API models are not installed: 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'softprompt[eval]'")
 
 TEXTS = ("a a b", "c", "b b b a c c a", "c b a c", "a", "f f", "e d e d e d e d e d e d")
-TASK = """
-task: local_tickets
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {rows}}}}}
-validation_split: validation
-output_type: multiple_choice
-doc_to_text: "Ticket: {{{{text}}}}\\nQueue:"
-doc_to_target: answer
-doc_to_choice: {words}
-metric_list: [{{metric: acc}}]
-"""
 
 
 @pytest.fixture
 def task_folder(tmp_path: Path, ticket_task: Path) -> Path:
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    words = json.dumps(list(load_task(str(ticket_task)).label_words.values()))
-    rows = [json.dumps({"text": text, "answer": number % 3}) + "\n" for number, text in enumerate(TEXTS)]
-    (folder / "rows.jsonl").write_text("".join(rows))
-    (folder / "local.yaml").write_text(TASK.format(rows=folder / "rows.jsonl", words=words))
-    return folder
+    label_words = load_task(str(ticket_task)).label_words.values()
+    return write_local_task(
+        tmp_path / "tasks",
+        list(label_words),
+        [{"text": text, "answer": number % 3} for number, text in enumerate(TEXTS)],
+    )
 
 
 @pytest.fixture

@@ -326,7 +326,8 @@ def _check_trainable(experiment: Experiment, prompted: PromptedModel) -> None:
     if not prompted.supports_gradient_checkpointing:
         raise ValueError(
             f"gradient_checkpointing is on, and rows of {backbone.source} continue from a cache, which cannot be "
-            "written twice; leave it off, or use prompt_position=prefix and a model without attention code of its own"
+            "written twice; leave it off, or use depth=shallow, prompt_position=prefix and a model without attention "
+            "code of its own"
         )
     if not gradient_checkpointing.layers(backbone.model):
         raise ValueError(

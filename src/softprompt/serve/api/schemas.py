@@ -1,6 +1,7 @@
 """The bodies that clients send, as the OpenAPI page shows them; responses are plain objects in OpenAI's format."""
 
 import json
+from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -124,9 +125,9 @@ class _GenerationRequest(_Request):
         return self
 
     @property
+    @abstractmethod
     def num_top_logprobs(self) -> int | None:
         """Most likely tokens to report with each token's log-probability; none: report nothing."""
-        raise NotImplementedError
 
     def sampling(self, seed: int) -> Sampling:
         """The sampling parameters, with a seed."""
