@@ -67,7 +67,9 @@ def test_anchored_dpt_matches_its_formula(settings: dict[str, Any]) -> None:
         ours.left += torch.randn(ours.left.shape, generator=seeded(3))
         ours.right += torch.randn(ours.right.shape, generator=seeded(4))
     left, right = (factor.detach().double().requires_grad_() for factor in (ours.left, ours.right))
-    unit = settings["scale"] if "scale" in settings else facts.rms / RANK**0.5
+    # rms L D / (r (D sqrt(L) + L sqrt(D))), or as large as that of a product of r normal columns
+    unit = facts.rms * LENGTH * DIM / (RANK * (DIM * LENGTH**0.5 + LENGTH * DIM**0.5))
+    unit = facts.rms / RANK**0.5 if "factor_init" in settings else settings.get("scale", unit)
     theirs = start + unit * (
         torch.einsum("lr,rd->ld", left, right) - torch.einsum("lr,rd->ld", first_left, first_right)
     )
@@ -113,9 +115,19 @@ def test_random_factors_are_standard_normal() -> None:
     for factor in (prompt.left, prompt.right):
         assert float(factor.detach().mean()) == pytest.approx(0, abs=0.02)
         assert float(factor.detach().square().mean()) == pytest.approx(1, rel=0.02)
-    assert isinstance(prompt, AnchoredPrompt)
-    grown = prompt.prompt() + prompt.scale * prompt.first_left @ prompt.first_right - prompt.anchor
-    assert float(grown.detach().square().mean().sqrt()) == pytest.approx(host(embedding=prompt.anchor).rms, rel=0.05)
+
+
+@pytest.mark.parametrize(("length", "dim", "rank"), [(100, 576, 10), (20, 576, 10), (100, 64, 1), (20, 256, 20)])
+def test_first_step_lowers_loss_as_much_as_plain(length: int, dim: int, rank: int) -> None:
+    """To first order, at a random gradient, with Adam's first step: the sign of the gradient times the rate."""
+    weights = torch.randn(length, dim, generator=seeded(1))
+    lowered = []
+    for config in (Plain(length=length), DPT(length=length, rank=rank)):
+        prompt = config.build(host(embedding=0.14 * torch.randn(300, dim, generator=seeded(5))), seeded(0))
+        gradients = torch.autograd.grad((prompt.prompt() * weights).sum(), list(prompt.parameters()))
+        lowered.append(sum(float(gradient.abs().sum()) for gradient in gradients))
+    plain, anchored = lowered
+    assert anchored / plain == pytest.approx(1, abs=0.25 if rank == 1 else 0.1)
 
 
 def test_gradient_factors_are_those_of_lora_ga() -> None:
