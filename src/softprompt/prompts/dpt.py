@@ -104,10 +104,11 @@ class DPT(PromptConfig):
     and `right` their B, transposed as in their code (`[length, rank] @ [rank, dim]`).
     `factor_init=gradient`: Wang et al. 2024, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation".
     Differs: theirs is `anchor=none`, where `A B` must represent the start as well as what is learned; the anchor is
-    ours. A0 and B0 are N(0, 1), and `s` is such that a first step at any length and rank lowers the loss about as much
-    as one of `plain` (`matched_scale`). Without an anchor both factors are kept at unit size and a constant carries the product to the host's embedding RMS, so that one learning rate fits
-    every backbone; it starts from the best rank-`rank` part of vocabulary rows, and needs more steps than an anchored
-    prompt (docs/results/superglue). The length is 20 and not 100: it takes less time, and no loss was shown.
+    ours. A0 and B0 are N(0, 1), and `s` is such that a first step at any length and rank lowers the loss about as
+    much as one of `plain` (`matched_scale`). Without an anchor both factors are kept at unit size and a constant
+    carries the product to the host's embedding RMS, so that one learning rate fits every backbone; it starts from
+    the best rank-`rank` part of vocabulary rows, and needs more steps than an anchored prompt
+    (docs/results/superglue). The length is 20 and not 100: it takes less time, and no loss was shown.
     `anchor=none`, `init=uniform` and `scale=1` are the published parameterisation: both factors U(-0.5, 0.5), nothing
     else.
 
