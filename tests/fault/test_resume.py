@@ -64,12 +64,12 @@ def assert_same(run: Run, uninterrupted: Run) -> None:
     assert {**run.results, "seconds": 0} == {**uninterrupted.results, "seconds": 0}
 
 
-def test_killed_run_resumes_to_the_same_bits(uninterrupted: Run, tmp_path: Path) -> None:
-    jobs = {"experiment": uninterrupted.experiment.to_json(), "out": str(tmp_path), "kills": KILLS}
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+def killed(experiment: Experiment, kills: list[tuple[str, str, int]], out: Path) -> None:
+    """Train `experiment` once per kill, each in a process of its own that `kill -9` ends at that point."""
+    (out / "jobs.json").write_text(json.dumps({"experiment": experiment.to_json(), "out": str(out), "kills": kills}))
     script = Path(__file__).with_name("killed.py")
     done = subprocess.run(
-        [sys.executable, script, tmp_path / "jobs.json"],
+        [sys.executable, script, out / "jobs.json"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -77,7 +77,11 @@ def test_killed_run_resumes_to_the_same_bits(uninterrupted: Run, tmp_path: Path)
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [-signal.SIGKILL] * len(KILLS), "a training outlived its kill"
+    assert json.loads(done.stdout) == [-signal.SIGKILL] * len(kills), "a training outlived its kill"
+
+
+def test_killed_run_resumes_to_the_same_bits(uninterrupted: Run, tmp_path: Path) -> None:
+    killed(uninterrupted.experiment, KILLS, tmp_path)
     assert not (tmp_path / "run-0").exists(), "an incomplete run exists"
     assert [run.name for run in list_runs(tmp_path)] == sorted(f"run-{number}" for number in range(1, len(KILLS)))
     assert_same(train(uninterrupted.experiment, out=tmp_path, name="run-0"), uninterrupted)
@@ -87,6 +91,15 @@ def test_killed_run_resumes_to_the_same_bits(uninterrupted: Run, tmp_path: Path)
             with (folder / "metrics.jsonl").open("a") as log:
                 log.write('{"step": 99, "lo')  # as a kill during a write leaves it
         assert_same(resume(folder), uninterrupted)
+
+
+def test_killed_run_of_a_deep_prompt_resumes_to_the_same_bits(experiment: Experiment, tmp_path: Path) -> None:
+    deep = experiment.replace(depth="deep")
+    uninterrupted = train(deep, out=tmp_path, name="whole")
+    kills = [("replaced", "step-000002", 1), ("tensors", "prompt.safetensors", 2), ("step", "", 6)]
+    killed(deep, kills, tmp_path)
+    for number in range(len(kills)):
+        assert_same(resume(tmp_path / f"run-{number}"), uninterrupted)
 
 
 def interrupt_at(at: int) -> Callable[[object, Progress], None]:
