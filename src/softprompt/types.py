@@ -5,6 +5,9 @@ from typing import Literal
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "nf4"]
 """What a backbone computes in. `auto`: bfloat16 where the device multiplies it faster than float32; `nf4`: bfloat16,
 with the linear layers stored in 4 bits per weight to save memory (extra `quantize`)."""
+DecodeWeights = Literal["int8", "int4"]
+"""Packed copies of the weights for decoding on a CPU: 8 bits per weight with a scale for each output channel, or 4 bits
+with a scale and an offset for every 32 weights (the head in 8 bits)."""
 Baseline = Literal["none", "lora", "full", "head"]
 """`lora`: low-rank updates of the model's projections; `full`: every weight; `head`: only the encoder's head."""
 Protocol = Literal["heldout", "paper"]

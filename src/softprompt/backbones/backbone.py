@@ -25,10 +25,11 @@ from softprompt.backbones import (
     quantization,
     vit,
 )
-from softprompt.backbones.kernels import attention
+from softprompt.backbones.kernels import attention, llama
+from softprompt.backbones.kernels.packed_linear import PackedLinears, pack
 from softprompt.backbones.kv_layout import KVLayout, kv_layout
 from softprompt.prompts import Host
-from softprompt.types import Dtype
+from softprompt.types import DecodeWeights, Dtype
 
 Architecture = Literal["causal", "encoder_decoder", "encoder", "vision"]
 """The kind of model, which decides how a prompt is attached."""
@@ -62,6 +63,8 @@ class Backbone:
     """What a reader of results should know about these weights; usually empty."""
     images: torch.Tensor | None = field(default=None, repr=False, compare=False)
     """Pixels from which a vision model's input vectors are sampled; None for noise."""
+    packed: PackedLinears | None = field(default=None, repr=False, compare=False)
+    """Copies of the weights in fewer bits for decoding; None to decode with the weights themselves."""
 
     def __post_init__(self) -> None:
         self.model.requires_grad_(False)
@@ -245,6 +248,20 @@ class Backbone:
     def with_sample_images(self, images: torch.Tensor) -> "Backbone":
         """The same model with input vectors sampled from `images` (pixels from its image processor)."""
         return dataclasses.replace(self, images=images)
+
+    def with_decode_weights(self, decode_weights: DecodeWeights) -> "Backbone":
+        """The same model, which decodes with packed copies of its weights (1 byte each for `int8`, 5/8 for `int4`).
+
+        Raises:
+            ValueError: the model is not in bfloat16 on a CPU with Llama's layers, or a layer's size does not fit.
+        """
+        if self.precision != "bfloat16" or self.architecture != "causal" or not llama.is_supported(self.model):
+            raise ValueError(
+                f"decode_weights is {decode_weights!r}, and {self.source} is a {self.model.config.model_type} in "
+                f"{self.precision} on {self.device}; packed weights are for Llama, Mistral and Qwen2 in bfloat16 on a "
+                "CPU, so leave it out"
+            )
+        return dataclasses.replace(self, packed=pack(self.model, decode_weights))
 
 
 def _no_tokens(text: str) -> list[int]:

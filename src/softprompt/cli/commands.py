@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from softprompt.cli.console import console, show_table
+from softprompt.types import DecodeWeights
 
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
@@ -24,6 +25,7 @@ def evaluate_(
     split: Literal["test", "dev", "train"] | None = None,
     backbone: str | None = None,
     generate: bool = False,
+    decode_weights: DecodeWeights | None = None,
 ) -> dict[str, Any]:
     """Score a run, or a prompt that PEFT trained.
 
@@ -36,13 +38,15 @@ def evaluate_(
         backbone: Where the run's backbone is now, as in train; none: where it was during training.
         generate: In classification, also let the model generate freely, and report how often its text begins with a
             label word (label_word_rate) and with the right one (generated_accuracy).
+        decode_weights: Generate with packed copies of the weights, 8 or 4 bits each: faster on a CPU for few rows, and
+            texts may differ; none: the weights themselves.
     """
     from softprompt import runs
     from softprompt.evaluation.evaluate import evaluate
 
     opened = runs.resolve_prompt(run, task)
     _show_base_note(opened, backbone)
-    score = evaluate(opened, task=task, data=data, split=split, backbone=backbone, generate=generate)
+    score = evaluate(opened, task=task, data=data, split=split, backbone=backbone, generate=generate, decode_weights=decode_weights)
     if score.warning:
         console.print(f"note: {score.warning}")
     return {
@@ -61,6 +65,7 @@ def predict_(
     output: Path | None = None,
     task: str | None = None,
     backbone: str | None = None,
+    decode_weights: DecodeWeights | None = None,
 ) -> dict[str, Any]:
     """Predict the answers to the rows of a file.
 
@@ -71,6 +76,7 @@ def predict_(
         output: JSONL file to write, with a line per row, counted from 1; none: stdout.
         task: The task of a PEFT folder: a name, or a TOML file; a run has its own.
         backbone: Where the run's backbone is now, as in train; none: where it was during training.
+        decode_weights: Generate with packed copies of the weights, as in evaluate; not for a task with labels.
     """
     from softprompt import files, runs
     from softprompt.evaluation.predict import predict
@@ -84,7 +90,7 @@ def predict_(
         if opened.task.image
         else list(task_rows(opened.task, input, answers=False))
     )
-    answers = predict(opened, rows, backbone=backbone)
+    answers = predict(opened, rows, backbone=backbone, decode_weights=decode_weights)
     lines = [
         runs.json_line(_answer_json(answer, opened.task.image and opened.task.render(rows[answer.row])))
         for answer in answers

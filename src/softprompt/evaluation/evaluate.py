@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from softprompt.backbones import Backbone
 from softprompt.config import Experiment
-from softprompt.evaluation.predict import Answer, answer, input_limit
+from softprompt.evaluation.predict import Answer, answer, check_generates, input_limit
 from softprompt.models import PromptedModel
 from softprompt.runs import PeftPrompt, Run, resolve_prompt
 from softprompt.tasks import (
@@ -34,6 +34,7 @@ from softprompt.tasks import (
     strip_end,
 )
 from softprompt.tasks.metrics import Pooled
+from softprompt.types import DecodeWeights
 
 
 def evaluate(
@@ -44,6 +45,7 @@ def evaluate(
     split: str | None = None,
     backbone: Backbone | str | None = None,
     generate: bool = False,
+    decode_weights: DecodeWeights | None = None,
 ) -> Score:
     """Score a finished run on a split of its task, on another task, or on all rows of a file.
 
@@ -58,22 +60,29 @@ def evaluate(
         generate: in classification, also let the model generate freely, as an engine that knows nothing of the label
             words would: `extra_metrics` then has `label_word_rate`, the share of rows whose text begins with a label
             word, and `generated_accuracy`, the share that begins with the right one.
+        decode_weights: generate with packed copies of the weights, as `Backbone.with_decode_weights`; None to generate
+            with the weights themselves.
 
     Raises:
         FileNotFoundError: the rows are no longer where the run recorded them, or `data` does not exist.
         ValueError: an unknown split, one that the task lacks, or one of a file; the run's rows have changed; a PEFT
-            folder without a task, or that a folded prompt cannot express; or `generate` for a task that is generated
-            anyway, or a model that answers through a head.
+            folder without a task, or that a folded prompt cannot express; `generate` for a task that is generated
+            anyway, or a model that answers through a head; or `decode_weights` where nothing is generated, or where it
+            does not fit the backbone.
     """
     if split not in (None, "train", "dev", "test"):
         raise ValueError(f"split is {split!r}; it must be train, dev or test")
     run = resolve_prompt(run, task)
     experiment = run.experiment
     scored_task = load_task(task) if task else run.task
+    if not generate:
+        check_generates(scored_task, decode_weights)
     rows, split = _rows_to_score(run, scored_task, data, split, is_runs_task=task is None)
     if not len(getattr(rows, split)):
         raise ValueError(f"task {scored_task.name!r} has no {split} rows; it can only be scored on its test split")
     backbone = run.backbone(backbone)
+    if decode_weights is not None:
+        backbone = backbone.with_decode_weights(decode_weights)
     prompted = run.prompted(backbone)
     _check_classes(run, prompted, scored_task)
     if generate:

@@ -15,6 +15,7 @@ from softprompt.evaluation import prefix_sharing
 from softprompt.models import Prepared, PromptedModel
 from softprompt.runs import PeftPrompt, Run, check_has_own_task, resolve_prompt
 from softprompt.tasks import Example, Task, answer_ids, collate, encode
+from softprompt.types import DecodeWeights
 
 
 @final
@@ -35,7 +36,12 @@ class Answer:
 
 
 def predict(
-    run: Run | PeftPrompt | str | Path, rows: Any, *, task: str | None = None, backbone: Backbone | str | None = None
+    run: Run | PeftPrompt | str | Path,
+    rows: Any,
+    *,
+    task: str | None = None,
+    backbone: Backbone | str | None = None,
+    decode_weights: DecodeWeights | None = None,
 ) -> list[Answer]:
     """The run's answers to `rows`, which need the template's columns but no label.
 
@@ -47,23 +53,37 @@ def predict(
         task: a built-in task's name or a TOML file, for a PEFT folder; a run has its own.
         backbone: the run's backbone, loaded or as a source for `load_backbone`; None to load it from where the run
             recorded it.
+        decode_weights: generate with packed copies of the weights, as `Backbone.with_decode_weights`; None to generate
+            with the weights themselves.
 
     Raises:
-        ValueError: `rows` is none of these, a row lacks a column, the run is not finished, or `task` is missing or
-            given to a run.
+        ValueError: `rows` is none of these, a row lacks a column, the run is not finished, `task` is missing or given
+            to a run, or `decode_weights` does not fit the backbone or a task with labels.
     """
     run = resolve_prompt(run, task)
     check_has_own_task(run, task)
+    check_generates(run.task, decode_weights)
     table = _table(run.task, rows)
     if not table:
         return []
     backbone = run.backbone(backbone)
+    if decode_weights is not None:
+        backbone = backbone.with_decode_weights(decode_weights)
     prompted = run.prompted(backbone)
     limit = input_limit(prompted, run.task, run.experiment.training)
     examples = encode(run.task, backbone.tokenizer, table, limit, closing=prompted.appends_eos, answers=False)[0]
     for example in examples:
         prompted.check_row(example.input_ids, (), example.where)
     return answer(prompted, run.task, examples, max_new_tokens=run.experiment.training.max_new_tokens)
+
+
+def check_generates(task: Task, decode_weights: DecodeWeights | None) -> None:
+    """Refuse `decode_weights` for a task whose answers are not generated."""
+    if decode_weights is not None and task.is_classification:
+        raise ValueError(
+            f"decode_weights is {decode_weights!r}, and task {task.name!r} has labels, which are scored in one pass and "
+            "not decoded; leave it out"
+        )
 
 
 def _table(task: Task, rows: Any) -> list[Mapping[str, Any]]:

@@ -19,13 +19,14 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from softprompt.backbones import Backbone, fsdp
 from softprompt.backbones.kernels import attention, llama, llama_decode
+from softprompt.backbones.kernels.packed_linear import PackedLinears
 from softprompt.models.base import PromptedModel
 from softprompt.models.checks import check_not_empty
 from softprompt.models.decode_state import DecodeState
 from softprompt.models.deep_kv import any_deep, check_deep, deep_prefixes
 from softprompt.models.inline import PromptEmbeddings, insert_prompts
 from softprompt.models.inputs import Candidates, Ids, Index, Inputs, Labels, Mask, Prepared, Prompts
-from softprompt.models.kv_buffer import ROOM, KVBuffer
+from softprompt.models.kv_buffer import ROOM
 from softprompt.models.kv_prefix import KVPrefixBatch
 from softprompt.models.label_tree import score_rest
 from softprompt.models.padding import Rows, align_padding, length_mask, pad_batch, prompt_rows
@@ -72,6 +73,10 @@ class Causal(PromptedModel):
         check_decoder(self.backbone)
         check_batch_independence(self.backbone)
         self._has_fused_layers = self.tuned is None and llama.is_supported(model)
+        if self.tuned is not None and self.backbone.packed is not None:
+            raise ValueError("decode_weights packs the model's own weights, and this run trained others; leave it out")
+        self.packed: PackedLinears | None = None
+        """The backbone's packed weights, once the model has been checked with its own."""
         self.in_row = self.prompt_position != "prefix"
         """Whether prompts run in every row; else their keys and values are computed once for all of them."""
         self.packs = False
@@ -82,6 +87,7 @@ class Causal(PromptedModel):
         self.supports_gradient_checkpointing = self.packs and not any_deep(self.prompts_of(None))
         if any_deep(self.prompts_of(None)):
             self.kv_prefixes(self.prompts_of(None))  # refuses what does not fit
+        self.packed = self.backbone.packed
 
     def _check_exact(self) -> None:
         """Compare mixed batches with single rows, once per model and position; choose an exact layout, or refuse.
@@ -257,28 +263,18 @@ class Causal(PromptedModel):
         positions = state.next_position + torch.arange(more, device=ids.device)
         embeds = self.token_embeddings(state.prompts, state.rows, ids, positions)
         if more == 1 and self.has_fused_decode:
-            logits = self.fused_decode(embeds, state.cache.layers, mask)[:, None]
+            layers = state.cache.layers
+            logits = llama_decode.decode(self.backbone.model, embeds[:, 0], layers, mask, self.packed)[:, None]
+        elif self.packed is not None:
+            raise ValueError("packed weights decode one token at a time, without gradients or autocast")
         else:
             logits = self._run(embeds, state.cache, mask, 0)
-        for layer in state.cache.layers:
-            if isinstance(layer, KVBuffer):
-                layer.length = mask.shape[1]
-        return state._replace(mask=mask, logits=logits, next_position=state.next_position + more)
+        return state.after(mask, logits)
 
     @property
     def has_fused_decode(self) -> bool:
-        """Whether one token more for each row runs through `fused_decode`: our layers, and no gradients."""
+        """Whether one token more for each row runs through `llama_decode`: our layers, and no gradients."""
         return self._is_fused and not torch.is_grad_enabled()
-
-    def fused_decode(
-        self, embeds: Float[Tensor, "batch one dim"], cache_layers: Sequence[Any], mask: Int[Tensor, "batch total"]
-    ) -> Float[Tensor, "batch vocab"]:
-        """The logits after one token more for each row, whose keys and values are added to the cache's layers.
-
-        Args:
-            mask: 1 at real columns, the new one included.
-        """
-        return llama_decode.decode(self.backbone.model, embeds[:, 0], cache_layers, mask, mask.sum(1) - 1)
 
     def attention_arguments(self, mask: Int[Tensor, "row total"], length: int) -> dict[str, Any]:
         """The mask, and the positions of the last `length` columns where the model takes positions."""

@@ -32,3 +32,11 @@ class DecodeState(NamedTuple):
         if isinstance(layers[0], KVBuffer) and not layers[0].is_full:
             return self
         return self._replace(cache=Cache(layers=[KVBuffer.copy_of(layer, columns) for layer in layers]))
+
+    def after(self, mask: Int[Tensor, "batch total"], logits: Float[Tensor, "batch kept vocab"]) -> "DecodeState":
+        """The state after a pass that has added columns to the cache; `mask` has them."""
+        for layer in self.cache.layers:
+            if isinstance(layer, KVBuffer):
+                layer.length = mask.shape[1]
+        next_position = self.next_position + (mask.shape[1] - self.mask.shape[1])
+        return self._replace(mask=mask, logits=logits, next_position=next_position)

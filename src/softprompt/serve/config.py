@@ -13,7 +13,7 @@ from softprompt.runs import RECORD, open_run
 from softprompt.serve.api.auth import AuthConfig
 from softprompt.serve.engine.limits import Limits
 from softprompt.serve.prompts.entry import check_prompt_name
-from softprompt.types import Dtype
+from softprompt.types import DecodeWeights, Dtype
 
 EngineKind = Literal["local", "ray"]
 
@@ -64,6 +64,9 @@ class ServeConfig:
     """One engine in this process, or replicas behind Ray Serve that share the folder of prompts."""
     dtype: Dtype = "auto"
     """What the backbone computes in."""
+    decode_weights: DecodeWeights | None = None
+    """Generate with packed copies of the weights, 8 or 4 bits each: faster on a CPU for few rows at a time, and texts
+    may differ; none: the weights themselves."""
     device: str = "auto"
     """`auto` takes the first GPU, else the CPU."""
     grace: float = 30.0

@@ -76,18 +76,16 @@ def serve_replicas(config: ServeConfig, *, on_start: Callable[[str], None] | Non
 
 def _build_app(config: ServeConfig, auth: AuthConfig) -> Any:
     """The application of one replica, with its own backbone and engine."""
-    from softprompt.backbones import load
     from softprompt.serve.api.app import make_app
     from softprompt.serve.log import configure_logging
     from softprompt.serve.metrics import Metrics
     from softprompt.serve.prompts.store import PromptStore
     from softprompt.serve.prompts.sync import PromptSync
-    from softprompt.serve.service import start_engine
+    from softprompt.serve.service import load_backbone, start_engine
 
     configure_logging()
     store, metrics = None if config.prompts is None else PromptStore(config.prompts, shared=True), Metrics()
-    backbone = load(config.backbone_source(), dtype=config.dtype, device=config.device)
-    engine = start_engine(backbone, config.folders(), config.limits, metrics=metrics)
+    engine = start_engine(load_backbone(config), config.folders(), config.limits, metrics=metrics)
     if store is not None:
         PromptSync(engine, store, metrics).start()
     return make_app(engine, auth, metrics=metrics, store=store, log_texts=config.log_texts, grace=config.grace)

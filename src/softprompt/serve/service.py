@@ -37,7 +37,7 @@ def serve(
     """
     auth = config.auth()
     if backbone is None:
-        backbone = load(config.backbone_source(), dtype=config.dtype, device=config.device)
+        backbone = load_backbone(config)
     with closing(listen(config.host, config.port)) as sock:
         store, metrics = None if config.prompts is None else PromptStore(config.prompts), Metrics()
         engine = start_engine(backbone, config.folders(), config.limits, store=store, metrics=metrics)
@@ -60,6 +60,16 @@ def serve(
                 server.run(sockets=[sock])
         finally:
             engine.close(0.0)
+
+
+def load_backbone(config: ServeConfig) -> Backbone:
+    """The backbone of `config`, with packed weights if it asks for them.
+
+    Raises:
+        ValueError: as `softprompt.load_backbone` and `Backbone.with_decode_weights` raise.
+    """
+    backbone = load(config.backbone_source(), dtype=config.dtype, device=config.device)
+    return backbone if config.decode_weights is None else backbone.with_decode_weights(config.decode_weights)
 
 
 def start_engine(

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from softprompt.backbones.kernels.dequantize import dequantized_weight
+from softprompt.backbones.kernels.packed_linear import PackedLinears
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def decode(
     embeds: Float[Tensor, "row dim"],
     cache_layers: Any,
     mask: Int[Tensor, "row total"],
-    positions: Int[Tensor, " row"],
+    packed: PackedLinears | None = None,
 ) -> Float[Tensor, "row vocab"]:
     """The model's logits after one token a row; the cache grows by a column.
 
@@ -29,11 +30,11 @@ def decode(
         model: one that `llama.is_supported` accepts.
         embeds: each row's next token.
         cache_layers: for each layer a transformers cache layer with the keys and values so far.
-        mask: 1 at the cache's real columns, the new one included.
-        positions: of each new token.
+        mask: 1 at the cache's real columns, the new one included; their number is the new token's position.
+        packed: weights to multiply with instead of the model's own.
     """
     decoder = model.model
-    cos, sin = decoder.rotary_emb(embeds, positions[:, None])
+    cos, sin = decoder.rotary_emb(embeds, mask.sum(1, keepdim=True) - 1)
     half = cos.shape[-1] // 2
     cos, sin = cos.to(embeds.dtype), sin[..., :half].to(embeds.dtype)
     visible = None if bool(mask.all()) else mask.bool()[:, None, None]
@@ -42,21 +43,43 @@ def decode(
         attention, mlp = layer.self_attn, layer.mlp
         normed = _rms_norm(states, layer.input_layernorm)
         heads = (len(states), -1, attention.head_dim)
-        query = _rotated(attention.q_proj(normed).view(heads), cos, sin, half)
-        key = _rotated(attention.k_proj(normed).view(heads), cos, sin, half)
-        value = attention.v_proj(normed).view(heads)
+        query = _rotated(_linear(normed, attention.q_proj, packed).view(heads), cos, sin, half)
+        key = _rotated(_linear(normed, attention.k_proj, packed).view(heads), cos, sin, half)
+        value = _linear(normed, attention.v_proj, packed).view(heads)
         keys, values = cache.update(key[:, :, None], value[:, :, None])
         grouped = query.view(len(states), keys.shape[1], -1, attention.head_dim)
         output = nn.functional.scaled_dot_product_attention(
             grouped, keys, values, attn_mask=visible, scale=attention.scaling
         )
-        states = torch.addmm(states, output.reshape(len(states), -1), dequantized_weight(attention.o_proj).t())
+        states = _matmul(output.reshape(len(states), -1), attention.o_proj, packed, states)
         normed = _rms_norm(states, layer.post_attention_layernorm)
-        gate = normed @ dequantized_weight(mlp.gate_proj).t()
-        product = nn.functional.silu(gate, inplace=True).mul_(normed @ dequantized_weight(mlp.up_proj).t())
-        states = torch.addmm(states, product, dequantized_weight(mlp.down_proj).t())
-    logits: Tensor = model.lm_head(_rms_norm(states, decoder.norm))
-    return logits
+        gate = _matmul(normed, mlp.gate_proj, packed)
+        product = nn.functional.silu(gate, inplace=True).mul_(_matmul(normed, mlp.up_proj, packed))
+        states = _matmul(product, mlp.down_proj, packed, states)
+    return _linear(_rms_norm(states, decoder.norm), model.lm_head, packed)
+
+
+def _linear(inputs: Float[Tensor, "row in"], linear: Any, packed: PackedLinears | None) -> Float[Tensor, "row out"]:
+    """`linear(inputs)`."""
+    if packed is None:
+        output: Tensor = linear(inputs)
+        return output
+    output = packed[linear](inputs)
+    return output if linear.bias is None else output.add_(linear.bias)
+
+
+def _matmul(
+    inputs: Float[Tensor, "row in"],
+    linear: Any,
+    packed: PackedLinears | None,
+    residual: Float[Tensor, "row out"] | None = None,
+) -> Float[Tensor, "row out"]:
+    """`linear(inputs)` without a bias, added to `residual`."""
+    if packed is not None:
+        output = packed[linear](inputs)
+        return output if residual is None else output.add_(residual)
+    weight = dequantized_weight(linear).t()
+    return inputs @ weight if residual is None else torch.addmm(residual, inputs, weight)
 
 
 def _rms_norm(states: Float[Tensor, "row dim"], norm: Any) -> Float[Tensor, "row dim"]:

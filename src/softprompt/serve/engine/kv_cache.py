@@ -14,6 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from softprompt.backbones.kernels import llama_decode
+from softprompt.backbones.kernels.packed_linear import PackedLinears
 from softprompt.models import PromptedModel
 from softprompt.models.causal import Causal
 from softprompt.models.kv_buffer import ROOM, KVBuffer
@@ -77,7 +79,9 @@ class CachedDecoder:
         self._model = prompted.backbone.model
         self._counts_columns = prompted.in_row
         """The model counts positions by column (MPT): no padding between a row's prompt, text and next token."""
+        self._packed: PackedLinears | None = None
         cached_check(self._model, "served", self._check_exact)
+        self._packed = prompted.packed  # the check compares the model with itself, so it runs with its own weights
 
     def kv_prefix(self, prompt: Folded) -> KVPrefix:
         """The prompt's keys and values.
@@ -168,7 +172,7 @@ class CachedDecoder:
         """The logits after one more token per row; a failed call can be repeated, with all rows or a part."""
         self._widen(batch)
         mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], 1)
-        logits = self._pass(batch, tokens[:, None], mask, torch.zeros_like(tokens[:1]))[:, 0]
+        logits = self._pass(batch, tokens[:, None], mask, torch.zeros_like(tokens[:1]), self._packed)[:, 0]
         batch.mask, batch.token_counts = mask, batch.token_counts + 1
         return logits
 
@@ -205,15 +209,20 @@ class CachedDecoder:
         batch.mask = mask
 
     def _pass(
-        self, batch: Batch, ids: Int[Tensor, "row more"], mask: Int[Tensor, "row total"], keep: Int[Tensor, " kept"]
+        self,
+        batch: Batch,
+        ids: Int[Tensor, "row more"],
+        mask: Int[Tensor, "row total"],
+        keep: Int[Tensor, " kept"],
+        packed: PackedLinears | None = None,
     ) -> Float[Tensor, "row kept vocab"]:
-        """The logits after the tokens in the columns `keep` of `ids`."""
+        """The logits after the tokens in the columns `keep` of `ids`; `packed` as for `llama_decode.decode`."""
         more = ids.shape[1]
         # Positions count a text's own tokens; those of padding before it are meaningless and not negative.
         positions = batch.token_counts[:, None] + (mask[:, -more:].cumsum(1) - 1).clamp(min=0)
         embeds = self._embeddings(batch.prompts, ids, positions)
         if more == 1 and self.prompted.has_fused_decode:
-            logits = self.prompted.fused_decode(embeds, batch.layers, mask)[:, None]
+            logits = llama_decode.decode(self._model, embeds[:, 0], batch.layers, mask, packed)[:, None]
             for layer in batch.layers:
                 layer.length = mask.shape[1]
             return logits

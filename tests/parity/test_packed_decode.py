@@ -1,0 +1,174 @@
+"""Decoding with 8- and 4-bit weights: the products, and the logits of a model with the dequantized weights."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from softprompt import Backbone, attach
+from softprompt.backbones.kernels.packed_linear import Int4Linear, Int8Linear, PackedLinear
+from softprompt.models.causal import Causal
+from softprompt.prompts import Folded
+
+KINDS = pytest.mark.parametrize("kind", ["int8", "int4"])
+PACK: dict[str, Callable[[torch.Tensor], PackedLinear]] = {"int8": Int8Linear.pack, "int4": Int4Linear.pack}
+TEXTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+MORE = [[20, 21, 22], [23, 24, 25], [26, 27, 28]]
+
+
+def dequantize_int8(weight: torch.Tensor) -> torch.Tensor:
+    """Channel by channel, in double precision."""
+    rows = []
+    for row in weight.double():
+        scale = (row.abs().max() / 127).bfloat16().double()
+        rows.append((row / scale).round().clamp(-127, 127) * scale)
+    return torch.stack(rows)
+
+
+def dequantize_int4(weight: torch.Tensor) -> torch.Tensor:
+    """Group by group, in double precision."""
+    groups = []
+    for group in weight.double().reshape(-1, 32):
+        scale = ((group.max() - group.min()) / 15).bfloat16().double()
+        offset = (group.min() + 8 * scale).bfloat16().double()
+        groups.append((((group - offset) / scale).round() + 8).clamp(0, 15).sub(8) * scale + offset)
+    return torch.stack(groups).reshape(weight.shape)
+
+
+@KINDS
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("shape", [(48, 32), (16, 96)])
+def test_product_equals_explicitly_dequantized_weights(kind: str, rows: int, shape: tuple[int, int]) -> None:
+    draw = torch.Generator().manual_seed(rows)
+    weight = torch.randn(shape, generator=draw).bfloat16() * torch.logspace(-3, 1, shape[0])[:, None].bfloat16()
+    inputs = torch.randn(rows, shape[1], generator=draw).bfloat16()
+    reference = {"int8": dequantize_int8, "int4": dequantize_int4}[kind](weight)
+    packed = PACK[kind](weight)
+    expected = inputs.double() @ reference.T
+    scale = expected.abs().amax(0).clamp(min=1e-9)
+    assert float(((packed(inputs).double() - expected) / scale).abs().max()) < 2**-7
+    exact = 0 if kind == "int8" else 2**-8  # read back through the kernel, in bfloat16
+    assert float((packed.dequantized().double() - reference).abs().max() / reference.abs().max()) <= exact
+
+
+@KINDS
+def test_zero_channels_stay_zero(kind: str) -> None:
+    weight = torch.randn(16, 32).bfloat16()
+    weight[3] = 0
+    output = PACK[kind](weight)(torch.randn(2, 32).bfloat16())
+    assert output.isfinite().all()
+    assert (output[:, 3] == 0).all()
+
+
+@pytest.fixture(params=["llama", "qwen2"])
+def backbone(request: pytest.FixtureRequest, tiny_backbone: Callable[[str], Backbone]) -> Backbone:
+    """Of sizes that 4 bits take, in bfloat16; Qwen2 has biases. Large weights, so that quantization shows."""
+    source = tiny_backbone("llama")
+    sizes: dict[str, Any] = {name: getattr(source.model.config, name) for name in ("bos_token_id", "eos_token_id")}
+    sizes |= {"vocab_size": source.vocab_size, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.15}
+    config = transformers.LlamaConfig(**sizes) if request.param == "llama" else transformers.Qwen2Config(**sizes)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).bfloat16().eval()
+    if request.param == "qwen2":
+        for layer in model.model.layers:
+            torch.nn.init.normal_(layer.self_attn.q_proj.bias)
+    return Backbone(model, source.tokenizer, request.param, request.param, "causal")
+
+
+def padded(texts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, texts))
+    ids = torch.tensor([[2] * (width - len(text)) + text for text in texts])
+    return ids, torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
+
+
+def decoded(backbone: Backbone, prompts: list[Folded]) -> torch.Tensor:
+    """The logits of three decode steps, over rows of different lengths and prompts: `[row, step, vocab]`."""
+    prompted = attach(backbone, None)
+    assert isinstance(prompted, Causal)
+    state = prompted.prefill(*padded(TEXTS), prompts=prompted.prepare(prompts), index=torch.tensor([1, 0, 1]))
+    steps = []
+    for number in range(3):
+        state = prompted.decode(state.with_room(2), torch.tensor([[row[number]] for row in MORE]))
+        steps.append(state.logits[:, -1].float())
+    return torch.stack(steps, 1)
+
+
+@torch.no_grad()
+def reference(backbone: Backbone, packed: Backbone, prompts: list[Folded]) -> torch.Tensor:
+    """transformers in float32: prompt and text with the model's own weights, each further token with the packed."""
+    assert packed.packed is not None
+    own, quantized = copy.deepcopy(backbone.model).float(), copy.deepcopy(backbone.model).float()
+    names = {module: name for name, module in backbone.model.named_modules()}
+    for module, weights in packed.packed.items():
+        quantized.get_submodule(names[module]).weight = torch.nn.Parameter(weights.dequantized())
+    embed, rows = own.get_input_embeddings(), []
+    for text, more, index in zip(TEXTS, MORE, [1, 0, 1], strict=True):
+        embeds = torch.cat([prompts[index].prompt().bfloat16().float(), embed(torch.tensor(text))])[None]
+        cache, logits = own(inputs_embeds=embeds, use_cache=True).past_key_values, []
+        for token in more:
+            output = quantized(inputs_embeds=embed(torch.tensor([[token]])), past_key_values=cache, use_cache=True)
+            logits.append(output.logits[0, -1])
+        rows.append(torch.stack(logits))
+    return torch.stack(rows)
+
+
+@KINDS
+@torch.no_grad()
+def test_decoded_logits_equal_a_model_with_dequantized_weights(kind: Any, backbone: Backbone) -> None:
+    draw = torch.Generator().manual_seed(0)
+    prompts = [Folded(backbone.host().sample(length, draw)) for length in (4, 2)]
+    packed = backbone.with_decode_weights(kind)
+    expected, actual = reference(backbone, packed, prompts), decoded(packed, prompts)
+    error = float((actual - expected).norm() / expected.norm())
+    assert error < 0.015  # bfloat16 rounding
+    assert float((decoded(backbone, prompts) - expected).norm() / expected.norm()) > 1.3 * error
+
+
+@KINDS
+@torch.no_grad()
+def test_prefill_and_scores_use_the_models_own_weights(kind: Any, backbone: Backbone) -> None:
+    own, packed = (attach(part, None) for part in (backbone, backbone.with_decode_weights(kind)))
+    ids, mask = padded(TEXTS)
+    assert torch.equal(own(ids, mask).logits, packed(ids, mask).logits)
+    candidates = [(5,), (6, 7), (6, 8, 9)]
+    assert torch.equal(own.score(ids, mask, candidates), packed.score(ids, mask, candidates))
+    first = [next(iter(prompted.generate(ids, mask, max_new_tokens=1, stop=()))) for prompted in (own, packed)]
+    assert torch.equal(*first)
+
+
+def test_generation_decodes_with_packed_weights(backbone: Backbone) -> None:
+    """The packed copies are exchanged for ones of zeros, which give token 0."""
+    packed = backbone.with_decode_weights("int8")
+    assert packed.packed is not None
+    for weights in packed.packed.values():
+        assert isinstance(weights, Int8Linear)
+        weights.quantized.zero_()
+    ids, mask = padded(TEXTS)
+    tokens = torch.stack(list(attach(packed, None).generate(ids, mask, max_new_tokens=4, stop=())), 1)
+    assert (tokens[:, 1:] == 0).all()
+    assert (tokens[:, 0] != 0).any()
+
+
+def test_other_models_are_refused_by_name(
+    backbone: Backbone, tiny_backbone: Callable[[str], Backbone], unchecked: None
+) -> None:
+    for name in ("gpt2", "t5", "bert"):
+        with pytest.raises(ValueError, match=r"decode_weights is 'int8', and .* is a .* in float32 on cpu"):
+            tiny_backbone(name).with_decode_weights("int8")
+    with pytest.raises(ValueError, match="in float32 on cpu"):
+        tiny_backbone("llama").with_decode_weights("int8")
+    narrow = copy.deepcopy(backbone.model)
+    narrow.model.layers[0].mlp.down_proj = torch.nn.Linear(40, 64, bias=False, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="down_proj has 40 inputs and 64 outputs, which must be multiples of 16"):
+        Backbone(narrow, backbone.tokenizer, "narrow", "narrow", "causal").with_decode_weights("int8")
+
+
+def test_generation_under_autocast_is_refused(backbone: Backbone) -> None:
+    prompted = attach(backbone.with_decode_weights("int8"), None)
+    ids, mask = padded(TEXTS)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="without gradients or autocast"):
+        list(prompted.generate(ids, mask, max_new_tokens=2, stop=()))
