@@ -1,6 +1,6 @@
-"""The choices of settings, as literals: apart from what implements them, so that the command line loads quickly."""
+"""The choices of settings, as literals, and a warning: apart from what uses them, so that commands start quickly."""
 
-from typing import Literal
+from typing import Literal, final
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "nf4"]
 """What a backbone computes in. `auto`: bfloat16 where the device multiplies it faster than float32; `nf4`: bfloat16,
@@ -22,6 +22,11 @@ Pool = Literal["cls", "patches"]
 """What a head reads from an image: the last state of [CLS], or the mean over the patches."""
 Augment = Literal["none", "crop", "crop+flip"]
 """What is applied to a training image each time it is used: a random crop, and a mirror image half of the time."""
+
+
+@final
+class LoadingWarning(UserWarning):
+    """What a user should know about a loaded model; the command line shows it as a note."""
 
 
 def unusual_layout(prompt_position: PromptPosition, prompt_attention: PromptAttention) -> str:

@@ -89,6 +89,23 @@ def test_help_of_short_commands_loads_nothing_heavy() -> None:
     assert "usage: softprompt doctor" in in_a_new_process(code)
 
 
+def test_listing_assets_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from softprompt.cli import main; assert main(['list', 'assets']) == 0\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'accelerate', 'sklearn'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    assert "smollm2-135m" in in_a_new_process(code)
+
+
+def test_transformers_is_quiet_when_a_command_imports_it() -> None:
+    code = (
+        "from softprompt.cli.console import quiet; quiet(); from transformers.utils import logging\n"
+        "assert logging.get_verbosity() == logging.ERROR; assert not logging.is_progress_bar_enabled()"
+    )
+    in_a_new_process(code)
+
+
 def test_imports_point_down(tmp_path: Path) -> None:
     program = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run(

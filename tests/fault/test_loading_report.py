@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from softprompt import load_backbone
 from softprompt.backbones import Backbone
-from softprompt.backbones.loading import LoadingWarning
+from softprompt.types import LoadingWarning
 
 from ..conftest import GROUPED, SIZES
 

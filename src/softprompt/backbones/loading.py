@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from softprompt.files import first_line
+from softprompt.types import LoadingWarning
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """In transformers' order of precedence; each may also be an index of shards (`NAME.index.json`)."""
@@ -31,11 +32,6 @@ _WITH_TEXT_DECODER = ("gemma3", "mistral3", "llava", "llava_next", "idefics3", "
 _LOGGERS = ("transformers", "accelerate")
 _logging_lock = threading.RLock()
 """Loggers and warning filters are global, so only one thread at a time may replace them."""
-
-
-@final
-class LoadingWarning(UserWarning):
-    """What a user should know about a loaded model; the command line shows it as a note."""
 
 
 def _warn(text: str) -> None:

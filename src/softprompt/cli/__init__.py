@@ -105,7 +105,7 @@ def _run(command: str, argv: list[str]) -> Any:
     def quietly(*args: Any, **kwargs: Any) -> Any:
         from softprompt.cli.console import quiet
 
-        quiet()  # not earlier: it imports transformers, which --help does not need
+        quiet()
         return function(*args, **kwargs)
 
     return tyro.cli(

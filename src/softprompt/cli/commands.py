@@ -46,7 +46,9 @@ def evaluate_(
 
     opened = runs.resolve_prompt(run, task)
     _show_base_note(opened, backbone)
-    score = evaluate(opened, task=task, data=data, split=split, backbone=backbone, generate=generate, decode_weights=decode_weights)
+    score = evaluate(
+        opened, task=task, data=data, split=split, backbone=backbone, generate=generate, decode_weights=decode_weights
+    )
     if score.warning:
         console.print(f"note: {score.warning}")
     return {

@@ -1,6 +1,7 @@
 """Tables and notes on stderr."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,18 +11,20 @@ from rich.console import Console
 from rich.table import Table
 
 from softprompt.cli import is_main_process
+from softprompt.types import LoadingWarning
 
 console = Console(stderr=True, highlight=False, markup=False, quiet=not is_main_process())
 
 
 def quiet() -> None:
     """Suppress other libraries' progress bars and warnings; show our LoadingWarning as a note."""
-    import transformers
+    # Read by transformers when it is imported, which takes seconds and which not every command needs.
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if "transformers" in sys.modules:
+        import transformers
 
-    from softprompt.backbones.loading import LoadingWarning
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

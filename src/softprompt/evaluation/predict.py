@@ -81,8 +81,8 @@ def check_generates(task: Task, decode_weights: DecodeWeights | None) -> None:
     """Refuse `decode_weights` for a task whose answers are not generated."""
     if decode_weights is not None and task.is_classification:
         raise ValueError(
-            f"decode_weights is {decode_weights!r}, and task {task.name!r} has labels, which are scored in one pass and "
-            "not decoded; leave it out"
+            f"decode_weights is {decode_weights!r}, and task {task.name!r} has labels, which are not decoded; "
+            "leave it out"
         )
 
 

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor, nn
 
-from softprompt.types import DecodeWeights
 
 GROUP = 32
 """Weights of an output channel that share a scale and an offset in 4 bits, as in GGUF's Q4_1."""
@@ -99,12 +98,15 @@ class Int4Linear(PackedLinear):
 
 
 _TINY = torch.finfo(torch.float32).tiny
-_PACK: Mapping[DecodeWeights, Callable[[Tensor], PackedLinear]] = {"int8": Int8Linear.pack, "int4": Int4Linear.pack}
+_PACK: Mapping[str, Callable[[Tensor], PackedLinear]] = {"int8": Int8Linear.pack, "int4": Int4Linear.pack}
 
 
 @torch.no_grad()
-def pack(model: nn.Module, decode_weights: DecodeWeights) -> PackedLinears:
+def pack(model: nn.Module, decode_weights: str) -> PackedLinears:
     """Packed copies of the weights of every linear layer of `model`; its head is packed in 8 bits at least.
+
+    Args:
+        decode_weights: int8 or int4.
 
     Raises:
         ValueError: a layer's size is not one that torch's kernel takes.
@@ -112,7 +114,7 @@ def pack(model: nn.Module, decode_weights: DecodeWeights) -> PackedLinears:
     head, packed = getattr(model, "lm_head", None), dict[nn.Module, PackedLinear]()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            kind: DecodeWeights = "int8" if module is head else decode_weights
+            kind = "int8" if module is head else decode_weights
             outputs, inputs = module.weight.shape
             if inputs % _INPUT_MULTIPLE[kind] or outputs % _OUTPUT_MULTIPLE[kind]:
                 raise ValueError(
