@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor, nn
 
-
 GROUP = 32
 """Weights of an output channel that share a scale and an offset in 4 bits, as in GGUF's Q4_1."""
 _INPUT_MULTIPLE = {"int8": 16, "int4": GROUP}
