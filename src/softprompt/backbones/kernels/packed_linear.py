@@ -75,7 +75,7 @@ class Int4Linear(PackedLinear):
     @classmethod
     def pack(cls, weight: Float[Tensor, "out in"]) -> "Int4Linear":
         """Quantize a weight matrix between the smallest and the largest weight of each group."""
-        wide = weight.float().unflatten(1, (-1, GROUP))
+        wide = weight.float().reshape(len(weight), -1, GROUP)
         lowest, highest = wide.aminmax(dim=2, keepdim=True)
         scale = ((highest - lowest) / 15).bfloat16()
         offset = (lowest + 8 * scale.float()).bfloat16()
