@@ -72,14 +72,14 @@ def _matmul(
     inputs: Float[Tensor, "row in"],
     linear: Any,
     packed: PackedLinears | None,
-    residual: Float[Tensor, "row out"] | None = None,
+    addend: Float[Tensor, "row out"] | None = None,
 ) -> Float[Tensor, "row out"]:
-    """`linear(inputs)` without a bias, added to `residual`."""
+    """`linear(inputs)` without a bias, added to `addend`."""
     if packed is not None:
         output = packed[linear](inputs)
-        return output if residual is None else output.add_(residual)
+        return output if addend is None else output.add_(addend)
     weight = dequantized_weight(linear).t()
-    return inputs @ weight if residual is None else torch.addmm(residual, inputs, weight)
+    return inputs @ weight if addend is None else torch.addmm(addend, inputs, weight)
 
 
 def _rms_norm(states: Float[Tensor, "row dim"], norm: Any) -> Float[Tensor, "row dim"]:
