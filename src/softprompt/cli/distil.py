@@ -12,7 +12,8 @@ from softprompt.prompts.dpt import DPT
 
 def distil_(
     queries: Path,
-    template: str,
+    template: str = "",
+    messages: str = "",
     experiment: Experiment = Experiment(),  # noqa: B008  (a frozen value)
     prompt: Prompt = DPT(),  # noqa: B008
     out: Path = Path("runs"),
@@ -23,6 +24,8 @@ def distil_(
     Args:
         queries: A table of requests (CSV, TSV, JSON, JSONL or Parquet); no answers are needed.
         template: The input's text, with the table's columns in braces, as in "Question: {question} Answer:".
+        messages: Instead of a template, the column of conversations (lists of messages in OpenAI's format); the text is
+            then their system message.
         experiment: What to train, and how; --context names the text.
         prompt: The method.
         out: Folder that holds the runs.
@@ -37,7 +40,7 @@ def distil_(
     terminal = Terminal()
     try:
         experiment = experiment.replace(prompt=prompt)
-        run = distil(experiment, queries, template, out=out, name=name, callback=terminal)
+        run = distil(experiment, queries, template, messages=messages, out=out, name=name, callback=terminal)
     finally:
         terminal.close()
     show_result(run)

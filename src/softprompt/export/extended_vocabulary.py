@@ -94,7 +94,7 @@ def task_entry(trained: Trained, backbone: Backbone) -> dict[str, Any]:
     if task.is_classification:
         answers = dict(zip(task.label_words, map(list, answer_ids(task, backbone.tokenizer)), strict=True))
     return {
-        "template": task.template,
+        **({"messages": task.messages} if task.messages else {"template": task.template}),
         "answers": answers,
         "max_input_tokens": input_limit(attach(backbone, trained.folded), task, training),
         "max_new_tokens": training.max_new_tokens,

@@ -22,24 +22,45 @@ class Teacher:
 
     Args:
         model: the backbone without a prompt.
-        context: the context's tokens, the ones with which the tokenizer begins a text among them.
-        leading: how many of `context` those are; a row that begins with the same tokens loses its own.
+        context: all tokens in front of a row: the context's text, what comes before it (the tokens with which the
+            tokenizer begins a text; in a chat, also the system message's header) and after it (the message's end).
+        leading: how many tokens come before the text.
+        trailing: how many come after it.
+        replaced: the tokens with which a row begins by itself, and which it loses here; None: the leading ones.
 
     Raises:
         ValueError: a context without a token of its own.
     """
 
-    def __init__(self, model: PromptedModel, context: Sequence[int], leading: int = 0) -> None:
-        if len(context) <= leading:
+    def __init__(
+        self,
+        model: PromptedModel,
+        context: Sequence[int],
+        leading: int = 0,
+        trailing: int = 0,
+        replaced: Sequence[int] | None = None,
+    ) -> None:
+        if len(context) <= leading + trailing:
             raise ValueError("the context has no token; give a text that has one")
-        self.model, self.context, self.leading = model, tuple(context), leading
-        self._leading = torch.tensor(self.context[:leading], dtype=torch.long, device=model.backbone.device)
+        self.model, self.context, self._leading, self._trailing = model, tuple(context), leading, trailing
+        self._replaced_ids = self.context[:leading] if replaced is None else tuple(replaced)
+        self._replaced = torch.tensor(self._replaced_ids, dtype=torch.long, device=model.backbone.device)
         self._prepared: Prepared | None = None
 
     @property
     def backbone(self) -> Backbone:
         """The frozen model."""
         return self.model.backbone
+
+    def shortened(self, count: int, *, from_end: bool) -> "Teacher | None":
+        """The teacher whose context has only the first (last) `count` tokens of its text; None if it has no more."""
+        end = len(self.context) - self._trailing
+        text = self.context[self._leading : end]
+        if not 0 < count < len(text):
+            return None
+        kept = text[-count:] if from_end else text[:count]
+        context = (*self.context[: self._leading], *kept, *self.context[end:])
+        return Teacher(self.model, context, self._leading, self._trailing, self._replaced_ids)
 
     def label_logits(
         self, input_ids: Ids, attention_mask: Mask, labels: Labels
@@ -69,19 +90,19 @@ class Teacher:
         return self._prepared
 
     def _rows(self, ids: Ids, mask: Mask) -> tuple[Int[Tensor, "batch read"], Int[Tensor, "batch read"]]:
-        """The rows without their leading tokens, and with the context in front where it is not read apart from them."""
-        mask = self._without_leading(ids, checked_mask(ids, mask))
+        """The rows without what the context replaces, and with it in front where it is not read apart from them."""
+        mask = self._without_replaced(ids, checked_mask(ids, mask))
         if self.model.supports_prefix_sharing:
             return ids, mask
         context = torch.tensor(self.context, device=ids.device).expand(len(ids), -1)
         return torch.cat([context, ids], 1), torch.cat([torch.ones_like(context), mask], 1)
 
-    def _without_leading(self, ids: Ids, mask: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
-        count = len(self._leading)
+    def _without_replaced(self, ids: Ids, mask: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+        count = len(self._replaced)
         if not count:
             return mask
         number = mask.cumsum(1) * mask  # from 1 at a row's first token
-        expected = self._leading[(number - 1).clamp(0, count - 1)]
+        expected = self._replaced[(number - 1).clamp(0, count - 1)]
         leads = (number > 0) & (number <= count)
         same = ((ids == expected) | ~leads).all(1, keepdim=True)
         # A row that is nothing else keeps its tokens: a row needs one.

@@ -1,6 +1,12 @@
 """Tasks: rows, their tokenization and splits, and the scores of answers; `TASKS` has the built-in tasks by name."""
 
 from softprompt.tasks import builtin  # noqa: F401  (importing it registers the built-in tasks)
+from softprompt.tasks.data.chat import (
+    chat_ids,
+    check_context_layout,
+    encode_system_message,
+    with_answered_turns,
+)
 from softprompt.tasks.data.collate import IGNORED, Batch, answer_labels, batches, collate, schedule
 from softprompt.tasks.data.context import SEPARATOR, encode_context, split_demonstrations
 from softprompt.tasks.data.examples import Example, Examples, input_lengths
@@ -33,10 +39,13 @@ __all__ = [
     "answer_ids",
     "answer_labels",
     "batches",
+    "chat_ids",
+    "check_context_layout",
     "check_input_kind",
     "collate",
     "encode",
     "encode_context",
+    "encode_system_message",
     "input_lengths",
     "load_task",
     "load_test_split",
@@ -56,5 +65,6 @@ __all__ = [
     "task_rows",
     "template_prefix",
     "unlabelled_images",
+    "with_answered_turns",
     "with_augmentation",
 ]

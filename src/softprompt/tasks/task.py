@@ -9,6 +9,7 @@ from typing import Any, Literal, final
 
 from softprompt.backbones import image_processor
 from softprompt.files import check_name
+from softprompt.tasks.conversation import Message, as_text, read_messages, split_answer, without_answer
 from softprompt.tasks.metrics import METRICS
 from softprompt.tasks.template import format_hint, label_texts, parse, value_text
 
@@ -41,7 +42,8 @@ class Task:
     r"""A template, the answers, and the metrics that score them.
 
     A task with `label` and `label_words` is a classification, one with `target` a generation; one with `image` instead
-    of a template classifies images. A run stores it as JSON, which is all that evaluation and prediction need.
+    of a template classifies images, and one with `messages` continues conversations. A run stores it as JSON, which is
+    all that evaluation and prediction need.
 
     Raises:
         ValueError: a template, label word or metric that cannot work, by name.
@@ -55,7 +57,12 @@ class Task:
     description: str = ""
     """One line, for lists of tasks."""
     template: str = ""
-    """The input text with `{column}` fields; `{{` and `}}` are braces. Empty if the input is an image."""
+    """The input text with `{column}` fields; `{{` and `}}` are braces. Empty if the input is an image or a chat."""
+    messages: str = ""
+    """The column of the conversation, in a chat task: messages in OpenAI's format, the last one the answer. The
+    backbone's own chat template lays them out."""
+    assistant_turns: Literal["all", "last"] = "all"
+    """In a chat task: train on every assistant's message that answers one, or on the last one only."""
     image: str = ""
     """The column of the image (a path, or its bytes as `datasets` stores them), in an image task."""
     broken: Literal["refuse", "skip"] = "refuse"
@@ -91,6 +98,8 @@ class Task:
         check_name(self.name, "a task's name")  # folders of runs and files of reports are named after it
         if self.image:
             self._check_image()
+        elif self.messages:
+            self._check_messages()
         elif not any(is_field for is_field, _ in parse(self.template)):
             raise ValueError(
                 f"the template {self.template!r} of task {self.name!r} names no column; write one as {{column}}"
@@ -109,7 +118,21 @@ class Task:
         if self.broken not in ("refuse", "skip"):
             raise ValueError(f"broken of task {self.name!r} is {self.broken!r}; it must be 'refuse' or 'skip'")
 
+    def _check_messages(self) -> None:
+        for name in ("template", "label", "target", "label_words"):
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"task {self.name!r} has messages and the {name} {value!r}; a chat is laid out by the backbone's "
+                    "chat template and answered by its last message, so leave one of them out"
+                )
+        if self.assistant_turns not in ("all", "last"):
+            raise ValueError(
+                f"assistant_turns of task {self.name!r} is {self.assistant_turns!r}; it must be 'all' or 'last'"
+            )
+
     def _check_answers(self) -> None:
+        if self.messages:
+            return
         if bool(self.label) == bool(self.target):
             have = "both" if self.label else "neither"
             raise ValueError(f"task {self.name!r} has {have} of label and target; give the one column it answers with")
@@ -184,7 +207,9 @@ class Task:
     @property
     def inputs(self) -> tuple[str, ...]:
         """The columns of the model's input, sorted."""
-        return tuple(sorted({text for is_field, text in parse(self.template) if is_field} | {self.image} - {""}))
+        return tuple(
+            sorted({text for is_field, text in parse(self.template) if is_field} | {self.image, self.messages} - {""})
+        )
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -194,11 +219,15 @@ class Task:
     def pieces(self, row: Mapping[str, Any], where: str = "the row") -> list[tuple[bool, str]]:
         """The rendered template as `(comes from the row, text)` pairs in order; of an image, its name.
 
+        Of a chat it is the conversation to answer, as text for a reader.
+
         Raises:
             ValueError: `row` lacks a column, or has no text in it; `where` names the row in the message.
         """
         if self.image:
             return [(True, image_processor.name(self._value(row, self.image, where)))]
+        if self.messages:
+            return [(True, as_text(without_answer(self.conversation(row, where))))]
         return [
             (is_field, value_text(self._value(row, text, where), text, where) if is_field else text)
             for is_field, text in parse(self.template)
@@ -207,6 +236,10 @@ class Task:
     def render(self, row: Mapping[str, Any], where: str = "the row") -> str:
         """The input text; raises as `pieces` does."""
         return "".join(text for _, text in self.pieces(row, where))
+
+    def conversation(self, row: Mapping[str, Any], where: str = "the row") -> list[Message]:
+        """The checked messages, in a chat task; raises as `read_messages`, or if `row` lacks the column."""
+        return read_messages(self._value(row, self.messages, where), self.messages, where)
 
     def answer(self, row: Mapping[str, Any], where: str = "the row") -> int | str:
         """The class index, or the (first accepted) text.
@@ -231,6 +264,8 @@ class Task:
         """Every accepted answer, as a generation is scored against; raises as `answer` does."""
         if self.is_classification:
             return (list(self.label_words.values())[int(self.answer(row, where))],)
+        if self.messages:
+            return (split_answer(self.conversation(row, where), self.messages, where)[1],)
         value = self._value(row, self.target, where)
         several = value if isinstance(value, list) else [value]
         texts = tuple(value_text(text, self.target, where) for text in several)
@@ -268,7 +303,8 @@ class Task:
         known = {field.name for field in dataclasses.fields(Task)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"a task has no setting {unknown[0]!r}; {suggest(unknown[0], known)}")
-        if missing := sorted({"name", "image" if values.get("image") else "template"} - set(values)):
+        layout = next((name for name in ("image", "messages") if values.get(name)), "template")
+        if missing := sorted({"name", layout} - set(values)):
             raise ValueError(f"a task without {missing[0]!r} cannot be read; give it one")
         templates = {name: Template(**template) for name, template in values.get("templates", {}).items()}
         metrics = tuple(values.get("metrics", ("accuracy",)))

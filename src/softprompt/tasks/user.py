@@ -15,7 +15,7 @@ from softprompt.tasks.template import label_texts
 _SPLITS = ("train", "dev", "test")
 _KEYS: dict[str, type] = {
     **dict.fromkeys((*_SPLITS, "name", "description", "template", "label", "target", "group", "question"), str),
-    **dict.fromkeys(("image", "broken", "hub"), str),
+    **dict.fromkeys(("image", "broken", "hub", "messages", "assistant_turns"), str),
     **dict.fromkeys(("max_input_tokens", "split_seed"), int),
     "metrics": list,
     "label_words": dict,
@@ -60,7 +60,8 @@ def load_table(path: Path, data: str | None = None) -> Task:
         BILLING = "billing"
 
     Also optional are name, description, dev and test (else split off train), group, question, max_input_tokens, metrics
-    and split_seed. An image task has `image`, the column of paths, instead of a template, and may have
+    and split_seed. A chat task has `messages`, the column of conversations, instead of a template and a target, and may
+    have `assistant_turns = "last"`. An image task has `image`, the column of paths, instead of a template, and may have
     `broken = "skip"`; its `train` is a table or a folder of class folders, or `hub` names a dataset instead.
 
     Raises:
@@ -75,12 +76,13 @@ def load_table(path: Path, data: str | None = None) -> Task:
     if hub := settings.pop("hub", ""):
         files["train"], settings["source"] = hub, "hub"
     for key, table in (("train", files), ("image" if hub else "template", settings)):
-        if key not in table and not (key == "template" and settings.get("image")):
+        if key not in table and not (key == "template" and (settings.get("image") or settings.get("messages"))):
             raise ValueError(f'{path} has no {key!r}; add the line {key} = "..."')
     settings.setdefault("name", path.stem)
     if settings.get("image"):
         settings.setdefault("source", "images")
-    settings.setdefault("metrics", ["exact_match", "token_f1"] if settings.get("target") else ["accuracy", "macro_f1"])
+    writes = settings.get("target") or settings.get("messages")
+    settings.setdefault("metrics", ["exact_match", "token_f1"] if writes else ["accuracy", "macro_f1"])
     if settings.get("label") and "label_words" not in settings:
         settings["label_words"] = _LABEL_WORDS.get(settings.get("source", ""), _table_words)(
             files["train"], settings["label"]

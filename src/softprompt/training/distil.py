@@ -13,8 +13,9 @@ from softprompt.evaluation.distillation import answers_of
 from softprompt.models.teacher import Teacher
 from softprompt.runs import Run
 from softprompt.tasks import Task, encode, read_rows
+from softprompt.tasks.conversation import without_answer
 from softprompt.training.callbacks import NullCallback, TrainingCallback
-from softprompt.training.context import make_teacher, read_context
+from softprompt.training.context import check_after_context, make_teacher, read_context
 from softprompt.training.trainer import train
 
 _BATCH = 16
@@ -23,8 +24,9 @@ _BATCH = 16
 def distil(
     experiment: Experiment,
     queries: str | Path,
-    template: str,
+    template: str = "",
     *,
+    messages: str = "",
     out: str | Path = "runs",
     name: str | None = None,
     backbone: Backbone | None = None,
@@ -36,10 +38,14 @@ def distil(
     queries with these answers are then an ordinary task of written answers, cut into training, development and test
     rows. They are kept in `out/teacher-HASH` and used again for the same model, context, template and queries.
 
+    Queries are rows of a template, or conversations. In these the context is the system message, and an answer at the
+    end is not read.
+
     Args:
         experiment: `context` is the file to distil; `task` and `data` are replaced.
         queries: a table of requests; no answers are needed.
-        template: the input's text, with the table's columns in braces.
+        template: the input's text, with the table's columns in braces; empty for conversations.
+        messages: the column of the conversations.
         out: the folder that holds the runs.
         name: the run's folder in it; None: made from the table's name, method and seed.
         backbone: the experiment's backbone, if it is already loaded.
@@ -47,8 +53,8 @@ def distil(
 
     Raises:
         FileNotFoundError: there is no context or table.
-        ValueError: an empty context, a table without the template's columns, a teacher that writes nothing, or as
-            `train` raises.
+        ValueError: both or neither of template and messages, an empty context, a table without the columns, a teacher
+            that writes nothing, or as `train` raises.
     """
     callback = callback or NullCallback()
     runs.check_new_run(Path(out), name)
@@ -57,45 +63,74 @@ def distil(
             "distil takes its context from a file; give one with --context (labelled rows as a context: "
             "softprompt train --demonstrations N)"
         )
+    if bool(template) == bool(messages):
+        raise ValueError(
+            f"distil has {'both' if template else 'neither'} of template and messages; give --template for a table of "
+            "columns, or --messages with the column of conversations"
+        )
     path = Path(queries).expanduser()
-    task = Task(
-        name=path.name.partition(".")[0], template=template, target="answer", metrics=("token_f1", "exact_match")
-    )
-    rows = [dict(row) for row in read_rows(path, task.inputs, purpose=" for the template")]
+    task = _task(path, template, messages)
+    purpose = " for the messages" if messages else " for the template"
+    rows = [dict(row) for row in read_rows(path, task.inputs, purpose=purpose, as_json=messages)]
+    conversations = [task.conversation(row, f"row {i} of {path}") for i, row in enumerate(rows, 1)] if messages else []
     experiment = experiment.with_absolute_paths()
     context = read_context(experiment)
     backbone = backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
     settings = experiment.training
-    key = [
-        backbone.hash,
-        context,
-        template,
-        settings.max_input_tokens,
-        settings.max_new_tokens,
-        [task.render(row) for row in rows],
-    ]
+    key: list[Any] = [backbone.hash, context, template, settings.max_input_tokens, settings.max_new_tokens]
+    key += (
+        [conversations, getattr(backbone.tokenizer, "chat_template", None)]
+        if messages
+        else [[task.render(row) for row in rows]]
+    )
     folder = Path(out).expanduser() / f"teacher-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
     if not (folder / "task.toml").is_file():
         callback.on_stage(f"answering {len(rows)} queries with the context")
         answers = _answers(
-            make_teacher(context, backbone), task, rows, settings.max_input_tokens, settings.max_new_tokens
+            make_teacher(context, backbone, task),
+            context,
+            task,
+            rows,
+            settings.max_input_tokens,
+            settings.max_new_tokens,
         )
-        answered = [{**row, "answer": text} for row, text in zip(rows, answers, strict=True) if text]
+        answered = [_answered(task, row, text) for row, text in zip(rows, answers, strict=True) if text]
         if not answered:
-            raise ValueError(
-                f"the model wrote nothing for any of the {len(rows)} queries of {path}; end the template so that an "
-                "answer follows, as in 'Question: {question}\\nAnswer:'"
+            remedy = (
+                "use a backbone that is trained to chat"
+                if messages
+                else "end the template so that an answer follows, as in 'Question: {question}\\nAnswer:'"
             )
+            raise ValueError(f"the model wrote nothing for any of the {len(rows)} queries of {path}; {remedy}")
         _write_task(folder, task, answered)
-    count = sum(1 for _ in read_rows(folder / "answers.jsonl", ["answer"]))
+    count = len(read_rows(folder / "answers.jsonl", [messages or "answer"], as_json=messages))
     if count < len(rows):
         callback.on_note(f"the model wrote nothing for {len(rows) - count} of {len(rows)} queries, which are left out")
     located = experiment.replace(task=str(folder / "task.toml"), data=None)
     return train(located, out=out, name=name, backbone=backbone, callback=callback)
 
 
+def _task(path: Path, template: str, messages: str) -> Task:
+    name, metrics = path.name.partition(".")[0], ("token_f1", "exact_match")
+    if messages:  # only the last answer will be the teacher's
+        return Task(name=name, messages=messages, assistant_turns="last", metrics=metrics)
+    return Task(name=name, template=template, target="answer", metrics=metrics)
+
+
+def _answered(task: Task, row: Mapping[str, Any], answer: str) -> dict[str, Any]:
+    """The query with the teacher's answer."""
+    if not task.messages:
+        return {**row, task.target: answer}
+    return {task.messages: [*without_answer(task.conversation(row)), {"role": "assistant", "content": answer}]}
+
+
 def _answers(
-    teacher: Teacher, task: Task, rows: Sequence[Mapping[str, Any]], max_input_tokens: int, max_new_tokens: int
+    teacher: Teacher,
+    context: str,
+    task: Task,
+    rows: Sequence[Mapping[str, Any]],
+    max_input_tokens: int,
+    max_new_tokens: int,
 ) -> list[str]:
     """The teacher's greedy answer to each row, in their order."""
     model = teacher.model
@@ -108,6 +143,7 @@ def _answers(
         )
     limit = min(room, max_input_tokens or 512)  # as the prompt will be trained on them
     examples = encode(task, teacher.backbone.tokenizer, rows, limit, closing=model.appends_eos, answers=False)[0]
+    check_after_context(teacher, context, model, task, rows, examples, "queries")
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
     texts = [""] * len(examples)
     for start in range(0, len(order), _BATCH):
@@ -122,12 +158,9 @@ def _write_task(folder: Path, task: Task, rows: Sequence[Mapping[str, Any]]) -> 
     """A task of the answered queries; the file that makes it complete is written last."""
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    lines = {
-        "name": task.name,
-        "train": "answers.jsonl",
-        "template": task.template,
-        "target": task.target,
-        "metrics": list(task.metrics),
-    }
+    lines: dict[str, Any] = {"name": task.name, "train": "answers.jsonl"}
+    for key in ("messages", "assistant_turns") if task.messages else ("template", "target"):
+        lines[key] = getattr(task, key)
+    lines["metrics"] = list(task.metrics)
     # A JSON string or list of strings is a TOML one too.
     files.write_text(folder / "task.toml", "".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items()))

@@ -61,13 +61,10 @@ def evaluate_final(
 def _distillation(run: Run, setup: TrainingSetup, folded: PromptedModel, teacher: Teacher) -> dict[str, Any]:
     """How close the prompt is to the teacher on the test rows, beside no context and one cut to the prompt's length."""
     length, settings = folded.prompt_length, run.experiment.training
-    leading = teacher.leading
     sides: dict[str, Generating] = {"prompt": folded, "no_context": teacher.model}
-    if length and len(teacher.context) > leading + length:
-        context = teacher.context[leading:]
-        first = teacher.context[:leading]
-        sides["context_start"] = Teacher(teacher.model, (*first, *context[:length]), leading)
-        sides["context_end"] = Teacher(teacher.model, (*first, *context[-length:]), leading)
+    for name, from_end in (("context_start", False), ("context_end", True)):
+        if (shortened := teacher.shortened(length, from_end=from_end)) is not None:
+            sides[name] = shortened
     close = imitations(sides, teacher, folded, run.task, setup.test, settings.max_new_tokens)
     results: dict[str, Any] = {"context_tokens": len(teacher.context), "prompt_tokens": length}
     for name, side in close.items():

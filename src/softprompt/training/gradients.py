@@ -15,7 +15,7 @@ from softprompt.models import attach, fresh_head
 from softprompt.models.teacher import Teacher
 from softprompt.prompts.plain import PlainPrompt
 from softprompt.runs import Gradient
-from softprompt.tasks import Task, encode, schedule
+from softprompt.tasks import Task, encode, schedule, with_answered_turns
 from softprompt.training.objective import Objective
 
 
@@ -53,7 +53,7 @@ def gradient_on(
             prompt_attention=experiment.prompt_attention,
         )
         objective = Objective(prompted, task, settings, teacher)
-        table = rows() if callable(rows) else rows
+        table = with_answered_turns(task, rows() if callable(rows) else rows)
         limit = input_limit(prompted, task, settings)
         examples = encode(task, backbone.tokenizer, table, limit, closing=prompted.appends_eos)[0]
         order = schedule([len(example.input_ids) for example in examples], settings.batch_size, experiment.seed)

@@ -30,11 +30,12 @@ from softprompt.tasks import (
     load_task,
     read_answers,
     sample_pixels,
+    with_answered_turns,
     with_augmentation,
 )
 from softprompt.training import checkpoint
 from softprompt.training.callbacks import TrainingCallback
-from softprompt.training.context import make_teacher, read_context
+from softprompt.training.context import check_after_context, make_teacher, read_context
 from softprompt.training.distributed import DistributedGroup
 from softprompt.training.gradients import gradient_on
 from softprompt.types import Dtype
@@ -81,7 +82,7 @@ def new_run(experiment: Experiment, backbone: Backbone | None, callback: Trainin
     backbone = with_sample_images(backbone, experiment, task, rows)
     _check_settings_apply(experiment, task, backbone)
     context = read_context(experiment, rows.demonstrations)
-    teacher = make_teacher(context, backbone) if context else None
+    teacher = make_teacher(context, backbone, task) if context else None
     gradient = gradient_on(experiment, task, backbone, rows.train, teacher)
     prompted = runs.build_prompted_model(experiment, task, backbone, initialize=True, gradient=gradient)
     _check_trainable(experiment, prompted)
@@ -91,7 +92,7 @@ def new_run(experiment: Experiment, backbone: Backbone | None, callback: Trainin
         callback.on_note(_init_prompt_note(experiment.init_prompt, prompted.prompt, source))
         if not (folder / runs.RECORD).is_file() and (note := read_peft_folder(folder).base_note(backbone)):
             callback.on_note(note)
-    return _with_teacher(_encode_rows(experiment, task, rows, prompted, callback), teacher, context)
+    return _encode_rows(experiment, task, rows, prompted, callback, teacher, context)
 
 
 def resume_run(run: Run, backbone: Backbone | str | Path | None, callback: TrainingCallback) -> TrainingSetup:
@@ -127,35 +128,14 @@ def resume_run(run: Run, backbone: Backbone | str | Path | None, callback: Train
         )
     backbone = with_sample_images(backbone, experiment, run.task, rows)
     context = run.context
-    teacher = make_teacher(context, backbone) if context else None
+    teacher = make_teacher(context, backbone, run.task) if context else None
     gradient = gradient_on(experiment, run.task, backbone, rows.train, teacher)
     prompted = runs.build_prompted_model(
         experiment, run.task, backbone, initialize=not checkpoint.steps(run.folder), gradient=gradient
     )
     if experiment.training.shard:
         _check_shardable(experiment, prompted)
-    return _with_teacher(_encode_rows(experiment, run.task, rows, prompted, callback), teacher, context)
-
-
-def _with_teacher(setup: TrainingSetup, teacher: Teacher | None, context: str) -> TrainingSetup:
-    """The setup of a distillation, if there is a teacher: every row has to fit after the context too.
-
-    Raises:
-        ValueError: a row that does not fit, by its number and split.
-    """
-    if teacher is None:
-        return setup
-    limit, in_row = teacher.model.max_row, setup.prompted.answer_in_sequence
-    for split in ("train", "dev", "test"):
-        for example in getattr(setup, split):
-            length = len(teacher.context) + len(example.input_ids) + (len(example.answer_ids) if in_row else 0)
-            if limit is not None and length > limit:
-                raise ValueError(
-                    f"{example.where} ({split} split) has {length} positions with the context of "
-                    f"{len(teacher.context)} tokens, and {setup.backbone.source} has {limit}; shorten the context, "
-                    "lower max_input_tokens, or leave the row out"
-                )
-    return replace(setup, teacher=teacher, context=context)
+    return _encode_rows(experiment, run.task, rows, prompted, callback, teacher, context)
 
 
 def shard_backbone(setup: TrainingSetup, processes: DistributedGroup, callback: TrainingCallback) -> TrainingSetup:
@@ -181,9 +161,15 @@ def shard_backbone(setup: TrainingSetup, processes: DistributedGroup, callback: 
 
 
 def _encode_rows(
-    experiment: Experiment, task: Task, rows: Splits, prompted: PromptedModel, callback: TrainingCallback
+    experiment: Experiment,
+    task: Task,
+    rows: Splits,
+    prompted: PromptedModel,
+    callback: TrainingCallback,
+    teacher: Teacher | None,
+    context: str,
 ) -> TrainingSetup:
-    """Tokenise every row that will be used, and check that it fits.
+    """Tokenise every row that will be used, and check that it fits, also after the context of a distillation.
 
     Raises:
         ValueError: a row does not fit the model, by its number and split.
@@ -196,6 +182,8 @@ def _encode_rows(
 
     def encode_split(split: str, count: int, seed: int) -> Sequence[Example]:
         table = getattr(rows, split)
+        if split == "train":
+            table = with_answered_turns(task, table)
         examples, shortened = encode(task, backbone.tokenizer, table, limit, closing=prompted.appends_eos)
         if shortened:
             callback.on_note(
@@ -213,6 +201,10 @@ def _encode_rows(
             if example.picture is None:
                 where = f"{example.where} ({split} split)"
                 prompted.check_row(example.input_ids, example.answer_ids if answer_is_input else (), where)
+        if task.messages:
+            _check_ends(prompted, sampled)
+        if teacher is not None:
+            check_after_context(teacher, context, prompted, task, table, sampled, split)
         if split != "train":
             _check_scorable(task, table, sampled, backbone.tokenizer)
         return sampled
@@ -222,7 +214,21 @@ def _encode_rows(
     test = encode_split("test", settings.test_rows, 0)
     if note := over_long_note([*dev, *test], settings.max_new_tokens, "development and test"):
         callback.on_note(note)
-    return TrainingSetup(task, rows, backbone, prompted, with_augmentation(train, settings.augment), dev, test)
+    augmented = with_augmentation(train, settings.augment)
+    return TrainingSetup(task, rows, backbone, prompted, augmented, dev, test, teacher, context)
+
+
+def _check_ends(prompted: PromptedModel, examples: Sequence[Example]) -> None:
+    """Check that the chat template ends the assistant's messages with a token that ends what the model writes."""
+    ends, tokenizer = prompted.end_of_sequence(), prompted.backbone.tokenizer
+    for example in examples:
+        if example.answer_ids[-1] not in ends:
+            written = tokenizer.convert_ids_to_tokens(example.answer_ids[-1])
+            raise ValueError(
+                f"the chat template of {prompted.backbone.source} ends the answer of {example.where} with {written!r}, "
+                f"and the model's answers end with {', '.join(map(repr, tokenizer.convert_ids_to_tokens(ends)))}; name "
+                "the template's token as eos_token in the backbone's tokenizer or generation config"
+            )
 
 
 def _check_scorable(task: Task, table: Any, examples: Sequence[Example], tokenizer: Any) -> None:

@@ -133,7 +133,16 @@ def _settings(result: Result) -> dict[str, Any]:
 def _task_settings(result: Result) -> dict[str, Any]:
     experiment, task = result.run.experiment, result.run.task
     is_builtin = experiment.task.partition(":")[0] in TASKS
-    wording_fields = ("template", "label_words", "label", "target", "question", "metrics")
+    wording_fields = (
+        "template",
+        "messages",
+        "assistant_turns",
+        "label_words",
+        "label",
+        "target",
+        "question",
+        "metrics",
+    )
     wording = {name: value for name, value in task.to_json().items() if name in wording_fields}
     return {
         "task": printable(experiment.task if is_builtin else task.name),

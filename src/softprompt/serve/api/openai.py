@@ -43,7 +43,7 @@ def openai_routes(engine: Engine) -> APIRouter:
         messages = [message.to_template() for message in body.messages]
         ids = await asyncio.to_thread(encode.chat, engine.backbone, messages)
         max_tokens = body.max_completion_tokens or body.max_tokens
-        note = "" if entry.task is None else _OTHER_TEMPLATE.format(entry.name)
+        note = "" if entry.task is None or entry.task.messages else _OTHER_TEMPLATE.format(entry.name)
         return await _complete(engine, names, request, "chat.completion", body, [ids], max_tokens, note)
 
     return router

@@ -18,7 +18,7 @@ from softprompt.models.checks import check_token_ids
 from softprompt.models.verify import sliding_window
 from softprompt.serve.engine.request import ClassifyParams, EngineRequest, GenerateParams, InvalidParameter
 from softprompt.serve.prompts.entry import PromptEntry, display_name, needs_head
-from softprompt.tasks import Task, answer_ids
+from softprompt.tasks import Task, answer_ids, chat_ids
 from softprompt.tasks import encode as encode_rows
 from softprompt.tasks import template_prefix as task_template_prefix
 
@@ -84,6 +84,8 @@ def completion(
     elif isinstance(text, Mapping):
         if entry.task is None:
             raise ValueError(f"prompt {entry.name!r} has no template for a row; give the text itself")
+        if entry.task.messages:
+            raise ValueError(f"prompt {entry.name!r} was trained on conversations; send messages to a chat completion")
         [ids] = _encode(backbone, entry.task, [dict(text)], _input_limit(entry, max_input_tokens))
     else:
         ids, size = tuple(text), backbone.vocab_size
@@ -96,7 +98,7 @@ def completion(
 
 
 def chat(backbone: Backbone, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-    """The tokens of a conversation, laid out by the tokenizer's chat template.
+    """The tokens of a conversation, laid out by the tokenizer's chat template as for training.
 
     Only the template writes control tokens; their names in a message are plain text.
 
@@ -107,15 +109,7 @@ def chat(backbone: Backbone, messages: Sequence[Mapping[str, str]]) -> tuple[int
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"{display_name(backbone)} has no chat template; ask for a completion")
     with _tokenizer_lock:
-        try:
-            encoding = tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, sanitize_control_tokens=True, return_dict=True
-            )
-        except ImportError:
-            raise
-        except Exception as error:  # a template is a program by the model's author and may raise anything
-            raise ValueError(f"the chat template of {display_name(backbone)} rejects the messages: {error}") from error
-        return tuple(encoding["input_ids"])
+        return chat_ids(tokenizer, messages, source=display_name(backbone))
 
 
 def template_prefix(backbone: Backbone, entry: PromptEntry) -> tuple[int, ...]:
@@ -243,7 +237,7 @@ def _with_labels(
         raise ValueError(f"a label has {longest} tokens, and an encoder's mask holds one; choose shorter labels")
     inputs = []
     for row in rows:
-        if entry.task is not None and not isinstance(row, str):
+        if entry.task is not None and not entry.task.messages and not isinstance(row, str):
             [ids] = _encode(backbone, entry.task, [row])
         elif isinstance(text := row if isinstance(row, str) else row.get("text"), str):
             [ids] = _encode(backbone, _TEXT_TASK, [{"text": text}])

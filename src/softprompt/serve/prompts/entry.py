@@ -87,6 +87,7 @@ class PromptEntry:
             "template": None if task is None else task.template,
             "fields": list(self.fields),
             "image": bool(task is not None and task.image),
+            "chat": bool(task is not None and task.messages),
             "labels": list(task.label_words) if task is not None and task.is_classification else [],
             "label_words": dict(task.label_words) if task is not None and task.is_classification else {},
             "max_new_tokens": self.max_new_tokens,

@@ -21,10 +21,15 @@ def split_demonstrations(task: Task, rows: Splits, count: int, seed: int) -> Spl
     Classes alternate, so their counts differ by at most one if each has enough rows.
 
     Raises:
-        ValueError: an image task, or fewer than `count + 1` training rows, as one must be left to train on.
+        ValueError: an image or a chat task, or fewer than `count + 1` training rows, as one must be left to train on.
     """
     if task.image:
         raise ValueError(f"task {task.name!r} has images, and demonstrations are text; leave demonstrations out")
+    if task.messages:
+        raise ValueError(
+            f"task {task.name!r} has chat messages, and demonstrations are rows of a template; leave demonstrations "
+            "out, or write them into a context"
+        )
     if count >= len(rows.train):
         raise ValueError(
             f"demonstrations is {count}, and task {task.name!r} has {len(rows.train)} training rows, of which at least "

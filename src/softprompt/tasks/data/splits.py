@@ -194,8 +194,8 @@ def check_rows(task: Task, rows: Dataset, origin: str) -> None:
         task.answer(row, where)
         if numeric and not _is_number(gold := task.golds(row, where)[0]):
             raise ValueError(
-                f"{where} has {gold!r} in column {task.target!r}, and {', '.join(numeric)} of task {task.name!r} "
-                "needs a number; write one or leave the row out"
+                f"{where} has {gold!r} in column {task.target or task.messages!r}, and {', '.join(numeric)} of task "
+                f"{task.name!r} needs a number; write one or leave the row out"
             )
         for column in (task.group, task.question):
             if column and not value_text(row[column], column, where).strip():

@@ -42,7 +42,12 @@ _UNPACK: dict[str, Callable[[bytes], bytes]] = {
 
 
 def read_rows(
-    path: Path, columns: Iterable[str] | None = None, *, optional: Collection[str] = (), purpose: str = ""
+    path: Path,
+    columns: Iterable[str] | None = None,
+    *,
+    optional: Collection[str] = (),
+    purpose: str = "",
+    as_json: str = "",
 ) -> Dataset:
     """Read the rows of a file, in order.
 
@@ -50,6 +55,7 @@ def read_rows(
         columns: read only these; None: read all.
         optional: columns to read as well, if they exist and can be read.
         purpose: what the columns are for, added to the error about a missing one.
+        as_json: a column whose lists and objects are kept as JSON text, so that they need not be of one form.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -81,6 +87,8 @@ def read_rows(
     readable: Columns = {}
     for name, values in table.items():
         is_needed = needed is None or name in needed
+        if name == as_json:
+            values = [json.dumps(v, ensure_ascii=False) if isinstance(v, list | dict) else v for v in values]
         try:
             if is_needed or name not in repeated:
                 readable[name] = _cells(path, name, values)
@@ -145,7 +153,7 @@ def task_rows(task: Task, path: Path, *, answers: bool = True) -> Dataset:
         FileNotFoundError, ValueError: as `read_rows`.
     """
     columns, purpose = task.columns if answers else task.inputs, f", which task {task.name!r} reads"
-    return read_rows(path, columns, optional=IDS, purpose=purpose)
+    return read_rows(path, columns, optional=IDS, purpose=purpose, as_json=task.messages)
 
 
 def _cells(path: Path, name: str, values: list[Any]) -> list[Any]:

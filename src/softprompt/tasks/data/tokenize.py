@@ -5,6 +5,7 @@ from itertools import takewhile
 from typing import Any
 
 from softprompt.backbones.image_processor import Picture, Processor
+from softprompt.tasks.data.chat import encode_chats
 from softprompt.tasks.data.control_tokens import Part, Span, Tokenizer, control_tokens
 from softprompt.tasks.data.examples import Example, Examples
 from softprompt.tasks.data.tabular import records, row_name, row_number, row_origin
@@ -35,7 +36,8 @@ def encode(
 
     A row's content is plain text: control tokens (`<|im_end|>`, `<mask>`) are recognised only in the template.
 
-    Image rows become examples whose image is decoded when they are batched; they are never truncated.
+    Image rows become examples whose image is decoded when they are batched; they are never truncated, and neither are
+    conversations (`encode_chats`).
 
     Args:
         task: renders the rows.
@@ -53,6 +55,8 @@ def encode(
     if task.image:
         return encode_pictures(task, tokenizer, rows, max_input_tokens, answers=answers), 0
     _check_fast(tokenizer)
+    if task.messages:
+        return encode_chats(task, tokenizer, rows, max_input_tokens, closing=closing, answers=answers), 0
     label_ids = answer_ids(task, tokenizer) if answers and task.is_classification else ()
     examples, truncated = Examples(row_origin(rows)), 0
     words_end = any(strip_end(word, tokenizer) != word for word in task.answers)
