@@ -7,6 +7,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import csv
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,22 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Pa
     folder = tmp_path_factory.mktemp("backbone") / "tiny-llama"
     _model(DECODERS["llama"]()).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+"""The ChatML layout in the control tokens of the tests' tokenizer."""
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Path:
+    """`llama_folder` with a chat template; read-only."""
+    folder = tmp_path_factory.mktemp("chat") / "tiny-chat"
+    shutil.copytree(llama_folder, folder)
+    (folder / "chat_template.jinja").write_text(CHATML)
     return folder
 
 

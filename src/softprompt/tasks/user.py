@@ -83,7 +83,7 @@ def load_table(path: Path, data: str | None = None) -> Task:
         settings.setdefault("source", "images")
     writes = settings.get("target") or settings.get("messages")
     settings.setdefault("metrics", ["exact_match", "token_f1"] if writes else ["accuracy", "macro_f1"])
-    if settings.get("label") and "label_words" not in settings:
+    if settings.get("label") and "label_words" not in settings and not settings.get("messages"):
         settings["label_words"] = _LABEL_WORDS.get(settings.get("source", ""), _table_words)(
             files["train"], settings["label"]
         )

@@ -134,7 +134,7 @@ def with_answered_turns(task: Task, rows: Dataset) -> Dataset:
         for turn in answered_turns(task.conversation(row, row_name(rows, row, index))):
             indices.append(index)
             cells.append(json.dumps(turn, ensure_ascii=False))
-    result = rows.select(indices).remove_columns([task.messages]).add_column(task.messages, cells)
+    result = Dataset.from_dict({**rows.select(indices).to_dict(), task.messages: cells})
     result.info.dataset_name = rows.info.dataset_name
     return result
 
@@ -154,14 +154,14 @@ def encode_system_message(tokenizer: Tokenizer, text: str) -> tuple[Ids, int, in
     question = [{"role": "user", "content": "x"}]
     plain = chat_ids(tokenizer, question, where=where)
 
-    def front(content: str) -> tuple[Ids, Ids]:
-        ids = chat_ids(tokenizer, [{"role": "system", "content": content}, *question], where=where)
-        same = _common(ids[::-1], plain[::-1])
-        return ids[: len(ids) - same], plain[: len(plain) - same]
-
-    ids, replaced = front(text)
-    # Another text, which has the same header and closing and no other tokens in common at its ends.
-    other = front(next(char for char in "xyz" if char not in (text[0], text[-1])))[0]
+    # Another text has the same header and closing, and no other token in common at its ends.
+    other_text = next(char for char in "xyz" if char not in (text[0], text[-1]))
+    ids, other = (
+        chat_ids(tokenizer, [{"role": "system", "content": content}, *question], where=where)
+        for content in (text, other_text)
+    )
+    same = min(_common(each[::-1], plain[::-1]) for each in (ids, other))
+    ids, other, replaced = ids[: len(ids) - same], other[: len(other) - same], plain[: len(plain) - same]
     if ids == other:
         raise ValueError(
             f"the chat template of {_source(tokenizer)} leaves system messages out, so the context would not be read; "
