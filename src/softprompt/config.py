@@ -154,8 +154,9 @@ class Experiment:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Hyperparameters of the training."""
     context: str | None = None
-    """A text file to distil: the frozen model that reads it before each row is the teacher, and the prompt is trained
-    to give the teacher's distribution without it. The rows' own answers then only say at which tokens."""
+    """A text file to distil: the frozen model that reads it before each row (in a chat task as the system message) is
+    the teacher, and the prompt is trained to give the teacher's distribution without it. The rows' own answers then
+    only say at which tokens."""
     demonstrations: int = 0
     """Labelled training rows in front of each row, as the context to distil (after the text of `context`, if both are
     given); the prompt is not trained on these rows."""

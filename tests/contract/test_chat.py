@@ -22,6 +22,8 @@ from softprompt import (
 )
 from softprompt.tasks import encode, load_task, splits, with_answered_turns
 from softprompt.training.callbacks import NullCallback
+from softprompt.models import attach
+from softprompt.training import self_study
 from softprompt.training.distil import distil
 
 WriteTask = Callable[..., Path]
@@ -176,3 +178,51 @@ def test_chat_queries_are_answered_and_trained_on(chat_folder: Path, backbone: B
     written = tomllib.loads((folder / "task.toml").read_text())
     assert written["messages"] == "chat"
     assert written["assistant_turns"] == "last"
+
+
+@pytest.mark.parametrize("layout", [{"messages": "messages"}, {"template": "Ticket: {text}\nQueue:"}])
+def test_model_writes_its_own_queries(
+    layout: dict[str, str], chat_folder: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    (tmp_path / "rules.md").write_text("a b c\n\nd e f\n")
+    settings = TrainingConfig(steps=2, batch_size=4, eval_steps=2, max_new_tokens=4)
+    asked = experiment(chat_folder, tmp_path, context=str(tmp_path / "rules.md"), training=settings)
+    asked = asked.replace(task="sentiment")
+    written = []
+    for out in ("first", "second"):
+        run = distil(asked, None, **layout, self_study=20, out=tmp_path / out, backbone=backbone)
+        [folder] = (tmp_path / out).glob("teacher-*")
+        written.append((folder / "answers.jsonl").read_text())
+        assert run.name.startswith("rules-")
+    assert written[0] == written[1]
+    rows = [json.loads(line) for line in written[0].splitlines()]
+    queries = [row["messages"][0]["content"] if "messages" in layout else row["text"] for row in rows]
+    assert 10 < len(queries) == len(set(queries)) <= 20
+    another = distil(asked.replace(seed=1), None, **layout, self_study=20, out=tmp_path / "first", backbone=backbone)
+    assert another.task.files != run.task.files
+    assert len(list((tmp_path / "first").glob("teacher-*"))) == 2
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_written_queries_are_about_parts_of_the_context(
+    chat: bool, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"line {number} of the rules" for number in range(200)]
+    prompts: list[str] = []
+
+    def answer(model: Any, rows: Any, sampling: Any, *, chat: bool) -> list[str]:
+        texts = [row["messages"][0]["content"] if chat else row["text"] for row in rows]
+        prompts.extend(texts)
+        return [f"\nquery {len(prompts) + index}?\nand an answer" for index in range(len(texts))]
+
+    monkeypatch.setattr(self_study, "_continue", answer)
+    queries = self_study.write_queries(attach(backbone), "\n".join(lines), 20, 0, chat=chat)
+    assert len(queries) == 20
+    assert all(query.startswith("query ") and "answer" not in query for query in queries)
+    parts, instructions = zip(*(prompt.rsplit("\n\n", 1) for prompt in prompts), strict=True)
+    assert set(instructions) == set(self_study.INSTRUCTIONS)
+    assert len({part[:9] for part in parts}) > 5
+    assert all(part in "\n".join(lines) and part.startswith("line ") for part in parts)
+    for prompt in prompts:
+        rows = [{"messages": [{"role": "user", "content": prompt}]}] if chat else [{"text": prompt}]
+        assert len(self_study._ids(attach(backbone), rows, chat=chat)[0]) <= 256 - 48

@@ -97,7 +97,8 @@ def test_unusual_conversation_is_accepted(cell: Any, backbone: Backbone, tmp_pat
             "ends the answer of row 1 of .* with",
         ),
         (
-            "{% if messages | length > 1 and messages[0].role == messages[1].role %}{{ raise_exception('roles must alternate') }}{% endif %}"
+            "{% if messages | length > 1 and messages[0].role == messages[1].role %}"
+            "{{ raise_exception('roles must alternate') }}{% endif %}"
             "{% for m in messages %}{{ m.content }}</s>{% endfor %}",
             "the chat template of tiny-chat rejects row 2 of .*: roles must alternate",
         ),
@@ -198,15 +199,18 @@ def test_unusable_context_of_a_chat_is_refused(
         ({"messages": "chat"}, "has no column 'chat' for the messages"),
         ({"template": "{question}", "messages": "chat"}, "distil has both of template and messages"),
         ({}, "distil has neither of template and messages"),
+        ({"messages": "messages", "queries": None}, "self_study is 0 and there are no queries; give a table"),
+        ({"messages": "messages", "self_study": -1}, "self_study is -1 and there are queries; give a table"),
+        ({"template": "{a} {b}", "self_study": 4}, "the template '{a} {b}' has 2 columns; a written query fills one"),
     ],
 )
 def test_queries_without_their_column_are_refused(
-    layout: dict[str, str], message: str, backbone: Backbone, tmp_path: Path
+    layout: dict[str, Any], message: str, backbone: Backbone, tmp_path: Path
 ) -> None:
     (tmp_path / "context.md").write_text("a b")
     asked = experiment(backbone, write(tmp_path, [USER]), context=str(tmp_path / "context.md"))
     with pytest.raises(ValueError, match=message):
-        distil(asked, tmp_path / "rows.jsonl", **layout, out=tmp_path / "runs", backbone=backbone)
+        distil(asked, **{"queries": tmp_path / "rows.jsonl", **layout}, out=tmp_path / "runs", backbone=backbone)
     assert not (tmp_path / "runs").exists()
 
 
@@ -221,6 +225,8 @@ def test_silent_teacher_is_refused(layout: dict[str, str], chat_folder: Path, tm
     asked = experiment(backbone, "sentiment", context=str(tmp_path / "context.md"))
     with pytest.raises(ValueError, match="the model wrote nothing for any of the 4 queries"):
         distil(asked, tmp_path / "rows.jsonl", **layout, out=tmp_path / "runs", backbone=backbone)
+    with pytest.raises(ValueError, match="wrote no question about the context; give queries"):
+        distil(asked, None, messages="messages", self_study=3, out=tmp_path / "runs", backbone=backbone)
     assert not (tmp_path / "runs").exists()
 
 

@@ -11,7 +11,8 @@ from softprompt.prompts.dpt import DPT
 
 
 def distil_(
-    queries: Path,
+    queries: Path | None = None,
+    self_study: int = 0,
     template: str = "",
     messages: str = "",
     experiment: Experiment = Experiment(),  # noqa: B008  (a frozen value)
@@ -22,7 +23,9 @@ def distil_(
     """Train a prompt that makes the model answer as if it had read a text.
 
     Args:
-        queries: A table of requests (CSV, TSV, JSON, JSONL or Parquet); no answers are needed.
+        queries: A table of requests (CSV, TSV, JSON, JSONL or Parquet); no answers are needed. None: --self-study only.
+        self_study: Let the model write this many requests itself, about parts of the text; they fill the template's one
+            column, or are the user's message of a conversation.
         template: The input's text, with the table's columns in braces, as in "Question: {question} Answer:".
         messages: Instead of a template, the column of conversations (lists of messages in OpenAI's format); the text is
             then their system message.
@@ -40,7 +43,16 @@ def distil_(
     terminal = Terminal()
     try:
         experiment = experiment.replace(prompt=prompt)
-        run = distil(experiment, queries, template, messages=messages, out=out, name=name, callback=terminal)
+        run = distil(
+            experiment,
+            queries,
+            template,
+            messages=messages,
+            self_study=self_study,
+            out=out,
+            name=name,
+            callback=terminal,
+        )
     finally:
         terminal.close()
     show_result(run)

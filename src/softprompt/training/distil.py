@@ -16,6 +16,7 @@ from softprompt.tasks import Task, encode, read_rows
 from softprompt.tasks.conversation import without_answer
 from softprompt.training.callbacks import NullCallback, TrainingCallback
 from softprompt.training.context import check_after_context, make_teacher, read_context
+from softprompt.training.self_study import write_queries
 from softprompt.training.trainer import train
 
 _BATCH = 16
@@ -23,10 +24,11 @@ _BATCH = 16
 
 def distil(
     experiment: Experiment,
-    queries: str | Path,
+    queries: str | Path | None,
     template: str = "",
     *,
     messages: str = "",
+    self_study: int = 0,
     out: str | Path = "runs",
     name: str | None = None,
     backbone: Backbone | None = None,
@@ -39,13 +41,14 @@ def distil(
     rows. They are kept in `out/teacher-HASH` and used again for the same model, context, template and queries.
 
     Queries are rows of a template, or conversations. In these the context is the system message, and an answer at the
-    end is not read.
+    end is not read. Beside them or instead of them, the model can write its own (`self_study.write_queries`).
 
     Args:
         experiment: `context` is the file to distil; `task` and `data` are replaced.
-        queries: a table of requests; no answers are needed.
+        queries: a table of requests; no answers are needed. None: self-study only.
         template: the input's text, with the table's columns in braces; empty for conversations.
         messages: the column of the conversations.
+        self_study: the number of queries that the model writes; with a template, of one column.
         out: the folder that holds the runs.
         name: the run's folder in it; None: made from the table's name, method and seed.
         backbone: the experiment's backbone, if it is already loaded.
@@ -53,8 +56,8 @@ def distil(
 
     Raises:
         FileNotFoundError: there is no context or table.
-        ValueError: both or neither of template and messages, an empty context, a table without the columns, a teacher
-            that writes nothing, or as `train` raises.
+        ValueError: both or neither of template and messages, neither queries nor self-study, an empty context, a table
+            without the columns, a model that writes no queries or no answers, or as `train` raises.
     """
     callback = callback or NullCallback()
     runs.check_new_run(Path(out), name)
@@ -68,46 +71,66 @@ def distil(
             f"distil has {'both' if template else 'neither'} of template and messages; give --template for a table of "
             "columns, or --messages with the column of conversations"
         )
-    path = Path(queries).expanduser()
+    if self_study < 0 or (queries is None and not self_study):
+        raise ValueError(
+            f"self_study is {self_study} and there are {'no ' if queries is None else ''}queries; give a table with "
+            "--queries, or the number of queries that the model is to write"
+        )
+    path = Path(queries or experiment.context).expanduser()
     task = _task(path, template, messages)
-    purpose = " for the messages" if messages else " for the template"
-    rows = [dict(row) for row in read_rows(path, task.inputs, purpose=purpose, as_json=messages)]
-    conversations = [task.conversation(row, f"row {i} of {path}") for i, row in enumerate(rows, 1)] if messages else []
+    if self_study and len(task.inputs) != 1:
+        raise ValueError(
+            f"self_study is on, and the template {template!r} has {len(task.inputs)} columns; a written query fills one"
+        )
+    rows = [] if queries is None else _read_queries(path, task)
     experiment = experiment.with_absolute_paths()
     context = read_context(experiment)
     backbone = backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
     settings = experiment.training
     key: list[Any] = [backbone.hash, context, template, settings.max_input_tokens, settings.max_new_tokens]
-    key += (
-        [conversations, getattr(backbone.tokenizer, "chat_template", None)]
-        if messages
-        else [[task.render(row) for row in rows]]
-    )
+    if messages:
+        key += [messages, [task.conversation(row) for row in rows], getattr(backbone.tokenizer, "chat_template", None)]
+    else:
+        key += [[task.render(row) for row in rows]]
+    key += ["self-study", self_study, experiment.seed] if self_study else []
     folder = Path(out).expanduser() / f"teacher-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
     if not (folder / "task.toml").is_file():
-        callback.on_stage(f"answering {len(rows)} queries with the context")
-        answers = _answers(
-            make_teacher(context, backbone, task),
-            context,
-            task,
-            rows,
-            settings.max_input_tokens,
-            settings.max_new_tokens,
-        )
-        answered = [_answered(task, row, text) for row, text in zip(rows, answers, strict=True) if text]
+        teacher = make_teacher(context, backbone, task)
+        asked = list(rows)
+        if self_study:
+            callback.on_stage(f"writing {self_study} queries about the context")
+            texts = write_queries(teacher.model, context, self_study, experiment.seed, chat=bool(messages))
+            asked += [{task.inputs[0]: [{"role": "user", "content": text}] if messages else text} for text in texts]
+        callback.on_stage(f"answering {len(asked)} queries with the context")
+        answers = _answers(teacher, context, task, asked, settings.max_input_tokens, settings.max_new_tokens)
+        answered = [_answered(task, row, text) for row, text in zip(asked, answers, strict=True) if text]
         if not answered:
             remedy = (
                 "use a backbone that is trained to chat"
                 if messages
                 else "end the template so that an answer follows, as in 'Question: {question}\\nAnswer:'"
             )
-            raise ValueError(f"the model wrote nothing for any of the {len(rows)} queries of {path}; {remedy}")
+            raise ValueError(f"the model wrote nothing for any of the {len(asked)} queries of {path}; {remedy}")
         _write_task(folder, task, answered)
     count = len(read_rows(folder / "answers.jsonl", [messages or "answer"], as_json=messages))
-    if count < len(rows):
+    if count < len(rows) and not self_study:
         callback.on_note(f"the model wrote nothing for {len(rows) - count} of {len(rows)} queries, which are left out")
+    elif count < len(rows) + self_study:
+        callback.on_note(
+            f"there are {count} of {len(rows) + self_study} queries: the others are the same as one of these, or the "
+            "model wrote nothing for them"
+        )
     located = experiment.replace(task=str(folder / "task.toml"), data=None)
     return train(located, out=out, name=name, backbone=backbone, callback=callback)
+
+
+def _read_queries(path: Path, task: Task) -> list[dict[str, Any]]:
+    """The checked queries."""
+    purpose = " for the messages" if task.messages else " for the template"
+    rows = [dict(row) for row in read_rows(path, task.inputs, purpose=purpose, as_json=task.messages)]
+    for number, row in enumerate(rows, start=1):
+        task.render(row, f"row {number} of {path}")
+    return rows
 
 
 def _task(path: Path, template: str, messages: str) -> Task:
