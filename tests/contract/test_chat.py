@@ -20,10 +20,10 @@ from softprompt import (
     resume,
     train,
 )
-from softprompt.tasks import encode, load_task, splits, with_answered_turns
-from softprompt.training.callbacks import NullCallback
 from softprompt.models import attach
+from softprompt.tasks import encode, load_task, splits, with_answered_turns
 from softprompt.training import self_study
+from softprompt.training.callbacks import NullCallback
 from softprompt.training.distil import distil
 
 WriteTask = Callable[..., Path]

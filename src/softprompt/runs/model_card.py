@@ -66,6 +66,7 @@ def _text(run: Run, results: Mapping[str, Any], usage: str, tensor_files: str) -
     if warning:
         warning = f"\n**{warning.capitalize()}**, as in the papers: compare it only with scores of the same kind.\n"
     interval = f"{results['ci_low']:.3f} to {results['ci_high']:.3f}"
+    rows = "photos" if run.task.image else "chats.jsonl" if run.task.messages else "rows.csv"
     note = f"\nThe backbone's weights: {backbone['note']}.\n" if backbone["note"] else ""
     return f"""# {run.name}
 
@@ -80,7 +81,7 @@ def _text(run: Run, results: Mapping[str, Any], usage: str, tensor_files: str) -
 {usage}
 
 ```
-softprompt predict {run.name} --input {"photos" if run.task.image else "rows.csv"}
+softprompt predict {run.name} --input {rows}
 softprompt evaluate {run.name}
 ```
 

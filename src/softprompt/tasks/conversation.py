@@ -85,8 +85,7 @@ def as_text(messages: Sequence[Message]) -> str:
 
 
 def _list(value: Any, column: str, where: str) -> list[Any]:
-    if callable(getattr(value, "tolist", None)):  # pandas reads lists of a Parquet file as arrays
-        value = value.tolist()
+    value = _without_arrays(value)
     if value is None or (isinstance(value, str) and not value.strip()):
         raise ValueError(f"{where} has no value in column {column!r}; give it a list of messages, as {_EXAMPLE}")
     if isinstance(value, str):
@@ -114,7 +113,9 @@ def _message(message: Any, column: str, where: str) -> Message:
     if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(f"{where} has the role {role!r} in column {column!r}; known are {', '.join(_ROLES)}")
     # Tables fill in null, and clients an empty list, for a field that only other messages have.
-    if unknown := [name for name in message if name not in _IGNORED and message[name] not in (None, [], {})]:
+    if unknown := [
+        name for name in message if name not in _IGNORED and _without_arrays(message[name]) not in (None, [], {})
+    ]:
         raise ValueError(
             f"{where} has the field {unknown[0]!r} in column {column!r}, which is not supported; leave it out"
         )
@@ -127,7 +128,13 @@ def _message(message: Any, column: str, where: str) -> Message:
     return {"role": _ROLES[role], "content": text}
 
 
+def _without_arrays(value: Any) -> Any:
+    """The value as a list if it is an array, as which pandas reads the lists of a Parquet file."""
+    return value.tolist() if callable(getattr(value, "tolist", None)) else value
+
+
 def _content(content: Any, column: str, where: str) -> str:
+    content = _without_arrays(content)
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list | tuple):
