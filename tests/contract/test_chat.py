@@ -226,3 +226,9 @@ def test_written_queries_are_about_parts_of_the_context(
     for prompt in prompts:
         rows = [{"messages": [{"role": "user", "content": prompt}]}] if chat else [{"text": prompt}]
         assert len(self_study._ids(attach(backbone), rows, chat=chat)[0]) <= 256 - 48
+
+
+def test_silent_model_writes_no_queries(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_study, "_continue", lambda model, rows, sampling, *, chat: [" \n"] * len(rows))
+    with pytest.raises(ValueError, match="wrote no question about the context; give queries"):
+        self_study.write_queries(attach(backbone), "a b c", 20, 0, chat=True)

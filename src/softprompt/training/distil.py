@@ -110,7 +110,8 @@ def distil(
                 if messages
                 else "end the template so that an answer follows, as in 'Question: {question}\\nAnswer:'"
             )
-            raise ValueError(f"the model wrote nothing for any of the {len(asked)} queries of {path}; {remedy}")
+            source = "" if queries is None else f" of {path}"
+            raise ValueError(f"the model wrote nothing for any of the {len(asked)} queries{source}; {remedy}")
         _write_task(folder, task, answered)
     count = len(read_rows(folder / "answers.jsonl", [messages or "answer"], as_json=messages))
     if count < len(rows) and not self_study:

@@ -1,5 +1,6 @@
 """Queries that the model writes itself about parts of a context, to be distilled over when there are none."""
 
+import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ _CHAT = Task(name="self-study", messages="messages", metrics=("exact_match",))
 _PLAIN = Task(name="self-study", template="{text}\nMessage:", target="answer", metrics=("exact_match",))
 _CHUNK, _BATCH, _TOKENS, _NO_LIMIT = 2000, 16, 48, 1_000_000_000
 """Characters of a part of the context; queries written at once; tokens of a query."""
-_SAMPLING = {"temperature": 0.8, "top_p": 0.95}
+_SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 _ROUNDS = 4
 """Attempts for each query asked for, since some are empty or repeated."""
 
@@ -48,7 +49,7 @@ def write_queries(model: PromptedModel, context: str, count: int, seed: int, *, 
     for number in range(-(-count * _ROUNDS // _BATCH)):
         kinds = [INSTRUCTIONS[(number * _BATCH + row) % len(INSTRUCTIONS)] for row in range(min(_BATCH, count))]
         rows = _rows(model, context, kinds, draw, chat=chat)
-        sampling = Sampling(**_SAMPLING, seed=draw.randrange(2**31))
+        sampling = dataclasses.replace(_SAMPLING, seed=draw.randrange(2**31))
         for text in _continue(model, rows, sampling, chat=chat):
             if line := next((line.strip() for line in text.splitlines() if line.strip()), ""):
                 written.setdefault(line)
