@@ -116,7 +116,7 @@ def test_missing_context_is_refused(experiment: Experiment, backbone: Backbone, 
 @pytest.mark.parametrize("name", ["bert", "vit"])
 def test_model_without_words_is_no_teacher(name: str, tiny_backbone: Callable[[str], Backbone]) -> None:
     with pytest.raises(ValueError, match="does not answer in words"):
-        make_teacher("a b c", tiny_backbone(name))
+        make_teacher("a b c", tiny_backbone(name), load_task("sentiment"))
 
 
 def test_queries_are_answered_once_and_trained_on(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ class Teacher:
         text = self.context[self._leading : end]
         if not 0 < count < len(text):
             return None
-        kept = text[-count:] if from_end else text[:count]
-        context = (*self.context[: self._leading], *kept, *self.context[end:])
+        remaining = text[-count:] if from_end else text[:count]
+        context = (*self.context[: self._leading], *remaining, *self.context[end:])
         return Teacher(self.model, context, self._leading, self._trailing, self._replaced_ids)
 
     def label_logits(

@@ -45,22 +45,22 @@ def write_queries(model: PromptedModel, context: str, count: int, seed: int, *, 
         self-study", section 4: seed prompts, chunks, and both sides of a conversation by the same model.
     Differs: one turn of questions; the answers are the teacher's, who reads the full context.
     """
-    draw, written = random.Random(f"self-study:{seed}"), dict[str, None]()
+    draw, queries = random.Random(f"self-study:{seed}"), dict[str, None]()
     for number in range(-(-count * _ROUNDS // _BATCH)):
         kinds = [INSTRUCTIONS[(number * _BATCH + row) % len(INSTRUCTIONS)] for row in range(min(_BATCH, count))]
         rows = _rows(model, context, kinds, draw, chat=chat)
         sampling = dataclasses.replace(_SAMPLING, seed=draw.randrange(2**31))
         for text in _continue(model, rows, sampling, chat=chat):
             if line := next((line.strip() for line in text.splitlines() if line.strip()), ""):
-                written.setdefault(line)
-        if len(written) >= count:
+                queries.setdefault(line)
+        if len(queries) >= count:
             break
-    if not written:
+    if not queries:
         raise ValueError(
             f"{model.backbone.source} wrote no question about the context; give queries, or use a backbone that is "
             "trained to chat"
         )
-    return list(written)[:count]
+    return list(queries)[:count]
 
 
 def _rows(
@@ -68,11 +68,11 @@ def _rows(
 ) -> list[Mapping[str, Any]]:
     """An instruction after a part of the context, for each kind; the parts are short enough for the model."""
     starts = [0, *(index + 1 for index, char in enumerate(context) if char == "\n" and context[index + 1 :].strip())]
-    chosen = [draw.choice(starts) for _ in kinds]
+    offsets = [draw.choice(starts) for _ in kinds]
     size = _CHUNK
     while size:
         texts = [
-            context[start : start + size].strip() + SEPARATOR + kind for start, kind in zip(chosen, kinds, strict=True)
+            context[start : start + size].strip() + SEPARATOR + kind for start, kind in zip(offsets, kinds, strict=True)
         ]
         rows: list[Mapping[str, Any]] = [
             {"messages": [{"role": "user", "content": text}]} if chat else {"text": text} for text in texts

@@ -223,9 +223,9 @@ def _check_ends(prompted: PromptedModel, examples: Sequence[Example]) -> None:
     ends, tokenizer = prompted.end_of_sequence(), prompted.backbone.tokenizer
     for example in examples:
         if example.answer_ids[-1] not in ends:
-            written = tokenizer.convert_ids_to_tokens(example.answer_ids[-1])
+            token = tokenizer.convert_ids_to_tokens(example.answer_ids[-1])
             raise ValueError(
-                f"the chat template of {prompted.backbone.source} ends the answer of {example.where} with {written!r}, "
+                f"the chat template of {prompted.backbone.source} ends the answer of {example.where} with {token!r}, "
                 f"and the model's answers end with {', '.join(map(repr, tokenizer.convert_ids_to_tokens(ends)))}; name "
                 "the template's token as eos_token in the backbone's tokenizer or generation config"
             )

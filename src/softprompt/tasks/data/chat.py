@@ -131,9 +131,9 @@ def with_answered_turns(task: Task, rows: Dataset) -> Dataset:
         return rows
     indices, cells = list[int](), list[str]()
     for index, row in enumerate(records(rows)):
-        for turn in answered_turns(task.conversation(row, row_name(rows, row, index))):
+        for messages in answered_turns(task.conversation(row, row_name(rows, row, index))):
             indices.append(index)
-            cells.append(json.dumps(turn, ensure_ascii=False))
+            cells.append(json.dumps(messages, ensure_ascii=False))
     result = Dataset.from_dict({**rows.select(indices).to_dict(), task.messages: cells})
     result.info.dataset_name = rows.info.dataset_name
     return result
@@ -152,7 +152,7 @@ def encode_system_message(tokenizer: Tokenizer, text: str) -> tuple[Ids, int, in
     check_chat_template(tokenizer)
     where = "the context as a system message"
     question = [{"role": "user", "content": "x"}]
-    plain = chat_ids(tokenizer, question, where=where)
+    bare = chat_ids(tokenizer, question, where=where)
 
     # Another text has the same header and closing, and no other token in common at its ends.
     other_text = next(char for char in "xyz" if char not in (text[0], text[-1]))
@@ -160,8 +160,8 @@ def encode_system_message(tokenizer: Tokenizer, text: str) -> tuple[Ids, int, in
         chat_ids(tokenizer, [{"role": "system", "content": content}, *question], where=where)
         for content in (text, other_text)
     )
-    same = min(_common(each[::-1], plain[::-1]) for each in (ids, other))
-    ids, other, replaced = ids[: len(ids) - same], other[: len(other) - same], plain[: len(plain) - same]
+    same = min(_common(ids_of[::-1], bare[::-1]) for ids_of in (ids, other))
+    ids, other, replaced = ids[: len(ids) - same], other[: len(other) - same], bare[: len(bare) - same]
     if ids == other:
         raise ValueError(
             f"the chat template of {_source(tokenizer)} leaves system messages out, so the context would not be read; "
