@@ -206,7 +206,7 @@ def test_column_counting_model_runs_prompts_in_row(by: float, dtype: torch.dtype
     """Whatever the size of its weights: small logits differ by little, and bfloat16 rounds."""
     backbone = backbone_of(transformers.MptConfig(**MPT), "causal", by=by)
     prompted: Any = attach(Backbone(backbone.model.to(dtype), TOKENIZER, "mpt", "mpt", "causal"))
-    assert prompted.in_row
+    assert prompted.layout == "inline"
     assert not prompted.supports_prefix_sharing
 
 

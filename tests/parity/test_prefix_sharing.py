@@ -68,7 +68,7 @@ def test_training_batch_equals_single_rows(
     assert_near(loss, expected)
     for ours, theirs in zip(gradients(loss, prompts), gradients(expected, prompts), strict=True):
         assert_near(ours, theirs, 2e-4)
-    if prompted.packs:
+    if prompted.layout == "packed":
         (layout,) = layouts
         shared = min(4, 4 + last - 2)  # each row keeps one token, and its last is no input
         assert layout.rows.lengths == tuple(4 + count - 1 - shared for count in (7, last, 4, 9, 3))

@@ -9,7 +9,7 @@ positions by column (MPT).
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeGuard, final
+from typing import Any, Literal, TypeGuard, final
 
 import torch
 from jaxtyping import Float, Int
@@ -41,6 +41,10 @@ from softprompt.models.verify import (
 )
 from softprompt.models.verify_causal import check_mixed_batch, packed_rows_are_exact
 from softprompt.prompts import SoftPrompt
+
+Layout = Literal["packed", "cached", "inline"]
+"""How a decoder trains on prompts and rows. `packed`: prompts once and rows without padding, in one pass. `cached`: the
+prompts, then the rows from their keys and values. `inline`: each row with its prompt in it, if that alone is exact."""
 
 
 @final
@@ -77,19 +81,17 @@ class Causal(PromptedModel):
             raise ValueError("decode_weights packs the model's own weights, and this run trained others; leave it out")
         self.packed: PackedLinears | None = None
         """The backbone's packed weights, once the model has been checked with its own."""
-        self.in_row = self.prompt_position != "prefix"
-        """Whether prompts run in every row; else their keys and values are computed once for all of them."""
-        self.packs = False
-        """Whether prompts and rows run packed in training; where not, they run one after the other, and slower."""
-        self._check_exact()
-        self.supports_prefix_sharing = not self.in_row and self.window is None and not fsdp.is_sharded(model)
+        self.layout: Layout = "cached" if self.prompt_position == "prefix" else "inline"
+        """How prompts and rows run together; see `Layout`."""
+        self._choose_exact_layout()
+        self.supports_prefix_sharing = self.layout != "inline" and self.window is None and not fsdp.is_sharded(model)
         # Rows that are not packed continue from a cache, which a second run of the layers would write to again.
-        self.supports_gradient_checkpointing = self.packs and not any_deep(self.prompts_of(None))
+        self.supports_gradient_checkpointing = self.layout == "packed" and not any_deep(self.prompts_of(None))
         if any_deep(self.prompts_of(None)):
             self.kv_prefixes(self.prompts_of(None))  # refuses what does not fit
         self.packed = self.backbone.packed
 
-    def _check_exact(self) -> None:
+    def _choose_exact_layout(self) -> None:
         """Compare mixed batches with single rows, once per model and position; choose an exact layout, or refuse.
 
         A model that takes explicit positions shares the prompts' keys and values among all rows. One that counts
@@ -97,7 +99,7 @@ class Causal(PromptedModel):
         """
         model = self.backbone.model
         takes_positions = "position_ids" in self.backbone.forward_arguments
-        if not self.in_row:
+        if self.layout != "inline":
 
             def shared() -> bool:
                 try:
@@ -110,19 +112,20 @@ class Causal(PromptedModel):
 
             # In bfloat16 an extra column may hide in rounding, so a model without explicit positions cannot pass.
             provable = takes_positions or self.backbone.dtype is torch.float32
-            self.in_row = not (provable and cached_check(model, "shared", shared))
-        if self.in_row:
+            if not (provable and cached_check(model, "shared", shared)):
+                self.layout = "inline"
+        if self.layout == "inline":
 
             def inline() -> bool:
                 check_mixed_batch(self, f"prompts in rows of other lengths, {self.prompt_position!r},")
                 return True
 
-            cached_check(model, f"in row {self.prompt_position}", inline)
+            cached_check(model, f"inline {self.prompt_position}", inline)
             return
-        self.packs = takes_positions and attention.supports_varlen(model)
-        self.packs = self.packs and cached_check(
-            model, f"packed {self._has_fused_layers}", lambda: packed_rows_are_exact(self)
-        )
+        if takes_positions and attention.supports_varlen(model):
+            self.layout = "packed"
+            if not cached_check(model, f"packed {self._has_fused_layers}", lambda: packed_rows_are_exact(self)):
+                self.layout = "cached"
 
     @classmethod
     def row_limit(cls, backbone: Backbone) -> int | None:
@@ -134,7 +137,8 @@ class Causal(PromptedModel):
         """The prompts' keys and values; their vectors where prompts run in every row."""
         if any_deep(prompts):
             return self.kv_prefixes(prompts)
-        return PromptEmbeddings.compute(self, prompts) if self.in_row and prompts else self.kv_prefixes(prompts)
+        inline = self.layout == "inline" and len(prompts) > 0
+        return PromptEmbeddings.compute(self, prompts) if inline else self.kv_prefixes(prompts)
 
     def kv_prefixes(self, prompts: Sequence[SoftPrompt]) -> KVPrefixBatch:
         """The prompts' keys and values: computed from their vectors, or a deep prompt's own.
@@ -144,7 +148,7 @@ class Causal(PromptedModel):
         """
         device, vectors = self.backbone.device, self.prompt_embeddings(prompts)
         if any_deep(prompts):
-            check_deep(self.backbone, prompts, self.in_row, self.prompt_position)
+            check_deep(self.backbone, prompts, self.layout == "inline", self.prompt_position)
             return deep_prefixes(self.backbone, prompts, vectors)
         if not vectors:
             empty = torch.ones(1, 0, dtype=torch.long, device=device)
@@ -289,8 +293,8 @@ class Causal(PromptedModel):
 
     def _can_pack(self, prompts: Prompts) -> TypeGuard[Sequence[SoftPrompt] | KVPrefixBatch | None]:
         if isinstance(prompts, KVPrefixBatch):
-            return self.packs and self._is_fused and not torch.is_grad_enabled()
-        return self.packs and not isinstance(prompts, Prepared) and not any_deep(self.prompts_of(prompts))
+            return self.layout == "packed" and self._is_fused and not torch.is_grad_enabled()
+        return self.layout == "packed" and not isinstance(prompts, Prepared) and not any_deep(self.prompts_of(prompts))
 
     def _predicting_logits(
         self,
@@ -324,8 +328,9 @@ class Causal(PromptedModel):
         return prepared.with_first_logits(state.logits, is_first, rows), prepared.logits is None
 
     def _prepared(self, prompts: Prompts) -> KVPrefixBatch | PromptEmbeddings:
-        in_row = self.in_row and len(self.prompts_of(prompts)) > 0 and not any_deep(self.prompts_of(prompts))
-        return self.resolve(prompts, PromptEmbeddings) if in_row else self.resolve(prompts, KVPrefixBatch)
+        own = self.prompts_of(prompts)
+        inline = self.layout == "inline" and len(own) > 0 and not any_deep(own)
+        return self.resolve(prompts, PromptEmbeddings) if inline else self.resolve(prompts, KVPrefixBatch)
 
     def _read(
         self,

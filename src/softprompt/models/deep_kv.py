@@ -24,19 +24,19 @@ def any_deep(prompts: Sequence[SoftPrompt]) -> bool:
 
 
 def check_deep(
-    backbone: Backbone, prompts: Sequence[SoftPrompt], in_row: bool, prompt_position: PromptPosition
+    backbone: Backbone, prompts: Sequence[SoftPrompt], inline: bool, prompt_position: PromptPosition
 ) -> None:
     """Check that deep prompts can be prefixes of a decoder's rows.
 
     Args:
         prompts: those of one call, of which one is deep.
-        in_row: whether the model runs prompts in every row.
+        inline: whether the model runs prompts in every row.
         prompt_position: where its prompts are.
 
     Raises:
         ValueError: they cannot, or there are shallow prompts beside them.
     """
-    if in_row:
+    if inline:
         where = "" if prompt_position == "prefix" else f" at prompt_position {prompt_position!r}"
         raise ValueError(
             f"the prompt is deep, and {backbone.source}{where} runs prompts in every row; train a shallow prompt, or a "

@@ -77,7 +77,7 @@ class CachedDecoder:
         assert isinstance(prompted, Causal)
         self.prompted = prompted
         self._model = prompted.backbone.model
-        self._counts_columns = prompted.in_row
+        self._counts_columns = prompted.layout == "inline"
         """The model counts positions by column (MPT): no padding between a row's prompt, text and next token."""
         self._packed: PackedLinears | None = None
         cached_check(self._model, "served", self._check_exact)
