@@ -111,8 +111,9 @@ class Causal(PromptedModel):
                 return True
 
             # In bfloat16 an extra column may hide in rounding, so a model without explicit positions cannot pass.
-            provable = takes_positions or self.backbone.dtype is torch.float32
-            if not (provable and cached_check(model, "shared", shared)):
+            if not (takes_positions or self.backbone.dtype is torch.float32) or not cached_check(
+                model, "shared", shared
+            ):
                 self.layout = "inline"
         if self.layout == "inline":
 
