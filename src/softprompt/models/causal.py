@@ -111,10 +111,8 @@ class Causal(PromptedModel):
                 return True
 
             # In bfloat16 an extra column may hide in rounding, so a model without explicit positions cannot pass.
-            if not (takes_positions or self.backbone.dtype is torch.float32) or not cached_check(
-                model, "shared", shared
-            ):
-                self.layout = "inline"
+            provable = takes_positions or self.backbone.dtype is torch.float32
+            self.layout = "cached" if provable and cached_check(model, "shared", shared) else "inline"
         if self.layout == "inline":
 
             def inline() -> bool:
