@@ -12,6 +12,7 @@ import pytest
 import torch
 from fake_hub import TOKEN, FakeHub
 from huggingface_hub import ModelCard
+from local_lm_eval import write_local_task
 from safetensors.torch import load
 
 import softprompt
@@ -125,6 +126,38 @@ def test_pushed_prompt_is_used_by_name(
     assert f"hub:me/other is not in the local cache, and {hub.address} cannot be reached" in missing["error"]
     assert f"{hub.address} cannot be reached, so nothing was uploaded" in push_down["error"]
     assert second["README.md"] != first["README.md"]
+
+
+def test_rank_sweep_and_lm_eval_take_a_name(
+    run: softprompt.Run, hub: FakeHub, tmp_path: Path, llama_folder: Path, ticket_task: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in run.folder.iterdir() if path.is_file()}
+    hub.commit("me/run", files)
+    hub.commit("me/peft", {name: files[name] for name in ("adapter_config.json", "adapter_model.safetensors")})
+    sweep = [f'backbone = "{llama_folder}"', f'task = "{ticket_task}"', 'dtype = "float32"']
+    sweep += ['init_prompt = "hub:me/run"', "[training]", "steps = 1", "batch_size = 4", "eval_steps = 1"]
+    sweep += ["[[method]]", 'name = "dpt"', "rank = 2", "length = 4"]
+    (tmp_path / "sweep.toml").write_text("\n".join(sweep))
+    tasks = write_local_task(tmp_path / "tasks", ["billing", "sales"], [{"text": "a a", "answer": 0}])
+    lm_eval = ["--tasks", "local_tickets", "--include-path", tasks]
+    rank, rank_peft, gradient, swept, scored, scored_peft = commands(
+        hub,
+        tmp_path / "cache",
+        ["rank", "hub:me/run"],
+        ["rank", "hub:me/peft"],
+        ["rank", "hub:me/run", "--gradient", "--batches", "1"],
+        ["sweep", tmp_path / "sweep.toml", "--out", tmp_path / "runs"],
+        ["lm-eval", "hub:me/run", *lm_eval],
+        ["lm-eval", "hub:me/peft", "--backbone", llama_folder, *lm_eval],
+    )
+    assert [one["status"] for one in (rank, rank_peft, gradient, swept, scored, scored_peft)] == [0] * 6, (
+        rank["error"] + gradient["error"] + swept["error"] + scored["error"] + scored_peft["error"]
+    )
+    assert rank["said"]["prompts"][0]["name"] == "run"
+    assert rank_peft["said"]["prompts"][0]["name"] == "peft"
+    assert scored["said"]["results"] == scored_peft["said"]["results"]
+    [folder] = [path for path in (tmp_path / "runs").iterdir() if (path / "softprompt.json").is_file()]
+    assert softprompt.open_run(folder).experiment.init_prompt == "hub:me/run"
 
 
 def test_revision_and_missing_names_are_told_apart(run: softprompt.Run, hub: FakeHub, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import save
 import softprompt
 from softprompt.backbones import Backbone
 from softprompt.prompts import METHODS, SoftPrompt
-from softprompt.serve import Engine, Limits
+from softprompt.serve import BaseEngine, Engine, Limits
 from softprompt.serve.api.app import make_app
 from softprompt.serve.api.auth import AuthConfig
 from softprompt.serve.metrics import Metrics
@@ -89,7 +89,7 @@ class Service:
     """A service behind a real server, and its clients."""
 
     address: str
-    engine: Engine
+    engine: Any
     store: Path
     token: str = "sesame"
     admin_token: str = "admin"
@@ -119,13 +119,11 @@ class Service:
 
 
 @pytest.fixture
-def service_of(engine_of: Callable[..., Engine], tmp_path: Path) -> Iterator[Callable[..., Service]]:
-    """`service_of(auth, prompts=3)`: a service on a free port, its prompts saved in `tmp_path / "store"`."""
+def host_engine(tmp_path: Path) -> Iterator[Callable[..., Service]]:
+    """`host_engine(engine, auth)`: a service on a free port, its prompts saved in `tmp_path / "store"`."""
     servers: list[tuple[uvicorn.Server, threading.Thread]] = []
 
-    def make(auth: AuthConfig | None = None, **engine_options: Any) -> Service:
-        engine, metrics = engine_of(**engine_options), Metrics()
-        engine._runner._on_batch = metrics.observe_batch
+    def host(engine: BaseEngine, metrics: Metrics | None = None, auth: AuthConfig | None = None) -> Service:
         auth = auth or AuthConfig(tokens=(Service.token,), admin_tokens=(Service.admin_token,), body_seconds=1.0)
         app = make_app(engine, auth, metrics=metrics, store=PromptStore(tmp_path / "store"), grace=10.0)
         config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=10)
@@ -140,10 +138,22 @@ def service_of(engine_of: Callable[..., Engine], tmp_path: Path) -> Iterator[Cal
         assert httpx.get(f"{address}/readyz").status_code == 200
         return Service(address, engine, tmp_path / "store")
 
-    yield make
+    yield host
     for server, thread in servers:
         server.should_exit = True
         thread.join(15)
+
+
+@pytest.fixture
+def service_of(engine_of: Callable[..., Engine], host_engine: Callable[..., Service]) -> Callable[..., Service]:
+    """`service_of(auth, prompts=3)`: a service over `engine_of(prompts=3)`."""
+
+    def make(auth: AuthConfig | None = None, **engine_options: Any) -> Service:
+        engine, metrics = engine_of(**engine_options), Metrics()
+        engine._runner._on_batch = metrics.observe_batch
+        return host_engine(engine, metrics, auth)
+
+    return make
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from softprompt import files
 from softprompt.prompts import SoftPrompt
 from softprompt.serve import Engine
-from softprompt.serve.engine.limits import Limits
+from softprompt.serve.config import ServeConfig
 from softprompt.serve.metrics import Metrics
 from softprompt.serve.prompts.store import PromptStore
 from softprompt.serve.service import start_engine
@@ -119,9 +119,8 @@ def test_uploads_are_served_after_a_restart(
     with service.admin() as client:
         client.put("/v1/prompts/kept", content=prompt_file(service.engine)).raise_for_status()
     expected = service.engine.classify("kept", ["a"], ["x", "y"])[0].result(30.0).scores
-    with start_engine(
-        tiny_backbone("llama"), [], Limits(), store=PromptStore(service.store), metrics=Metrics()
-    ) as restarted:
+    backbone, store = tiny_backbone("llama"), PromptStore(service.store)
+    with start_engine(ServeConfig(), backbone, store=store, metrics=Metrics()) as restarted:
         assert restarted.classify("kept", ["a"], ["x", "y"])[0].result(30.0).scores == pytest.approx(expected, abs=1e-6)
 
 

@@ -7,16 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, final, get_args
+from typing import Any, final, get_args
 
 import torch
-import transformers
 
-from softprompt import assets
 from softprompt.backbones import (
     fsdp,
-    gguf,
     image_processor,
     loading,
     positions,
@@ -25,21 +21,13 @@ from softprompt.backbones import (
     quantization,
     vit,
 )
+from softprompt.backbones.checkpoint import Checkpoint
 from softprompt.backbones.kernels import attention, llama
 from softprompt.backbones.kernels.packed_linear import PackedLinears, pack
 from softprompt.backbones.kv_layout import KVLayout, kv_layout
+from softprompt.backbones.source import Architecture, architecture_of, auto_class_of, locate, read_config
 from softprompt.prompts import Host
 from softprompt.types import DecodeWeights, Dtype
-
-Architecture = Literal["causal", "encoder_decoder", "encoder", "vision"]
-"""The kind of model, which decides how a prompt is attached."""
-
-_AUTO_CLASSES: dict[Architecture, type[Any]] = {
-    "causal": transformers.AutoModelForCausalLM,
-    "encoder_decoder": transformers.AutoModelForSeq2SeqLM,
-    "encoder": transformers.AutoModel,
-    "vision": transformers.AutoModel,
-}
 
 
 @final
@@ -65,6 +53,8 @@ class Backbone:
     """Pixels from which a vision model's input vectors are sampled; None for noise."""
     packed: PackedLinears | None = field(default=None, repr=False, compare=False)
     """Copies of the weights in fewer bits for decoding; None to decode with the weights themselves."""
+    checkpoint: Checkpoint | None = field(default=None, repr=False, compare=False)
+    """The weights on disk, where only the embedding table is in memory because the model runs elsewhere."""
 
     def __post_init__(self) -> None:
         self.model.requires_grad_(False)
@@ -90,8 +80,8 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """The model's device."""
-        return next(self.model.parameters()).device
+        """The model's device; the CPU where only the embedding table is in memory."""
+        return torch.device("cpu") if self.embeddings_only else next(self.model.parameters()).device
 
     @cached_property
     def vocab_size(self) -> int:
@@ -114,6 +104,11 @@ class Backbone:
         return frozenset(inspect.signature(self.model.forward).parameters)
 
     @property
+    def embeddings_only(self) -> bool:
+        """Whether only the embedding table is in memory, so that nothing can run here."""
+        return self.checkpoint is not None
+
+    @property
     def takes_images(self) -> bool:
         """Whether the model reads pixels instead of tokens; its `tokenizer` is then an image processor."""
         return self.architecture == "vision"
@@ -125,7 +120,16 @@ class Backbone:
 
     @cached_property
     def kv_layout(self) -> KVLayout | None:
-        """The keys and values that a deep prompt of a decoder has; none for other models, or where layers differ."""
+        """The keys and values that a deep prompt of a decoder has; none for other models, or where layers differ.
+
+        Raises:
+            ValueError: only the embedding table is in memory.
+        """
+        if self.embeddings_only:
+            raise ValueError(
+                f"the prompt is deep, with keys and values in every layer, and {self.source} runs elsewhere, where "
+                "only vectors before the text can be sent; use --engine local"
+            )
         return kv_layout(self.model) if self.architecture == "causal" else None
 
     @property
@@ -161,6 +165,8 @@ class Backbone:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            if self.checkpoint is not None and tensor.is_meta:
+                tensor = self.checkpoint.tensor(name).to(tensor.dtype)
             flat: Any = fsdp.full_tensor(tensor.detach()).contiguous().cpu().reshape(-1).view(torch.uint8)
             digest.update(memoryview(flat.numpy()))
         return digest.hexdigest()
@@ -286,9 +292,9 @@ def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbon
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype is {dtype!r}; it must be {', '.join(get_args(Dtype))}")
     torch_device = precision.resolve_device(device)
-    folder, base, note = _locate(source)
-    config = _config(folder, source)
-    architecture = _architecture(config)
+    folder, base, note = locate(source)
+    config = read_config(folder, source)
+    architecture = architecture_of(config)
     quantized = dtype if dtype in quantization.KINDS else ""
     quantization.check_checkpoint(config, dtype, source)
     if quantized:
@@ -304,7 +310,7 @@ def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbon
         arguments |= vit.loading_arguments(config)
     if quantized:
         arguments |= quantization.loading_arguments(dtype, torch_device, config)
-    model = loading.load_model(_auto_class(architecture, config), folder, source, **arguments)
+    model = loading.load_model(auto_class_of(architecture, config), folder, source, **arguments)
     if quantized:
         quantization.disable_repacking(model)
     else:
@@ -318,63 +324,6 @@ def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbon
     backbone = Backbone(model, tokenizer, source, base, architecture, quantized, note)
     _check_embeddings(backbone)
     return backbone
-
-
-def _locate(source: str) -> tuple[str, str, str]:
-    """The folder or hub id to load from, the base model to record in run folders, and a note on the weights."""
-    if not source.strip():
-        raise ValueError(f"the backbone is {source!r}; give a hub id, a folder, a .gguf file or an asset")
-    if source in assets.ASSETS:
-        asset = assets.ASSETS[source]
-        if asset.kind != "model":
-            raise ValueError(f"asset {source!r} is data, not a model; models are {', '.join(_model_assets())}")
-        path = assets.fetch(source)
-        folder = gguf.convert(path, asset.sha256) if path.suffix == ".gguf" else path
-        return str(folder), asset.base, asset.note
-    path = Path(source).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise FileNotFoundError(f"backbone {source!r} does not exist; give the path of a .gguf file")
-        return str(gguf.convert(path)), str(path.resolve()), "dequantized from a GGUF file"
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"folder {source!r} has no config.json; give a folder that transformers can load")
-        return str(path.resolve()), str(path.resolve()), ""
-    return source, source, ""
-
-
-def _model_assets() -> list[str]:
-    return [name for name, asset in assets.ASSETS.items() if asset.kind == "model"]
-
-
-def _config(folder: str, source: str) -> Any:
-    try:
-        return loading.load_config(folder, source)
-    except OSError as error:
-        if Path(folder).is_dir():
-            raise ValueError(f"the config.json of {source} cannot be read ({error})") from error
-        raise FileNotFoundError(
-            f"backbone {source!r} is neither a folder, a .gguf file, an asset ({', '.join(_model_assets())}) nor a hub "
-            "id that can be reached or is in the hub's cache; check the name, or fetch the model first"
-        ) from error
-
-
-def _architecture(config: Any) -> Architecture:
-    if config.is_encoder_decoder:
-        return "encoder_decoder"
-    if loading.is_multimodal(config):
-        return "causal"  # its text model
-    names = config.architectures or []
-    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
-        return "causal"
-    return "encoder" if hasattr(config, "vocab_size") else "vision"
-
-
-def _auto_class(architecture: Architecture, config: Any) -> type[Any]:
-    """The transformers class to load with; an encoder gets a masked-LM head only if the checkpoint has one."""
-    if architecture == "encoder" and any(name.endswith("ForMaskedLM") for name in config.architectures or []):
-        return transformers.AutoModelForMaskedLM
-    return _AUTO_CLASSES[architecture]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from softprompt.cli.console import show_table
 
 
 def lm_eval_(
-    run: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None,
+    run: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None,
     tasks: tuple[str, ...] = (),
     include_path: Path | None = None,
     num_fewshot: int | None = None,
@@ -21,7 +21,7 @@ def lm_eval_(
     """Score a run in lm-evaluation-harness, with its tasks, wordings and metrics.
 
     Args:
-        run: The run's folder; none: the backbone alone, zero-shot.
+        run: A run, a PEFT prompt-tuning folder or `hub:USER/NAME`; none: the backbone alone, zero-shot.
         tasks: Names of the harness's tasks, such as arc_easy piqa boolq.
         include_path: A folder with YAML files of tasks of your own.
         num_fewshot: Examples in front of each row; none: the task's default.
@@ -38,7 +38,7 @@ def lm_eval_(
 
     from softprompt.evaluation.lm_eval import SoftPromptLM
 
-    model = SoftPromptLM(run=None if run is None else str(run), backbone=backbone, batch_size=batch_size)
+    model = SoftPromptLM(run=run, backbone=backbone, batch_size=batch_size)
     results = simple_evaluate(
         model=model,
         tasks=list(tasks),
@@ -54,4 +54,4 @@ def lm_eval_(
     show_table(
         [{"task": task, "metric": key, "value": value} for task, row in scores.items() for key, value in row.items()]
     )
-    return {"command": "lm-eval", "run": None if run is None else str(run), "results": scores}
+    return {"command": "lm-eval", "run": run, "results": scores}

@@ -18,6 +18,7 @@ from softprompt.analysis.rank import (
     with_sample_images,
 )
 from softprompt.analysis.rank.plots import check_matplotlib, draw_burstiness, draw_gradients, draw_ranks
+from softprompt.assets.hub import local_folder
 from softprompt.backbones import load
 from softprompt.backbones.projections import query_key
 from softprompt.cli.terminal import Terminal, console, show_table
@@ -42,7 +43,8 @@ def rank_(
     """Measure ranks.
 
     Args:
-        source: A run, a PEFT prompt-tuning folder or a folder of runs; with --burstiness or --gradient also a backbone.
+        source: A run, a PEFT prompt-tuning folder (each also as `hub:USER/NAME`) or a folder of runs; with --burstiness
+            or --gradient also a backbone.
         checkpoints: Also measure at every checkpoint.
         functional: Also truncate the prompt to lower ranks and score each.
         suggest: Suggest a rank for DPT from these scores: with --part update for one with an anchor (the default), else
@@ -208,7 +210,7 @@ def _gradients(
 
 
 def _burstiness(source: str, samples: int, run_backbone: str | None, out: Path | None) -> dict[str, Any]:
-    path = Path(source).expanduser()
+    path = local_folder(source)
     if (path / runs.RECORD).is_file():
         run = runs.open_run(path)
         backbone = with_sample_images(run, run.backbone(run_backbone))

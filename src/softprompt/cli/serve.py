@@ -29,7 +29,8 @@ def serve_(
         address = url
         console.print(f"serving {len(config.sources)} prompts and uploaded ones at {url} (Ctrl-C ends it)")
 
-    console.print("loading the backbone ...")
+    part = "backbone" if config.engine_url is None else "backbone's tokenizer and embedding table"
+    console.print(f"loading the {part} ...")
     if config.engine == "ray":
         serve_replicas(config, on_start=on_start)
     else:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from softprompt.backbones import load
 from softprompt.models import model_class
-from softprompt.runs import open_run
+from softprompt.runs import resolve_prompt
 
 
 @final
@@ -23,7 +23,7 @@ class SoftPromptLM(HFLM):
     """The harness's `hf` model with a run's prompt before every row; without a run it is `hf`.
 
     Args:
-        run: the run's folder; none: the backbone alone, zero-shot.
+        run: the folder of a run or of a PEFT prompt, or `hub:USER/NAME`; none: the backbone alone, zero-shot.
         backbone: where the backbone is, as `load_backbone` takes it; none: where the run recorded it.
         dtype: of a backbone without a run.
         settings: further arguments of `HFLM`, such as `batch_size`.
@@ -37,7 +37,8 @@ class SoftPromptLM(HFLM):
     ) -> None:
         if run is None and backbone is None:
             raise ValueError("give lm-eval's model a run=FOLDER, or a backbone=NAME for zero-shot scores")
-        opened = None if run is None else open_run(run)
+        # The harness brings the tasks; a PEFT folder needs one to be opened, and any does.
+        opened = None if run is None else resolve_prompt(run, task="sentiment")
         loaded = load(str(backbone), dtype=dtype) if opened is None else opened.backbone(backbone)
         if not model_class(loaded).decoder_only:
             raise ValueError(

@@ -1,5 +1,6 @@
 """What an export format provides, and how runs are exported: written to a draft, read back, compared, then moved."""
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -92,7 +93,7 @@ def export_runs(
     if token_names and not form.has_token_names:
         raise ValueError(f"{form.name} has no token names for its prompts; leave --token-names out, or export to vocab")
     _check_one_backbone(runs, backbone)
-    names = _resolve_token_names([run.folder.resolve().name for run in runs], token_names or {})
+    names = _resolve_token_names([Path(os.path.abspath(run.folder)).name for run in runs], token_names or {})
     backbone = runs[0].backbone(backbone)
     trained = []
     for run, (name, token_name) in zip(runs, names.items(), strict=True):

@@ -15,12 +15,19 @@ import sys
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 from transformers import AutoTokenizer
 
+GREEDY: dict[str, Any] = {
+    "temperature": 0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""Sent with each request to vLLM: what a request leaves out, the server takes from the model's generation config."""
 _BIAS = 200.0
 """Added to the label tokens' logits in llama.cpp so that they come first in its list; their ratios stay the same."""
 
@@ -30,6 +37,70 @@ class Answer(NamedTuple):
 
     label: str
     probabilities: dict[str, float]
+
+
+def label_prefixes(candidates: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
+    """What labels of these token ids begin with, each once: where their next tokens' log-probabilities are needed.
+
+    >>> label_prefixes([(5,), (7, 8)])
+    [(), (7,)]
+    """
+    return sorted({tuple(ids[:depth]) for ids in candidates for depth in range(len(ids))})
+
+
+def label_scores(
+    candidates: Sequence[Sequence[int]], log_probs: Mapping[tuple[int, ...], Mapping[int, float]]
+) -> list[float]:
+    """The log-probability of each label: the sum over its tokens.
+
+    Args:
+        candidates: the labels' token ids.
+        log_probs: after each of `label_prefixes`, the log-probabilities of tokens; minus infinity where one is missing.
+
+    >>> label_scores([(5,), (7, 8)], {(): {5: -1.0, 7: -0.5}, (7,): {8: -0.25}})
+    [-1.0, -0.75]
+    """
+    return [
+        sum(log_probs[tuple(ids[:depth])].get(token, -math.inf) for depth, token in enumerate(ids))
+        for ids in candidates
+    ]
+
+
+def vllm_logprobs_request(tokens: Sequence[int]) -> dict[str, Any]:
+    """Fields of vLLM's `/v1/completions` (0.32) that ask for the next token's log-probability among `tokens`.
+
+    Args:
+        tokens: at most 128 different ids.
+    """
+    return {
+        **GREEDY,
+        "max_tokens": 1,
+        "logprobs": len(tokens),
+        "logprob_token_ids": list(tokens),
+        "return_tokens_as_token_ids": True,
+    }
+
+
+def vllm_logprobs(response: Mapping[str, Any]) -> list[dict[int, float]]:
+    """The log-probabilities in vLLM's answer to `vllm_logprobs_request`, one dictionary for each input.
+
+    JSON has no NaN, so vLLM writes null where the model overflows.
+    """
+    choices = sorted(response["choices"], key=lambda choice: choice["index"])
+    top = [choice["logprobs"]["top_logprobs"][0] for choice in choices]
+    return [
+        {int(key.removeprefix("token_id:")): math.nan if value is None else float(value) for key, value in row.items()}
+        for row in top
+    ]
+
+
+def encode_embeds(rows: Any) -> str:
+    """A `[tokens, hidden]` tensor as `prompt_embeds` of `/v1/completions`; vLLM reads it with `weights_only=True`."""
+    import torch
+
+    stream = io.BytesIO()
+    torch.save(rows, stream)
+    return base64.b64encode(stream.getvalue()).decode()
 
 
 class Client(ABC):
@@ -95,14 +166,11 @@ class Client(ABC):
         if not answers:
             raise ValueError(f"the task of prompt {name!r} is no classification; use write")
         row = self._row(name, text, control)
-        nodes = sorted({tuple(ids[:depth]) for ids in answers.values() for depth in range(len(ids))})
+        prefixes = label_prefixes(answers.values())
         tokens = sorted({token for ids in answers.values() for token in ids})
-        log_probs = self._log_probs(name, [[*row, *node] for node in nodes], tokens, absolute=len(nodes) > 1)
-        tree = dict(zip(nodes, log_probs, strict=True))
-        scores = {
-            label: sum(tree[tuple(ids[:depth])].get(token, -math.inf) for depth, token in enumerate(ids))
-            for label, ids in answers.items()
-        }
+        log_probs = self._log_probs(name, [[*row, *prefix] for prefix in prefixes], tokens, absolute=len(prefixes) > 1)
+        sums = label_scores(list(answers.values()), dict(zip(prefixes, log_probs, strict=True)))
+        scores = dict(zip(answers, sums, strict=True))
         most = max(scores.values())
         weights = {label: math.exp(score - most) for label, score in scores.items()}
         total = sum(weights.values())
@@ -185,22 +253,13 @@ class _Vllm(Client):
             "/v1/completions",
             model=self.model,
             **self._inputs(name, rows),
-            max_tokens=1,
-            temperature=0,
-            logprobs=len(tokens),
-            logprob_token_ids=tokens,
-            return_tokens_as_token_ids=True,
+            **vllm_logprobs_request(tokens),
         )
-        choices = sorted(response["choices"], key=lambda choice: choice["index"])
-        top = [choice["logprobs"]["top_logprobs"][0] for choice in choices]
-        return [
-            self._without_prompt_tokens({int(key.removeprefix("token_id:")): value for key, value in row.items()})
-            for row in top
-        ]
+        return [self._without_prompt_tokens(row) for row in vllm_logprobs(response)]
 
     def _write(self, name: str, row: Sequence[int], max_new_tokens: int) -> str:
         inputs = self._inputs(name, [row])
-        body = {"model": self.model, "max_tokens": max_new_tokens, "temperature": 0}
+        body = {"model": self.model, "max_tokens": max_new_tokens, **GREEDY}
         return str(self._post("/v1/completions", **inputs, **body)["choices"][0]["text"])
 
 
@@ -221,23 +280,16 @@ class VllmEmbeds(_Vllm):
 
     def encoded(self, name: str, text: str, *, control: bool = False) -> str:
         """The `prompt_embeds` field of `/v1/completions`; vLLM reads it with `weights_only=True`."""
-        return self._encoded(name, self.ids(text, control=control))
+        return encode_embeds(self.rows(name, text, control=control))
 
     def _inputs(self, name: str, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-        return {"prompt": None, "prompt_embeds": [self._encoded(name, row) for row in rows]}
+        return {"prompt": None, "prompt_embeds": [encode_embeds(self._rows(name, row)) for row in rows]}
 
     def _rows(self, name: str, ids: Sequence[int]) -> Any:
         import torch
 
         table = self.embedding
         return torch.cat([self.prompts[name].to(table.dtype), table[torch.tensor(ids)]])
-
-    def _encoded(self, name: str, ids: Sequence[int]) -> str:
-        import torch
-
-        stream = io.BytesIO()
-        torch.save(self._rows(name, ids), stream)
-        return base64.b64encode(stream.getvalue()).decode()
 
 
 @final

@@ -9,7 +9,7 @@ positions by column (MPT).
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeGuard, final
+from typing import Any, TypeGuard, final
 
 import torch
 from jaxtyping import Float, Int
@@ -25,7 +25,7 @@ from softprompt.models.checks import check_not_empty
 from softprompt.models.decode_state import DecodeState
 from softprompt.models.deep_kv import any_deep, check_deep, deep_prefixes
 from softprompt.models.inline import PromptEmbeddings, insert_prompts
-from softprompt.models.inputs import Candidates, Ids, Index, Inputs, Labels, Mask, Prepared, Prompts
+from softprompt.models.inputs import Candidates, Ids, Index, Inputs, Labels, Layout, Mask, Prepared, Prompts
 from softprompt.models.kv_buffer import ROOM
 from softprompt.models.kv_prefix import KVPrefixBatch
 from softprompt.models.label_tree import score_rest
@@ -41,10 +41,6 @@ from softprompt.models.verify import (
 )
 from softprompt.models.verify_causal import check_mixed_batch, packed_rows_are_exact
 from softprompt.prompts import SoftPrompt
-
-Layout = Literal["packed", "cached", "inline"]
-"""How a decoder trains on prompts and rows. `packed`: prompts once and rows without padding, in one pass. `cached`: the
-prompts, then the rows from their keys and values. `inline`: each row with its prompt in it, if that alone is exact."""
 
 
 @final
@@ -71,19 +67,20 @@ class Causal(PromptedModel):
     prompt_positions = ("prefix", "after_bos", "suffix")
 
     def _setup(self) -> None:
-        model = self.backbone.model
+        model, runs = self.backbone.model, not self.backbone.embeddings_only
         self.window = sliding_window(self.backbone)
         """The narrowest attention window; no row may be wider. None where there is none."""
         check_decoder(self.backbone)
         check_batch_independence(self.backbone)
-        self._has_fused_layers = self.tuned is None and llama.is_supported(model)
+        self._has_fused_layers = runs and self.tuned is None and llama.is_supported(model)
         if self.tuned is not None and self.backbone.packed is not None:
             raise ValueError("decode_weights packs the model's own weights, and this run trained others; leave it out")
         self.packed: PackedLinears | None = None
         """The backbone's packed weights, once the model has been checked with its own."""
         self.layout: Layout = "cached" if self.prompt_position == "prefix" else "inline"
         """How prompts and rows run together; see `Layout`."""
-        self._choose_exact_layout()
+        if runs:
+            self._choose_exact_layout()
         self.supports_prefix_sharing = self.layout != "inline" and self.window is None and not fsdp.is_sharded(model)
         # Rows that are not packed continue from a cache, which a second run of the layers would write to again.
         self.supports_gradient_checkpointing = self.layout == "packed" and not any_deep(self.prompts_of(None))

@@ -2,7 +2,7 @@
 
 from abc import ABC
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -31,6 +31,9 @@ Prompts = Sequence[SoftPrompt] | Prepared | None
 """The prompts of a call; none: the model's own."""
 Index = Int[Tensor, " batch"] | None
 """The prompt of each row, where a call has several."""
+Layout = Literal["packed", "cached", "inline"]
+"""How a decoder trains on prompts and rows. `packed`: prompts once and rows without padding, in one pass. `cached`: the
+prompts, then the rows from their keys and values. `inline`: each row with its prompt in it, if that alone is exact."""
 
 
 class Inputs(NamedTuple):

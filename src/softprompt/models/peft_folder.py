@@ -165,12 +165,13 @@ class PeftFolder:
             backbone.check_prompt(folded.matrix, folded.depth)
         except ValueError as error:
             raise ValueError(f"{self.folder} does not fit: {error}{self._trained_on()}") from error
-        heads, layout = self._setting("num_attention_heads") if folded.depth > 1 else 0, backbone.kv_layout
-        if folded.depth > 1 and layout is not None and heads != layout.heads:
-            raise ValueError(
-                f"{self.folder} holds keys of {heads} heads, and {backbone.source} has {layout.heads}; use the "
-                f"backbone it was trained on{self._trained_on()}"
-            )
+        if folded.depth > 1:
+            heads, layout = self._setting("num_attention_heads"), backbone.kv_layout
+            if layout is not None and heads != layout.heads:
+                raise ValueError(
+                    f"{self.folder} holds keys of {heads} heads, and {backbone.source} has {layout.heads}; use the "
+                    f"backbone it was trained on{self._trained_on()}"
+                )
         return folded
 
     def check_backbone(self, backbone: Backbone) -> None:

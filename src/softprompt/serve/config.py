@@ -1,6 +1,7 @@
 """The configuration of the service: what it serves, where it listens, and who may use it."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, final, get_args
@@ -15,7 +16,7 @@ from softprompt.serve.engine.limits import Limits
 from softprompt.serve.prompts.entry import check_prompt_name
 from softprompt.types import DecodeWeights, Dtype
 
-EngineKind = Literal["local", "ray"]
+EngineKind = Literal["local", "ray", "vllm"]
 
 
 @final
@@ -61,9 +62,14 @@ class ServeConfig:
     admin_token_file: Path | None = None
     """File with the tokens that may change prompts; none: SOFTPROMPT_ADMIN_TOKEN, else whoever may send requests."""
     engine: EngineKind = "local"
-    """One engine in this process, or replicas behind Ray Serve that share the folder of prompts."""
+    """An engine in this process, replicas behind Ray Serve that share the folder of prompts, or a vLLM server that runs
+    already."""
+    engine_url: str | None = None
+    """With `--engine vllm`: the root of the server, started with --enable-prompt-embeds, as in http://localhost:8000.
+    Its API key, if it asks for one, is taken from VLLM_API_KEY."""
     dtype: Dtype = "auto"
-    """What the backbone computes in."""
+    """What the backbone computes in; with `--engine vllm` the dtype of the vectors that are sent, where `auto` is the
+    checkpoint's own."""
     decode_weights: DecodeWeights | None = None
     """Generate with packed copies of the weights, 8 or 4 bits each: faster on a CPU for few rows at a time, and texts
     may differ; none: the weights themselves."""
@@ -83,7 +89,24 @@ class ServeConfig:
             raise ValueError(f"engine is {self.engine!r}; it must be {' or '.join(get_args(EngineKind))}")
         if not 0 <= self.grace < math.inf:
             raise ValueError(f"grace is {self.grace}; it must be 0 or more seconds")
+        self._check_engine_url()
         self.names()
+
+    def _check_engine_url(self) -> None:
+        if self.engine != "vllm":
+            if self.engine_url is not None:
+                raise ValueError(f"engine_url is {self.engine_url!r} and engine {self.engine!r}; it needs engine vllm")
+            return
+        if not re.fullmatch(r"https?://[^/\s]+(/.*)?", self.engine_url or ""):
+            raise ValueError(
+                f"engine_url is {self.engine_url!r}; with engine vllm it must be the URL of a server that runs, as in "
+                "http://localhost:8000"
+            )
+        settings = {"device": self.device, "max_wait": self.limits.max_wait, "decode_weights": self.decode_weights}
+        defaults = {"device": "auto", "max_wait": Limits().max_wait, "decode_weights": None}
+        for name, value in settings.items():
+            if value != defaults[name]:
+                raise ValueError(f"{name} is {value!r}, which has no effect where vLLM runs the model; leave it out")
 
     def names(self) -> list[str]:
         """The name of each source.

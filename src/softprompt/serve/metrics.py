@@ -6,7 +6,7 @@ from typing import Any, final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from softprompt.serve.engine.engine import Engine, EngineStatus
+from softprompt.serve.engine.base import BaseEngine, EngineStatus
 from softprompt.serve.engine.runner import BatchStats
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -19,7 +19,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._engine: Engine | None = None
+        self._engine: BaseEngine | None = None
         common: Any = {"registry": self.registry}
         self._batch_rows = Histogram(
             "softprompt_batch_rows", "Rows per forward pass.", ["kind"], buckets=_ROWS, **common
@@ -45,7 +45,7 @@ class Metrics:
             ): lambda status: status.max_batch,
         }
 
-    def bind(self, engine: Engine) -> None:
+    def bind(self, engine: BaseEngine) -> None:
         """Read the gauges from `engine` when they are scraped, and count tokens of its prompts only."""
         self._engine = engine
         for gauge, value in self._gauges.items():
@@ -76,5 +76,5 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def _read(value: Callable[[EngineStatus], int], engine: Engine) -> int:
+def _read(value: Callable[[EngineStatus], int], engine: BaseEngine) -> int:
     return value(engine.status())

@@ -85,7 +85,7 @@ def _build_app(config: ServeConfig, auth: AuthConfig) -> Any:
 
     configure_logging()
     store, metrics = None if config.prompts is None else PromptStore(config.prompts, shared=True), Metrics()
-    engine = start_engine(load_backbone(config), config.folders(), config.limits, metrics=metrics)
+    engine = start_engine(config, load_backbone(config), metrics=metrics)
     if store is not None:
         PromptSync(engine, store, metrics).start()
     return make_app(engine, auth, metrics=metrics, store=store, log_texts=config.log_texts, grace=config.grace)

@@ -1,19 +1,20 @@
 """The service as one process: engine and HTTP server, from start to graceful shutdown."""
 
+import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 import uvicorn
 
-from softprompt.backbones import Backbone, load
+from softprompt.backbones import Backbone, load, load_embeddings
 from softprompt.serve.api.app import make_app
 from softprompt.serve.config import ServeConfig
+from softprompt.serve.engine.base import BaseEngine
 from softprompt.serve.engine.engine import Engine
-from softprompt.serve.engine.limits import Limits
+from softprompt.serve.engine.vllm import VllmEngine
 from softprompt.serve.log import configure_logging
 from softprompt.serve.metrics import Metrics
 from softprompt.serve.prompts.store import PromptStore
@@ -32,7 +33,9 @@ def serve(
         on_start: called with the address once connections are accepted.
 
     Raises:
-        ValueError: other machines can reach `host` and there is no token, or a prompt does not fit the backbone.
+        ValueError: other machines can reach `host` and there is no token, or a prompt does not fit the backbone or the
+            engine.
+        EngineUnavailable: no vLLM server answers at `engine_url`.
         OSError: the port is taken.
     """
     auth = config.auth()
@@ -40,7 +43,7 @@ def serve(
         backbone = load_backbone(config)
     with closing(listen(config.host, config.port)) as sock:
         store, metrics = None if config.prompts is None else PromptStore(config.prompts), Metrics()
-        engine = start_engine(backbone, config.folders(), config.limits, store=store, metrics=metrics)
+        engine = start_engine(config, backbone, store=store, metrics=metrics)
         configure_logging()
         app = make_app(engine, auth, metrics=metrics, store=store, log_texts=config.log_texts, grace=config.grace)
         server = uvicorn.Server(
@@ -63,27 +66,32 @@ def serve(
 
 
 def load_backbone(config: ServeConfig) -> Backbone:
-    """The backbone of `config`, with packed weights if it asks for them.
+    """The backbone of `config`, with packed weights if it asks for them; for vLLM, its tokenizer and table alone.
 
     Raises:
-        ValueError: as `softprompt.load_backbone` and `Backbone.with_decode_weights` raise.
+        ValueError: as `softprompt.load_backbone`, `load_embeddings` and `Backbone.with_decode_weights` raise.
     """
+    if config.engine == "vllm":
+        return load_embeddings(config.backbone_source(), dtype=config.dtype)
     backbone = load(config.backbone_source(), dtype=config.dtype, device=config.device)
     return backbone if config.decode_weights is None else backbone.with_decode_weights(config.decode_weights)
 
 
 def start_engine(
-    backbone: Backbone,
-    folders: Sequence[tuple[str, Path]],
-    limits: Limits,
-    *,
-    store: PromptStore | None = None,
-    metrics: Metrics,
-) -> Engine:
-    """An engine with the prompts of `folders` and of `store`; a prompt of the store replaces one of the same name."""
-    engine = Engine(backbone, limits, metrics.observe_batch)
+    config: ServeConfig, backbone: Backbone, *, store: PromptStore | None = None, metrics: Metrics
+) -> BaseEngine:
+    """An engine with the config's prompts and those of `store`, which replace others of the same name.
+
+    Args:
+        backbone: of `load_backbone`.
+    """
+    engine: BaseEngine
+    if config.engine_url is not None:
+        engine = VllmEngine(backbone, config.engine_url, key=os.environ.get("VLLM_API_KEY", ""), limits=config.limits)
+    else:
+        engine = Engine(backbone, config.limits, metrics.observe_batch)
     try:
-        for name, folder in folders:
+        for name, folder in config.folders():
             engine.add(name, folder)
         if store is not None:
             for name in store.names():

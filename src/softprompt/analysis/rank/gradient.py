@@ -11,6 +11,7 @@ from torch import Tensor
 from softprompt import runs
 from softprompt.analysis.rank.loaded_prompt import load_prompts
 from softprompt.analysis.rank.spectrum import Spectrum
+from softprompt.assets.hub import local_folder
 from softprompt.backbones import Backbone, load
 from softprompt.config import Experiment
 from softprompt.evaluation.evaluate import read_splits
@@ -65,10 +66,11 @@ def gradient_spectra(
     callback = callback or NullCallback()
     if batches < 1:
         raise ValueError(f"batches is {batches}; it must be at least 1")
-    if (Path(source).expanduser() / runs.RECORD).is_file():
+    folder = local_folder(source)
+    if (folder / runs.RECORD).is_file():
         if task is not None or length is not None:
             raise ValueError(f"{source} is a run and has its own task and length; leave --task and --length out")
-        return _along(Path(source).expanduser(), data, batches, checkpoints, callback)
+        return _along(folder, data, batches, checkpoints, callback)
     if task is None:
         raise ValueError(f"{source} is a backbone, and a gradient is of a task's loss; say which with --task")
     if checkpoints:

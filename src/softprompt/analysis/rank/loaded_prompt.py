@@ -1,5 +1,6 @@
 """Load what is to be analysed: a run's prompt, initial prompt and checkpoints, or a PEFT folder's matrix."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from softprompt import files, runs
 from softprompt.analysis.rank.spectrum import Spectrum
+from softprompt.assets.hub import local_folder
 from softprompt.backbones import Backbone
 from softprompt.evaluation.evaluate import run_splits
 from softprompt.models.peft_folder import PROMPT, WEIGHTS, PeftFolder, is_peft_folder, read_peft_folder
@@ -95,7 +97,7 @@ def load_prompts(
     backbone: str | None = None,
     callback: TrainingCallback | None = None,
 ) -> Iterator[LoadedPrompt]:
-    """The prompt of a run or a PEFT folder, or of every finished run in a folder of runs, by name.
+    """The prompt of a run or a PEFT folder (or `hub:USER/NAME`), or of every finished run in a folder of runs, by name.
 
     Args:
         checkpoints: also load the prompt at each checkpoint.
@@ -106,7 +108,7 @@ def load_prompts(
         FileNotFoundError: the folder holds no prompt.
         ValueError: a damaged or unfinished run, or a PEFT folder without a prompt.
     """
-    path, callback = Path(folder).expanduser(), callback or NullCallback()
+    path, callback = local_folder(folder), callback or NullCallback()
     if (path / runs.RECORD).is_file():
         run = runs.open_run(path)
         if reason := _why_no_prompt(run):
@@ -210,7 +212,7 @@ def _of_adapter(path: Path) -> LoadedPrompt:
     if others:
         note += f"; its {', '.join(others)} are ignored: only the matrix is measured"
     return LoadedPrompt(
-        name=path.resolve().name,
+        name=Path(os.path.abspath(path)).name,  # a prompt on the hub is a link with the prompt's name
         folder=path,
         prompt=Folded(adapter.matrix()) if others else adapter.folded(),
         start_missing="a PEFT folder does not record it",

@@ -20,7 +20,7 @@ from softprompt.serve.api.middleware import RequestMiddleware
 from softprompt.serve.api.openai import openai_routes
 from softprompt.serve.api.schemas import ClassifyRequest
 from softprompt.serve.api.streaming import gather_results, record_of, wait_or_cancel
-from softprompt.serve.engine.engine import Engine
+from softprompt.serve.engine.base import BaseEngine
 from softprompt.serve.engine.request import ClassifyOutput, EngineRequest
 from softprompt.serve.metrics import Metrics
 from softprompt.serve.prompts.entry import PromptEntry, check_prompt_name, display_name
@@ -36,7 +36,7 @@ _Name = Annotated[str, Query(max_length=128)]
 
 
 def make_app(
-    engine: Engine,
+    engine: BaseEngine,
     auth: AuthConfig | None = None,
     *,
     metrics: Metrics | None = None,
@@ -77,7 +77,7 @@ def make_app(
     return app
 
 
-def _status_routes(engine: Engine, metrics: Metrics) -> APIRouter:
+def _status_routes(engine: BaseEngine, metrics: Metrics) -> APIRouter:
     router = APIRouter()
     page = PAGE.read_text(encoding="utf-8")
 
@@ -106,7 +106,7 @@ def _status_routes(engine: Engine, metrics: Metrics) -> APIRouter:
     return router
 
 
-def _classify_routes(engine: Engine) -> APIRouter:
+def _classify_routes(engine: BaseEngine) -> APIRouter:
     router = APIRouter()
 
     @router.get("/v1/models", summary="The prompts and the model without one, as OpenAI's clients list models")
@@ -150,7 +150,7 @@ def _classification(labels: list[str], index: int, request: EngineRequest, outpu
     }
 
 
-def _prompt_routes(engine: Engine, store: PromptStore | None, metrics: Metrics) -> APIRouter:
+def _prompt_routes(engine: BaseEngine, store: PromptStore | None, metrics: Metrics) -> APIRouter:
     router = APIRouter()
     change_lock = asyncio.Lock()
     body = {"requestBody": {"content": _FILE, "required": True}}

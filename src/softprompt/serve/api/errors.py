@@ -10,11 +10,19 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from softprompt.files import error_text
-from softprompt.serve.engine.request import Cancelled, EngineClosed, InvalidParameter, PromptNotFound, QueueFull
+from softprompt.serve.engine.request import (
+    Cancelled,
+    EngineClosed,
+    EngineUnavailable,
+    InvalidParameter,
+    PromptNotFound,
+    QueueFull,
+)
 
 _RESPONSES: tuple[tuple[type[BaseException], int, str, str | None], ...] = (
     (QueueFull, 429, "rate_limit_error", "rate_limit_exceeded"),
     (EngineClosed, 503, "server_error", "shutting_down"),
+    (EngineUnavailable, 503, "server_error", "engine_unavailable"),
     (PromptNotFound, 404, "invalid_request_error", "model_not_found"),
     (TimeoutError, 504, "timeout", "timeout"),
     (Cancelled, 499, "cancelled", "cancelled"),

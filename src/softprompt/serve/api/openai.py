@@ -17,7 +17,7 @@ from softprompt.serve.api.middleware import RequestRecord
 from softprompt.serve.api.schemas import MAX_ROWS, ChatRequest, CompletionRequest
 from softprompt.serve.api.streaming import TextStream, record_of, wait_or_cancel
 from softprompt.serve.engine import encode
-from softprompt.serve.engine.engine import Engine
+from softprompt.serve.engine.base import BaseEngine
 from softprompt.serve.engine.request import EngineRequest, InvalidParameter
 
 Input = str | Sequence[int] | Mapping[str, Any]
@@ -28,7 +28,7 @@ _OTHER_TEMPLATE = (
 )
 
 
-def openai_routes(engine: Engine) -> APIRouter:
+def openai_routes(engine: BaseEngine) -> APIRouter:
     """Completions and chat completions."""
     router, names = APIRouter(), TokenNames(engine.backbone.tokenizer)
 
@@ -187,7 +187,7 @@ class _Completion:
 
 
 async def _complete(
-    engine: Engine,
+    engine: BaseEngine,
     names: TokenNames,
     request: Request,
     kind: Kind,

@@ -9,8 +9,8 @@ from typing import Any, TypeVar, final
 from fastapi import Request
 
 from softprompt.serve.api.middleware import RequestRecord
+from softprompt.serve.engine.base import BaseEngine
 from softprompt.serve.engine.detokenizer import IncrementalDetokenizer
-from softprompt.serve.engine.engine import Engine
 from softprompt.serve.engine.logits import TokenLogprob
 from softprompt.serve.engine.request import Cancelled, EngineRequest
 
@@ -89,7 +89,7 @@ class TextStream:
             raise TimeoutError("no answer within its time; try again later") from None
 
 
-async def wait_or_cancel(request: Request, engine: Engine, work: Awaitable[Result]) -> Result:
+async def wait_or_cancel(request: Request, engine: BaseEngine, work: Awaitable[Result]) -> Result:
     """The result of `work`, unless the client disconnects or the time limit passes first.
 
     Raises:

@@ -1,49 +1,24 @@
 """Many prompts over one backbone: rows of all prompts share batches, and each gets the answer it would get alone."""
 
 import dataclasses
-import difflib
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
 
 from softprompt.backbones import Backbone
-from softprompt.models import Sampling, attach
-from softprompt.prompts import SoftPrompt
+from softprompt.models import attach
 from softprompt.serve.engine import encode
+from softprompt.serve.engine.base import BaseEngine, EngineStatus
 from softprompt.serve.engine.limits import Limits
-from softprompt.serve.engine.request import EngineRequest, GenerateParams, InvalidParameter, PromptNotFound
+from softprompt.serve.engine.request import EngineRequest
 from softprompt.serve.engine.runner import BatchStats, ModelRunner
 from softprompt.serve.engine.scheduler import Scheduler
-from softprompt.serve.prompts.entry import (
-    BASE,
-    PromptEntry,
-    base_entry,
-    display_name,
-    from_folder,
-    from_prompt,
-    needs_head,
-)
+from softprompt.serve.prompts.entry import PromptEntry, base_entry, display_name, needs_head
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
-class EngineStatus:
-    """A snapshot of an engine."""
-
-    ready: bool
-    prompts: int
-    queued: int
-    queued_by_prompt: Mapping[str, int]
-    generating: int
-    max_batch: int
-
-
-@final
-class Engine:
+class Engine(BaseEngine):
     """Serves prompts over one backbone: any thread may send requests, and one thread runs the model.
 
     A prompt's keys and values are computed once, when it is added. Classifications are batched across prompts and wait
@@ -63,42 +38,16 @@ class Engine:
     def __init__(
         self, backbone: Backbone, limits: Limits | None = None, on_batch: Callable[[BatchStats], None] | None = None
     ) -> None:
-        self.backbone = backbone
-        self.limits = limits or Limits()
-        self._stop: tuple[int, ...] = ()
-        if not needs_head(backbone):
-            # Rejects a model whose batched results are not exact, before the thread starts.
-            self._stop = tuple(attach(backbone).end_of_sequence())
-        self._entries: dict[str, PromptEntry] = {}
-        self._entries_lock = threading.Lock()
+        limits = limits or Limits()
+        # `attach` rejects a model whose batched results are not exact, before the thread starts.
+        stop = () if needs_head(backbone) else tuple(attach(backbone).end_of_sequence())
         with torch.no_grad():
-            self._runner = ModelRunner(backbone, self.limits.max_batch, on_batch or (lambda stats: None))
-            self._base = None if needs_head(backbone) else base_entry(backbone)
-            if self._base is not None and self._runner.decoder is not None:
-                self._base = dataclasses.replace(
-                    self._base, kv_prefix=self._runner.decoder.kv_prefix(self._base.prompt)
-                )
-        self._scheduler = Scheduler(self._runner, self.limits)
-
-    def __enter__(self) -> "Engine":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._entries
-
-    @property
-    def prompts(self) -> list[PromptEntry]:
-        """The prompts, sorted by name."""
-        entries = self._entries.copy()  # another thread may remove one meanwhile
-        return [entries[name] for name in sorted(entries)]
-
-    @property
-    def models(self) -> list[PromptEntry]:
-        """What requests can name: the prompts and, if it can answer, the model without one."""
-        return self.prompts if self._base is None else [*self.prompts, self._base]
+            self._runner = ModelRunner(backbone, limits.max_batch, on_batch or (lambda stats: None))
+            base = None if needs_head(backbone) else base_entry(backbone)
+            if base is not None and self._runner.decoder is not None:
+                base = dataclasses.replace(base, kv_prefix=self._runner.decoder.kv_prefix(base.prompt))
+        super().__init__(backbone, base, stop, limits)
+        self._scheduler = Scheduler(self._runner, limits)
 
     @property
     def alive(self) -> bool:
@@ -109,192 +58,6 @@ class Engine:
     def closed(self) -> bool:
         """Whether new requests are refused, for good."""
         return self._scheduler.closed
-
-    def get(self, name: str) -> PromptEntry:
-        """The prompt of that name; `base` is the model without one.
-
-        Raises:
-            PromptNotFound: no prompt has that name.
-        """
-        entry = self._entries.get(name)
-        if entry is None and name == BASE:
-            if self._base is None:
-                raise PromptNotFound(
-                    f"{display_name(self.backbone)} answers through a head that is trained with a prompt, and has no "
-                    f"{BASE!r} to ask; name a prompt"
-                )
-            entry = self._base
-        if entry is None:
-            similar = difflib.get_close_matches(name, [*self._entries.copy(), BASE], n=3)
-            names = " or ".join(map(repr, similar))
-            raise PromptNotFound(
-                f"there is no prompt {name!r}; " + (f"did you mean {names}?" if similar else "see the list of prompts")
-            )
-        return entry
-
-    def add(self, name: str, source: Path | str | SoftPrompt, *, replace: bool = False) -> PromptEntry:
-        """Serve a run, a PEFT prompt-tuning folder or a prompt; requests for other prompts continue meanwhile.
-
-        Args:
-            replace: replace a prompt of that name; queued requests are still answered with the old one.
-
-        Raises:
-            FileExistsError: the name is taken.
-            ValueError, FileNotFoundError: the prompt cannot be served; nothing has changed.
-            TimeoutError: the engine's thread is stuck; nothing has changed.
-        """
-        entry = self.prepare(name, source, replace=replace)
-        with self._entries_lock:
-            self._check_free(name, replace)
-            self.register(entry)
-        return entry
-
-    def prepare(self, name: str, source: Path | str | SoftPrompt, *, replace: bool = False) -> PromptEntry:
-        """Compute what `add` would serve, without serving it; raises what `add` raises."""
-        self._check_free(name, replace)
-        if isinstance(source, SoftPrompt):
-            entry = from_prompt(name, source, self.backbone)
-        else:
-            entry = from_folder(name, Path(source).expanduser(), self.backbone)
-
-        def compute() -> PromptEntry:
-            decoder = self._runner.decoder
-            if decoder is None:
-                return entry
-            encode.check_length(self.backbone, entry, 1, 0)
-            kv_prefix = decoder.kv_prefix(entry.prompt)
-            prepared = dataclasses.replace(entry, kv_prefix=kv_prefix)
-            if ids := encode.template_prefix(self.backbone, entry):
-                template_prefix = decoder.template_prefix(entry.prompt, kv_prefix, ids)
-                prepared = dataclasses.replace(prepared, template_prefix=template_prefix)
-            # Finite values in a file may still overflow in the backbone, for every row of the prompt.
-            if not all(prefix.is_finite for prefix in prepared.kv_prefixes):
-                raise ValueError(
-                    f"prompt {name!r} overflows in {display_name(self.backbone)}: its values are too large; train it "
-                    "again"
-                )
-            return prepared
-
-        prepared: PromptEntry = self._scheduler.run_job(compute)
-        return prepared
-
-    def register(self, entry: PromptEntry) -> None:
-        """Serve what `prepare` returned, replacing a prompt of the same name."""
-        self._entries[entry.name] = entry
-
-    def remove(self, name: str) -> None:
-        """Stop serving a prompt; queued requests are still answered.
-
-        Raises:
-            PromptNotFound: no prompt has that name.
-        """
-        self.check_not_base(name)
-        self.get(name)
-        self._entries.pop(name, None)
-
-    def check_not_base(self, name: str) -> None:
-        """Check that a change is not to `base`.
-
-        Raises:
-            ValueError: it is.
-        """
-        if name == BASE:
-            raise ValueError(f"{BASE!r} is the model without a prompt and cannot be changed; choose another name")
-
-    def classify(
-        self,
-        name: str,
-        rows: Sequence[str | Mapping[str, object]],
-        labels: Sequence[str] | None = None,
-        *,
-        timeout: float | None = None,
-    ) -> list[EngineRequest]:
-        """Score the prompt's labels, or the given ones, for each row.
-
-        Args:
-            rows: the template's columns; a text alone if the template has one column or there is no template. An image
-                is the bytes of its file, or those in base64; never a path.
-            labels: for a prompt without a task.
-            timeout: seconds; none: the engine's.
-
-        Raises:
-            PromptNotFound: no prompt has that name.
-            ValueError: rows or labels that cannot be answered.
-            QueueFull, EngineClosed: the engine accepts no requests now, or ever again.
-        """
-        entry, seconds = self.get(name), self._timeout(timeout)
-        if entry.task is not None and entry.task.image:
-            head_params = encode.head_params(entry, labels)
-            images = encode.images(self.backbone, entry, rows)
-            requests = [EngineRequest(entry, (), head_params, timeout=seconds, pixels=pixels) for pixels in images]
-        else:
-            inputs = encode.classification(self.backbone, entry, rows, labels, self.limits.max_input_tokens)
-            requests = [EngineRequest(entry, ids, params, timeout=seconds) for ids, params in inputs]
-        self.submit(requests)
-        return requests
-
-    def generate(
-        self,
-        name: str,
-        text: str | Mapping[str, object] | Sequence[int],
-        *,
-        max_new_tokens: int | None = None,
-        sampling: Sampling | None = None,
-        timeout: float | None = None,
-        on_token: Callable[[int], None] | None = None,
-        logprobs: int | None = None,
-        score_input: bool = False,
-        logit_bias: Mapping[int, float] | None = None,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-    ) -> EngineRequest:
-        """Continue a text, a row of the prompt's template, or token ids.
-
-        Log-probabilities are the model's own, of natural logarithm: before temperature, bias and penalties.
-
-        Args:
-            max_new_tokens: none: the prompt's; 0: none, for an input that is only scored.
-            on_token: called in the engine's thread with each token; it must not block.
-            logprobs: set the request's `logprobs`, each with this many of the most likely tokens.
-            score_input: set its `input_logprobs` too; needs `logprobs`.
-            logit_bias: added to the logits, by token id.
-            presence_penalty, frequency_penalty: as in `LogitAdjuster`.
-
-        Raises:
-            PromptNotFound: no prompt has that name.
-            ValueError: an input that cannot be continued, or that leaves no room for the answer.
-            QueueFull, EngineClosed: the engine accepts no requests now, or ever again.
-        """
-        entry = self.get(name)
-        length = entry.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if not 0 <= length <= self.limits.max_new_tokens:
-            raise InvalidParameter("max_tokens", f"is {length}; it must be from 0 to {self.limits.max_new_tokens}")
-        ids = encode.completion(self.backbone, entry, text, length, self.limits.max_input_tokens)
-        params = GenerateParams(
-            max_new_tokens=length,
-            sampling=sampling or Sampling(),
-            stop=self._stop,
-            logprobs=logprobs,
-            score_input=score_input,
-            logit_bias=logit_bias or {},
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-        )
-        encode.check_generation(self.backbone, params)
-        request = EngineRequest(entry, ids, params, timeout=self._timeout(timeout), on_token=on_token)
-        self.submit([request])
-        return request
-
-    def submit(self, requests: Sequence[EngineRequest]) -> None:
-        """Queue all of the requests, or none.
-
-        Raises:
-            ValueError: a row has a token that the backbone has no embedding for.
-            QueueFull, EngineClosed: the engine accepts no requests now, or ever again.
-        """
-        for number, request in enumerate(requests, start=1):
-            encode.check_tokens(self.backbone, request, f"row {number}" if len(requests) > 1 else "the text")
-        self._scheduler.submit(requests)
 
     def status(self) -> EngineStatus:
         """A snapshot of the queue and of running generations."""
@@ -312,12 +75,27 @@ class Engine:
         """Refuse new requests and finish the others; those left after `grace` seconds fail with `EngineClosed`."""
         self._scheduler.close(grace)
 
-    def _check_free(self, name: str, replace: bool) -> None:
-        self.check_not_base(name)
-        if name in self._entries and not replace:
-            raise FileExistsError(f"the prompt name {name!r} is taken; choose another, or replace it")
-        if name not in self._entries and len(self._entries) >= self.limits.max_prompts:
-            raise ValueError(f"{len(self._entries)} prompts are served, the most allowed; remove one first")
+    def _prepare(self, entry: PromptEntry) -> PromptEntry:
+        def compute() -> PromptEntry:
+            decoder = self._runner.decoder
+            if decoder is None:
+                return entry
+            encode.check_length(self.backbone, entry, 1, 0)
+            kv_prefix = decoder.kv_prefix(entry.prompt)
+            prepared = dataclasses.replace(entry, kv_prefix=kv_prefix)
+            if ids := encode.template_prefix(self.backbone, entry):
+                template_prefix = decoder.template_prefix(entry.prompt, kv_prefix, ids)
+                prepared = dataclasses.replace(prepared, template_prefix=template_prefix)
+            # Finite values in a file may still overflow in the backbone, for every row of the prompt.
+            if not all(prefix.is_finite for prefix in prepared.kv_prefixes):
+                raise ValueError(
+                    f"prompt {entry.name!r} overflows in {display_name(self.backbone)}: its values are too large; "
+                    "train it again"
+                )
+            return prepared
 
-    def _timeout(self, timeout: float | None) -> float:
-        return self.limits.timeout if timeout is None else min(timeout, self.limits.timeout)
+        prepared: PromptEntry = self._scheduler.run_job(compute)
+        return prepared
+
+    def _submit(self, requests: Sequence[EngineRequest]) -> None:
+        self._scheduler.submit(requests)

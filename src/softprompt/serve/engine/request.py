@@ -39,6 +39,10 @@ class EngineClosed(RuntimeError):
     """The engine accepts no more requests."""
 
 
+class EngineUnavailable(RuntimeError):
+    """The server that runs the model fails or does not answer."""
+
+
 class Cancelled(RuntimeError):
     """The request was cancelled by its caller."""
 

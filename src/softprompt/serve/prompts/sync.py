@@ -7,7 +7,7 @@ from typing import final
 
 import torch
 
-from softprompt.serve.engine.engine import Engine
+from softprompt.serve.engine.base import BaseEngine
 from softprompt.serve.engine.request import EngineClosed, PromptNotFound
 from softprompt.serve.metrics import Metrics
 from softprompt.serve.prompts.store import PromptStore
@@ -29,7 +29,7 @@ class PromptSync:
         seconds: between two polls; after a change, a process may answer with the old prompt for that long.
     """
 
-    def __init__(self, engine: Engine, store: PromptStore, metrics: Metrics, seconds: float = 1.0) -> None:
+    def __init__(self, engine: BaseEngine, store: PromptStore, metrics: Metrics, seconds: float = 1.0) -> None:
         self._engine, self._store, self._metrics, self._seconds = engine, store, metrics, seconds
         self._fingerprints: dict[str, Fingerprint] = {}
         self._thread = threading.Thread(target=self._run, name="softprompt-sync", daemon=True)
