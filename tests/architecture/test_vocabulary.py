@@ -21,7 +21,7 @@ found given told own which one some wanted whole place places placed words seen 
 chosen choice named speaks joined evened each alone together within over outside behind hidden alike again anew stale
 standing chance chances seeing follow advance turn turns reading readings beginning beginnings begun worth
 
-untouched optimiser optimise means means_of by_means_of meeting passes in_turn extended extends recomputes shards closed
+untouched optimizer optimize means means_of by_means_of meeting passes in_turn extended extends recomputes shards closed
 ticket tickets waiting gate access writing written writer shelf follower answering settled outcome swept packing
 attachment attachments matrices layered watcher silent material tested replacing grown never_said
 """

@@ -217,7 +217,7 @@ def test_missing_backbone_is_one_sentence(where: list[str]) -> None:
 
 
 def test_wrong_usage_exits_2() -> None:
-    for arguments in (["train", "--stepz", "3"], ["train", "--steps", "many"], ["list", "colours"], ["evaluate"]):
+    for arguments in (["train", "--stepz", "3"], ["train", "--steps", "many"], ["list", "colors"], ["evaluate"]):
         called = call(*arguments)
         assert called.code == 2, arguments
         assert called.out == []

@@ -28,10 +28,10 @@ def swept(tiny_backbone: Callable[[str], Backbone], tmp_path_factory: pytest.Tem
     """A sweep's file and the runs below it: two depths, two seeds."""
     folder = tmp_path_factory.mktemp("images")
     tiny_backbone("dinov2").model.save_pretrained(folder / "tiny-dinov2")
-    for name, colour in (("grass", (30, 180, 40)), ("sea", (20, 60, 200))):
+    for name, color in (("grass", (30, 180, 40)), ("sea", (20, 60, 200))):
         (folder / "photos" / name).mkdir(parents=True)
         for number in range(20):
-            shade = tuple(value + 2 * number for value in colour)
+            shade = tuple(value + 2 * number for value in color)
             Image.new("RGB", (24, 24), shade).save(folder / "photos" / name / f"{number:02}.png")
     (folder / "sweep.toml").write_text(
         """

@@ -50,7 +50,7 @@ def test_rank_of_a_run(run: Path) -> None:
     assert called.result.keys() == {"command", "source", "prompts"}
     [prompt] = called.result["prompts"]
     assert (prompt["name"], prompt["length"], prompt["dim"]) == ("tickets-dpt-0", 6, 32)
-    assert prompt["ranks"].keys() == {"prompt", "centred", "update"}
+    assert prompt["ranks"].keys() == {"prompt", "centered", "update"}
     assert prompt["ranks"]["prompt"]["numerical"] == 2
     assert len(prompt["ranks"]["prompt"]["values"]) == 6
     assert 1 <= prompt["ranks"]["prompt"]["stable"] <= prompt["ranks"]["prompt"]["effective"] <= 2.001
@@ -101,7 +101,7 @@ def test_rank_of_a_folder_of_runs(folder: Path) -> None:
 
 def test_rank_of_a_peft_folder(run: Path, adapter: Path, ticket_task: Path, llama_folder: Path) -> None:
     [prompt], [same] = call("rank", adapter).result["prompts"], call("rank", run).result["prompts"]
-    assert prompt["ranks"].keys() == {"prompt", "centred"}
+    assert prompt["ranks"].keys() == {"prompt", "centered"}
     assert prompt["ranks"]["prompt"] == same["ranks"]["prompt"]
     assert "does not record the initial prompt P0, so its update is not measured" in prompt["note"]
     where = ["--functional", "--task", ticket_task, "--split", "train", "--rows", "0"]

@@ -233,5 +233,5 @@ def test_parameters_round_trip_file(config: PromptConfig, host: Host, tmp_path: 
 def test_invalid_length_and_unknown_settings_are_refused(config: PromptConfig) -> None:
     with pytest.raises(ValueError, match="length is 0; it must be at least 1"):
         config.replace(length=0)
-    with pytest.raises(ValueError, match=f"{config.name} has no setting colour"):
-        PromptConfig.from_json(config.to_json() | {"colour": "red"})
+    with pytest.raises(ValueError, match=f"{config.name} has no setting color"):
+        PromptConfig.from_json(config.to_json() | {"color": "red"})

@@ -152,14 +152,14 @@ def dinov2_folder(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: MakeB
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three class folders of thirty images each, PNG and JPEG, of several sizes; a class is a colour."""
+    """Three class folders of thirty images each, PNG and JPEG, of several sizes; a class is a color."""
     folder = tmp_path_factory.mktemp("photos")
     draw = random.Random(0)
-    for name, colour in (("grass", (30, 180, 40)), ("sea", (20, 60, 200)), ("sunset", (220, 110, 30))):
+    for name, color in (("grass", (30, 180, 40)), ("sea", (20, 60, 200)), ("sunset", (220, 110, 30))):
         (folder / name).mkdir()
         for number in range(30):
             size = (draw.randint(20, 60), draw.randint(20, 60))
-            shade = tuple(min(255, max(0, value + draw.randint(-30, 30))) for value in colour)
+            shade = tuple(min(255, max(0, value + draw.randint(-30, 30))) for value in color)
             dark = tuple(value // 3 for value in shade)
             image = Image.new("RGB", size, shade)
             image.paste(dark, (0, 0, draw.randint(2, 9), draw.randint(2, 9)))  # so that a crop changes something
@@ -193,7 +193,7 @@ def test_a_folder_of_images_trains_evaluates_and_predicts(
     assert not (run.folder / "adapter_config.json").exists()
 
 
-def test_it_learns_colours(dinov2_folder: Path, photos: Path, tmp_path: Path) -> None:
+def test_it_learns_colors(dinov2_folder: Path, photos: Path, tmp_path: Path) -> None:
     training = TrainingConfig(steps=60, batch_size=16, eval_steps=20, image_size=16, lr=0.1)
     run = train(experiment_of(dinov2_folder, photos, training=training), out=tmp_path)
     assert run.results is not None

@@ -89,10 +89,10 @@ def _tasks(folder: Path) -> dict[str, str]:
     (folder / "words.toml").write_text(template + 'label = "word"\n')
     (folder / "text.toml").write_text(template + 'target = "word"\nmetrics = ["exact_match"]\n')
     (folder / "letters.toml").write_text(template + 'label = "letter"\n')
-    for name, colour in (("grass", (30, 180, 40)), ("sea", (20, 60, 200)), ("sunset", (220, 110, 30))):
+    for name, color in (("grass", (30, 180, 40)), ("sea", (20, 60, 200)), ("sunset", (220, 110, 30))):
         (folder / "photos" / name).mkdir(parents=True)
         for number in range(20):
-            shade = tuple(min(255, max(0, value + draw.randint(-30, 30))) for value in colour)
+            shade = tuple(min(255, max(0, value + draw.randint(-30, 30))) for value in color)
             Image.new("RGB", (32, 32), shade).save(folder / "photos" / name / f"{number:02}.png")
     files = {"llama": "words.toml", "t5": "text.toml", "bert": "letters.toml", "bert_mlm": "letters.toml"}
     return {name: str(folder / file) for name, file in files.items()} | {"vit": str(folder / "photos")}

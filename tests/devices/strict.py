@@ -22,7 +22,7 @@ FACTORIES = frozenset(
     )
 )  # fmt: skip
 ON_THE_HOST = {
-    "prompts/": "a prompt is drawn and initialised on the CPU with its generator, then moved as a module",
+    "prompts/": "a prompt is drawn and initialized on the CPU with its generator, then moved as a module",
     "models/heads.py": "drawn on the CPU, as prompts are, and copied to the device",
     "tasks/": "rows are collated on the CPU, and a batch is moved by `Batch.inputs`",
     "backbones/image_processor.py": "images are decoded on the CPU",

@@ -52,7 +52,7 @@ def test_status_lists_present_assets(wheel: Path, monkeypatch: pytest.MonkeyPatc
     assert rows[table] == {
         "name": table,
         "kind": "data",
-        "licence": "MIT",
+        "license": "MIT",
         "present": True,
         "path": str(path),
         "description": "two cells",

@@ -140,12 +140,12 @@ RECORDS: dict[str, Damage] = {
     "no backbone": edited(lambda values: values.pop("backbone") and None),
     "experiment is a list": edited(lambda values: values.update(experiment=[])),
     "unknown method": edited(lambda values: values["experiment"]["prompt"].update(method="lora")),
-    "unknown setting": edited(lambda values: values["experiment"].update(colour="red")),
-    "unknown training": edited(lambda values: values["experiment"]["training"].update(colour="red")),
+    "unknown setting": edited(lambda values: values["experiment"].update(color="red")),
+    "unknown training": edited(lambda values: values["experiment"]["training"].update(color="red")),
     "rank is a text": edited(lambda values: values["experiment"]["prompt"].update(rank="ten")),
     "steps is a text": edited(lambda values: values["experiment"]["training"].update(steps="ten")),
     "no words": edited(lambda values: values["task"].update(label_words={})),
-    "unknown task key": edited(lambda values: values["task"].update(colour="red")),
+    "unknown task key": edited(lambda values: values["task"].update(color="red")),
     "template is a number": edited(lambda values: values["task"].update(template=7)),
 }
 

@@ -246,10 +246,10 @@ def test_unsupported_vision_model_is_refused(tmp_path: Path) -> None:
     transformers.SwinModel(config).save_pretrained(tmp_path / "swin")
     with pytest.raises(ValueError, match=r"swin.* is no plain vision transformer"):
         load_backbone(str(tmp_path / "swin"), dtype="float32")
-    grey = transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_channels=1)
-    transformers.ViTModel(grey).save_pretrained(tmp_path / "grey")
-    with pytest.raises(ValueError, match="grey takes images of 1 channels"):
-        load_backbone(str(tmp_path / "grey"), dtype="float32")
+    gray = transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_channels=1)
+    transformers.ViTModel(gray).save_pretrained(tmp_path / "gray")
+    with pytest.raises(ValueError, match="gray takes images of 1 channels"):
+        load_backbone(str(tmp_path / "gray"), dtype="float32")
 
 
 def saved(image: Any, kind: str = "png", **settings: Any) -> Any:
@@ -261,18 +261,18 @@ def saved(image: Any, kind: str = "png", **settings: Any) -> Any:
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "CMYK", "1"])
 def test_every_pixel_format_is_read(mode: str) -> None:
-    colour = (255, 255, 255) if mode == "1" else (90, 90, 90) if mode in ("L", "LA") else (255, 0, 0)
-    image = Image.new("RGB", (9, 7), colour).convert(mode)
+    color = (255, 255, 255) if mode == "1" else (90, 90, 90) if mode in ("L", "LA") else (255, 0, 0)
+    image = Image.new("RGB", (9, 7), color).convert(mode)
     result = saved(image, "tiff" if mode == "CMYK" else "png")
     assert (result.mode, result.size) == ("RGB", (9, 7))
-    assert (np.asarray(result) == colour).all()
+    assert (np.asarray(result) == color).all()
 
 
 @pytest.mark.parametrize("kind", ["png", "tiff", "ppm"])
 def test_sixteen_bit_pixels_are_scaled(kind: str) -> None:
-    """Grey from black to white; Pillow's own conversion makes all but the darkest white."""
-    grey = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
-    result = np.asarray(saved(Image.fromarray(grey), kind))
+    """Gray from black to white; Pillow's own conversion makes all but the darkest white."""
+    gray = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    result = np.asarray(saved(Image.fromarray(gray), kind))
     assert (result == np.arange(256).reshape(16, 16, 1)).all()
 
 
@@ -284,7 +284,7 @@ def test_pixels_of_unknown_range_are_refused(dtype: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "P"])
 def test_transparent_pixels_become_white(kind: str) -> None:
-    """As transformers' processors have it; under an unseen pixel there may be any colour."""
+    """As transformers' processors have it; under an unseen pixel there may be any color."""
     image = Image.new("RGBA", (4, 1), (200, 200, 200, 255))
     image.putpixel((0, 0), (10, 10, 10, 0))
     image.putpixel((1, 0), (10, 10, 10, 128))
@@ -298,7 +298,7 @@ def test_transparent_pixels_become_white(kind: str) -> None:
 
 
 def test_animated_image_is_its_first_frame() -> None:
-    frames = [Image.new("RGB", (6, 5), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (6, 5), color) for color in ("red", "blue")]
     assert saved(frames[0], "gif", save_all=True, append_images=frames[1:]).getpixel((0, 0)) == (255, 0, 0)
 
 

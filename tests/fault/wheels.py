@@ -46,7 +46,7 @@ def file_asset(**changes: str) -> dict[str, str]:
         "version": "1.0",
         "member": f"{MODULE}/data/table.csv",
         "sha256": hashlib.sha256(table).hexdigest(),
-        "licence": "MIT",
+        "license": "MIT",
         "description": "two cells",
     }
     return {**fields, **changes}

@@ -12,7 +12,7 @@ from torch import Tensor
 from softprompt.prompts import Host
 from softprompt.prompts.bpt import BPT
 from softprompt.prompts.dpt import DPT, AnchoredPrompt
-from softprompt.prompts.initialization import factorise, gradient_factors
+from softprompt.prompts.initialization import factorize, gradient_factors
 from softprompt.prompts.plain import Plain
 from softprompt.prompts.ulpt import ULPT
 
@@ -250,7 +250,7 @@ def test_dpt_without_anchor_uniform_init_is_unchanged(scale: float | None) -> No
 def test_dpt_without_anchor_svd_init_is_unchanged(start: Tensor | None) -> None:
     facts, draw = host(start=start), seeded(2)
     rows = (facts.sample(LENGTH, draw) if start is None else start) / facts.rms
-    left, right = factorise(rows, RANK, draw)
+    left, right = factorize(rows, RANK, draw)
     sizes = [float(factor.square().mean().sqrt()) for factor in (left, right)]
     prompt = DPT(anchor="none", length=LENGTH, rank=RANK).build(facts, seeded(2))
     assert torch.equal(prompt.left, left / sizes[0])

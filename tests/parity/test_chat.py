@@ -12,7 +12,7 @@ from tests.conftest import CHATML
 from tests.parity.cases import assert_near
 
 from softprompt import Backbone, Experiment, Plain, TrainingConfig, load_backbone, predict, train
-from softprompt.evaluation.distillation import labelled_batch
+from softprompt.evaluation.distillation import labeled_batch
 from softprompt.models import attach
 from softprompt.serve import Engine
 from softprompt.serve.api.app import make_app
@@ -128,7 +128,7 @@ def test_teacher_reads_the_context_as_system_message(chat_folder: Path, template
     examples = encode(TASK, backbone.tokenizer, rows, 500)[0]
     teacher, student = make_teacher(context, backbone, TASK), attach(backbone)
     check_after_context(teacher, context, student, TASK, rows, examples, "train")
-    logits, targets = teacher.label_logits(*labelled_batch(student, examples))
+    logits, targets = teacher.label_logits(*labeled_batch(student, examples))
     for row, example, found, target in zip(rows, examples, logits, targets, strict=True):
         expected = _answer_logits(backbone, [says("system", context), *row["messages"]], len(example.answer_ids))
         assert_near(found[target != -100].log_softmax(-1), expected)

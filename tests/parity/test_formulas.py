@@ -51,8 +51,8 @@ def residual(p: dict[str, Tensor], embeds: Tensor, positions: Tensor) -> tuple[T
     for i, x in enumerate(p["matrix"]):
         net = {name: p[name][i % len(p[name])] for name in ("down", "down_bias", "up", "up_bias", "gain", "bias")}
         out = net["up"].T @ (net["down"].T @ x + net["down_bias"][0]).clamp(min=0) + net["up_bias"][0]
-        centred = out - out.sum() / DIM
-        rows.append(x + centred / ((centred**2).sum() / DIM + 1e-5) ** 0.5 * net["gain"][0] + net["bias"][0])
+        centered = out - out.sum() / DIM
+        rows.append(x + centered / ((centered**2).sum() / DIM + 1e-5) ** 0.5 * net["gain"][0] + net["bias"][0])
     return p["scale"] * torch.stack(rows), embeds
 
 

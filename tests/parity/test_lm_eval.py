@@ -58,7 +58,7 @@ def run(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> Run:
 
 
 def test_run_scores_equal_predict(run: Run, task_folder: Path, llama_folder: Path) -> None:
-    """The harness's own loop over a run: each row's scores, normalised, are predict's probabilities."""
+    """The harness's own loop over a run: each row's scores, normalized, are predict's probabilities."""
     from softprompt.evaluation.lm_eval import SoftPromptLM
 
     _, scores = evaluate(SoftPromptLM(run=str(run.folder), batch_size=4), task_folder)

@@ -10,7 +10,7 @@ from sklearn import metrics as sklearn
 
 from softprompt.tasks import METRICS, Answers, Task, score
 from softprompt.tasks.metrics import wilson
-from softprompt.tasks.metrics.texts import normalise
+from softprompt.tasks.metrics.texts import normalize
 
 LABELS = Task(
     name="labels",
@@ -115,8 +115,8 @@ def test_texts_are_compared_as_squad_does(
     assert METRICS["token_f1"](answers) == pytest.approx(overlap)
 
 
-def test_normalise_keeps_words_that_contain_an_article() -> None:
-    assert normalise("Another theme, an ant: the end.") == "another theme ant end"
+def test_normalize_keeps_words_that_contain_an_article() -> None:
+    assert normalize("Another theme, an ant: the end.") == "another theme ant end"
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (7, 10), (10, 10), (812, 1000)])

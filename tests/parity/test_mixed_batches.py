@@ -1,4 +1,4 @@
-"""A row's result does not depend on its neighbours: made right for a model, or the model is refused by name."""
+"""A row's result does not depend on its neighbors: made right for a model, or the model is refused by name."""
 
 import inspect
 from collections.abc import Callable
@@ -107,7 +107,7 @@ def backbone_of(config: Any, architecture: Architecture, by: float = 4) -> Backb
     with torch.no_grad():
         for weights in model.parameters():
             if weights.ndim == 2:
-                weights *= by  # as initialised, attention is all but uniform and a wrong position would hardly show
+                weights *= by  # as initialized, attention is all but uniform and a wrong position would hardly show
     return Backbone(model, TOKENIZER, config.model_type, config.model_type, architecture)
 
 
@@ -137,7 +137,7 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 
 
 @pytest.mark.parametrize("width", [4, 5, 9, LONG])
-def test_decoder_row_does_not_depend_on_neighbours(backbone: Backbone, width: int) -> None:
+def test_decoder_row_does_not_depend_on_neighbors(backbone: Backbone, width: int) -> None:
     prompt = prompt_of(backbone, 5)
     prompted, text = attach(backbone, prompt), torch.tensor(SHORT)
     ids, mask = beside(prompted, width)
@@ -221,7 +221,7 @@ ENCODERS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_encoder_row_does_not_depend_on_longer_neighbour(name: str) -> None:
+def test_encoder_row_does_not_depend_on_longer_neighbor(name: str) -> None:
     backbone = backbone_of(ENCODERS[name](), "encoder")
     head = fresh_head(backbone, 3, torch.Generator().manual_seed(0))
     prompted = attach(backbone, prompt_of(backbone, 5), head=head)
@@ -242,7 +242,7 @@ ENCODER_DECODERS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
-def test_encoder_decoder_row_ignores_longer_neighbour(name: str) -> None:
+def test_encoder_decoder_row_ignores_longer_neighbor(name: str) -> None:
     backbone = backbone_of(ENCODER_DECODERS[name](), "encoder_decoder")
     prompted = attach(backbone, prompt_of(backbone, 5))
     ids, mask = beside(prompted, LONG)
@@ -329,7 +329,7 @@ def ignoring_positions(cached_only: bool, several_only: bool = False) -> Backbon
 
 @pytest.mark.parametrize("cached_only", [False, True])
 def test_model_ignoring_positions_is_refused(cached_only: bool) -> None:
-    with pytest.raises(ValueError, match=r"llama \(llama\) gives other logits with a shared prefix and neighbours"):
+    with pytest.raises(ValueError, match=r"llama \(llama\) gives other logits with a shared prefix and neighbors"):
         attach(ignoring_positions(cached_only))
 
 

@@ -127,8 +127,8 @@ def test_logits_are_those_of_stock_peft(case: Case, tiny_backbone: MakeBackbone,
     extra = {"task_ids": torch.zeros(len(ids), dtype=torch.long)} if case.tasks else {}
     ours = attach(backbone, prompt.fold())
     matrix = torch.randn(2 * len(prompt.prompt()), prompt.prompt().shape[1], generator=torch.Generator().manual_seed(2))
-    neighbour = Folded(matrix, depth=prompt.depth)
-    mixed: dict[str, Any] = {"prompts": [neighbour, prompt.fold()], "index": torch.tensor([1, 1, 1, 0])}
+    neighbor = Folded(matrix, depth=prompt.depth)
+    mixed: dict[str, Any] = {"prompts": [neighbor, prompt.fold()], "index": torch.tensor([1, 1, 1, 0])}
     ids4, mask4 = torch.cat([ids, ids[:1]]), torch.cat([mask, mask[:1]])
     if backbone.architecture == "causal":
         expected = theirs(input_ids=ids, attention_mask=mask, **extra).logits[:, 0 if case.deep else LENGTH :][

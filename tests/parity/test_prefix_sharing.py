@@ -37,7 +37,7 @@ def layouts(monkeypatch: pytest.MonkeyPatch) -> list[VarlenLayout]:
     return layouts
 
 
-def labelled(rows: Sequence[Tensor], last: int) -> tuple[Tensor, Tensor, Tensor]:
+def labeled(rows: Sequence[Tensor], last: int) -> tuple[Tensor, Tensor, Tensor]:
     """A batch with labels at the last `last` tokens of each row."""
     ids, mask = padded(rows, "left", 2)
     return ids, mask, torch.where(torch.arange(ids.shape[1]) >= ids.shape[1] - last, ids, -100)
@@ -63,7 +63,7 @@ def test_training_batch_equals_single_rows(
     prompted = attach(decoder)
     layouts.clear()
     live = prompts if many_prompts else prompts[1:2]
-    loss = prompted(*labelled(rows, last), prompts=live, index=INDEX if many_prompts else None).loss
+    loss = prompted(*labeled(rows, last), prompts=live, index=INDEX if many_prompts else None).loss
     expected = loss_of(decoder, [prompts[prompt] for prompt in index], rows, last)
     assert_near(loss, expected)
     for ours, theirs in zip(gradients(loss, prompts), gradients(expected, prompts), strict=True):
@@ -79,14 +79,14 @@ def test_training_batch_equals_single_rows(
 def test_labels_inside_the_prefix_are_not_shared(tiny_backbone: MakeBackbone, layouts: list[VarlenLayout]) -> None:
     backbone, rows = tiny_backbone("llama"), rows_of([3, 3, 3], front=PREFIX)
     prompt = prompts_of(backbone)[1]
-    loss = attach(backbone)(*labelled(rows, 6), prompts=[prompt]).loss
+    loss = attach(backbone)(*labeled(rows, 6), prompts=[prompt]).loss
     assert_near(loss, loss_of(backbone, [prompt] * 3, rows, 6))
     assert layouts[-1].rows.lengths == (5, 5, 5), "the first label is for the second token: the first alone is shared"
 
 
 def test_prefix_is_shared_without_a_prompt(tiny_backbone: MakeBackbone, layouts: list[VarlenLayout]) -> None:
     backbone, rows = tiny_backbone("llama"), rows_of([3, 5, 4], front=PREFIX)
-    loss = attach(backbone)(*labelled(rows, 1)).loss
+    loss = attach(backbone)(*labeled(rows, 1)).loss
     logits = [backbone.model(input_ids=row[None]).logits[0, -2] for row in rows]
     assert_near(loss, cross_entropy(torch.stack(logits), torch.stack([row[-1] for row in rows])))
     assert layouts[-1].rows.lengths == (2, 4, 3)
@@ -94,7 +94,7 @@ def test_prefix_is_shared_without_a_prompt(tiny_backbone: MakeBackbone, layouts:
 
 def test_one_row_per_prompt_shares_nothing(tiny_backbone: MakeBackbone, layouts: list[VarlenLayout]) -> None:
     backbone, rows = tiny_backbone("llama"), rows_of([3, 5, 4], front=PREFIX)
-    attach(backbone)(*labelled(rows, 1), prompts=prompts_of(backbone), index=torch.arange(3))
+    attach(backbone)(*labeled(rows, 1), prompts=prompts_of(backbone), index=torch.arange(3))
     assert layouts[-1].rows.lengths == (6, 8, 7)
 
 
@@ -107,10 +107,10 @@ def test_randomly_shifted_prefix_is_not_shared(tiny_backbone: MakeBackbone, layo
             parameter += 0.3
     prompted = attach(backbone, prompt)
     prompted.train()
-    prompted(*labelled(rows, 1))
+    prompted(*labeled(rows, 1))
     assert layouts[-1].rows.lengths == (6, 8, 7)
     prompted.eval()
-    prompted(*labelled(rows, 1))
+    prompted(*labeled(rows, 1))
     assert layouts[-1].rows.lengths == (2, 4, 3)
 
 
@@ -120,7 +120,7 @@ def test_gradient_checkpointing_with_a_shared_prefix(tiny_backbone: MakeBackbone
     results = []
     for on in (False, True):
         with gradient_checkpointing(backbone.model, on):
-            results.append(gradients(prompted(*labelled(rows, 1), prompts=prompts).loss, prompts))
+            results.append(gradients(prompted(*labeled(rows, 1), prompts=prompts).loss, prompts))
     assert layouts[-1].rows.lengths == (2, 4, 3)
     for ours, theirs in zip(*results, strict=True):
         assert_near(ours, theirs, 1e-5)

@@ -102,7 +102,7 @@ def test_self_attention_needs_prefix_position(tiny_backbone: MakeBackbone) -> No
         attach(tiny_backbone("t5"), prompt_attention="self", prompt_position="suffix")
 
 
-def test_row_does_not_depend_on_neighbours(tiny_backbone: MakeBackbone) -> None:
+def test_row_does_not_depend_on_neighbors(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("t5")
     prompt, rows = prompts_of(backbone)[0], rows_of(TEXTS)
     prompted = attach(backbone, prompt, prompt_attention="self")

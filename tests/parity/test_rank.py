@@ -98,7 +98,7 @@ def test_update_rank_ignores_rounding_of_the_start() -> None:
     found = spectra(matrix, start)
     assert found["update"].numerical == 2
     assert found["prompt"].numerical == 30
-    assert found["centred"].numerical == 29
+    assert found["centered"].numerical == 29
 
 
 @pytest.mark.parametrize("rank", [0, 1, 4, 9])
@@ -328,7 +328,7 @@ def test_plain_prompt_has_full_rank_before_training(trained: Callable[[Any], Run
 def test_deep_prompt_has_a_spectrum_per_layer(backbone: Backbone) -> None:
     layers = [product(6, rank, 32, seed=rank) for rank in (1, 2, 4)]
     found = spectra(torch.cat(layers), torch.cat(layers[:1] + layers[:1] + layers[2:]), depth=3)
-    numbers = {name: spectrum.numerical for name, spectrum in found.items() if not name.startswith("centred")}
+    numbers = {name: spectrum.numerical for name, spectrum in found.items() if not name.startswith("centered")}
     assert numbers == {
         "prompt of layer 1": 1,
         "prompt of layer 2": 2,

@@ -163,7 +163,7 @@ def test_drop_compares_two_sets_of_texts(name: str) -> None:
     assert result.p_value < 0.01
 
 
-def squad_normalise(text: str) -> str:
+def squad_normalize(text: str) -> str:
     """The steps of SQuAD's evaluate-v1.1.py, in its order."""
     text = "".join(char for char in text.lower() if char not in set(string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
@@ -172,7 +172,7 @@ def squad_normalise(text: str) -> str:
 @settings(deadline=None)
 @given(prediction=TEXT | ASCII, gold=TEXT | ASCII)
 def test_exact_match_and_token_f1_equal_squads_script(prediction: str, gold: str) -> None:
-    ours, theirs = squad_normalise(prediction).split(), squad_normalise(gold).split()
+    ours, theirs = squad_normalize(prediction).split(), squad_normalize(gold).split()
     common = sum((Counter(ours) & Counter(theirs)).values())
     f1 = float(ours == theirs)  # SQuAD 2.0: an empty text only equals an empty one
     if common:
@@ -180,4 +180,4 @@ def test_exact_match_and_token_f1_equal_squads_script(prediction: str, gold: str
         f1 = 2 * precision * recall / (precision + recall)
     rows = answers([prediction], [(gold,)])
     assert METRICS["token_f1"](rows) == pytest.approx(f1)
-    assert METRICS["exact_match"](rows) == (squad_normalise(prediction) == squad_normalise(gold))
+    assert METRICS["exact_match"](rows) == (squad_normalize(prediction) == squad_normalize(gold))

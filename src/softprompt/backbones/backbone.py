@@ -185,7 +185,7 @@ class Backbone:
 
         Args:
             label_words: the task's label words, if it has any.
-            start: a trained prompt to initialise from.
+            start: a trained prompt to initialize from.
         """
         if self.architecture == "vision":
             return self.hosts(1, label_words, start)[0]
@@ -203,7 +203,7 @@ class Backbone:
 
         Args:
             label_words: the task's label words, if it has any.
-            start: a trained prompt to initialise from; a deep prompt of a decoder needs one (`models.as_deep`).
+            start: a trained prompt to initialize from; a deep prompt of a decoder needs one (`models.as_deep`).
 
         Raises:
             ValueError: the model takes no prompt of that depth.

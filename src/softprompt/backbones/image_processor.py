@@ -1,4 +1,4 @@
-"""Image preprocessing: read, resize and crop to a square, and normalise as the backbone was trained."""
+"""Image preprocessing: read, resize and crop to a square, and normalize as the backbone was trained."""
 
 import dataclasses
 import hashlib
@@ -53,7 +53,7 @@ class Processor:
             raise ValueError(f"the image size is {self.size} pixels; give at least the side of one patch")
 
     def pixels(self, image: Any, size: int, augment: Augment = "none") -> Float[Tensor, "channel height width"]:
-        """A Pillow image as normalised pixels of a square; `augment` draws from torch's global generator."""
+        """A Pillow image as normalized pixels of a square; `augment` draws from torch's global generator."""
         square = self._center_crop(image, size) if augment == "none" else self._random_crop(image, size)
         values = torch.from_numpy(np.array(square, dtype=np.float32)).permute(2, 0, 1) / 255
         if augment == "crop+flip" and bool(torch.rand(()) < 0.5):
@@ -192,7 +192,7 @@ def _content(cell: Cell, where: str) -> bytes:
 def load_processor(folder: str, config: Any) -> Processor:
     """The processor of the checkpoint in `folder` (or of that hub id).
 
-    Without a `preprocessor_config.json`, images are resized to a square without a crop, and normalised by ImageNet's
+    Without a `preprocessor_config.json`, images are resized to a square without a crop, and normalized by ImageNet's
     mean and standard deviation, or by 0.5 for a plain ViT.
 
     Args:

@@ -1,4 +1,4 @@
-"""Loading with transformers: no weight is initialised at random, no code of a model runs, and no warning is lost."""
+"""Loading with transformers: no weight is initialized at random, no code of a model runs, and no warning is lost."""
 
 import json
 import logging

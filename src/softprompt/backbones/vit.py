@@ -23,7 +23,7 @@ def check_supported(model: Any, source: str) -> None:
     """Check that a model is a plain vision transformer.
 
     Raises:
-        ValueError: it lacks a part that a prompt needs, or takes images without three colour channels.
+        ValueError: it lacks a part that a prompt needs, or takes images without three color channels.
     """
     embeddings = getattr(model, "embeddings", None)
     parts = (getattr(embeddings, "patch_embeddings", None), getattr(model, "layernorm", None), _layers(model))
@@ -42,7 +42,7 @@ def check_supported(model: Any, source: str) -> None:
 def loading_arguments(config: Any) -> dict[str, bool]:
     """The arguments of `from_pretrained` that leave out the pooler.
 
-    If a checkpoint lacks one, it would be initialised at random and differ at every load.
+    If a checkpoint lacks one, it would be initialized at random and differ at every load.
     """
     model_class = transformers.MODEL_MAPPING.get(type(config), object)
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class).parameters else {}
@@ -119,7 +119,7 @@ def hosts(
 
     Args:
         images: the images whose patch states are sampled; None for noise, which gives a rough scale only.
-        start: a trained prompt to initialise from, the layers' prompts concatenated.
+        start: a trained prompt to initialize from, the layers' prompts concatenated.
     """
     stack = layers(model)[:depth]
     starts: Sequence[Tensor | None] = [None] * depth if start is None else start.chunk(depth)

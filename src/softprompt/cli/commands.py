@@ -82,13 +82,13 @@ def predict_(
     """
     from softprompt import files, runs
     from softprompt.evaluation.predict import predict
-    from softprompt.tasks import task_rows, unlabelled_images
+    from softprompt.tasks import task_rows, unlabeled_images
 
     opened = runs.resolve_prompt(run, task)
     runs.check_has_own_task(opened, task)
     _show_base_note(opened, backbone)
     rows = (
-        unlabelled_images(opened.task, input)
+        unlabeled_images(opened.task, input)
         if opened.task.image
         else list(task_rows(opened.task, input, answers=False))
     )
@@ -151,7 +151,7 @@ def fetch_(asset: Annotated[str, tyro.conf.Positional]) -> dict[str, Any]:
     from softprompt import assets
 
     path = assets.fetch(asset)
-    return {"command": "fetch", "asset": asset, "path": str(path), "licence": assets.ASSETS[asset].licence}
+    return {"command": "fetch", "asset": asset, "path": str(path), "license": assets.ASSETS[asset].license}
 
 
 def doctor_() -> dict[str, Any]:

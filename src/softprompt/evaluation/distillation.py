@@ -103,12 +103,12 @@ def divergences(
         ids, mask = batch.inputs(prompted.backbone.device)
         candidates = answer_ids(task, prompted.backbone.tokenizer)
         return label_divergence(student.score(ids, mask, candidates), teacher.score(ids, mask, candidates), temperature)
-    ids, mask, labels = labelled_batch(prompted, rows)
+    ids, mask, labels = labeled_batch(prompted, rows)
     logits, targets = student.label_logits(ids, mask, labels)
     return token_divergence(logits, teacher.label_logits(ids, mask, labels)[0], targets, temperature)
 
 
-def labelled_batch(prompted: PromptedModel, rows: Sequence[Example]) -> tuple[Tensor, Tensor | None, Tensor]:
+def labeled_batch(prompted: PromptedModel, rows: Sequence[Example]) -> tuple[Tensor, Tensor | None, Tensor]:
     """Rows with their answers as `label_logits` takes them: ids, mask and labels on the backbone's device."""
     device = prompted.backbone.device
     in_row = not prompted.appends_eos

@@ -28,7 +28,7 @@ class PublishedDePT:
     """A DePT adapter in its authors' format."""
 
     config: DePT
-    """The method's settings, in the published parameterisation."""
+    """The method's settings, in the published parameterization."""
     prompt: OffsetPrompt
     """Its tensors, bit for bit."""
     settings: Mapping[str, Any]

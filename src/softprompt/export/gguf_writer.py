@@ -123,7 +123,7 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor, kind: GgufTy
 
 
 def _interleaved(tensor: Tensor, heads: int) -> Tensor:
-    """Rotary halves as neighbouring pairs, which is how llama.cpp's `llama` rotates."""
+    """Rotary halves as neighboring pairs, which is how llama.cpp's `llama` rotates."""
     half = tensor.shape[0] // heads // 2
     return tensor.reshape(heads, 2, half, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
 

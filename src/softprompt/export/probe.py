@@ -47,7 +47,7 @@ def text_ids(backbone: Backbone, texts: Sequence[str], closing: bool) -> list[tu
 
 @torch.no_grad()
 def probe(trained: Sequence[Trained], backbone: Backbone) -> Iterator[Probe]:
-    """Every text with every prompt, in batches; neighbouring rows have different prompts."""
+    """Every text with every prompt, in batches; neighboring rows have different prompts."""
     live = attach(backbone)
     prepared = live.prepare([item.folded.to(backbone.device) for item in trained])
     texts = text_ids(backbone, TEXTS, live.appends_eos)

@@ -157,8 +157,8 @@ class PromptedModel(nn.Module, ABC):
         if labels is None:
             return self._output(self._logits(inputs), None)
         logits, targets = self._label_logits(inputs, labels)
-        labelled = targets != -100
-        loss = nn.functional.cross_entropy(logits[labelled].float(), targets[labelled])
+        labeled = targets != -100
+        loss = nn.functional.cross_entropy(logits[labeled].float(), targets[labeled])
         return self._output(logits, loss)
 
     def label_logits(
@@ -182,9 +182,9 @@ class PromptedModel(nn.Module, ABC):
     ) -> Float[Tensor, " batch"]:
         """Each row's loss, float32: the sum of the cross-entropies at its labels."""
         logits, targets = self._label_logits(Inputs(input_ids, attention_mask, prompts, index), labels)
-        labelled = targets != -100
-        losses = nn.functional.cross_entropy(logits[labelled].float(), targets[labelled], reduction="none")
-        return losses.new_zeros(targets.shape).masked_scatter(labelled, losses).sum(1)
+        labeled = targets != -100
+        losses = nn.functional.cross_entropy(logits[labeled].float(), targets[labeled], reduction="none")
+        return losses.new_zeros(targets.shape).masked_scatter(labeled, losses).sum(1)
 
     def score(
         self,

@@ -100,7 +100,7 @@ class Causal(PromptedModel):
 
             def shared() -> bool:
                 try:
-                    check_mixed_batch(self, "a shared prefix and neighbours of other lengths")
+                    check_mixed_batch(self, "a shared prefix and neighbors of other lengths")
                 except OutputMismatch:
                     if takes_positions:
                         raise

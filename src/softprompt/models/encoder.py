@@ -212,7 +212,7 @@ class Encoder(PromptedModel):
     def _with_mask(self, text: Rows) -> Rows:
         """The rows with a mask to answer at: a row's own if it has exactly one, else one before its closing token.
 
-        Each row by itself, so that no neighbour changes where one is answered; of several masks the last is answered.
+        Each row by itself, so that no neighbor changes where one is answered; of several masks the last is answered.
         """
         lengths, end, seq = text.mask.sum(1, keepdim=True), self._end(text), text.ids.shape[1]
         needs = self._is_mask(text).sum(1, keepdim=True) != 1

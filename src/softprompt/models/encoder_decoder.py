@@ -132,12 +132,12 @@ class EncoderDecoder(PromptedModel):
     def _label_logits(
         self, inputs: Inputs, labels: Labels
     ) -> tuple[Float[Tensor, "batch target vocab"], Int[Tensor, "batch target"]]:
-        labelled = labels != -100
-        if not bool(labelled.any()):
+        labeled = labels != -100
+        if not bool(labeled.any()):
             raise ValueError("no row has a label; give at least one label other than -100")
-        if bool((labelled[:, 1:] & ~labelled[:, :-1]).any()):
+        if bool((labeled[:, 1:] & ~labeled[:, :-1]).any()):
             raise ValueError("labels have -100 before a token; pad labels on the right")
-        self.check_answer_length(int(labelled.sum(1).max()))
+        self.check_answer_length(int(labeled.sum(1).max()))
         encoded = self._encode(inputs)
         return self._decode(encoded, self.backbone.model.prepare_decoder_input_ids_from_labels(labels=labels)), labels
 

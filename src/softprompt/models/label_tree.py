@@ -221,7 +221,7 @@ def in_passes(
 def _parts(
     ordered: Candidates, tokens: int, deepest: int, columns: int | None, max_columns: int
 ) -> Sequence[Candidates]:
-    """The candidates in alphabetical order, whose neighbours share most, in parts of at most `tokens` per row."""
+    """The candidates in alphabetical order, whose neighbors share most, in parts of at most `tokens` per row."""
     if columns is not None:
         count = max(min(tokens // deepest, max_columns // (columns + deepest)), 1)
         return [ordered[start : start + count] for start in range(0, len(ordered), count)]

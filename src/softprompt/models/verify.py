@@ -92,7 +92,7 @@ def check_batch_independence(backbone: Backbone) -> None:
         why = "has experts of limited capacity, which drop tokens depending on the batch's other rows"
     if why:
         raise ValueError(
-            f"{backbone.source} ({config.model_type}) {why}; a row's result would depend on its neighbours, so this "
+            f"{backbone.source} ({config.model_type}) {why}; a row's result would depend on its neighbors, so this "
             "model is refused: choose another backbone"
         )
 
@@ -129,7 +129,7 @@ def sample(backbone: Backbone, window: int | None = None) -> Sample:
     # From all over the vocabulary: the first ids are special tokens, for which even plain bfloat16 is far off.
     count = longest + 2 + sum(lengths) + 3
     ids = torch.linspace(0.1 * len(table), 0.9 * len(table), count, device="cpu").long().tolist()
-    ids = ids[::2] + ids[1::2]  # else a row's tokens would be neighbours in the vocabulary
+    ids = ids[::2] + ids[1::2]  # else a row's tokens would be neighbors in the vocabulary
     prompts = [Folded(table[ids[:longest]].float()), Folded(table[ids[longest : longest + 2][:longest]].float())]
     rest, texts = ids[longest + 2 :], list[list[int]]()
     for length in lengths:

@@ -37,7 +37,7 @@ class Vision(PromptedModel):
     """A prompt between [CLS] (with DeiT's distillation token, DINOv2's registers) and the patches, without positions.
 
     A prompt of depth 1 enters with the patches and runs through every layer; one of depth n is replaced before each of
-    the first n layers by that layer's own. `head` takes the normalised last hidden states of [CLS] and the patches
+    the first n layers by that layer's own. `head` takes the normalized last hidden states of [CLS] and the patches
     (`[batch, 1 + patches, hidden]`) and gives logits; `fresh_head` makes one.
 
     Inputs are pixels as the backbone's processor makes them, of any size that is a whole number of patches, without an
@@ -98,7 +98,7 @@ class Vision(PromptedModel):
     def hidden_states(
         self, pixels: Pixels, prompts: Prompts = None, index: Index = None
     ) -> Float[Tensor, "batch token hidden"]:
-        """The model's normalised last hidden states without the prompt's: leading tokens and patches."""
+        """The model's normalized last hidden states without the prompt's: leading tokens and patches."""
         prepared, model = self.resolve(prompts, LayerPrompts), self.backbone.model
         pixels = pixels.to(self.backbone.device)
         images = torch.zeros(len(pixels), 1, dtype=torch.long, device=pixels.device)
@@ -113,8 +113,8 @@ class Vision(PromptedModel):
                 front, patches = states[:, :lead], states[:, lead + (longest if number else 0) :]
                 states = torch.cat([front, vectors[:, number].to(states.dtype), patches], 1)
             states = vit.run_layer(layer, states, mask)
-        normalised: Tensor = model.layernorm(torch.cat([states[:, :lead], states[:, lead + longest :]], 1))
-        return normalised
+        normalized: Tensor = model.layernorm(torch.cat([states[:, :lead], states[:, lead + longest :]], 1))
+        return normalized
 
     def _logits(self, inputs: Inputs) -> Float[Tensor, "batch 1 classes"]:
         if inputs.mask is not None:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from softprompt.prompts.base import Host, PromptConfig, PromptOnly, at_least
-from softprompt.prompts.initialization import check_scale, factorise, start_gradient, warm_start_rows
+from softprompt.prompts.initialization import check_scale, factorize, start_gradient, warm_start_rows
 
 Mode = Literal["bilinear", "frozen", "tuned"]
 """The second factor: `bilinear` a thin learned one; a whitening matrix, `frozen` or `tuned` with the first."""
@@ -58,7 +58,7 @@ class BPT(PromptConfig):
     backbone. In a deep prompt each layer has its own factors, whitened by that layer's own inputs and weights.
     Reference: Wang, Duan and Kong 2025, "Attention to the Burstiness in Visual Prompt Tuning!"; `left` is their A or
     P0, `right` their B^T or W^T, `rank` their p. `W = (Sigma + eps I)^(-1/2)` is symmetric (ZCA), and Sigma is not
-    centred, as theirs is not.
+    centered, as theirs is not.
     Differs: the published code has no eps, so that a rank-deficient sample divides by zero; it averages the images
     before Sigma, which leaves one vector per position; its shallow form uses the query weights in place of the key
     weights; its prompts must fill a square grid; it also divides Sigma by `dim`; of a deep prompt it trains B in the
@@ -122,7 +122,7 @@ class BPT(PromptConfig):
         if host.start is not None and self.mode == "bilinear":
             scale = host.rms if self.scale is None else self.scale
             rows = warm_start_rows(host, self.length) * (host.rms / scale)
-            return BilinearPrompt(*factorise(rows, self.rank, generator), scale)
+            return BilinearPrompt(*factorize(rows, self.rank, generator), scale)
         if self.scale is None:
             # Unit entries on both sides sum over `inner` products to a prompt of size sqrt(inner).
             right, scale = right / right.square().mean().sqrt(), host.rms / inner**0.5

@@ -13,7 +13,7 @@ from softprompt.prompts.initialization import (
     check_init,
     check_scale,
     check_text,
-    factorise,
+    factorize,
     gradient_factors,
     initial_rows,
     source_rows,
@@ -109,7 +109,7 @@ class DPT(PromptConfig):
     carries the product to the host's embedding RMS, so that one learning rate fits every backbone; it starts from
     the best rank-`rank` part of vocabulary rows, and needs more steps than an anchored prompt
     (docs/results/superglue). The length is 20 and not 100: it takes less time, and no loss was shown.
-    `anchor=none`, `init=uniform` and `scale=1` are the published parameterisation: both factors U(-0.5, 0.5), nothing
+    `anchor=none`, `init=uniform` and `scale=1` are the published parameterization: both factors U(-0.5, 0.5), nothing
     else.
 
     >>> DPT(length=100, rank=10).count(768)
@@ -183,7 +183,7 @@ class DPT(PromptConfig):
             right = torch.rand(self.rank, host.dim, generator=generator) - 0.5
             return DecomposedPrompt(left, right, host.rms if self.scale is None else self.scale)
         rows = initial_rows(self.init, self.init_text, self.length, host, generator)
-        left, right = factorise(rows, self.rank, generator)
+        left, right = factorize(rows, self.rank, generator)
         return decomposed(left, right, host.rms, self.scale)
 
     def count(self, dim: int) -> int:

@@ -128,7 +128,7 @@ def check_text(name: str, value: str, text: str) -> None:
         )
 
 
-def factorise(
+def factorize(
     rows: Float[Tensor, "length dim"], rank: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "length rank"], Float[Tensor, "rank dim"]]:
     """The best rank-`rank` product for `rows` (truncated SVD), its singular values shared evenly by both factors.

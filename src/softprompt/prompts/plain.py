@@ -34,7 +34,7 @@ class Plain(PromptConfig):
 
     Reference: Lester, Al-Rfou and Constant 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning".
     Differs: the matrix is kept in units of the host's embedding RMS, so that one learning rate fits every backbone;
-    `scale=1` is the published parameterisation.
+    `scale=1` is the published parameterization.
 
     >>> Plain(length=100).count(768)
     76800

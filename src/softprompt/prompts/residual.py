@@ -1,4 +1,4 @@
-"""Residual prompt tuning: a small network with a skip connection re-parameterises the prompt."""
+"""Residual prompt tuning: a small network with a skip connection re-parameterizes the prompt."""
 
 from dataclasses import dataclass
 from typing import final
@@ -41,7 +41,7 @@ class ResidualPrompt(PromptOnly):
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
 
     def prompt(self) -> Float[Tensor, "prompt dim"]:
-        """The matrix plus its normalised branch, in the host's units."""
+        """The matrix plus its normalized branch, in the host's units."""
         networks, _, dim = self.up.shape
         # [1, length, dim] for a shared network, [length, 1, dim] for one per position: no network is ever copied.
         rows = self.matrix.view(networks, -1, dim)

@@ -10,7 +10,7 @@ from softprompt.tasks.data.chat import (
 from softprompt.tasks.data.collate import IGNORED, Batch, answer_labels, batches, collate, schedule
 from softprompt.tasks.data.context import SEPARATOR, encode_context, split_demonstrations
 from softprompt.tasks.data.examples import Example, Examples, input_lengths
-from softprompt.tasks.data.images import sample_pixels, unlabelled_images, with_augmentation
+from softprompt.tasks.data.images import sample_pixels, unlabeled_images, with_augmentation
 from softprompt.tasks.data.splits import SAME_ROWS, Splits, load_test_split, shots, splits
 from softprompt.tasks.data.tabular import read_rows, row_id, row_name, row_number, task_rows
 from softprompt.tasks.data.tokenize import answer_ids, check_input_kind, encode, strip_end, template_prefix
@@ -64,7 +64,7 @@ __all__ = [
     "strip_end",
     "task_rows",
     "template_prefix",
-    "unlabelled_images",
+    "unlabeled_images",
     "with_answered_turns",
     "with_augmentation",
 ]

@@ -38,7 +38,7 @@ class TrainingCallback(Protocol):
     """Receives the progress of training runs."""
 
     def on_stage(self, text: str) -> None:
-        """Called when a stage begins: reading rows, loading, tokenising, training, testing."""
+        """Called when a stage begins: reading rows, loading, tokenizing, training, testing."""
 
     def on_note(self, text: str) -> None:
         """Called with a message for the user."""

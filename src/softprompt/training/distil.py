@@ -63,7 +63,7 @@ def distil(
     runs.check_new_run(Path(out), name)
     if experiment.context is None or experiment.demonstrations:
         raise ValueError(
-            "distil takes its context from a file; give one with --context (labelled rows as a context: "
+            "distil takes its context from a file; give one with --context (labeled rows as a context: "
             "softprompt train --demonstrations N)"
         )
     if bool(template) == bool(messages):

@@ -29,7 +29,7 @@ def gradient_on(
     """Return a function that computes the mean gradient of the experiment's loss at a prompt, over its first batches.
 
     The batches and micro-batches are those that training begins with. The model's own dropout is off, and a head is at
-    its initialization. Each call tokenises the rows and costs one forward and backward pass per batch.
+    its initialization. Each call tokenizes the rows and costs one forward and backward pass per batch.
 
     Args:
         rows: the training rows, or a function that reads them.

@@ -169,13 +169,13 @@ def _encode_rows(
     teacher: Teacher | None,
     context: str,
 ) -> TrainingSetup:
-    """Tokenise every row that will be used, and check that it fits, also after the context of a distillation.
+    """Tokenize every row that will be used, and check that it fits, also after the context of a distillation.
 
     Raises:
         ValueError: a row does not fit the model, by its number and split.
     """
     settings, backbone = experiment.training, prompted.backbone
-    callback.on_stage("tokenising")
+    callback.on_stage("tokenizing")
     limit = input_limit(prompted, task, settings)
     if task.is_classification:
         prompted.check_candidates(task.answers, answer_ids(task, backbone.tokenizer))

@@ -35,7 +35,7 @@ class Distribution:
 
     @classmethod
     def of(cls, values: Float[Tensor, "..."]) -> "Distribution":
-        """Summarise all entries.
+        """Summarize all entries.
 
         Raises:
             ValueError: all entries are equal.
@@ -62,8 +62,8 @@ class Distribution:
         )
 
 
-def bin_centres() -> list[float]:
-    """The centres of the bins of `Distribution.density`, in standard deviations."""
+def bin_centers() -> list[float]:
+    """The centers of the bins of `Distribution.density`, in standard deviations."""
     width = 2 * _EDGE / _BINS
     return [-_EDGE + width * (index + 0.5) for index in range(_BINS)]
 

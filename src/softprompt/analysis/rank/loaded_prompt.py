@@ -1,4 +1,4 @@
-"""Load what is to be analysed: a run's prompt, initial prompt and checkpoints, or a PEFT folder's matrix."""
+"""Load what is to be analyzed: a run's prompt, initial prompt and checkpoints, or a PEFT folder's matrix."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -25,13 +25,13 @@ from softprompt.training.gradients import gradient_on
 @final
 @dataclass(frozen=True, kw_only=True)
 class LoadedPrompt:
-    """A trained prompt to be analysed."""
+    """A trained prompt to be analyzed."""
 
     name: str
     """The folder's name."""
     folder: Path
     prompt: Folded
-    """The trained prompt; its matrix is analysed, and what it does to the input's own embeddings is ignored."""
+    """The trained prompt; its matrix is analyzed, and what it does to the input's own embeddings is ignored."""
     start: Float[Tensor, "prompt dim"] | None = None
     """The matrix before the first step, `P0`; none where it is not known."""
     start_missing: str = "its folder does not record it"
@@ -64,7 +64,7 @@ class LoadedPrompt:
 def spectra(
     matrix: Float[Tensor, "prompt dim"], start: Float[Tensor, "prompt dim"] | None = None, depth: int = 1
 ) -> dict[str, Spectrum]:
-    """The spectra of the prompt `P`, of `P` less its mean row (`centred`), and of the update `P - P0`.
+    """The spectra of the prompt `P`, of `P` less its mean row (`centered`), and of the update `P - P0`.
 
     A prompt that starts from vocabulary rows has full rank before training, and the mean row alone may hold most of
     its norm, so the update is the most informative of the three. A deep prompt has a matrix per layer, and these views
@@ -84,7 +84,7 @@ def _layer_spectra(
     matrix: Float[Tensor, "prompt dim"], start: Float[Tensor, "prompt dim"] | None
 ) -> dict[str, Spectrum]:
     prompt = Spectrum.of(matrix)
-    by_view = {"prompt": prompt, "centred": Spectrum.of(matrix - matrix.mean(0), prompt.values[0])}
+    by_view = {"prompt": prompt, "centered": Spectrum.of(matrix - matrix.mean(0), prompt.values[0])}
     if start is not None:
         by_view["update"] = Spectrum.of(matrix - start, max(prompt.values[0], Spectrum.of(start).values[0]))
     return by_view
@@ -147,7 +147,7 @@ def _of_folder(
 
 
 def _why_no_prompt(run: Run) -> str:
-    """Why a run has no prompt to analyse; empty where it has one."""
+    """Why a run has no prompt to analyze; empty where it has one."""
     if run.experiment.baseline != "none":
         return f"is the baseline {run.experiment.baseline} and has no prompt"
     return "is not finished" if run.results is None else ""

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from softprompt import files
-from softprompt.analysis.rank.burstiness import Burstiness, Pair, bin_centres
+from softprompt.analysis.rank.burstiness import Burstiness, Pair, bin_centers
 from softprompt.analysis.rank.gradient import GradientPoint
 from softprompt.analysis.rank.prompt_ranks import PromptRanks
 from softprompt.analysis.rank.spectrum import Spectrum
 from softprompt.analysis.rank.truncation import FunctionalRank
 
-_VIEWS = {"prompt": "prompt P", "centred": "P less its mean row", "update": "update P − P₀"}
+_VIEWS = {"prompt": "prompt P", "centered": "P less its mean row", "update": "update P − P₀"}
 _RANKS = {"numerical": "numerical rank", "stable": "stable rank", "effective": "effective rank"}
 _MAX_LEGEND_LINES = 10
 """With more lines the legend is omitted."""
@@ -181,12 +181,12 @@ def _score_panel(axes: Any, name: str, functional: FunctionalRank) -> None:
 def _densities(axes: Any, pair: Pair, title: str) -> None:
     import numpy as np
 
-    centres = np.array(bin_centres())
+    centers = np.array(bin_centers())
     for distribution, name, color in ((pair.before, "as they are", "C3"), (pair.after, "whitened", "C0")):
         label = f"{name}: kurtosis {distribution.kurtosis:.3g}, {distribution.beyond:.2%} beyond 3"
         density = [value or np.nan for value in distribution.density]
-        axes.step(centres, density, where="mid", color=color, label=label)
-    axes.plot(centres, np.exp(-(centres**2) / 2) / np.sqrt(2 * np.pi), color="0.5", linestyle="--", label="Gaussian")
+        axes.step(centers, density, where="mid", color=color, label=label)
+    axes.plot(centers, np.exp(-(centers**2) / 2) / np.sqrt(2 * np.pi), color="0.5", linestyle="--", label="Gaussian")
     axes.set(xlabel="standard deviations", ylabel="density", yscale="log", title=title)
     axes.set_ylim(bottom=1e-6)
     axes.legend(fontsize="x-small", loc="lower center")

@@ -54,7 +54,7 @@ class Truncation:
 @final
 @dataclass(frozen=True, kw_only=True)
 class RankScorer:
-    """A model and tokenised rows, ready to score any prompt."""
+    """A model and tokenized rows, ready to score any prompt."""
 
     prompted: PromptedModel
     task: Task
@@ -67,7 +67,7 @@ class RankScorer:
 
     @classmethod
     def of(cls, loaded: LoadedPrompt, truncation: Truncation) -> "RankScorer":
-        """Read, sample and tokenise the rows.
+        """Read, sample and tokenize the rows.
 
         Raises:
             ValueError: the prompt cannot be scored, or the split has no rows.

@@ -84,7 +84,7 @@ def _rows(grid: Grid, scores: Table) -> list[dict[str, Any]]:
             cells.append({"lines": text.split("\n"), "sort": sort, "bar": group and _bar(grid, column, group)})
         for text, cost in zip(texts[-3:], _costs(grid.of_row(row)), strict=True):
             cells.append({"lines": [text], "sort": cost, "bar": None})
-        rows.append({"label": row.label, "colour": by_method[row.method].colour, "cells": cells})
+        rows.append({"label": row.label, "color": by_method[row.method].color, "cells": cells})
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The look of all plots: a colour, marker and dash per method, fonts and axes, and rendering to PNG and SVG."""
+"""The look of all plots: a color, marker and dash per method, fonts and axes, and rendering to PNG and SVG."""
 
 import io
 import re
@@ -13,8 +13,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from softprompt.prompts import METHODS
 from softprompt.types import Baseline
 
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#808080")
-"""Okabe and Ito's colour-blind-safe palette, without black and yellow, which vanish on a dark or a light background."""
+_Colors = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#808080")
+"""Okabe and Ito's color-blind-safe palette, without black and yellow, which vanish on a dark or a light background."""
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", "*")
 _DASHES: tuple[Any, ...] = (
     "-",
@@ -29,20 +29,20 @@ _DASHES: tuple[Any, ...] = (
 @final
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """A method's colour and marker; the marker alone also identifies it."""
+    """A method's color and marker; the marker alone also identifies it."""
 
-    colour: str
+    color: str
     marker: str
 
 
 def styles(methods: Iterable[str]) -> dict[str, Style]:
     """Fixed styles for the library's methods and baselines, then for the other methods by name."""
-    # A user's method must not change the colours of the library's.
+    # A user's method must not change the colors of the library's.
     builtin = [name for name in sorted(METHODS) if METHODS[name].__module__.startswith("softprompt.")]
     builtin += [name for name in get_args(Baseline) if name != "none"]
     names = [*builtin, *sorted(set(methods) - set(builtin))]
     return {
-        name: Style(colour=_COLOURS[index % len(_COLOURS)], marker=_MARKERS[index % len(_MARKERS)])
+        name: Style(color=_Colors[index % len(_Colors)], marker=_MARKERS[index % len(_MARKERS)])
         for index, name in enumerate(names)
     }
 
@@ -53,7 +53,7 @@ def dash(index: int) -> Any:
 
 
 INK = "#1b1d21"
-"""The colour of text and axes; an inline SVG takes the page's text colour instead."""
+"""The color of text and axes; an inline SVG takes the page's text color instead."""
 _RC: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
@@ -94,7 +94,7 @@ class Plot:
 
     @property
     def inline(self) -> str:
-        """The SVG as part of an HTML page: in the page's text colour, with ids that no other plot uses."""
+        """The SVG as part of an HTML page: in the page's text color, with ids that no other plot uses."""
         svg = re.sub(r"<metadata>.*?</metadata>", "", self.svg[self.svg.index("<svg") :], flags=re.DOTALL)
         head, rest = svg.split(">", 1)
         widest = 1.6 * float(re.findall(r'width="([\d.]+)pt"', head)[0])

@@ -54,7 +54,7 @@ def plot_learning(grid: Grid, number: int, column: str) -> Plot | None:
         losses, scores = figure.subplots(1, 2)
         for index, (row, group) in enumerate(plotted):
             style = by_method[row.method]
-            line = {"color": style.colour, "linestyle": dash(dashes[row.label]), "label": row.label}
+            line = {"color": style.color, "linestyle": dash(dashes[row.label]), "label": row.label}
             line |= {"marker": style.marker, "markersize": 5}
             _band(losses, loss_curve(group, window), 1.0, {**line, "markevery": (index % 5, 5)})
             _band(scores, development_curve(group), 100.0, line)
@@ -184,7 +184,7 @@ def _draw_lines(axes: Any, lines: Sequence[Line], by_method: Mapping[str, Style]
         below = [max(0.0, mean - low) for mean, low in zip(line.y, line.lows, strict=True)]
         above = [max(0.0, high - mean) for mean, high in zip(line.y, line.highs, strict=True)]
         style = by_method[line.method]
-        look = {"color": style.colour, "marker": style.marker, "linestyle": dash(index)}
+        look = {"color": style.color, "marker": style.marker, "linestyle": dash(index)}
         axes.errorbar(line.x, line.y, yerr=[below, above], elinewidth=1, capsize=2.5, label=line.label, **look)
     log_axis(axes, [value for line in lines for value in line.x])
 

@@ -41,7 +41,7 @@ class RequestRecord:
     """Cancelled when the HTTP request ends, however it ends."""
     texts: list[Any] = field(default_factory=list)
     answers_per_input: int = 1
-    """Requests for the same input are neighbours in `requests`."""
+    """Requests for the same input are neighbors in `requests`."""
 
     @property
     def input_tokens(self) -> int:

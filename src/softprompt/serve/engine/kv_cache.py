@@ -1,7 +1,7 @@
 """The KV cache of a running batch: one buffer per layer, in which rows of any prompts lie next to each other.
 
 A row's columns are `padding, prompt, text`, its newest token in the last one, and positions are explicit, so that
-neither a neighbour's length nor its coming and going changes a result. This is the one file of the service that knows
+neither a neighbor's length nor its coming and going changes a result. This is the one file of the service that knows
 how a transformers model caches.
 """
 
@@ -60,7 +60,7 @@ class Batch:
         return len(self.prompts)
 
     def part(self, rows: slice) -> "Batch":
-        """Neighbouring rows, in the same buffers: nothing is copied, and each part writes into its own rows."""
+        """Neighboring rows, in the same buffers: nothing is copied, and each part writes into its own rows."""
         layers = [KVBuffer(layer.keys[rows], layer.values[rows], layer.length) for layer in self.layers]
         return Batch(layers, self.mask[rows], self.token_counts[rows], self.prompts[rows])
 

@@ -12,7 +12,7 @@ from softprompt.tasks.data.tabular import read_rows
 from softprompt.tasks.task import Task, Template, register
 
 # The asset has the official splits shuffled into one file, and `idx` starts at 0 in each: an idx from 3,270 on is a
-# training row, and each one below has two labelled rows. Bit idx (from the lowest of the first byte) says whether the
+# training row, and each one below has two labeled rows. Bit idx (from the lowest of the first byte) says whether the
 # first of the two is the validation row. Derived by comparing the texts with SuperGLUE's own files; valid only for
 # this file, which `assets` checks by its sha256.
 _EARLIER_IS_VALIDATION = base64.b64decode(

@@ -28,7 +28,7 @@ def unchanged(row: Row) -> Rows:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Official:
-    """Reads a task's labelled splits from the benchmark's folder, or without one from the hub.
+    """Reads a task's labeled splits from the benchmark's folder, or without one from the hub.
 
     Both give the same rows: `flatten` converts a file's rows to the hub's columns, and `prepare` converts those to the
     columns of the templates.

@@ -95,7 +95,7 @@ def prepare_wsc_positive(row: Row) -> Rows:
 
 
 def prepare_axg(row: Row) -> Rows:
-    """Add the index of the pair: neighbouring rows, which differ only in a pronoun's gender."""
+    """Add the index of the pair: neighboring rows, which differ only in a pronoun's gender."""
     yield {name: row[name] for name in ("premise", "hypothesis", "label")} | {"pair": int(row["idx"]) // 2}
 
 

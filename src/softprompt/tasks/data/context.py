@@ -1,4 +1,4 @@
-"""The context of a distillation: labelled rows as demonstrations, and the tokens of a context."""
+"""The context of a distillation: labeled rows as demonstrations, and the tokens of a context."""
 
 import dataclasses
 import random
@@ -16,7 +16,7 @@ _NO_LIMIT = 1_000_000_000
 
 
 def split_demonstrations(task: Task, rows: Splits, count: int, seed: int) -> Splits:
-    """Move `count` labelled rows from the training split to the text `demonstrations` of the result.
+    """Move `count` labeled rows from the training split to the text `demonstrations` of the result.
 
     Classes alternate, so their counts differ by at most one if each has enough rows.
 

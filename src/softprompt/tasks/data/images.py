@@ -78,7 +78,7 @@ def image_table(task: Task, path: Path) -> Dataset:
     return Dataset.from_dict({task.image: [file for file, _ in rows], task.label: [label for _, label in rows]})
 
 
-def unlabelled_images(task: Task, path: Path) -> list[dict[str, Any]]:
+def unlabeled_images(task: Task, path: Path) -> list[dict[str, Any]]:
     """The rows to predict: one image, every file in a folder, or a table's rows.
 
     Raises:
@@ -160,14 +160,14 @@ def _read_hub(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
         for column in (task.image, task.label):
             if column not in rows.column_names:
                 raise ValueError(f"{repository} has no column {column!r}; it has {rows.column_names}")
-        if part != "test" or not _is_unlabelled(rows, task.label):
+        if part != "test" or not _is_unlabeled(rows, task.label):
             parts[part] = _undecoded(task, rows, f"split {split} of {repository}")
     if "train" not in parts:
         raise ValueError(f"{repository} has no split named train; choose another dataset")
     return _dev_as_validation(parts)
 
 
-def _is_unlabelled(rows: Dataset, label: str) -> bool:
+def _is_unlabeled(rows: Dataset, label: str) -> bool:
     """Whether the labels are withheld, as in the test rows of benchmarks: `datasets` then has -1."""
     return isinstance(rows.features[label], datasets.ClassLabel) and set(rows[label][:]) <= {-1}
 
@@ -249,7 +249,7 @@ def _extensions() -> set[str]:
 
 
 def _read_mnist(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
-    """Convert the asset's rows of 784 grey values and a digit to PNG images in memory."""
+    """Convert the asset's rows of 784 gray values and a digit to PNG images in memory."""
     from PIL import Image
 
     check_no_folder(task, folder)

@@ -51,7 +51,7 @@ class Splits:
     broken: tuple[str, ...] = ()
     """The unreadable images that were left out."""
     demonstrations: str = ""
-    """Labelled rows removed from `train` as the context of a distillation, as text."""
+    """Labeled rows removed from `train` as the context of a distillation, as text."""
 
     @property
     def shared(self) -> bool:
@@ -277,10 +277,10 @@ def _splits(
     majority: int | str | None = None,
 ) -> Splits:
     """Compute the fingerprint and warnings of splits, and their majority answer unless it is given."""
-    labelled = train if len(train) else test
-    golds = [task.answer(row) for row in records(labelled)]
+    labeled = train if len(train) else test
+    golds = [task.answer(row) for row in records(labeled)]
     counts = Counter(golds)
-    questions = labelled[task.question][:] if task.question else None
+    questions = labeled[task.question][:] if task.question else None
     digest = hashlib.sha256()
     for name, rows in (("train", train), ("dev", dev), ("test", test)):
         digest.update(f"{name} {len(rows)}\n".encode())

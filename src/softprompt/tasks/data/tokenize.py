@@ -34,7 +34,7 @@ def encode(
     all the cue for the answer. The answer is not counted. A generated answer ends with one end-of-sequence token, also
     if its text already ends with it; a label word has none.
 
-    A row's content is plain text: control tokens (`<|im_end|>`, `<mask>`) are recognised only in the template.
+    A row's content is plain text: control tokens (`<|im_end|>`, `<mask>`) are recognized only in the template.
 
     Image rows become examples whose image is decoded when they are batched; they are never truncated, and neither are
     conversations (`encode_chats`).

