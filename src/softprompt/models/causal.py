@@ -65,22 +65,22 @@ class Causal(PromptedModel):
     padding_side = "left"
     peft_task_type = "CAUSAL_LM"
     prompt_positions = ("prefix", "after_bos", "suffix")
+    layout: Layout
+    """How prompts and rows run together."""
 
     def _setup(self) -> None:
-        model, runs = self.backbone.model, not self.backbone.embeddings_only
+        model = self.backbone.model
         self.window = sliding_window(self.backbone)
         """The narrowest attention window; no row may be wider. None where there is none."""
         check_decoder(self.backbone)
         check_batch_independence(self.backbone)
-        self._has_fused_layers = runs and self.tuned is None and llama.is_supported(model)
+        own = self.tuned is None and not self.backbone.embeddings_only
+        self._has_fused_layers = own and llama.is_supported(model)
         if self.tuned is not None and self.backbone.packed is not None:
             raise ValueError("decode_weights packs the model's own weights, and this run trained others; leave it out")
         self.packed: PackedLinears | None = None
         """The backbone's packed weights, once the model has been checked with its own."""
-        self.layout: Layout = "cached" if self.prompt_position == "prefix" else "inline"
-        """How prompts and rows run together; see `Layout`."""
-        if runs:
-            self._choose_exact_layout()
+        self._choose_layout()
         self.supports_prefix_sharing = self.layout != "inline" and self.window is None and not fsdp.is_sharded(model)
         # Rows that are not packed continue from a cache, which a second run of the layers would write to again.
         self.supports_gradient_checkpointing = self.layout == "packed" and not any_deep(self.prompts_of(None))
@@ -88,7 +88,7 @@ class Causal(PromptedModel):
             self.kv_prefixes(self.prompts_of(None))  # refuses what does not fit
         self.packed = self.backbone.packed
 
-    def _choose_exact_layout(self) -> None:
+    def _choose_layout(self) -> None:
         """Compare mixed batches with single rows, once per model and position; choose an exact layout, or refuse.
 
         A model that takes explicit positions shares the prompts' keys and values among all rows. One that counts
@@ -96,7 +96,10 @@ class Causal(PromptedModel):
         """
         model = self.backbone.model
         takes_positions = "position_ids" in self.backbone.forward_arguments
-        if self.layout != "inline":
+        self.layout = "cached" if self.prompt_position == "prefix" else "inline"
+        if self.backbone.embeddings_only:  # it never runs
+            return
+        if self.layout == "cached":
 
             def shared() -> bool:
                 try:
