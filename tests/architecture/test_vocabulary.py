@@ -21,7 +21,7 @@ found given told own which one some wanted whole place places placed words seen 
 chosen choice named speaks joined evened each alone together within over outside behind hidden alike again anew stale
 standing chance chances seeing follow advance turn turns reading readings beginning beginnings begun worth
 
-untouched optimizer optimize means means_of by_means_of meeting passes in_turn extended extends recomputes shards closed
+untouched optimiser optimise means means_of by_means_of meeting passes in_turn extended extends recomputes shards closed
 ticket tickets waiting gate access writing written writer shelf follower answering settled outcome swept packing
 attachment attachments matrices layered watcher silent material tested replacing grown never_said
 """
@@ -60,7 +60,11 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("export/gguf_writer.py", "writer"): "a gguf.GGUFWriter",
     ("export/vocab.py", "extended"): "an extended vocabulary, as the vocabulary calls it",
     ("prompts/base.py", "start"): "the matrix a method starts from, not the flag --start",
+    ("serve/engine/base.py", "closed"): "whether the engine is, as of a file or a socket",
     ("serve/engine/engine.py", "closed"): "whether the engine is, as of a file or a socket",
+    ("serve/engine/vllm.py", "closed"): "whether the engine is, as of a file or a socket",
+    ("serve/engine/vllm.py", "_closed"): "whether the engine is, as of a file or a socket",
+    ("serve/engine/vllm_server.py", "choice"): "an element of OpenAI's `choices`",
     ("serve/engine/scheduler.py", "closed"): "whether the scheduler is, as of a file or a socket",
     ("serve/engine/scheduler.py", "_closed"): "whether the scheduler is, as of a file or a socket",
     ("serve/api/openai.py", "choice"): "an element of OpenAI's `choices`",

@@ -32,8 +32,8 @@ def load_embeddings(source: str, *, dtype: Dtype = "auto") -> Backbone:
             f"{source} ({config.model_type}) is no decoder of text, the only kind of model that takes a prompt's "
             "vectors where it runs elsewhere; serve it with the local engine"
         )
-    own = getattr(config, "dtype", None)
-    torch_dtype = getattr(torch, dtype) if dtype != "auto" else own if isinstance(own, torch.dtype) else torch.float32
+    stored = getattr(config, "dtype", None)
+    torch_dtype = getattr(torch, dtype) if dtype != "auto" else stored if isinstance(stored, torch.dtype) else torch.float32
     model, checkpoint = load_table(auto_class_of(architecture, config), folder, source, config, torch_dtype)
     tokenizer = loading.load_tokenizer(folder, source, config, int(model.get_input_embeddings().weight.shape[0]))
     return Backbone(model, tokenizer, source, base, architecture, note=note, checkpoint=checkpoint)

@@ -74,8 +74,8 @@ class Causal(PromptedModel):
         """The narrowest attention window; no row may be wider. None where there is none."""
         check_decoder(self.backbone)
         check_batch_independence(self.backbone)
-        own = self.tuned is None and not self.backbone.embeddings_only
-        self._has_fused_layers = own and llama.is_supported(model)
+        runs_frozen = self.tuned is None and not self.backbone.embeddings_only
+        self._has_fused_layers = runs_frozen and llama.is_supported(model)
         if self.tuned is not None and self.backbone.packed is not None:
             raise ValueError("decode_weights packs the model's own weights, and this run trained others; leave it out")
         self.packed: PackedLinears | None = None
@@ -327,8 +327,8 @@ class Causal(PromptedModel):
         return prepared.with_first_logits(state.logits, is_first, rows), prepared.logits is None
 
     def _prepared(self, prompts: Prompts) -> KVPrefixBatch | PromptEmbeddings:
-        own = self.prompts_of(prompts)
-        inline = self.layout == "inline" and len(own) > 0 and not any_deep(own)
+        passed = self.prompts_of(prompts)
+        inline = self.layout == "inline" and len(passed) > 0 and not any_deep(passed)
         return self.resolve(prompts, PromptEmbeddings) if inline else self.resolve(prompts, KVPrefixBatch)
 
     def _read(
