@@ -5,7 +5,8 @@
 
 - `classify`: requests a second with 32 clients, each asking for one review's label (30 tokens at most) with one of the
   prompts; our `/v1/classify`, and the exported client's `classify` for the other two.
-- `write-1`, `write-8`: tokens a second, and the median seconds to the first token, of 64 tokens with 1 and 8 clients.
+- `write-1`, `write-8`: tokens a second, and the median seconds to the first token, of up to 64 tokens with 1 and 8
+  clients.
 
 All engines compute in float32 with the same number of threads. `equal` is how many labels of 20 rows are the first
 engine's. The last line is one JSON object.
@@ -102,8 +103,8 @@ def measure(engine: str, folder: Path, jobs: Sequence[Job], settings: argparse.N
             def classify(job: Job) -> str:
                 return client.classify(job[0], task.render({"text": job[1]})).label
 
-        def write(job: Job) -> float:
-            return first_token(engine, url, folder, job[0], task.render({"text": job[1]}))
+        def write(job: Job) -> tuple[float, int]:
+            return stream(engine, url, folder, job[0], task.render({"text": job[1]}))
 
         labels = [classify(job) for job in jobs[:20]]
         if not LABELS:
@@ -113,8 +114,8 @@ def measure(engine: str, folder: Path, jobs: Sequence[Job], settings: argparse.N
         report["classify"] = {"requests_per_second": round(len(times) / settings.seconds, 2)}
         for clients in (1, 8):
             times = drive(write, jobs, clients, settings.seconds)
-            seconds = statistics.median(time for time in times if isinstance(time, float)) if times else None
-            rate = round(64 * len(times) / settings.seconds, 1)
+            seconds = statistics.median(first for first, _ in times) if times else None
+            rate = round(sum(tokens for _, tokens in times) / settings.seconds, 1)
             report[f"write-{clients}"] = {"tokens_per_second": rate, "seconds_to_first_token": seconds}
     print(engine, {key: value for key, value in report.items() if key != "labels"}, file=sys.stderr, flush=True)
     return report
@@ -141,22 +142,27 @@ def drive(work: Callable[[Job], Any], jobs: Sequence[Job], clients: int, seconds
     return results
 
 
-def first_token(engine: str, url: str, folder: Path, prompt: str, text: str) -> float:
-    """Seconds until the first of 64 streamed tokens; returns after the last."""
+def stream(engine: str, url: str, folder: Path, prompt: str, text: str) -> tuple[float, int]:
+    """Seconds until the first of at most 64 streamed tokens, and their number; returns after the last."""
     body: dict[str, Any] = {"model": "model", "stream": True, "temperature": 0, "max_tokens": 64, "ignore_eos": True}
+    body["stream_options"] = {"include_usage": True}
     path = "/v1/completions"
     if engine == "softprompt":
         body |= {"model": prompt, "prompt": text}
-        del body["ignore_eos"]
+        del body["ignore_eos"]  # the service ends a text where the model does, so tokens are counted
     elif engine == "vllm":
         body["prompt"] = prompt_text(folder / engine, prompt) + text
     else:
         path, body = "/completion", {"prompt": prompt_text(folder / engine, prompt) + text, "stream": True, **LLAMA}
-    begin, first = time.monotonic(), 0.0
+    begin, first, tokens = time.monotonic(), 0.0, 0
     for line in post(url + path, body):
-        if line.startswith(b"data:") and not first:
-            first = time.monotonic() - begin
-    return first
+        if line.startswith(b"data:") and not line.startswith(b"data: [DONE]"):
+            first = first or time.monotonic() - begin
+            event = json.loads(line[5:])
+            tokens = (event.get("usage") or {}).get("completion_tokens") or event.get("tokens_predicted") or tokens
+    if not tokens:
+        raise RuntimeError(f"{engine} did not say how many tokens it wrote")
+    return first, int(tokens)
 
 
 LLAMA = {"n_predict": 64, "ignore_eos": True, "samplers": ["temperature"], "temperature": 0}
