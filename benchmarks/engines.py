@@ -68,6 +68,8 @@ def prepare(folder: Path, prompts: int) -> list[Job]:
         finished.append(run.finish(attach(backbone, prompt), {"test": 0.5}))
     export_runs(finished, FORMATS["vocab"], folder / "vllm", backbone=backbone)
     export_runs(finished, Gguf("f32"), folder / "llama.cpp", backbone=backbone)
+    ends = [str(token) for token in attach(backbone, None).end_of_sequence()]
+    (folder / "ends.json").write_text(json.dumps(ends))
     rows = read_rows(assets.fetch("rotten-tomatoes"))
     texts = [text for text, kind in zip(rows["text"][:], rows["category"][:], strict=True) if kind in task.label_words]
     short = [text for text in texts if len(backbone.tokenizer(task.render({"text": text}))["input_ids"]) <= 30]
@@ -149,7 +151,8 @@ def stream(engine: str, url: str, folder: Path, prompt: str, text: str) -> tuple
     path = "/v1/completions"
     if engine == "softprompt":
         body |= {"model": prompt, "prompt": text}
-        del body["ignore_eos"]  # the service ends a text where the model does, so tokens are counted
+        del body["ignore_eos"]  # the service has no such field: the tokens that end a text are suppressed
+        body["logit_bias"] = dict.fromkeys(json.loads((folder / "ends.json").read_text()), -100)
     elif engine == "vllm":
         body["prompt"] = prompt_text(folder / engine, prompt) + text
     else:
