@@ -33,7 +33,10 @@ def load_embeddings(source: str, *, dtype: Dtype = "auto") -> Backbone:
             "vectors where it runs elsewhere; serve it with the local engine"
         )
     stored = getattr(config, "dtype", None)
-    torch_dtype = getattr(torch, dtype) if dtype != "auto" else stored if isinstance(stored, torch.dtype) else torch.float32
+    if dtype == "auto":
+        torch_dtype = stored if isinstance(stored, torch.dtype) else torch.float32
+    else:
+        torch_dtype = getattr(torch, dtype)
     model, checkpoint = load_table(auto_class_of(architecture, config), folder, source, config, torch_dtype)
     tokenizer = loading.load_tokenizer(folder, source, config, int(model.get_input_embeddings().weight.shape[0]))
     return Backbone(model, tokenizer, source, base, architecture, note=note, checkpoint=checkpoint)
