@@ -62,8 +62,8 @@ def write_superglue(folder: Path, copies: int = 6, validation: str = "val.jsonl"
         else:
             (folder / subfolder / "train.jsonl").write_text(lines(many(name, copies)))
             (folder / subfolder / validation).write_text(lines(many(name, copies + 2)))
-            unlabelled = [{key: value for key, value in row.items() if key != "label"} for row in many(name, 1)]
-            (folder / subfolder / "test.jsonl").write_text(lines(unlabelled))
+            unlabeled = [{key: value for key, value in row.items() if key != "label"} for row in many(name, 1)]
+            (folder / subfolder / "test.jsonl").write_text(lines(unlabeled))
     return folder
 
 
