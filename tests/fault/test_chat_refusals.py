@@ -102,8 +102,12 @@ def test_unusual_conversation_is_accepted(cell: Any, backbone: Backbone, tmp_pat
             "{% for m in messages %}{{ m.content }}</s>{% endfor %}",
             "the chat template of tiny-chat rejects row 2 of .*: roles must alternate",
         ),
+        (
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}</s>{% endfor %}",
+            "the chat template of tiny-chat leaves the answer of row 1 of .* out",
+        ),
     ],
-    ids=["none", "other prefix", "no end", "rejects"],
+    ids=["none", "other prefix", "no end", "rejects", "no answer"],
 )
 def test_unusable_template_is_refused(template: str | None, message: str, chat_folder: Path, tmp_path: Path) -> None:
     backbone = load_backbone(str(chat_folder), dtype="float32")

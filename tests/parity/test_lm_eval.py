@@ -97,8 +97,16 @@ def test_command_prints_the_scores(run: Run, task_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [([], "no task is given"), (["--tasks", "x"], "give lm-eval's model a run=FOLDER")]
+    ("arguments", "message"),
+    [
+        ([], "no task is given"),
+        (["--tasks", "arc_easy"], "give lm-eval's model a run=FOLDER"),
+        (["--tasks", "arc_easy", "arc_eazy"], "lm-evaluation-harness has no task 'arc_eazy'"),
+        (["--tasks", "mine", "--include-path", "nowhere"], "there is no folder nowhere"),
+    ],
 )
-def test_missing_arguments_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_or_unknown_arguments_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["lm-eval", *arguments]) == 1
     assert message in capsys.readouterr().err

@@ -19,7 +19,7 @@ import uvicorn
 from safetensors.torch import save
 
 import softprompt
-from softprompt.backbones import Backbone
+from softprompt.backbones import Backbone, load
 from softprompt.prompts import METHODS, SoftPrompt
 from softprompt.serve import BaseEngine, Engine, Limits
 from softprompt.serve.api.app import make_app
@@ -65,6 +65,13 @@ def engine_of(tiny_backbone: Callable[[str], Backbone]) -> Iterator[Callable[...
     yield make
     for engine in made:
         engine.close(grace=10.0)
+
+
+@pytest.fixture
+def local_engine(llama_folder: Path) -> Iterator[Engine]:
+    """The engine over the weights of `llama_folder`, without prompts."""
+    with Engine(load(str(llama_folder), dtype="float32")) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import copy
 import io
 import json
 import socket
@@ -159,3 +160,12 @@ class FakeVllm:
             if tokens[-1] in stops:
                 break
         yield "data: [DONE]\n\n"
+
+
+@torch.no_grad()
+def other_weights(model: Any) -> Any:
+    """The same model with a slightly different embedding table."""
+    other = copy.deepcopy(model)
+    table = other.get_input_embeddings().weight
+    table += 0.1 * table.std() * torch.randn(table.shape, generator=torch.Generator().manual_seed(0))
+    return other

@@ -1,6 +1,5 @@
 """`--engine vllm`: the answers are the local engine's, and a server that fails or differs gives none."""
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,15 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from fake_vllm import FakeVllm
+from fake_vllm import FakeVllm, other_weights
 from safetensors.torch import save_file
 
-from softprompt.backbones import Backbone, load, load_embeddings
-from softprompt.cli import main
+from softprompt.backbones import load_embeddings
 from softprompt.models import Sampling
 from softprompt.prompts import SoftPrompt
 from softprompt.serve import Engine, EngineClosed, EngineUnavailable, Limits, QueueFull, VllmEngine
-from softprompt.serve.config import ServeConfig
 from softprompt.serve.engine import vllm
 
 PromptOf = Callable[..., SoftPrompt]
@@ -24,15 +21,8 @@ TEXTS = ("a a a", "Ticket: b b\nQueue:", "c", "d e f d e f d e f")
 
 
 @pytest.fixture
-def local(llama_folder: Path) -> Iterator[Engine]:
-    """The local engine over the same weights."""
-    with Engine(load(str(llama_folder), dtype="float32")) as engine:
-        yield engine
-
-
-@pytest.fixture
-def server(local: Engine) -> Iterator[FakeVllm]:
-    fake = FakeVllm(local.backbone.model)
+def server(local_engine: Engine) -> Iterator[FakeVllm]:
+    fake = FakeVllm(local_engine.backbone.model)
     with fake:
         yield fake
 
@@ -42,15 +32,6 @@ def engine(server: FakeVllm, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(vllm, "_CHECK_SECONDS", 0.1)
     with VllmEngine(load_embeddings(str(llama_folder), dtype="float32"), url_of(server)) as engine:
         yield engine
-
-
-@torch.no_grad()
-def other_weights(model: Any) -> Any:
-    """The same model with a slightly different embedding table."""
-    other = copy.deepcopy(model)
-    table = other.get_input_embeddings().weight
-    table += 0.1 * table.std() * torch.randn(table.shape, generator=torch.Generator().manual_seed(0))
-    return other
 
 
 def url_of(server: FakeVllm) -> str:
@@ -80,9 +61,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_answers_equal_the_local_engines(
-    engine: VllmEngine, local: Engine, run_folders: list[Path], prompt_of: PromptOf, tmp_path: Path
+    engine: VllmEngine, local_engine: Engine, run_folders: list[Path], prompt_of: PromptOf, tmp_path: Path
 ) -> None:
-    add_everywhere((engine, local), run_folders, prompt_of, tmp_path / "file")
+    add_everywhere((engine, local_engine), run_folders, prompt_of, tmp_path / "file")
     labels = ["yes", "billing team", "billing desk", "no"]
 
     def requests(of: Any) -> list[Any]:
@@ -99,7 +80,7 @@ def test_answers_equal_the_local_engines(
         ]
         return [*texts, *others, *(request for part in rows for request in part)]
 
-    answers, expected = ([request.result(60.0) for request in requests(of)] for of in (engine, local))
+    answers, expected = ([request.result(60.0) for request in requests(of)] for of in (engine, local_engine))
     assert len(answers) == 40
     for answer, live in zip(answers, expected, strict=True):
         if hasattr(live, "tokens"):
@@ -110,14 +91,16 @@ def test_answers_equal_the_local_engines(
     assert len(lengths) > 1
 
 
-def test_stop_token_ends_a_text(engine: VllmEngine, local: Engine, server: FakeVllm, prompt_of: PromptOf) -> None:
-    for of in (engine, local):
-        of.add("p", prompt_of(local.backbone, 2))
-    [end] = local._stop
+def test_stop_token_ends_a_text(
+    engine: VllmEngine, local_engine: Engine, server: FakeVllm, prompt_of: PromptOf
+) -> None:
+    for of in (engine, local_engine):
+        of.add("p", prompt_of(local_engine.backbone, 2))
+    [end] = local_engine._stop
     bias = {end: 8.0}
     answers = [
         [of.generate("p", text, max_new_tokens=30, logit_bias=bias).result(60.0) for text in TEXTS]
-        for of in (engine, local)
+        for of in (engine, local_engine)
     ]
     assert answers[0] == answers[1]
     assert {answer.finish_reason for answer in answers[0]} >= {"stop"}
@@ -133,12 +116,12 @@ def test_seed_repeats_a_drawn_text(engine: VllmEngine) -> None:
     assert len({draw.tokens for draw in draws}) == 3
 
 
-def test_many_labels_take_several_requests(engine: VllmEngine, local: Engine, server: FakeVllm) -> None:
+def test_many_labels_take_several_requests(engine: VllmEngine, local_engine: Engine, server: FakeVllm) -> None:
     """More different tokens than one request may ask for."""
     labels = [chr(33 + number) + chr(0x4E00 + 37 * number) for number in range(64)]
     server.requests.clear()
     [answer] = [request.result(60.0) for request in engine.classify("base", ["a a"], labels)]
-    [expected] = [request.result(60.0) for request in local.classify("base", ["a a"], labels)]
+    [expected] = [request.result(60.0) for request in local_engine.classify("base", ["a a"], labels)]
     assert answer.scores == pytest.approx(expected.scores, abs=1e-4)
     sizes = {(len(body["prompt_embeds"]), len(body["logprob_token_ids"])) for body in server.requests}
     assert len(sizes) > 2
@@ -147,10 +130,10 @@ def test_many_labels_take_several_requests(engine: VllmEngine, local: Engine, se
 
 
 def test_api_serves_and_changes_prompts(
-    engine: VllmEngine, local: Engine, host_engine: Any, run_folders: list[Path], prompt_file: Any
+    engine: VllmEngine, local_engine: Engine, host_engine: Any, run_folders: list[Path], prompt_file: Any
 ) -> None:
-    content = prompt_file(local, length=5)
-    for of in (engine, local):
+    content = prompt_file(local_engine, length=5)
+    for of in (engine, local_engine):
         of.add("tickets", run_folders[0])
     service = host_engine(engine)
     client = service.openai()
@@ -158,8 +141,8 @@ def test_api_serves_and_changes_prompts(
         assert admin.put("/v1/prompts/sent", content=content).status_code == 200
         assert admin.get("/v1/prompts/sent").json()["length"] == 5
     assert [model.id for model in client.models.list()] == ["sent", "tickets", "base"]
-    expected = local.generate("tickets", "a b", max_new_tokens=8).result(60.0)
-    text = local.backbone.tokenizer.decode(expected.tokens, skip_special_tokens=True)
+    expected = local_engine.generate("tickets", "a b", max_new_tokens=8).result(60.0)
+    text = local_engine.backbone.tokenizer.decode(expected.tokens, skip_special_tokens=True)
     arguments: dict[str, Any] = {"model": "tickets", "prompt": "a b", "max_tokens": 8}
     assert client.completions.create(**arguments).choices[0].text == text
     chunks = list(client.completions.create(**arguments, stream=True, stream_options={"include_usage": True}))
@@ -170,7 +153,7 @@ def test_api_serves_and_changes_prompts(
     with service.client() as asking:
         body = {"model": "tickets", "input": ["a a", "b"]}
         results = asking.post("/v1/classify", json=body).json()["results"]
-        scores = [request.result(60.0).scores for request in local.classify("tickets", ["a a", "b"])]
+        scores = [request.result(60.0).scores for request in local_engine.classify("tickets", ["a a", "b"])]
         for result, row in zip(results, scores, strict=True):
             assert list(result["scores"].values()) == pytest.approx(torch.tensor(row).softmax(0).tolist(), abs=1e-4)
         assert (
@@ -331,83 +314,9 @@ def test_unsupported_option_is_refused(
 
 
 def test_prompt_that_is_no_vectors_is_refused(
-    engine: VllmEngine, local: Engine, prompt_of: PromptOf, unchecked: None
+    engine: VllmEngine, local_engine: Engine, prompt_of: PromptOf, unchecked: None
 ) -> None:
     for method in ("dept", "adept"):
         with pytest.raises(ValueError, match="also changes the input's own embeddings"):
-            engine.add("shifting", prompt_of(local.backbone, 1, method))
+            engine.add("shifting", prompt_of(local_engine.backbone, 1, method))
     assert [entry.name for entry in engine.models] == ["base"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"takes_embeds": False}, "takes no prompt embeddings; start it with --enable-prompt-embeds"),
-        ({"key": "secret"}, "asks for an API key; set VLLM_API_KEY"),
-    ],
-)
-def test_server_without_embeddings_or_key_is_refused(
-    settings: dict[str, Any], message: str, local: Engine, llama_folder: Path
-) -> None:
-    with (
-        FakeVllm(local.backbone.model, **settings) as url,
-        pytest.raises((ValueError, EngineUnavailable), match=message),
-    ):
-        VllmEngine(load_embeddings(str(llama_folder), dtype="float32"), url)
-
-
-def test_key_is_taken_from_the_environment(local: Engine, llama_folder: Path) -> None:
-    backbone = load_embeddings(str(llama_folder), dtype="float32")
-    with FakeVllm(local.backbone.model, key="secret") as url, VllmEngine(backbone, url, key="secret") as engine:
-        assert engine.generate("base", "a", max_new_tokens=2).result(60.0)
-
-
-def test_other_model_is_refused(tiny_backbone: Any, llama_folder: Path) -> None:
-    backbone = load_embeddings(str(llama_folder), dtype="float32")
-    with FakeVllm(tiny_backbone("opt").model) as url, pytest.raises(ValueError, match="vectors of 32 values"):
-        VllmEngine(backbone, url)
-    other = other_weights(tiny_backbone("llama").model)
-    with FakeVllm(other) as url, pytest.raises(ValueError, match="unlike the text itself"):
-        VllmEngine(backbone, url)
-
-
-def test_what_is_no_vllm_server_is_refused(llama_folder: Path, host_engine: Any, local: Engine) -> None:
-    backbone = load_embeddings(str(llama_folder), dtype="float32")
-    with pytest.raises(EngineUnavailable, match=r"no vLLM server answers at http://127\.0\.0\.1:9 "):
-        VllmEngine(backbone, "http://127.0.0.1:9")
-    service = host_engine(local)  # it asks for a token of its own
-    with pytest.raises(EngineUnavailable, match="asks for an API key"):
-        VllmEngine(backbone, service.address)
-    with pytest.raises(EngineUnavailable, match="does not list its model as vLLM does"):
-        VllmEngine(backbone, service.address, key=service.token)
-
-
-def test_backbone_that_scales_its_embeddings_is_refused(tiny_backbone: Callable[[str], Backbone]) -> None:
-    with pytest.raises(ValueError, match="scales inside its embedding"):
-        VllmEngine(tiny_backbone("gemma"), "http://127.0.0.1:9")
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--engine", "vllm"], "engine_url is None; with engine vllm it must be the URL"),
-        (["--engine", "vllm", "--engine-url", "localhost:8000"], "engine_url is 'localhost:8000'"),
-        (["--engine-url", "http://127.0.0.1:9"], "it needs engine vllm"),
-        (["--engine", "vllm", "--engine-url", "http://127.0.0.1:9", "--max-wait", "7"], "no effect where vLLM runs"),
-        (["--engine", "vllm", "--engine-url", "http://127.0.0.1:9", "--device", "cpu"], "no effect where vLLM runs"),
-        (["--engine", "vllm", "--engine-url", "http://127.0.0.1:9", "--dtype", "nf4"], "a table is not quantized"),
-        (["--engine", "vllm", "--engine-url", "http://127.0.0.1:9"], "no vLLM server answers"),
-    ],
-)
-def test_command_refuses_in_one_sentence(
-    flags: list[str], message: str, llama_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["serve", "--backbone", str(llama_folder), "--port", "0", *flags]) == 1
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("softprompt: ")
-    assert message in line
-
-
-def test_config_needs_a_server(tmp_path: Path) -> None:
-    config = ServeConfig(backbone="x", engine="vllm", engine_url="https://host:8000/prefix")
-    assert config.engine_url == "https://host:8000/prefix"

@@ -33,16 +33,26 @@ def lm_eval_(
         raise ModuleNotFoundError("lm-eval needs the extra `eval`; install it with: pip install 'softprompt[eval]'")
     if not tasks:
         raise ValueError("no task is given; name at least one with --tasks, such as arc_easy")
+    if include_path is not None and not include_path.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {include_path}; give the one with your YAML files as --include-path"
+        )
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     from softprompt.evaluation.lm_eval import SoftPromptLM
 
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    if unknown := [name for name in tasks if not manager.match_tasks([name])]:
+        raise ValueError(
+            f"lm-evaluation-harness has no task {unknown[0]!r}; correct the name, or give the folder with its YAML "
+            "file as --include-path"
+        )
     model = SoftPromptLM(run=run, backbone=backbone, batch_size=batch_size)
     results = simple_evaluate(
         model=model,
         tasks=list(tasks),
-        task_manager=TaskManager(include_path=None if include_path is None else str(include_path)),
+        task_manager=manager,
         num_fewshot=num_fewshot,
         limit=limit,
         bootstrap_iters=0,

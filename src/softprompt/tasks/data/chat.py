@@ -117,6 +117,11 @@ def _answer_ids(
             "or use a template whose text for a conversation begins with the one for its question"
         )
     answer = full[len(ids) :]
+    if not answer:
+        raise ValueError(
+            f"the chat template of {_source(tokenizer)} leaves the answer of {where} out; use a template that writes "
+            "the assistant's messages"
+        )
     end = max((position for position, token in enumerate(answer) if token in special), default=-1) + 1
     only_space = end and not tokenizer.decode(list(answer[end:])).strip()
     return answer[:end] if only_space else answer
