@@ -5,9 +5,11 @@ from typing import Literal, final
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "nf4"]
 """What a backbone computes in. `auto`: bfloat16 where the device multiplies it faster than float32; `nf4`: bfloat16,
 with the linear layers stored in 4 bits per weight to save memory (extra `quantize`)."""
-DecodeWeights = Literal["int8", "int4"]
-"""Packed copies of the weights for decoding on a CPU: 8 bits per weight with a scale for each output channel, or 4 bits
-with a scale and an offset for every 32 weights (the head in 8 bits)."""
+DecodeWeights = Literal["auto", "original", "prepacked", "int8", "int4"]
+"""The weights that decoding on a CPU reads. `original`: the model's own. `prepacked`: a copy in the order in which
+oneDNN's kernels read it; results are equal up to rounding. `int8`, `int4`: a copy with 8 bits per weight and a scale
+for each output channel, or 4 bits with a scale and an offset for every 32 weights (the head in 8 bits); texts may
+differ. `auto`: `prepacked` where the model allows it and the copy takes at most 1 GiB, else `original`."""
 Baseline = Literal["none", "lora", "full", "head"]
 """`lora`: low-rank updates of the model's projections; `full`: every weight; `head`: only the encoder's head."""
 Protocol = Literal["heldout", "paper"]

@@ -9,37 +9,41 @@ import torch
 import transformers
 
 from softprompt import Backbone, attach, evaluate, predict
-from softprompt.backbones.kernels.packed_linear import Int8Linear
+from softprompt.backbones.kernels.packed_linear import Int8Linear, PrepackedLinear
 from softprompt.prompts import SoftPrompt
 from softprompt.serve import Engine, Limits
 
 
 @pytest.fixture
-def packed(tiny_backbone: Callable[[str], Backbone]) -> Backbone:
-    """A tiny Llama in bfloat16 whose packed copies are zeros: every token that they decode is 0."""
+def backbone(tiny_backbone: Callable[[str], Backbone]) -> Backbone:
+    """A tiny Llama in bfloat16."""
     source = tiny_backbone("llama")
     sizes: dict[str, Any] = {name: getattr(source.model.config, name) for name in ("bos_token_id", "eos_token_id")}
     sizes |= {"vocab_size": source.vocab_size, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.15}
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).bfloat16().eval()
-    backbone = Backbone(model, source.tokenizer, "llama", "llama", "causal").with_decode_weights("int8")
-    assert backbone.packed is not None
-    for weights in backbone.packed.values():
-        assert isinstance(weights, Int8Linear)
-        weights.quantized.zero_()
-    return backbone
+    return Backbone(model, source.tokenizer, "llama", "llama", "causal")
 
 
+@pytest.mark.parametrize("decode_weights", ["auto", "int8"])
 @pytest.mark.parametrize("text", [[5], [5, 6, 7]])
 def test_service_decodes_with_packed_weights_only(
-    packed: Backbone, prompt_of: Callable[..., SoftPrompt], text: list[int]
+    backbone: Backbone,
+    prompt_of: Callable[..., SoftPrompt],
+    text: list[int],
+    decode_weights: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A text of one token is a pass of one token too, and runs with the model's own weights."""
-    prompt = prompt_of(packed, 0).fold()
+    """Packed products of zeros decode token 0; a text of one token is a pass of one too, and runs with the weights."""
+    for kind in (PrepackedLinear, Int8Linear):
+        monkeypatch.setattr(
+            kind, "__call__", lambda self, inputs: inputs.new_zeros(len(inputs), len(self.dequantized()))
+        )
+    prompt = prompt_of(backbone, 0).fold()
     with torch.no_grad():
-        first = int(attach(packed, None)(torch.tensor([text]), prompts=[prompt]).logits[0, -1].argmax())
-    with Engine(packed, Limits(timeout=60.0)) as engine:
+        first = int(attach(backbone, None)(torch.tensor([text]), prompts=[prompt]).logits[0, -1].argmax())
+    with Engine(backbone.with_decode_weights(decode_weights), Limits(timeout=60.0)) as engine:
         engine.add("p", prompt)
         assert engine.generate("p", text, max_new_tokens=4).result().tokens == (first, 0, 0, 0)
     assert first

@@ -22,8 +22,8 @@ from softprompt.backbones import (
     vit,
 )
 from softprompt.backbones.checkpoint import Checkpoint
-from softprompt.backbones.kernels import attention, llama
-from softprompt.backbones.kernels.packed_linear import PackedLinears, pack
+from softprompt.backbones.kernels import attention, llama, packed_linear
+from softprompt.backbones.kernels.packed_linear import PackedWeights
 from softprompt.backbones.kv_layout import KVLayout, kv_layout
 from softprompt.backbones.source import Architecture, architecture_of, auto_class_of, locate, read_config
 from softprompt.prompts import Host
@@ -51,8 +51,8 @@ class Backbone:
     """What a reader of results should know about these weights; usually empty."""
     images: torch.Tensor | None = field(default=None, repr=False, compare=False)
     """Pixels from which a vision model's input vectors are sampled; None for noise."""
-    packed: PackedLinears | None = field(default=None, repr=False, compare=False)
-    """Copies of the weights in fewer bits for decoding; None to decode with the weights themselves."""
+    decode_weights: DecodeWeights = "auto"
+    """The weights that decoding reads; see `with_decode_weights`."""
     checkpoint: Checkpoint | None = field(default=None, repr=False, compare=False)
     """The weights on disk, where only the embedding table is in memory because the model runs elsewhere."""
 
@@ -82,6 +82,14 @@ class Backbone:
     def device(self) -> torch.device:
         """The model's device; the CPU where only the embedding table is in memory."""
         return torch.device("cpu") if self.embeddings_only else next(self.model.parameters()).device
+
+    @cached_property
+    def packed(self) -> PackedWeights | None:
+        """Copies of the weights that decoding reads; None to decode with the weights themselves."""
+        if self.decode_weights == "auto":
+            small = packed_linear.packed_size(self.model) <= packed_linear.AUTO_LIMIT
+            return PackedWeights(self.model, "prepacked") if small and self._can_prepack else None
+        return None if self.decode_weights == "original" else PackedWeights(self.model, self.decode_weights)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -256,18 +264,36 @@ class Backbone:
         return dataclasses.replace(self, images=images)
 
     def with_decode_weights(self, decode_weights: DecodeWeights) -> "Backbone":
-        """The same model, which decodes with packed copies of its weights (1 byte each for `int8`, 5/8 for `int4`).
+        """The same model, which decodes with these weights.
+
+        Copies are made when they are first used: as many bytes as the linear layers for `prepacked`, 1 byte for each
+        weight for `int8`, and 5/8 for `int4`.
 
         Raises:
-            ValueError: the model is not in bfloat16 on a CPU with Llama's layers, or a layer's size does not fit.
+            ValueError: the model does not have Llama's layers or is not on a CPU, a layer's size does not fit, or the
+                model's dtype is not bfloat16 (`prepacked`: nor float32).
         """
-        if self.precision != "bfloat16" or self.architecture != "causal" or not llama.is_supported(self.model):
-            raise ValueError(
-                f"decode_weights is {decode_weights!r}, and {self.source} is a {self.model.config.model_type} in "
-                f"{self.precision} on {self.device}; packed weights are for Llama, Mistral and Qwen2 in bfloat16 on a "
-                "CPU, so leave it out"
-            )
-        return dataclasses.replace(self, packed=pack(self.model, decode_weights))
+        if decode_weights not in get_args(DecodeWeights):
+            raise ValueError(f"decode_weights is {decode_weights!r}; it must be {', '.join(get_args(DecodeWeights))}")
+        if decode_weights != "auto" and decode_weights != "original":
+            exact = decode_weights == "prepacked"
+            if not (self._can_prepack if exact else self._decodes_fused and self.precision == "bfloat16"):
+                raise ValueError(
+                    f"decode_weights is {decode_weights!r}, and {self.source} is a {self.model.config.model_type} in "
+                    f"{self.precision} on {self.device}; packed weights are for Llama, Mistral and Qwen2 in "
+                    f"{'float32 or ' if exact else ''}bfloat16 on a CPU that oneDNN supports, so leave it out"
+                )
+            if not exact:
+                packed_linear.check_sizes(self.model, decode_weights)
+        return dataclasses.replace(self, decode_weights=decode_weights)
+
+    @property
+    def _decodes_fused(self) -> bool:
+        return self.architecture == "causal" and not self.embeddings_only and llama.is_supported(self.model)
+
+    @property
+    def _can_prepack(self) -> bool:
+        return self._decodes_fused and not self.quantized and packed_linear.can_prepack(self.model, self.dtype)
 
 
 def _no_tokens(text: str) -> list[int]:

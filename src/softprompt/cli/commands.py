@@ -25,7 +25,7 @@ def evaluate_(
     split: Literal["test", "dev", "train"] | None = None,
     backbone: str | None = None,
     generate: bool = False,
-    decode_weights: DecodeWeights | None = None,
+    decode_weights: DecodeWeights = "auto",
 ) -> dict[str, Any]:
     """Score a run, or a prompt that PEFT trained.
 
@@ -38,8 +38,10 @@ def evaluate_(
         backbone: Where the run's backbone is now, as in train; none: where it was during training.
         generate: In classification, also let the model generate freely, and report how often its text begins with a
             label word (label_word_rate) and with the right one (generated_accuracy).
-        decode_weights: Generate with packed copies of the weights, 8 or 4 bits each: faster on a CPU for few rows, and
-            texts may differ; none: the weights themselves.
+        decode_weights: The weights that generation reads on a CPU: the model's own (original), a copy of them in the
+            order that suits the CPU (prepacked: the same up to rounding), or one of 8 or 4 bits per weight (faster for
+            few rows at a time, and texts may differ); auto: prepacked where the copy takes at most 1 GiB, else
+            original.
     """
     from softprompt import runs
     from softprompt.evaluation.evaluate import evaluate
@@ -67,7 +69,7 @@ def predict_(
     output: Path | None = None,
     task: str | None = None,
     backbone: str | None = None,
-    decode_weights: DecodeWeights | None = None,
+    decode_weights: DecodeWeights = "auto",
 ) -> dict[str, Any]:
     """Predict the answers to the rows of a file.
 
@@ -78,7 +80,7 @@ def predict_(
         output: JSONL file to write, with a line per row, counted from 1; none: stdout.
         task: The task of a PEFT folder: a name, or a TOML file; a run has its own.
         backbone: Where the run's backbone is now, as in train; none: where it was during training.
-        decode_weights: Generate with packed copies of the weights, as in evaluate; not for a task with labels.
+        decode_weights: The weights that generation reads on a CPU, as in evaluate; not for a task with labels.
     """
     from softprompt import files, runs
     from softprompt.evaluation.predict import predict

@@ -45,7 +45,7 @@ def evaluate(
     split: str | None = None,
     backbone: Backbone | str | None = None,
     generate: bool = False,
-    decode_weights: DecodeWeights | None = None,
+    decode_weights: DecodeWeights = "auto",
 ) -> Score:
     """Score a finished run on a split of its task, on another task, or on all rows of a file.
 
@@ -60,8 +60,8 @@ def evaluate(
         generate: in classification, also let the model generate freely, as an engine that knows nothing of the label
             words would: `extra_metrics` then has `label_word_rate`, the share of rows whose text begins with a label
             word, and `generated_accuracy`, the share that begins with the right one.
-        decode_weights: generate with packed copies of the weights, as `Backbone.with_decode_weights`; None to generate
-            with the weights themselves.
+        decode_weights: the weights that generation reads, as `Backbone.with_decode_weights`; `auto` leaves them to the
+            backbone.
 
     Raises:
         FileNotFoundError: the rows are no longer where the run recorded them, or `data` does not exist.
@@ -81,7 +81,7 @@ def evaluate(
     if not len(getattr(rows, split)):
         raise ValueError(f"task {scored_task.name!r} has no {split} rows; it can only be scored on its test split")
     backbone = run.backbone(backbone)
-    if decode_weights is not None:
+    if decode_weights != "auto":
         backbone = backbone.with_decode_weights(decode_weights)
     prompted = run.prompted(backbone)
     _check_classes(run, prompted, scored_task)

@@ -41,7 +41,7 @@ def predict(
     *,
     task: str | None = None,
     backbone: Backbone | str | None = None,
-    decode_weights: DecodeWeights | None = None,
+    decode_weights: DecodeWeights = "auto",
 ) -> list[Answer]:
     """The run's answers to `rows`, which need the template's columns but no label.
 
@@ -53,8 +53,8 @@ def predict(
         task: a built-in task's name or a TOML file, for a PEFT folder; a run has its own.
         backbone: the run's backbone, loaded or as a source for `load_backbone`; None to load it from where the run
             recorded it.
-        decode_weights: generate with packed copies of the weights, as `Backbone.with_decode_weights`; None to generate
-            with the weights themselves.
+        decode_weights: the weights that generation reads, as `Backbone.with_decode_weights`; `auto` leaves them to the
+            backbone.
 
     Raises:
         ValueError: `rows` is none of these, a row lacks a column, the run is not finished, `task` is missing or given
@@ -67,7 +67,7 @@ def predict(
     if not table:
         return []
     backbone = run.backbone(backbone)
-    if decode_weights is not None:
+    if decode_weights != "auto":
         backbone = backbone.with_decode_weights(decode_weights)
     prompted = run.prompted(backbone)
     limit = input_limit(prompted, run.task, run.experiment.training)
@@ -77,9 +77,9 @@ def predict(
     return answer(prompted, run.task, examples, max_new_tokens=run.experiment.training.max_new_tokens)
 
 
-def check_generates(task: Task, decode_weights: DecodeWeights | None) -> None:
+def check_generates(task: Task, decode_weights: DecodeWeights) -> None:
     """Refuse `decode_weights` for a task whose answers are not generated."""
-    if decode_weights is not None and task.is_classification:
+    if decode_weights != "auto" and task.is_classification:
         raise ValueError(
             f"decode_weights is {decode_weights!r}, and task {task.name!r} has labels, which are not decoded; "
             "leave it out"

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from softprompt.backbones import Backbone, fsdp
 from softprompt.backbones.kernels import attention, llama, llama_decode
-from softprompt.backbones.kernels.packed_linear import PackedLinears
+from softprompt.backbones.kernels.packed_linear import PackedWeights
 from softprompt.models.base import PromptedModel
 from softprompt.models.checks import check_not_empty
 from softprompt.models.decode_state import DecodeState
@@ -76,9 +76,9 @@ class Causal(PromptedModel):
         check_batch_independence(self.backbone)
         runs_frozen = self.tuned is None and not self.backbone.embeddings_only
         self._has_fused_layers = runs_frozen and llama.is_supported(model)
-        if self.tuned is not None and self.backbone.packed is not None:
+        if self.tuned is not None and self.backbone.decode_weights not in ("auto", "original"):
             raise ValueError("decode_weights packs the model's own weights, and this run trained others; leave it out")
-        self.packed: PackedLinears | None = None
+        self.packed: PackedWeights | None = None
         """The backbone's packed weights, once the model has been checked with its own."""
         self._choose_layout()
         self.supports_prefix_sharing = self.layout != "inline" and self.window is None and not fsdp.is_sharded(model)
@@ -86,7 +86,8 @@ class Causal(PromptedModel):
         self.supports_gradient_checkpointing = self.layout == "packed" and not any_deep(self.prompts_of(None))
         if any_deep(self.prompts_of(None)):
             self.kv_prefixes(self.prompts_of(None))  # refuses what does not fit
-        self.packed = self.backbone.packed
+        if self._has_fused_layers and not fsdp.is_sharded(model):
+            self.packed = self.backbone.packed
 
     def _choose_layout(self) -> None:
         """Compare mixed batches with single rows, once per model and position; choose an exact layout, or refuse.
@@ -268,7 +269,7 @@ class Causal(PromptedModel):
         if more == 1 and self.has_fused_decode:
             layers = state.cache.layers
             logits = llama_decode.decode(self.backbone.model, embeds[:, 0], layers, mask, self.packed)[:, None]
-        elif self.packed is not None:
+        elif self.packed is not None and not self.packed.is_exact:
             raise ValueError("packed weights decode one token at a time, without gradients or autocast")
         else:
             logits = self._run(embeds, state.cache, mask, 0)

@@ -70,9 +70,10 @@ class ServeConfig:
     dtype: Dtype = "auto"
     """What the backbone computes in; with `--engine vllm` the dtype of the vectors that are sent, where `auto` is the
     checkpoint's own."""
-    decode_weights: DecodeWeights | None = None
-    """Generate with packed copies of the weights, 8 or 4 bits each: faster on a CPU for few rows at a time, and texts
-    may differ; none: the weights themselves."""
+    decode_weights: DecodeWeights = "auto"
+    """The weights that generation reads on a CPU: the model's own (original), a copy of them in the order that suits
+    the CPU (prepacked: the same up to rounding), or one of 8 or 4 bits per weight (faster for few rows at a time, and
+    texts may differ); auto: prepacked where the copy takes at most 1 GiB, else original."""
     device: str = "auto"
     """`auto` takes the first GPU, else the CPU."""
     grace: float = 30.0
@@ -103,7 +104,7 @@ class ServeConfig:
                 "http://localhost:8000"
             )
         settings = {"device": self.device, "max_wait": self.limits.max_wait, "decode_weights": self.decode_weights}
-        defaults = {"device": "auto", "max_wait": Limits().max_wait, "decode_weights": None}
+        defaults = {"device": "auto", "max_wait": Limits().max_wait, "decode_weights": "auto"}
         for name, value in settings.items():
             if value != defaults[name]:
                 raise ValueError(f"{name} is {value!r}, which has no effect where vLLM runs the model; leave it out")

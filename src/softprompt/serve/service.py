@@ -74,7 +74,7 @@ def load_backbone(config: ServeConfig) -> Backbone:
     if config.engine == "vllm":
         return load_embeddings(config.backbone_source(), dtype=config.dtype)
     backbone = load(config.backbone_source(), dtype=config.dtype, device=config.device)
-    return backbone if config.decode_weights is None else backbone.with_decode_weights(config.decode_weights)
+    return backbone.with_decode_weights(config.decode_weights)
 
 
 def start_engine(

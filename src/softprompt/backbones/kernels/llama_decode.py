@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from softprompt.backbones.kernels.dequantize import dequantized_weight
-from softprompt.backbones.kernels.packed_linear import PackedLinears
+from softprompt.backbones.kernels.packed_linear import PackedWeights
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def decode(
     embeds: Float[Tensor, "row dim"],
     cache_layers: Any,
     mask: Int[Tensor, "row total"],
-    packed: PackedLinears | None = None,
+    packed: PackedWeights | None = None,
 ) -> Float[Tensor, "row vocab"]:
     """The model's logits after one token a row; the cache grows by a column.
 
@@ -59,7 +59,7 @@ def decode(
     return _linear(_rms_norm(states, decoder.norm), model.lm_head, packed)
 
 
-def _linear(inputs: Float[Tensor, "row in"], linear: Any, packed: PackedLinears | None) -> Float[Tensor, "row out"]:
+def _linear(inputs: Float[Tensor, "row in"], linear: Any, packed: PackedWeights | None) -> Float[Tensor, "row out"]:
     """`linear(inputs)`."""
     if packed is None:
         output: Tensor = linear(inputs)
@@ -71,7 +71,7 @@ def _linear(inputs: Float[Tensor, "row in"], linear: Any, packed: PackedLinears 
 def _matmul(
     inputs: Float[Tensor, "row in"],
     linear: Any,
-    packed: PackedLinears | None,
+    packed: PackedWeights | None,
     addend: Float[Tensor, "row out"] | None = None,
 ) -> Float[Tensor, "row out"]:
     """`linear(inputs)` without a bias, added to `addend`."""

@@ -1,14 +1,15 @@
-"""Frozen weights in 8 or 4 bits for the products of decoding on a CPU, through kernels that torch brings.
+"""Copies of frozen weights for the matrix products of decoding on a CPU, through kernels that torch brings.
 
-A step for one token reads every weight once, so its time is that of reading them. The packed copies are read instead of
-the weights, which stay for everything else: activations are bfloat16, products are summed in float32, and no weight is
-written out dequantized.
+A step for a few tokens reads every weight once, so its time is that of reading them. `PrepackedLinear` holds the same
+weights in blocks, in the order in which oneDNN reads them; torch's own product of few rows would reorder them at every
+call, or read them slowly. `Int8Linear` and `Int4Linear` hold them in fewer bits: activations are bfloat16, products are
+summed in float32, and no weight is written out dequantized. The weights themselves stay for everything else.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float, Int8, UInt8
@@ -16,25 +17,48 @@ from torch import Tensor, nn
 
 GROUP = 32
 """Weights of an output channel that share a scale and an offset in 4 bits, as in GGUF's Q4_1."""
+AUTO_LIMIT = 2**30
+"""Bytes that a copy may take without being asked for."""
 _INPUT_MULTIPLE = {"int8": 16, "int4": GROUP}
 """torch's kernels read beyond the end of a matrix whose inputs are not a multiple of this."""
 _OUTPUT_MULTIPLE = {"int8": 1, "int4": 16}
+_ROWS = 8
+"""Rows of inputs for which oneDNN chooses the order; other numbers of rows are as fast with it, or nearly."""
 
 
 class PackedLinear(ABC):
-    """A weight matrix in few bits."""
+    """A copy of a weight matrix."""
 
     @abstractmethod
     def __call__(self, inputs: Float[Tensor, "row in"]) -> Float[Tensor, "row out"]:
-        """`inputs @ dequantized().T`, in the dtype of `inputs` (bfloat16)."""
+        """`inputs @ dequantized().T`, in the dtype of `inputs` (bfloat16 for 8 and 4 bits)."""
 
     @abstractmethod
     def dequantized(self) -> Float[Tensor, "out in"]:
         """The weights that the product is computed with, float32."""
 
 
-PackedLinears = Mapping[nn.Module, PackedLinear]
-"""The packed copy of each linear layer's weight."""
+@final
+@dataclass(frozen=True)
+class PrepackedLinear(PackedLinear):
+    """The weights themselves, in the order in which oneDNN reads them."""
+
+    blocked: Tensor
+    """In a layout of oneDNN's own, which only its operations read."""
+
+    @classmethod
+    def pack(cls, weight: Float[Tensor, "out in"]) -> "PrepackedLinear":
+        """Copy a weight matrix into blocks."""
+        return cls(torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS))
+
+    def __call__(self, inputs: Float[Tensor, "row in"]) -> Float[Tensor, "row out"]:
+        """The product."""
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.blocked, None, "none", [], "")
+        return output
+
+    def dequantized(self) -> Float[Tensor, "out in"]:
+        """The weights, float32."""
+        return self.blocked.to_dense().float()
 
 
 @final
@@ -97,28 +121,75 @@ class Int4Linear(PackedLinear):
 
 
 _TINY = torch.finfo(torch.float32).tiny
-_PACK: Mapping[str, Callable[[Tensor], PackedLinear]] = {"int8": Int8Linear.pack, "int4": Int4Linear.pack}
+Kind = Literal["prepacked", "int8", "int4"]
+_PACK: Mapping[Kind, Callable[[Tensor], PackedLinear]] = {
+    "prepacked": PrepackedLinear.pack,
+    "int8": Int8Linear.pack,
+    "int4": Int4Linear.pack,
+}
 
 
-@torch.no_grad()
-def pack(model: nn.Module, decode_weights: str) -> PackedLinears:
-    """Packed copies of the weights of every linear layer of `model`; its head is packed in 8 bits at least.
+@final
+class PackedWeights:
+    """The packed copies of a model's linear layers, each made when it is first used.
 
-    Args:
-        decode_weights: int8 or int4.
-
-    Raises:
-        ValueError: a layer's size is not one that torch's kernel takes.
+    A layer whose weight has been replaced or changed since (in place, by torch's operations) is packed again.
     """
-    head, packed = getattr(model, "lm_head", None), dict[nn.Module, PackedLinear]()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            kind = "int8" if module is head else decode_weights
-            outputs, inputs = module.weight.shape
-            if inputs % _INPUT_MULTIPLE[kind] or outputs % _OUTPUT_MULTIPLE[kind]:
-                raise ValueError(
-                    f"decode_weights is {decode_weights!r}, and {name} has {inputs} inputs and {outputs} outputs, "
-                    f"which must be multiples of {_INPUT_MULTIPLE[kind]} and {_OUTPUT_MULTIPLE[kind]}; leave it out"
-                )
-            packed[module] = _PACK[kind](module.weight)
-    return packed
+
+    def __init__(self, model: nn.Module, kind: Kind) -> None:
+        """See `check_sizes` for 8 and 4 bits, and `can_prepack`."""
+        self._head, self.kind = getattr(model, "lm_head", None), kind
+        self._copies = dict[Any, tuple[Tensor, int, PackedLinear]]()
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the copies hold the same weights."""
+        return self.kind == "prepacked"
+
+    @torch.no_grad()
+    def __getitem__(self, linear: Any) -> PackedLinear:
+        """The copy of a linear layer's weight."""
+        weight: Tensor = linear.weight
+        source, version, packed = self._copies.get(linear, (None, 0, None))
+        if packed is None or source is not weight or version != _version(weight):
+            packed = _PACK[_kind_of(linear, self._head, self.kind)](weight)
+            self._copies[linear] = weight, _version(weight), packed
+        return packed
+
+
+def can_prepack(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether this torch build and CPU have oneDNN's product for the dtype of `model`."""
+    if not torch._C._has_mkldnn or any(linear.weight.dtype != dtype for _, linear in _linears(model)):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def packed_size(model: nn.Module) -> int:
+    """Bytes of a copy of the weights of every linear layer."""
+    return sum(linear.weight.nbytes for _, linear in _linears(model))
+
+
+def check_sizes(model: nn.Module, kind: Kind) -> None:
+    """Refuse a model with a linear layer whose size torch's kernel for 8 or 4 bits does not take."""
+    for name, linear in _linears(model):
+        bits = _kind_of(linear, getattr(model, "lm_head", None), kind)
+        outputs, inputs = linear.weight.shape
+        if inputs % _INPUT_MULTIPLE[bits] or outputs % _OUTPUT_MULTIPLE[bits]:
+            raise ValueError(
+                f"decode_weights is {kind!r}, and {name} has {inputs} inputs and {outputs} outputs, which must be "
+                f"multiples of {_INPUT_MULTIPLE[bits]} and {_OUTPUT_MULTIPLE[bits]}; leave it out"
+            )
+
+
+def _kind_of(linear: nn.Module, head: nn.Module | None, kind: Kind) -> Kind:
+    """The head is packed in 8 bits at least."""
+    return "int8" if kind == "int4" and linear is head else kind
+
+
+def _version(weight: Tensor) -> int:
+    """How often a tensor was changed in place; 0 where torch does not count it."""
+    return 0 if weight.is_inference() else weight._version
+
+
+def _linears(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from softprompt.backbones.kernels import llama_decode
-from softprompt.backbones.kernels.packed_linear import PackedLinears
+from softprompt.backbones.kernels.packed_linear import PackedWeights
 from softprompt.models import PromptedModel
 from softprompt.models.causal import Causal
 from softprompt.models.kv_buffer import ROOM, KVBuffer
@@ -79,7 +79,7 @@ class CachedDecoder:
         self._model = prompted.backbone.model
         self._counts_columns = prompted.layout == "inline"
         """The model counts positions by column (MPT): no padding between a row's prompt, text and next token."""
-        self._packed: PackedLinears | None = None
+        self._packed: PackedWeights | None = None
         cached_check(self._model, "served", self._check_exact)
         self._packed = prompted.packed  # the check compares the model with itself, so it runs with its own weights
 
@@ -214,7 +214,7 @@ class CachedDecoder:
         ids: Int[Tensor, "row more"],
         mask: Int[Tensor, "row total"],
         keep: Int[Tensor, " kept"],
-        packed: PackedLinears | None = None,
+        packed: PackedWeights | None = None,
     ) -> Float[Tensor, "row kept vocab"]:
         """The logits after the tokens in the columns `keep` of `ids`; `packed` as for `llama_decode.decode`."""
         more = ids.shape[1]
