@@ -53,7 +53,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("analysis/report/statistics.py", "low"): "the end of an interval of any statistic, not a key of results",
     ("analysis/report/statistics.py", "high"): "the end of an interval of any statistic, not a key of results",
     ("backbones/kernels/llama.py", "gate"): "transformers' gate_proj of the MLP, not a service's middleware",
-    ("backbones/kernels/llama_decode.py", "gate"): "transformers' gate_proj of the MLP, not a service's middleware",
+    ("backbones/kernels/llama_cached.py", "gate"): "transformers' gate_proj of the MLP, not a service's middleware",
     ("backbones/loading.py", "shards"): "the files of a sharded checkpoint, not FSDP",
     ("export/client.py", "choice"): "OpenAI's own field",
     ("export/gguf.py", "extended"): "an extended vocabulary, as the vocabulary calls it",

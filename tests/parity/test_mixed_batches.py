@@ -329,8 +329,19 @@ def ignoring_positions(cached_only: bool, several_only: bool = False) -> Backbon
 
 @pytest.mark.parametrize("cached_only", [False, True])
 def test_model_ignoring_positions_is_refused(cached_only: bool) -> None:
-    with pytest.raises(ValueError, match=r"llama \(llama\) gives other logits with a shared prefix and neighbors"):
+    with pytest.raises(ValueError, match=r"llama \(llama\) gives other scores with a shared prefix and neighbors"):
         attach(ignoring_positions(cached_only))
+
+
+@pytest.mark.parametrize(("wrong", "passes"), [(range(0), True), (range(7, 8), True), (range(3), False)])
+def test_in_bfloat16_a_single_position_may_be_far_off_and_a_row_may_not(wrong: range, passes: bool) -> None:
+    backbone = backbone_of(transformers.LlamaConfig(**BASE), "causal")
+    backbone.model.bfloat16()
+    draw = torch.Generator().manual_seed(0)
+    expected, other = torch.randn(2, 38, 300, generator=draw)
+    actual = expected + 0.05 * torch.randn(38, 300, generator=draw)
+    actual[list(wrong)] = other[list(wrong)]
+    assert known.is_close(backbone, expected, actual) == passes
 
 
 def test_cached_decoder_runs_its_own_check(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,14 @@
 """Logits of rows that are prefilled, decoded, joined and selected equal those of each row alone."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from softprompt.backbones import Backbone
+from softprompt.backbones.kernels.packed_linear import PackedWeights
 from softprompt.models import attach
 from softprompt.prompts import SoftPrompt
 from softprompt.serve.engine.kv_cache import Batch, CachedDecoder, Row
@@ -61,21 +63,23 @@ def test_joined_and_selected_rows_equal_rows_alone(
 
 @torch.no_grad()
 def test_failed_pass_leaves_the_batch_unchanged(
-    tiny_backbone: Callable[[str], Backbone], prompt_of: Callable[..., SoftPrompt]
+    tiny_backbone: Callable[[str], Backbone], prompt_of: Callable[..., SoftPrompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = tiny_backbone("llama")
     cached = CachedDecoder(attach(backbone, None))
     prompt = prompt_of(backbone, 0).fold()
     batch, _ = cached.prefill([Row([7, 8], prompt, cached.kv_prefix(prompt))], room=4)
-    last = backbone.model.model.layers[-1]
+    last, getitem = backbone.model.model.layers[-1], PackedWeights.__getitem__
 
-    def broken(*_: object) -> None:
-        raise RuntimeError("broken")
+    def broken(packed: PackedWeights, linear: Any) -> Any:
+        if linear is last.self_attn.q_proj:
+            raise RuntimeError("broken")
+        return getitem(packed, linear)
 
-    hook = last.self_attn.q_proj.register_forward_pre_hook(broken)
+    monkeypatch.setattr(PackedWeights, "__getitem__", broken)
     with pytest.raises(RuntimeError, match="broken"):
         cached.decode_next(batch, torch.tensor([99]))
-    hook.remove()
+    monkeypatch.setattr(PackedWeights, "__getitem__", getitem)
     ours = cached.decode_next(batch, torch.tensor([9]))
     expected = attach(backbone, None)(torch.tensor([[7, 8, 9]]), prompts=[prompt]).logits[:, -1]
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)

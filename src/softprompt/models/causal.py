@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
 from softprompt.backbones import Backbone, fsdp
-from softprompt.backbones.kernels import attention, llama, llama_decode
+from softprompt.backbones.kernels import attention, llama, llama_cached
 from softprompt.backbones.kernels.packed_linear import PackedWeights
 from softprompt.models.base import PromptedModel
 from softprompt.models.checks import check_not_empty
@@ -256,7 +256,8 @@ class Causal(PromptedModel):
         """
         text = self.text(Inputs(input_ids, attention_mask, prompts, index))
         last = torch.tensor([-1], device=text.ids.device)
-        return self._read(text, self._prepared(prompts), index, keep=last, room=room)
+        packed = self.packed if self.packed and self.packed.is_exact else None
+        return self._read(text, self._prepared(prompts), index, keep=last, room=room, packed=packed)
 
     def decode(
         self, state: DecodeState, ids: Int[Tensor, "batch more"], real: Int[Tensor, "batch more"] | None = None
@@ -266,18 +267,13 @@ class Causal(PromptedModel):
         mask = torch.cat([state.mask, torch.ones_like(ids) if real is None else real], 1)
         positions = state.next_position + torch.arange(more, device=ids.device)
         embeds = self.token_embeddings(state.prompts, state.rows, ids, positions)
-        if more == 1 and self.has_fused_decode:
-            layers = state.cache.layers
-            logits = llama_decode.decode(self.backbone.model, embeds[:, 0], layers, mask, self.packed)[:, None]
-        elif self.packed is not None and not self.packed.is_exact:
-            raise ValueError("packed weights decode one token at a time, without gradients or autocast")
-        else:
-            logits = self._run(embeds, state.cache, mask, 0)
-        return state.after(mask, logits)
+        if self.packed is not None and not self.packed.is_exact and not self.runs_fused_over_cache:
+            raise ValueError("packed weights decode without gradients or autocast")
+        return state.after(mask, self._run(embeds, state.cache, mask, 0, self.packed))
 
     @property
-    def has_fused_decode(self) -> bool:
-        """Whether one token more for each row runs through `llama_decode`: our layers, and no gradients."""
+    def runs_fused_over_cache(self) -> bool:
+        """Whether passes over a KV cache run through `llama_cached`: our layers, and no gradients."""
         return self._is_fused and not torch.is_grad_enabled()
 
     def attention_arguments(self, mask: Int[Tensor, "row total"], length: int) -> dict[str, Any]:
@@ -340,6 +336,7 @@ class Causal(PromptedModel):
         keep: Int[Tensor, " kept"] | None,
         room: int = 0,
         labels: Int[Tensor, "batch seq"] | None = None,
+        packed: PackedWeights | None = None,
     ) -> DecodeState:
         """Run texts with their prompts, from the prompts' keys and values where those are computed ahead.
 
@@ -353,7 +350,7 @@ class Causal(PromptedModel):
             rows = insert_prompts(self, prepared, index, right_padded, self._lead(text, labels), None).left_padded()
             cache, mask = DynamicCache(), rows.mask
             self._check_width(int(mask.sum(1).max()) + room, mask.shape[1] + room)
-            logits = self._run(rows.embeds, cache, mask, logits_to_keep)
+            logits = self._run(rows.embeds, cache, mask, logits_to_keep, packed)
             if keep is None:
                 columns = rows.is_text.long().argsort(dim=1, stable=True)[:, -text.ids.shape[1] :]
                 logits = logits.gather(1, columns[..., None].expand(-1, -1, logits.shape[-1]))
@@ -363,7 +360,7 @@ class Causal(PromptedModel):
         self._check_width(int(mask.sum(1).max()) + room, mask.shape[1] + room)
         before = prepared.token_counts[prefix_rows][:, None]
         embeds = self.token_embeddings(prepared.prompts, prefix_rows, text.ids, before + text.positions())
-        logits = self._run(embeds, cache, mask, logits_to_keep)
+        logits = self._run(embeds, cache, mask, logits_to_keep, packed)
         return DecodeState(cache, mask, logits, before + next_position, prepared.prompts, prefix_rows)
 
     def _lead(self, text: Rows, labels: Int[Tensor, "batch seq"] | None) -> int | Int[Tensor, "batch 1"]:
@@ -379,8 +376,16 @@ class Causal(PromptedModel):
         cache: Cache,
         mask: Int[Tensor, "batch total"],
         keep: Int[Tensor, " kept"] | int,
+        packed: PackedWeights | None = None,
     ) -> Float[Tensor, "batch kept vocab"]:
-        """The model's logits after what is in the cache; the cache grows by `embeds`."""
+        """The model's logits after what is in the cache, in the columns `keep` (0: all); the cache grows by `embeds`.
+
+        Args:
+            packed: weights that the fused layers multiply with instead of the model's own.
+        """
+        if self.runs_fused_over_cache:
+            columns = slice(None) if isinstance(keep, int) else keep
+            return llama_cached.run(self.backbone.model, embeds, cache, mask, columns, packed)
         output = self.backbone.model(
             inputs_embeds=embeds,
             past_key_values=cache,

@@ -167,10 +167,12 @@ def is_close(backbone: Backbone, expected: Float[Tensor, "*shape"], actual: Floa
     wide, gap = expected.float(), expected.float() - actual.float()
     if backbone.dtype is torch.float32:
         return float(gap.abs().max()) <= 1e-3 * float(wide.abs().max())
-    # bfloat16 is far off at single positions (a first token, a rare one) and close on the whole; an offset that all
-    # outputs of a token share means nothing. SmolLM2-135M: up to 0.06, and above 0.2 where a row's positions are wrong.
-    apart, size = ((part - part.mean(-1, keepdim=True)).norm() for part in (gap, wide))
-    return float(apart) <= 0.12 * float(size)
+    # bfloat16 is far off at single positions (a first token without a prompt, a rare one) and close on the whole, so
+    # the worst twentieth does not count; an offset that all outputs of a token share means nothing. SmolLM2-135M: up
+    # to 0.07, and above 0.2 where a row's positions are wrong.
+    apart, size = ((part - part.mean(-1, keepdim=True)).norm(dim=-1).flatten() for part in (gap, wide))
+    counted = (apart / size).argsort()[: len(apart) - len(apart) // 20]
+    return float(apart[counted].norm()) <= 0.12 * float(size[counted].norm())
 
 
 def check_close(

@@ -116,15 +116,15 @@ class _FusedDecoderLayer(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor, layout: VarlenLayout, weights: _LayerWeights
     ) -> Float[Tensor, "token dim"]:
-        normed, rms_inv = _rms_norm(hidden_states, weights.input_layernorm, weights.variance_epsilon)
-        query = _apply_rotary(_split_heads(weights.q_proj(normed), weights), cos, sin)
-        key = _apply_rotary(_split_heads(weights.k_proj(normed), weights), cos, sin)
+        normed, rms_inv = rms_norm(hidden_states, weights.input_layernorm, weights.variance_epsilon)
+        query = apply_rotary(_split_heads(weights.q_proj(normed), weights), cos, sin)
+        key = apply_rotary(_split_heads(weights.k_proj(normed), weights), cos, sin)
         value = _split_heads(weights.v_proj(normed), weights)
         attn_output, attn_weights = varlen_forward(
             query, key, value, layout, weights.scaling, needs_grad=ctx.needs_input_grad[0]
         )
         mlp_input = torch.addmm(hidden_states, attn_output.flatten(1), dequantized_weight(weights.o_proj).t())
-        normed, mlp_rms_inv = _rms_norm(mlp_input, weights.post_attention_layernorm, weights.variance_epsilon)
+        normed, mlp_rms_inv = rms_norm(mlp_input, weights.post_attention_layernorm, weights.variance_epsilon)
         gate = normed @ dequantized_weight(weights.gate_proj).t()
         up = normed @ dequantized_weight(weights.up_proj).t()
         ctx.save_for_backward(
@@ -157,7 +157,7 @@ class _FusedDecoderLayer(torch.autograd.Function):
             query, key, value, ctx.layout, weights.scaling, attn_weights, grad_attn
         )
         # The inverse rotation.
-        grad_query, grad_key = _apply_rotary(grad_query, cos, -sin), _apply_rotary(grad_key, cos, -sin)
+        grad_query, grad_key = apply_rotary(grad_query, cos, -sin), apply_rotary(grad_key, cos, -sin)
         grad_normed = grad_query.flatten(1) @ dequantized_weight(weights.q_proj)
         grad_normed.addmm_(grad_key.flatten(1), dequantized_weight(weights.k_proj))
         grad_normed.addmm_(grad_value.flatten(1), dequantized_weight(weights.v_proj))
@@ -175,11 +175,11 @@ def _last_layer(
     """The last layer at `positions` only, with keys and values of all tokens; differentiated by autograd."""
     weights, rows, prompts = _LayerWeights.of(layer), layout.rows, layout.prompts
     normed = layer.input_layernorm(hidden_states)
-    key = _apply_rotary(_split_heads(weights.k_proj(normed), weights), cos, sin)
+    key = apply_rotary(_split_heads(weights.k_proj(normed), weights), cos, sin)
     value = _split_heads(weights.v_proj(normed), weights)
     index = layout.token_index(positions)
     flat_index = index.flatten()
-    query = _apply_rotary(_split_heads(weights.q_proj(normed[flat_index]), weights), cos[flat_index], sin[flat_index])
+    query = apply_rotary(_split_heads(weights.q_proj(normed[flat_index]), weights), cos[flat_index], sin[flat_index])
     keys, values = rows.pad(key), rows.pad(value)
     mask = torch.arange(rows.longest, device=positions.device) <= positions[..., None]
     prefix = layout.prefix_kv(key, value)
@@ -205,7 +205,7 @@ def _split_heads(states: Float[Tensor, "token width"], weights: _LayerWeights) -
     return states.view(len(states), -1, weights.head_dim)
 
 
-def _apply_rotary(
+def apply_rotary(
     states: Float[Tensor, "token head head_dim"], cos: Float[Tensor, "token head_dim"], sin: Tensor
 ) -> Float[Tensor, "token head head_dim"]:
     """RoPE: rotate the two halves of each head by the token's angle; pass `-sin` for the inverse rotation."""
@@ -216,7 +216,7 @@ def _apply_rotary(
     return rotated
 
 
-def _rms_norm(
+def rms_norm(
     states: Float[Tensor, "token dim"], weight: Tensor, variance_epsilon: float
 ) -> tuple[Float[Tensor, "token dim"], Float[Tensor, "token 1"]]:
     """RMSNorm, and the reciprocal of each token's root mean square (float32)."""

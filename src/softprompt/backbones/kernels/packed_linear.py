@@ -158,8 +158,8 @@ class PackedWeights:
 
 
 def can_prepack(model: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether this torch build and CPU have oneDNN's product for the dtype of `model`."""
-    if not torch._C._has_mkldnn or any(linear.weight.dtype != dtype for _, linear in _linears(model)):
+    """Whether this torch build and CPU have oneDNN's product for the dtype of `model`, and its layers are products."""
+    if not torch._C._has_mkldnn or not all(_is_product(linear, dtype) for _, linear in _linears(model)):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -189,6 +189,12 @@ def _kind_of(linear: nn.Module, head: nn.Module | None, kind: Kind) -> Kind:
 def _version(weight: Tensor) -> int:
     """How often a tensor was changed in place; 0 where torch does not count it."""
     return 0 if weight.is_inference() else weight._version
+
+
+def _is_product(linear: Any, dtype: torch.dtype) -> bool:
+    """Whether a linear layer is no more than that: nothing hooks into it or replaces its forward."""
+    changed = "forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks
+    return type(linear) is nn.Linear and linear.weight.dtype == dtype and not changed
 
 
 def _linears(model: nn.Module) -> list[tuple[str, Any]]:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from softprompt.backbones.kernels import llama_decode
+from softprompt.backbones.kernels import llama_cached
 from softprompt.backbones.kernels.packed_linear import PackedWeights
 from softprompt.models import PromptedModel
 from softprompt.models.causal import Causal
@@ -79,9 +79,10 @@ class CachedDecoder:
         self._model = prompted.backbone.model
         self._counts_columns = prompted.layout == "inline"
         """The model counts positions by column (MPT): no padding between a row's prompt, text and next token."""
-        self._packed: PackedWeights | None = None
-        cached_check(self._model, "served", self._check_exact)
-        self._packed = prompted.packed  # the check compares the model with itself, so it runs with its own weights
+        # The check compares the model with itself, so it runs with its own weights or exact copies.
+        self._packed: PackedWeights | None = prompted.packed if prompted.packed and prompted.packed.is_exact else None
+        cached_check(self._model, f"served {self._packed and self._packed.kind}", self._check_exact)
+        self._packed = prompted.packed
 
     def kv_prefix(self, prompt: Folded) -> KVPrefix:
         """The prompt's keys and values.
@@ -172,7 +173,7 @@ class CachedDecoder:
         """The logits after one more token per row; a failed call can be repeated, with all rows or a part."""
         self._widen(batch)
         mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], 1)
-        logits = self._pass(batch, tokens[:, None], mask, torch.zeros_like(tokens[:1]), self._packed)[:, 0]
+        logits = self._pass(batch, tokens[:, None], mask, torch.zeros_like(tokens[:1]), decodes=True)[:, 0]
         batch.mask, batch.token_counts = mask, batch.token_counts + 1
         return logits
 
@@ -214,30 +215,35 @@ class CachedDecoder:
         ids: Int[Tensor, "row more"],
         mask: Int[Tensor, "row total"],
         keep: Int[Tensor, " kept"],
-        packed: PackedWeights | None = None,
+        *,
+        decodes: bool = False,
     ) -> Float[Tensor, "row kept vocab"]:
-        """The logits after the tokens in the columns `keep` of `ids`; `packed` as for `llama_decode.decode`."""
+        """The logits after the tokens in the columns `keep` of `ids`.
+
+        Args:
+            decodes: this is a token more for each row, which inexact copies of the weights are for.
+        """
         more = ids.shape[1]
         # Positions count a text's own tokens; those of padding before it are meaningless and not negative.
         positions = batch.token_counts[:, None] + (mask[:, -more:].cumsum(1) - 1).clamp(min=0)
         embeds = self._embeddings(batch.prompts, ids, positions)
-        if more == 1 and self.prompted.has_fused_decode:
-            logits = llama_decode.decode(self._model, embeds[:, 0], batch.layers, mask, packed)[:, None]
-            for layer in batch.layers:
-                layer.length = mask.shape[1]
-            return logits
-        output = self._model(
-            inputs_embeds=embeds,
-            past_key_values=Cache(layers=batch.layers),
-            use_cache=True,
-            # A tensor, which copies what it selects: after a strided view the head would copy its matrix for each row.
-            logits_to_keep=keep,
-            **self.prompted.attention_arguments(mask, more),
-        )
+        cache = Cache(layers=batch.layers)
+        if self.prompted.runs_fused_over_cache:
+            packed = self._packed if self._packed and (decodes or self._packed.is_exact) else None
+            logits = llama_cached.run(self._model, embeds, cache, mask, keep, packed)
+        else:
+            logits = self._model(
+                inputs_embeds=embeds,
+                past_key_values=cache,
+                use_cache=True,
+                # A tensor, which copies what it selects: after a strided view the head would copy its matrix for each
+                # row.
+                logits_to_keep=keep,
+                **self.prompted.attention_arguments(mask, more),
+            ).logits
         for layer in batch.layers:
             layer.length = mask.shape[1]
-        all_logits: Tensor = output.logits
-        return all_logits
+        return logits
 
     def _embeddings(
         self, prompts: Sequence[Folded], ids: Int[Tensor, "row more"], positions: Int[Tensor, "row more"]

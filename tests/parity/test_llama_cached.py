@@ -1,4 +1,4 @@
-"""One more token for each row through our layers, against transformers on each row alone."""
+"""Texts and further tokens over a KV cache through our layers, against transformers on each row alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from softprompt import Backbone, attach
-from softprompt.backbones.kernels import llama, llama_decode
+from softprompt.backbones.kernels import llama, llama_cached
 from softprompt.models import causal
 from softprompt.prompts import Folded
 
@@ -49,8 +49,8 @@ def padded(texts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def test_decoded_logits_match_transformers_on_single_rows(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    decode = llama_decode.decode
-    monkeypatch.setattr(llama_decode, "decode", lambda *given: calls.append(1) or decode(*given))
+    run = llama_cached.run
+    monkeypatch.setattr(llama_cached, "run", lambda *given: calls.append(1) or run(*given))
     assert llama.is_supported(backbone.model)
     prompts, index = prompts_of(backbone), torch.tensor([1, 0, 1])
     prompted = attach(backbone, None)
@@ -60,13 +60,24 @@ def test_decoded_logits_match_transformers_on_single_rows(backbone: Backbone, mo
     for number in range(3):
         state = prompted.decode(state.with_room(2), torch.tensor([[row[number]] for row in MORE]))  # type: ignore[operator]
         steps.append(state.logits[:, -1])
-    assert len(calls) == 3
+    assert len(calls) == 5  # the prompts, the texts, and three tokens
     embed = backbone.model.get_input_embeddings()
     for row, (text, more) in enumerate(zip(TEXTS, MORE, strict=True)):
         embeds = torch.cat([prompts[index[row]].prompt(), embed(torch.tensor(text + more))])[None]
         expected = backbone.model(inputs_embeds=embeds).logits[0, -4:]
         actual = torch.stack([step[row] for step in steps])
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_without_a_prompt_and_several_tokens_at_once_match_transformers(backbone: Backbone) -> None:
+    """Padding before a row then has no column to attend to but itself."""
+    prompted = attach(backbone, None)
+    state = prompted.prefill(*padded(TEXTS))  # type: ignore[operator]
+    steps = [state.logits[:, -1:], prompted.decode(state, torch.tensor(MORE)).logits]  # type: ignore[operator]
+    for row, (text, more) in enumerate(zip(TEXTS, MORE, strict=True)):
+        expected = backbone.model(input_ids=torch.tensor([text + more])).logits[0, -4:]
+        torch.testing.assert_close(torch.cat([step[row] for step in steps]), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_generation_beyond_a_buffer_equals_transformers(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
