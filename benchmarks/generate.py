@@ -4,10 +4,10 @@
 
 Both sides use the same weights, rows, dtype and prompt, without gradients, and decode greedily: `first` and
 `peft_first` one token, `text` and `peft` 32 (the end of sequence is ignored, so that all rows have the same length).
-Our side has the prompt's keys and values ready, as a service does; PEFT runs the prompt with every row. `int8` and
-`int4` are `text` with `--decode-weights`, which is for bfloat16, so `--dtype float32` leaves them out. The tests
-compare the generated tokens in float32 (tests/parity/test_generate.py); in bfloat16 the texts diverge at the first
-near-tie.
+Our side has the prompt's keys and values ready, as a service does; PEFT runs the prompt with every row. `original`,
+`int8` and `int4` are `text` with that `--decode-weights` instead of prepacked ones; int8 and int4 are for bfloat16, so
+`--dtype float32` leaves them out. The tests compare the generated tokens in float32 (tests/parity/test_generate.py); in
+bfloat16 the texts diverge at the first near-tie.
 
 The measurements and the JSON are described in harness.py. The roofline counts score.py's multiply-adds for the input
 and one position per row for each later token. Decoding multiplies few vectors and is bound by memory bandwidth, so with
@@ -16,7 +16,7 @@ few rows it is far above the roofline on any machine.
 
 import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import score
 from harness import Pair, Settings, Work, WorkerSpec, main
@@ -25,19 +25,15 @@ from train_step import Load, batch, decomposed, peft_model, smollm2, widths
 NEW_TOKENS = 32
 
 
-def ours(
-    new: int, load: Load = smollm2, decode_weights: Literal["int8", "int4"] | None = None
-) -> Callable[[WorkerSpec], Callable[[int], Work]]:
-    """Our side, with the prompt's keys and values computed once, and packed weights if they are asked for."""
+def ours(new: int, load: Load = smollm2, decode_weights: Any = "auto") -> Callable[[WorkerSpec], Callable[[int], Work]]:
+    """Our side, with the prompt's keys and values computed once."""
 
     def side(spec: WorkerSpec) -> Callable[[int], Work]:
         import torch
 
         from softprompt import attach
 
-        backbone = load(spec)
-        if decode_weights is not None:
-            backbone = backbone.with_decode_weights(decode_weights)
+        backbone = load(spec).with_decode_weights(decode_weights)
         prompted, prompt = attach(backbone), decomposed(backbone, spec).fold().to(backbone.device)
         with torch.no_grad():
             prepared = prompted.prepare([prompt])
@@ -101,7 +97,8 @@ def multiply_adds(model: Any, spec: WorkerSpec, tokens: int, new: int) -> int:
 
 if __name__ == "__main__":
     SIDES = {"text": ours(NEW_TOKENS), "peft": peft(NEW_TOKENS), "first": ours(1), "peft_first": peft(1)}
-    PAIRS = [Pair("text", "peft"), Pair("first", "peft_first")]
+    SIDES |= {"original": ours(NEW_TOKENS, decode_weights="original")}
+    PAIRS = [Pair("text", "peft"), Pair("first", "peft_first"), Pair("original", "peft")]
     if not any("float32" in argument for argument in sys.argv):
         SIDES |= {"int8": ours(NEW_TOKENS, decode_weights="int8"), "int4": ours(NEW_TOKENS, decode_weights="int4")}
         PAIRS += [Pair("int8", "peft"), Pair("int4", "peft")]
