@@ -77,6 +77,7 @@ def serve_replicas(config: ServeConfig, *, on_start: Callable[[str], None] | Non
 def _build_app(config: ServeConfig, auth: AuthConfig) -> Any:
     """The application of one replica, with its own backbone and engine."""
     from softprompt.serve.api.app import make_app
+    from softprompt.serve.engine.threads import call_in_own_thread
     from softprompt.serve.log import configure_logging
     from softprompt.serve.metrics import Metrics
     from softprompt.serve.prompts.store import PromptStore
@@ -85,7 +86,7 @@ def _build_app(config: ServeConfig, auth: AuthConfig) -> Any:
 
     configure_logging()
     store, metrics = None if config.prompts is None else PromptStore(config.prompts, shared=True), Metrics()
-    engine = start_engine(config, load_backbone(config), metrics=metrics)
+    engine = start_engine(config, call_in_own_thread(lambda: load_backbone(config)), metrics=metrics)
     if store is not None:
         PromptSync(engine, store, metrics).start()
     return make_app(engine, auth, metrics=metrics, store=store, log_texts=config.log_texts, grace=config.grace)

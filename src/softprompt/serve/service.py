@@ -14,6 +14,7 @@ from softprompt.serve.api.app import make_app
 from softprompt.serve.config import ServeConfig
 from softprompt.serve.engine.base import BaseEngine
 from softprompt.serve.engine.engine import Engine
+from softprompt.serve.engine.threads import call_in_own_thread
 from softprompt.serve.engine.vllm import VllmEngine
 from softprompt.serve.log import configure_logging
 from softprompt.serve.metrics import Metrics
@@ -40,7 +41,7 @@ def serve(
     """
     auth = config.auth()
     if backbone is None:
-        backbone = load_backbone(config)
+        backbone = call_in_own_thread(lambda: load_backbone(config))
     with closing(listen(config.host, config.port)) as sock:
         store, metrics = None if config.prompts is None else PromptStore(config.prompts), Metrics()
         engine = start_engine(config, backbone, store=store, metrics=metrics)

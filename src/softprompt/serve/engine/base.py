@@ -14,6 +14,7 @@ from softprompt.prompts import SoftPrompt
 from softprompt.serve.engine import encode
 from softprompt.serve.engine.limits import Limits
 from softprompt.serve.engine.request import EngineRequest, GenerateParams, InvalidParameter, PromptNotFound
+from softprompt.serve.engine.threads import call_in_own_thread
 from softprompt.serve.prompts.entry import BASE, PromptEntry, display_name, from_folder, from_prompt
 
 EngineT = TypeVar("EngineT", bound="BaseEngine")
@@ -136,7 +137,7 @@ class BaseEngine(ABC):
     def prepare(self, name: str, source: Path | str | SoftPrompt, *, replace: bool = False) -> PromptEntry:
         """Compute what `add` would serve, without serving it; raises what `add` raises."""
         self._check_free(name, replace)
-        return self._prepare(self._read(name, source))
+        return self._prepare(call_in_own_thread(lambda: self._read(name, source)))
 
     def register(self, entry: PromptEntry) -> None:
         """Serve what `prepare` returned, replacing a prompt of the same name."""

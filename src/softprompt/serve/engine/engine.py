@@ -14,6 +14,7 @@ from softprompt.serve.engine.limits import Limits
 from softprompt.serve.engine.request import EngineRequest
 from softprompt.serve.engine.runner import BatchStats, ModelRunner
 from softprompt.serve.engine.scheduler import Scheduler
+from softprompt.serve.engine.threads import call_in_own_thread
 from softprompt.serve.prompts.entry import PromptEntry, base_entry, display_name, needs_head
 
 
@@ -24,7 +25,8 @@ class Engine(BaseEngine):
     A prompt's keys and values are computed once, when it is added. Classifications are batched across prompts and wait
     at most `max_wait` for others; generations share one batch that rows enter and leave between any two tokens.
     Results are those of the row alone: equal labels and greedy texts in float32, and within rounding in bfloat16.
-    Prompts take turns. A row that fails fails alone.
+    Prompts take turns. A row that fails fails alone. On a CPU the engine is faster in a program whose other threads have
+    not run the model before (see `call_in_own_thread`); `softprompt serve` sees to that.
 
     Args:
         backbone: frozen; nothing else may train or change it meanwhile.
@@ -39,13 +41,18 @@ class Engine(BaseEngine):
         self, backbone: Backbone, limits: Limits | None = None, on_batch: Callable[[BatchStats], None] | None = None
     ) -> None:
         limits = limits or Limits()
-        # `attach` rejects a model whose batched results are not exact, before the thread starts.
-        stop = () if needs_head(backbone) else tuple(attach(backbone).end_of_sequence())
-        with torch.no_grad():
-            self._runner = ModelRunner(backbone, limits.max_batch, on_batch or (lambda stats: None))
+
+        @torch.no_grad()
+        def start() -> tuple[ModelRunner, PromptEntry | None, tuple[int, ...]]:
+            # `attach` rejects a model whose batched results are not exact, before the engine's thread starts.
+            stop = () if needs_head(backbone) else tuple(attach(backbone).end_of_sequence())
+            runner = ModelRunner(backbone, limits.max_batch, on_batch or (lambda stats: None))
             base = None if needs_head(backbone) else base_entry(backbone)
-            if base is not None and self._runner.decoder is not None:
-                base = dataclasses.replace(base, kv_prefix=self._runner.decoder.kv_prefix(base.prompt))
+            if base is not None and runner.decoder is not None:
+                base = dataclasses.replace(base, kv_prefix=runner.decoder.kv_prefix(base.prompt))
+            return runner, base, stop
+
+        self._runner, base, stop = call_in_own_thread(start)
         super().__init__(backbone, base, stop, limits)
         self._scheduler = Scheduler(self._runner, limits)
 
