@@ -25,8 +25,8 @@ class Engine(BaseEngine):
     A prompt's keys and values are computed once, when it is added. Classifications are batched across prompts and wait
     at most `max_wait` for others; generations share one batch that rows enter and leave between any two tokens.
     Results are those of the row alone: equal labels and greedy texts in float32, and within rounding in bfloat16.
-    Prompts take turns. A row that fails fails alone. On a CPU the engine is faster in a program whose other threads have
-    not run the model before (see `call_in_own_thread`); `softprompt serve` sees to that.
+    Prompts take turns. A row that fails fails alone. On a CPU the engine is faster where no other thread has run the
+    model before (see `call_in_own_thread`); `softprompt serve` sees to that.
 
     Args:
         backbone: frozen; nothing else may train or change it meanwhile.
