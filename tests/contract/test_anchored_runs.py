@@ -272,7 +272,7 @@ def test_deep_prompt_has_an_anchor_per_layer(tiny_backbone: MakeBackbone) -> Non
     samples = backbone.hosts(3)
     for layer, (trained_tensors, host) in enumerate(zip(deep.prompt().chunk(3), samples, strict=True)):
         assert all(bool((row == host.embedding).all(1).any()) for row in trained_tensors), layer
-    assert rows.depth == deep.depth == 3
+    assert rows.num_matrices == deep.num_matrices == 3
     start_matrix = torch.randn(12, 32, generator=torch.Generator().manual_seed(3))
     assert torch.equal(build(config, backbone.hosts(3, start=start_matrix), torch.Generator()).prompt(), start_matrix)
     assert torch.equal(deep.fold().prompt(), deep.prompt())

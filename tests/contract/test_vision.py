@@ -42,7 +42,7 @@ FITTING = sorted(name for name, config in METHODS.items() if config.folds == "pr
 OTHERS = sorted(set(METHODS) - set(FITTING))
 
 methods = pytest.mark.parametrize("method", FITTING)
-depths = pytest.mark.parametrize("depth", [1, 3])
+layer_counts = pytest.mark.parametrize("num_layers", [1, 3])
 backbones = pytest.mark.parametrize("name", BACKBONES)
 MakeBackbone = Callable[[str], Backbone]
 
@@ -55,16 +55,16 @@ def pixels(count: int = 4) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=seeded(3))
 
 
-def prompt_of(method: str, backbone: Backbone, depth: int, seed: int = 0) -> SoftPrompt:
+def prompt_of(method: str, backbone: Backbone, num_layers: int, seed: int = 0) -> SoftPrompt:
     config = METHODS[method]()
     config = config.replace(**{name: value for name, value in SMALL.items() if hasattr(config, name)})
-    prompt = build(config, backbone.hosts(depth), seeded(seed))
-    assert sum(parameter.numel() for parameter in prompt.parameters()) == depth * config.count(backbone.dim)
+    prompt = build(config, backbone.hosts(num_layers), seeded(seed))
+    assert sum(parameter.numel() for parameter in prompt.parameters()) == num_layers * config.count(backbone.dim)
     return prompt
 
 
-def attachment_of(method: str, backbone: Backbone, depth: int) -> PromptedModel:
-    return attach(backbone, prompt_of(method, backbone, depth), head=fresh_head(backbone, 3, seeded(2)))
+def attachment_of(method: str, backbone: Backbone, num_layers: int) -> PromptedModel:
+    return attach(backbone, prompt_of(method, backbone, num_layers), head=fresh_head(backbone, 3, seeded(2)))
 
 
 def test_all_but_the_methods_that_shift_by_tokens_fit() -> None:
@@ -74,27 +74,27 @@ def test_all_but_the_methods_that_shift_by_tokens_fit() -> None:
 
 @methods
 @backbones
-@depths
-def test_shape_scale_and_determinism(method: str, name: str, depth: int, tiny_backbone: MakeBackbone) -> None:
+@layer_counts
+def test_shape_scale_and_determinism(method: str, name: str, num_layers: int, tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone(name).with_sample_images(pixels())
-    prompt = prompt_of(method, backbone, depth)
-    assert prompt.prompt().shape == (depth * 4, 32)
-    assert prompt.depth == prompt.fold().depth == depth
-    assert torch.equal(prompt.prompt(), prompt_of(method, backbone, depth).prompt())
-    assert not torch.equal(prompt.prompt(), prompt_of(method, backbone, depth, seed=1).prompt())
-    if depth > 1:  # layers do not start alike, though each is drawn from its own layer's inputs
-        layers = prompt.prompt().view(depth, 4, 32)
+    prompt = prompt_of(method, backbone, num_layers)
+    assert prompt.prompt().shape == (num_layers * 4, 32)
+    assert prompt.num_matrices == prompt.fold().num_matrices == num_layers
+    assert torch.equal(prompt.prompt(), prompt_of(method, backbone, num_layers).prompt())
+    assert not torch.equal(prompt.prompt(), prompt_of(method, backbone, num_layers, seed=1).prompt())
+    if num_layers > 1:  # layers do not start alike, though each is drawn from its own layer's inputs
+        layers = prompt.prompt().view(num_layers, 4, 32)
         assert not torch.equal(layers[0], layers[1])
 
 
 @methods
 @backbones
-@depths
+@layer_counts
 def test_one_step_moves_prompt_and_head_and_no_bit_of_the_backbone(
-    method: str, name: str, depth: int, tiny_backbone: MakeBackbone
+    method: str, name: str, num_layers: int, tiny_backbone: MakeBackbone
 ) -> None:
     backbone = tiny_backbone(name)
-    prompted, before = attachment_of(method, backbone, depth), backbone.checksum()
+    prompted, before = attachment_of(method, backbone, num_layers), backbone.checksum()
     named = dict(prompted.named_parameters())
     grouped = [id(parameter) for group in prompted.groups().values() for parameter in group]
     assert sorted(grouped) == sorted(id(parameter) for parameter in named.values())
@@ -116,12 +116,12 @@ def test_one_step_moves_prompt_and_head_and_no_bit_of_the_backbone(
 
 
 @methods
-@depths
+@layer_counts
 def test_live_equals_folded_and_survives_a_file(
-    method: str, depth: int, tiny_backbone: MakeBackbone, tmp_path: Path
+    method: str, num_layers: int, tiny_backbone: MakeBackbone, tmp_path: Path
 ) -> None:
     backbone = tiny_backbone("dinov2")
-    prompted = attachment_of(method, backbone, depth).eval()
+    prompted = attachment_of(method, backbone, num_layers).eval()
     with torch.no_grad():
         live = prompted(pixels()).logits
         folded = prompted.folded()
@@ -129,17 +129,19 @@ def test_live_equals_folded_and_survives_a_file(
         assert not list(folded.prompt.parameters())
         torch.testing.assert_close(folded(pixels()).logits, live)
         save_file({name: tensor.contiguous() for name, tensor in prompted.state_dict().items()}, tmp_path / "it")
-        other = attach(backbone, prompt_of(method, backbone, depth, seed=7), head=fresh_head(backbone, 3, seeded(8)))
+        other = attach(
+            backbone, prompt_of(method, backbone, num_layers, seed=7), head=fresh_head(backbone, 3, seeded(8))
+        )
         other.load_state_dict(load_file(tmp_path / "it"))
         torch.testing.assert_close(other.eval()(pixels()).logits, live, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("method", OTHERS)
-@depths
-def test_a_method_that_shifts_by_tokens_is_refused(method: str, depth: int, tiny_backbone: MakeBackbone) -> None:
+@layer_counts
+def test_a_method_that_shifts_by_tokens_is_refused(method: str, num_layers: int, tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("vit")
     with pytest.raises(ValueError, match="changes the input's own embeddings"):
-        attachment_of(method, backbone, depth)
+        attachment_of(method, backbone, num_layers)
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +274,7 @@ def test_a_warm_start_is_layer_by_layer(dinov2_folder: Path, photos: Path, tmp_p
     train(warm, out=tmp_path, name="again", callback=notes)
     [error] = [float(note.split()[-1]) for note in notes.said if "relative error" in note]
     assert error < 1e-5
-    with pytest.raises(ValueError, match="is of depth 3 and the new one of depth 1"):
+    with pytest.raises(ValueError, match="has 3 matrices and the new one 1"):
         train(warm.replace(depth="shallow", prompt=Plain(length=9)), out=tmp_path)
 
 

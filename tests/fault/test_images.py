@@ -226,7 +226,7 @@ def test_invalid_vision_call_is_refused(tiny_backbone: MakeBackbone, unchecked: 
     with pytest.raises(ValueError, match="has no vocabulary head to answer with; give a head"):
         attach(backbone, None)
     with pytest.raises(ValueError, match="for 4 layers and vit has 3"):
-        attach(backbone, Folded(torch.zeros(8, 32), depth=4), head=head)
+        attach(backbone, Folded(torch.zeros(8, 32), num_matrices=4), head=head)
     prompted = attach(backbone, Folded(torch.zeros(4, 32)), head=head)
     with pytest.raises(ValueError, match="the head has 3 classes and 2 candidates"):
         prompted.score(pixels, None, ((0,), (1,)))
@@ -234,8 +234,8 @@ def test_invalid_vision_call_is_refused(tiny_backbone: MakeBackbone, unchecked: 
         prompted(pixels, torch.ones(2, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="does not generate"):
         prompted.generate(pixels)
-    both = [Folded(torch.zeros(4, 32)), Folded(torch.zeros(12, 32), depth=3)]
-    with pytest.raises(ValueError, match=r"depths \[1, 3\] are in one call"):
+    both = [Folded(torch.zeros(4, 32)), Folded(torch.zeros(12, 32), num_matrices=3)]
+    with pytest.raises(ValueError, match=r"prompts of \[1, 3\] matrices are in one call"):
         prompted(pixels, prompts=both, index=torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="16 wide, but vit embeds in 32"):
         prompted(pixels, prompts=[Folded(torch.zeros(4, 16))])

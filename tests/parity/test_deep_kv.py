@@ -43,7 +43,7 @@ def virtual_tokens(backbone: Backbone, length: int, seed: int = 0) -> Tensor:
 
 
 def deep_prompt(backbone: Backbone, length: int, seed: int = 0) -> Folded:
-    return Folded(as_deep(backbone, virtual_tokens(backbone, length, seed)), depth=backbone.max_depth)
+    return Folded(as_deep(backbone, virtual_tokens(backbone, length, seed)), num_matrices=backbone.max_matrices)
 
 
 def test_keys_and_values_of_virtual_tokens_give_their_outputs(decoder: Backbone) -> None:
@@ -70,11 +70,11 @@ def reference_losses(backbone: Backbone, matrix: Tensor, labels: Tensor) -> Tens
     """Each row alone through the model's own forward, after a cache of the matrix's keys and values."""
     layout, losses = backbone.kv_layout, []
     assert layout is not None
-    shape = (1, -1, layout.heads, layout.head_dim)
-    parts = [part.view(shape).transpose(1, 2) for part in matrix.chunk(2 * layout.layers)]
+    shape = (1, -1, layout.num_kv_heads, layout.head_dim)
+    parts = [part.view(shape).transpose(1, 2) for part in matrix.chunk(2 * layout.num_layers)]
     for row, real, targets in zip(IDS[:2], MASK[:2], labels, strict=True):
         cache = DynamicCache()
-        for layer in range(layout.layers):
+        for layer in range(layout.num_layers):
             cache.update(parts[2 * layer], parts[2 * layer + 1], layer)
         ids, wanted = row[real == 1][None], targets[real == 1]
         logits = backbone.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
@@ -89,7 +89,7 @@ def test_losses_and_gradients_match_transformers_row_by_row(decoder: Backbone) -
     labels[0, 2] = labels[1, :3] = -100
     start = deep_prompt(backbone, 4).prompt()
     ours, theirs = (start.clone().requires_grad_() for _ in range(2))
-    actual = attach(backbone, Folded(ours, depth=backbone.max_depth)).losses(ids, mask, labels)
+    actual = attach(backbone, Folded(ours, num_matrices=backbone.max_matrices)).losses(ids, mask, labels)
     expected = reference_losses(backbone, theirs, labels)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     weights = torch.tensor([1.0, 0.3])
@@ -98,19 +98,19 @@ def test_losses_and_gradients_match_transformers_row_by_row(decoder: Backbone) -
     assert ours.grad is not None
     assert theirs.grad is not None
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
-    assert bool((ours.grad.view(backbone.max_depth, -1).abs().amax(1) > 0).all())
+    assert bool((ours.grad.view(backbone.max_matrices, -1).abs().amax(1) > 0).all())
 
 
 @pytest.mark.parametrize("config", [Plain(length=4), DPT(length=4, rank=2), DPT(length=4, rank=4, anchor="none")])
 def test_deep_prompt_starts_as_the_shallow_one(config: Any, tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("llama")
     start = as_deep(backbone, virtual_tokens(backbone, 4))
-    hosts = backbone.hosts(backbone.max_depth, start=start)
+    hosts = backbone.hosts(backbone.max_matrices, start=start)
     prompt = build(config, hosts, torch.Generator().manual_seed(0))
-    assert prompt.depth == 2 * backbone.model.config.num_hidden_layers
+    assert prompt.num_matrices == 2 * backbone.model.config.num_hidden_layers
     torch.testing.assert_close(prompt.prompt(), start, rtol=1e-5, atol=1e-5)
-    width = backbone.prompt_dim(prompt.depth)
-    assert sum(parameter.numel() for parameter in prompt.parameters()) == prompt.depth * config.count(width)
+    width = backbone.prompt_dim(prompt.num_matrices)
+    assert sum(parameter.numel() for parameter in prompt.parameters()) == prompt.num_matrices * config.count(width)
 
 
 @pytest.fixture(scope="module")

@@ -93,14 +93,14 @@ def test_npz_holds_every_method(made: MakeRun, tiny_backbone: Callable[[str], Ba
         tables = {key.split(".")[1] for key in arrays}
         for run in trained:
             folded = run.prompt(backbone).fold()
-            names = {f"{run.name}.{key}" for key in (*folded.state_dict(), "beyond", "depth")}
+            names = {f"{run.name}.{key}" for key in (*folded.state_dict(), "beyond", "num_matrices")}
             assert {key for key in arrays if key.startswith(f"{run.name}.")} == names
             assert all(np.array_equal(arrays[f"{run.name}.{key}"], its) for key, its in folded.state_dict().items())
-            assert (str(arrays[f"{run.name}.beyond"]), int(arrays[f"{run.name}.depth"])) == (folded.beyond, 1)
-    assert tables == {"matrix", "position_table", "input_table", "beyond", "depth"}
+            assert (str(arrays[f"{run.name}.beyond"]), int(arrays[f"{run.name}.num_matrices"])) == (folded.beyond, 1)
+    assert tables == {"matrix", "position_table", "input_table", "beyond", "num_matrices"}
 
 
-def test_npz_deep_prompt_has_its_depth(tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
+def test_npz_deep_prompt_has_its_number_of_matrices(tiny_backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
     backbone, config = tiny_backbone("vit"), METHODS["plain"](length=4)
     task = Task(name="pets", image="image", label="label", label_words={"cat": "cat", "dog": "dog"})
     experiment = Experiment(backbone="vit", prompt=config, depth="deep")
@@ -109,7 +109,7 @@ def test_npz_deep_prompt_has_its_depth(tiny_backbone: Callable[[str], Backbone],
     trained = run.finish(attach(backbone, prompt, head=head), {"test": 0.5})
     export_runs([trained], FORMATS["npz"], tmp_path / "out", backbone=backbone)
     with np.load(tmp_path / "out" / "prompts.npz") as arrays:
-        assert (arrays["pets.matrix"].shape, int(arrays["pets.depth"])) == ((12, 32), 3)
+        assert (arrays["pets.matrix"].shape, int(arrays["pets.num_matrices"])) == ((12, 32), 3)
         assert np.array_equal(arrays["pets.matrix"], prompt.prompt().detach())
 
 

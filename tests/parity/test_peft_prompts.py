@@ -121,13 +121,13 @@ def test_logits_are_those_of_stock_peft(case: Case, tiny_backbone: MakeBackbone,
     assert len(load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]) == case.stored_rows
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(backbone.model), folder)
     prompt = read_prompt(folder, backbone)
-    assert len(prompt.prompt()) == LENGTH * prompt.depth
-    assert (prompt.depth > 1) == case.deep
+    assert len(prompt.prompt()) == LENGTH * prompt.num_matrices
+    assert (prompt.is_deep) == case.deep
     ids, mask = rows_of_other_lengths()
     extra = {"task_ids": torch.zeros(len(ids), dtype=torch.long)} if case.tasks else {}
     ours = attach(backbone, prompt.fold())
     matrix = torch.randn(2 * len(prompt.prompt()), prompt.prompt().shape[1], generator=torch.Generator().manual_seed(2))
-    neighbor = Folded(matrix, depth=prompt.depth)
+    neighbor = Folded(matrix, num_matrices=prompt.num_matrices)
     mixed: dict[str, Any] = {"prompts": [neighbor, prompt.fold()], "index": torch.tensor([1, 1, 1, 0])}
     ids4, mask4 = torch.cat([ids, ids[:1]]), torch.cat([mask, mask[:1]])
     if backbone.architecture == "causal":

@@ -327,14 +327,16 @@ def test_plain_prompt_has_full_rank_before_training(trained: Callable[[Any], Run
 
 def test_deep_prompt_has_a_spectrum_per_layer(backbone: Backbone) -> None:
     layers = [product(6, rank, 32, seed=rank) for rank in (1, 2, 4)]
-    found = spectra(torch.cat(layers), torch.cat(layers[:1] + layers[:1] + layers[2:]), depth=3)
+    found = spectra(torch.cat(layers), torch.cat(layers[:1] + layers[:1] + layers[2:]), num_matrices=3)
     numbers = {name: spectrum.numerical for name, spectrum in found.items() if not name.startswith("centered")}
     assert numbers == {
-        "prompt of layer 1": 1,
-        "prompt of layer 2": 2,
-        "prompt of layer 3": 4,
-        "update of layer 1": 0,
-        "update of layer 2": 3,
-        "update of layer 3": 0,
+        "prompt of matrix 1": 1,
+        "prompt of matrix 2": 2,
+        "prompt of matrix 3": 4,
+        "update of matrix 1": 0,
+        "update of matrix 2": 3,
+        "update of matrix 3": 0,
     }
-    assert LoadedPrompt(name="deep", folder=Path("deep"), prompt=Folded(torch.cat(layers), depth=3)).max_rank == 6
+    assert (
+        LoadedPrompt(name="deep", folder=Path("deep"), prompt=Folded(torch.cat(layers), num_matrices=3)).max_rank == 6
+    )

@@ -66,18 +66,18 @@ def test_bare_vision_model_is_the_model(name: str, size: tuple[int, int], tiny_b
     given = {} if "dino" in name else {"interpolate_pos_encoding": True}
     with torch.no_grad():
         full = backbone.model(pixel_values=pixels, **given).last_hidden_state
-        for prompts in ([], [Folded(torch.zeros(0, 32))], [Folded(torch.zeros(0, 32), depth=3)]):
+        for prompts in ([], [Folded(torch.zeros(0, 32))], [Folded(torch.zeros(0, 32), num_matrices=3)]):
             close(attached(backbone, None).hidden_states(pixels, prompts), full)
 
 
 @backbones
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_prompt_matches_row_by_hand(name: str, depth: int, tiny_backbone: MakeBackbone) -> None:
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_prompt_matches_row_by_hand(name: str, num_layers: int, tiny_backbone: MakeBackbone) -> None:
     """States, and the gradient that reaches every vector."""
     backbone = tiny_backbone(name)
-    vectors = [torch.randn(5, 32, generator=seeded(layer)).requires_grad_() for layer in range(depth)]
+    vectors = [torch.randn(5, 32, generator=seeded(layer)).requires_grad_() for layer in range(num_layers)]
     theirs = by_hand(name, backbone.model, images(), vectors)
-    prompt = Folded(torch.cat(vectors), depth=depth)
+    prompt = Folded(torch.cat(vectors), num_matrices=num_layers)
     ours = attached(backbone, None).hidden_states(images(), [prompt])
     close(ours, theirs)
     weights = torch.randn(theirs.shape, generator=seeded(9))
@@ -99,11 +99,14 @@ def test_head_takes_cls_or_mean_of_patches(name: str, tiny_backbone: MakeBackbon
 
 
 @backbones
-@pytest.mark.parametrize("depth", [1, 3])
-def test_several_prompts_in_one_call_are_independent(name: str, depth: int, tiny_backbone: MakeBackbone) -> None:
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_several_prompts_in_one_call_are_independent(name: str, num_layers: int, tiny_backbone: MakeBackbone) -> None:
     """Of unequal length: what fills the shorter one up is not seen."""
     backbone = tiny_backbone(name)
-    prompts = [Folded(torch.randn(depth * length, 32, generator=seeded(length)), depth=depth) for length in (3, 7, 5)]
+    prompts = [
+        Folded(torch.randn(num_layers * length, 32, generator=seeded(length)), num_matrices=num_layers)
+        for length in (3, 7, 5)
+    ]
     prompted = attached(backbone, None)
     index = torch.tensor([1, 0, 2])
     with torch.no_grad():
@@ -194,14 +197,16 @@ def test_deep_prompt_has_one_prompt_per_layer(config: Any, count: int, tiny_back
     deep = Deep([config.build(host, seeded(0)) for host in backbone.hosts(3)])
     assert sum(parameter.numel() for parameter in deep.parameters()) == 3 * config.count(32)
     assert deep.prompt().shape == (300, 32)
-    assert deep.fold().depth == 3
+    assert deep.fold().num_matrices == 3
     torch.testing.assert_close(deep.fold().prompt()[100:200], deep.layers[1].prompt())  # type: ignore[operator]
 
 
-@pytest.mark.parametrize(("name", "takes"), [("t5", "prompts of depth 1 only"), ("gpt2", "prompts of depth 1 or 4")])
+@pytest.mark.parametrize(
+    ("name", "takes"), [("t5", "shallow prompts only"), ("gpt2", "shallow prompts, and deep ones of 4 matrices")]
+)
 def test_text_model_refuses_deep_prompt_of_a_vision_model(name: str, takes: str, tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone(name)
-    with pytest.raises(ValueError, match=f"the prompt is of depth 2, and {name} takes {takes}"):
-        attach(backbone, Folded(torch.zeros(4, 32), depth=2))(torch.tensor([[5, 6]]))
-    with pytest.raises(ValueError, match=f"a prompt of depth 3 does not fit {name}, which takes {takes}"):
+    with pytest.raises(ValueError, match=f"the prompt is deep, of 2 matrices, and {name} takes {takes}"):
+        attach(backbone, Folded(torch.zeros(4, 32), num_matrices=2))(torch.tensor([[5, 6]]))
+    with pytest.raises(ValueError, match=f"a prompt of 3 matrices does not fit {name}, which takes {takes}"):
         backbone.hosts(3)

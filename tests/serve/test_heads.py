@@ -52,13 +52,13 @@ def test_texts_with_heads_of_different_sizes(name: str, tiny_backbone: MakeBackb
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["vit", "dinov2"])
-def test_images_with_prompts_of_different_depths(name: str, tiny_backbone: MakeBackbone) -> None:
+def test_images_with_prompts_for_different_numbers_of_layers(name: str, tiny_backbone: MakeBackbone) -> None:
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     backbone = tiny_backbone(name).with_sample_images(images)
     entries = []
-    for seed, depth in enumerate((1, 2, 1)):
+    for seed, num_layers in enumerate((1, 2, 1)):
         config = METHODS["plain"](length=2 + seed)
-        prompt = build(config, backbone.hosts(depth), torch.Generator().manual_seed(seed))
+        prompt = build(config, backbone.hosts(num_layers), torch.Generator().manual_seed(seed))
         entries.append(entry_of(f"p{seed}", prompt, backbone, 2 + seed, seed))
     requests = [
         EngineRequest(entries[i % 3], (), ClassifyParams(candidates=entries[i % 3].candidates), pixels=image)

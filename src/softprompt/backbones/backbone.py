@@ -141,18 +141,18 @@ class Backbone:
         return kv_layout(self.model) if self.architecture == "causal" else None
 
     @property
-    def max_depth(self) -> int:
+    def max_matrices(self) -> int:
         """The most matrices that a deep prompt can have; 1 where a prompt enters with the input only.
 
         A vision model takes one for each of its layers, a decoder one for each layer's keys and one for its values.
         """
         if self.architecture == "vision":
             return len(vit.layers(self.model))
-        return 1 if self.kv_layout is None else 2 * self.kv_layout.layers
+        return 1 if self.kv_layout is None else 2 * self.kv_layout.num_layers
 
-    def prompt_dim(self, depth: int) -> int:
-        """The width of a prompt of that depth."""
-        return self.dim if depth == 1 or self.kv_layout is None else self.kv_layout.width
+    def prompt_dim(self, num_matrices: int) -> int:
+        """The width of a prompt of that many matrices."""
+        return self.dim if num_matrices == 1 or self.kv_layout is None else self.kv_layout.width
 
     @cached_property
     def _embedding_table(self) -> torch.Tensor:
@@ -206,58 +206,64 @@ class Backbone:
             query_key=projections.lazy_product(self.model),
         )
 
-    def hosts(self, depth: int, label_words: tuple[str, ...] = (), start: torch.Tensor | None = None) -> list[Host]:
-        """One host for each matrix of a prompt of that depth; for depth 1, `host` alone.
+    def hosts(
+        self, num_matrices: int, label_words: tuple[str, ...] = (), start: torch.Tensor | None = None
+    ) -> list[Host]:
+        """One host for each matrix of a prompt; for a single one, `host` alone.
 
         Args:
             label_words: the task's label words, if it has any.
             start: a trained prompt to initialize from; a deep prompt of a decoder needs one (`models.as_deep`).
 
         Raises:
-            ValueError: the model takes no prompt of that depth.
+            ValueError: the model takes no prompt of that many matrices.
         """
-        if depth == 1 and self.architecture != "vision":
+        if num_matrices == 1 and self.architecture != "vision":
             return [self.host(label_words, start)]
-        if not self._takes_depth(depth):
+        if not self._takes_matrices(num_matrices):
             raise ValueError(
-                f"a prompt of depth {depth} does not fit {self.source}, which takes {self._depths}; deep prompts are "
-                "for vision models, and for decoders whose layers have keys and values of one size"
+                f"a prompt of {num_matrices} matrices does not fit {self.source}, which takes {self._allowed_prompts}; "
+                "deep prompts are for vision models, and for decoders whose layers have keys and values of one size"
             )
         if self.architecture != "vision":
             if start is None:
                 raise ValueError("a deep prompt of a decoder starts from keys and values; give them as start")
             # A unit is the size of the layer's own keys or values, as it is the embeddings' for a shallow prompt.
-            parts = [part.clone() for part in start.chunk(depth)]
+            parts = [part.clone() for part in start.chunk(num_matrices)]
             return [Host(embedding=part, encode=_no_tokens, label_words=label_words, start=part) for part in parts]
-        return vit.hosts(self.model, self.images, depth, label_words, start)
+        return vit.hosts(self.model, self.images, num_matrices, label_words, start)
 
-    def check_prompt(self, matrix: torch.Tensor, depth: int) -> None:
-        """Check that a prompt of that depth fits the model.
+    def check_prompt(self, matrix: torch.Tensor, num_matrices: int) -> None:
+        """Check that a prompt of that many matrices fits the model.
 
         Raises:
             ValueError: it was trained for another backbone, or is deep where only shallow prompts fit.
         """
-        if depth > 1 and not self._takes_depth(depth):
+        if num_matrices > 1 and not self._takes_matrices(num_matrices):
             raise ValueError(
-                f"the prompt is of depth {depth}, and {self.source} takes {self._depths}; it was trained for another "
-                "backbone"
+                f"the prompt is deep, of {num_matrices} matrices, and {self.source} takes {self._allowed_prompts}; it "
+                "was trained for another backbone"
             )
-        if matrix.shape[1] != self.prompt_dim(depth):
-            what = "embeds in" if depth == 1 or self.kv_layout is None else "has keys of"
+        if matrix.shape[1] != self.prompt_dim(num_matrices):
+            what = "embeds in" if num_matrices == 1 or self.kv_layout is None else "has keys of"
             raise ValueError(
-                f"the prompt is {matrix.shape[1]} wide, but {self.source} {what} {self.prompt_dim(depth)}; it was "
-                "trained for another backbone"
+                f"the prompt is {matrix.shape[1]} wide, but {self.source} {what} {self.prompt_dim(num_matrices)}; it "
+                "was trained for another backbone"
             )
 
-    def _takes_depth(self, depth: int) -> bool:
-        return 1 <= depth <= self.max_depth if self.architecture == "vision" else depth in (1, self.max_depth)
+    def _takes_matrices(self, num_matrices: int) -> bool:
+        if self.architecture == "vision":
+            return 1 <= num_matrices <= self.max_matrices
+        return num_matrices in (1, self.max_matrices)
 
     @property
-    def _depths(self) -> str:
-        """The depths of prompts that fit, in words."""
-        if self.max_depth == 1:
-            return "prompts of depth 1 only"
-        return f"prompts of depth 1 {'to' if self.architecture == 'vision' else 'or'} {self.max_depth}"
+    def _allowed_prompts(self) -> str:
+        """The prompts that fit, in words."""
+        if self.max_matrices == 1:
+            return "shallow prompts only"
+        if self.architecture == "vision":
+            return f"prompts of 1 to {self.max_matrices} matrices"
+        return f"shallow prompts, and deep ones of {self.max_matrices} matrices"
 
     def with_sample_images(self, images: torch.Tensor) -> "Backbone":
         """The same model with input vectors sampled from `images` (pixels from its image processor)."""

@@ -12,15 +12,15 @@ from transformers.cache_utils import DynamicCache
 class KVLayout:
     """Keys and values of equal size in every layer."""
 
-    layers: int
-    heads: int
+    num_layers: int
+    num_kv_heads: int
     """Key-value heads, of which grouped-query attention has fewer than query heads."""
     head_dim: int
 
     @property
     def width(self) -> int:
         """Entries of one token's keys, or of its values, in one layer."""
-        return self.heads * self.head_dim
+        return self.num_kv_heads * self.head_dim
 
 
 @torch.no_grad()
@@ -33,4 +33,4 @@ def kv_layout(model: Any) -> KVLayout | None:
     if any(keys is None or keys.shape != states[0][0].shape or values.shape != keys.shape for keys, values in states):
         return None
     _, heads, _, head_dim = states[0][0].shape
-    return KVLayout(layers=len(states), heads=heads, head_dim=head_dim)
+    return KVLayout(num_layers=len(states), num_kv_heads=heads, head_dim=head_dim)

@@ -111,18 +111,18 @@ def run_layer(layer: nn.Module, states: States, mask: Tensor | None = None) -> S
 def hosts(
     model: Any,
     images: Pixels | None,
-    depth: int,
+    num_layers: int,
     label_words: tuple[str, ...],
     start: Float[Tensor, "prompt dim"] | None,
 ) -> list[Host]:
-    """What a prompt method may know about the first `depth` layers: one host each, with patch states as input vectors.
+    """What a prompt method may know about the first `num_layers` layers: one host each, with patch states as vectors.
 
     Args:
         images: the images whose patch states are sampled; None for noise, which gives a rough scale only.
         start: a trained prompt to initialize from, the layers' prompts concatenated.
     """
-    stack = layers(model)[:depth]
-    starts: Sequence[Tensor | None] = [None] * depth if start is None else start.chunk(depth)
+    stack = layers(model)[:num_layers]
+    starts: Sequence[Tensor | None] = [None] * num_layers if start is None else start.chunk(num_layers)
     samples = _samples(model, stack, _noise(model) if images is None else images)
     return [
         Host(

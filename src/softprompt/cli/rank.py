@@ -112,7 +112,7 @@ def _ranks(measured: list[PromptRanks], suggest: bool, out: Path | None) -> dict
         )
         for suggestion in suggestions:
             size = f"length {suggestion.length}"
-            size += f" in each of {suggestion.depth} layers" if suggestion.depth > 1 else ""
+            size += f" in each of {suggestion.num_matrices} matrices" if suggestion.num_matrices > 1 else ""
             console.print(
                 f"{suggestion.task}, {suggestion.method} of {size} on {suggestion.backbone}, cuts of the "
                 f"{suggestion.part}: {suggestion.sentence}"

@@ -82,7 +82,7 @@ def _shared_prefixes(texts: Sequence[Tokens]) -> list[SharedPrefix]:
     """Disjoint groups of two or more texts with a common prefix that together save the most tokens.
 
     Sorted texts are the leaves of a prefix tree, and the texts below a branch share as many tokens as the branch is
-    deep. A branch becomes one group, or the groups of its sub-branches, whichever saves more. Each text keeps at least
+    long. A branch becomes one group, or the groups of its sub-branches, whichever saves more. Each text keeps at least
     one token.
     """
     order = sorted(range(len(texts)), key=texts.__getitem__)
@@ -90,22 +90,22 @@ def _shared_prefixes(texts: Sequence[Tokens]) -> list[SharedPrefix]:
     for position, text in enumerate(order):
         branch = _Branch(0, position)
         following = order[position + 1] if position + 1 < len(order) else None
-        depth = 0 if following is None else len(_common_prefix(texts[text][:-1], texts[following][:-1]))
-        while branches and branches[-1].depth > depth:
+        length = 0 if following is None else len(_common_prefix(texts[text][:-1], texts[following][:-1]))
+        while branches and branches[-1].length > length:
             branches[-1].add(branch)
             branch = branches.pop()
             branch.close(order[branch.start : position + 1])
-        if not branches or branches[-1].depth < depth:
-            branches.append(_Branch(depth, branch.start))
+        if not branches or branches[-1].length < length:
+            branches.append(_Branch(length, branch.start))
         branches[-1].add(branch)
     return branches[0].groups if branches else []
 
 
 class _Branch:
-    """Consecutive sorted texts, from position `start` on, that share `depth` tokens, and the best groups among them."""
+    """Consecutive sorted texts, from `start` on, that share `length` tokens, and the best groups among them."""
 
-    def __init__(self, depth: int, start: int) -> None:
-        self.depth, self.start = depth, start
+    def __init__(self, length: int, start: int) -> None:
+        self.length, self.start = length, start
         self.saving, self.groups = 0, list[SharedPrefix]()
 
     def add(self, part: "_Branch") -> None:
@@ -115,8 +115,8 @@ class _Branch:
 
     def close(self, members: list[int]) -> None:
         """Make all `members` one group if that saves more."""
-        if (saving := _saving(self.depth, len(members))) > self.saving:
-            self.saving, self.groups = saving, [(self.depth, members)]
+        if (saving := _saving(self.length, len(members))) > self.saving:
+            self.saving, self.groups = saving, [(self.length, members)]
 
 
 def _saving(length: int, texts: int) -> int:

@@ -172,7 +172,7 @@ def row_refusal(trained: Trained, backbone: Backbone, engine: str) -> str:
             f"{engine} takes vectors before the input only, and {trained.run.experiment.method} also changes the "
             "input's own embeddings; export to npz, or serve it with softprompt serve"
         )
-    if trained.folded.depth > 1:
+    if trained.folded.is_deep:
         return deep_refusal(engine)
     if not model_class(backbone).decoder_only:
         return (

@@ -45,7 +45,7 @@ def label_prefixes(candidates: Iterable[Sequence[int]]) -> list[tuple[int, ...]]
     >>> label_prefixes([(5,), (7, 8)])
     [(), (7,)]
     """
-    return sorted({tuple(ids[:depth]) for ids in candidates for depth in range(len(ids))})
+    return sorted({tuple(ids[:length]) for ids in candidates for length in range(len(ids))})
 
 
 def label_scores(
@@ -61,7 +61,7 @@ def label_scores(
     [-1.0, -0.75]
     """
     return [
-        sum(log_probs[tuple(ids[:depth])].get(token, -math.inf) for depth, token in enumerate(ids))
+        sum(log_probs[tuple(ids[:length])].get(token, -math.inf) for length, token in enumerate(ids))
         for ids in candidates
     ]
 

@@ -35,7 +35,7 @@ class ExtendedCheckpoint:
 
 def vocabulary_refusal(trained: Trained, backbone: Backbone) -> str:
     """Why the prompt cannot be rows of the backbone's embedding table; empty where it can."""
-    if trained.folded.depth > 1:
+    if trained.folded.is_deep:
         return deep_refusal("a vocabulary")
     if not trained.folded.plain:
         return (

@@ -18,8 +18,8 @@ class Npz(Format):
     """`prompts.npz`: float32 arrays `NAME.matrix`, and `NAME.position_table`, `NAME.input_table` where there are any.
 
     A row is `[matrix; E(text) + position_table[position in the text] + input_table[id]]`; `NAME.beyond` says what a
-    token past the position table gets: `refuse` (the run would refuse the row) or `none`. `NAME.depth` is the number of
-    matrices in `NAME.matrix`: 1, or for a deep prompt the layers, or in a decoder each layer's keys and its values.
+    token past the position table gets: `refuse` (the run would refuse the row) or `none`. `NAME.num_matrices` is
+    how many `NAME.matrix` concatenates: 1, or for a deep prompt one per layer, in a decoder two (keys and values).
     """
 
     name: ClassVar[str] = "npz"
@@ -35,7 +35,7 @@ class Npz(Format):
         for item in trained:
             arrays |= {f"{item.name}.{key}": tensor.float().numpy() for key, tensor in _tensors(item).items()}
             arrays[f"{item.name}.beyond"] = np.array(item.folded.beyond)
-            arrays[f"{item.name}.depth"] = np.array(item.folded.depth)
+            arrays[f"{item.name}.num_matrices"] = np.array(item.folded.num_matrices)
         np.savez(folder / FILE, **arrays)
 
     def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:

@@ -64,14 +64,14 @@ def export_peft(folded: Folded, backbone: Backbone, folder: Path) -> None:
         "token_dim": matrix.shape[1],
         "tokenizer_name_or_path": None,
     }
-    if folded.depth > 1:
+    if folded.is_deep:
         layout = backbone.kv_layout
         assert layout is not None  # `peft_refusal` let no other deep prompt pass
         values = {name: value for name, value in values.items() if not name.startswith(("prompt_", "tokenizer_"))}
         values |= {
             "encoder_hidden_size": layout.width,
-            "num_attention_heads": layout.heads,
-            "num_layers": layout.layers,
+            "num_attention_heads": layout.num_kv_heads,
+            "num_layers": layout.num_layers,
             "peft_type": "PREFIX_TUNING",
             "prefix_projection": False,
             "token_dim": layout.width,
@@ -82,7 +82,7 @@ def export_peft(folded: Folded, backbone: Backbone, folder: Path) -> None:
 
 def _peft_matrix(folded: Folded) -> Float[Tensor, "length _"]:
     """The tensor `prompt_embeddings`: virtual tokens, or of a deep prompt each token's `[K_1, V_1, K_2, V_2, ...]`."""
-    return torch.cat(folded.prompt().detach().float().cpu().chunk(folded.depth), 1).contiguous()
+    return torch.cat(folded.prompt().detach().float().cpu().chunk(folded.num_matrices), 1).contiguous()
 
 
 @final
@@ -105,4 +105,4 @@ class Peft(Format):
         [item] = trained
         expected = item.folded.prompt().detach().float()
         check_equal(read_peft_folder(folder).prompt(backbone).prompt(), expected, "the PEFT prompt")
-        return {"prompts": {item.name: len(expected) // item.folded.depth}, **EXACT}
+        return {"prompts": {item.name: len(expected) // item.folded.num_matrices}, **EXACT}

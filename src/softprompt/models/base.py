@@ -309,12 +309,12 @@ class PromptedModel(nn.Module, ABC):
         """Each prompt's virtual tokens, float32, on the backbone's device.
 
         Raises:
-            ValueError: a prompt is as wide as another backbone's embeddings, or of a depth that this one does not take.
+            ValueError: a prompt is as wide as another backbone's embeddings, or has more matrices than this one takes.
         """
         with torch.autocast(self.backbone.device.type, enabled=False):  # prompts are float32, whoever calls
             vectors = [prompt.prompt().to(self.backbone.device) for prompt in prompts]
         for prompt, matrix in zip(prompts, vectors, strict=True):
-            self.backbone.check_prompt(matrix, prompt.depth)
+            self.backbone.check_prompt(matrix, prompt.num_matrices)
         return vectors
 
     def end_of_sequence(self) -> list[int]:
@@ -330,7 +330,7 @@ class PromptedModel(nn.Module, ABC):
     def prompt_length(self) -> int:
         """Positions that the model's own prompt takes in a row."""
         with torch.no_grad():
-            return 0 if self.prompt is None else len(self.prompt.prompt()) // self.prompt.depth
+            return 0 if self.prompt is None else len(self.prompt.prompt()) // self.prompt.num_matrices
 
     def check_row(self, input_ids: Sequence[int], answer_ids: Sequence[int], where: str) -> None:
         """Refuse a row that the model cannot run, before anything is written.

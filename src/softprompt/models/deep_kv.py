@@ -20,7 +20,7 @@ from softprompt.types import PromptPosition
 
 def any_deep(prompts: Sequence[SoftPrompt]) -> bool:
     """Whether one of the prompts is deep."""
-    return any(prompt.depth > 1 for prompt in prompts)
+    return any(prompt.is_deep for prompt in prompts)
 
 
 def check_deep(
@@ -42,7 +42,7 @@ def check_deep(
             f"the prompt is deep, and {backbone.source}{where} runs prompts in every row; train a shallow prompt, or a "
             "deep one with prompt_position 'prefix' on a model that takes explicit positions"
         )
-    if any(prompt.depth == 1 for prompt in prompts):
+    if not all(prompt.is_deep for prompt in prompts):
         raise ValueError("deep and shallow prompts are in one call; run each kind on its own")
 
 
@@ -54,7 +54,7 @@ def deep_prefixes(backbone: Backbone, prompts: Sequence[SoftPrompt], vectors: Se
     """
     layout = backbone.kv_layout
     assert layout is not None
-    shape = (layout.layers, 2, -1, layout.heads, layout.head_dim)
+    shape = (layout.num_layers, 2, -1, layout.num_kv_heads, layout.head_dim)
     by_layer = [matrix.to(backbone.device, backbone.dtype).view(shape) for matrix in vectors]
     lengths = torch.tensor([states.shape[2] for states in by_layer], device=backbone.device)
     # [layer, key or value, row, column, head, head_dim]
@@ -66,7 +66,7 @@ def deep_prefixes(backbone: Backbone, prompts: Sequence[SoftPrompt], vectors: Se
 
 
 @torch.no_grad()
-def as_deep(backbone: Backbone, prompt: Float[Tensor, "length dim"]) -> Float[Tensor, "depth_x_length width"]:
+def as_deep(backbone: Backbone, prompt: Float[Tensor, "length dim"]) -> Float[Tensor, "matrix_x_length width"]:
     """The keys and values of virtual tokens in front of a text: a deep prompt that does the same, float32, on the CPU.
 
     Exact for every token of a text but the first, which virtual tokens predict and a deep prompt does not.

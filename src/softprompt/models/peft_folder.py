@@ -162,15 +162,15 @@ class PeftFolder:
         self.check_backbone(backbone)
         folded = self.folded()
         try:
-            backbone.check_prompt(folded.matrix, folded.depth)
+            backbone.check_prompt(folded.matrix, folded.num_matrices)
         except ValueError as error:
             raise ValueError(f"{self.folder} does not fit: {error}{self._trained_on()}") from error
-        if folded.depth > 1:
+        if folded.is_deep:
             heads, layout = self._setting("num_attention_heads"), backbone.kv_layout
-            if layout is not None and heads != layout.heads:
+            if layout is not None and heads != layout.num_kv_heads:
                 raise ValueError(
-                    f"{self.folder} holds keys of {heads} heads, and {backbone.source} has {layout.heads}; use the "
-                    f"backbone it was trained on{self._trained_on()}"
+                    f"{self.folder} holds keys of {heads} heads, and {backbone.source} has {layout.num_kv_heads}; use "
+                    f"the backbone it was trained on{self._trained_on()}"
                 )
         return folded
 
@@ -223,15 +223,15 @@ class PeftFolder:
                 f"{_ADVICE}"
             )
 
-    def _deep(self, matrix: Float[Tensor, "length depth_x_width"]) -> Folded:
+    def _deep(self, matrix: Float[Tensor, "length matrix_x_width"]) -> Folded:
         if self.settings.get("task_type") == "SEQ_2_SEQ_LM":
             raise ValueError(
                 f"{self.folder} is a {self.peft_type} adapter of an encoder-decoder, and softprompt has keys and "
                 "values in the layers of decoders only; use PEFT itself, or train a prompt (softprompt train)"
             )
-        depth = 2 * self._setting("num_layers")
-        self._check_shape(matrix, self._setting("num_virtual_tokens"), depth * self._setting("token_dim"))
-        return Folded(torch.cat(matrix.chunk(depth, 1)), depth=depth)
+        count = 2 * self._setting("num_layers")
+        self._check_shape(matrix, self._setting("num_virtual_tokens"), count * self._setting("token_dim"))
+        return Folded(torch.cat(matrix.chunk(count, 1)), num_matrices=count)
 
     def _setting(self, name: str) -> int:
         value = (self.config or {}).get(name)

@@ -26,7 +26,7 @@ class LayerPrompts(Prepared):
     """Several prompts' virtual tokens by layer, padded to the longest."""
 
     prompts: Sequence[SoftPrompt]
-    vectors: Float[Tensor, "row depth longest dim"]
+    vectors: Float[Tensor, "row layer longest dim"]
     """float32; one row without tokens for a model without a prompt."""
     mask: Bool[Tensor, "row longest"]
     """True where a prompt has a token."""
@@ -36,9 +36,9 @@ class LayerPrompts(Prepared):
 class Vision(PromptedModel):
     """A prompt between [CLS] (with DeiT's distillation token, DINOv2's registers) and the patches, without positions.
 
-    A prompt of depth 1 enters with the patches and runs through every layer; one of depth n is replaced before each of
-    the first n layers by that layer's own. `head` takes the normalized last hidden states of [CLS] and the patches
-    (`[batch, 1 + patches, hidden]`) and gives logits; `fresh_head` makes one.
+    A shallow prompt enters with the patches and runs through every layer; a deep one of n matrices is replaced before
+    each of the first n layers by that layer's own. `head` takes the normalized last hidden states of [CLS] and the
+    patches (`[batch, 1 + patches, hidden]`) and gives logits; `fresh_head` makes one.
 
     Inputs are pixels as the backbone's processor makes them, of any size that is a whole number of patches, without an
     attention mask. `forward` gives the head's logits, `[batch, classes]`, float32; `labels` are one column of classes.
@@ -75,15 +75,15 @@ class Vision(PromptedModel):
         """The prompts' vectors; everything else depends on the image.
 
         Raises:
-            ValueError: prompts of several depths, or for another backbone.
+            ValueError: prompts for different numbers of layers, or for another backbone.
         """
         device, dim = self.backbone.device, self.backbone.dim
-        depths = {prompt.depth for prompt in prompts} or {1}
-        if len(depths) > 1:
-            raise ValueError(f"prompts of depths {sorted(depths)} are in one call; run each depth on its own")
-        [depth] = depths
-        by_layer = [matrix.view(depth, -1, dim) for matrix in self.prompt_embeddings(prompts)]
-        by_layer = by_layer or [torch.zeros(depth, 0, dim, device=device)]
+        counts = {prompt.num_matrices for prompt in prompts} or {1}
+        if len(counts) > 1:
+            raise ValueError(f"prompts of {sorted(counts)} matrices are in one call; run each number on its own")
+        [num_layers] = counts
+        by_layer = [matrix.view(num_layers, -1, dim) for matrix in self.prompt_embeddings(prompts)]
+        by_layer = by_layer or [torch.zeros(num_layers, 0, dim, device=device)]
         lengths = torch.tensor([matrix.shape[1] for matrix in by_layer], device=device)
         longest = int(lengths.max())
         vectors = [nn.functional.pad(matrix, (0, 0, 0, longest - matrix.shape[1])) for matrix in by_layer]
@@ -161,8 +161,10 @@ def _check_prompt(backbone: Backbone, prompt: SoftPrompt) -> None:
             "this method also changes the input's own embeddings by a token's position or id, and an image has no "
             "tokens; choose one that folds to a prompt alone (see: softprompt list methods)"
         )
-    if prompt.depth > backbone.max_depth:
-        raise ValueError(f"the prompt is for {prompt.depth} layers and {backbone.source} has {backbone.max_depth}")
+    if prompt.num_matrices > backbone.max_matrices:
+        raise ValueError(
+            f"the prompt is for {prompt.num_matrices} layers and {backbone.source} has {backbone.max_matrices}"
+        )
 
 
 def _attention_mask(

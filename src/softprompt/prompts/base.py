@@ -78,10 +78,16 @@ class Host:
 class SoftPrompt(nn.Module, ABC):
     """A soft prompt: virtual tokens, and what it does to the input's own embeddings."""
 
-    depth: int = 1
-    """Layers that have a prompt of their own; `prompt()` concatenates them."""
+    num_matrices: int = 1
+    """Matrices that `prompt()` concatenates: 1; in a deep prompt one per layer, in a decoder two (keys, values)."""
     max_input_length: int | None = None
     """Most tokens of an input, its continuation included; none: any number."""
+
+    @final
+    @property
+    def is_deep(self) -> bool:
+        """Whether layers have prompts of their own."""
+        return self.num_matrices > 1
 
     @abstractmethod
     def prompt(self) -> Float[Tensor, "prompt dim"]:
@@ -142,7 +148,7 @@ class Folded(SoftPrompt):
         position_table: added to the input's embeddings by a token's position.
         input_table: added to the input's embeddings by a token's id.
         beyond: what happens to a token past the position table.
-        depth: layers whose prompts `matrix` concatenates.
+        num_matrices: how many `matrix` concatenates; see `SoftPrompt.num_matrices`.
 
     Takes `length * dim` floats, and those of the tables. It has no parameters: folding ends training.
     """
@@ -157,11 +163,11 @@ class Folded(SoftPrompt):
         position_table: Float[Tensor, "position dim"] | None = None,
         input_table: Float[Tensor, "vocab dim"] | None = None,
         beyond: Beyond = "none",
-        depth: int = 1,
+        num_matrices: int = 1,
     ) -> None:
         super().__init__()
         self.beyond = beyond
-        self.depth = depth
+        self.num_matrices = num_matrices
         self.max_input_length = None if position_table is None else max_input_length(position_table, beyond)
         self.register_buffer("matrix", matrix)
         self.register_buffer("position_table", position_table)

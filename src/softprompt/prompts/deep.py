@@ -23,7 +23,7 @@ class Deep(SoftPrompt):
         ValueError: no layers, prompts of unequal length, or a prompt that changes the input's own embeddings, which
             only the first layer has.
 
-    >>> Deep([Folded(torch.zeros(2, 4)), Folded(torch.ones(2, 4))]).depth
+    >>> Deep([Folded(torch.zeros(2, 4)), Folded(torch.ones(2, 4))]).num_matrices
     2
     """
 
@@ -39,7 +39,7 @@ class Deep(SoftPrompt):
                 "embeddings; choose one that folds to a prompt alone"
             )
         self.layers = nn.ModuleList(layers)
-        self.depth = len(layers)
+        self.num_matrices = len(layers)
 
     @property
     def _prompts(self) -> list[SoftPrompt]:
@@ -59,8 +59,8 @@ class Deep(SoftPrompt):
         return embeds
 
     def fold(self) -> Folded:
-        """One folded prompt of the same depth."""
-        return Folded(self.prompt().detach().clone(), depth=self.depth)
+        """One folded prompt of as many matrices."""
+        return Folded(self.prompt().detach().clone(), num_matrices=self.num_matrices)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """The layers' groups, merged by name."""

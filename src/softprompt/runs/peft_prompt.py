@@ -87,8 +87,8 @@ def open_peft_prompt(folder: str | Path, task: str | None) -> PeftPrompt:
     experiment = Experiment(
         backbone=adapter.base,
         task=task,
-        prompt=Plain(length=len(folded.prompt()) // folded.depth),
-        depth="deep" if folded.depth > 1 else "shallow",
+        prompt=Plain(length=len(folded.prompt()) // folded.num_matrices),
+        depth="deep" if folded.is_deep else "shallow",
     )
     return PeftPrompt(path, adapter, experiment, load_task(task))
 

@@ -219,8 +219,8 @@ def build_prompt(
     Raises:
         ValueError: `init_prompt` cannot be the start of this prompt.
     """
-    start, depth = None, backbone.max_depth if experiment.depth == "deep" else 1
-    is_deep_kv = depth > 1 and backbone.kv_layout is not None
+    start, num_matrices = None, backbone.max_matrices if experiment.depth == "deep" else 1
+    is_deep_kv = num_matrices > 1 and backbone.kv_layout is not None
     if initialize and experiment.init_prompt is not None:
         folded = read_prompt(local_folder(experiment.init_prompt), backbone).fold()
         if not folded.plain:
@@ -228,21 +228,21 @@ def build_prompt(
                 f"the prompt of --init-prompt {experiment.init_prompt} also changes the input's own embeddings, which "
                 "a new prompt cannot start from; give one of plain, dpt, residual, ..."
             )
-        if folded.depth != depth and not (is_deep_kv and folded.depth == 1):
+        if folded.num_matrices != num_matrices and not (is_deep_kv and not folded.is_deep):
             raise ValueError(
-                f"the prompt of --init-prompt {experiment.init_prompt} is of depth {folded.depth} and the new one of "
-                f"depth {depth}, counted in matrices; train with the depth of the other"
+                f"the prompt of --init-prompt {experiment.init_prompt} has {folded.num_matrices} matrices and the new "
+                f"one {num_matrices}; train with the --depth of the other"
             )
         start = folded.prompt().detach().cpu()
-        if is_deep_kv and folded.depth == 1:
+        if is_deep_kv and not folded.is_deep:
             start = as_deep(backbone, start)
     generator = torch.Generator().manual_seed(experiment.seed)
     if is_deep_kv and start is None:
         start = _initial_kv(experiment, task, backbone, initialize, generator)
-    hosts = backbone.hosts(depth, task.answers, start)
+    hosts = backbone.hosts(num_matrices, task.answers, start)
     if not initialize:  # the tensors are replaced by loaded ones, so any matrix of the gradient's shape will do
         hosts = [dataclasses.replace(host, gradient=lambda rows, batches: rows) for host in hosts]
-    elif depth == 1:  # in a deep prompt, a layer's gradient depends on layers that are not built yet
+    elif num_matrices == 1:  # in a deep prompt, a layer's gradient depends on layers that are not built yet
         hosts = [dataclasses.replace(host, gradient=gradient) for host in hosts]
     return build(experiment.prompt, hosts, generator)
 
@@ -255,8 +255,8 @@ def _initial_kv(
     Without `initialize` any values, since loaded tensors replace them.
     """
     if not initialize:
-        rows = backbone.max_depth * experiment.prompt.length
-        return torch.randn(rows, backbone.prompt_dim(backbone.max_depth), generator=generator, device="cpu")
+        rows = backbone.max_matrices * experiment.prompt.length
+        return torch.randn(rows, backbone.prompt_dim(backbone.max_matrices), generator=generator, device="cpu")
     shallow = build(experiment.prompt, [backbone.host(task.answers)], generator)
     return as_deep(backbone, shallow.prompt().detach())
 

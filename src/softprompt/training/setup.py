@@ -301,7 +301,7 @@ def _check_settings_apply(experiment: Experiment, task: Task, backbone: Backbone
 
 
 def _check_deep(experiment: Experiment, backbone: Backbone) -> None:
-    if backbone.max_depth == 1:
+    if backbone.max_matrices == 1:
         raise ValueError(
             f"depth is deep, and {backbone.source} ({backbone.architecture}) takes prompts in front of the input only; "
             "use a vision model, or a decoder whose layers have keys and values of one size, or leave depth out"
@@ -383,7 +383,7 @@ def _image_settings(experiment: Experiment) -> Mapping[str, Any]:
 def _init_prompt_note(name: str, prompt: SoftPrompt, source: SoftPrompt) -> str:
     """How closely the method can represent the prompt that it starts from."""
     target = source.prompt().detach().cpu()
-    if prompt.depth != source.depth:
+    if prompt.num_matrices != source.num_matrices:
         return f"starting from the keys and values of {name}"
     error = float((prompt.prompt().detach().cpu() - target).norm() / target.norm())
     return f"starting from {name}, represented to a relative error of {error:.3g}"

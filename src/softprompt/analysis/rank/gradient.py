@@ -91,7 +91,7 @@ def _along(
     assert loaded.run is not None
     assert loaded.backbone is not None
     reason = ""
-    if loaded.prompt.depth > 1:
+    if loaded.prompt.is_deep:
         reason = "is of several layers"
     elif not loaded.prompt.plain:
         reason = "also changes the input's own embeddings"

@@ -56,31 +56,31 @@ class LoadedPrompt:
 
     @property
     def max_rank(self) -> int:
-        """The largest rank that a matrix of this shape can have; in a deep prompt, the matrix of one layer."""
+        """The largest rank that a matrix of this shape can have; in a deep prompt, one of its matrices."""
         length, dim = self.matrix.shape
-        return min(length // self.prompt.depth, dim)
+        return min(length // self.prompt.num_matrices, dim)
 
 
 def spectra(
-    matrix: Float[Tensor, "prompt dim"], start: Float[Tensor, "prompt dim"] | None = None, depth: int = 1
+    matrix: Float[Tensor, "prompt dim"], start: Float[Tensor, "prompt dim"] | None = None, num_matrices: int = 1
 ) -> dict[str, Spectrum]:
     """The spectra of the prompt `P`, of `P` less its mean row (`centered`), and of the update `P - P0`.
 
     A prompt that starts from vocabulary rows has full rank before training, and the mean row alone may hold most of
-    its norm, so the update is the most informative of the three. A deep prompt has a matrix per layer, and these views
-    of each: `prompt of layer 1`, and so on.
+    its norm, so the update is the most informative of the three. A deep prompt has these views of each of its matrices:
+    `prompt of matrix 1`, and so on; in a decoder these are the keys and the values of each layer in turn.
     """
-    if depth == 1:
-        return _layer_spectra(matrix, start)
-    starts = [None] * depth if start is None else start.chunk(depth)
+    if num_matrices == 1:
+        return _matrix_spectra(matrix, start)
+    starts = [None] * num_matrices if start is None else start.chunk(num_matrices)
     return {
-        f"{view} of layer {number}": spectrum
-        for number, (layer, layer_start) in enumerate(zip(matrix.chunk(depth), starts, strict=True), 1)
-        for view, spectrum in _layer_spectra(layer, layer_start).items()
+        f"{view} of matrix {number}": spectrum
+        for number, (part, part_start) in enumerate(zip(matrix.chunk(num_matrices), starts, strict=True), 1)
+        for view, spectrum in _matrix_spectra(part, part_start).items()
     }
 
 
-def _layer_spectra(
+def _matrix_spectra(
     matrix: Float[Tensor, "prompt dim"], start: Float[Tensor, "prompt dim"] | None
 ) -> dict[str, Spectrum]:
     prompt = Spectrum.of(matrix)

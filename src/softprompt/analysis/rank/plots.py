@@ -102,7 +102,7 @@ def _save(figure: Any, folder: Path, name: str) -> list[Path]:
 
 
 def _of_view(spectra: Mapping[str, Spectrum], view: str) -> dict[str, Spectrum]:
-    """The spectra of one view by the suffix of their name: empty, or ` of layer 2` in a deep prompt."""
+    """The spectra of one view by the suffix of their name: empty, or ` of matrix 2` in a deep prompt."""
     return {name.removeprefix(view): spectrum for name, spectrum in spectra.items() if name.startswith(view)}
 
 

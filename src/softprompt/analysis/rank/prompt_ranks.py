@@ -31,8 +31,8 @@ class PromptRanks:
         length, dim = self.loaded.matrix.shape
         values: dict[str, Any] = {
             "name": self.loaded.name,
-            "length": length // self.loaded.prompt.depth,
-            "depth": self.loaded.prompt.depth,
+            "length": length // self.loaded.prompt.num_matrices,
+            "num_matrices": self.loaded.prompt.num_matrices,
             "dim": dim,
             "note": self.loaded.note,
             "ranks": {
@@ -77,12 +77,12 @@ def measure(
             raise ValueError(f"{loaded.folder} is no run, and --backbone does nothing to it without --functional")
         if loaded.adapter is not None and backbone and (note := loaded.adapter.base_note(backbone)):
             (callback or NullCallback()).on_note(note)
-        depth = loaded.prompt.depth
+        num_matrices = loaded.prompt.num_matrices
         measured.append(
             PromptRanks(
                 loaded=dataclasses.replace(loaded, backbone=None),  # else every run's backbone would stay in memory
-                spectra=spectra(loaded.matrix, loaded.start, depth),
-                history={step: spectra(matrix, loaded.start, depth) for step, matrix in loaded.history.items()},
+                spectra=spectra(loaded.matrix, loaded.start, num_matrices),
+                history={step: spectra(matrix, loaded.start, num_matrices) for step, matrix in loaded.history.items()},
                 functional=None if functional is None else functional_rank(loaded, functional, callback=callback),
             )
         )

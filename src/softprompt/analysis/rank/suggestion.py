@@ -22,9 +22,9 @@ class Suggestion:
     backbone: str
     method: str
     length: int
-    """Virtual tokens; in a deep prompt, of each layer."""
-    depth: int
-    """Layers that have a prompt of their own."""
+    """Virtual tokens; in a deep prompt, of each matrix."""
+    num_matrices: int
+    """1, or the number of a deep prompt's matrices."""
     part: Part
     """What was truncated: the `update` for a DPT around an anchor, the whole `prompt` for one without."""
     evidence: Mapping[str, int | None]
@@ -43,14 +43,14 @@ def suggest_rank(scored: Sequence[Scored]) -> list[Suggestion]:
     groups: dict[tuple[str, str, str, int, int, Part], list[Scored]] = {}
     for loaded, functional in scored:
         method = "unknown" if loaded.run is None else loaded.run.experiment.method
-        depth = loaded.prompt.depth
-        key = (functional.task, functional.backbone, method, loaded.matrix.shape[0] // depth, depth, functional.part)
+        count = loaded.prompt.num_matrices
+        key = (functional.task, functional.backbone, method, loaded.matrix.shape[0] // count, count, functional.part)
         groups.setdefault(key, []).append((loaded, functional))
     return [_suggestion(*key, members) for key, members in groups.items()]
 
 
 def _suggestion(
-    task: str, backbone: str, method: str, length: int, depth: int, part: Part, members: Sequence[Scored]
+    task: str, backbone: str, method: str, length: int, num_matrices: int, part: Part, members: Sequence[Scored]
 ) -> Suggestion:
     evidence = {
         loaded.name: functional.rank_by_significance if functional.above_majority else None
@@ -70,7 +70,7 @@ def _suggestion(
         backbone=backbone,
         method=method,
         length=length,
-        depth=depth,
+        num_matrices=num_matrices,
         part=part,
         evidence=evidence,
         sentence=_too_small(insufficient, members) if insufficient else _sentence(rank, len(needed), members),

@@ -111,7 +111,7 @@ def functional_rank(
     callback.on_note(f"{loaded.name}: full prompt, {full.metric} {full.value:.3f} on {full.n} {scorer.rows_name} rows")
     cuts = []
     for rank in ranks:
-        truncated = torch.cat([truncated_svd(layer, rank) for layer in matrix.chunk(loaded.prompt.depth)])
+        truncated = torch.cat([truncated_svd(part, rank) for part in matrix.chunk(loaded.prompt.num_matrices)])
         score, answers = scorer.score(_with_matrix(loaded.prompt, truncated if start is None else start + truncated))
         loss = drop(METRICS[full.metric], full_answers, answers)
         callback.on_note(f"{loaded.name}: rank {rank} of the {truncation.part}, {score.metric} {score.value:.3f}")
@@ -145,11 +145,11 @@ def _ranks(loaded: LoadedPrompt, truncation: Truncation) -> list[int]:
         )
     if truncation.ranks:
         return sorted(set(truncation.ranks))
-    by_view = spectra(loaded.matrix, loaded.start, loaded.prompt.depth)
+    by_view = spectra(loaded.matrix, loaded.start, loaded.prompt.num_matrices)
     numerical = max(spectrum.numerical for view, spectrum in by_view.items() if view.startswith(truncation.part))
     ranks = ranks_up_to(max(numerical, 1))
     return [0, *ranks] if truncation.part == "update" else ranks
 
 
 def _with_matrix(prompt: Folded, matrix: Float[Tensor, "prompt dim"]) -> Folded:
-    return Folded(matrix, prompt.position_table, prompt.input_table, prompt.beyond, prompt.depth)
+    return Folded(matrix, prompt.position_table, prompt.input_table, prompt.beyond, prompt.num_matrices)

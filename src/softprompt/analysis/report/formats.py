@@ -48,8 +48,8 @@ def _text_rows(table: Table, columns: Sequence[int]) -> list[str]:
     lines: list[str] = []
     for number, row in enumerate([table.head, *table.rows]):
         cells = [row[column].split("\n") for column in columns]
-        for depth in range(max(map(len, cells))):
-            parts = [cell[depth] if depth < len(cell) else "" for cell in cells]
+        for line in range(max(map(len, cells))):
+            parts = [cell[line] if line < len(cell) else "" for cell in cells]
             aligned = [
                 part.ljust(widths[column]) if column < table.text_columns else part.rjust(widths[column])
                 for part, column in zip(parts, columns, strict=True)
@@ -118,9 +118,9 @@ def latex(tables: Sequence[Table]) -> str:
 def _latex_rows(row: Sequence[str]) -> list[str]:
     cells = [cell.split("\n") for cell in row]
     lines = []
-    for depth in range(max(map(len, cells))):
-        parts = [_in_latex(cell[depth]) if depth < len(cell) else "" for cell in cells]
-        small = [rf"{{\scriptsize {part}}}" if part and depth else part for part in parts]
+    for line in range(max(map(len, cells))):
+        parts = [_in_latex(cell[line]) if line < len(cell) else "" for cell in cells]
+        small = [rf"{{\scriptsize {part}}}" if part and line else part for part in parts]
         lines.append(" & ".join(small) + r" \\")
     # A line that begins with a bracket would be read as the optional argument of \\.
     return [re.sub(r"^\s*\[", "{[}", line) for line in lines]

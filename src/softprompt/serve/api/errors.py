@@ -137,5 +137,5 @@ def _location(problem: Mapping[str, Any], body: Any) -> tuple[str | int, ...]:
 
 
 def _progress(location: Sequence[str | int]) -> tuple[int, tuple[int, ...]]:
-    """Sort key for how far the body matched: by depth, then by position in its lists."""
+    """Sort key for how far the body matched: by how deep it is, then by position in its lists."""
     return len(location), tuple(part for part in location if isinstance(part, int))

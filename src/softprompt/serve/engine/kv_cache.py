@@ -91,7 +91,7 @@ class CachedDecoder:
             ValueError: a prompt as wide as another backbone's embeddings.
         """
         matrix = prompt.prompt()
-        length = len(matrix) // prompt.depth
+        length = len(matrix) // prompt.num_matrices
         if not length:  # one pass of one token, of which no column is taken
             prompt = Folded(matrix.new_zeros(1, matrix.shape[1]))
         return self.prompted.kv_prefixes([prompt]).select(0, length)

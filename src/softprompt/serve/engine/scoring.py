@@ -123,11 +123,11 @@ class GeneralScorer(Scorer):
         return _group_by_candidates(range(len(requests)), [request.candidates for request in requests])
 
     def _group_by_shape(self, requests: Sequence[EngineRequest]) -> list[list[int]]:
-        """Rows whose images have the same size and whose prompts have the same depth."""
+        """Rows whose images have the same size and whose prompts are for as many layers."""
         groups: dict[tuple[Any, int], list[int]] = {}
         for row, request in enumerate(requests):
             assert request.pixels is not None
-            groups.setdefault((request.pixels.shape, request.entry.prompt.depth), []).append(row)
+            groups.setdefault((request.pixels.shape, request.entry.prompt.num_matrices), []).append(row)
         return list(groups.values())
 
     def _inputs(self, requests: Sequence[EngineRequest]) -> tuple[Tensor, Tensor | None]:

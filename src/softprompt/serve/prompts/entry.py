@@ -56,7 +56,7 @@ class PromptEntry:
     @property
     def length(self) -> int:
         """Number of virtual tokens."""
-        return len(self.prompt.prompt()) // self.prompt.depth
+        return len(self.prompt.prompt()) // self.prompt.num_matrices
 
     @property
     def kv_prefixes(self) -> tuple[KVPrefix, ...]:
@@ -163,7 +163,7 @@ def from_prompt(name: str, prompt: SoftPrompt, backbone: Backbone, source: str =
             f"{display_name(backbone)} answers through a head that is trained with a prompt; give a run's folder"
         )
     folded = prompt.fold().to(backbone.device)
-    backbone.check_prompt(folded.prompt(), folded.depth)
+    backbone.check_prompt(folded.prompt(), folded.num_matrices)
     return PromptEntry(name=check_prompt_name(name), prompt=folded, source=source)
 
 
