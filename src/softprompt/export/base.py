@@ -165,7 +165,7 @@ def check_gap(gap: float, size: float, backbone: Backbone, what: str, unit: str)
     return {"largest_difference": gap, "unit": unit, "tolerance": tolerance}
 
 
-def row_refusal(trained: Trained, backbone: Backbone, engine: str) -> str:
+def vectors_refusal(trained: Trained, backbone: Backbone, engine: str) -> str:
     """Why `engine` cannot take the prompt as vectors before a decoder's text; empty where it can."""
     if not trained.folded.plain:
         return (

@@ -94,12 +94,12 @@ def vllm_logprobs(response: Mapping[str, Any]) -> list[dict[int, float]]:
     ]
 
 
-def encode_embeds(rows: Any) -> str:
+def encode_embeds(embeds: Any) -> str:
     """A `[tokens, hidden]` tensor as `prompt_embeds` of `/v1/completions`; vLLM reads it with `weights_only=True`."""
     import torch
 
     stream = io.BytesIO()
-    torch.save(rows, stream)
+    torch.save(embeds, stream)
     return base64.b64encode(stream.getvalue()).decode()
 
 
@@ -274,18 +274,18 @@ class VllmEmbeds(_Vllm):
         self.prompts = load_file(self.folder / "prompts.safetensors")
         self.embedding = load_file(self.folder / "embedding.safetensors")["embedding"]
 
-    def rows(self, name: str, text: str, *, control: bool = False) -> Any:
+    def embeds(self, name: str, text: str, *, control: bool = False) -> Any:
         """The tensor for `LLM.generate({"prompt_embeds": ...})`: `[tokens, hidden]` in the model's dtype."""
-        return self._rows(name, self.ids(text, control=control))
+        return self._embeds(name, self.ids(text, control=control))
 
     def encoded(self, name: str, text: str, *, control: bool = False) -> str:
         """The `prompt_embeds` field of `/v1/completions`; vLLM reads it with `weights_only=True`."""
-        return encode_embeds(self.rows(name, text, control=control))
+        return encode_embeds(self.embeds(name, text, control=control))
 
     def _inputs(self, name: str, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-        return {"prompt": None, "prompt_embeds": [encode_embeds(self._rows(name, row)) for row in rows]}
+        return {"prompt": None, "prompt_embeds": [encode_embeds(self._embeds(name, row)) for row in rows]}
 
-    def _rows(self, name: str, ids: Sequence[int]) -> Any:
+    def _embeds(self, name: str, ids: Sequence[int]) -> Any:
         import torch
 
         table = self.embedding

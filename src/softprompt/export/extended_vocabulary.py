@@ -61,19 +61,19 @@ def extend(trained: Sequence[Trained], backbone: Backbone) -> ExtendedCheckpoint
     Raises:
         ValueError: a token name is taken, or the tokenizer's ids have gaps.
     """
-    rows = torch.cat([item.folded.prompt().detach().float().to(backbone.device) for item in trained])
+    vectors = torch.cat([item.folded.prompt().detach().float().to(backbone.device) for item in trained])
     old = len(backbone.model.get_input_embeddings().weight)
     first = max(old, len(backbone.tokenizer))
     tokenizer = _extend_tokenizer(backbone.tokenizer, trained, first)
     stand_in = _least_likely_token(trained, backbone)
-    model, silenced = extend_model(backbone, rows, first - old, stand_in)
+    model, silenced = extend_model(backbone, vectors, first - old, stand_in)
     ids = {item.name: tokenizer.convert_tokens_to_ids(_tokens(item)) for item in trained}
     as_text = _as_text(tokenizer, trained[0], ids[trained[0].name], backbone)
     usage = {
         "backbone": backbone.base,
         "layout": "the prompt's ids, then the text's own ids"
         + ("" if model_class(backbone).appends_eos else " without closing tokens"),
-        "suppressed_ids": list(range(old, first + len(rows))),
+        "suppressed_ids": list(range(old, first + len(vectors))),
         "stand_in_id": None if silenced else stand_in,
         "as_text": as_text,
         "prompts": {
@@ -102,8 +102,8 @@ def task_entry(trained: Trained, backbone: Backbone) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def extend_model(backbone: Backbone, rows: Float[Tensor, "new dim"], gap: int, stand_in: int) -> tuple[Any, bool]:
-    """A model with `rows` as new embedding rows, and whether its head's bias keeps it from generating them.
+def extend_model(backbone: Backbone, vectors: Float[Tensor, "new dim"], gap: int, stand_in: int) -> tuple[Any, bool]:
+    """A model with `vectors` as new embedding rows, and whether its head's bias keeps it from generating them.
 
     The old rows of the head keep their bits, so the old tokens' logits do not change. The new rows of the head:
 
@@ -116,7 +116,7 @@ def extend_model(backbone: Backbone, rows: Float[Tensor, "new dim"], gap: int, s
       the stand-in's, its effect on the others' probabilities can be computed.
 
     Args:
-        rows: the new tokens' vectors, as the model sees them.
+        vectors: the new tokens', as the model sees them.
         gap: unused ids between the table's end and the first new token.
         stand_in: an id of the old vocabulary.
     """
@@ -125,7 +125,7 @@ def extend_model(backbone: Backbone, rows: Float[Tensor, "new dim"], gap: int, s
     shared = {id(weight): weight for weight in model.parameters() if id(weight) not in tables}
     new = copy.deepcopy(model, shared)
     old = len(model.get_input_embeddings().weight)
-    new.resize_token_embeddings(old + gap + len(rows), mean_resizing=False)
+    new.resize_token_embeddings(old + gap + len(vectors), mean_resizing=False)
     embedding, head = new.get_input_embeddings(), new.get_output_embeddings()
     biases = [
         bias for bias in (getattr(head, "bias", None), getattr(new, "final_logits_bias", None)) if bias is not None
@@ -138,7 +138,7 @@ def extend_model(backbone: Backbone, rows: Float[Tensor, "new dim"], gap: int, s
     for bias in biases:
         bias[..., old:] = SUPPRESSED_LOGIT
     embedding.weight[old:] = 0
-    embedding.weight[old + gap :] = (rows / (embedding_scale(backbone) or 1.0)).to(embedding.weight)
+    embedding.weight[old + gap :] = (vectors / (embedding_scale(backbone) or 1.0)).to(embedding.weight)
     return new, bool(biases)
 
 

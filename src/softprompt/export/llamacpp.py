@@ -13,7 +13,7 @@ import torch
 
 from softprompt import files
 from softprompt.backbones import Backbone
-from softprompt.export.base import EXACT, Format, Trained, check_equal, row_refusal, text_notes
+from softprompt.export.base import EXACT, Format, Trained, check_equal, text_notes, vectors_refusal
 
 HEADER = "prompts.json"
 
@@ -26,16 +26,16 @@ class LlamaCpp(Format):
     many: ClassVar[bool] = True
 
     def refusal(self, trained: Trained, backbone: Backbone) -> str:
-        """Rows before a decoder's text, in the units of its table."""
-        return row_refusal(trained, backbone, "llama.cpp")
+        """Vectors before a decoder's text, in the units of its table."""
+        return vectors_refusal(trained, backbone, "llama.cpp")
 
     def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
-        """The rows, and the header."""
+        """The vectors, and the header."""
         prompts = {}
         for item in trained:
-            rows = item.folded.prompt().detach().float().cpu().numpy()
-            (folder / f"{item.name}.f32").write_bytes(rows.astype("<f4").tobytes())
-            prompts[item.name] = {"file": f"{item.name}.f32", "n_tokens": len(rows)}
+            vectors = item.folded.prompt().detach().float().cpu().numpy()
+            (folder / f"{item.name}.f32").write_bytes(vectors.astype("<f4").tobytes())
+            prompts[item.name] = {"file": f"{item.name}.f32", "n_tokens": len(vectors)}
         header = {**text_notes(backbone), "n_embd": backbone.dim, "type": "float32, little-endian, row by row"}
         files.write_text(folder / HEADER, json.dumps({**header, "prompts": prompts}, indent=1))
 
@@ -45,6 +45,6 @@ class LlamaCpp(Format):
         for item in trained:
             entry = header["prompts"][item.name]
             values = np.fromfile(folder / entry["file"], dtype="<f4").astype(np.float32)
-            rows = torch.from_numpy(values.reshape(entry["n_tokens"], header["n_embd"]))
-            check_equal(rows, item.folded.prompt().detach().float(), f"{entry['file']}")
+            vectors = torch.from_numpy(values.reshape(entry["n_tokens"], header["n_embd"]))
+            check_equal(vectors, item.folded.prompt().detach().float(), f"{entry['file']}")
         return {"prompts": {item.name: len(item.folded.matrix) for item in trained}, **EXACT}

@@ -13,7 +13,7 @@ import torch
 from softprompt import files
 from softprompt.backbones import Backbone
 from softprompt.export import client
-from softprompt.export.base import Format, Trained, check_equal, check_gap, row_refusal, text_notes
+from softprompt.export.base import Format, Trained, check_equal, check_gap, text_notes, vectors_refusal
 from softprompt.export.extended_vocabulary import task_entry
 from softprompt.export.probe import TEXTS, text_ids
 from softprompt.models import attach
@@ -31,8 +31,8 @@ class Vllm(Format):
     many: ClassVar[bool] = True
 
     def refusal(self, trained: Trained, backbone: Backbone) -> str:
-        """Rows before a decoder's text, in the units of its table."""
-        return row_refusal(trained, backbone, "vLLM")
+        """Vectors before a decoder's text, in the units of its table."""
+        return vectors_refusal(trained, backbone, "vLLM")
 
     def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
         """Prompts in float32, the table in the backbone's own dtype."""
@@ -48,19 +48,19 @@ class Vllm(Format):
 
     @torch.no_grad()
     def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
-        """The tensor that the client would send against the live rows, and its logits against the live run's."""
+        """The tensor that the client would send against the live embeddings, and its logits against the live run's."""
         exported, live = client.VllmEmbeds(folder), attach(backbone)
         embedding = backbone.model.get_input_embeddings()
         gap = size = 0.0
         for item in trained:
             for text, ids in zip(TEXTS, text_ids(backbone, TEXTS, closing=False), strict=True):
                 request = io.BytesIO(base64.b64decode(exported.encoded(item.name, text)))
-                rows = torch.load(request, weights_only=True).to(backbone.device)
+                embeds = torch.load(request, weights_only=True).to(backbone.device)
                 row = torch.tensor([ids], device=backbone.device)
                 prompt = item.folded.prompt().to(backbone.device, backbone.dtype)
                 expected = torch.cat([prompt, embedding(row)[0]])
-                check_equal(rows.cpu(), expected.detach(), f"the request of {item.name}")
-                logits = backbone.model(inputs_embeds=rows[None]).logits[0, -1].float()
+                check_equal(embeds.cpu(), expected.detach(), f"the request of {item.name}")
+                logits = backbone.model(inputs_embeds=embeds[None]).logits[0, -1].float()
                 live_logits = live(row, prompts=[item.folded]).logits[0, -1].float()
                 gap = max(gap, float((logits - live_logits).abs().max()))
                 size = max(size, float(live_logits.abs().max()))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from softprompt.backbones import Backbone
 from softprompt.models.checks import check_token_ids
 from softprompt.models.inputs import Candidates, Ids, Index, Inputs, Labels, Mask, Pixels, Prepared, PreparedT, Prompts
-from softprompt.models.padding import PaddingSide, Rows, align_padding, checked_mask, prompt_rows
+from softprompt.models.padding import PaddingSide, Rows, align_padding, checked_index, checked_mask
 from softprompt.models.sampling import Sampling, end_of_sequence
 from softprompt.prompts import SoftPrompt
 from softprompt.types import Pool, PromptAttention, PromptPosition
@@ -296,10 +296,10 @@ class PromptedModel(nn.Module, ABC):
         if all(prompt is prompts[0] for prompt in prompts):
             with torch.autocast(embeds.device.type, enabled=False):
                 return prompts[0].shift(embeds.float(), ids, positions).to(embeds.dtype)
-        prompt_index = prompt_rows(index, len(prompts), ids)
+        index = checked_index(index, len(prompts), ids)
         result = embeds.float()
         for number, prompt in enumerate(prompts):
-            rows = (prompt_index == number).nonzero()[:, 0]
+            rows = (index == number).nonzero()[:, 0]
             if len(rows):
                 with torch.autocast(embeds.device.type, enabled=False):
                     result = result.index_copy(0, rows, prompt.shift(result[rows], ids[rows], positions[rows]))

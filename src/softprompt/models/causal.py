@@ -29,7 +29,7 @@ from softprompt.models.inputs import Candidates, Ids, Index, Inputs, Labels, Lay
 from softprompt.models.kv_buffer import ROOM
 from softprompt.models.kv_prefix import KVPrefixBatch
 from softprompt.models.label_tree import score_rest
-from softprompt.models.padding import Rows, align_padding, length_mask, pad_batch, prompt_rows
+from softprompt.models.padding import Rows, align_padding, checked_index, length_mask, pad_batch
 from softprompt.models.sampling import Chooser, Sampling
 from softprompt.models.varlen import varlen_logits
 from softprompt.models.verify import (
@@ -154,11 +154,11 @@ class Causal(PromptedModel):
             empty = torch.ones(1, 0, dtype=torch.long, device=device)
             return KVPrefixBatch([], (), empty, None, empty.sum(1))
         lengths = torch.tensor([len(matrix) for matrix in vectors], device=device)
-        rows = nn.utils.rnn.pad_sequence(vectors, True)
-        mask, cache = length_mask(lengths, rows.shape[1]), DynamicCache()
+        padded = nn.utils.rnn.pad_sequence(vectors, True)
+        mask, cache = length_mask(lengths, padded.shape[1]), DynamicCache()
         last = torch.unique(lengths) - 1
-        logits = self._run(rows.to(self.backbone.dtype), cache, mask, last)
-        logits = logits[torch.arange(len(rows), device=device), torch.searchsorted(last, lengths - 1)]
+        logits = self._run(padded.to(self.backbone.dtype), cache, mask, last)
+        logits = logits[torch.arange(len(padded), device=device), torch.searchsorted(last, lengths - 1)]
         return KVPrefixBatch.from_cache(list(prompts), cache, mask, logits, torch.zeros_like(lengths))
 
     def with_shared_prefix(self, prompts: Prompts, prefixes: Sequence[Sequence[int]], index: Index = None) -> Prepared:
@@ -169,12 +169,10 @@ class Causal(PromptedModel):
             raise ValueError(f"the prefixes are {list(prefixes)}; give at least one, each with at least one token")
         prepared = self.resolve(prompts, KVPrefixBatch)
         text = align_padding(*pad_batch(prefixes, self.backbone.device))
-        rows = prompt_rows(index, len(prepared.mask), text.ids)
-        state = self._read(text, prepared, rows, keep=torch.tensor([-1], device=text.ids.device))
-        per_row = [prepared.prompts[row] for row in rows.tolist()] if prepared.prompts else []
-        return KVPrefixBatch.from_cache(
-            per_row, state.cache, state.mask, state.logits[:, -1], state.next_position[:, 0]
-        )
+        index = checked_index(index, len(prepared.mask), text.ids)
+        state = self._read(text, prepared, index, keep=torch.tensor([-1], device=text.ids.device))
+        passed = [prepared.prompts[number] for number in index.tolist()] if prepared.prompts else []
+        return KVPrefixBatch.from_cache(passed, state.cache, state.mask, state.logits[:, -1], state.next_position[:, 0])
 
     def _logits(self, inputs: Inputs) -> Float[Tensor, "batch seq vocab"]:
         text = self.text(inputs)
@@ -266,7 +264,7 @@ class Causal(PromptedModel):
         more = ids.shape[1]
         mask = torch.cat([state.mask, torch.ones_like(ids) if real is None else real], 1)
         positions = state.next_position + torch.arange(more, device=ids.device)
-        embeds = self.token_embeddings(state.prompts, state.rows, ids, positions)
+        embeds = self.token_embeddings(state.prompts, state.index, ids, positions)
         if self.packed is not None and not self.packed.is_exact and not self.runs_fused_over_cache:
             raise ValueError("packed weights decode without gradients or autocast")
         return state.after(mask, self._run(embeds, state.cache, mask, 0, self.packed))
@@ -312,16 +310,16 @@ class Causal(PromptedModel):
                 self, text, columns, packed, index, lambda most: self._check_width(most, most), fused=self._is_fused
             )
             if isinstance(packed, KVPrefixBatch):
-                rows = prompt_rows(index, len(packed.mask), text.ids)
-                return packed.with_first_logits(logits, is_first, rows), packed.logits is None
+                index = checked_index(index, len(packed.mask), text.ids)
+                return packed.with_first_logits(logits, is_first, index), packed.logits is None
             return logits, not packed
         prepared, seq = self._prepared(prompts), text.ids.shape[1]
         if isinstance(prepared, PromptEmbeddings):
             state = self._read(text, prepared, index, keep=columns - 1 - seq, labels=labels)
             return state.logits, self.prompt_position == "after_bos"  # elsewhere a prompt is before the first token
         state = self._read(text, prepared, index, keep=(columns - 1).clamp(min=0) - seq)
-        rows = prompt_rows(index, len(prepared.mask), text.ids)
-        return prepared.with_first_logits(state.logits, is_first, rows), prepared.logits is None
+        index = checked_index(index, len(prepared.mask), text.ids)
+        return prepared.with_first_logits(state.logits, is_first, index), prepared.logits is None
 
     def _prepared(self, prompts: Prompts) -> KVPrefixBatch | PromptEmbeddings:
         passed = self.prompts_of(prompts)
@@ -355,13 +353,13 @@ class Causal(PromptedModel):
                 columns = rows.is_text.long().argsort(dim=1, stable=True)[:, -text.ids.shape[1] :]
                 logits = logits.gather(1, columns[..., None].expand(-1, -1, logits.shape[-1]))
             return DecodeState(cache, mask, logits, next_position, prepared.prompts, index)
-        prefix_rows = prompt_rows(index, len(prepared.mask), text.ids)
-        cache, mask = prepared.cache(prefix_rows), torch.cat([prepared.mask[prefix_rows], text.mask], 1)
+        index = checked_index(index, len(prepared.mask), text.ids)
+        cache, mask = prepared.cache(index), torch.cat([prepared.mask[index], text.mask], 1)
         self._check_width(int(mask.sum(1).max()) + room, mask.shape[1] + room)
-        before = prepared.token_counts[prefix_rows][:, None]
-        embeds = self.token_embeddings(prepared.prompts, prefix_rows, text.ids, before + text.positions())
+        before = prepared.token_counts[index][:, None]
+        embeds = self.token_embeddings(prepared.prompts, index, text.ids, before + text.positions())
         logits = self._run(embeds, cache, mask, logits_to_keep, packed)
-        return DecodeState(cache, mask, logits, before + next_position, prepared.prompts, prefix_rows)
+        return DecodeState(cache, mask, logits, before + next_position, prepared.prompts, index)
 
     def _lead(self, text: Rows, labels: Int[Tensor, "batch seq"] | None) -> int | Int[Tensor, "batch 1"]:
         """Each row's tokens before its prompt: none, its first one, or all before its first label."""

@@ -23,7 +23,7 @@ class DecodeState(NamedTuple):
     next_position: Int[Tensor, "batch 1"]
     """The position of each row's next token in its own text."""
     prompts: Sequence[SoftPrompt]
-    rows: Index
+    index: Index
     """The prompt of each row."""
 
     def with_room(self, columns: int) -> "DecodeState":

@@ -57,7 +57,7 @@ def deep_prefixes(backbone: Backbone, prompts: Sequence[SoftPrompt], vectors: Se
     shape = (layout.num_layers, 2, -1, layout.num_kv_heads, layout.head_dim)
     by_layer = [matrix.to(backbone.device, backbone.dtype).view(shape) for matrix in vectors]
     lengths = torch.tensor([states.shape[2] for states in by_layer], device=backbone.device)
-    # [layer, key or value, row, column, head, head_dim]
+    # [layer, key or value, prompt, column, head, head_dim]
     padded = torch.nn.utils.rnn.pad_sequence([states.permute(2, 0, 1, 3, 4) for states in by_layer], True)
     states = padded.permute(2, 3, 0, 4, 1, 5)
     layers = tuple((keys, values) for keys, values in states)
@@ -71,8 +71,8 @@ def as_deep(backbone: Backbone, prompt: Float[Tensor, "length dim"]) -> Float[Te
 
     Exact for every token of a text but the first, which virtual tokens predict and a deep prompt does not.
     """
-    rows = prompt.to(backbone.device, backbone.dtype)[None]
+    embeds = prompt.to(backbone.device, backbone.dtype)[None]
     cache = DynamicCache()
-    backbone.model(inputs_embeds=rows, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    backbone.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
     parts = [states[0].transpose(0, 1).flatten(1) for layer in cache.layers for states in (layer.keys, layer.values)]
     return torch.cat(parts).float().cpu()

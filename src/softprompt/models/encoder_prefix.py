@@ -11,7 +11,7 @@ from torch import Tensor
 from softprompt.backbones.kernels.varlen import States, VarlenLayout
 from softprompt.models.base import PromptedModel
 from softprompt.models.inputs import Index, Prepared, Prompts
-from softprompt.models.padding import Rows, prompt_rows
+from softprompt.models.padding import Rows, checked_index
 from softprompt.prompts import SoftPrompt
 
 
@@ -65,10 +65,10 @@ def pack_with_prompts(
     live = prompted.prompts_of(prompts)
     vectors = [] if cached else prompted.prompt_embeddings(live)
     lengths = list(cached.lengths) if cached else [len(matrix) for matrix in vectors]
-    rows, counts = prompt_rows(index, max(len(live), 1), text.ids), text.mask.sum(1)
-    before = torch.tensor(lengths or [0], device=counts.device)[rows]
+    index, counts = checked_index(index, max(len(live), 1), text.ids), text.mask.sum(1)
+    before = torch.tensor(lengths or [0], device=counts.device)[index]
     prompted.check_length(int((counts + before).max()), limit)
     packed = prompted.token_embeddings(live, index, text.ids, text.positions())[text.mask.bool()]
     layers = cached.layers if cached and cached.prompts else None
-    layout = VarlenLayout(lengths, counts.tolist(), rows, causal=False, cached_kv=layers)
+    layout = VarlenLayout(lengths, counts.tolist(), index, causal=False, cached_kv=layers)
     return torch.cat([*(matrix.to(packed.dtype) for matrix in vectors), packed]), layout

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from softprompt.models.base import PromptedModel
 from softprompt.models.inputs import Prepared
-from softprompt.models.padding import Rows, padding_order, prompt_rows
+from softprompt.models.padding import Rows, checked_index, padding_order
 from softprompt.prompts import SoftPrompt
 
 
@@ -27,9 +27,9 @@ class PromptEmbeddings(Prepared):
     prompts: Sequence[SoftPrompt]
     vectors: Float[Tensor, "vector dim"]
     """float32."""
-    starts: Int[Tensor, " row"]
+    starts: Int[Tensor, " prompt"]
     """The first vector of each prompt."""
-    lengths: Int[Tensor, " row"]
+    lengths: Int[Tensor, " prompt"]
     """The length of each prompt; a single 0 for a model without a prompt."""
 
     @classmethod
@@ -73,8 +73,8 @@ def insert_prompts(
         limit: the model's positions.
     """
     batch, seq = text.ids.shape
-    rows = prompt_rows(index, max(len(prepared.prompts), 1), text.ids)
-    lengths, starts = prepared.lengths[rows][:, None], prepared.starts[rows][:, None]
+    index = checked_index(index, max(len(prepared.prompts), 1), text.ids)
+    lengths, starts = prepared.lengths[index][:, None], prepared.starts[index][:, None]
     totals = text.mask.sum(1, keepdim=True) + lengths
     longest = int(totals.max())
     prompted.check_length(longest, limit)

@@ -60,24 +60,26 @@ class KVPrefixBatch(Prepared):
     """Several prefixes as one batch, padded on the right, and the logits after each."""
 
     prompts: Sequence[SoftPrompt]
-    """The prompt of each row; a prompt that several beginnings follow has several rows. Empty for a bare model."""
-    layers: tuple[tuple[Float[Tensor, "row head prompt head_dim"], Float[Tensor, "row head prompt value_dim"]], ...]
+    """The prompt of each prefix; one that several beginnings follow is there several times. Empty for a bare model."""
+    layers: tuple[
+        tuple[Float[Tensor, "prefix head column head_dim"], Float[Tensor, "prefix head column value_dim"]], ...
+    ]
     """Keys and values of each layer; empty for a bare model."""
-    mask: Int[Tensor, "row prompt"]
-    """1 where a row has keys and values; one row without columns for a bare model."""
-    logits: Float[Tensor, "row vocab"] | None
-    """What the model predicts after each row; none for a bare model."""
-    token_counts: Int[Tensor, " row"]
-    """Tokens of a text that follow each prompt in its row."""
+    mask: Int[Tensor, "prefix column"]
+    """1 where a prefix has keys and values; one prefix without columns for a bare model."""
+    logits: Float[Tensor, "prefix vocab"] | None
+    """What the model predicts after each prefix; none for a bare model."""
+    token_counts: Int[Tensor, " prefix"]
+    """Tokens of a text that follow the prompt in each prefix."""
 
     @classmethod
     def from_cache(
         cls,
         prompts: Sequence[SoftPrompt],
         cache: DynamicCache,
-        mask: Int[Tensor, "row total"],
-        logits: Float[Tensor, "row vocab"],
-        token_counts: Int[Tensor, " row"],
+        mask: Int[Tensor, "prefix total"],
+        logits: Float[Tensor, "prefix vocab"],
+        token_counts: Int[Tensor, " prefix"],
     ) -> "KVPrefixBatch":
         """What a pass left in its cache, with all padding moved to the right."""
         layers = tuple((layer.keys, layer.values) for layer in cache.layers)
@@ -94,40 +96,40 @@ class KVPrefixBatch(Prepared):
 
     @property
     def lengths(self) -> list[int]:
-        """Columns of each row; empty for a bare model."""
+        """Columns of each prefix; empty for a bare model."""
         return self.mask.sum(1).tolist() if self.layers else []
 
-    def select(self, row: int, length: int) -> KVPrefix:
-        """The first `length` columns of one row, copied."""
-        return KVPrefix.copy_of(self.layers, row, length)
+    def select(self, prefix: int, length: int) -> KVPrefix:
+        """The first `length` columns of one prefix, copied."""
+        return KVPrefix.copy_of(self.layers, prefix, length)
 
     def as_varlen(self) -> list[States]:
         """The keys and values in the layout that packed rows attend to."""
         return [(key.transpose(1, 2), value.transpose(1, 2)) for key, value in self.layers]
 
-    def cache(self, rows: Int[Tensor, " batch"]) -> DynamicCache:
-        """The cache that a batch continues from, with the prefix in `rows` for each of its rows."""
+    def cache(self, index: Int[Tensor, " batch"]) -> DynamicCache:
+        """The cache that a batch continues from, with the prefix of each of its rows."""
         cache = DynamicCache()
-        cache.layers = [_layer(_per_row(key, rows), _per_row(value, rows)) for key, value in self.layers]
+        cache.layers = [_layer(_per_row(key, index), _per_row(value, index)) for key, value in self.layers]
         return cache
 
     def with_first_logits(
         self,
         logits: Float[Tensor, "batch kept vocab"],
         is_first: Bool[Tensor, "batch kept"],
-        rows: Int[Tensor, " batch"],
+        index: Int[Tensor, " batch"],
     ) -> Float[Tensor, "batch kept vocab"]:
         """`logits`, with those that predict a row's first token taken from the end of its prefix."""
         if self.logits is None or not bool(is_first.any()):
             return logits
-        return torch.where(is_first[..., None], self.logits[rows][:, None], logits)
+        return torch.where(is_first[..., None], self.logits[index][:, None], logits)
 
 
 def _per_row(
-    states: Float[Tensor, "row head prompt head_dim"], rows: Int[Tensor, " batch"]
+    states: Float[Tensor, "prefix head column head_dim"], index: Int[Tensor, " batch"]
 ) -> Float[Tensor, "batch head prompt head_dim"]:
     # A single prefix is expanded, not copied.
-    return states.expand(len(rows), -1, -1, -1) if len(states) == 1 else states[rows]
+    return states.expand(len(index), -1, -1, -1) if len(states) == 1 else states[index]
 
 
 def _layer(keys: Tensor, values: Tensor) -> DynamicLayer:

@@ -81,7 +81,7 @@ def length_mask(lengths: Int[Tensor, " batch"], width: int, side: PaddingSide = 
     return real.long()
 
 
-def prompt_rows(
+def checked_index(
     index: Int[Tensor, " batch"] | None, count: int, ids: Int[Tensor, "batch seq"]
 ) -> Int[Tensor, " batch"]:
     """The prompt of each row, from 0 to `count - 1`: `index` checked, or zeros where there is none.

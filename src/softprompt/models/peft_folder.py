@@ -1,7 +1,7 @@
 """PEFT's adapter folders, read in one place: which files and tensors, what is checked, and the prompt that they hold.
 
 A folder has `adapter_config.json`, whose `peft_type` names the method, and `adapter_model.safetensors` (or
-`adapter_model.bin`, of which only tensors are read). Six of PEFT's methods put embedding rows in front of the input, or
+`adapter_model.bin`, of which only tensors are read). Six of PEFT's methods put vectors in front of the input, or
 keys and values in each layer of a decoder, and do nothing else, so a plain `Folded` is what PEFT computes:
 
 - PROMPT_TUNING: `prompt_embeddings`.
@@ -11,7 +11,7 @@ keys and values in each layer of a decoder, and do nothing else, so a plain `Fol
 - PREFIX_TUNING, CARTRIDGE: a deep prompt. Each row of `prompt_embeddings` has a token's `[K_1, V_1, K_2, V_2, ...]`;
   PEFT runs its projection, if there is one, when it saves.
 
-`inference_mode` is not read: PEFT sets it when it saves and again when it loads, and stores the same rows either way.
+`inference_mode` is not read: PEFT sets it when it saves and again when it loads, and stores the same either way.
 
 Reference: PEFT 0.21.2, `peft_model.py` (`get_prompt`, `forward`) and `tuners/*/model.py`.
 """
@@ -37,7 +37,7 @@ from softprompt.prompts import Folded
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROMPT = "prompt_embeddings"
-"""The tensor with the prompt's rows."""
+"""The tensor with the prompt's vectors."""
 _PICKLED = "adapter_model.bin"
 _ADVICE = "save the adapter again, or fetch it again"
 _MULTITASK = "MULTITASK_PROMPT_TUNING"
@@ -75,7 +75,7 @@ class PeftFolder:
 
     @property
     def peft_type(self) -> str:
-        """PEFT's name of the method; an adapter without a config holds a prompt's rows."""
+        """PEFT's name of the method; an adapter without a config holds a prompt's vectors."""
         return "PROMPT_TUNING" if self.config is None else str(self.config.get("peft_type"))
 
     @property
@@ -150,7 +150,7 @@ class PeftFolder:
         self._check_shape(matrix, length * self._submodules(), self._setting("token_dim"))
         if kind == _MULTITASK:
             return Folded(self._multitask(matrix))
-        # PEFT stores rows for the decoder too, and its forward pass and generate() use the encoder's only.
+        # PEFT stores vectors for the decoder too, and its forward pass and generate() use the encoder's only.
         return Folded(matrix[:length])
 
     def prompt(self, backbone: Backbone) -> Folded:
@@ -240,7 +240,7 @@ class PeftFolder:
         return value
 
     def _submodules(self) -> int:
-        """For how many submodules rows are stored: 2 for encoder and decoder, PEFT's default in encoder-decoders."""
+        """For how many submodules vectors are stored: 2 for encoder and decoder, PEFT's default in encoder-decoders."""
         config = self.config or {}
         is_encoder_decoder = config.get("task_type") == "SEQ_2_SEQ_LM"
         if config.get("num_transformer_submodules") is None:
@@ -257,8 +257,8 @@ class PeftFolder:
         cols, rows = self.tensor(_COLS), self.tensor(_ROWS)
         if self._submodules() > 1:
             raise ValueError(
-                f"{self.folder} is a {_MULTITASK} adapter that also puts rows in front of the decoder's input, which "
-                "softprompt does not do; train it with num_transformer_submodules=1"
+                f"{self.folder} is a {_MULTITASK} adapter that also puts vectors in front of the decoder's input, "
+                "which softprompt does not do; train it with num_transformer_submodules=1"
             )
         if cols.ndim == 3 and len(cols) > 1:
             raise ValueError(
@@ -321,7 +321,7 @@ def read_prompt_bytes(content: bytes, dim: int, model: str, max_length: int) -> 
     Args:
         dim: width of the backbone's embeddings.
         model: the backbone's name, for the message.
-        max_length: most rows that are accepted.
+        max_length: most virtual tokens that are accepted.
 
     Raises:
         ValueError: it is damaged, or holds anything but one prompt as wide as the backbone's embeddings.
@@ -337,7 +337,7 @@ def read_prompt_bytes(content: bytes, dim: int, model: str, max_length: int) -> 
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape)):
         raise ValueError(f"the prompt's shape is {str(shape)[:80]}; it must be [length, {dim}]")
     if not 1 <= shape[0] <= max_length or shape[1] != dim:
-        raise ValueError(f"the prompt's shape is {shape}; {model} takes 1 to {max_length} rows of {dim}")
+        raise ValueError(f"the prompt's shape is {shape}; {model} takes 1 to {max_length} vectors of {dim}")
     size = shape[0] * shape[1] * _DTYPES[dtype]
     if offsets != [0, size] or len(content) != 8 + int.from_bytes(content[:8], "little") + size:
         raise ValueError("the file does not have the length that its header states; it is damaged, send it again")

@@ -10,7 +10,7 @@ from softprompt.backbones.kernels import attention, llama
 from softprompt.backbones.kernels.varlen import VarlenLayout
 from softprompt.models.base import PromptedModel
 from softprompt.models.kv_prefix import KVPrefixBatch
-from softprompt.models.padding import Rows, prompt_rows
+from softprompt.models.padding import Rows, checked_index
 from softprompt.prompts import SoftPrompt
 
 
@@ -37,21 +37,21 @@ def varlen_logits(
     vectors = [] if cached else prompted.prompt_embeddings(live)
     prompt_lengths = cached.lengths if cached else [len(matrix) for matrix in vectors]
     prompt_count = len(cached.mask) if cached else max(len(live), 1)
-    rows, counts, positions = prompt_rows(index, prompt_count, text.ids), text.mask.sum(1), text.positions()
+    index, counts, positions = checked_index(index, prompt_count, text.ids), text.mask.sum(1), text.positions()
     predicting = (columns - 1 - (text.ids.shape[1] - counts)[:, None]).clamp(min=0 if cached else -1)
     model = prompted.backbone.model
     if cached:
-        positions = positions + cached.token_counts[rows][:, None]
-    embeds = prompted.token_embeddings(live, rows, text.ids, positions)
+        positions = positions + cached.token_counts[index][:, None]
+    embeds = prompted.token_embeddings(live, index, text.ids, positions)
     shared = 0
     if not cached and len(counts) > prompt_count and not model.training:  # dropout differs from row to row
         limit = text.common_prefix_length(min(int(predicting.min()) + 1, int(counts.min()) - 1))
-        shared, vectors = _with_common_prefix(vectors, embeds, text, rows, limit)
+        shared, vectors = _with_common_prefix(vectors, embeds, text, index, limit)
     packed = embeds[(text.mask.cumsum(1) > shared) & (text.mask == 1)]
     if shared:
         prompt_lengths, counts, predicting = [len(matrix) for matrix in vectors], counts - shared, predicting - shared
     layout = VarlenLayout(
-        prompt_lengths, counts.tolist(), rows, cached_kv=cached.as_varlen() if cached and prompt_lengths else None
+        prompt_lengths, counts.tolist(), index, cached_kv=cached.as_varlen() if cached and prompt_lengths else None
     )
     check_length(int(layout.positions.max()) + 1)
     packed = torch.cat([*(matrix.to(packed.dtype) for matrix in vectors), packed])
@@ -74,7 +74,7 @@ def _with_common_prefix(
     vectors: Sequence[Float[Tensor, "_ dim"]],
     embeds: Float[Tensor, "batch seq dim"],
     text: Rows,
-    rows: Int[Tensor, " batch"],
+    index: Int[Tensor, " batch"],
     count: int,
 ) -> tuple[int, list[Float[Tensor, "_ dim"]]]:
     """`count` and each prompt followed by the first `count` tokens that all rows share; or 0 and the prompts.
@@ -86,7 +86,7 @@ def _with_common_prefix(
         return 0, list(vectors)
     first = embeds.gather(1, text.first_columns(count)[..., None].expand(-1, -1, embeds.shape[-1]))
     prompts = list(vectors) or [first[0, :0]]
-    members = [(rows == number).nonzero()[:, 0] for number in range(len(prompts))]
+    members = [(index == number).nonzero()[:, 0] for number in range(len(prompts))]
     if any(bool((first[member] != first[member[:1]]).any()) for member in members):
         return 0, list(vectors)
     return count, [

@@ -14,7 +14,7 @@ from softprompt.models.base import PromptedModel
 from softprompt.models.checks import check_class_count
 from softprompt.models.heads import Pooling, linear_head
 from softprompt.models.inputs import Candidates, Index, Inputs, Labels, Pixels, Prepared, Prompts
-from softprompt.models.padding import length_mask, prompt_rows
+from softprompt.models.padding import checked_index, length_mask
 from softprompt.models.verify import cached_check, check_close, model_errors_refused
 from softprompt.prompts import SoftPrompt
 from softprompt.types import Pool
@@ -26,9 +26,9 @@ class LayerPrompts(Prepared):
     """Several prompts' virtual tokens by layer, padded to the longest."""
 
     prompts: Sequence[SoftPrompt]
-    vectors: Float[Tensor, "row layer longest dim"]
-    """float32; one row without tokens for a model without a prompt."""
-    mask: Bool[Tensor, "row longest"]
+    vectors: Float[Tensor, "prompt layer longest dim"]
+    """float32; one prompt without tokens for a model without a prompt."""
+    mask: Bool[Tensor, "prompt longest"]
     """True where a prompt has a token."""
 
 
@@ -102,12 +102,12 @@ class Vision(PromptedModel):
         prepared, model = self.resolve(prompts, LayerPrompts), self.backbone.model
         pixels = pixels.to(self.backbone.device)
         images = torch.zeros(len(pixels), 1, dtype=torch.long, device=pixels.device)
-        rows = prompt_rows(index, max(len(prepared.prompts), 1), images)
+        index = checked_index(index, max(len(prepared.prompts), 1), images)
         states, lead = vit.embed(model, pixels), vit.num_prefix_tokens(model)
         longest = prepared.vectors.shape[2]
-        mask = _attention_mask(prepared.mask[rows], lead, states.shape[1])
+        mask = _attention_mask(prepared.mask[index], lead, states.shape[1])
         # A lookup in float32: its gradient sums over the rows before anything is rounded to the backbone's dtype.
-        vectors = prepared.vectors[rows]
+        vectors = prepared.vectors[index]
         for number, layer in enumerate(vit.layers(model)):
             if number < vectors.shape[1]:
                 front, patches = states[:, :lead], states[:, lead + (longest if number else 0) :]

@@ -126,7 +126,7 @@ class ADePT(PromptConfig):
         return cls(length=60, width=19, dropout=0.1, network_rate=1e-4 / 0.3, scale=1.0)
 
     def build(self, host: Host, generator: torch.Generator) -> AdaptivePrompt:
-        """Initial rows, A ~ U(+-1/sqrt(width)) and B = a = b = 0: the shift starts at zero."""
+        """Initial vectors, A ~ U(+-1/sqrt(width)) and B = a = b = 0: the shift starts at zero."""
         scale = host.rms if self.scale is None else self.scale
         matrix = initial_matrix(self.init, self.init_text, self.length, host, generator, scale)
         bound = self.width**-0.5

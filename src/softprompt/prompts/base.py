@@ -321,5 +321,5 @@ def add_by_position(
             f"the input has {int(positions.max()) + 1} tokens, but the prompt has offsets for {last + 1}; "
             "shorten the input, train with more positions, or set beyond to 'none'"
         )
-    rows = table[positions.clamp(max=last)]
-    return embeds + torch.where((positions <= last)[..., None], rows, 0).to(embeds.dtype)
+    offsets = table[positions.clamp(max=last)]
+    return embeds + torch.where((positions <= last)[..., None], offsets, 0).to(embeds.dtype)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from softprompt.prompts.base import Host, PromptConfig, PromptOnly, at_least
-from softprompt.prompts.initialization import check_scale, factorize, start_gradient, warm_start_rows
+from softprompt.prompts.initialization import check_scale, factorize, start_gradient, warm_start_vectors
 
 Mode = Literal["bilinear", "frozen", "tuned"]
 """The second factor: `bilinear` a thin learned one; a whitening matrix, `frozen` or `tuned` with the first."""
@@ -121,16 +121,16 @@ class BPT(PromptConfig):
         frozen = self.mode == "frozen"
         if host.start is not None and self.mode == "bilinear":
             scale = host.rms if self.scale is None else self.scale
-            rows = warm_start_rows(host, self.length) * (host.rms / scale)
-            return BilinearPrompt(*factorize(rows, self.rank, generator), scale)
+            start = warm_start_vectors(host, self.length) * (host.rms / scale)
+            return BilinearPrompt(*factorize(start, self.rank, generator), scale)
         if self.scale is None:
             # Unit entries on both sides sum over `inner` products to a prompt of size sqrt(inner).
             right, scale = right / right.square().mean().sqrt(), host.rms / inner**0.5
         else:
             left, scale = 0.02 * left, self.scale
         if host.start is not None:  # whitened: solve for the factor that gives the start
-            rows = warm_start_rows(host, self.length) * (host.rms / scale)
-            left = torch.linalg.solve(right.double().T, rows.double().T).T.float().contiguous()
+            start = warm_start_vectors(host, self.length) * (host.rms / scale)
+            left = torch.linalg.solve(right.double().T, start.double().T).T.float().contiguous()
         return BilinearPrompt(left, right, scale, frozen)
 
     def _right(self, inner: int, host: Host, generator: torch.Generator) -> Float[Tensor, "inner dim"]:
@@ -147,7 +147,7 @@ class BPT(PromptConfig):
             directions = torch.linalg.svd(start_gradient(host, at, self.gradient_batches).double(), full_matrices=False)
             # The size of the uniform start, whose entries have a variance of 2 / (inner + dim).
             return (directions[2][:inner] * (2 * host.dim / (inner + host.dim)) ** 0.5).float().contiguous()
-        rows = host.sample(self.samples, generator)
+        inputs = host.sample(self.samples, generator)
         if self.through == "attention":
             if host.query_key is None:
                 raise ValueError("this host has no query and key weights to whiten with; set through to 'inputs'")
@@ -157,8 +157,8 @@ class BPT(PromptConfig):
                     f"the input vectors are {host.dim} wide and the first layer's {product.shape[1]}, since this model "
                     "projects in between; set through to 'inputs'"
                 )
-            rows = rows @ product.T
-        matrix = whitening(rows, self.eps).T
+            inputs = inputs @ product.T
+        matrix = whitening(inputs, self.eps).T
         if self.mode != "bilinear":
             return matrix.contiguous()
         columns = torch.randperm(host.dim, generator=generator)
@@ -171,13 +171,13 @@ class BPT(PromptConfig):
         return self.length * dim + (dim * dim if self.mode == "tuned" else 0)
 
 
-def whitening(rows: Float[Tensor, "sample dim"], eps: float) -> Float[Tensor, "dim dim"]:
+def whitening(inputs: Float[Tensor, "sample dim"], eps: float) -> Float[Tensor, "dim dim"]:
     """`(Sigma + eps * mean eigenvalue * I)^(-1/2)` of the second moment `Sigma = X^T X / n`; symmetric.
 
     Raises:
-        ValueError: every row is zero.
+        ValueError: every input is zero.
     """
-    moment = rows.double().T @ rows.double() / rows.shape[0]
+    moment = inputs.double().T @ inputs.double() / inputs.shape[0]
     floor = eps * moment.diagonal().mean()
     if not floor > 0:
         raise ValueError("every sampled input vector is zero, which cannot be whitened; use mode 'bilinear'")

@@ -131,7 +131,7 @@ class DePT(PromptConfig):
         return cls(length=60, rank=30, positions=256, offset_rate=5e-4 / 0.3, init="text", init_text=text, scale=1.0)
 
     def build(self, host: Host, generator: torch.Generator) -> OffsetPrompt:
-        """Initial rows, A ~ U(+-1/sqrt(rank)) and B = 0: the offset starts at zero."""
+        """Initial vectors, A ~ U(+-1/sqrt(rank)) and B = 0: the offset starts at zero."""
         scale = host.rms if self.scale is None else self.scale
         matrix = initial_matrix(self.init, self.init_text, self.length, host, generator, scale)
         bound = self.rank**-0.5

@@ -15,13 +15,13 @@ from softprompt.prompts.initialization import (
     check_text,
     factorize,
     gradient_factors,
-    initial_rows,
-    source_rows,
+    initial_vectors,
+    source_vectors,
     start_gradient,
 )
 
 Anchor = Literal["vocab", "text", "labels", "none"]
-"""Frozen rows that training adds to: random `vocab` rows, those of a `text`, of the task's `labels`, or `none`."""
+"""Frozen vectors that training adds to: random `vocab` rows, those of a `text`, of the task's `labels`, or `none`."""
 FactorInit = Literal["random", "gradient"]
 """Where the factors start around an anchor: N(0, 1), or the singular vectors of the loss's gradient there (LoRA-GA)."""
 
@@ -47,7 +47,7 @@ class DecomposedPrompt(PromptOnly):
 class AnchoredPrompt(PromptOnly):
     """`P = anchor + scale * (left @ right - first_left @ first_right)`; before the first step exactly the anchor.
 
-    The anchor's rows are saved, not the ids of its tokens: a backbone in another precision embeds those differently,
+    The anchor's vectors are saved, not the ids of its tokens: a backbone in another precision embeds those differently,
     which would change a finished prompt.
     """
 
@@ -121,8 +121,8 @@ class DPT(PromptConfig):
     rank: int = 10
     """Width of the two factors."""
     anchor: Anchor = "vocab"
-    """Frozen rows that the product is added to: random rows of the vocabulary (in a vision model sampled patches), the
-    embeddings of a text, of the task's label words, or none; a warm start replaces them."""
+    """Frozen vectors that the product is added to: random ones of the vocabulary (in a vision model sampled patches),
+    the embeddings of a text, of the task's label words, or none; a warm start replaces them."""
     factor_init: FactorInit = "random"
     """Where the factors start around an anchor: standard normal, or the leading directions of the gradient."""
     gradient_batches: int = 8
@@ -169,7 +169,7 @@ class DPT(PromptConfig):
         return cls(length=100, rank=10, anchor="none", init="uniform", scale=1.0)
 
     def build(self, host: Host, generator: torch.Generator) -> DecomposedPrompt | AnchoredPrompt:
-        """An anchor and factors whose update is zero; without an anchor uniform factors, or the SVD of initial rows.
+        """An anchor and factors whose update is zero; without an anchor uniform factors, or the SVD of initial vectors.
 
         Raises:
             ValueError: the rank exceeds the host's width, or the host has nothing that the anchor or init needs.
@@ -182,8 +182,8 @@ class DPT(PromptConfig):
             left = torch.rand(self.length, self.rank, generator=generator) - 0.5
             right = torch.rand(self.rank, host.dim, generator=generator) - 0.5
             return DecomposedPrompt(left, right, host.rms if self.scale is None else self.scale)
-        rows = initial_rows(self.init, self.init_text, self.length, host, generator)
-        left, right = factorize(rows, self.rank, generator)
+        vectors = initial_vectors(self.init, self.init_text, self.length, host, generator)
+        left, right = factorize(vectors, self.rank, generator)
         return decomposed(left, right, host.rms, self.scale)
 
     def count(self, dim: int) -> int:
@@ -197,17 +197,17 @@ class DPT(PromptConfig):
                 f"the anchor's text has {tokens} tokens and the prompt a length of {self.length}, so its end would be "
                 "lost; raise the length, or shorten the text"
             )
-        rows = source_rows(source, self.init_text, self.length, host, generator)
+        anchor = source_vectors(source, self.init_text, self.length, host, generator)
         if self.factor_init == "gradient":
             # These factors follow the gradient, and a first step lowers the loss as much as plain's as it is: 0.8 to
             # 1.3 times at ranks 1 and 10.
-            left, right = gradient_factors(start_gradient(host, rows, self.gradient_batches), self.rank)
+            left, right = gradient_factors(start_gradient(host, anchor, self.gradient_batches), self.rank)
             scale = host.rms / self.rank**0.5
         else:
             left = torch.randn(self.length, self.rank, generator=generator)
             right = torch.randn(self.rank, host.dim, generator=generator)
             scale = matched_scale(self.length, host.dim, self.rank, host.rms)
-        return AnchoredPrompt(rows, left, right, scale if self.scale is None else self.scale)
+        return AnchoredPrompt(anchor, left, right, scale if self.scale is None else self.scale)
 
 
 def matched_scale(length: int, dim: int, rank: int, unit: float) -> float:

@@ -12,7 +12,7 @@ Init = Literal["vocab", "uniform", "text", "label_words"]
 """`vocab`: embeddings of random tokens; `text`: of a text; `label_words`: of the answers; `uniform`: U(-0.5, 0.5)."""
 
 
-def initial_rows(
+def initial_vectors(
     init: Init, text: str, length: int, host: Host, generator: torch.Generator
 ) -> Float[Tensor, "length dim"]:
     """`length` starting vectors in units of the host's RMS.
@@ -24,13 +24,13 @@ def initial_rows(
     check_init(init, text)
     if init == "uniform" and host.start is None:
         return torch.rand(length, host.dim, generator=generator) - 0.5
-    return source_rows(init, text, length, host, generator) / host.rms
+    return source_vectors(init, text, length, host, generator) / host.rms
 
 
-def source_rows(
+def source_vectors(
     init: Init, text: str, length: int, host: Host, generator: torch.Generator
 ) -> Float[Tensor, "length dim"]:
-    """The warm start, or `length` of the host's embeddings, unscaled; raises as `initial_rows`."""
+    """The warm start, or `length` of the host's embeddings, unscaled; raises as `initial_vectors`."""
     if host.start is not None:
         return warm_start(host, length)
     if init == "vocab":
@@ -50,13 +50,13 @@ def initial_matrix(
     """`length` starting vectors in units of `scale`; `uniform` is U(-0.5, 0.5) of them, whatever the scale.
 
     Raises:
-        ValueError: as `initial_rows`.
+        ValueError: as `initial_vectors`.
     """
-    rows = initial_rows(init, text, length, host, generator)
-    return rows if init == "uniform" and host.start is None else rows * (host.rms / scale)
+    vectors = initial_vectors(init, text, length, host, generator)
+    return vectors if init == "uniform" and host.start is None else vectors * (host.rms / scale)
 
 
-def warm_start_rows(host: Host, length: int) -> Float[Tensor, "length dim"]:
+def warm_start_vectors(host: Host, length: int) -> Float[Tensor, "length dim"]:
     """The host's warm start in units of its RMS; raises as `warm_start`."""
     return warm_start(host, length) / host.rms
 
@@ -76,8 +76,8 @@ def warm_start(host: Host, length: int) -> Float[Tensor, "length dim"]:
     return host.start.float().clone()
 
 
-def start_gradient(host: Host, rows: Float[Tensor, "length dim"], batches: int) -> Float[Tensor, "length dim"]:
-    """The mean gradient of the loss at the prompt `rows`, over `batches` batches of training rows.
+def start_gradient(host: Host, prompt: Float[Tensor, "length dim"], batches: int) -> Float[Tensor, "length dim"]:
+    """The mean gradient of the loss at `prompt`, over `batches` batches of training rows.
 
     Raises:
         ValueError: the host has no training rows to compute it from, or it is zero or not finite.
@@ -87,7 +87,7 @@ def start_gradient(host: Host, rows: Float[Tensor, "length dim"], batches: int) 
             "the prompt is to start from the gradient, and there is none: it exists only where a prompt of one layer "
             "is about to be trained on a task's rows; choose another start"
         )
-    gradient = host.gradient(rows, batches)
+    gradient = host.gradient(prompt, batches)
     finite = bool(gradient.isfinite().all())
     if not finite or not bool(gradient.any()):
         raise ValueError(
@@ -129,15 +129,16 @@ def check_text(name: str, value: str, text: str) -> None:
 
 
 def factorize(
-    rows: Float[Tensor, "length dim"], rank: int, generator: torch.Generator
+    matrix: Float[Tensor, "length dim"], rank: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "length rank"], Float[Tensor, "rank dim"]]:
-    """The best rank-`rank` product for `rows` (truncated SVD), its singular values shared evenly by both factors.
+    """The best rank-`rank` product for `matrix` (truncated SVD), its singular values shared evenly by both factors.
 
-    Directions that `rows` lack (because text was repeated, say) start as small noise in both factors, to be trainable.
+    Directions that `matrix` lacks (because text was repeated, say) start as small noise in both factors, to be
+    trainable.
 
     Reference: Eckart and Young, 1936.
     """
-    left, values, right = torch.linalg.svd(rows.double(), full_matrices=False)
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     if (spare := rank - len(values)) > 0:  # more directions than rows or columns
         values = nn.functional.pad(values, (0, spare))
         left, right = nn.functional.pad(left, (0, spare)), nn.functional.pad(right, (0, 0, 0, spare))
@@ -145,10 +146,10 @@ def factorize(
     left, right = left[:, :rank] * root, root[:, None] * right[:rank]
     missing = values[:rank] <= values[0] * 1e-6
     if missing.any():
-        noise = 0.1 * float(values[0].sqrt())
+        noise, (length, dim) = 0.1 * float(values[0].sqrt()), matrix.shape
         count = int(missing.sum())
-        left[:, missing] = noise * torch.randn(len(rows), count, generator=generator).double() / len(rows) ** 0.5
-        right[missing] = noise * torch.randn(count, rows.shape[1], generator=generator).double() / rows.shape[1] ** 0.5
+        left[:, missing] = noise * torch.randn(length, count, generator=generator).double() / length**0.5
+        right[missing] = noise * torch.randn(count, dim, generator=generator).double() / dim**0.5
     return left.float().contiguous(), right.float().contiguous()
 
 

@@ -44,10 +44,10 @@ class ResidualPrompt(PromptOnly):
         """The matrix plus its normalized branch, in the host's units."""
         networks, _, dim = self.up.shape
         # [1, length, dim] for a shared network, [length, 1, dim] for one per position: no network is ever copied.
-        rows = self.matrix.view(networks, -1, dim)
-        activations = torch.relu(rows @ self.down + self.down_bias)
+        vectors = self.matrix.view(networks, -1, dim)
+        activations = torch.relu(vectors @ self.down + self.down_bias)
         branch = nn.functional.layer_norm(activations @ self.up + self.up_bias, (dim,))
-        return self.scale * (rows + branch * self.gain + self.bias).view(-1, dim)
+        return self.scale * (vectors + branch * self.gain + self.bias).view(-1, dim)
 
 
 @final
@@ -90,7 +90,7 @@ class Residual(PromptConfig):
         return cls(length=100, width=400, init="vocab", scale=1.0)
 
     def build(self, host: Host, generator: torch.Generator) -> ResidualPrompt:
-        """Initial rows and a random network: the branch starts at unit size, so P' starts apart from P."""
+        """Initial vectors and a random network: the branch starts at unit size, so P' starts apart from P."""
         scale = host.rms if self.scale is None else self.scale
         matrix = initial_matrix(self.init, self.init_text, self.length, host, generator, scale)
         return ResidualPrompt(matrix, 1 if self.shared else self.length, self.width, scale, generator)

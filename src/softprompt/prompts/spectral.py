@@ -74,7 +74,7 @@ class Spectral(PromptConfig):
     the optimizer's noise and not the task; compare the spectrum of `plain` after the same training. For more pressure,
     set a `threshold`: values start that far above it, and weight decay pulls those that the task does not need below.
     Reference: the pilot study of Xiao et al. 2023, "Decomposed Prompt Tuning via Low-Rank Reparameterization".
-    Differs: the study's code was never published, so the start (the SVD of initial rows, at full rank) is ours; the
+    Differs: the study's code was never published, so the start (the SVD of initial vectors, at full rank) is ours; the
     three factors are kept at unit size and a constant carries the product to the host's embedding RMS (`scale=1`
     keeps U and V orthonormal and s in the host's units); the threshold is ours, and 0 is the published form.
 
@@ -85,7 +85,7 @@ class Spectral(PromptConfig):
     threshold: float = 0.0
     """What a singular value must exceed to count, in units of the values' initial root mean square."""
     init: Init = "vocab"
-    """Source of the initial rows, whose decomposition is the start."""
+    """Source of the initial vectors, whose decomposition is the start."""
     init_text: str = ""
     """The text, with `init=text`."""
     scale: float | None = None
@@ -105,10 +105,10 @@ class Spectral(PromptConfig):
         return cls(length=100, scale=1.0)
 
     def build(self, host: Host, generator: torch.Generator) -> SpectralPrompt:
-        """The singular value decomposition of initial rows; directions that they lack are off from the start."""
+        """The singular value decomposition of initial vectors; directions that they lack are off from the start."""
         scale = host.rms if self.scale is None else self.scale
-        rows = initial_matrix(self.init, self.init_text, self.length, host, generator, scale)
-        left, values, right = torch.linalg.svd(rows.double(), full_matrices=False)
+        vectors = initial_matrix(self.init, self.init_text, self.length, host, generator, scale)
+        left, values, right = torch.linalg.svd(vectors.double(), full_matrices=False)
         values = torch.where(values > values[0] * 1e-6, values, 0)
         size = float(values.square().mean().sqrt())
         threshold = self.threshold * size

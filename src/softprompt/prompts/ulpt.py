@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from softprompt.prompts.base import Host, PromptConfig, PromptOnly, at_least
-from softprompt.prompts.initialization import check_scale, warm_start_rows
+from softprompt.prompts.initialization import check_scale, warm_start_vectors
 
 
 @final
@@ -82,9 +82,10 @@ class ULPT(PromptConfig):
             scale = self.scale
         bias = torch.zeros(host.dim)
         if host.start is not None:
-            rows = warm_start_rows(host, self.length) * (host.rms / scale)
-            bias = rows.mean(0)
-            latent = torch.linalg.lstsq(projection.double().T, (rows - bias).double().T).solution.T.float().contiguous()
+            start = warm_start_vectors(host, self.length) * (host.rms / scale)
+            bias = start.mean(0)
+            fit = torch.linalg.lstsq(projection.double().T, (start - bias).double().T)
+            latent = fit.solution.T.float().contiguous()
         return ProjectedPrompt(latent, projection, bias, scale)
 
     def count(self, dim: int) -> int:

@@ -241,7 +241,7 @@ def build_prompt(
         start = _initial_kv(experiment, task, backbone, initialize, generator)
     hosts = backbone.hosts(num_matrices, task.answers, start)
     if not initialize:  # the tensors are replaced by loaded ones, so any matrix of the gradient's shape will do
-        hosts = [dataclasses.replace(host, gradient=lambda rows, batches: rows) for host in hosts]
+        hosts = [dataclasses.replace(host, gradient=lambda start, batches: start) for host in hosts]
     elif num_matrices == 1:  # in a deep prompt, a layer's gradient depends on layers that are not built yet
         hosts = [dataclasses.replace(host, gradient=gradient) for host in hosts]
     return build(experiment.prompt, hosts, generator)
@@ -255,8 +255,8 @@ def _initial_kv(
     Without `initialize` any values, since loaded tensors replace them.
     """
     if not initialize:
-        rows = backbone.max_matrices * experiment.prompt.length
-        return torch.randn(rows, backbone.prompt_dim(backbone.max_matrices), generator=generator, device="cpu")
+        size = backbone.max_matrices * experiment.prompt.length
+        return torch.randn(size, backbone.prompt_dim(backbone.max_matrices), generator=generator, device="cpu")
     shallow = build(experiment.prompt, [backbone.host(task.answers)], generator)
     return as_deep(backbone, shallow.prompt().detach())
 

@@ -122,30 +122,30 @@ def burstiness(
             f"the inputs are {host.dim} wide and the first query projection takes {projections.query.shape[2]}: this "
             "model widens its embeddings in between, which is not supported; choose another backbone"
         )
-    rows = host.sample(samples, torch.Generator().manual_seed(seed))
+    vectors = host.sample(samples, torch.Generator().manual_seed(seed))
     heads = zip(projections.query, projections.key, strict=True)
     return Burstiness(
-        inputs=_pair(rows, eps),
-        products=_pair(rows @ projections.product().T, eps),
-        heads=tuple(_pair(rows @ key.T @ query, eps) for query, key in heads),
+        inputs=_pair(vectors, eps),
+        products=_pair(vectors @ projections.product().T, eps),
+        heads=tuple(_pair(vectors @ key.T @ query, eps) for query, key in heads),
         query=Distribution.of(projections.query),
         key=Distribution.of(projections.key),
     )
 
 
-def _pair(rows: Float[Tensor, "sample dim"], eps: float) -> Pair:
-    return Pair(before=Distribution.of(rows), after=Distribution.of(whitened(rows, eps)))
+def _pair(vectors: Float[Tensor, "sample dim"], eps: float) -> Pair:
+    return Pair(before=Distribution.of(vectors), after=Distribution.of(whitened(vectors, eps)))
 
 
-def whitened(rows: Float[Tensor, "sample dim"], eps: float) -> Float[Tensor, "sample dim"]:
+def whitened(vectors: Float[Tensor, "sample dim"], eps: float) -> Float[Tensor, "sample dim"]:
     """`X W` with `W = (Sigma + eps * mean eigenvalue * I)^(-1/2)` and `Sigma = X^T X / n`, without making `W`.
 
     Raises:
-        ValueError: every row is zero.
+        ValueError: every vector is zero.
     """
-    left, values, right = torch.linalg.svd(rows.double(), full_matrices=False)
-    variances = values.square() / rows.shape[0]
-    floor = eps * variances.sum() / rows.shape[1]
+    left, values, right = torch.linalg.svd(vectors.double(), full_matrices=False)
+    variances = values.square() / vectors.shape[0]
+    floor = eps * variances.sum() / vectors.shape[1]
     if not floor > 0:
         raise ValueError("every input vector is zero, which cannot be whitened; give other inputs")
-    return ((left * (values * (variances + floor).rsqrt())) @ right).to(rows.dtype)
+    return ((left * (values * (variances + floor).rsqrt())) @ right).to(vectors.dtype)

@@ -64,23 +64,26 @@ class CausalScorer(Scorer):
 
     def _decode_state(self, batch: Batch, requests: Sequence[EngineRequest]) -> DecodeState:
         """The batch as `PromptedModel` continues it."""
-        entries, index = unique_prompts(requests)
-        rows = torch.tensor(index, device=batch.mask.device)
+        entries, numbers = unique_prompts(requests)
+        index = torch.tensor(numbers, device=batch.mask.device)
         plain = all(entry.prompt.plain for entry in entries)  # the input's embeddings are the model's own
         cache, no_logits = Cache(layers=list(batch.layers)), batch.mask.new_zeros(len(requests), 0, 0)
         shifting = [] if plain else [entry.prompt for entry in entries]
-        return DecodeState(cache, batch.mask, no_logits, batch.token_counts[:, None], shifting, None if plain else rows)
+        return DecodeState(
+            cache, batch.mask, no_logits, batch.token_counts[:, None], shifting, None if plain else index
+        )
 
 
 def _select_rows(state: DecodeState, rows: Sequence[int]) -> DecodeState:
-    index, width = torch.tensor(rows, device=state.mask.device), state.mask.shape[1]
-    layers = [SharedLayer(layer.keys[index, :, :width], layer.values[index, :, :width]) for layer in state.cache.layers]
-    prompt_index = None if state.rows is None else state.rows[index]
+    selected, width = torch.tensor(rows, device=state.mask.device), state.mask.shape[1]
+    layers = [
+        SharedLayer(layer.keys[selected, :, :width], layer.values[selected, :, :width]) for layer in state.cache.layers
+    ]
     return state._replace(
         cache=Cache(layers=layers),
-        mask=state.mask[index],
-        next_position=state.next_position[index],
-        rows=prompt_index,
+        mask=state.mask[selected],
+        next_position=state.next_position[selected],
+        index=None if state.index is None else state.index[selected],
     )
 
 

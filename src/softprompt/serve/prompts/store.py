@@ -13,7 +13,7 @@ from softprompt.prompts import Folded
 from softprompt.serve.prompts.entry import check_prompt_name, display_name
 
 _MAX_LENGTH = 4096
-"""Most rows of an uploaded prompt."""
+"""Most virtual tokens of an uploaded prompt."""
 
 
 def read_upload(content: bytes, backbone: Backbone) -> Folded:
