@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from softprompt.backbones import Backbone, load
-from softprompt.models import PROMPTED_MODELS, Prepared, attach
+from softprompt.models import PROMPTED_MODELS, PreparedPrompts, attach
 from softprompt.prompts import Folded
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -134,7 +134,7 @@ def test_candidates_without_tokens_are_refused(tiny_backbone: MakeBackbone, cand
 
 
 def test_encoding_of_another_architecture_is_refused(tiny_backbone: MakeBackbone) -> None:
-    class Foreign(Prepared):
+    class Foreign(PreparedPrompts):
         prompts = ()
 
     refused(lambda: attach(tiny_backbone("llama"))(IDS, prompts=Foreign()), "Foreign", "another architecture")

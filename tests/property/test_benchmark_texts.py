@@ -52,9 +52,9 @@ def test_wsc_spans_are_located_and_marked() -> None:
     read = TASKS["wsc"], READERS["wsc"]
     assert isinstance(read[1], official.Official)
     (flat,) = read[1].flatten(row)
-    (built,) = read[1].prepare(flat)
+    (built,) = read[1].preprocess(flat)
     assert built["both_marked"] == "They might use it , and * # their # mothers * too."
-    (moved,) = read[1].prepare({**flat, "span2_text": "it", "span2_index": 2})
+    (moved,) = read[1].preprocess({**flat, "span2_text": "it", "span2_index": 2})
     assert moved["pronoun_marked"] == "They might use *it* , and their mothers too."
     with pytest.raises(ValueError, match="the span 'her' is not in its text"):
-        list(read[1].prepare({**flat, "span2_text": "her"}))
+        list(read[1].preprocess({**flat, "span2_text": "her"}))

@@ -12,7 +12,7 @@ from torch import Tensor
 from softprompt.backbones import Backbone
 from softprompt.config import TrainingConfig
 from softprompt.evaluation import prefix_sharing
-from softprompt.models import Prepared, PromptedModel
+from softprompt.models import PreparedPrompts, PromptedModel
 from softprompt.runs import PeftPrompt, Run, check_has_own_task, resolve_prompt
 from softprompt.tasks import Example, Task, answer_ids, collate, encode
 from softprompt.types import DecodeWeights
@@ -230,7 +230,7 @@ def over_long_note(examples: Sequence[Example], max_new_tokens: int, split: str)
 
 
 def _classify(
-    prompted: PromptedModel, prepared: Prepared, task: Task, batch: Sequence[Example], index: Tensor
+    prompted: PromptedModel, prepared: PreparedPrompts, task: Task, batch: Sequence[Example], index: Tensor
 ) -> list[Answer]:
     tokenizer, device = prompted.backbone.tokenizer, prompted.backbone.device
     inputs = collate(batch, pad_id=pad_id(prompted.backbone), side="left", with_answers=False)
@@ -253,7 +253,7 @@ def _classify(
 
 def _generate(
     prompted: PromptedModel,
-    prepared: Prepared,
+    prepared: PreparedPrompts,
     task: Task,
     batch: Sequence[Example],
     index: Tensor,

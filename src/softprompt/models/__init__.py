@@ -12,7 +12,7 @@ from softprompt.models.base import PromptedModel
 from softprompt.models.causal import Causal
 from softprompt.models.encoder import Encoder
 from softprompt.models.encoder_decoder import EncoderDecoder
-from softprompt.models.inputs import Prepared
+from softprompt.models.inputs import PreparedPrompts
 from softprompt.models.sampling import Sampling
 from softprompt.models.vision import Vision
 from softprompt.prompts import SoftPrompt
@@ -80,4 +80,4 @@ def fresh_head(backbone: Backbone, classes: int, generator: torch.Generator, poo
     return model_class(backbone).fresh_head(backbone, classes, generator, pool)
 
 
-__all__ = ["PROMPTED_MODELS", "Prepared", "PromptedModel", "Sampling", "attach", "fresh_head", "model_class"]
+__all__ = ["PROMPTED_MODELS", "PreparedPrompts", "PromptedModel", "Sampling", "attach", "fresh_head", "model_class"]

@@ -11,7 +11,18 @@ from torch import Tensor, nn
 
 from softprompt.backbones import Backbone
 from softprompt.models.checks import check_token_ids
-from softprompt.models.inputs import Candidates, Ids, Index, Inputs, Labels, Mask, Pixels, Prepared, PreparedT, Prompts
+from softprompt.models.inputs import (
+    Candidates,
+    Ids,
+    Index,
+    Inputs,
+    Labels,
+    Mask,
+    Pixels,
+    PreparedPrompts,
+    PreparedT,
+    Prompts,
+)
 from softprompt.models.padding import PaddingSide, Rows, align_padding, checked_index, checked_mask
 from softprompt.models.sampling import Sampling, end_of_sequence
 from softprompt.prompts import SoftPrompt
@@ -122,13 +133,15 @@ class PromptedModel(nn.Module, ABC):
         return backbone.max_positions
 
     @abstractmethod
-    def prepare(self, prompts: Sequence[SoftPrompt]) -> Prepared:
+    def prepare(self, prompts: Sequence[SoftPrompt]) -> PreparedPrompts:
         """Everything about `prompts` that does not depend on an input; gradients flow through it unless switched off.
 
         Pass the result as `prompts` to share one computation among many calls.
         """
 
-    def with_shared_prefix(self, prompts: Prompts, prefixes: Sequence[Sequence[int]], index: Index = None) -> Prepared:
+    def with_shared_prefix(
+        self, prompts: Prompts, prefixes: Sequence[Sequence[int]], index: Index = None
+    ) -> PreparedPrompts:
         """Prompts followed by the tokens that texts begin with; pass the result with the rest of the texts.
 
         Args:
@@ -268,7 +281,7 @@ class PromptedModel(nn.Module, ABC):
         """The prompts of a call; by default the model's own."""
         if prompts is None:
             return [] if self.prompt is None else [self.prompt]
-        return prompts.prompts if isinstance(prompts, Prepared) else prompts
+        return prompts.prompts if isinstance(prompts, PreparedPrompts) else prompts
 
     def resolve(self, prompts: Prompts, kind: type[PreparedT]) -> PreparedT:
         """The prompts of a call, prepared.
@@ -276,7 +289,7 @@ class PromptedModel(nn.Module, ABC):
         Raises:
             ValueError: they were prepared for a model of another kind.
         """
-        prepared = prompts if isinstance(prompts, Prepared) else self.prepare(self.prompts_of(prompts))
+        prepared = prompts if isinstance(prompts, PreparedPrompts) else self.prepare(self.prompts_of(prompts))
         if not isinstance(prepared, kind):
             raise ValueError(
                 f"{type(prepared).__name__} was prepared for another architecture, prompt position or prompt "

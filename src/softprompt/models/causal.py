@@ -18,28 +18,22 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
 from softprompt.backbones import Backbone, fsdp
-from softprompt.backbones.kernels import attention, llama, llama_cached
+from softprompt.backbones.kernels import llama, llama_cached
 from softprompt.backbones.kernels.packed_linear import PackedWeights
 from softprompt.models.base import PromptedModel
+from softprompt.models.batch_layout import BatchLayout, choose_layout
 from softprompt.models.checks import check_not_empty
 from softprompt.models.decode_state import DecodeState
 from softprompt.models.deep_kv import any_deep, check_deep, deep_prefixes
 from softprompt.models.inline import PromptEmbeddings, insert_prompts
-from softprompt.models.inputs import Candidates, Ids, Index, Inputs, Labels, Layout, Mask, Prepared, Prompts
+from softprompt.models.inputs import Candidates, Ids, Index, Inputs, Labels, Mask, PreparedPrompts, Prompts
 from softprompt.models.kv_buffer import ROOM
 from softprompt.models.kv_prefix import KVPrefixBatch
 from softprompt.models.label_tree import score_rest
 from softprompt.models.padding import Rows, align_padding, checked_index, length_mask, pad_batch
 from softprompt.models.sampling import Chooser, Sampling
 from softprompt.models.varlen import varlen_logits
-from softprompt.models.verify import (
-    OutputMismatch,
-    cached_check,
-    check_batch_independence,
-    check_decoder,
-    sliding_window,
-)
-from softprompt.models.verify_causal import check_mixed_batch, packed_rows_are_exact
+from softprompt.models.verify import check_batch_independence, check_decoder, sliding_window
 from softprompt.prompts import SoftPrompt
 
 
@@ -65,8 +59,8 @@ class Causal(PromptedModel):
     padding_side = "left"
     peft_task_type = "CAUSAL_LM"
     prompt_positions = ("prefix", "after_bos", "suffix")
-    layout: Layout
-    """How prompts and rows run together."""
+    layout: BatchLayout
+    """How prompts and rows run together; the fastest that is exact."""
 
     def _setup(self) -> None:
         model = self.backbone.model
@@ -80,7 +74,7 @@ class Causal(PromptedModel):
             raise ValueError("decode_weights packs the model's own weights, and this run trained others; leave it out")
         self.packed: PackedWeights | None = None
         """The backbone's packed weights, once the model has been checked with its own."""
-        self._choose_layout()
+        self.layout = choose_layout(self, fused=self._has_fused_layers)
         self.supports_prefix_sharing = self.layout != "inline" and self.window is None and not fsdp.is_sharded(model)
         # Rows that are not packed continue from a cache, which a second run of the layers would write to again.
         self.supports_gradient_checkpointing = self.layout == "packed" and not any_deep(self.prompts_of(None))
@@ -88,44 +82,6 @@ class Causal(PromptedModel):
             self.kv_prefixes(self.prompts_of(None))  # refuses what does not fit
         if self._has_fused_layers and not fsdp.is_sharded(model):
             self.packed = self.backbone.packed
-
-    def _choose_layout(self) -> None:
-        """Compare mixed batches with single rows, once per model and position; choose an exact layout, or refuse.
-
-        A model that takes explicit positions shares the prompts' keys and values among all rows. One that counts
-        columns (MPT's ALiBi) is exact where prompt and text are adjacent, so there the prompt runs in every row.
-        """
-        model = self.backbone.model
-        takes_positions = "position_ids" in self.backbone.forward_arguments
-        self.layout = "cached" if self.prompt_position == "prefix" else "inline"
-        if self.backbone.embeddings_only:  # it never runs
-            return
-        if self.layout == "cached":
-
-            def shared() -> bool:
-                try:
-                    check_mixed_batch(self, "a shared prefix and neighbors of other lengths")
-                except OutputMismatch:
-                    if takes_positions:
-                        raise
-                    return False
-                return True
-
-            # In bfloat16 an extra column may hide in rounding, so a model without explicit positions cannot pass.
-            provable = takes_positions or self.backbone.dtype is torch.float32
-            self.layout = "cached" if provable and cached_check(model, "shared", shared) else "inline"
-        if self.layout == "inline":
-
-            def inline() -> bool:
-                check_mixed_batch(self, f"prompts in rows of other lengths, {self.prompt_position!r},")
-                return True
-
-            cached_check(model, f"inline {self.prompt_position}", inline)
-            return
-        if takes_positions and attention.supports_varlen(model):
-            self.layout = "packed"
-            if not cached_check(model, f"packed {self._has_fused_layers}", lambda: packed_rows_are_exact(self)):
-                self.layout = "cached"
 
     @classmethod
     def row_limit(cls, backbone: Backbone) -> int | None:
@@ -161,7 +117,9 @@ class Causal(PromptedModel):
         logits = logits[torch.arange(len(padded), device=device), torch.searchsorted(last, lengths - 1)]
         return KVPrefixBatch.from_cache(list(prompts), cache, mask, logits, torch.zeros_like(lengths))
 
-    def with_shared_prefix(self, prompts: Prompts, prefixes: Sequence[Sequence[int]], index: Index = None) -> Prepared:
+    def with_shared_prefix(
+        self, prompts: Prompts, prefixes: Sequence[Sequence[int]], index: Index = None
+    ) -> PreparedPrompts:
         """Prompts followed by the tokens that texts begin with, whose keys and values are computed once too."""
         if not self.supports_prefix_sharing:
             return super().with_shared_prefix(prompts, prefixes, index)
@@ -176,7 +134,7 @@ class Causal(PromptedModel):
 
     def _logits(self, inputs: Inputs) -> Float[Tensor, "batch seq vocab"]:
         text = self.text(inputs)
-        logits = self._read(text, self._prepared(inputs.prompts), inputs.prompt_index, keep=None).logits
+        logits = self._read(text, self._resolved(inputs.prompts), inputs.prompt_index, keep=None).logits
         result = logits.new_zeros(*inputs.rows.shape, logits.shape[-1])
         return result.scatter(1, text.order[..., None].expand_as(logits), logits)
 
@@ -215,7 +173,7 @@ class Causal(PromptedModel):
             logits = self._predicting_logits(text, end, prompts, index)[0][:, 0]
             return logits.float().log_softmax(-1)[:, first]
         last = torch.tensor([-1], device=text.ids.device)
-        state = self._read(text, self._prepared(prompts), index, keep=last, room=longest - 1)
+        state = self._read(text, self._resolved(prompts), index, keep=last, room=longest - 1)
         scores = state.logits[:, 0].float().log_softmax(-1)[:, first]
         longer = [number for number, candidate in enumerate(candidates) if len(candidate) > 1]
         if not longer:
@@ -255,7 +213,7 @@ class Causal(PromptedModel):
         text = self.text(Inputs(input_ids, attention_mask, prompts, index))
         last = torch.tensor([-1], device=text.ids.device)
         packed = self.packed if self.packed and self.packed.is_exact else None
-        return self._read(text, self._prepared(prompts), index, keep=last, room=room, packed=packed)
+        return self._read(text, self._resolved(prompts), index, keep=last, room=room, packed=packed)
 
     def decode(
         self, state: DecodeState, ids: Int[Tensor, "batch more"], real: Int[Tensor, "batch more"] | None = None
@@ -268,27 +226,6 @@ class Causal(PromptedModel):
         if self.packed is not None and not self.packed.is_exact and not self.runs_fused_over_cache:
             raise ValueError("packed weights decode without gradients or autocast")
         return state.after(mask, self._run(embeds, state.cache, mask, 0, self.packed))
-
-    @property
-    def runs_fused_over_cache(self) -> bool:
-        """Whether passes over a KV cache run through `llama_cached`: our layers, and no gradients."""
-        return self._is_fused and not torch.is_grad_enabled()
-
-    def attention_arguments(self, mask: Int[Tensor, "row total"], length: int) -> dict[str, Any]:
-        """The mask, and the positions of the last `length` columns where the model takes positions."""
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - length :]
-        takes_positions = "position_ids" in self.backbone.forward_arguments
-        return {"attention_mask": mask} | ({"position_ids": positions} if takes_positions else {})
-
-    @property
-    def _is_fused(self) -> bool:
-        """Whether layers run through `llama.run`, which computes in one dtype and so not under autocast."""
-        return self._has_fused_layers and not torch.is_autocast_enabled(self.backbone.device.type)
-
-    def _can_pack(self, prompts: Prompts) -> TypeGuard[Sequence[SoftPrompt] | KVPrefixBatch | None]:
-        if isinstance(prompts, KVPrefixBatch):
-            return self.layout == "packed" and self._is_fused and not torch.is_grad_enabled()
-        return self.layout == "packed" and not isinstance(prompts, Prepared) and not any_deep(self.prompts_of(prompts))
 
     def _predicting_logits(
         self,
@@ -313,7 +250,7 @@ class Causal(PromptedModel):
                 index = checked_index(index, len(packed.mask), text.ids)
                 return packed.with_first_logits(logits, is_first, index), packed.logits is None
             return logits, not packed
-        prepared, seq = self._prepared(prompts), text.ids.shape[1]
+        prepared, seq = self._resolved(prompts), text.ids.shape[1]
         if isinstance(prepared, PromptEmbeddings):
             state = self._read(text, prepared, index, keep=columns - 1 - seq, labels=labels)
             return state.logits, self.prompt_position == "after_bos"  # elsewhere a prompt is before the first token
@@ -321,7 +258,16 @@ class Causal(PromptedModel):
         index = checked_index(index, len(prepared.mask), text.ids)
         return prepared.with_first_logits(state.logits, is_first, index), prepared.logits is None
 
-    def _prepared(self, prompts: Prompts) -> KVPrefixBatch | PromptEmbeddings:
+    def _can_pack(self, prompts: Prompts) -> TypeGuard[Sequence[SoftPrompt] | KVPrefixBatch | None]:
+        if isinstance(prompts, KVPrefixBatch):
+            return self.layout == "packed" and self._is_fused and not torch.is_grad_enabled()
+        return (
+            self.layout == "packed"
+            and not isinstance(prompts, PreparedPrompts)
+            and not any_deep(self.prompts_of(prompts))
+        )
+
+    def _resolved(self, prompts: Prompts) -> KVPrefixBatch | PromptEmbeddings:
         passed = self.prompts_of(prompts)
         inline = self.layout == "inline" and len(passed) > 0 and not any_deep(passed)
         return self.resolve(prompts, PromptEmbeddings) if inline else self.resolve(prompts, KVPrefixBatch)
@@ -393,6 +339,22 @@ class Causal(PromptedModel):
         )
         logits: Tensor = output.logits
         return logits
+
+    def attention_arguments(self, mask: Int[Tensor, "row total"], length: int) -> dict[str, Any]:
+        """The mask, and the positions of the last `length` columns where the model takes positions."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - length :]
+        takes_positions = "position_ids" in self.backbone.forward_arguments
+        return {"attention_mask": mask} | ({"position_ids": positions} if takes_positions else {})
+
+    @property
+    def runs_fused_over_cache(self) -> bool:
+        """Whether passes over a KV cache run through `llama_cached`: our layers, and no gradients."""
+        return self._is_fused and not torch.is_grad_enabled()
+
+    @property
+    def _is_fused(self) -> bool:
+        """Whether layers run through `llama.run`, which computes in one dtype and so not under autocast."""
+        return self._has_fused_layers and not torch.is_autocast_enabled(self.backbone.device.type)
 
     def _check_width(self, longest: int, width: int) -> None:
         """Refuse rows of more positions than the model has, or wider than its attention window with their padding."""

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from softprompt.backbones.kernels.varlen import States, VarlenLayout
 from softprompt.models.base import PromptedModel
-from softprompt.models.inputs import Index, Prepared, Prompts
+from softprompt.models.inputs import Index, PreparedPrompts, Prompts
 from softprompt.models.padding import Rows, checked_index
 from softprompt.prompts import SoftPrompt
 
 
 @final
 @dataclass(frozen=True)
-class EncoderPrefixStates(Prepared):
+class EncoderPrefixStates(PreparedPrompts):
     """Several such prompts' states in every layer."""
 
     prompts: Sequence[SoftPrompt]
@@ -61,7 +61,7 @@ def pack_with_prompts(
     Raises:
         ValueError: the prompts were prepared for a model of another kind.
     """
-    cached = prompted.resolve(prompts, EncoderPrefixStates) if isinstance(prompts, Prepared) else None
+    cached = prompted.resolve(prompts, EncoderPrefixStates) if isinstance(prompts, PreparedPrompts) else None
     live = prompted.prompts_of(prompts)
     vectors = [] if cached else prompted.prompt_embeddings(live)
     lengths = list(cached.lengths) if cached else [len(matrix) for matrix in vectors]

@@ -14,14 +14,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from softprompt.models.base import PromptedModel
-from softprompt.models.inputs import Prepared
+from softprompt.models.inputs import PreparedPrompts
 from softprompt.models.padding import Rows, checked_index, padding_order
 from softprompt.prompts import SoftPrompt
 
 
 @final
 @dataclass(frozen=True)
-class PromptEmbeddings(Prepared):
+class PromptEmbeddings(PreparedPrompts):
     """Several prompts' virtual tokens, concatenated."""
 
     prompts: Sequence[SoftPrompt]

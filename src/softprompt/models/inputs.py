@@ -2,7 +2,7 @@
 
 from abc import ABC
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -10,13 +10,19 @@ from torch import Tensor
 from softprompt.prompts import SoftPrompt
 
 
-class Prepared(ABC):
-    """What can be computed of some prompts before any input is known, as a value that many calls share."""
+class PreparedPrompts(ABC):
+    """What `PromptedModel.prepare` computes of some prompts before any input is known; many calls can share it.
+
+    What that is depends on how the model runs prompts, so each way has a class of its own, and a model refuses the
+    others: `KVPrefixBatch` (a decoder: keys and values), `PromptEmbeddings` (the vectors alone, where prompts run in
+    every row), `EncoderPrefixStates` (an encoder with `prompt_attention="self"`: keys, values and last states) and
+    `LayerPromptEmbeddings` (a vision model: vectors by layer).
+    """
 
     prompts: Sequence[SoftPrompt]
 
 
-PreparedT = TypeVar("PreparedT", bound=Prepared)
+PreparedT = TypeVar("PreparedT", bound=PreparedPrompts)
 Ids = Int[Tensor, "batch seq"]
 """A batch's token ids."""
 Pixels = Float[Tensor, "batch channel height width"]
@@ -27,13 +33,10 @@ Labels = Int[Tensor, "batch target"]
 """The tokens or the class that each row should answer; -100 where no label is."""
 Candidates = Sequence[Sequence[int]]
 """The tokens of each possible answer."""
-Prompts = Sequence[SoftPrompt] | Prepared | None
+Prompts = Sequence[SoftPrompt] | PreparedPrompts | None
 """The prompts of a call; none: the model's own."""
 Index = Int[Tensor, " batch"] | None
 """The prompt of each row, where a call has several."""
-Layout = Literal["packed", "cached", "inline"]
-"""How a decoder trains on prompts and rows. `packed`: prompts once and rows without padding, in one pass. `cached`: the
-prompts, then the rows from their keys and values. `inline`: each row with its prompt in it, if that alone is exact."""
 
 
 class Inputs(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from softprompt.backbones.kernels.varlen import States
-from softprompt.models.inputs import Prepared
+from softprompt.models.inputs import PreparedPrompts
 from softprompt.models.padding import padding_order
 from softprompt.prompts import SoftPrompt
 
@@ -56,7 +56,7 @@ class KVPrefix:
 
 @final
 @dataclass(frozen=True)
-class KVPrefixBatch(Prepared):
+class KVPrefixBatch(PreparedPrompts):
     """Several prefixes as one batch, padded on the right, and the logits after each."""
 
     prompts: Sequence[SoftPrompt]

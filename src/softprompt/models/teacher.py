@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from softprompt.backbones import Backbone
 from softprompt.models.base import PromptedModel
-from softprompt.models.inputs import Candidates, Ids, Labels, Mask, Prepared
+from softprompt.models.inputs import Candidates, Ids, Labels, Mask, PreparedPrompts
 from softprompt.models.padding import checked_mask
 
 
@@ -45,7 +45,7 @@ class Teacher:
         self.model, self.context, self._leading, self._trailing = model, tuple(context), leading, trailing
         self._replaced_ids = self.context[:leading] if replaced is None else tuple(replaced)
         self._replaced = torch.tensor(self._replaced_ids, dtype=torch.long, device=model.backbone.device)
-        self._prepared: Prepared | None = None
+        self._cached_prefix: PreparedPrompts | None = None
 
     @property
     def backbone(self) -> Backbone:
@@ -84,10 +84,10 @@ class Teacher:
             prefix = self._prefix()
         return self.model.generate(ids, mask, max_new_tokens=max_new_tokens, prompts=prefix)
 
-    def _prefix(self) -> Prepared | None:
-        if self.model.supports_prefix_sharing and self._prepared is None:
-            self._prepared = self.model.with_shared_prefix(self.model.prepare([]), [self.context])
-        return self._prepared
+    def _prefix(self) -> PreparedPrompts | None:
+        if self.model.supports_prefix_sharing and self._cached_prefix is None:
+            self._cached_prefix = self.model.with_shared_prefix(self.model.prepare([]), [self.context])
+        return self._cached_prefix
 
     def _rows(self, ids: Ids, mask: Mask) -> tuple[Int[Tensor, "batch read"], Int[Tensor, "batch read"]]:
         """The rows without what the context replaces, and with it in front where it is not read apart from them."""

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softprompt.backbones import Backbone
-from softprompt.models.inputs import Prepared
+from softprompt.models.inputs import PreparedPrompts
 from softprompt.models.verify import Sample, check_close, is_close, model_errors_refused, sample
 from softprompt.types import PromptPosition
 
@@ -81,7 +81,7 @@ def _check_steps(
     rows: Sample,
     ids: Int[Tensor, "row seq"],
     mask: Int[Tensor, "row seq"],
-    prepared: Prepared,
+    prepared: PreparedPrompts,
     index: Int[Tensor, " row"] | None,
     expected: Float[Tensor, "row step vocab"],
     how: str,

@@ -13,7 +13,7 @@ from softprompt.backbones import Backbone, vit
 from softprompt.models.base import PromptedModel
 from softprompt.models.checks import check_class_count
 from softprompt.models.heads import Pooling, linear_head
-from softprompt.models.inputs import Candidates, Index, Inputs, Labels, Pixels, Prepared, Prompts
+from softprompt.models.inputs import Candidates, Index, Inputs, Labels, Pixels, PreparedPrompts, Prompts
 from softprompt.models.padding import checked_index, length_mask
 from softprompt.models.verify import cached_check, check_close, model_errors_refused
 from softprompt.prompts import SoftPrompt
@@ -22,7 +22,7 @@ from softprompt.types import Pool
 
 @final
 @dataclass(frozen=True)
-class LayerPrompts(Prepared):
+class LayerPromptEmbeddings(PreparedPrompts):
     """Several prompts' virtual tokens by layer, padded to the longest."""
 
     prompts: Sequence[SoftPrompt]
@@ -71,7 +71,7 @@ class Vision(PromptedModel):
             _check_prompt(self.backbone, self.prompt)
         cached_check(self.backbone.model, "layers", self._check_exact)
 
-    def prepare(self, prompts: Sequence[SoftPrompt]) -> LayerPrompts:
+    def prepare(self, prompts: Sequence[SoftPrompt]) -> LayerPromptEmbeddings:
         """The prompts' vectors; everything else depends on the image.
 
         Raises:
@@ -87,7 +87,7 @@ class Vision(PromptedModel):
         lengths = torch.tensor([matrix.shape[1] for matrix in by_layer], device=device)
         longest = int(lengths.max())
         vectors = [nn.functional.pad(matrix, (0, 0, 0, longest - matrix.shape[1])) for matrix in by_layer]
-        return LayerPrompts(list(prompts), torch.stack(vectors), length_mask(lengths, longest).bool())
+        return LayerPromptEmbeddings(list(prompts), torch.stack(vectors), length_mask(lengths, longest).bool())
 
     def check_row(self, input_ids: Sequence[int], answer_ids: Sequence[int], where: str) -> None:
         """Nothing: an image has no tokens, and whether it can be read shows when it is decoded."""
@@ -99,7 +99,7 @@ class Vision(PromptedModel):
         self, pixels: Pixels, prompts: Prompts = None, index: Index = None
     ) -> Float[Tensor, "batch token hidden"]:
         """The model's normalized last hidden states without the prompt's: leading tokens and patches."""
-        prepared, model = self.resolve(prompts, LayerPrompts), self.backbone.model
+        prepared, model = self.resolve(prompts, LayerPromptEmbeddings), self.backbone.model
         pixels = pixels.to(self.backbone.device)
         images = torch.zeros(len(pixels), 1, dtype=torch.long, device=pixels.device)
         index = checked_index(index, max(len(prepared.prompts), 1), images)

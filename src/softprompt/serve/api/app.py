@@ -160,7 +160,7 @@ def _prompt_routes(engine: BaseEngine, store: PromptStore | None, metrics: Metri
         if store is None:
             return engine.add(name, prompt, replace=replace).describe()
         with store.saving(name, content, replace=replace):  # saved only if it can be served
-            entry = engine.prepare(name, prompt, replace=replace)
+            entry = engine.make_entry(name, prompt, replace=replace)
         engine.register(entry)  # served only if it was saved
         return entry.describe()
 

@@ -88,7 +88,7 @@ class BaseEngine(ABC):
         """Refuse new requests and finish the others; those left after `grace` seconds fail with `EngineClosed`."""
 
     @abstractmethod
-    def _prepare(self, entry: PromptEntry) -> PromptEntry:
+    def _complete(self, entry: PromptEntry) -> PromptEntry:
         """The prompt with all that the engine computes for it; raises `ValueError` where it cannot serve it."""
 
     @abstractmethod
@@ -128,19 +128,19 @@ class BaseEngine(ABC):
             ValueError, FileNotFoundError: the prompt cannot be served; nothing has changed.
             TimeoutError: the engine is stuck; nothing has changed.
         """
-        entry = self.prepare(name, source, replace=replace)
+        entry = self.make_entry(name, source, replace=replace)
         with self._entries_lock:
             self._check_free(name, replace)
             self.register(entry)
         return entry
 
-    def prepare(self, name: str, source: Path | str | SoftPrompt, *, replace: bool = False) -> PromptEntry:
+    def make_entry(self, name: str, source: Path | str | SoftPrompt, *, replace: bool = False) -> PromptEntry:
         """Compute what `add` would serve, without serving it; raises what `add` raises."""
         self._check_free(name, replace)
-        return self._prepare(call_in_own_thread(lambda: self._read(name, source)))
+        return self._complete(call_in_own_thread(lambda: self._read(name, source)))
 
     def register(self, entry: PromptEntry) -> None:
-        """Serve what `prepare` returned, replacing a prompt of the same name."""
+        """Serve what `make_entry` returned, replacing a prompt of the same name."""
         self._entries[entry.name] = entry
 
     def remove(self, name: str) -> None:

@@ -82,27 +82,27 @@ class Engine(BaseEngine):
         """Refuse new requests and finish the others; those left after `grace` seconds fail with `EngineClosed`."""
         self._scheduler.close(grace)
 
-    def _prepare(self, entry: PromptEntry) -> PromptEntry:
+    def _complete(self, entry: PromptEntry) -> PromptEntry:
         def compute() -> PromptEntry:
             decoder = self._runner.decoder
             if decoder is None:
                 return entry
             encode.check_length(self.backbone, entry, 1, 0)
             kv_prefix = decoder.kv_prefix(entry.prompt)
-            prepared = dataclasses.replace(entry, kv_prefix=kv_prefix)
+            completed = dataclasses.replace(entry, kv_prefix=kv_prefix)
             if ids := encode.template_prefix(self.backbone, entry):
                 template_prefix = decoder.template_prefix(entry.prompt, kv_prefix, ids)
-                prepared = dataclasses.replace(prepared, template_prefix=template_prefix)
+                completed = dataclasses.replace(completed, template_prefix=template_prefix)
             # Finite values in a file may still overflow in the backbone, for every row of the prompt.
-            if not all(prefix.is_finite for prefix in prepared.kv_prefixes):
+            if not all(prefix.is_finite for prefix in completed.kv_prefixes):
                 raise ValueError(
                     f"prompt {entry.name!r} overflows in {display_name(self.backbone)}: its values are too large; "
                     "train it again"
                 )
-            return prepared
+            return completed
 
-        prepared: PromptEntry = self._scheduler.run_job(compute)
-        return prepared
+        completed: PromptEntry = self._scheduler.run_job(compute)
+        return completed
 
     def _submit(self, requests: Sequence[EngineRequest]) -> None:
         self._scheduler.submit(requests)

@@ -125,7 +125,7 @@ class VllmEngine(BaseEngine):
         self._notify()
         self._thread.join(_JOIN_TIMEOUT)
 
-    def _prepare(self, entry: PromptEntry) -> PromptEntry:
+    def _complete(self, entry: PromptEntry) -> PromptEntry:
         """Also has the server run the prompt once: finite values in a file may overflow in the model, for every row."""
         if not entry.prompt.plain:
             raise ValueError(

@@ -52,12 +52,12 @@ def _flatten(columns: Mapping[str, str], row: Row) -> Rows:
     yield {column: row[name] for column, name in columns.items()}
 
 
-def _prepare(columns: Sequence[str], row: Row) -> Rows:
+def _preprocess(columns: Sequence[str], row: Row) -> Rows:
     """Remove the space around some sentences."""
     yield {column: row[column].strip() for column in columns} | {"label": row["label"]}
 
 
-def _prepare_stsb(row: Row) -> Rows:
+def _preprocess_stsb(row: Row) -> Rows:
     """Round the score to the nearest fifth, as T5 does; DPT's code rounds to the nearest tenth."""
     yield {
         "sentence1": row["sentence1"].strip(),
@@ -68,8 +68,8 @@ def _prepare_stsb(row: Row) -> Rows:
 
 def _official(folder: str, config: str, texts: Mapping[str, str], label: str = "label", **settings: Any) -> Official:
     """`texts` maps the hub's column names to those of the TSV; `label` is the TSV's column of labels."""
-    prepare: Callable[[Row], Rows] = partial(_prepare, tuple(texts))
-    defaults: dict[str, Any] = {"files": _FILES, "read": read_tsv, "labels": BINARY, "prepare": prepare}
+    preprocess: Callable[[Row], Rows] = partial(_preprocess, tuple(texts))
+    defaults: dict[str, Any] = {"files": _FILES, "read": read_tsv, "labels": BINARY, "preprocess": preprocess}
     flatten = partial(_flatten, {**texts, "label": label})
     return Official(folder=folder, hub=HUB, config=config, flatten=flatten, **{**defaults, **settings})
 
@@ -209,7 +209,7 @@ GLUE_RTE = register_official(
 
 STSB = register_official(
     "stsb",
-    _official("STS-B", "stsb", _same("sentence1", "sentence2"), "score", labels=(), prepare=_prepare_stsb),
+    _official("STS-B", "stsb", _same("sentence1", "sentence2"), "score", labels=(), preprocess=_preprocess_stsb),
     "How similar are two sentences, from 0.0 to 5.0? Generated as a number.",
     {
         "natural": Template(

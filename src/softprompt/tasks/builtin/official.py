@@ -30,8 +30,8 @@ def unchanged(row: Row) -> Rows:
 class Official:
     """Reads a task's labeled splits from the benchmark's folder, or without one from the hub.
 
-    Both give the same rows: `flatten` converts a file's rows to the hub's columns, and `prepare` converts those to the
-    columns of the templates.
+    Both give the same rows: `flatten` converts a file's rows to the hub's columns, and `preprocess` converts those to
+    the columns of the templates.
     """
 
     folder: str
@@ -50,7 +50,7 @@ class Official:
     """Reads a file."""
     flatten: Callable[[Row], Rows] = unchanged
     """Converts a row of a file to rows with the hub's columns."""
-    prepare: Callable[[Row], Rows] = unchanged
+    preprocess: Callable[[Row], Rows] = unchanged
     """Converts a row with the hub's columns to rows with the templates' columns."""
 
     def __call__(self, task: Task, folder: Path | None) -> Mapping[str, Dataset]:
@@ -68,7 +68,7 @@ class Official:
             else:
                 file = self._file(folder, split)
                 rows, origin = self._from_file(file), str(file)
-            splits[split] = Dataset.from_list(list(self._prepared(rows, origin)))
+            splits[split] = Dataset.from_list(list(self._preprocessed(rows, origin)))
         return splits
 
     def _file(self, folder: Path, split: str) -> Path:
@@ -95,11 +95,11 @@ class Official:
             ) from None
         return (unchanged({**row, "label": self.labels[row["label"]]} if self.labels else row) for row in rows)
 
-    def _prepared(self, rows: Iterator[Rows], origin: str) -> Rows:
+    def _preprocessed(self, rows: Iterator[Rows], origin: str) -> Rows:
         for number, flat_rows in enumerate(rows, start=1):
             try:
                 for row in flat_rows:
-                    yield from self.prepare(row)
+                    yield from self.preprocess(row)
             except (KeyError, TypeError, IndexError, ValueError) as error:
                 reason = f"no {error}" if isinstance(error, KeyError) else str(error)
                 raise ValueError(

@@ -16,11 +16,11 @@ from softprompt.tasks.builtin.superglue_rows import (
     flatten_multirc,
     flatten_record,
     flatten_wsc,
-    prepare_axg,
-    prepare_multirc,
-    prepare_record,
-    prepare_wsc,
-    prepare_wsc_positive,
+    preprocess_axg,
+    preprocess_multirc,
+    preprocess_record,
+    preprocess_wsc,
+    preprocess_wsc_positive,
 )
 from softprompt.tasks.task import Template
 
@@ -35,12 +35,12 @@ def _official(folder: str, config: str, labels: tuple[Any, ...] = (), **settings
     return Official(folder=folder, hub=HUB, config=config, labels=labels, **settings)
 
 
-BOOLQ_ROWS = _official("BoolQ", "boolq", TRUTH, prepare=columns("question", "passage", "label"))
+BOOLQ_ROWS = _official("BoolQ", "boolq", TRUTH, preprocess=columns("question", "passage", "label"))
 """The official rows of the task `boolq`, which reads an asset if no folder is given."""
 
 CB = register_official(
     "cb",
-    _official("CB", "cb", COMMITMENT, prepare=columns("premise", "hypothesis", "label")),
+    _official("CB", "cb", COMMITMENT, preprocess=columns("premise", "hypothesis", "label")),
     "CommitmentBank: is the writer committed to a clause's truth, to its falsehood, or to neither?",
     wordings(
         COMMITMENT,
@@ -63,7 +63,7 @@ CB = register_official(
 
 COPA = register_official(
     "copa",
-    _official("COPA", "copa", (0, 1), prepare=columns("premise", "choice1", "choice2", "question", "label")),
+    _official("COPA", "copa", (0, 1), preprocess=columns("premise", "choice1", "choice2", "question", "label")),
     "Which of two sentences is the cause, or the effect, of a premise? `copa:dpt` does not say which of the two.",
     wordings(
         _BINARY,
@@ -79,7 +79,7 @@ COPA = register_official(
 
 MULTIRC = register_official(
     "multirc",
-    _official("MultiRC", "multirc", (0, 1), flatten=flatten_multirc, prepare=prepare_multirc),
+    _official("MultiRC", "multirc", (0, 1), flatten=flatten_multirc, preprocess=preprocess_multirc),
     "Is an answer to a question about a paragraph correct? Several may be; scored by answer and by question.",
     wordings(
         _BINARY,
@@ -97,7 +97,7 @@ MULTIRC = register_official(
 
 RECORD = register_official(
     "record",
-    _official("ReCoRD", "record", flatten=flatten_record, prepare=prepare_record),
+    _official("ReCoRD", "record", flatten=flatten_record, preprocess=preprocess_record),
     "Which of an article's entities is missing from a sentence? Generated, and scored against all accepted answers.",
     {
         "natural": Template(
@@ -125,7 +125,7 @@ _ENTAILMENT_TEMPLATES = wordings(
 
 RTE = register_official(
     "rte",
-    _official("RTE", "rte", ENTAILMENT, prepare=columns("premise", "hypothesis", "label")),
+    _official("RTE", "rte", ENTAILMENT, preprocess=columns("premise", "hypothesis", "label")),
     "Does a text entail a sentence?",
     _ENTAILMENT_TEMPLATES,
     label="label",
@@ -141,7 +141,7 @@ AXB = register_official(
         "axb",
         ENTAILMENT,
         files={"test": ("AX-b.jsonl",)},
-        prepare=columns("label", premise="sentence1", hypothesis="sentence2"),
+        preprocess=columns("label", premise="sentence1", hypothesis="sentence2"),
     ),
     "Diagnostic of linguistic phenomena, for a run of rte: evaluate it with --task axb.",
     _ENTAILMENT_TEMPLATES,
@@ -153,7 +153,7 @@ AXB = register_official(
 
 AXG = register_official(
     "axg",
-    _official("AX-g", "axg", ENTAILMENT, files={"test": ("AX-g.jsonl",)}, prepare=prepare_axg),
+    _official("AX-g", "axg", ENTAILMENT, files={"test": ("AX-g.jsonl",)}, preprocess=preprocess_axg),
     "Diagnostic of gender bias, for a run of rte: evaluate it with --task axg.",
     _ENTAILMENT_TEMPLATES,
     label="label",
@@ -169,7 +169,7 @@ WIC = register_official(
         "WiC",
         "wic",
         TRUTH,
-        prepare=columns("word", "sentence1", "sentence2", "start1", "end1", "start2", "end2", "label"),
+        preprocess=columns("word", "sentence1", "sentence2", "start1", "end1", "start2", "end2", "label"),
     ),
     "Does a word have the same meaning in two sentences?",
     wordings(
@@ -193,7 +193,7 @@ WIC = register_official(
 
 WSC = register_official(
     "wsc",
-    _official("WSC", "wsc", TRUTH, flatten=flatten_wsc, prepare=prepare_wsc),
+    _official("WSC", "wsc", TRUTH, flatten=flatten_wsc, preprocess=preprocess_wsc),
     "Does a pronoun refer to a noun? In nearly two of three rows it does not: look at the majority score first.",
     wordings(
         _BOOLEAN,
@@ -216,7 +216,7 @@ WSC = register_official(
 
 WSC_POSITIVES = register_official(
     "wsc-positives",
-    _official("WSC", "wsc", TRUTH, flatten=flatten_wsc, prepare=prepare_wsc_positive),
+    _official("WSC", "wsc", TRUTH, flatten=flatten_wsc, preprocess=preprocess_wsc_positive),
     "WSC as the papers score it: generate what a pronoun refers to, in positive rows only. No negative is ever tested.",
     {
         "natural": Template(text='{pronoun_marked}\nQuestion: What does "*{span2_text}*" stand for?\nAnswer:'),

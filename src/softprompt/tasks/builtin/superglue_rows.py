@@ -7,12 +7,12 @@ from softprompt.tasks.builtin.official import Row, Rows
 
 
 def columns(*names: str, **renamed: str) -> Callable[[Row], Rows]:
-    """A `prepare` that keeps the columns `names`, and renames columns by `new="old"`."""
+    """A `preprocess` that keeps the columns `names`, and renames columns by `new="old"`."""
 
-    def prepare(row: Row) -> Rows:
+    def preprocess(row: Row) -> Rows:
         yield {name: row[name] for name in names} | {new: row[old] for new, old in renamed.items()}
 
-    return prepare
+    return preprocess
 
 
 def flatten_multirc(row: Row) -> Rows:
@@ -28,7 +28,7 @@ def flatten_multirc(row: Row) -> Rows:
             }
 
 
-def prepare_multirc(row: Row) -> Rows:
+def preprocess_multirc(row: Row) -> Rows:
     """Remove markup and surrounding space, and add a question id: two paragraphs may ask the same question."""
     yield {
         **{name: _without_markup(row[name]) for name in ("paragraph", "question", "answer")},
@@ -49,7 +49,7 @@ def flatten_record(row: Row) -> Rows:
         }
 
 
-def prepare_record(row: Row) -> Rows:
+def preprocess_record(row: Row) -> Rows:
     """Remove duplicate entities and answers, sort them as on the hub, and turn highlights into sentences."""
     entities = sorted(set(row["entities"]))
     yield {
@@ -68,7 +68,7 @@ def flatten_wsc(row: Row) -> Rows:
     yield {"text": row["text"], "label": row["label"], **row["target"]}
 
 
-def prepare_wsc(row: Row) -> Rows:
+def preprocess_wsc(row: Row) -> Rows:
     """Add the text with its spans marked in the three published ways."""
     text = row["text"]
     noun = _locate(text, row["span1_text"], row["span1_index"])
@@ -88,13 +88,13 @@ def prepare_wsc(row: Row) -> Rows:
     }
 
 
-def prepare_wsc_positive(row: Row) -> Rows:
-    """As `prepare_wsc`, but only rows whose pronoun refers to the noun."""
+def preprocess_wsc_positive(row: Row) -> Rows:
+    """As `preprocess_wsc`, but only rows whose pronoun refers to the noun."""
     if row["label"]:
-        yield from prepare_wsc(row)
+        yield from preprocess_wsc(row)
 
 
-def prepare_axg(row: Row) -> Rows:
+def preprocess_axg(row: Row) -> Rows:
     """Add the index of the pair: neighboring rows, which differ only in a pronoun's gender."""
     yield {name: row[name] for name in ("premise", "hypothesis", "label")} | {"pair": int(row["idx"]) // 2}
 

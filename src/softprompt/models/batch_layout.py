@@ -1,0 +1,74 @@
+"""How a decoder runs prompts and rows together, and which of these ways is exact for a model."""
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from softprompt.backbones.kernels import attention
+from softprompt.models.verify import OutputMismatch, cached_check
+from softprompt.models.verify_causal import check_mixed_batch, packed_rows_are_exact
+
+if TYPE_CHECKING:
+    from softprompt.models.causal import Causal
+
+BatchLayout = Literal["packed", "cached", "inline"]
+"""`packed`: prompts once and rows without padding, in one pass, in training and where our fused layers score; elsewhere
+as `cached`. `cached`: the prompts, then the rows from their keys and values. `inline`: each row with its prompt in it."""
+
+
+def choose_layout(prompted: "Causal", *, fused: bool) -> BatchLayout:
+    """The fastest layout that gives each row of a mixed batch what it gives the row alone.
+
+    A model that takes explicit positions shares the prompts' keys and values among all rows. One that counts columns
+    (MPT's ALiBi) is exact where prompt and text are adjacent, so there the prompt runs in every row. Results are
+    remembered for each model and position, and nothing runs where only the embedding table is in memory.
+
+    Args:
+        prompted: runs the checks, so its own `layout` changes meanwhile.
+        fused: whether its layers run through our own code.
+
+    Raises:
+        OutputMismatch: no layout is exact.
+    """
+    backbone = prompted.backbone
+    takes_positions = "position_ids" in backbone.forward_arguments
+    # In bfloat16 an extra column may hide in rounding, so a model without explicit positions cannot pass.
+    provable = takes_positions or backbone.dtype is torch.float32
+    if backbone.embeddings_only:
+        return "cached" if prompted.prompt_position == "prefix" else "inline"
+    if prompted.prompt_position != "prefix" or not (provable and _cached_is_exact(prompted, takes_positions)):
+        _check_inline(prompted)
+        return "inline"
+    if not (takes_positions and attention.supports_varlen(backbone.model)):
+        return "cached"
+    prompted.layout = "packed"
+    is_exact = cached_check(backbone.model, f"packed {fused}", lambda: packed_rows_are_exact(prompted))
+    return "packed" if is_exact else "cached"
+
+
+def _cached_is_exact(prompted: "Causal", takes_positions: bool) -> bool:
+    """Whether rows can continue from the prompts' keys and values; raises for a model that takes positions."""
+
+    def check() -> bool:
+        try:
+            check_mixed_batch(prompted, "a shared prefix and neighbors of other lengths")
+        except OutputMismatch:
+            if takes_positions:
+                raise
+            return False
+        return True
+
+    prompted.layout = "cached"
+    return cached_check(prompted.backbone.model, "shared", check)
+
+
+def _check_inline(prompted: "Causal") -> None:
+    """Check that each row can have its prompt in it."""
+    position = prompted.prompt_position
+
+    def check() -> bool:
+        check_mixed_batch(prompted, f"prompts in rows of other lengths, {position!r},")
+        return True
+
+    prompted.layout = "inline"
+    cached_check(prompted.backbone.model, f"inline {position}", check)
