@@ -12,8 +12,8 @@ from cases import assert_near, padded, rows_of
 from torch import Tensor, nn
 
 from softprompt.backbones import Architecture, Backbone
-from softprompt.models import PromptedModel, attach, fresh_head
-from softprompt.models import verify as known
+from softprompt.models import PromptedModel, attach, fresh_head, verify
+from softprompt.models.config_checks import sliding_window
 from softprompt.prompts import Folded
 from softprompt.serve.engine.kv_cache import CachedDecoder, Row
 from softprompt.types import PromptPosition
@@ -384,7 +384,7 @@ def test_model_is_checked_once_until_forgotten() -> None:
     assert first
     attach(backbone)
     assert len(calls) == first
-    known.forget(backbone.model)
+    verify.forget(backbone.model)
     attach(backbone)
     assert len(calls) == 2 * first
 
@@ -395,6 +395,6 @@ def test_local_attention_is_a_sliding_window() -> None:
     )
     config.window_size = 16
     backbone = backbone_of(config, "causal")
-    assert known.sliding_window(backbone) == 16
+    assert sliding_window(backbone) == 16
     with pytest.raises(ValueError, match="window of 16"):
         attach(backbone, prompt_of(backbone, 5))(torch.ones(1, 20, dtype=torch.long))

@@ -1,7 +1,9 @@
 """How a prompt meets an architecture: one file each, one line in `PROMPTED_MODELS`.
 
-`verify.py` and `verify_causal.py` run a model with prompts, padding and rows of other lengths before it is used, and
-refuse it if a row's outputs differ from those of the row alone. `peft_folder.py` reads the prompts that PEFT saved.
+Before a model is used, `config_checks.py` refuses kinds whose config already shows that they do not fit, and
+`verify.py` and `verify_causal.py` run it with prompts, padding and rows of other lengths, and refuse it if a row's
+outputs differ from those of the row alone. `input_checks.py` checks what each call is given. `peft_folder.py` reads the
+prompts that PEFT saved.
 """
 
 import torch

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from softprompt.backbones import Backbone
-from softprompt.models.checks import check_token_ids
+from softprompt.models.input_checks import check_token_ids, checked_index, checked_mask
 from softprompt.models.inputs import (
     Candidates,
     Ids,
@@ -23,7 +23,7 @@ from softprompt.models.inputs import (
     PreparedT,
     Prompts,
 )
-from softprompt.models.padding import PaddingSide, Rows, align_padding, checked_index, checked_mask
+from softprompt.models.padding import PaddingSide, Rows, align_padding
 from softprompt.models.sampling import Sampling, end_of_sequence
 from softprompt.prompts import SoftPrompt
 from softprompt.types import Pool, PromptAttention, PromptPosition

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from softprompt.models.causal import Causal
 
 BatchLayout = Literal["packed", "cached", "inline"]
-"""`packed`: prompts once and rows without padding, in one pass, in training and where our fused layers score; elsewhere
-as `cached`. `cached`: the prompts, then the rows from their keys and values. `inline`: each row with its prompt in it."""
+"""`packed`: prompts once and rows without padding, in one pass, in training and where our fused layers score, else as
+`cached`. `cached`: the prompts, then the rows from their keys and values. `inline`: each row with its prompt in it."""
 
 
 def choose_layout(prompted: "Causal", *, fused: bool) -> BatchLayout:

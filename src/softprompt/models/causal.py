@@ -22,18 +22,18 @@ from softprompt.backbones.kernels import llama, llama_cached
 from softprompt.backbones.kernels.packed_linear import PackedWeights
 from softprompt.models.base import PromptedModel
 from softprompt.models.batch_layout import BatchLayout, choose_layout
-from softprompt.models.checks import check_not_empty
+from softprompt.models.config_checks import check_batch_independence, check_decoder, sliding_window
 from softprompt.models.decode_state import DecodeState
 from softprompt.models.deep_kv import any_deep, check_deep, deep_prefixes
 from softprompt.models.inline import PromptEmbeddings, insert_prompts
+from softprompt.models.input_checks import check_not_empty, checked_index
 from softprompt.models.inputs import Candidates, Ids, Index, Inputs, Labels, Mask, PreparedPrompts, Prompts
 from softprompt.models.kv_buffer import ROOM
 from softprompt.models.kv_prefix import KVPrefixBatch
 from softprompt.models.label_tree import score_rest
-from softprompt.models.padding import Rows, align_padding, checked_index, length_mask, pad_batch
+from softprompt.models.padding import Rows, align_padding, length_mask, pad_batch
 from softprompt.models.sampling import Chooser, Sampling
 from softprompt.models.varlen import varlen_logits
-from softprompt.models.verify import check_batch_independence, check_decoder, sliding_window
 from softprompt.prompts import SoftPrompt
 
 

@@ -13,20 +13,14 @@ from softprompt.backbones import Backbone
 from softprompt.backbones.kernels import attention
 from softprompt.backbones.kernels.varlen import VarlenLayout
 from softprompt.models.base import PromptedModel
-from softprompt.models.checks import check_class_count
+from softprompt.models.config_checks import check_batch_independence
 from softprompt.models.encoder_prefix import EncoderPrefixStates, pack_with_prompts
 from softprompt.models.heads import linear_head
 from softprompt.models.inline import PromptEmbeddings, RowsWithPrompts, insert_prompts
+from softprompt.models.input_checks import check_class_count
 from softprompt.models.inputs import Candidates, Index, Inputs, Labels, Prompts
 from softprompt.models.padding import Rows, align_padding, length_mask
-from softprompt.models.verify import (
-    Sample,
-    cached_check,
-    check_batch_independence,
-    check_close,
-    model_errors_refused,
-    sample,
-)
+from softprompt.models.verify import Sample, cached_check, check_close, model_errors_refused, sample
 from softprompt.prompts import SoftPrompt
 from softprompt.types import Pool
 

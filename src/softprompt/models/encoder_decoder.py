@@ -13,14 +13,15 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from softprompt.backbones import fsdp
 from softprompt.backbones.kernels import attention, t5
 from softprompt.models.base import PromptedModel
-from softprompt.models.checks import check_not_empty, check_token_ids
+from softprompt.models.config_checks import check_batch_independence
 from softprompt.models.encoder_prefix import EncoderPrefixStates, pack_with_prompts
 from softprompt.models.inline import PromptEmbeddings, RowsWithPrompts, insert_prompts
+from softprompt.models.input_checks import check_not_empty, check_token_ids
 from softprompt.models.inputs import Candidates, Ids, Inputs, Labels
 from softprompt.models.label_tree import LabelTree, SharedLayer, in_passes
 from softprompt.models.padding import Rows, align_padding, pad_batch
 from softprompt.models.sampling import Chooser, Sampling
-from softprompt.models.verify import cached_check, check_batch_independence, check_close, model_errors_refused, sample
+from softprompt.models.verify import cached_check, check_close, model_errors_refused, sample
 from softprompt.prompts import SoftPrompt
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from softprompt.backbones.kernels.varlen import States, VarlenLayout
 from softprompt.models.base import PromptedModel
+from softprompt.models.input_checks import checked_index
 from softprompt.models.inputs import Index, PreparedPrompts, Prompts
-from softprompt.models.padding import Rows, checked_index
+from softprompt.models.padding import Rows
 from softprompt.prompts import SoftPrompt
 
 

@@ -14,8 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from softprompt.models.base import PromptedModel
+from softprompt.models.input_checks import checked_index
 from softprompt.models.inputs import PreparedPrompts
-from softprompt.models.padding import Rows, checked_index, padding_order
+from softprompt.models.padding import Rows, padding_order
 from softprompt.prompts import SoftPrompt
 
 

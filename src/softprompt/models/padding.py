@@ -1,4 +1,4 @@
-"""How a batch of rows is padded: masks checked, padding moved to one side, a prompt for each row."""
+"""How a batch of rows is padded, and padding moved to one side."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -79,41 +79,3 @@ def length_mask(lengths: Int[Tensor, " batch"], width: int, side: PaddingSide = 
     columns = torch.arange(width, device=lengths.device)
     real = columns >= width - lengths[:, None] if side == "left" else columns < lengths[:, None]
     return real.long()
-
-
-def checked_index(
-    index: Int[Tensor, " batch"] | None, count: int, ids: Int[Tensor, "batch seq"]
-) -> Int[Tensor, " batch"]:
-    """The prompt of each row, from 0 to `count - 1`: `index` checked, or zeros where there is none.
-
-    Raises:
-        ValueError: several prompts and no index, or an index that is out of range or of another length.
-    """
-    batch = ids.shape[0]
-    if index is None:
-        if count > 1:
-            raise ValueError(f"{count} prompts are given and no index; say which prompt each of the {batch} rows takes")
-        return torch.zeros(batch, dtype=torch.long, device=ids.device)
-    if index.shape != (batch,) or int(index.min()) < 0 or int(index.max()) >= max(count, 1):
-        raise ValueError(f"index is {index.tolist()}; it needs {batch} numbers from 0 to {count - 1}, one per row")
-    return index.to(ids.device)
-
-
-def checked_mask(
-    ids: Int[Tensor, "batch seq"], mask: Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None
-) -> Int[Tensor, "batch seq"]:
-    """The attention mask as integers; all ones where there is none.
-
-    Raises:
-        ValueError: another shape than the ids', values other than 0 and 1, or a row without a token.
-    """
-    if mask is None:
-        return torch.ones_like(ids)
-    if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask is {tuple(mask.shape)} and input_ids {tuple(ids.shape)}; they must be equal")
-    mask = mask.long()
-    if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError("attention_mask has values other than 0 and 1; give 1 for tokens and 0 for padding")
-    if empty := (mask.sum(1) == 0).nonzero()[:, 0].tolist():
-        raise ValueError(f"rows {empty} have no token; leave empty rows out")
-    return mask

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from softprompt.backbones import Backbone
 from softprompt.models.base import PromptedModel
+from softprompt.models.input_checks import checked_mask
 from softprompt.models.inputs import Candidates, Ids, Labels, Mask, PreparedPrompts
-from softprompt.models.padding import checked_mask
 
 
 @final

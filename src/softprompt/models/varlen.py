@@ -9,8 +9,9 @@ from torch import Tensor
 from softprompt.backbones.kernels import attention, llama
 from softprompt.backbones.kernels.varlen import VarlenLayout
 from softprompt.models.base import PromptedModel
+from softprompt.models.input_checks import checked_index
 from softprompt.models.kv_prefix import KVPrefixBatch
-from softprompt.models.padding import Rows, checked_index
+from softprompt.models.padding import Rows
 from softprompt.prompts import SoftPrompt
 
 

@@ -11,10 +11,10 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from softprompt.backbones import Backbone, vit
 from softprompt.models.base import PromptedModel
-from softprompt.models.checks import check_class_count
 from softprompt.models.heads import Pooling, linear_head
+from softprompt.models.input_checks import check_class_count, checked_index
 from softprompt.models.inputs import Candidates, Index, Inputs, Labels, Pixels, PreparedPrompts, Prompts
-from softprompt.models.padding import checked_index, length_mask
+from softprompt.models.padding import length_mask
 from softprompt.models.verify import cached_check, check_close, model_errors_refused
 from softprompt.prompts import SoftPrompt
 from softprompt.types import Pool

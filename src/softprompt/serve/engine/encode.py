@@ -14,8 +14,8 @@ from torch import Tensor
 from softprompt.backbones import Backbone
 from softprompt.backbones.image_processor import Picture
 from softprompt.models import model_class
-from softprompt.models.checks import check_token_ids
-from softprompt.models.verify import sliding_window
+from softprompt.models.config_checks import sliding_window
+from softprompt.models.input_checks import check_token_ids
 from softprompt.serve.engine.request import ClassifyParams, EngineRequest, GenerateParams, InvalidParameter
 from softprompt.serve.prompts.entry import PromptEntry, display_name, needs_head
 from softprompt.tasks import Task, answer_ids, chat_ids
