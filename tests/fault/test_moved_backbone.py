@@ -94,9 +94,9 @@ def test_missing_backbone_names_its_recorded_path(
 
 def test_moved_backbone_is_loaded_in_the_runs_dtype(moved: tuple[Run, Path], other: Path) -> None:
     run, new_path = moved
-    assert run.backbone(str(new_path)).precision == "float32"
+    assert run.load_backbone(str(new_path)).precision == "float32"
     with pytest.raises(ValueError, match="are not those that run"):
-        run.backbone(str(other))
+        run.load_backbone(str(other))
 
 
 def test_functions_take_a_path_or_a_loaded_backbone(moved: tuple[Run, Path]) -> None:

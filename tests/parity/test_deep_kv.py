@@ -156,12 +156,12 @@ def test_deep_run_continues_from_a_checkpoint_to_the_same_bits(experiment: Exper
     [folder] = (tmp_path / "cut").iterdir()
     resumed = resume(folder)
     assert [line["loss"] for line in resumed.metrics()] == [line["loss"] for line in whole.metrics()]
-    assert torch.equal(*(one.prompt(one.backbone(None)).prompt() for one in (whole, resumed)))
+    assert torch.equal(*(one.prompt(one.load_backbone(None)).prompt() for one in (whole, resumed)))
 
 
 def test_deep_prompt_starts_from_a_shallow_or_a_deep_run(experiment: Experiment, tmp_path: Path) -> None:
     shallow = train(experiment.replace(depth="shallow"), out=tmp_path / "shallow")
-    backbone = shallow.backbone(None)
+    backbone = shallow.load_backbone(None)
     warm = train(experiment.replace(init_prompt=str(shallow.folder)), out=tmp_path / "warm")
     start = as_deep(backbone, shallow.prompt(backbone).prompt().detach())
     initial = build_prompt(warm.experiment, warm.task, backbone, initialize=True)
@@ -184,7 +184,7 @@ def test_demonstrations_are_distilled_into_a_deep_prompt(experiment: Experiment,
 def test_service_mixes_deep_and_shallow_prompts(experiment: Experiment, tmp_path: Path) -> None:
     deep = train(experiment, out=tmp_path / "deep")
     shallow = train(experiment.replace(depth="shallow"), out=tmp_path / "shallow")
-    backbone = deep.backbone(None)
+    backbone = deep.load_backbone(None)
     with Engine(backbone) as engine:
         for name, run in (("deep", deep), ("shallow", shallow)):
             engine.add(name, run.folder)

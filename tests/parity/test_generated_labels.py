@@ -49,7 +49,7 @@ def run(
 
 def reference(run: Run) -> tuple[list[bool], list[bool]]:
     """Whether each row's text begins with a label word, and with its own, from `model.generate` on the row alone."""
-    backbone = run.backbone(None)
+    backbone = run.load_backbone(None)
     prompted = run.prompted(backbone)
     prompt = prompted.prompt.prompt().detach()  # type: ignore[union-attr]
     rows = encode(run.task, backbone.tokenizer, run_splits(run).test, 512, closing=prompted.appends_eos)[0]

@@ -213,7 +213,7 @@ def _burstiness(source: str, samples: int, run_backbone: str | None, out: Path |
     path = local_folder(source)
     if (path / runs.RECORD).is_file():
         run = runs.open_run(path)
-        backbone = with_sample_images(run, run.backbone(run_backbone))
+        backbone = with_sample_images(run, run.load_backbone(run_backbone))
     else:
         if run_backbone is not None:
             raise ValueError(f"{source} is no run, so it is a backbone itself; leave --backbone out")

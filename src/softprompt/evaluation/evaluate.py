@@ -80,7 +80,7 @@ def evaluate(
     rows, split = _rows_to_score(run, scored_task, data, split, is_runs_task=task is None)
     if not len(getattr(rows, split)):
         raise ValueError(f"task {scored_task.name!r} has no {split} rows; it can only be scored on its test split")
-    backbone = run.backbone(backbone)
+    backbone = run.load_backbone(backbone)
     if decode_weights != "auto":
         backbone = backbone.with_decode_weights(decode_weights)
     prompted = run.prompted(backbone)

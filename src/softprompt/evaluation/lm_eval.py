@@ -39,7 +39,7 @@ class SoftPromptLM(HFLM):
             raise ValueError("give lm-eval's model a run=FOLDER, or a backbone=NAME for zero-shot scores")
         # The harness brings the tasks; a PEFT folder needs one to be opened, and any does.
         opened = None if run is None else resolve_prompt(run, task="sentiment")
-        loaded = load(str(backbone), dtype=dtype) if opened is None else opened.backbone(backbone)
+        loaded = load(str(backbone), dtype=dtype) if opened is None else opened.load_backbone(backbone)
         if not model_class(loaded).decoder_only:
             raise ValueError(
                 f"{loaded.source} is a model of the kind {loaded.architecture}, and lm-eval needs a decoder; give one"

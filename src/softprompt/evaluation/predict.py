@@ -66,7 +66,7 @@ def predict(
     table = _table(run.task, rows)
     if not table:
         return []
-    backbone = run.backbone(backbone)
+    backbone = run.load_backbone(backbone)
     if decode_weights != "auto":
         backbone = backbone.with_decode_weights(decode_weights)
     prompted = run.prompted(backbone)

@@ -94,7 +94,7 @@ def export_runs(
         raise ValueError(f"{form.name} has no token names for its prompts; leave --token-names out, or export to vocab")
     _check_one_backbone(runs, backbone)
     names = _resolve_token_names([Path(os.path.abspath(run.folder)).name for run in runs], token_names or {})
-    backbone = runs[0].backbone(backbone)
+    backbone = runs[0].load_backbone(backbone)
     trained = []
     for run, (name, token_name) in zip(runs, names.items(), strict=True):
         prompt = run.prompt(backbone)

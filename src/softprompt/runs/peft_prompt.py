@@ -31,7 +31,7 @@ class PeftPrompt:
         """The folder's name."""
         return self.folder.resolve().name
 
-    def backbone(self, source: Backbone | str | None = None) -> Backbone:
+    def load_backbone(self, source: Backbone | str | None = None) -> Backbone:
         """Load the backbone.
 
         Args:

@@ -74,7 +74,7 @@ class Run:
         files.write_text(self.folder / RECORD, json.dumps(record, indent=1))
         return Run(self.folder, self.experiment, self.task, record)
 
-    def backbone(self, source: Backbone | str | None = None) -> Backbone:
+    def load_backbone(self, source: Backbone | str | None = None) -> Backbone:
         """Load the backbone that this run was trained on.
 
         Args:

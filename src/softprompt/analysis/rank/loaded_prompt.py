@@ -114,7 +114,7 @@ def load_prompts(
         if reason := _why_no_prompt(run):
             raise ValueError(f"run {path} {reason}; give a finished run of a prompt method")
         callback.on_stage(f"loading {run.experiment.backbone}")
-        yield _of_run(run, run.backbone(backbone), checkpoints)
+        yield _of_run(run, run.load_backbone(backbone), checkpoints)
     elif is_peft_folder(path):
         if checkpoints:
             raise ValueError(f"{path} is a PEFT folder and has no checkpoints; leave --checkpoints out, or give a run")
@@ -136,7 +136,7 @@ def _of_folder(
         if key not in cache:
             cache.clear()  # one backbone in memory at a time: the runs may have many
             callback.on_stage(f"loading {run.experiment.backbone}")
-            cache[key] = run.backbone(backbone)
+            cache[key] = run.load_backbone(backbone)
         count += 1
         yield _of_run(run, cache[key], checkpoints)
     if not count:
