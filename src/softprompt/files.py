@@ -124,6 +124,22 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
 
 
+def check_folder(path: Path, advice: str) -> None:
+    """Check that `path` is a folder.
+
+    Args:
+        advice: what to give instead, for the message.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        NotADirectoryError: it is a file.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no folder {path}; {advice}")
+    if not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file and not a folder; {advice}")
+
+
 @contextmanager
 def removed_on_failure(folder: Path) -> Iterator[None]:
     """Remove `folder`, which was just created, if the block fails."""

@@ -164,10 +164,6 @@ def test_doctor_reports_versions() -> None:
     ("arguments", "words"),
     [
         (["fetch", "nothing"], ["'nothing'"]),
-        (["evaluate", "nowhere"], ["'nowhere' is not a run", "softprompt list runs"]),
-        (["predict", "nowhere", "--input", "rows.csv"], ["'nowhere' is not a run"]),
-        (["export", "nowhere"], ["'nowhere' is not a run"]),
-        (["train", "--resume", "nowhere"], ["'nowhere' is not a run"]),
         (["train", "--task", "sentimant"], ["'sentimant'", "sentiment"]),
         (["train", "--task", "missing.toml"], ["missing.toml"]),
         (["list", "methods", "--prompt-module", "missing.py"], ["'missing.py' is no Python file"]),

@@ -79,7 +79,11 @@ def test_gradient_of_a_backbone_at_vocabulary_rows(llama_folder: Path, ticket_ta
         ("dpt", ["--functional"], "--gradient goes with --task, --data, --length, --batches, --checkpoints and --out"),
         ("dpt", ["--rows", "5"], "--gradient goes with --task, --data, --length, --batches, --checkpoints and --out"),
         ("dpt", ["--batches", "0"], "batches is 0; it must be at least 1"),
-        ("backbone", [], "is a backbone, and a gradient is of a task's loss; say which with --task"),
+        (
+            "backbone",
+            [],
+            "is not a run, so it is taken for a backbone, and a gradient is of a task's loss; say which with --task",
+        ),
         ("backbone", ["--task", "boolq", "--checkpoints"], "is a backbone and has no checkpoints"),
     ],
 )

@@ -92,7 +92,6 @@ def test_format_selects_the_printed_tables(form: str, name: str, trained: Path, 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["nowhere"], "softprompt: 'nowhere' is no folder; give runs, or folders that hold runs"),
         (["{runs}", "--compare", "lora"], "softprompt: compare is 'lora', which is no row; give one of 'dpt', 'plain'"),
         (["{runs}/stopped"], "softprompt: there is no finished run in"),
         ([], "softprompt: there is no finished run in no folder"),

@@ -67,7 +67,7 @@ def test_predict_accepts_a_run_folder(run: Run, backbone: Backbone) -> None:
     expected = predict(run, ROWS, backbone=backbone)
     assert predict(str(run.folder), ROWS, backbone=backbone) == expected == predict(run.folder, ROWS, backbone=backbone)
     assert evaluate(str(run.folder), backbone=backbone) == evaluate(run, backbone=backbone)
-    with pytest.raises(FileNotFoundError, match="is not a run"):
+    with pytest.raises(FileNotFoundError, match="there is no folder nowhere"):
         predict("nowhere", ROWS)
 
 

@@ -167,7 +167,7 @@ def test_find_skips_hidden_folders_and_runs_in_runs(write: Write, tmp_path: Path
     shutil.copytree(inner, inner / "checkpoints" / "copy")
     shutil.copytree(inner, tmp_path / "runs" / ".draft")
     assert [Path(result.run.folder) for result in read([tmp_path])[0]] == [inner]
-    with pytest.raises(FileNotFoundError, match="'nowhere' is no folder"):
+    with pytest.raises(FileNotFoundError, match="there is no folder nowhere"):
         read(["nowhere"])
 
 

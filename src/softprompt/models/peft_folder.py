@@ -282,8 +282,10 @@ def read_peft_folder(folder: Path) -> PeftFolder:
     """Read the adapter in `folder`; no code in it is executed.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, damaged, or holds more than tensors.
+        FileNotFoundError, NotADirectoryError: there is no such folder, it is a file, or it lacks a file.
+        ValueError: a file is damaged, or holds more than tensors.
     """
+    files.check_folder(folder, "give the folder of a PEFT adapter")
     return PeftFolder(folder, _read_config(folder), _read_tensors(folder))
 
 

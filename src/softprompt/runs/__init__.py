@@ -16,6 +16,7 @@ from softprompt.runs.run import (
     json_line,
     list_runs,
     open_run,
+    prompt_kind,
     read_prompt,
     run_folders,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "list_runs",
     "open_peft_prompt",
     "open_run",
+    "prompt_kind",
     "read_prompt",
     "resolve_prompt",
     "run_folders",

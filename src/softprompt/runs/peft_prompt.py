@@ -8,10 +8,10 @@ from softprompt.assets.hub import local_folder
 from softprompt.backbones import Backbone, load
 from softprompt.config import Experiment
 from softprompt.models import PromptedModel, attach
-from softprompt.models.peft_folder import PeftFolder, is_peft_folder, read_peft_folder
+from softprompt.models.peft_folder import PeftFolder, read_peft_folder
 from softprompt.prompts import Folded
 from softprompt.prompts.plain import Plain
-from softprompt.runs.run import RECORD, Run, open_run
+from softprompt.runs.run import Run, open_run, prompt_kind
 from softprompt.tasks import Task, load_task
 
 
@@ -101,16 +101,15 @@ def resolve_prompt(source: Run | PeftPrompt | str | Path, task: str | None = Non
 
     Raises:
         TypeError: `source` is none of these.
-        FileNotFoundError, ValueError: as `open_run`, `open_peft_prompt` and `assets.hub.local_folder`.
+        FileNotFoundError, NotADirectoryError, ValueError: as `assets.hub.local_folder`, `prompt_kind`, `open_run` and
+            `open_peft_prompt`.
     """
     if isinstance(source, Run | PeftPrompt):
         return source
     if not isinstance(source, str | Path):
         raise TypeError(f"the run is a {type(source).__name__}; give a Run (softprompt.open_run) or its folder")
     path = local_folder(source)
-    if is_peft_folder(path) and not (path / RECORD).is_file():
-        return open_peft_prompt(path, task)
-    return open_run(path)
+    return open_run(path) if prompt_kind(path) == "run" else open_peft_prompt(path, task)
 
 
 def check_has_own_task(source: Run | PeftPrompt, task: str | None) -> None:

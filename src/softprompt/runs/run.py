@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float
@@ -42,6 +42,8 @@ CONTEXT = "context.txt"
 """The text that a distilled prompt stands for; only in the folder of a distillation."""
 FORMAT = 1
 """The version of the record's format."""
+_GIVE_RUN = "give the folder of a run; see softprompt list runs"
+_GIVE_PROMPT = "give the folder of a run or of a PEFT prompt; see softprompt list runs"
 
 
 @final
@@ -265,12 +267,14 @@ def open_run(folder: str | Path) -> Run:
     """Read the run in `folder`.
 
     Raises:
-        FileNotFoundError: there is no run in `folder`.
+        FileNotFoundError: there is no such folder, or no run in it.
+        NotADirectoryError: `folder` is a file.
         ValueError: the record is damaged or from a later version.
     """
     path = Path(folder).expanduser()
+    files.check_folder(path, _GIVE_RUN)
     if not (path / RECORD).is_file():
-        raise FileNotFoundError(f"{str(folder)!r} is not a run: it has no {RECORD}; see softprompt list runs")
+        raise FileNotFoundError(f"{folder} is not a run: it has no {RECORD}; {_GIVE_RUN}")
     record = files.read_json(path / RECORD)
     if record.get("format") != FORMAT:
         raise ValueError(
@@ -299,17 +303,30 @@ def list_runs(out: Path) -> list[Run]:
     return [open_run(folder) for folder in run_folders(out)]
 
 
+def prompt_kind(folder: Path) -> Literal["run", "peft"]:
+    """Whether `folder` is a run or a PEFT prompt; nothing is read.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds neither.
+        NotADirectoryError: it is a file.
+    """
+    files.check_folder(folder, _GIVE_PROMPT)
+    if (folder / RECORD).is_file():
+        return "run"
+    if is_peft_folder(folder):
+        return "peft"
+    raise FileNotFoundError(f"{folder} holds neither a run ({RECORD}) nor a PEFT prompt ({WEIGHTS}); {_GIVE_PROMPT}")
+
+
 def read_prompt(folder: Path, backbone: Backbone) -> SoftPrompt:
     """Read the prompt of a run or of a PEFT folder, for `backbone`.
 
     Raises:
-        FileNotFoundError: `folder` holds neither.
+        FileNotFoundError, NotADirectoryError: as `prompt_kind`.
         ValueError: as `Run.prompt`, or as `PeftFolder.prompt`.
     """
-    if (folder / RECORD).is_file():
+    if prompt_kind(folder) == "run":
         return open_run(folder).prompt(backbone)
-    if not is_peft_folder(folder):
-        raise FileNotFoundError(f"{str(folder)!r} holds neither a run ({RECORD}) nor a PEFT prompt ({WEIGHTS})")
     return read_peft_folder(folder).prompt(backbone)
 
 

@@ -10,7 +10,7 @@ import tyro
 
 from softprompt.assets.hub import hub_name, is_hub_prompt, local_folder
 from softprompt.models.peft_folder import base_of_peft_folder
-from softprompt.runs import RECORD, open_run
+from softprompt.runs import open_run, prompt_kind
 from softprompt.serve.api.auth import AuthConfig
 from softprompt.serve.engine.limits import Limits
 from softprompt.serve.prompts.entry import check_prompt_name
@@ -140,20 +140,23 @@ class ServeConfig:
         return sources
 
     def backbone_source(self) -> str:
-        """The backbone's hub id, folder, file or asset.
+        """The backbone's hub id, folder, file or asset; also checks the sources' folders.
 
         Raises:
+            FileNotFoundError, NotADirectoryError: a source is no folder of a run or of a PEFT prompt.
             ValueError: it is not set, and no source names one.
         """
+        kinds = [(folder, prompt_kind(folder)) for _, folder in self.folders()]
         if self.backbone:
             return self.backbone
-        for _, folder in self.folders():
-            if (folder / RECORD).is_file():
+        for folder, kind in kinds:
+            if kind == "run":
                 return open_run(folder).experiment.backbone
-        for _, folder in self.folders():
+        for folder, _ in kinds:
             if base := base_of_peft_folder(folder):
                 return base
-        raise ValueError("no folder names its backbone; give --backbone, or the folder of a run")
+        named = f"no folder names its backbone ({', '.join(self.sources)})" if kinds else "no prompt is given"
+        raise ValueError(f"{named}; give --backbone, or the folder of a run")
 
     def auth(self) -> AuthConfig:
         """The tokens of the files and environment variables.

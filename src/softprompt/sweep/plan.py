@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, final
 
 from softprompt.assets import ASSETS
+from softprompt.assets.hub import is_hub_prompt
 from softprompt.config import Experiment, TrainingConfig
 from softprompt.prompts import METHODS, PromptConfig
+from softprompt.runs import prompt_kind
 from softprompt.sweep.settings import (
     Choices,
     as_table,
@@ -82,7 +84,7 @@ def read(file: str | Path, data: str | Path | None = None) -> Plan:
         data: the folder that relative `data` starts from, instead of the file's own folder.
 
     Raises:
-        FileNotFoundError: the file or its data does not exist.
+        FileNotFoundError, NotADirectoryError: the file, its data or an `init_prompt` is not there.
         ValueError: an invalid key or value, by name.
     """
     path = Path(file).expanduser()
@@ -254,6 +256,12 @@ def _with_absolute_paths(experiment: Experiment, folder: Path, data_folder: Path
         value = getattr(experiment, name)
         if value and value not in ASSETS and value.partition(":")[0] not in TASKS and (folder / value).exists():
             changes[name] = str((folder / value).resolve())
+    init_prompt = changes.get("init_prompt", experiment.init_prompt)
+    if init_prompt is not None and not is_hub_prompt(init_prompt):
+        try:
+            prompt_kind(Path(init_prompt).expanduser())
+        except OSError as error:
+            raise type(error)(f"{source}: init_prompt is {experiment.init_prompt!r}: {error}") from None
     if experiment.data is not None:
         data = data_folder / Path(experiment.data).expanduser()
         if not data.exists():

@@ -74,6 +74,8 @@ def new_run(experiment: Experiment, backbone: Backbone | None, callback: Trainin
     """
     callback.on_stage("reading rows")
     task = load_task(experiment.task, experiment.data)
+    if experiment.init_prompt is not None:
+        runs.prompt_kind(local_folder(experiment.init_prompt))  # refuses a wrong folder before anything is loaded
     rows = read_splits(experiment, task)
     for warning in rows.warnings:
         callback.on_note(warning)
@@ -90,7 +92,7 @@ def new_run(experiment: Experiment, backbone: Backbone | None, callback: Trainin
         folder = local_folder(experiment.init_prompt)
         source = runs.read_prompt(folder, backbone)
         callback.on_note(_init_prompt_note(experiment.init_prompt, prompted.prompt, source))
-        if not (folder / runs.RECORD).is_file() and (note := read_peft_folder(folder).base_note(backbone)):
+        if runs.prompt_kind(folder) == "peft" and (note := read_peft_folder(folder).base_note(backbone)):
             callback.on_note(note)
     return _encode_rows(experiment, task, rows, prompted, callback, teacher, context)
 

@@ -72,7 +72,10 @@ def gradient_spectra(
             raise ValueError(f"{source} is a run and has its own task and length; leave --task and --length out")
         return _along(folder, data, batches, checkpoints, callback)
     if task is None:
-        raise ValueError(f"{source} is a backbone, and a gradient is of a task's loss; say which with --task")
+        raise ValueError(
+            f"{source} is not a run, so it is taken for a backbone, and a gradient is of a task's loss; say which with "
+            "--task, or give a run"
+        )
     if checkpoints:
         raise ValueError(f"{source} is a backbone and has no checkpoints; leave --checkpoints out, or give a run")
     experiment = Experiment(backbone=str(source), task=task, data=data, prompt=Plain(length=length or 100))

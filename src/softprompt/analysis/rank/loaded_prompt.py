@@ -105,10 +105,12 @@ def load_prompts(
         callback: receives progress, and which runs are skipped and why.
 
     Raises:
-        FileNotFoundError: the folder holds no prompt.
+        FileNotFoundError: there is no such folder, or no prompt in it.
+        NotADirectoryError: it is a file.
         ValueError: a damaged or unfinished run, or a PEFT folder without a prompt.
     """
     path, callback = local_folder(folder), callback or NullCallback()
+    files.check_folder(path, "give a run, a PEFT prompt or a folder of runs; see softprompt list runs")
     if (path / runs.RECORD).is_file():
         run = runs.open_run(path)
         if reason := _why_no_prompt(run):
@@ -141,8 +143,8 @@ def _of_folder(
         yield _of_run(run, cache[key], checkpoints)
     if not count:
         raise FileNotFoundError(
-            f"{str(path)!r} is neither a run, a PEFT folder ({WEIGHTS}) nor a folder with finished runs of a prompt "
-            "method; see softprompt list runs"
+            f"{path} is neither a run ({runs.RECORD}), a PEFT folder ({WEIGHTS}) nor a folder with finished runs of a "
+            "prompt method; see softprompt list runs"
         )
 
 

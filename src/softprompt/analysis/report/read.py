@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from softprompt import runs
+from softprompt import files, runs
 from softprompt.runs import Run
 
 _VALUES = (
@@ -78,12 +78,12 @@ def find(folders: Sequence[str | Path]) -> list[Path]:
 
     Raises:
         FileNotFoundError: one of `folders` does not exist.
+        NotADirectoryError: one is a file.
     """
     paths: dict[Path, None] = {}
     for folder in folders:
         top = Path(folder).expanduser()
-        if not top.is_dir():
-            raise FileNotFoundError(f"{str(folder)!r} is no folder; give runs, or folders that hold runs")
+        files.check_folder(top, "give runs, or folders that hold runs")
         paths.update(dict.fromkeys(_below(top)))
     # A run that is given under two names (a link, a relative path) is one run.
     return list({path.resolve(): path for path in reversed(paths)}.values())[::-1]
@@ -103,6 +103,7 @@ def read(folders: Sequence[str | Path]) -> tuple[list[Result], list[SkippedRun]]
 
     Raises:
         FileNotFoundError: one of `folders` does not exist.
+        NotADirectoryError: one is a file.
     """
     results: list[Result] = []
     skipped: list[SkippedRun] = []

@@ -15,9 +15,9 @@ from softprompt.backbones import Backbone
 from softprompt.evaluation.predict import input_limit
 from softprompt.models import model_class
 from softprompt.models.kv_prefix import KVPrefix
-from softprompt.models.peft_folder import WEIGHTS, is_peft_folder, read_peft_folder
+from softprompt.models.peft_folder import read_peft_folder
 from softprompt.prompts import Folded, SoftPrompt
-from softprompt.runs import RECORD, open_run
+from softprompt.runs import open_run, prompt_kind
 from softprompt.tasks import Task, answer_ids
 from softprompt.tasks.template import parse
 
@@ -117,14 +117,10 @@ def from_folder(name: str, folder: Path, backbone: Backbone) -> PromptEntry:
     """The prompt of a run or of a PEFT prompt-tuning folder.
 
     Raises:
-        FileNotFoundError: the folder does not exist, or holds neither.
+        FileNotFoundError, NotADirectoryError: as `prompt_kind`.
         ValueError: the run is damaged, unfinished or a baseline, or was trained on another backbone.
     """
-    if not (folder / RECORD).is_file():
-        if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {folder}; give a run's or a PEFT prompt's")
-        if not is_peft_folder(folder):
-            raise FileNotFoundError(f"{folder} holds neither a run ({RECORD}) nor a PEFT prompt ({WEIGHTS})")
+    if prompt_kind(folder) == "peft":
         adapter = read_peft_folder(folder)
         if note := adapter.base_note(backbone):
             _log.warning("%s", note)
