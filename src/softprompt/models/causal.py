@@ -222,7 +222,7 @@ class Causal(PromptedModel):
         more = ids.shape[1]
         mask = torch.cat([state.mask, torch.ones_like(ids) if real is None else real], 1)
         positions = state.next_position + torch.arange(more, device=ids.device)
-        embeds = self.token_embeddings(state.prompts, state.index, ids, positions)
+        embeds = self.token_embeddings(state.prompts, state.prompt_index, ids, positions)
         if self.packed is not None and not self.packed.is_exact and not self.runs_fused_over_cache:
             raise ValueError("packed weights decode without gradients or autocast")
         return state.after(mask, self._run(embeds, state.cache, mask, 0, self.packed))

@@ -23,7 +23,7 @@ class DecodeState(NamedTuple):
     next_position: Int[Tensor, "batch 1"]
     """The position of each row's next token in its own text."""
     prompts: Sequence[SoftPrompt]
-    index: Index
+    prompt_index: Index
     """The prompt of each row."""
 
     def with_room(self, columns: int) -> "DecodeState":

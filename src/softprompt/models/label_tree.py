@@ -178,8 +178,8 @@ def score_rest(prompted: PromptedModel, state: DecodeState, candidates: Candidat
     run = _tree_logits if tree else _row_logits
 
     def scores(rows: slice, part: Candidates) -> Tensor:
-        index = None if state.index is None else state.index[rows]
-        row_state = state._replace(mask=state.mask[rows], next_position=state.next_position[rows], index=index)
+        index = None if state.prompt_index is None else state.prompt_index[rows]
+        row_state = state._replace(mask=state.mask[rows], next_position=state.next_position[rows], prompt_index=index)
         row_layers = [(keys[rows], values[rows]) for keys, values in layers]
         return LabelTree.of(part).scores(run(prompted, row_state, row_layers, part), tree=tree)
 
@@ -253,7 +253,7 @@ def _tree_logits(
     depths = torch.tensor(tree.depths, device=device)
     ancestors = tree.ancestors(device).expand(batch, 1, -1, -1)
     mask = torch.cat([state.mask.bool()[:, None, None].expand(-1, -1, ancestors.shape[2], -1), ancestors], 3)
-    embeds = prompted.token_embeddings(state.prompts, state.index, ids, state.next_position + depths)
+    embeds = prompted.token_embeddings(state.prompts, state.prompt_index, ids, state.next_position + depths)
     if prompted.backbone.model.config._attn_implementation == "eager":  # which adds its mask
         lowest = torch.finfo(embeds.dtype).min
         mask = torch.zeros(mask.shape, dtype=embeds.dtype, device=device).masked_fill(~mask, lowest)
@@ -279,7 +279,7 @@ def _row_logits(
     ids, more = padded[:, :-1].repeat(batch, 1), real[:, :-1].repeat(batch, 1)
     mask = torch.cat([state.mask.repeat_interleave(count, 0), more], 1)
     depths = torch.arange(longest - 1, device=mask.device)
-    index = None if state.index is None else state.index.repeat_interleave(count, 0)
+    index = None if state.prompt_index is None else state.prompt_index.repeat_interleave(count, 0)
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, 1 - longest :]
     text_positions = state.next_position.repeat_interleave(count, 0) + depths
     logits: Tensor = model(

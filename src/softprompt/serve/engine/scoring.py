@@ -83,7 +83,7 @@ def _select_rows(state: DecodeState, rows: Sequence[int]) -> DecodeState:
         cache=Cache(layers=layers),
         mask=state.mask[selected],
         next_position=state.next_position[selected],
-        index=None if state.index is None else state.index[selected],
+        prompt_index=None if state.prompt_index is None else state.prompt_index[selected],
     )
 
 
