@@ -158,8 +158,7 @@ def test_rank_wrong_usage_exits_2(run: Path) -> None:
     assert "rows is -1; it must be 0 (all) or more" in " ".join(called.err.split())
 
 
-def test_rank_refuses_sources_without_a_prompt(folder: Path, adapter: Path, tmp_path: Path) -> None:
-    assert "is neither a run, a PEFT folder" in call("rank", tmp_path / "nowhere").sentence
+def test_rank_refuses_sources_without_a_prompt(folder: Path, adapter: Path) -> None:
     assert "is not finished; give a finished run" in call("rank", folder / "stopped").sentence
     assert "is the baseline full and has no prompt" in call("rank", folder / "whole").sentence
     assert "is a PEFT folder and has no checkpoints" in call("rank", adapter, "--checkpoints").sentence
