@@ -155,8 +155,8 @@ class ServeConfig:
         for folder, _ in kinds:
             if base := base_of_peft_folder(folder):
                 return base
-        named = f"no folder names its backbone ({', '.join(self.sources)})" if kinds else "no prompt is given"
-        raise ValueError(f"{named}; give --backbone, or the folder of a run")
+        reason = f"no folder names its backbone ({', '.join(self.sources)})" if kinds else "no prompt is given"
+        raise ValueError(f"{reason}; give --backbone, or the folder of a run")
 
     def auth(self) -> AuthConfig:
         """The tokens of the files and environment variables.
