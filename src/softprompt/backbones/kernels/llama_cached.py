@@ -48,8 +48,8 @@ def run(
         query = apply_rotary(_linear(normed, attention.q_proj, packed).view(heads), cos, sin)
         key = apply_rotary(_linear(normed, attention.k_proj, packed).view(heads), cos, sin)
         value = _linear(normed, attention.v_proj, packed).view(heads)
-        own = (part.view(rows, tokens, *part.shape[1:]).transpose(1, 2) for part in (key, value))
-        keys, values = cache.update(*own, number)
+        added = (part.view(rows, tokens, *part.shape[1:]).transpose(1, 2) for part in (key, value))
+        keys, values = cache.update(*added, number)
         # [row, kv head, group x token, head_dim]: the heads of a group attend to the same keys.
         grouped = query.view(rows, tokens, keys.shape[1], -1, attention.head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
         output = nn.functional.scaled_dot_product_attention(
@@ -72,9 +72,9 @@ def _visible(mask: Int[Tensor, "row total"], tokens: int) -> Bool[Tensor, "row 1
     if tokens == 1 and bool(mask.all()):
         return None
     columns = torch.arange(mask.shape[1], device=mask.device)
-    own = columns[mask.shape[1] - tokens :, None]
+    last = columns[mask.shape[1] - tokens :, None]
     # Padding attends to itself: over no column at all, a softmax would be NaN, and so would what it is summed into.
-    visible = (mask.bool()[:, None] & (columns <= own)) | (columns == own)
+    visible = (mask.bool()[:, None] & (columns <= last)) | (columns == last)
     return visible[:, None]
 
 
