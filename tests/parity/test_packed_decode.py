@@ -111,7 +111,8 @@ def reference(backbone: Backbone, packed: Backbone, prompts: list[Folded]) -> to
     names = {module: name for name, module in backbone.model.named_modules()}
     for module, name in names.items():
         if isinstance(module, torch.nn.Linear):
-            quantized.get_submodule(name).weight = torch.nn.Parameter(packed.packed[module].dequantized())
+            kind = "int8" if packed.packed.kind == "int4" and name == "lm_head" else packed.packed.kind
+            quantized.get_submodule(name).weight = torch.nn.Parameter(PACK[kind](module.weight).dequantized())
     embed, rows = own.get_input_embeddings(), []
     for text, more, index in zip(TEXTS, MORE, [1, 0, 1], strict=True):
         embeds = torch.cat([prompts[index].prompt().bfloat16().float(), embed(torch.tensor(text))])[None]
@@ -196,6 +197,16 @@ def test_changed_weight_is_packed_again(change: str, backbone: Backbone) -> None
     assert float((after - before).norm() / before.norm()) > 0.1
     expected = reference(backbone, backbone, prompts)
     assert float((after - expected).norm() / expected.norm()) < 0.015
+
+
+@torch.no_grad()
+def test_layers_with_the_same_inputs_share_a_product(backbone: Backbone) -> None:
+    assert backbone.packed is not None
+    attention = backbone.model.model.layers[0].self_attn
+    inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    expected = torch.cat([layer(inputs) for layer in layers], 1)
+    torch.testing.assert_close(backbone.packed(inputs, *layers), expected, rtol=2**-7, atol=2**-7)
 
 
 def test_large_copies_are_made_on_request_only(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:

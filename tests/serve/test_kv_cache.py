@@ -69,17 +69,17 @@ def test_failed_pass_leaves_the_batch_unchanged(
     cached = CachedDecoder(attach(backbone, None))
     prompt = prompt_of(backbone, 0).fold()
     batch, _ = cached.prefill([Row([7, 8], prompt, cached.kv_prefix(prompt))], room=4)
-    last, getitem = backbone.model.model.layers[-1], PackedWeights.__getitem__
+    last, product = backbone.model.model.layers[-1], PackedWeights.__call__
 
-    def broken(packed: PackedWeights, linear: Any) -> Any:
-        if linear is last.self_attn.q_proj:
+    def broken(packed: PackedWeights, inputs: Any, *layers: Any) -> Any:
+        if last.self_attn.q_proj in layers:
             raise RuntimeError("broken")
-        return getitem(packed, linear)
+        return product(packed, inputs, *layers)
 
-    monkeypatch.setattr(PackedWeights, "__getitem__", broken)
+    monkeypatch.setattr(PackedWeights, "__call__", broken)
     with pytest.raises(RuntimeError, match="broken"):
         cached.decode_next(batch, torch.tensor([99]))
-    monkeypatch.setattr(PackedWeights, "__getitem__", getitem)
+    monkeypatch.setattr(PackedWeights, "__call__", product)
     ours = cached.decode_next(batch, torch.tensor([9]))
     expected = attach(backbone, None)(torch.tensor([[7, 8, 9]]), prompts=[prompt]).logits[:, -1]
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)

@@ -6,13 +6,13 @@ share a key-value head are the queries of one attention call, so keys and values
 transformers'; rounding differs.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from softprompt.backbones.kernels.dequantize import dequantized_weight
 from softprompt.backbones.kernels.llama import apply_rotary, rms_norm
 from softprompt.backbones.kernels.packed_linear import PackedWeights
 
@@ -44,10 +44,9 @@ def run(
     for number, layer in enumerate(decoder.layers):
         attention, mlp = layer.self_attn, layer.mlp
         normed = _normed(states, layer.input_layernorm)
-        heads = (len(states), -1, attention.head_dim)
-        query = apply_rotary(_linear(normed, attention.q_proj, packed).view(heads), cos, sin)
-        key = apply_rotary(_linear(normed, attention.k_proj, packed).view(heads), cos, sin)
-        value = _linear(normed, attention.v_proj, packed).view(heads)
+        projected = _linear(normed, (attention.q_proj, attention.k_proj, attention.v_proj), packed)
+        query, key, value = (part.view(len(states), -1, attention.head_dim) for part in projected)
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         added = (part.view(rows, tokens, *part.shape[1:]).transpose(1, 2) for part in (key, value))
         keys, values = cache.update(*added, number)
         # [row, kv head, group x token, head_dim]: the heads of a group attend to the same keys.
@@ -57,13 +56,11 @@ def run(
         )
         by_group = output.view(rows, keys.shape[1], -1, tokens, output.shape[-1])
         output = by_group.permute(0, 3, 1, 2, 4).reshape(len(states), -1)
-        states = _matmul(output, attention.o_proj, packed, states)
-        normed = _normed(states, layer.post_attention_layernorm)
-        gate = _matmul(normed, mlp.gate_proj, packed)
-        product = nn.functional.silu(gate, inplace=True).mul_(_matmul(normed, mlp.up_proj, packed))
-        states = _matmul(product, mlp.down_proj, packed, states)
+        states = states + _linear(output, (attention.o_proj,), packed)[0]
+        gate, up = _linear(_normed(states, layer.post_attention_layernorm), (mlp.gate_proj, mlp.up_proj), packed)
+        states = states + _linear(nn.functional.silu(gate) * up, (mlp.down_proj,), packed)[0]
     kept = states.view(rows, tokens, -1)[:, keep]
-    logits = _linear(_normed(kept.flatten(0, 1), decoder.norm), model.lm_head, packed)
+    [logits] = _linear(_normed(kept.flatten(0, 1), decoder.norm), (model.lm_head,), packed)
     return logits.view(*kept.shape[:2], -1)
 
 
@@ -84,27 +81,13 @@ def _per_group(
     return None if visible is None else visible.repeat(1, 1, heads, 1)
 
 
-def _linear(inputs: Float[Tensor, "token in"], linear: Any, packed: PackedWeights | None) -> Float[Tensor, "token out"]:
-    """`linear(inputs)`."""
+def _linear(
+    inputs: Float[Tensor, "token in"], layers: tuple[Any, ...], packed: PackedWeights | None
+) -> Sequence[Float[Tensor, "token _"]]:
+    """The output of each of the linear layers, which read the same inputs."""
     if packed is None:
-        output: Tensor = linear(inputs)
-        return output
-    output = packed[linear](inputs)
-    return output if linear.bias is None else output.add_(linear.bias)
-
-
-def _matmul(
-    inputs: Float[Tensor, "token in"],
-    linear: Any,
-    packed: PackedWeights | None,
-    addend: Float[Tensor, "token out"] | None = None,
-) -> Float[Tensor, "token out"]:
-    """`linear(inputs)` without a bias, added to `addend`."""
-    if packed is not None:
-        output = packed[linear](inputs)
-        return output if addend is None else output.add_(addend)
-    weight = dequantized_weight(linear).t()
-    return inputs @ weight if addend is None else torch.addmm(addend, inputs, weight)
+        return [layer(inputs) for layer in layers]
+    return packed(inputs, *layers).split([layer.out_features for layer in layers], 1)
 
 
 def _normed(states: Float[Tensor, "token dim"], norm: Any) -> Float[Tensor, "token dim"]:

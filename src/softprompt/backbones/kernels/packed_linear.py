@@ -6,6 +6,7 @@ call, or read them slowly. `Int8Linear` and `Int4Linear` hold them in fewer bits
 summed in float32, and no weight is written out dequantized. The weights themselves stay for everything else.
 """
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ class PackedWeights:
     def __init__(self, model: nn.Module, kind: Kind) -> None:
         """See `check_sizes` for 8 and 4 bits, and `can_prepack`."""
         self._head, self.kind = getattr(model, "lm_head", None), kind
-        self._copies = dict[Any, tuple[Tensor, int, PackedLinear]]()
+        self._copies = dict[Any, tuple[list[Tensor], list[int], PackedLinear]]()
 
     @property
     def is_exact(self) -> bool:
@@ -147,13 +148,24 @@ class PackedWeights:
         return self.kind == "prepacked"
 
     @torch.no_grad()
-    def __getitem__(self, linear: Any) -> PackedLinear:
-        """The copy of a linear layer's weight."""
-        weight: Tensor = linear.weight
-        source, version, packed = self._copies.get(linear, (None, 0, None))
-        if packed is None or source is not weight or version != _version(weight):
-            packed = _PACK[_kind_of(linear, self._head, self.kind)](weight)
-            self._copies[linear] = weight, _version(weight), packed
+    def __call__(self, inputs: Float[Tensor, "row in"], *layers: Any) -> Float[Tensor, "row out"]:
+        """The outputs of linear layers that read the same inputs, next to each other: one product for all of them."""
+        output = self._copy_of(layers)(inputs)
+        offset = 0
+        for layer in layers:
+            if layer.bias is not None:
+                output[:, offset : offset + layer.out_features] += layer.bias
+            offset += layer.out_features
+        return output
+
+    def _copy_of(self, layers: Any) -> PackedLinear:
+        weights = [layer.weight for layer in layers]
+        versions = list(map(_version, weights))
+        sources, packed_versions, packed = self._copies.get(layers, (weights, versions, None))
+        unchanged = packed_versions == versions and all(map(operator.is_, sources, weights))
+        if packed is None or not unchanged:
+            packed = _PACK[_kind_of(layers[0], self._head, self.kind)](torch.cat(weights))
+            self._copies[layers] = weights, versions, packed
         return packed
 
 
