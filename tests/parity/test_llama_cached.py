@@ -31,7 +31,8 @@ def backbone(request: pytest.FixtureRequest, tiny_backbone: MakeBackbone) -> Bac
     }
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes)).eval()
     for layer in model.model.layers:
-        torch.nn.init.normal_(layer.self_attn.q_proj.bias)
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            torch.nn.init.normal_(projection.bias)
     return Backbone(model, source.tokenizer, "qwen2", "qwen2", "causal")
 
 

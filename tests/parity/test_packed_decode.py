@@ -81,7 +81,8 @@ def backbone(request: pytest.FixtureRequest, tiny_backbone: Callable[[str], Back
     model = transformers.AutoModelForCausalLM.from_config(config).bfloat16().eval()
     if request.param == "qwen2":
         for layer in model.model.layers:
-            torch.nn.init.normal_(layer.self_attn.q_proj.bias)
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                torch.nn.init.normal_(projection.bias)
     return Backbone(model, source.tokenizer, request.param, request.param, "causal")
 
 

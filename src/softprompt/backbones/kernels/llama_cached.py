@@ -87,7 +87,7 @@ def _linear(
     """The output of each of the linear layers, which read the same inputs."""
     if packed is None:
         return [layer(inputs) for layer in layers]
-    return packed(inputs, *layers).split([layer.out_features for layer in layers], 1)
+    return torch.split(packed(inputs, *layers), [layer.out_features for layer in layers], 1)
 
 
 def _normed(states: Float[Tensor, "token dim"], norm: Any) -> Float[Tensor, "token dim"]:
