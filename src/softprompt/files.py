@@ -10,12 +10,12 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+
+if TYPE_CHECKING:
+    import torch
 
 _NOT_WRITABLE = (errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -201,8 +201,10 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"]) -> None:
     """Write a safetensors file atomically."""
+    from safetensors.torch import save_file  # not earlier: it imports torch, which not every command needs
+
     with atomic_write(path) as draft:
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
@@ -215,7 +217,7 @@ RETRAIN = "the run is damaged: copy its folder again, or train again"
 """Advice about an unreadable file of a run."""
 
 
-def read_tensors(file: Path, advice: str = RETRAIN) -> dict[str, torch.Tensor]:
+def read_tensors(file: Path, advice: str = RETRAIN) -> dict[str, "torch.Tensor"]:
     """Read the tensors of a safetensors file.
 
     Args:
@@ -226,13 +228,15 @@ def read_tensors(file: Path, advice: str = RETRAIN) -> dict[str, torch.Tensor]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; {advice}")
+    from safetensors.torch import load_file
+
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a complete safetensors file ({error}); {advice}") from error
 
 
-def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+def load_tensors(module: "torch.nn.Module", tensors: Mapping[str, "torch.Tensor"], source: str) -> None:
     """Load `tensors` into `module` after checking them.
 
     Args:

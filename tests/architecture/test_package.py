@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import softprompt
+from softprompt import tasks
 from softprompt.prompts import METHODS
 
 SOURCE = Path(softprompt.__file__).parent
@@ -21,6 +22,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 MODULES = sorted(
     found.name for found in pkgutil.walk_packages(softprompt.__path__, "softprompt.") if "__main__" not in found.name
 )
+HEAVY = {"transformers", "datasets", "pandas", "pyarrow", "accelerate", "sklearn", "scipy", "huggingface_hub"}
+"""Libraries that take long to import, besides torch."""
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
 
 
@@ -43,9 +46,9 @@ def test_all_is_sorted_and_has_no_module() -> None:
         _ = softprompt.nothing
 
 
-def type_checking_imports() -> dict[str, str]:
-    """What the TYPE_CHECKING block of the package imports: name and `module:attribute`."""
-    tree = ast.parse((SOURCE / "__init__.py").read_text())
+def type_checking_imports(file: Path) -> dict[str, str]:
+    """What the TYPE_CHECKING block of a package imports: name and `module:attribute`."""
+    tree = ast.parse(file.read_text())
     [block] = [node for node in tree.body if isinstance(node, ast.If)]
     found = {}
     for node in block.body:
@@ -56,7 +59,7 @@ def type_checking_imports() -> dict[str, str]:
 
 
 def test_type_checking_imports_equal_lazy_imports() -> None:
-    assert type_checking_imports() == softprompt._LOCATIONS
+    assert type_checking_imports(SOURCE / "__init__.py") == softprompt._LOCATIONS
     assert set(softprompt._LOCATIONS) == set(softprompt.__all__)
     for name, location in softprompt._LOCATIONS.items():
         module, attribute = location.split(":")
@@ -96,6 +99,53 @@ def test_listing_assets_loads_nothing_heavy() -> None:
         "assert not heavy, heavy"
     )
     assert "smollm2-135m" in in_a_new_process(code)
+
+
+@pytest.mark.parametrize(
+    ("command", "not_needed"),
+    [
+        ("['list', 'tasks']", {"torch", *HEAVY}),
+        ("['list', 'methods']", HEAVY),
+        ("['train', '--help']", HEAVY),
+        ("['distil', '--help']", HEAVY),
+    ],
+)
+def test_command_imports_only_what_it_needs(command: str, not_needed: set[str]) -> None:
+    code = (
+        f"import sys; from softprompt.cli import main; assert main({command}) == 0\n"
+        f"loaded = set({sorted(not_needed)}) & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    assert in_a_new_process(code)
+
+
+def test_failed_command_imports_only_what_it_needs() -> None:
+    """An error's message needs no library either."""
+    code = (
+        "import sys; from softprompt.cli import main; assert main(['list', 'methods', '--dim', '0']) == 1\n"
+        "assert 'torch' not in sys.modules"
+    )
+    in_a_new_process(code)
+
+
+def test_every_reader_is_registered_before_rows_are_read() -> None:
+    code = (
+        "from softprompt.tasks import READERS, splits\n"
+        "assert {'files', 'images', 'hub', 'mnist', 'boolq'} <= set(READERS), READERS"
+    )
+    in_a_new_process(code)
+
+
+def test_lazy_tasks_are_all_there() -> None:
+    imported = type_checking_imports(SOURCE / "tasks/__init__.py")
+    assert imported == tasks._LOCATIONS
+    for name in tasks.__all__:
+        value = getattr(tasks, name)
+        assert not isinstance(value, types.ModuleType), name
+        if name in tasks._LOCATIONS:
+            module, attribute = tasks._LOCATIONS[name].split(":")
+            assert value is getattr(importlib.import_module(module), attribute)
+    assert set(tasks._LOCATIONS) <= set(tasks.__all__)
 
 
 def test_transformers_is_quiet_when_a_command_imports_it() -> None:

@@ -68,8 +68,8 @@ def documentation(package: str, name: str) -> str | None:
         return None if text and text.startswith(f"{value.__name__}(") else text  # a dataclass writes its own
     if isinstance(value, types.FunctionType | types.ModuleType):
         return value.__doc__
-    module = softprompt._LOCATIONS[name].split(":")[0] if package == "softprompt" else package
-    return constant_doc(module, name)
+    locations = getattr(importlib.import_module(package), "_LOCATIONS", {})  # of names imported at first use
+    return constant_doc(locations.get(name, package).split(":")[0], name)
 
 
 @each_package

@@ -20,9 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
-from softprompt import Experiment, files, load_backbone, train
+from softprompt import Experiment, load_backbone, train
 
 
 def _die_at(
@@ -64,7 +65,7 @@ def arm(kind: str, name: str, count: int) -> None:
     elif kind == "replaced":
         Path.replace = _die_at(job, _nothing, Path.replace, _die)  # type: ignore[method-assign]
     elif kind == "tensors":
-        files.save_file = _die_at(job, _nothing, files.save_file, _halve_and_die)
+        safetensors.torch.save_file = _die_at(job, _nothing, safetensors.torch.save_file, _halve_and_die)
     elif kind == "step":
         torch.optim.AdamW.step = _die_at(job, _nothing, torch.optim.AdamW.step, _die)
     else:

@@ -8,14 +8,13 @@ import pytest
 from official_files import lines, many, write_glue, write_superglue
 
 from softprompt.tasks import TASKS, load_task, splits
-from softprompt.tasks.builtin import official
 
 
 def test_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_reach(*_: Any, **__: Any) -> None:
         raise ConnectionError("Couldn't reach it\nin many lines")
 
-    monkeypatch.setattr(official, "load_dataset", out_of_reach)
+    monkeypatch.setattr("datasets.load_dataset", out_of_reach)
     with pytest.raises(ConnectionError, match=r"^the train rows of cb .*give the official folder .* --data FOLDER$"):
         splits(TASKS["cb"])
 

@@ -141,7 +141,7 @@ def _with_prompt_modules(argv: list[str]) -> list[str]:
 def _sentence(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "stopped"
-    from softprompt.files import is_readable, one_line  # not earlier: it imports torch
+    from softprompt.files import is_readable, one_line
 
     return one_line(error) + ("" if is_readable(error) else "; --debug shows where")
 

@@ -6,7 +6,7 @@ import torch
 
 from softprompt.backbones.kernels import attention
 from softprompt.models.verify import OutputMismatch, cached_check
-from softprompt.models.verify_causal import check_mixed_batch, packed_rows_are_exact
+from softprompt.models.verify_causal import SingleRows, check_mixed_batch, packed_rows_are_exact
 
 if TYPE_CHECKING:
     from softprompt.models.causal import Causal
@@ -36,22 +36,24 @@ def choose_layout(prompted: "Causal", *, fused: bool) -> BatchLayout:
     provable = takes_positions or backbone.dtype is torch.float32
     if backbone.embeddings_only:
         return "cached" if prompted.prompt_position == "prefix" else "inline"
-    if prompted.prompt_position != "prefix" or not (provable and _cached_is_exact(prompted, takes_positions)):
-        _check_inline(prompted)
+    single_rows = SingleRows(backbone, prompted.window, prompted.prompt_position)
+    is_prefix = prompted.prompt_position == "prefix"
+    if not (is_prefix and provable and _cached_is_exact(prompted, single_rows, takes_positions)):
+        _check_inline(prompted, single_rows)
         return "inline"
     if not (takes_positions and attention.supports_varlen(backbone.model)):
         return "cached"
     prompted.layout = "packed"
-    is_exact = cached_check(backbone.model, f"packed {fused}", lambda: packed_rows_are_exact(prompted))
+    is_exact = cached_check(backbone.model, f"packed {fused}", lambda: packed_rows_are_exact(prompted, single_rows))
     return "packed" if is_exact else "cached"
 
 
-def _cached_is_exact(prompted: "Causal", takes_positions: bool) -> bool:
+def _cached_is_exact(prompted: "Causal", single_rows: SingleRows, takes_positions: bool) -> bool:
     """Whether rows can continue from the prompts' keys and values; raises for a model that takes positions."""
 
     def check() -> bool:
         try:
-            check_mixed_batch(prompted, "a shared prefix and neighbors of other lengths")
+            check_mixed_batch(prompted, single_rows, "a shared prefix and neighbors of other lengths")
         except OutputMismatch:
             if takes_positions:
                 raise
@@ -62,12 +64,12 @@ def _cached_is_exact(prompted: "Causal", takes_positions: bool) -> bool:
     return cached_check(prompted.backbone.model, "shared", check)
 
 
-def _check_inline(prompted: "Causal") -> None:
+def _check_inline(prompted: "Causal", single_rows: SingleRows) -> None:
     """Check that each row can have its prompt in it."""
     position = prompted.prompt_position
 
     def check() -> bool:
-        check_mixed_batch(prompted, f"prompts in rows of other lengths, {position!r},")
+        check_mixed_batch(prompted, single_rows, f"prompts in rows of other lengths, {position!r},")
         return True
 
     prompted.layout = "inline"

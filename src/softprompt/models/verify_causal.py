@@ -1,6 +1,8 @@
 """Whether a decoder gives each row of a mixed batch what it gives the row alone, in every way that rows are run."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, final
 
 import torch
 from jaxtyping import Float, Int
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from softprompt.backbones import Backbone
 from softprompt.models.inputs import PreparedPrompts
+from softprompt.models.padding import align_padding
 from softprompt.models.verify import Sample, check_close, is_close, model_errors_refused, sample
 from softprompt.types import PromptPosition
 
@@ -15,10 +18,34 @@ if TYPE_CHECKING:
     from softprompt.models.causal import Causal
 
 
-def check_mixed_batch(prompted: "Causal", how: str) -> None:
+@final
+class SingleRows:
+    """The rows of a model's checks, and its logits for each row alone, which are computed once for all checks."""
+
+    def __init__(self, backbone: Backbone, window: int | None, prompt_position: PromptPosition) -> None:
+        self._backbone, self._window, self._prompt_position = backbone, window, prompt_position
+        self._logits: dict[bool, list[Tensor]] = {}
+
+    @cached_property
+    def rows(self) -> Sample:
+        """The rows."""
+        return sample(self._backbone, self._window)
+
+    def logits(self, *, bare: bool) -> Sequence[Float[Tensor, "text_and_answer vocab"]]:
+        """Each row's logits with its prompt, or without one if `bare`, as `_single_row_logits` gives them."""
+        if bare not in self._logits:
+            self._logits[bare] = [
+                _single_row_logits(self._backbone, self.rows, row, self._prompt_position, bare=bare)
+                for row in range(len(self.rows.texts))
+            ]
+        return self._logits[bare]
+
+
+def check_mixed_batch(prompted: "Causal", single_rows: SingleRows, how: str) -> None:
     """Compare texts, scored candidates, and tokens decoded step by step with single rows, with and without prompts.
 
     Args:
+        single_rows: what to compare with.
         how: how prompts and rows are laid out, for the message.
 
     Raises:
@@ -26,13 +53,10 @@ def check_mixed_batch(prompted: "Causal", how: str) -> None:
     """
     backbone = prompted.backbone
     with model_errors_refused(backbone, how):
-        rows = sample(backbone, prompted.window)
+        rows = single_rows.rows
         ids, mask = rows.batch(backbone.device)
         for prompts, index in ((rows.prompts, rows.prompt_index), ([], None)):
-            single = [
-                _single_row_logits(backbone, rows, row, prompted.prompt_position, bare=not prompts)
-                for row in range(len(ids))
-            ]
+            single = single_rows.logits(bare=not prompts)
             lengths = [len(text) for text in rows.texts]
             prepared = prompted.prepare(prompts)
             logits = prompted(ids, mask, prompts=prepared, index=index).logits[mask.bool()]
@@ -47,26 +71,18 @@ def check_mixed_batch(prompted: "Causal", how: str) -> None:
             check_close(backbone, torch.stack([token_logp.sum(1), shorter], 1), scores, how, "scores")
 
 
-def packed_rows_are_exact(prompted: "Causal") -> bool:
+def packed_rows_are_exact(prompted: "Causal", single_rows: SingleRows) -> bool:
     """Whether prompts and rows that run packed, as in training, give the same too."""
-    backbone = prompted.backbone
-    rows = sample(backbone, prompted.window)
+    backbone, rows = prompted.backbone, single_rows.rows
     answer = torch.tensor(rows.answer, device=backbone.device).expand(len(rows.texts), -1)
-    ids, mask = rows.batch(backbone.device)
-    ids = torch.cat([ids.flip(1), answer], 1)  # padded on the left
-    mask = torch.cat([mask.flip(1), torch.ones_like(answer)], 1)
+    text = align_padding(*rows.batch(backbone.device))  # on the left
+    ids, mask = torch.cat([text.ids, answer], 1), torch.cat([text.mask, torch.ones_like(answer)], 1)
     labels = torch.full_like(ids, -100)
     labels[:, -answer.shape[1] :] = answer
-    flipped = rows._replace(texts=[list(reversed(text)) for text in rows.texts])
     try:
         for prompts, index in ((rows.prompts, rows.prompt_index), ([], None)):
             logits = prompted(ids, mask, labels, prompts=prompts, index=index).logits
-            single = [
-                _single_row_logits(backbone, flipped, row, prompted.prompt_position, bare=not prompts)[
-                    -1 - answer.shape[1] : -1
-                ]
-                for row in range(len(ids))
-            ]
+            single = [part[-1 - answer.shape[1] : -1] for part in single_rows.logits(bare=not prompts)]
             if not is_close(backbone, torch.stack(single), logits):
                 return False
     except torch.OutOfMemoryError:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
 
-from softprompt.backbones import image_processor
 from softprompt.files import check_name
 from softprompt.tasks.conversation import Message, as_text, read_messages, split_answer, without_answer
 from softprompt.tasks.metrics import METRICS
@@ -225,6 +224,8 @@ class Task:
             ValueError: `row` lacks a column, or has no text in it; `where` names the row in the message.
         """
         if self.image:
+            from softprompt.backbones import image_processor  # not earlier: it imports torch
+
             return [(True, image_processor.name(self._value(row, self.image, where)))]
         if self.messages:
             return [(True, as_text(without_answer(self.conversation(row, where))))]

@@ -3,12 +3,10 @@
 import base64
 from collections.abc import Mapping
 from pathlib import Path
-
-from datasets import Dataset
+from typing import Any
 
 from softprompt import assets
 from softprompt.tasks.builtin.superglue import BOOLQ_ROWS
-from softprompt.tasks.data.tabular import read_rows
 from softprompt.tasks.task import Task, Template, register
 
 # The asset has the official splits shuffled into one file, and `idx` starts at 0 in each: an idx from 3,270 on is a
@@ -26,10 +24,12 @@ _EARLIER_IS_VALIDATION = base64.b64decode(
 _VALIDATION = 3270
 
 
-def _read(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
+def _read(task: Task, folder: Path | None) -> Mapping[str, Any]:
     """Read the official splits from SuperGLUE's folder or the asset, without the test rows, which have no labels."""
     if folder is not None:
         return BOOLQ_ROWS(task, folder)
+    from softprompt.tasks.data.tabular import read_rows  # not earlier: listing tasks needs no datasets
+
     rows = read_rows(assets.fetch("boolq"))
     seen_ids: set[int] = set()
     train: list[int] = []

