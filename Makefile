@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
+ROUNDS ?= 1
 
 .PHONY: setup demo test check bench docs engines test-engines clean
 
@@ -36,17 +37,18 @@ check: setup
 	$(BIN)/python docs/make.py --check
 
 bench: setup
-	$(BIN)/python benchmarks/train_step.py
-	$(BIN)/python benchmarks/llama_step.py
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/score.py
-	$(BIN)/python benchmarks/passages.py
-	$(BIN)/python benchmarks/multi_prompt.py
-	$(BIN)/python benchmarks/concurrent_runs.py
-	$(BIN)/python benchmarks/generate.py
-	$(BIN)/python benchmarks/start.py
-	$(BIN)/python benchmarks/t5_step.py
-	$(BIN)/python benchmarks/whole_run.py
+	$(BIN)/python benchmarks/train_step.py --rounds $(ROUNDS)
+	$(BIN)/python benchmarks/llama_step.py --rounds $(ROUNDS)
+	$(BIN)/python benchmarks/memory.py --rounds $(ROUNDS)
+	$(BIN)/python benchmarks/score.py --rounds $(ROUNDS)
+	$(BIN)/python benchmarks/passages.py --rounds $(ROUNDS)
+	$(BIN)/python benchmarks/multi_prompt.py --rounds $(ROUNDS)
+	$(BIN)/python benchmarks/concurrent_runs.py --rounds $(ROUNDS)
+	$(BIN)/python benchmarks/generate.py --rounds $(ROUNDS)
+	$(BIN)/python benchmarks/start.py --rounds $(ROUNDS)
+	$(BIN)/python benchmarks/t5_step.py --rounds $(ROUNDS)
+	$(BIN)/python benchmarks/whole_run.py --rounds $(ROUNDS)
+	$(BIN)/python benchmarks/serve.py --seconds 60
 
 # vLLM (3.4 GB) and llama.cpp's server, each in a virtual environment of its own, for tests/engines and benchmarks/engines.py.
 engines: .venv-vllm/.ready .venv-llamacpp/.ready
