@@ -85,7 +85,7 @@ def test_layers_with_state_are_refused(tokenizer: object) -> None:
 
 def test_inexact_prefix_is_refused(tiny_backbone: MakeBackbone, tokenizer: object) -> None:
     """A decoder whose output depends on how many rows came before in the cache: the check at attaching sees it."""
-    model = transformers.AutoModelForCausalLM.from_config(tiny_backbone("llama").model.config)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_backbone("gpt2").model.config)
     head = model.lm_head.forward
     seen = {"cached": 0}
     model.register_forward_pre_hook(
@@ -99,6 +99,15 @@ def test_inexact_prefix_is_refused(tiny_backbone: MakeBackbone, tokenizer: objec
     model.lm_head.forward = lambda hidden: head(hidden) + seen["cached"]
     backbone = Backbone(model, tokenizer, "odd-cache", "odd-cache", "causal")
     refused(lambda: attach(backbone), "odd-cache", "other logits with a shared prefix", "refused")
+
+
+def test_layer_with_a_hook_that_the_fused_layers_bypass_is_refused(
+    tokenizer: object, tiny_backbone: MakeBackbone
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(tiny_backbone("llama").model.config)
+    model.model.layers[0].register_forward_hook(lambda module, inputs, output: output.flip(-1))
+    backbone = Backbone(model, tokenizer, "hooked", "hooked", "causal")
+    refused(lambda: attach(backbone), "hooked", "other logits with a shared prefix", "refused")
 
 
 def test_prompt_of_another_width_is_refused(tiny_backbone: MakeBackbone) -> None:

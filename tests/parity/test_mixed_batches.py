@@ -341,7 +341,7 @@ def test_in_bfloat16_a_single_position_may_be_far_off_and_a_row_may_not(wrong: r
     expected, other = torch.randn(2, 38, 300, generator=draw)
     actual = expected + 0.05 * torch.randn(38, 300, generator=draw)
     actual[list(wrong)] = other[list(wrong)]
-    assert known.is_close(backbone, expected, actual) == passes
+    assert verify.is_close(backbone, expected, actual) == passes
 
 
 def test_cached_decoder_runs_its_own_check(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,9 +59,9 @@ def run(
         states = states + _linear(output, (attention.o_proj,), packed)[0]
         gate, up = _linear(_normed(states, layer.post_attention_layernorm), (mlp.gate_proj, mlp.up_proj), packed)
         states = states + _linear(nn.functional.silu(gate) * up, (mlp.down_proj,), packed)[0]
-    kept = states.view(rows, tokens, -1)[:, keep]
-    [logits] = _linear(_normed(kept.flatten(0, 1), decoder.norm), (model.lm_head,), packed)
-    return logits.view(*kept.shape[:2], -1)
+    outputs = states.view(rows, tokens, -1)[:, keep]
+    [logits] = _linear(_normed(outputs.flatten(0, 1), decoder.norm), (model.lm_head,), packed)
+    return logits.view(*outputs.shape[:2], -1)
 
 
 def _visible(mask: Int[Tensor, "row total"], tokens: int) -> Bool[Tensor, "row 1 token total"] | None:
