@@ -172,7 +172,7 @@ REFUSED = {
     "rows in the decoder": (
         "t5",
         lambda: peft.MultitaskPromptTuningConfig(num_virtual_tokens=LENGTH, **ENCODER_DECODER),
-        "also puts rows in front of the decoder's input, .* num_transformer_submodules=1",
+        "also puts vectors in front of the decoder's input, .* num_transformer_submodules=1",
     ),
 }
 
