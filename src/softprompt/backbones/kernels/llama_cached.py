@@ -70,9 +70,8 @@ def _visible(mask: Int[Tensor, "row total"], tokens: int) -> Bool[Tensor, "row 1
         return None
     columns = torch.arange(mask.shape[1], device=mask.device)
     last = columns[mask.shape[1] - tokens :, None]
-    # Padding attends to itself: over no column at all, a softmax would be NaN, and so would what it is summed into.
-    visible = (mask.bool()[:, None] & (columns <= last)) | (columns == last)
-    return visible[:, None]
+    # Padding may attend to nothing; torch's kernel then gives 0, where a softmax by itself would be NaN.
+    return (mask.bool()[:, None] & (columns <= last))[:, None]
 
 
 def _per_group(
