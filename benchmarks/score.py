@@ -94,4 +94,5 @@ def multiply_adds(model: Any, spec: WorkerSpec, tokens: int) -> int:
 
 if __name__ == "__main__":
     settings = Settings(tokens=(32,), batch_size=(32,), steps=3)
-    main(__file__, {"folded": folded, "peft": peft}, [Pair("folded", "peft")], settings, str(__doc__))
+    # The prompt runs through other kernels than PEFT's: in bfloat16 each row is 0.05 off float32 on both sides.
+    main(__file__, {"folded": folded, "peft": peft}, [Pair("folded", "peft")], settings, str(__doc__), roundings=4)
