@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from softprompt.prompts.plain import Plain
     from softprompt.prompts.residual import Residual
     from softprompt.prompts.spectral import Spectral
+    from softprompt.prompts.ulpt import ULPT
     from softprompt.runs import Run, list_runs, open_run, read_prompt
     from softprompt.sweep import sweep
     from softprompt.tasks import TASKS, Score, Task, load_task
@@ -59,6 +60,7 @@ _LOCATIONS = {
     "SoftPrompt": "softprompt.prompts:SoftPrompt",
     "Spectral": "softprompt.prompts.spectral:Spectral",
     "TASKS": "softprompt.tasks:TASKS",
+    "ULPT": "softprompt.prompts.ulpt:ULPT",
     "Task": "softprompt.tasks:Task",
     "TrainingConfig": "softprompt.config:TrainingConfig",
     "TrainingCallback": "softprompt.training.callbacks:TrainingCallback",
@@ -83,6 +85,7 @@ __all__ = [
     "DPT",
     "METHODS",
     "TASKS",
+    "ULPT",
     "ADePT",
     "Answer",
     "Backbone",

@@ -27,7 +27,8 @@ class TrainingConfig:
     batch_size: int = 16
     """Rows per step."""
     lr: float = 0.03
-    """Peak learning rate, in units of the prompt's scale; the same number fits every backbone."""
+    """Peak learning rate, in units of the prompt's scale; the same number fits every backbone. A baseline's weights
+    take a part of it: LoRA 0.03, full fine-tuning 0.001."""
     vocabulary_weight: float | None = None
     """Weight, from 0 to 1, of -log P(label words) in a classification loss, added to the cross-entropy among the label
     words; none: 0.03 where the model answers in words, so that it also writes a label word when it generates freely in
@@ -129,10 +130,10 @@ class Experiment:
     backbone: str = "smollm2-135m"
     """Hub id, folder, .gguf file or asset."""
     task: str = "sentiment"
-    """Name of a built-in task, or path of a task's TOML file."""
+    """Name of a built-in task, or path of a task's TOML file; `distil` makes its own."""
     data: str | None = None
     """Where the task's rows are, if not at the task's own source: a file of training rows, or the official SuperGLUE or
-    GLUE folder."""
+    GLUE folder; not with `distil`."""
     protocol: Protocol = "heldout"
     """How an official validation split is used: half for selection and half for the report (heldout), or all of it for
     both, as in the papers (paper); the result then says so, and dev_rows does not apply."""
@@ -154,12 +155,12 @@ class Experiment:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Hyperparameters of the training."""
     context: str | None = None
-    """A text file to distil: the frozen model that reads it before each row (in a chat task as the system message) is
-    the teacher, and the prompt is trained to give the teacher's distribution without it. The rows' own answers then
-    only say at which tokens."""
+    """A text file to distil (`distil` needs one): the frozen model that reads it before each row (in a chat task as the
+    system message) is the teacher, and the prompt is trained to give the teacher's distribution without it. The
+    rows' own answers then only say at which tokens."""
     demonstrations: int = 0
     """Labeled training rows in front of each row, as the context to distil (after the text of `context`, if both are
-    given); the prompt is not trained on these rows."""
+    given); the prompt is not trained on these rows. Not with `distil`."""
     init_prompt: str | None = None
     """A run or a PEFT prompt folder from whose prompt training starts, instead of the method's own initialization;
     `hub:USER/NAME` is one on the Hugging Face Hub."""

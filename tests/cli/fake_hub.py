@@ -1,4 +1,4 @@
-"""A small Hugging Face hub in memory: what huggingface_hub's client needs for a commit and a snapshot."""
+"""A small Hugging Face Hub in memory: what huggingface_hub's client needs for a commit and a snapshot."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""Runs commands in one process, whose environment says where the hub is: huggingface_hub reads it once, on import."""
+"""Runs commands in one process, whose environment says where the Hub is: huggingface_hub reads it once, on import."""
 
 import contextlib
 import io

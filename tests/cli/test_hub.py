@@ -185,9 +185,9 @@ def test_revision_and_missing_names_are_told_apart(run: softprompt.Run, hub: Fak
     assert [Path(one["folders"][0][1]).name for one in found] == ["run", "run"]
     assert "me/run has no revision 'none'" in revision["error"]
     for one, name in ((nobody, "me/nobody"), (secret, "me/secret")):
-        assert f"the hub has no prompt {name}, or shows it only with a token" in one["error"]
+        assert f"the Hub has no prompt {name}, or shows it only with a token" in one["error"]
     assert "holds neither a PEFT prompt nor a run" in model["error"]
-    assert "hub:me/a b is no prompt on the hub" in malformed["error"]
+    assert "hub:me/a b is no prompt on the Hub" in malformed["error"]
     assert "the hub refuses the upload to me/new (401)" in refused["error"]
     assert {one["status"] for one in (revision, nobody, secret, model, malformed, refused)} == {1}
 
@@ -202,9 +202,9 @@ def test_offline_is_refused_in_one_sentence(run: softprompt.Run, capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["me/x"], "give --base-model the hub id of these weights"),
-        (["not a name", "--base-model", "me/llama"], "the name is 'not a name', which is no id on the hub"),
-        (["me/x", "--base-model", "me llama"], "the base model is 'me llama', which is no id on the hub"),
+        (["me/x"], "give --base-model the Hub id of these weights"),
+        (["not a name", "--base-model", "me/llama"], "the name is 'not a name', which is no id on the Hub"),
+        (["me/x", "--base-model", "me llama"], "the base model is 'me llama', which is no id on the Hub"),
         (["me/x", "--base-model", "me/llama", "--datasets", "my data"], "a data set is 'my data', which is no id"),
     ],
 )

@@ -47,7 +47,7 @@ SAME = ("metrics.jsonl", "softprompt.safetensors", "adapter_model.safetensors", 
 PROMPTS: dict[str, PromptConfig] = {
     "vocab": DPT(length=6, rank=2),
     "text": DPT(length=6, rank=2, anchor="text", init_text="ab"),
-    "labels": DPT(length=6, rank=2, anchor="labels"),
+    "label_words": DPT(length=6, rank=2, anchor="label_words"),
     "gradient": DPT(length=6, rank=2, factor_init="gradient", gradient_batches=2),
     "bpt": BPT(length=6, rank=2, init="gradient", gradient_batches=2),
 }
@@ -152,7 +152,7 @@ def test_run_without_checkpoint_recomputes_its_gradient(experiment: Experiment, 
     assert_same(resume(bare), reference)
 
 
-@pytest.mark.parametrize("prompt", [PROMPTS["vocab"], PROMPTS["gradient"], DPT(length=6, rank=1, anchor="labels")])
+@pytest.mark.parametrize("prompt", [PROMPTS["vocab"], PROMPTS["gradient"], DPT(length=6, rank=1, anchor="label_words")])
 def test_init_prompt_is_represented_exactly(
     prompt: DPT, experiment: Experiment, backbone: Backbone, tmp_path: Path
 ) -> None:

@@ -43,7 +43,7 @@ def host(**facts: Any) -> Host:
 ANCHORS: dict[str, dict[str, Any]] = {
     "vocab": {},
     "text": {"anchor": "text", "init_text": "good"},
-    "labels": {"anchor": "labels"},
+    "label_words": {"anchor": "label_words"},
     "gradient": {"factor_init": "gradient"},
     "gradient at a text": {"factor_init": "gradient", "anchor": "text", "init_text": "so"},
     "own scale": {"scale": 0.7},
@@ -274,7 +274,7 @@ def test_count_does_not_depend_on_anchor(anchor: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"anchor": "label_words"}, "anchor is 'label_words'; it must be vocab or text or labels or none"),
+        ({"anchor": "labels"}, "anchor is 'labels'; it must be vocab or text or label_words or none"),
         ({"anchor": "text"}, "anchor is 'text' and init_text is ''"),
         ({"init_text": "good"}, "anchor is 'vocab' and init_text is 'good'"),
         ({"init": "uniform"}, "init is 'uniform' and anchor 'vocab'.* give anchor none for a product alone"),
@@ -296,7 +296,7 @@ def test_incompatible_settings_are_refused(settings: dict[str, Any], said: str) 
     ("settings", "facts", "said"),
     [
         ({"anchor": "text", "init_text": "far too long"}, {}, "has 12 tokens and the prompt a length of 6"),
-        ({"anchor": "labels"}, {"label_words": ()}, "label words, and it has none"),
+        ({"anchor": "label_words"}, {"label_words": ()}, "label words, and it has none"),
         ({}, {"start": torch.zeros(5, DIM)}, r"the prompt to start from is \(5, 16\) and the new one \(6, 16\)"),
         (
             {"factor_init": "gradient"},

@@ -35,7 +35,7 @@ PAIR = ("adapter_config.json", "adapter_model.safetensors")
 PLAIN = [name for name, config in METHODS.items() if config.folds == "prompt"]
 CONFIGS = {
     **{name: config(length=12) for name, config in METHODS.items()},
-    "dpt around label words": DPT(length=12, anchor="labels"),
+    "dpt around label words": DPT(length=12, anchor="label_words"),
     "dpt without an anchor": DPT(length=12, anchor="none"),
 }
 """`dpt` itself is anchored at vocabulary rows."""

@@ -22,11 +22,11 @@ HUB_LABELS: dict[str, list[Any]] = {
     "glue-rte": ["entailment", "not_entailment"],
     **{name: ["0", "1"] for name in ("sst2", "cola", "mrpc", "qqp")},
 }
-"""What the hub's label n means."""
+"""What the Hub's label n means."""
 
 
 def as_on_hub(name: str, rows: Rows) -> Rows:
-    """The same rows with the hub's columns and integer labels."""
+    """The same rows with the Hub's columns and integer labels."""
     if name == "multirc":
         return [
             {

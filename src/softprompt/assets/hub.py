@@ -1,4 +1,4 @@
-"""Prompts on the Hugging Face hub: `hub:USER/NAME`, or `hub:USER/NAME@REVISION`, as a local folder."""
+"""Prompts on the Hugging Face Hub: `hub:USER/NAME`, or `hub:USER/NAME@REVISION`, as a local folder."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from softprompt.assets.cache import cache_folder
 
 PREFIX = "hub:"
-"""How a prompt on the hub begins where a folder could be given."""
+"""How a prompt on the Hub begins where a folder could be given."""
 _FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -21,7 +21,7 @@ _FILES = (
 
 
 def is_hub_prompt(source: str | Path) -> bool:
-    """Whether `source` names a prompt on the hub.
+    """Whether `source` names a prompt on the Hub.
 
     >>> is_hub_prompt("hub:user/sentiment"), is_hub_prompt("runs/sentiment-dpt-0")
     (True, False)
@@ -39,14 +39,14 @@ def hub_name(source: str | Path) -> str:
 
 
 def local_folder(source: str | Path) -> Path:
-    """The folder of a prompt: `source` itself, or a prompt on the hub, downloaded into huggingface_hub's cache.
+    """The folder of a prompt: `source` itself, or a prompt on the Hub, downloaded into huggingface_hub's cache.
 
     The folder's name is the prompt's. With `HF_HUB_OFFLINE=1`, or where the hub cannot be reached, a prompt that was
     downloaded before is taken from the cache.
 
     Raises:
         ValueError: no name can be written like this.
-        FileNotFoundError: the hub has no such prompt or revision, does not show it without a token, or cannot be
+        FileNotFoundError: the Hub has no such prompt or revision, does not show it without a token, or cannot be
             reached, and the cache does not hold it.
     """
     if not is_hub_prompt(source):
@@ -69,14 +69,14 @@ def local_folder(source: str | Path) -> Path:
         except httpx.TransportError:  # a connection that breaks, for which the client itself does not try the cache
             snapshot = Path(snapshot_download(name, **arguments, local_files_only=True))
     except HFValidationError as error:
-        raise ValueError(f"{source} is no prompt on the hub; write hub:USER/NAME or hub:USER/NAME@REVISION") from error
+        raise ValueError(f"{source} is no prompt on the Hub; write hub:USER/NAME or hub:USER/NAME@REVISION") from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(
-            f"{name} has no revision {revision!r} on the hub; name a branch, tag or commit"
+            f"{name} has no revision {revision!r} on the Hub; name a branch, tag or commit"
         ) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"the hub has no prompt {name}, or shows it only with a token; check the name, and set HF_TOKEN if it is "
+            f"the Hub has no prompt {name}, or shows it only with a token; check the name, and set HF_TOKEN if it is "
             "private"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:

@@ -1,4 +1,4 @@
-"""The frozen model, loaded from a hub id, a folder, a .gguf file or an asset."""
+"""The frozen model, loaded from a Hub id, a folder, a .gguf file or an asset."""
 
 import dataclasses
 import hashlib
@@ -40,9 +40,9 @@ class Backbone:
     tokenizer: Any
     """Its fast tokenizer; for vision, its image processor."""
     source: str
-    """The hub id, folder, file or asset that the user gave."""
+    """The Hub id, folder, file or asset that the user gave."""
     base: str
-    """The base model that a run folder records: a hub id, or a folder's path."""
+    """The base model that a run folder records: a Hub id, or a folder's path."""
     architecture: Architecture
     """Which prompted model fits it."""
     quantized: str = ""
@@ -312,7 +312,7 @@ def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbon
     A `.gguf` file is dequantized once (about twenty seconds for 135M weights) and kept in the cache folder.
 
     Args:
-        source: a hub id, a local folder, a `.gguf` file or an asset's name.
+        source: a Hub id, a local folder, a `.gguf` file or an asset's name.
         dtype: `auto` is bfloat16 where the device multiplies it faster than float32 (measured once), else float32.
         device: `auto` is the first GPU, else the CPU.
 

@@ -21,7 +21,7 @@ class Checkpoint:
     """The weights of a model on disk, read one tensor at a time.
 
     Args:
-        folder: the folder or hub id to read from; of a hub id, only the files that are needed are downloaded.
+        folder: the folder or Hub id to read from; of a Hub id, only the files that are needed are downloaded.
         source: the model that the user asked for, for messages.
         prefix: transformers' `base_model_prefix`, which a checkpoint's names may lack or have in addition.
 
@@ -71,7 +71,7 @@ def load_table(auto_class: Any, folder: str, source: str, config: Any, dtype: to
 
     Args:
         auto_class: a class with `from_config`.
-        folder: the folder or hub id to load from.
+        folder: the folder or Hub id to load from.
         source: the model that the user asked for, for messages.
         config: the model's config.
         dtype: of the table.

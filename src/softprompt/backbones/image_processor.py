@@ -190,18 +190,18 @@ def _content(cell: Cell, where: str) -> bytes:
 
 
 def load_processor(folder: str, config: Any) -> Processor:
-    """The processor of the checkpoint in `folder` (or of that hub id).
+    """The processor of the checkpoint in `folder` (or of that Hub id).
 
     Without a `preprocessor_config.json`, images are resized to a square without a crop, and normalized by ImageNet's
     mean and standard deviation, or by 0.5 for a plain ViT.
 
     Args:
-        folder: the folder with `preprocessor_config.json`, or a hub id.
+        folder: the folder with `preprocessor_config.json`, or a Hub id.
         config: the model's config.
     """
     settings: Mapping[str, Any] = {}
     if not Path(folder).is_dir():
-        with suppress(OSError):  # the hub has none
+        with suppress(OSError):  # the Hub has none
             settings = ImageProcessingMixin.get_image_processor_dict(folder)[0]
     elif (Path(folder) / "preprocessor_config.json").is_file():
         settings = ImageProcessingMixin.get_image_processor_dict(folder)[0]

@@ -42,7 +42,7 @@ def load_config(folder: str, source: str) -> Any:
     """The config of a model.
 
     Args:
-        folder: the folder or hub id to load from.
+        folder: the folder or Hub id to load from.
         source: the model that the user asked for, for messages.
 
     Raises:
@@ -79,7 +79,7 @@ def load_tokenizer(folder: str, source: str, config: Any, vocab_size: int, **kwa
     """The fast tokenizer of a model.
 
     Args:
-        folder: the folder or hub id to load from.
+        folder: the folder or Hub id to load from.
         source: the model that the user asked for, for messages.
         config: the model's config.
         vocab_size: the number of rows in the model's embedding table.
@@ -161,7 +161,7 @@ def load_model(auto_class: Any, folder: str, source: str, **kwargs: Any) -> Any:
 
     Args:
         auto_class: a class with `from_pretrained`.
-        folder: the folder or hub id to load from.
+        folder: the folder or Hub id to load from.
         source: the model that the user asked for, for messages.
         kwargs: further arguments of `from_pretrained`.
 

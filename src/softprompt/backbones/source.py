@@ -20,9 +20,9 @@ _AUTO_CLASSES: dict[Architecture, type[Any]] = {
 
 
 def locate(source: str) -> tuple[str, str, str]:
-    """The folder or hub id to load from, the base model to record in run folders, and a note on the weights."""
+    """The folder or Hub id to load from, the base model to record in run folders, and a note on the weights."""
     if not source.strip():
-        raise ValueError(f"the backbone is {source!r}; give a hub id, a folder, a .gguf file or an asset")
+        raise ValueError(f"the backbone is {source!r}; give a Hub id, a folder, a .gguf file or an asset")
     if source in assets.ASSETS:
         asset = assets.ASSETS[source]
         if asset.kind != "model":
@@ -54,8 +54,8 @@ def read_config(folder: str, source: str) -> Any:
         if Path(folder).is_dir():
             raise ValueError(f"the config.json of {source} cannot be read ({error})") from error
         raise FileNotFoundError(
-            f"backbone {source!r} is neither a folder, a .gguf file, an asset ({', '.join(_model_assets())}) nor a hub "
-            "id that can be reached or is in the hub's cache; check the name, or fetch the model first"
+            f"backbone {source!r} is neither a folder, a .gguf file, an asset ({', '.join(_model_assets())}) nor a Hub "
+            "id that can be reached or is in the Hub's cache; check the name, or fetch the model first"
         ) from error
 
 

@@ -19,7 +19,7 @@ COMMANDS: dict[str, str] = {
     "predict": "Predict the answers to the rows of a file.",
     "lm-eval": "Score a run in lm-evaluation-harness.",
     "export": "Export trained prompts to other software.",
-    "push": "Upload a run's prompt to the Hugging Face hub.",
+    "push": "Upload a run's prompt to the Hugging Face Hub.",
     "rank": "Measure the rank of a prompt, and the rank that its task needs.",
     "sweep": "Run the experiments of one file that are not finished yet.",
     "report": "Make tables and plots of runs.",

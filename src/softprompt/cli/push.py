@@ -1,4 +1,4 @@
-"""`softprompt push`: a run's prompt on the Hugging Face hub."""
+"""`softprompt push`: a run's prompt on the Hugging Face Hub."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,15 +15,15 @@ def push_(
     base_model: str | None = None,
     datasets: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Upload a run's prompt to the Hugging Face hub, as a PEFT folder with a model card.
+    """Upload a run's prompt to the Hugging Face Hub, as a PEFT folder with a model card.
 
     The token is that of HF_TOKEN or of `hf auth login`. Rows, predictions and the run's record are not uploaded.
 
     Args:
         run: The run's folder.
-        name: Its name on the hub; created unless it exists.
+        name: Its name on the Hub; created unless it exists.
         private: Create it for yourself only.
-        base_model: The hub id of the run's backbone; none: the recorded one.
+        base_model: The Hub id of the run's backbone; none: the recorded one.
         datasets: Hub ids of the data that it was trained on, for the model card.
     """
     from softprompt import runs

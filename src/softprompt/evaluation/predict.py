@@ -32,7 +32,7 @@ class Answer:
     index: int = -1
     """The class index, in classification; -1 if a generated text begins with no label word."""
     probabilities: Mapping[str, float] = field(default_factory=dict)
-    """The probability of each of the task's labels, in classification."""
+    """The probability of each label among the task's labels, so that they sum to 1; empty for a generated answer."""
 
 
 def predict(
@@ -57,6 +57,7 @@ def predict(
             backbone.
 
     Raises:
+        FileNotFoundError: there is no such run, or its backbone cannot be found.
         ValueError: `rows` is none of these, a row lacks a column, the run is not finished, `task` is missing or given
             to a run, or `decode_weights` does not fit the backbone or a task with labels.
     """

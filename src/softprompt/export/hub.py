@@ -1,4 +1,4 @@
-"""Upload a run to the Hugging Face hub: its PEFT folder and a model card that the hub can read."""
+"""Upload a run to the Hugging Face Hub: its PEFT folder and a model card that the Hub can read."""
 
 import json
 import shutil
@@ -29,13 +29,13 @@ def push_run(
     Records, predictions and rows stay here. The token is huggingface_hub's: `HF_TOKEN`, or that of `hf auth login`.
 
     Args:
-        name: `USER/NAME` on the hub; created unless it exists.
+        name: `USER/NAME` on the Hub; created unless it exists.
         private: create it for yourself only; False: as the owner's default is, public unless changed.
-        base_model: the hub id of the run's backbone; none: the recorded one.
+        base_model: the Hub id of the run's backbone; none: the recorded one.
         datasets: hub ids of the training data, for the card.
 
     Raises:
-        ValueError: the run is unfinished or has no PEFT files, or a name cannot be one of the hub's.
+        ValueError: the run is unfinished or has no PEFT files, or a name cannot be one of the Hub's.
         PermissionError: the hub refuses the token.
         ConnectionError: the hub cannot be reached.
     """
@@ -48,7 +48,7 @@ def push_run(
     base = base_model or str(run.record["backbone"]["base"])
     if base_model is None and Path(base).is_absolute():
         raise ValueError(
-            f"the backbone of run {run.folder} is {base} on this machine; give --base-model the hub id of these weights"
+            f"the backbone of run {run.folder} is {base} on this machine; give --base-model the Hub id of these weights"
         )
     for value, flag in ((name, "the name"), (base, "the base model"), *((data, "a data set") for data in datasets)):
         _check_id(value, flag)
@@ -66,7 +66,7 @@ def push_run(
 
 
 def model_card(run: Run, base_model: str, datasets: Sequence[str] = ()) -> ModelCard:
-    """The run's README with the hub's metadata: tags, base model, and the test score as `model-index`."""
+    """The run's README with the Hub's metadata: tags, base model, and the test score as `model-index`."""
     assert run.results is not None
     task, results, recorded = run.task, run.results, run.record["backbone"]
     pipeline = "text-classification" if task.is_classification else _PIPELINES.get(recorded["architecture"])
@@ -108,7 +108,7 @@ def _check_id(value: str, what: str) -> None:
     try:
         validate_repo_id(value)
     except HFValidationError as error:
-        raise ValueError(f"{what} is {value!r}, which is no id on the hub; write USER/NAME") from error
+        raise ValueError(f"{what} is {value!r}, which is no id on the Hub; write USER/NAME") from error
 
 
 @contextmanager

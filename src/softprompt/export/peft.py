@@ -38,7 +38,7 @@ def peft_refusal(folded: Folded, backbone: Backbone) -> str:
     return ""
 
 
-def export_peft(folded: Folded, backbone: Backbone, folder: Path) -> None:
+def export_peft(folded: Folded, backbone: Backbone, folder: str | Path) -> None:
     """Write `folded` into `folder`, so that `PeftModel.from_pretrained(model, folder)` gives the same outputs.
 
     Raises:
@@ -46,7 +46,7 @@ def export_peft(folded: Folded, backbone: Backbone, folder: Path) -> None:
     """
     if reason := peft_refusal(folded, backbone):
         raise ValueError(reason)
-    matrix = _peft_matrix(folded)
+    path, matrix = Path(folder).expanduser(), _peft_matrix(folded)
     config = backbone.model.config.get_text_config()
     values: dict[str, Any] = {
         "auto_mapping": None,
@@ -76,8 +76,8 @@ def export_peft(folded: Folded, backbone: Backbone, folder: Path) -> None:
             "prefix_projection": False,
             "token_dim": layout.width,
         }
-    files.write_tensors(folder / WEIGHTS, {PROMPT: matrix})
-    files.write_text(folder / CONFIG, json.dumps(values, indent=2))
+    files.write_tensors(path / WEIGHTS, {PROMPT: matrix})
+    files.write_text(path / CONFIG, json.dumps(values, indent=2))
 
 
 def _peft_matrix(folded: Folded) -> Float[Tensor, "length _"]:

@@ -165,7 +165,21 @@ class PromptedModel(nn.Module, ABC):
         prompts: Prompts = None,
         index: Index = None,
     ) -> Any:
-        """A transformers ModelOutput with `logits`, and `loss`, the mean cross-entropy in float32, for `labels`."""
+        """A transformers ModelOutput with `logits` `[batch, seq, vocab]`, and for `labels` also `loss`.
+
+        The prompt's positions have no logits, and a model with a head has `[batch, classes]`. With labels only the
+        columns that predict one are computed. The loss is the mean cross-entropy (float32, natural logarithm).
+
+        Args:
+            attention_mask: 1 at tokens, 0 at padding; none: no padding.
+            labels: for a decoder the shape of `input_ids`, not shifted, -100 where there is no loss; for an
+                encoder-decoder the answer's tokens; for a head the class of each row.
+            prompts: instead of the model's own, several prompts, or `prepare`d ones.
+            index: the prompt of each row, where there are several.
+
+        Raises:
+            ValueError: shapes, mask, ids or index that do not fit, a row that is too long, or no label at all.
+        """
         inputs = Inputs(input_ids, attention_mask, prompts, index)
         if labels is None:
             return self._output(self._logits(inputs), None)
@@ -182,7 +196,10 @@ class PromptedModel(nn.Module, ABC):
         prompts: Prompts = None,
         index: Index = None,
     ) -> tuple[Float[Tensor, "batch kept classes"], Int[Tensor, "batch kept"]]:
-        """The logits that predict the labels, and the labels; -100 where a row has none in that column."""
+        """The logits that predict the labels, and the labels; -100 where a row has none in that column.
+
+        Arguments and errors as in `forward`.
+        """
         return self._label_logits(Inputs(input_ids, attention_mask, prompts, index), labels)
 
     def losses(
@@ -193,7 +210,10 @@ class PromptedModel(nn.Module, ABC):
         prompts: Prompts = None,
         index: Index = None,
     ) -> Float[Tensor, " batch"]:
-        """Each row's loss, float32: the sum of the cross-entropies at its labels."""
+        """Each row's loss, float32: the sum of the cross-entropies at its labels.
+
+        Arguments and errors as in `forward`.
+        """
         logits, targets = self._label_logits(Inputs(input_ids, attention_mask, prompts, index), labels)
         labeled = targets != -100
         losses = nn.functional.cross_entropy(logits[labeled].float(), targets[labeled], reduction="none")
@@ -207,7 +227,10 @@ class PromptedModel(nn.Module, ABC):
         prompts: Prompts = None,
         index: Index = None,
     ) -> Float[Tensor, "batch candidate"]:
-        """Log-probability, float32, of each candidate as the answer to each row."""
+        """Log-probability (float32, natural logarithm) of each candidate as the answer to each row.
+
+        That of several tokens is the sum over them. Other arguments and errors are as in `forward`.
+        """
         return self._score(Inputs(input_ids, attention_mask, prompts, index), candidates)
 
     def generate(

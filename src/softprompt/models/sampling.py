@@ -15,7 +15,11 @@ from softprompt.backbones import Backbone
 @final
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen: the most likely one, or a random draw."""
+    """How the next token is chosen: the most likely one, or a random draw.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
 
     temperature: float = 0.0
     """0 takes the most likely token; above, logits are divided by it before drawing."""

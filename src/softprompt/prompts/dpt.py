@@ -20,8 +20,8 @@ from softprompt.prompts.initialization import (
     start_gradient,
 )
 
-Anchor = Literal["vocab", "text", "labels", "none"]
-"""Frozen vectors that training adds to: random `vocab` rows, those of a `text`, of the task's `labels`, or `none`."""
+Anchor = Literal["vocab", "text", "label_words", "none"]
+"""Frozen vectors that training adds to: random `vocab` rows, those of a `text`, of the `label_words`, or `none`."""
 FactorInit = Literal["random", "gradient"]
 """Where the factors start around an anchor: N(0, 1), or the singular vectors of the loss's gradient there (LoRA-GA)."""
 
@@ -191,7 +191,7 @@ class DPT(PromptConfig):
         return self.rank * (self.length + dim)
 
     def _anchored(self, host: Host, generator: torch.Generator) -> AnchoredPrompt:
-        source: Init = "label_words" if self.anchor == "labels" else "text" if self.anchor == "text" else "vocab"
+        source: Init = "vocab" if self.anchor == "none" else self.anchor
         if source == "text" and host.start is None and (tokens := len(host.encode(self.init_text))) > self.length:
             raise ValueError(
                 f"the anchor's text has {tokens} tokens and the prompt a length of {self.length}, so its end would be "

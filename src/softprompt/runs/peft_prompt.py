@@ -94,7 +94,7 @@ def open_peft_prompt(folder: str | Path, task: str | None) -> PeftPrompt:
 
 
 def resolve_prompt(source: Run | PeftPrompt | str | Path, task: str | None = None) -> Run | PeftPrompt:
-    """Return `source`, or open the run or the PEFT folder that it names; `hub:USER/NAME` is one on the hub.
+    """Return `source`, or open the run or the PEFT folder that it names; `hub:USER/NAME` is one on the Hub.
 
     Args:
         task: the task of a PEFT folder, which names none; not used for a run.

@@ -293,12 +293,16 @@ def open_run(folder: str | Path) -> Run:
     return Run(path, experiment, task, record)
 
 
-def run_folders(out: Path) -> list[Path]:
+def run_folders(out: str | Path) -> list[Path]:
     """The folders in `out` that hold a run, readable or not, sorted by name."""
-    return [record.parent for record in sorted(out.glob(f"*/{RECORD}")) if not record.parent.name.startswith(".")]
+    return [
+        record.parent
+        for record in sorted(Path(out).expanduser().glob(f"*/{RECORD}"))
+        if not record.parent.name.startswith(".")
+    ]
 
 
-def list_runs(out: Path) -> list[Run]:
+def list_runs(out: str | Path) -> list[Run]:
     """Open every run in `out`, sorted by name; raises like `open_run`."""
     return [open_run(folder) for folder in run_folders(out)]
 
@@ -318,16 +322,17 @@ def prompt_kind(folder: Path) -> Literal["run", "peft"]:
     raise FileNotFoundError(f"{folder} holds neither a run ({RECORD}) nor a PEFT prompt ({WEIGHTS}); {_GIVE_PROMPT}")
 
 
-def read_prompt(folder: Path, backbone: Backbone) -> SoftPrompt:
+def read_prompt(folder: str | Path, backbone: Backbone) -> SoftPrompt:
     """Read the prompt of a run or of a PEFT folder, for `backbone`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: as `prompt_kind`.
         ValueError: as `Run.prompt`, or as `PeftFolder.prompt`.
     """
-    if prompt_kind(folder) == "run":
-        return open_run(folder).prompt(backbone)
-    return read_peft_folder(folder).prompt(backbone)
+    path = Path(folder).expanduser()
+    if prompt_kind(path) == "run":
+        return open_run(path).prompt(backbone)
+    return read_peft_folder(path).prompt(backbone)
 
 
 def json_line(values: Mapping[str, Any]) -> str:

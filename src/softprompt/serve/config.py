@@ -48,7 +48,7 @@ class ServeConfig:
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=]FOLDER")] = ()
     """Folders of runs or PEFT prompts, each served under its folder's name or the name before `=`; `hub:USER/NAME` is
-    one on the Hugging Face hub."""
+    one on the Hugging Face Hub."""
     backbone: str | None = None
     """Hub id, folder, .gguf file or asset; none: the first run's backbone, or the first PEFT folder's base model."""
     host: str = "127.0.0.1"
@@ -118,11 +118,11 @@ class ServeConfig:
         return [name for name, _ in self._named_sources()]
 
     def folders(self) -> list[tuple[str, Path]]:
-        """The name and folder of each source; those on the hub are downloaded.
+        """The name and folder of each source; those on the Hub are downloaded.
 
         Raises:
             ValueError: a name cannot be a prompt's.
-            FileNotFoundError: a prompt on the hub cannot be downloaded.
+            FileNotFoundError: a prompt on the Hub cannot be downloaded.
 
         >>> ServeConfig(sources=("reviews=runs/sentiment-dpt-0",)).folders()
         [('reviews', PosixPath('runs/sentiment-dpt-0'))]
@@ -140,7 +140,7 @@ class ServeConfig:
         return sources
 
     def backbone_source(self) -> str:
-        """The backbone's hub id, folder, file or asset; also checks the sources' folders.
+        """The backbone's Hub id, folder, file or asset; also checks the sources' folders.
 
         Raises:
             FileNotFoundError, NotADirectoryError: a source is no folder of a run or of a PEFT prompt.

@@ -22,7 +22,9 @@ class Score:
     """The score of a split; all values are fractions."""
 
     metric: str
+    """The name of the task's first metric."""
     value: float
+    """Its value."""
     n: int
     """Rows scored."""
     majority: float
@@ -34,6 +36,7 @@ class Score:
     ci_low: float
     """Lower end of the 95 % interval of `value`: Wilson's, or that of a seeded bootstrap."""
     ci_high: float
+    """Upper end of that interval."""
     extra_metrics: dict[str, float] = field(default_factory=dict)
     """The values of the task's other metrics; of `evaluate(generate=True)` also what was generated freely."""
     warning: str | None = None

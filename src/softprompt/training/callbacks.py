@@ -22,7 +22,9 @@ class Progress:
     loss: float
     """Training loss of this step's batch."""
     lr: float
+    """The learning rate of this step."""
     rows_per_second: float
+    """Rows per second of this step, over all processes and without evaluation."""
     dev: Score | None = None
     """The development score, if this step ended with an evaluation."""
 

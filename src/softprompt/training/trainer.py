@@ -51,6 +51,9 @@ def train(
         differentiate: computes losses and gradients; other than the default only for concurrent runs.
 
     Raises:
+        FileNotFoundError: there is no such task file, data or backbone.
+        FileExistsError: `name` is taken.
+        OSError: `out` cannot be written.
         ValueError: settings, rows or backbone do not fit together, or the loss is not finite.
         Interrupted: Ctrl-C; a checkpoint has been saved.
     """

@@ -214,7 +214,7 @@ def _of_adapter(path: Path) -> LoadedPrompt:
     if others:
         note += f"; its {', '.join(others)} are ignored: only the matrix is measured"
     return LoadedPrompt(
-        name=Path(os.path.abspath(path)).name,  # a prompt on the hub is a link with the prompt's name
+        name=Path(os.path.abspath(path)).name,  # a prompt on the Hub is a link with the prompt's name
         folder=path,
         prompt=Folded(adapter.matrix()) if others else adapter.folded(),
         start_missing="a PEFT folder does not record it",

@@ -76,7 +76,7 @@ def report(
     groups, duplicates = group(results)
     skipped = (*unread, *duplicates)
     if not groups:
-        names = ", ".join(map(str, folders)) or "no folder"
+        names = ", ".join(map(str, folders))
         reason = f": {skipped[0].folder}: {skipped[0].reason}" if skipped else ""
         raise ValueError(f"there is no finished run in {names}{reason}")
     grid = arrange(groups, choose=choose)

@@ -25,7 +25,7 @@ def read_tsv(path: Path, header: Sequence[str] = (), short: bool = False) -> Ite
 
     Args:
         header: the column names, if the file has no header.
-        short: skip rows with too few cells; QQP's training file has some, the hub's copy has none.
+        short: skip rows with too few cells; QQP's training file has some, the Hub's copy has none.
 
     Raises:
         ValueError: the file is not UTF-8, or a row has more or fewer cells than there are columns.
@@ -67,7 +67,7 @@ def _preprocess_stsb(row: Row) -> Rows:
 
 
 def _official(folder: str, config: str, texts: Mapping[str, str], label: str = "label", **settings: Any) -> Official:
-    """`texts` maps the hub's column names to those of the TSV; `label` is the TSV's column of labels."""
+    """`texts` maps the Hub's column names to those of the TSV; `label` is the TSV's column of labels."""
     preprocess: Callable[[Row], Rows] = partial(_preprocess, tuple(texts))
     defaults: dict[str, Any] = {"files": _FILES, "read": read_tsv, "labels": BINARY, "preprocess": preprocess}
     flatten = partial(_flatten, {**texts, "label": label})

@@ -1,4 +1,4 @@
-"""Tasks of benchmarks: their official files, or the hub's copy, as rows."""
+"""Tasks of benchmarks: their official files, or the Hub's copy, as rows."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,37 +33,37 @@ def read_table(path: Path) -> Iterable[Row]:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Official:
-    """Reads a task's labeled splits from the benchmark's folder, or without one from the hub.
+    """Reads a task's labeled splits from the benchmark's folder, or without one from the Hub.
 
-    Both give the same rows: `flatten` converts a file's rows to the hub's columns, and `preprocess` converts those to
+    Both give the same rows: `flatten` converts a file's rows to the Hub's columns, and `preprocess` converts those to
     the columns of the templates.
     """
 
     folder: str
     """The task's folder in the benchmark's, as published."""
     hub: str
-    """The dataset on the hub."""
+    """The dataset on the Hub."""
     config: str
     """The task's configuration of that dataset."""
     labels: tuple[Any, ...] = ()
-    """The files' labels for the hub's 0, 1, ...; empty if the hub's labels are not class indices."""
+    """The files' labels for the Hub's 0, 1, ...; empty if the Hub's labels are not class indices."""
     files: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: TRAIN_AND_VALIDATION, hash=False)
     """The possible names of each split's file."""
     hub_splits: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """The hub's names of splits, where they differ."""
+    """The Hub's names of splits, where they differ."""
     read: Callable[[Path], Iterable[Row]] = read_table
     """Reads a file."""
     flatten: Callable[[Row], Rows] = unchanged
-    """Converts a row of a file to rows with the hub's columns."""
+    """Converts a row of a file to rows with the Hub's columns."""
     preprocess: Callable[[Row], Rows] = unchanged
-    """Converts a row with the hub's columns to rows with the templates' columns."""
+    """Converts a row with the Hub's columns to rows with the templates' columns."""
 
     def __call__(self, task: Task, folder: Path | None) -> Mapping[str, Any]:
         """Read the rows, by split.
 
         Raises:
             FileNotFoundError: the folder lacks a file.
-            ConnectionError: `folder` is None and the hub is out of reach.
+            ConnectionError: `folder` is None and the Hub is out of reach.
             ValueError: a row is not in the official format.
         """
         from datasets import Dataset
@@ -99,7 +99,7 @@ class Official:
         except (OSError, ValueError, RuntimeError) as error:
             reason = first_line(error)
             raise ConnectionError(
-                f"the {split} rows of {self.config} cannot be loaded from the hub's {self.hub} ({reason}); "
+                f"the {split} rows of {self.config} cannot be loaded from the Hub's {self.hub} ({reason}); "
                 f"give the official folder that holds {self.folder} as --data FOLDER"
             ) from None
         return (unchanged({**row, "label": self.labels[row["label"]]} if self.labels else row) for row in rows)

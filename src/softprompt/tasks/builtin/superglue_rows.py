@@ -50,7 +50,7 @@ def flatten_record(row: Row) -> Rows:
 
 
 def preprocess_record(row: Row) -> Rows:
-    """Remove duplicate entities and answers, sort them as on the hub, and turn highlights into sentences."""
+    """Remove duplicate entities and answers, sort them as on the Hub, and turn highlights into sentences."""
     entities = sorted(set(row["entities"]))
     yield {
         "passage": row["passage"],

@@ -1,4 +1,4 @@
-"""Image tasks: rows from a folder of class folders, a table of paths, or a hub dataset."""
+"""Image tasks: rows from a folder of class folders, a table of paths, or a Hub dataset."""
 
 import dataclasses
 import random
@@ -24,7 +24,7 @@ from softprompt.types import Augment
 IMAGE, LABEL = "image", "label"
 """The columns of rows that are read from a folder."""
 _SPLITS = {"train": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev", "test": "test"}
-"""The split that each name of a folder or of a hub split means."""
+"""The split that each name of a folder or of a Hub split means."""
 
 
 def folder_task(folder: Path) -> Task:
@@ -52,7 +52,7 @@ def image_words(train: str, label: str) -> dict[str, str]:
 
 
 def hub_words(repository: str, label: str) -> dict[str, str]:
-    """Label words equal to the class names of a hub dataset, in the order of its `ClassLabel` if it has one."""
+    """Label words equal to the class names of a Hub dataset, in the order of its `ClassLabel` if it has one."""
     splits = _load_hub(repository)
     column = splits[next(iter(splits))].features.get(label)
     if isinstance(column, datasets.ClassLabel):

@@ -105,7 +105,7 @@ def splits(task: Task, data: str | None = None, seed: int = 0, protocol: Protoco
 def load_test_split(task: Task, data: str, split: str | None = None) -> Splits | None:
     """Load all rows of a file as a test split; None if `data` is a benchmark's official folder.
 
-    For an image task `data` may be a folder of class folders too. If it is a folder or a hub dataset with splits, one
+    For an image task `data` may be a folder of class folders too. If it is a folder or a Hub dataset with splits, one
     of them is loaded: `split`, or `test`. The group column is not read, as nothing is split.
 
     Raises:
