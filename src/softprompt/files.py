@@ -95,12 +95,16 @@ def _name_fault(name: str) -> str:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield the path of a draft next to `path`, which replaces `path` if the block succeeds and is removed otherwise.
 
-    The draft may be a file or a folder. A folder only replaces a path that does not exist or is an empty folder. File
-    permissions are those of any new file of this process, whatever library wrote the draft.
+    A link stays, and what it points to is replaced. The draft may be a file or a folder. A folder only replaces a path
+    that does not exist or is an empty folder. File permissions are those of any new file of this process, whatever
+    library wrote the draft.
 
     Raises:
-        OSError: the disk is full, or `path` cannot be written; nothing is left there.
+        OSError: the disk is full, or `path` cannot be written; nothing is left there. Or it is a device or a pipe.
     """
+    path = Path(os.path.realpath(path))
+    if _is_special(path):
+        raise OSError(f"{path} is a device or a pipe, which a file cannot replace; give the path of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(_draft_name(path.name))
     try:
@@ -188,9 +192,17 @@ def _usual_mode(probe: Path) -> int:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically, in UTF-8."""
+    """Write `text` to `path` in UTF-8: atomically into a file, and straight into a device or a pipe."""
+    if _is_special(path):
+        path.write_text(text, encoding="utf-8")
+        return
     with atomic_write(path) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+def _is_special(path: Path) -> bool:
+    """Whether `path` exists and is neither a file nor a folder."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _sync(path: Path) -> None:

@@ -110,3 +110,26 @@ def test_every_file_is_as_readable_as_the_umask_says(mask: int, mode: int, tmp_p
         assert stat.S_IMODE(file.stat().st_mode) == mode, file
     assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~mask
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real.jsonl").write_text("old")
+    for link, target in (("link.jsonl", "real.jsonl"), ("to-nothing.jsonl", "new.jsonl")):
+        (tmp_path / link).symlink_to(target)
+        files.write_text(tmp_path / link, "new")
+        assert (tmp_path / link).is_symlink()
+        assert (tmp_path / target).read_text() == "new"
+
+
+def test_pipe_is_written_to_and_never_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        files.write_text(pipe, "rows\n")
+        assert os.read(reader, 100) == b"rows\n"
+    finally:
+        os.close(reader)
+    with pytest.raises(OSError, match="is a device or a pipe, which a file cannot replace; give the path of a file"):
+        files.write_tensors(pipe, {"a": torch.zeros(1)})
+    assert stat.S_ISFIFO(pipe.stat().st_mode)

@@ -9,15 +9,18 @@ import datasets
 import numpy as np
 import pandas
 import pytest
+import torch
 
 import softprompt
 from softprompt.backbones import Backbone
 from softprompt.config import Experiment, TrainingConfig
 from softprompt.evaluation.evaluate import evaluate
-from softprompt.evaluation.predict import predict
+from softprompt.evaluation.predict import answer, predict
+from softprompt.models import attach
+from softprompt.prompts import Folded
 from softprompt.prompts.plain import Plain
 from softprompt.runs import Run
-from softprompt.tasks import Task
+from softprompt.tasks import Example, Task
 
 TEXTS = ["a fine film", "poor", "the text is fine"]
 ROWS = [{"text": text} for text in TEXTS]
@@ -126,3 +129,16 @@ def test_numpy_cell_renders_as_its_number() -> None:
     cells: dict[str, Any] = {"true": np.bool_(True), "1": np.int64(1), "0.5": np.float64(0.5)}
     assert {text: task.render({"a": cell}) for text, cell in cells.items()} == {text: text for text in cells}
     assert task.answer({"y": np.bool_(True)}) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_row_without_finite_logits_is_refused_and_not_the_first_label(
+    name: str, tiny_backbone: Callable[[str], Backbone]
+) -> None:
+    prompted = attach(tiny_backbone(name), Folded(torch.full((2, 32), torch.nan)))
+    examples = [Example((5, 6, 7), (), None, 0, where="row 4 of rows.csv"), Example((9, 6, 7, 8), (), None, 1)]
+    labels = Task(name="x", template="{text}", label="label", label_words={"neg": "no", "pos": "yes"})
+    text = Task(name="y", template="{text}", target="a", metrics=("exact_match",))
+    for task in (labels, text):
+        with pytest.raises(ValueError, match=r"row 4 of rows.csv overflows in float32, so it has no answer; use"):
+            answer(prompted, task, examples, max_new_tokens=3)

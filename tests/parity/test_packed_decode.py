@@ -1,9 +1,11 @@
 """Decoding with copies of the weights: the products, and the logits of a model with the dequantized weights."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -182,13 +184,17 @@ def test_float32_copies_are_exact(tiny_backbone: Callable[[str], Backbone]) -> N
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", ["in place", "replaced"])
+@pytest.mark.parametrize("change", ["in place", "replaced", "data in place", "data replaced"])
 def test_changed_weight_is_packed_again(change: str, backbone: Backbone) -> None:
     prompts = [Folded(backbone.host().sample(length, torch.Generator().manual_seed(0))) for length in (4, 2)]
     before = decoded(backbone, prompts)
     projection = backbone.model.model.layers[1].mlp.down_proj
     if change == "in place":
         projection.weight.copy_(-projection.weight)
+    elif change == "data in place":  # as PEFT merges an adapter; torch does not count it
+        projection.weight.data *= -1
+    elif change == "data replaced":
+        projection.weight.data = -projection.weight.data
     else:
         replacement = torch.nn.Parameter(-projection.weight, requires_grad=False)
         for _ in range(projection.weight._version - replacement._version):
@@ -198,6 +204,38 @@ def test_changed_weight_is_packed_again(change: str, backbone: Backbone) -> None
     assert float((after - before).norm() / before.norm()) > 0.1
     expected = reference(backbone, backbone, prompts)
     assert float((after - expected).norm() / expected.norm()) < 0.015
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["auto", "int8"])
+def test_adapter_put_in_after_attach_takes_part(kind: Any, backbone: Backbone) -> None:
+    prompts = [Folded(backbone.host().sample(length, torch.Generator().manual_seed(0))) for length in (4, 2)]
+    packed = backbone.with_decode_weights(kind)
+    before = decoded(packed, prompts)
+    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, backbone.model)
+    after, expected = decoded(packed, prompts), decoded(backbone.with_decode_weights("original"), prompts)
+    assert float((expected - before).norm() / before.norm()) > 0.1
+    assert float((after - expected).norm() / expected.norm()) < 0.03
+
+
+@KINDS
+def test_layers_with_hooks_are_not_quantized(kind: Any, backbone: Backbone) -> None:
+    backbone.model.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, inputs, output: -output)
+    with pytest.raises(ValueError, match=f"decode_weights is '{kind}', and model.layers.1.mlp.down_proj is no plain"):
+        backbone.with_decode_weights(kind)
+    assert backbone.packed is None
+
+
+@torch.no_grad()
+def test_decoding_model_is_copied_pickled_and_cast(backbone: Backbone) -> None:
+    prompts = [Folded(backbone.host().sample(length, torch.Generator().manual_seed(0))) for length in (4, 2)]
+    before = decoded(backbone, prompts)
+    for again in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
+        torch.testing.assert_close(decoded(again, prompts), before)
+    for dtype in (torch.float32, torch.float64):  # float64 has no packed product
+        backbone.model.to(dtype)
+        assert float((decoded(backbone, prompts) - before).norm() / before.norm()) < 0.03
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
 """Each row of a mixed batch gets the answer that it gets alone."""
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from softprompt import open_run, predict
 from softprompt.backbones import load
 from softprompt.models import Sampling, attach
 from softprompt.prompts import SoftPrompt
+from softprompt.prompts.dept import DePT
 from softprompt.serve import Cancelled, Engine, Limits, QueueFull
 from softprompt.serve.engine import encode as serve_encode
 from softprompt.tasks import answer_ids, encode
@@ -265,3 +268,46 @@ def test_prompt_of_another_width_is_rejected(engine_of: EngineOf, prompt_of: Pro
     with pytest.raises(ValueError, match="prompt name"):
         engine.add("../strange", prompt_of(engine.backbone, 0))
     assert engine.prompts == []
+
+
+def test_encoder_decoder_echoes_an_input_alone(engine_of: EngineOf) -> None:
+    engine = engine_of("t5", prompts=1, max_wait=200.0)
+    requests = [engine.generate("p0", "a b", max_new_tokens=tokens) for tokens in (0, 3, 0)]
+    assert [len(request.result(30.0).tokens) for request in requests] == [0, 3, 0]
+
+
+def test_default_length_stays_within_the_limit(engine_of: EngineOf) -> None:
+    engine = engine_of(prompts=1, max_new_tokens=5)
+    assert 1 <= len(engine.generate("p0", "a b").result(30.0).tokens) <= 5
+    with pytest.raises(ValueError, match="max_tokens is 6; it must be from 0 to 5"):
+        engine.generate("p0", "a b", max_new_tokens=6)
+
+
+def test_input_as_wide_as_the_window_is_scored(engine_of: EngineOf) -> None:
+    engine = engine_of("mistral", prompts=0)
+    request = engine.generate("base", [5 + n % 9 for n in range(128)], max_new_tokens=0, logprobs=0, score_input=True)
+    assert request.result(30.0).tokens == ()
+    assert len(request.input_logprobs or ()) == 127
+
+
+def test_answer_beyond_the_prompts_offsets_is_refused_at_once(engine_of: EngineOf) -> None:
+    engine = engine_of(prompts=0)
+    config = DePT(length=3, rank=2, positions=16)
+    engine.add("offsets", config.build(engine.backbone.host(), torch.Generator().manual_seed(0)))
+    ids = list(range(5, 15))
+    with pytest.raises(ValueError, match="its answer have 17 tokens, and prompt 'offsets' has offsets for 16; shorten"):
+        engine.generate("offsets", ids, max_new_tokens=8)
+    assert engine.generate("offsets", ids, max_new_tokens=7).result(30.0)
+
+
+def test_idle_engine_keeps_no_removed_prompt(engine_of: EngineOf, prompt_of: PromptOf) -> None:
+    engine = engine_of(prompts=0)
+    engine.add("short-lived", prompt_of(engine.backbone, 0))
+    entry = weakref.ref(engine.get("short-lived"))
+    engine.classify("short-lived", ["a"], LABELS)[0].result(30.0)
+    engine.remove("short-lived")
+    deadline = time.monotonic() + 10
+    while entry() is not None and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert entry() is None

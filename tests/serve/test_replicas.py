@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,19 @@ def test_every_engine_serves_the_shared_folder(
     assert b"new" not in metrics[1].render()
     with pytest.raises(PermissionError, match="restart without it"):
         store.delete("p0")
+
+
+def test_prompt_from_elsewhere_outlives_a_bad_folder_of_its_name(
+    engine_of: Callable[..., Engine], tmp_path: Path
+) -> None:
+    engine, store = engine_of(prompts=1), PromptStore(tmp_path, shared=True)
+    sync = PromptSync(engine, store, Metrics())
+    (tmp_path / "p0").mkdir()
+    (tmp_path / "p0/adapter_model.safetensors").write_bytes(b"nonsense")
+    sync.poll()
+    shutil.rmtree(tmp_path / "p0")
+    sync.poll()
+    assert "p0" in engine
 
 
 def test_bad_folder_does_not_block_the_others(

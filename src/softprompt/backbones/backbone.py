@@ -168,10 +168,27 @@ class Backbone:
         """`checksum`, computed at the first access and then kept."""
         return self.checksum()
 
-    def checksum(self) -> str:
-        """sha256 over every weight's name, shape and bits; equal before and after training."""
+    def hash_as(self, dtype: torch.dtype) -> str:
+        """`hash` as it would be had these weights been loaded in a narrower dtype; empty where that is not known."""
+        kept = getattr(self.model, "_keep_in_fp32_modules_strict", None)  # which loading would not have rounded
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        floats = {name: tensor for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()}
+        rounded = self.dtype is torch.float32 and dtype.itemsize == 2 and not (self.quantized or kept)
+        if not rounded or floats.keys() - parameters.keys() or any(x.dtype != self.dtype for x in floats.values()):
+            return ""
+        hashes: dict[torch.dtype, str] = self.__dict__.setdefault("_hashes", {})  # kept, as cached properties are
+        return hashes.get(dtype) or hashes.setdefault(dtype, self.checksum(dtype))
+
+    def checksum(self, dtype: torch.dtype | None = None) -> str:
+        """sha256 over every weight's name, shape and bits; equal before and after training.
+
+        Args:
+            dtype: round the weights to it first.
+        """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
+            if dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(dtype)
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             if self.checkpoint is not None and tensor.is_meta:
                 tensor = self.checkpoint.tensor(name).to(tensor.dtype)
@@ -276,8 +293,8 @@ class Backbone:
         weight for `int8`, and 5/8 for `int4`.
 
         Raises:
-            ValueError: the model does not have Llama's layers or is not on a CPU, a layer's size does not fit, or the
-                model's dtype is not bfloat16 (`prepacked`: nor float32).
+            ValueError: the model does not have Llama's layers or is not on a CPU, a layer has an adapter, a hook or a
+                size that does not fit, or the model's dtype is not bfloat16 (`prepacked`: nor float32).
         """
         if decode_weights not in get_args(DecodeWeights):
             raise ValueError(f"decode_weights is {decode_weights!r}; it must be {', '.join(get_args(DecodeWeights))}")
@@ -290,7 +307,7 @@ class Backbone:
                     f"{'float32 or ' if exact else ''}bfloat16 on a CPU that oneDNN supports, so leave it out"
                 )
             if not exact:
-                packed_linear.check_sizes(self.model, decode_weights)
+                packed_linear.check_packable(self.model, decode_weights)
         return dataclasses.replace(self, decode_weights=decode_weights)
 
     @property

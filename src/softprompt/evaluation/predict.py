@@ -1,6 +1,7 @@
 """Predict answers for rows."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,6 +138,10 @@ def _is_file(text: str) -> bool:
         return False
 
 
+_OVERFLOW = -1
+"""Ends the answer of a row whose logits are not finite."""
+
+
 @torch.no_grad()
 def answer(
     prompted: PromptedModel,
@@ -239,6 +244,8 @@ def _classify(
     labels, label_words = list(task.label_words), list(task.label_words.values())
     answers = []
     for example, probs in zip(batch, scores.softmax(-1).tolist(), strict=True):
+        if any(map(math.isnan, probs)):
+            raise _overflow_error(prompted, example)
         best = max(range(len(probs)), key=probs.__getitem__)
         answers.append(
             Answer(
@@ -265,8 +272,11 @@ def _generate(
     ids, mask = inputs.input_ids.to(device), inputs.attention_mask.to(device)
     candidates = answer_ids(task, tokenizer) if task.is_classification else ()
     length = max(map(len, candidates), default=max_new_tokens)
-    steps = prompted.generate(ids, mask, max_new_tokens=length, prompts=prepared, index=index)
+    stop = (_OVERFLOW, *prompted.end_of_sequence())
+    steps = prompted.generate(ids, mask, max_new_tokens=length, stop=stop, prompts=prepared, index=index)
     tokens = torch.stack(list(steps), 1).tolist()
+    if overflown := [example for example, row in zip(batch, tokens, strict=True) if _OVERFLOW in row]:
+        raise _overflow_error(prompted, overflown[0])
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     labels = list(task.label_words)
     answers = []
@@ -277,6 +287,13 @@ def _generate(
             Answer(row=example.row, text=text.strip(), label=labels[match] if match >= 0 else "", index=match)
         )
     return answers
+
+
+def _overflow_error(prompted: PromptedModel, example: Example) -> ValueError:
+    return ValueError(
+        f"{example.where or f'row {example.row + 1}'} overflows in {prompted.backbone.precision}, so it has no answer; "
+        "use another dtype, or train the prompt again"
+    )
 
 
 def pad_id(backbone: Backbone) -> int:

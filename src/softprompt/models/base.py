@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from softprompt.backbones import Backbone
-from softprompt.models.input_checks import check_token_ids, checked_index, checked_mask
+from softprompt.models.input_checks import check_attachment, check_token_ids, checked_index, checked_mask
 from softprompt.models.inputs import (
     Candidates,
     Ids,
@@ -34,8 +34,11 @@ class PromptedModel(nn.Module, ABC):
 
     The backbone is deliberately no submodule: `state_dict`, `parameters`, `train` and `to` concern what is trained.
 
-    Every call takes `prompts` (default: the model's own) and, with several of them, `index`, the prompt of each row.
-    Nothing is remembered between calls, so threads may share a model.
+    Every call takes `input_ids` (or pixels); `attention_mask`, 1 at tokens and 0 at padding on either side (default:
+    no padding); `prompts` (default: the model's own) and, with several of them, `index`, the prompt of each row. A
+    decoder's `labels` have the shape of `input_ids`, are not shifted, and are -100 where there is no loss; an encoder-
+    decoder's are the answer's tokens, a head's one class per row. Arguments that do not fit each other or the model
+    raise a ValueError. Nothing is remembered between calls, so threads may share a model.
 
     Args:
         head: classifies where the backbone has no vocabulary head; trained with the prompt.
@@ -88,24 +91,7 @@ class PromptedModel(nn.Module, ABC):
         prompt_attention: PromptAttention = "full",
     ) -> None:
         super().__init__()
-        name = f"{backbone.source} ({backbone.architecture})"
-        if prompt_position not in self.prompt_positions:
-            raise ValueError(
-                f"prompt_position is {prompt_position!r}, which {name} does not support; use "
-                f"{' or '.join(map(repr, self.prompt_positions))}"
-            )
-        if prompt_attention != "full" and not (self.supports_self_attention and prompt_position == "prefix"):
-            raise ValueError(
-                f"prompt_attention is {prompt_attention!r}, which {name} does not support with prompt_position "
-                f"{prompt_position!r}; use 'full', or an encoder or encoder-decoder with prompt_position 'prefix'"
-            )
-        if head is not None and self.generates:
-            raise ValueError(f"{backbone.source} answers in words and takes no head; leave it out")
-        if head is None and self.needs_head(backbone):
-            raise ValueError(
-                f"{backbone.source} has no vocabulary head to answer with; give a head to train, as in "
-                "attach(backbone, prompt, head=fresh_head(backbone, classes, generator))"
-            )
+        check_attachment(self, backbone, head is not None, prompt_position, prompt_attention)
         self.prompt_position, self.prompt_attention = prompt_position, prompt_attention
         self.backbone = backbone
         self.prompt = prompt
@@ -165,20 +151,10 @@ class PromptedModel(nn.Module, ABC):
         prompts: Prompts = None,
         index: Index = None,
     ) -> Any:
-        """A transformers ModelOutput with `logits` `[batch, seq, vocab]`, and for `labels` also `loss`.
+        """A transformers ModelOutput with `logits` and, for `labels`, `loss`: the mean cross-entropy, float32.
 
-        The prompt's positions have no logits, and a model with a head has `[batch, classes]`. With labels only the
-        columns that predict one are computed. The loss is the mean cross-entropy (float32, natural logarithm).
-
-        Args:
-            attention_mask: 1 at tokens, 0 at padding; none: no padding.
-            labels: for a decoder the shape of `input_ids`, not shifted, -100 where there is no loss; for an
-                encoder-decoder the answer's tokens; for a head the class of each row.
-            prompts: instead of the model's own, several prompts, or `prepare`d ones.
-            index: the prompt of each row, where there are several.
-
-        Raises:
-            ValueError: shapes, mask, ids or index that do not fit, a row that is too long, or no label at all.
+        Logits are `[batch, seq, vocab]` without the prompt's positions, or a head's `[batch, classes]`. With labels,
+        only the columns that predict one are computed.
         """
         inputs = Inputs(input_ids, attention_mask, prompts, index)
         if labels is None:
@@ -196,10 +172,7 @@ class PromptedModel(nn.Module, ABC):
         prompts: Prompts = None,
         index: Index = None,
     ) -> tuple[Float[Tensor, "batch kept classes"], Int[Tensor, "batch kept"]]:
-        """The logits that predict the labels, and the labels; -100 where a row has none in that column.
-
-        Arguments and errors as in `forward`.
-        """
+        """The logits that predict the labels, and the labels; -100 where a row has none in that column."""
         return self._label_logits(Inputs(input_ids, attention_mask, prompts, index), labels)
 
     def losses(
@@ -210,10 +183,7 @@ class PromptedModel(nn.Module, ABC):
         prompts: Prompts = None,
         index: Index = None,
     ) -> Float[Tensor, " batch"]:
-        """Each row's loss, float32: the sum of the cross-entropies at its labels.
-
-        Arguments and errors as in `forward`.
-        """
+        """Each row's loss, float32: the sum of the cross-entropies at its labels."""
         logits, targets = self._label_logits(Inputs(input_ids, attention_mask, prompts, index), labels)
         labeled = targets != -100
         losses = nn.functional.cross_entropy(logits[labeled].float(), targets[labeled], reduction="none")
@@ -227,10 +197,7 @@ class PromptedModel(nn.Module, ABC):
         prompts: Prompts = None,
         index: Index = None,
     ) -> Float[Tensor, "batch candidate"]:
-        """Log-probability (float32, natural logarithm) of each candidate as the answer to each row.
-
-        That of several tokens is the sum over them. Other arguments and errors are as in `forward`.
-        """
+        """Each candidate's log-probability (natural, float32) as the answer to each row: the sum over its tokens."""
         return self._score(Inputs(input_ids, attention_mask, prompts, index), candidates)
 
     def generate(
@@ -245,6 +212,8 @@ class PromptedModel(nn.Module, ABC):
         index: Index = None,
     ) -> Iterator[Int[Tensor, " batch"]]:
         """The next token of every row, step by step; a finished row repeats its stop token.
+
+        A row whose logits are not finite finishes with the first token of `stop`, or -1 where that is empty.
 
         Args:
             sampling: none: greedy.

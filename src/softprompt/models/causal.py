@@ -117,6 +117,13 @@ class Causal(PromptedModel):
         logits = logits[torch.arange(len(padded), device=device), torch.searchsorted(last, lengths - 1)]
         return KVPrefixBatch.from_cache(list(prompts), cache, mask, logits, torch.zeros_like(lengths))
 
+    def prompt_embeddings(self, prompts: Sequence[SoftPrompt]) -> list[Float[Tensor, "_ dim"]]:
+        """See `PromptedModel`; a prompt without vectors is refused, since its rows would take another one's."""
+        vectors = super().prompt_embeddings(prompts)
+        if not all(map(len, vectors)):
+            raise ValueError("a prompt has no vectors; leave it out, and the rows run without a prompt")
+        return vectors
+
     def with_shared_prefix(
         self, prompts: Prompts, prefixes: Sequence[Sequence[int]], index: Index = None
     ) -> PreparedPrompts:
@@ -186,18 +193,18 @@ class Causal(PromptedModel):
     ) -> Iterator[Int[Tensor, " batch"]]:
         ids = inputs.rows
         stop = self.end_of_sequence() if stop is None else stop
-        choose = Chooser(sampling, ids.device)
+        choose = Chooser(sampling, ids.device, overflow=stop[0] if stop else -1)
         with torch.no_grad():
-            state = self.prefill(ids, inputs.mask, inputs.prompts, inputs.prompt_index, room=max_new_tokens)
+            state = self.prefill(ids, inputs.mask, inputs.prompts, inputs.prompt_index, room=max(max_new_tokens - 1, 0))
             done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
             token = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
             ends = torch.tensor(list(stop), dtype=torch.long, device=token.device)
         for step in range(max_new_tokens):
             with torch.no_grad():  # not around the yield: the caller keeps its own grad mode
                 if step:
-                    state = self.decode(state.with_room(min(ROOM, max_new_tokens - step)), token[:, None])
+                    state = self.decode(state.with_room(min(ROOM, max_new_tokens - step)), token[:, None].clamp(min=0))
                 token = torch.where(done, token, choose(state.logits[:, -1]))
-                done = done | torch.isin(token, ends)
+                done = done | torch.isin(token, ends) | (token < 0)
             yield token
             if fsdp.all_done(self.backbone.model, done):
                 return
@@ -212,6 +219,8 @@ class Causal(PromptedModel):
         """
         text = self.text(Inputs(input_ids, attention_mask, prompts, index))
         last = torch.tensor([-1], device=text.ids.device)
+        if self.packed is not None:
+            self.packed.refresh()
         packed = self.packed if self.packed and self.packed.is_exact else None
         return self._read(text, self._resolved(prompts), index, keep=last, room=room, packed=packed)
 

@@ -194,16 +194,12 @@ class EncoderDecoder(PromptedModel):
     def _generate(
         self, inputs: Inputs, max_new_tokens: int, sampling: Sampling, stop: Sequence[int] | None
     ) -> Iterator[Int[Tensor, " batch"]]:
-        """A forced first token is given out like any other.
-
-        A row whose logits are not finite finishes: with the first token of `stop`, or -1 where that is empty.
-        """
+        """A forced first token is given out like any other."""
         ids = inputs.rows
         stop = self.end_of_sequence() if stop is None else stop
         ends = torch.tensor(list(stop), dtype=torch.long, device=ids.device)
         self.check_answer_length(max_new_tokens)
-        overflow = stop[0] if stop else -1
-        choose = Chooser(sampling, ids.device)
+        choose = Chooser(sampling, ids.device, overflow=stop[0] if stop else -1)
         with torch.no_grad():
             encoded = self._encode(inputs)
             done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
@@ -212,11 +208,7 @@ class EncoderDecoder(PromptedModel):
         for step in range(max_new_tokens):
             with torch.no_grad():  # not around the yield: the caller keeps its own grad mode
                 logits = self._decode(encoded, fed)[:, -1]
-                if step < len(self._forced):
-                    new = torch.full_like(token, self._forced[step])
-                else:  # drawing from NaN, the largest of all, would fail; on a GPU together with all that comes after
-                    finite = logits.max(-1).values.isfinite()
-                    new = choose(logits.masked_fill(~finite[:, None], 0.0)).masked_fill(~finite, overflow)
+                new = torch.full_like(token, self._forced[step]) if step < len(self._forced) else choose(logits)
                 token = torch.where(done, token, new)
                 done = done | torch.isin(token, ends) | (token < 0)
             yield token

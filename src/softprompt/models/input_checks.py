@@ -5,6 +5,7 @@ be used at all is checked in `config_checks.py` and `verify.py`.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Int
@@ -12,6 +13,10 @@ from torch import Tensor
 
 from softprompt.backbones import Backbone
 from softprompt.models.inputs import Candidates
+from softprompt.types import PromptAttention, PromptPosition
+
+if TYPE_CHECKING:
+    from softprompt.models.base import PromptedModel
 
 
 def checked_mask(
@@ -20,8 +25,10 @@ def checked_mask(
     """The attention mask as integers; all ones where there is none.
 
     Raises:
-        ValueError: another shape than the ids', values other than 0 and 1, or a row without a token.
+        ValueError: no rows, another shape than the ids', values other than 0 and 1, or a row without a token.
     """
+    if not ids.numel():
+        raise ValueError(f"input_ids is {tuple(ids.shape)}; give at least one row of at least one token")
     if mask is None:
         return torch.ones_like(ids)
     if mask.shape != ids.shape:
@@ -84,4 +91,32 @@ def check_class_count(classes: int, candidates: Candidates) -> None:
         raise ValueError(
             f"the head has {classes} classes and {len(candidates)} candidates are given; use the task that it was "
             "trained for"
+        )
+
+
+def check_attachment(
+    model: "PromptedModel", backbone: Backbone, has_head: bool, position: PromptPosition, attention: PromptAttention
+) -> None:
+    """Refuse a head, or a place or attention of the prompt, that the backbone or its architecture does not support.
+
+    Raises:
+        ValueError: naming the argument and what to use.
+    """
+    name = f"{backbone.source} ({backbone.architecture})"
+    if position not in model.prompt_positions:
+        raise ValueError(
+            f"prompt_position is {position!r}, which {name} does not support; use "
+            f"{' or '.join(map(repr, model.prompt_positions))}"
+        )
+    if attention != "full" and not (model.supports_self_attention and position == "prefix"):
+        raise ValueError(
+            f"prompt_attention is {attention!r}, which {name} does not support with prompt_position "
+            f"{position!r}; use 'full', or an encoder or encoder-decoder with prompt_position 'prefix'"
+        )
+    if has_head and model.generates:
+        raise ValueError(f"{backbone.source} answers in words and takes no head; leave it out")
+    if not has_head and model.needs_head(backbone):
+        raise ValueError(
+            f"{backbone.source} has no vocabulary head to answer with; give a head to train, as in "
+            "attach(backbone, prompt, head=fresh_head(backbone, classes, generator))"
         )

@@ -39,16 +39,25 @@ class Sampling:
 
 @final
 class Chooser:
-    """The next token of each row, greedy or drawn from a seeded generator."""
+    """The next token of each row, greedy or drawn from a seeded generator.
 
-    def __init__(self, sampling: Sampling, device: torch.device) -> None:
-        self._sampling = sampling
+    Args:
+        overflow: the token of a row whose logits are not finite: drawing from NaN, the largest of all, would fail, and
+            on a GPU all that comes after with it.
+    """
+
+    def __init__(self, sampling: Sampling, device: torch.device, overflow: int = -1) -> None:
+        self._sampling, self._overflow = sampling, overflow
         self._generator = torch.Generator(device).manual_seed(sampling.seed)
         self._warpers = [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
         self._warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
 
     def __call__(self, logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
         """One token per row."""
+        finite = logits.max(-1).values.isfinite()
+        return self._choose(logits.masked_fill(~finite[:, None], 0.0)).masked_fill(~finite, self._overflow)
+
+    def _choose(self, logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
         if self._sampling.temperature == 0:
             return logits.argmax(-1)
         # Below this, dividing would overflow to NaN, and any two different logits are far apart already.

@@ -124,15 +124,19 @@ class Run:
         self._check_backbone(backbone)
 
     def _check_backbone(self, backbone: Backbone) -> None:
-        """Check that `backbone` has the run's hidden size and, in the same dtype, its weights."""
+        """Check that `backbone` has the run's hidden size and, as far as its dtype shows, the run's weights."""
         recorded = self.record["backbone"]
         if recorded["dim"] != backbone.dim:
             raise ValueError(
                 f"run {self.folder} was trained on {self.experiment.backbone} (hidden size {recorded['dim']}), and "
                 f"{backbone.source} has hidden size {backbone.dim}; use the backbone it was trained on"
             )
-        same_dtype = recorded["dtype"] == backbone.precision
-        if same_dtype and recorded["hash"] != backbone.hash:
+        if recorded["dtype"] == backbone.precision:
+            found = backbone.hash
+        else:  # weights in a wider dtype, rounded; those in a narrower one do not show what they were rounded from
+            dtype = getattr(torch, recorded["dtype"], None)
+            found = backbone.hash_as(dtype) if isinstance(dtype, torch.dtype) else ""
+        if found and recorded["hash"] != found:
             raise ValueError(
                 f"the weights of {backbone.source} are not those that run {self.folder} was trained on; "
                 "use the backbone it was trained on"
@@ -283,6 +287,8 @@ def open_run(folder: str | Path) -> Run:
     try:
         experiment, task = Experiment.from_json(record["experiment"]), Task.from_json(record["task"])
         backbone = record["backbone"]
+        if not isinstance(record.get("results"), dict | None):
+            raise ValueError(f"results is {record['results']!r}")
         _ = record["data"], backbone["dim"], backbone["hash"], backbone["dtype"], backbone["base"], backbone["note"]
     except KeyError as error:
         raise ValueError(f"{path / RECORD} lacks {error}; it is damaged, train again") from error

@@ -8,9 +8,9 @@ summed in float32, and no weight is written out dequantized. The weights themsel
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Float, Int8, UInt8
@@ -130,26 +130,59 @@ _PACK: Mapping[Kind, Callable[[Tensor], PackedLinear]] = {
 }
 
 
+class _Copy(NamedTuple):
+    """The copy of one or several layers' weights, and what shows that they have changed since."""
+
+    weights: Sequence[Tensor]
+    versions: Sequence[int]
+    """How often torch's operations had changed each weight in place."""
+    pointers: Sequence[int]
+    samples: Sequence[Tensor]
+    """Views of some of each weight's values."""
+    values: Tensor
+    """Those values when the copy was made."""
+    packed: PackedLinear
+
+
 @final
 class PackedWeights:
     """The packed copies of a model's linear layers, each made when it is first used.
 
-    A layer whose weight has been replaced or changed since (in place, by torch's operations) is packed again.
+    A layer whose weight has been replaced, or changed in place by torch's operations, is packed again at its next use.
+    A change that torch does not count (through `.data`, as PEFT merges adapters) is noticed by `refresh`. A layer that
+    has become more than a product (an adapter, a hook) or has another dtype runs by itself, without a copy.
     """
 
     def __init__(self, model: nn.Module, kind: Kind) -> None:
-        """See `check_sizes` for 8 and 4 bits, and `can_prepack`."""
+        """See `check_packable` for 8 and 4 bits, and `can_prepack`."""
         self._head, self.kind = getattr(model, "lm_head", None), kind
-        self._copies = dict[Any, tuple[list[Tensor], list[int], PackedLinear]]()
+        self._dtype = next(model.parameters()).dtype
+        self._copies = dict[Any, _Copy]()
 
     @property
     def is_exact(self) -> bool:
         """Whether the copies hold the same weights."""
         return self.kind == "prepacked"
 
+    def refresh(self) -> None:
+        """Drop the copies whose weights have other values now, judged by a few hundred values of each.
+
+        Call it before a text; it takes about as long as two layers' products of one token.
+        """
+        copies = list(self._copies.items())
+        moved = [layers for layers, copy in copies if [weight.data_ptr() for weight in copy.weights] != copy.pointers]
+        now = torch.cat([sample for _, copy in copies for sample in copy.samples]) if copies else None
+        if now is None or (not moved and torch.equal(now, torch.cat([copy.values for _, copy in copies]))):
+            return
+        for layers, copy in copies:
+            if layers in moved or not torch.equal(torch.cat(list(copy.samples)), copy.values):
+                self._copies.pop(layers, None)  # another thread may have been here
+
     @torch.no_grad()
     def __call__(self, inputs: Float[Tensor, "row in"], *layers: Any) -> Float[Tensor, "row out"]:
         """The outputs of linear layers that read the same inputs, next to each other: one product for all of them."""
+        if not all(_is_product(layer, self._dtype) for layer in layers):
+            return torch.cat([layer(inputs) for layer in layers], 1)
         output = self._copy_of(layers)(inputs)
         offset = 0
         for layer in layers:
@@ -161,12 +194,17 @@ class PackedWeights:
     def _copy_of(self, layers: Any) -> PackedLinear:
         weights = [layer.weight for layer in layers]
         versions = list(map(_version, weights))
-        sources, packed_versions, packed = self._copies.get(layers, (weights, versions, None))
-        unchanged = packed_versions == versions and all(map(operator.is_, sources, weights))
-        if packed is None or not unchanged:
+        copy = self._copies.get(layers)
+        if copy is None or copy.versions != versions or not all(map(operator.is_, copy.weights, weights)):
             packed = _PACK[_kind_of(layers[0], self._head, self.kind)](torch.cat(weights))
-            self._copies[layers] = weights, versions, packed
-        return packed
+            pointers, samples = [weight.data_ptr() for weight in weights], list(map(_sample, weights))
+            copy = _Copy(weights, versions, pointers, samples, torch.cat(samples), packed)
+            self._copies[layers] = copy
+        return copy.packed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the copies, which neither `copy.deepcopy` nor `pickle` can read: they are made again."""
+        return self.__dict__ | {"_copies": {}}
 
 
 def can_prepack(model: nn.Module, dtype: torch.dtype) -> bool:
@@ -181,9 +219,18 @@ def packed_size(model: nn.Module) -> int:
     return sum(linear.weight.nbytes for _, linear in _linears(model))
 
 
-def check_sizes(model: nn.Module, kind: Kind) -> None:
-    """Refuse a model with a linear layer whose size torch's kernel for 8 or 4 bits does not take."""
+def check_packable(model: nn.Module, kind: Kind) -> None:
+    """Refuse a model with a linear layer that torch's kernel for 8 or 4 bits cannot stand for.
+
+    Raises:
+        ValueError: a layer is more than a product, or its size does not fit.
+    """
     for name, linear in _linears(model):
+        if not _is_product(linear, torch.bfloat16):
+            raise ValueError(
+                f"decode_weights is {kind!r}, and {name} is no plain linear layer in bfloat16 (an adapter, or a hook); "
+                "merge the adapter or remove the hook, or leave decode_weights out"
+            )
         bits = _kind_of(linear, getattr(model, "lm_head", None), kind)
         outputs, inputs = linear.weight.shape
         if inputs % _INPUT_MULTIPLE[bits] or outputs % _OUTPUT_MULTIPLE[bits]:
@@ -196,6 +243,13 @@ def check_sizes(model: nn.Module, kind: Kind) -> None:
 def _kind_of(linear: nn.Module, head: nn.Module | None, kind: Kind) -> Kind:
     """The head is packed in 8 bits at least."""
     return "int8" if kind == "int4" and linear is head else kind
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """A view of at most 512 values spread over a matrix, in other columns from row to row."""
+    if not weight.is_contiguous():
+        return weight.detach().diagonal()
+    return weight.detach().view(-1)[:: max(1, weight.numel() // 512) | 1]
 
 
 def _version(weight: Tensor) -> int:

@@ -214,7 +214,8 @@ class BaseEngine(ABC):
         Log-probabilities are the model's own, of natural logarithm: before temperature, bias and penalties.
 
         Args:
-            max_new_tokens: none: the prompt's; 0: none, for an input that is only scored.
+            max_new_tokens: none: the prompt's, or fewer where the engine's limit is lower; 0: none, for an input
+                that is only scored.
             on_token: called in the engine's thread with each token; it must not block.
             logprobs: set the request's `logprobs`, each with this many of the most likely tokens.
             score_input: set its `input_logprobs` too; needs `logprobs`.
@@ -227,9 +228,10 @@ class BaseEngine(ABC):
             QueueFull, EngineClosed: the engine accepts no requests now, or ever again.
         """
         entry = self.get(name)
-        length = entry.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if not 0 <= length <= self.limits.max_new_tokens:
-            raise InvalidParameter("max_tokens", f"is {length}; it must be from 0 to {self.limits.max_new_tokens}")
+        most = self.limits.max_new_tokens
+        length = min(entry.max_new_tokens, most) if max_new_tokens is None else max_new_tokens
+        if not 0 <= length <= most:
+            raise InvalidParameter("max_tokens", f"is {length}; it must be from 0 to {most}")
         ids = encode.completion(self.backbone, entry, text, length, self.limits.max_input_tokens)
         params = GenerateParams(
             max_new_tokens=length,

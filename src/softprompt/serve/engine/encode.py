@@ -190,7 +190,7 @@ def check_generation(backbone: Backbone, params: GenerateParams) -> None:
 
 
 def check_length(backbone: Backbone, entry: PromptEntry, input_tokens: int, answer_tokens: int) -> None:
-    """Check that prompt, input and answer fit the backbone's positions and a decoder's attention window.
+    """Check that prompt, input and answer fit the backbone's positions, a decoder's window and the prompt's offsets.
 
     Args:
         answer_tokens: generated after the input, or in the decoder of an encoder-decoder.
@@ -210,6 +210,13 @@ def check_length(backbone: Backbone, entry: PromptEntry, input_tokens: int, answ
         raise ValueError(
             f"the prompt's {entry.length} positions and {total} for input and answer exceed the {row_limit} of "
             f"{display_name(backbone)}; shorten the input or ask for fewer tokens"
+        )
+    # The answer's last token is never fed.
+    fed = input_tokens + (max(answer_tokens - 1, 0) if architecture.answer_in_sequence else 0)
+    if (offsets := entry.prompt.max_input_length) is not None and fed > offsets:
+        raise ValueError(
+            f"the input and its answer have {fed} tokens, and prompt {entry.name!r} has offsets for {offsets}; shorten "
+            "the input or ask for fewer tokens"
         )
 
 

@@ -56,7 +56,7 @@ class CausalGenerationBatch(GenerationBatch):
         if any(request.generation.score_input for request in requests):
             self._batch, logits = _prefill_scored(decoder, requests)
         else:
-            self._batch, logits = decoder.prefill([kv_row(request) for request in requests], room=1)
+            self._batch, logits = decoder.prefill([kv_row(request) for request in requests], room=_room(requests))
         self._logits: Tensor | None = logits
         self._last_tokens: list[int] = []
         self._partial_tokens: list[int] = []
@@ -178,7 +178,8 @@ class Seq2SeqGenerationBatch(GenerationBatch):
         return self._prompted.generate(
             inputs.input_ids.to(backbone.device),
             inputs.attention_mask.to(backbone.device),
-            max_new_tokens=max(request.generation.max_new_tokens for request in self._started),
+            # An input that is only echoed takes part in one step, whose token it ignores.
+            max_new_tokens=max(1, *(request.generation.max_new_tokens for request in self._started)),
             sampling=self._started[0].generation.sampling,
             stop=(_OVERFLOW,),  # stop tokens are per request, and the engine checks them
             prompts=[entry.prompt for entry in entries],
@@ -194,6 +195,11 @@ def _sampler(request: EngineRequest, device: torch.device) -> Callable[[Float[Te
     choose = Chooser(params.sampling, device)
     adjust = LogitAdjuster(params.logit_bias, params.presence_penalty, params.frequency_penalty, device)
     return lambda logits: choose(adjust(logits, request.tokens))
+
+
+def _room(requests: Sequence[EngineRequest]) -> int:
+    """Columns to leave free: one for the first token that follows, none where every input is only scored."""
+    return int(any(request.generation.max_new_tokens for request in requests))
 
 
 def _prefill_scored(
@@ -215,7 +221,7 @@ def _prefill_scored(
         else kv_row(request)
         for request in requests
     ]
-    batch, logits = decoder.prefill(rows, room=1, visit=score)
+    batch, logits = decoder.prefill(rows, room=_room(requests), visit=score)
     for request, entries in zip(requests, scored, strict=True):
         if any(math.isnan(entry.logprob) for entry in entries):
             raise overflow_error(request)

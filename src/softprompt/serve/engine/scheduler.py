@@ -158,6 +158,7 @@ class Scheduler:
             with torch.no_grad():
                 while self._schedule():
                     self._execute(self._step)
+                    self._step = _Step()  # an idle engine keeps no request, nor its prompt's keys and values
         except BaseException:
             reason = "the engine failed and accepts no more requests; see the service's log, then restart it"
             _log.exception("the engine's thread ended")

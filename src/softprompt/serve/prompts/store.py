@@ -31,11 +31,17 @@ class PromptStore:
 
     Args:
         shared: several processes serve the folder, so only prompts in it can be deleted.
+
+    Raises:
+        NotADirectoryError: `folder` is a file.
     """
 
     def __init__(self, folder: Path, *, shared: bool = False) -> None:
         self.folder, self._shared = folder.expanduser(), shared
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if self.folder.exists():
+            files.check_folder(self.folder, "give a folder for uploaded prompts")
+        self.folder.mkdir(exist_ok=True)
 
     def names(self) -> list[str]:
         """Names of the folders in it that hold a prompt or a run; not checked to be valid prompt names."""
