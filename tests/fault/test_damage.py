@@ -135,6 +135,7 @@ RECORDS: dict[str, Damage] = {
     "deep": lambda file: file.write_text("[" * 200_000),
     "binary": lambda file: file.write_bytes(b"\xff\xfe\x00"),
     "later": edited(lambda values: values.update(format=2)),
+    "results a list": edited(lambda values: values.update(results=[1])),
     "no experiment": edited(lambda values: values.pop("experiment") and None),
     "no task": edited(lambda values: values.pop("task") and None),
     "no backbone": edited(lambda values: values.pop("backbone") and None),

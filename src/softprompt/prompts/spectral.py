@@ -69,10 +69,12 @@ class SpectralPrompt(PromptOnly):
 class Spectral(PromptConfig):
     """`P = U diag(ReLU(s)) V`, `k * (length + dim + 1)` parameters with `k = min(length, dim)`.
 
-    A pilot for DPT: train it, read `rank()`, and continue with `to_dpt()`. ReLU can only switch values off: one that a
-    step carries to zero has no gradient and never recovers. The rank therefore never grows, and part of its fall is
-    the optimizer's noise and not the task; compare the spectrum of `plain` after the same training. For more pressure,
-    set a `threshold`: values start that far above it, and weight decay pulls those that the task does not need below.
+    A pilot for DPT: train it, read its rank (`softprompt rank RUN`), and continue with a DPT of that rank and the same
+    length (`train --init-prompt RUN ... dpt --anchor none --rank R`; in Python `to_dpt()`). ReLU can only switch
+    values off: one that a step carries to zero has no gradient and never recovers. The rank therefore never grows, and
+    part of its fall is the optimizer's noise and not the task; compare the spectrum of `plain` after the same
+    training. For more pressure, set a `threshold`: values start that far above it, and weight decay pulls those that
+    the task does not need below.
     Reference: the pilot study of Xiao et al. 2023, "Decomposed Prompt Tuning via Low-Rank Reparameterization".
     Differs: the study's code was never published, so the start (the SVD of initial vectors, at full rank) is ours; the
     three factors are kept at unit size and a constant carries the product to the host's embedding RMS (`scale=1`

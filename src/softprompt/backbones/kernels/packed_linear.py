@@ -167,7 +167,7 @@ class PackedWeights:
     def refresh(self) -> None:
         """Drop the copies whose weights have other values now, judged by a few hundred values of each.
 
-        Call it before a text; it takes about as long as two layers' products of one token.
+        Call it before a text; it takes about 1 ms for SmolLM2.
         """
         copies = list(self._copies.items())
         moved = [layers for layers, copy in copies if [weight.data_ptr() for weight in copy.weights] != copy.pointers]
