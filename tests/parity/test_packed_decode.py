@@ -94,9 +94,9 @@ def padded(texts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
 
 
-def decoded(backbone: Backbone, prompts: list[Folded]) -> torch.Tensor:
+def decoded(backbone: Backbone, prompts: list[Folded], prompted: Any = None) -> torch.Tensor:
     """The logits of three decode steps, over rows of different lengths and prompts: `[row, step, vocab]`."""
-    prompted = attach(backbone, None)
+    prompted = prompted or attach(backbone, None)
     assert isinstance(prompted, Causal)
     state = prompted.prefill(*padded(TEXTS), prompts=prompted.prepare(prompts), index=torch.tensor([1, 0, 1]))
     steps = []
@@ -210,13 +210,13 @@ def test_changed_weight_is_packed_again(change: str, backbone: Backbone) -> None
 @pytest.mark.parametrize("kind", ["auto", "int8"])
 def test_adapter_put_in_after_attach_takes_part(kind: Any, backbone: Backbone) -> None:
     prompts = [Folded(backbone.host().sample(length, torch.Generator().manual_seed(0))) for length in (4, 2)]
-    packed = backbone.with_decode_weights(kind)
-    before = decoded(packed, prompts)
+    prompted = attach(backbone.with_decode_weights(kind), None)
+    before = decoded(backbone, prompts, prompted)
     config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     peft.inject_adapter_in_model(config, backbone.model)
-    after, expected = decoded(packed, prompts), decoded(backbone.with_decode_weights("original"), prompts)
+    after, expected = decoded(backbone, prompts, prompted), decoded(backbone.with_decode_weights("original"), prompts)
     assert float((expected - before).norm() / before.norm()) > 0.1
-    assert float((after - expected).norm() / expected.norm()) < 0.03
+    assert float((after - expected).norm() / expected.norm()) < (0.1 if kind == "int8" else 0.03)
 
 
 @KINDS
