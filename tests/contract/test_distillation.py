@@ -1,5 +1,6 @@
 """Distilling a context is an ordinary run whose loss is the teacher's distribution."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +18,16 @@ from softprompt import (
     resume,
     train,
 )
-from softprompt.evaluation.evaluate import read_splits
+from softprompt.analysis.rank import gradient_spectra, load_prompts
+from softprompt.analysis.rank.spectrum import Spectrum
+from softprompt.evaluation.evaluate import read_splits, run_splits
+from softprompt.sweep.trial import BackboneCache, run_trial
 from softprompt.tasks import load_task
 from softprompt.training.callbacks import NullCallback
-from softprompt.training.context import make_teacher
-from softprompt.training.distil import distil
+from softprompt.training.context import make_teacher, teacher_of
+from softprompt.training.distil import _task, _write_task, distil
+from softprompt.training.gradients import gradient_on
+from softprompt.training.step import differentiate
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +152,53 @@ def test_settings_without_effect_are_refused(experiment: Experiment, backbone: B
         train(lonely, out=tmp_path, backbone=backbone)
     with pytest.raises(ValueError, match="demonstrations is 1000"):
         train(experiment.replace(demonstrations=1000), out=tmp_path, backbone=backbone)
+
+
+def test_rank_rebuilds_the_start_with_the_teacher(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
+    """The gradient that the prompt starts from is that of the divergence, not of the labels."""
+    settings = TrainingConfig(steps=2, batch_size=8, eval_steps=2)
+    prompt = DPT(length=6, rank=2, factor_init="gradient")
+    run = train(experiment.replace(prompt=prompt, training=settings), out=tmp_path, name="run", backbone=backbone)
+    [loaded] = load_prompts(run.folder)
+    assert loaded.run is not None
+    teacher = teacher_of(run, backbone)
+    rows = run_splits(run).train
+    gradient = gradient_on(run.experiment, run.task, backbone, rows, teacher)(loaded.matrix, 8)
+    by_labels = gradient_on(run.experiment, run.task, backbone, rows)(loaded.matrix, 8)
+    finished = gradient_spectra(run.folder)[-1].spectrum.values
+    assert finished == pytest.approx(Spectrum.of(gradient).values, rel=1e-3, abs=1e-6)
+    assert finished != pytest.approx(Spectrum.of(by_labels).values, rel=0.1, abs=1e-6)
+
+
+def test_sweep_notices_another_context_or_initial_prompt(
+    experiment: Experiment, backbone: Backbone, tmp_path: Path
+) -> None:
+    (tmp_path / "context.md").write_text("a b c")
+    settings = TrainingConfig(steps=1, batch_size=8, eval_steps=1)
+    plain = experiment.replace(demonstrations=0, training=settings)
+    for name, seed in (("first", 0), ("second", 1)):
+        train(plain.replace(seed=seed), out=tmp_path, name=name, backbone=backbone)
+    start = tmp_path / "start"
+    shutil.copytree(tmp_path / "first", start)
+    asked = plain.replace(context=str(tmp_path / "context.md"), init_prompt=str(start))
+
+    def state() -> tuple[str, str]:
+        result = run_trial(asked, tmp_path / "out", BackboneCache(), NullCallback(), differentiate)
+        return result.state, result.problem
+
+    assert state() == ("done", "")
+    assert state() == ("skipped", "")
+    (tmp_path / "context.md").write_text("a b d")
+    assert state()[0] == "failed"
+    assert "the context of" in state()[1]
+    (tmp_path / "context.md").write_text("a b c")
+    shutil.rmtree(start)
+    assert state() == ("skipped", "")  # finished runs stay valid
+    shutil.copytree(tmp_path / "second", start)
+    assert "the init_prompt of" in state()[1]
+
+
+def test_queries_with_an_emoji_make_a_readable_task(tmp_path: Path) -> None:
+    template = "\U0001f600 {q}\x7f\nAnswer:"
+    _write_task(tmp_path, _task(Path("q.csv"), template, ""), [{"q": "a", "answer": "b"}] * 3)
+    assert load_task(str(tmp_path / "task.toml")).template == template

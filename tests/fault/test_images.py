@@ -1,6 +1,7 @@
 """Faulty images are refused in one sentence, before anything is trained or written."""
 
 import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -350,3 +351,12 @@ def test_processor_follows_the_checkpoint(name: str, size: tuple[int, int]) -> N
     image = Image.effect_noise(size, 80).convert("RGB")
     theirs = kind(**values)(image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(ours.pixels(image, 24), theirs, rtol=0, atol=1e-5)
+
+
+def test_table_may_have_boolean_labels(photos: Path, tmp_path: Path) -> None:
+    names = [f"photos/{kind}/{number}.png" for kind in ("cat", "dog") for number in range(10)]
+    lines = [json.dumps({"file": name, "cat": "cat" in name}) for name in names]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines) + "\n")
+    task = load_task(toml(tmp_path, train="list.jsonl", image="file", label="cat"))
+    assert task.label_words == {"false": "false", "true": "true"}
+    assert [task.answer(row) for row in splits(task).train][:2] in ([0, 1], [1, 0], [0, 0], [1, 1])

@@ -240,3 +240,30 @@ def test_resume_refuses_changed_rows_or_weights(
     weights[-1] ^= 1
     (model / "model.safetensors").write_bytes(bytes(weights))
     assert_same_losses(resume(tmp_path / "run"), uninterrupted)
+
+
+def test_damaged_checkpoint_or_metrics_is_one_sentence(
+    uninterrupted: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NullCallback, "on_step", interrupt_at(4))
+    with pytest.raises(Interrupted):
+        train(uninterrupted.experiment, out=tmp_path, name="run")
+    monkeypatch.undo()
+    folder = tmp_path / "run"
+    last = max((folder / "checkpoints").iterdir())
+    state, metrics = (last / "trainer_state.json").read_text(), (folder / "metrics.jsonl").read_bytes()
+    advice = "remove its folder to resume from the checkpoint before it"
+    (last / "trainer_state.json").write_text(json.dumps({**json.loads(state), "best": "high"}))
+    with pytest.raises(ValueError, match=f"which should be numbers; it is damaged, {advice}"):
+        resume(folder)
+    (last / "trainer_state.json").write_text(state)
+    prompt = (last / "prompt.safetensors").read_bytes()
+    (last / "prompt.safetensors").write_bytes(prompt[:20])
+    with pytest.raises(ValueError, match=f"prompt.safetensors is not a complete safetensors file .*; {advice}"):
+        resume(folder)
+    (last / "prompt.safetensors").write_bytes(prompt)
+    (folder / "metrics.jsonl").write_bytes(b'{"loss": 1}\n\xff\n' + metrics)
+    with pytest.raises(ValueError, match=r"line 1 of .*metrics.jsonl is damaged; take it out"):
+        resume(folder)
+    (folder / "metrics.jsonl").write_bytes(metrics)
+    assert_same_losses(resume(folder), uninterrupted)

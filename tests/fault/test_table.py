@@ -157,6 +157,7 @@ def test_label_without_rows_is_a_warning(folder: Folder) -> None:
         (TASK.replace("train =", "dev ="), "has no 'train'; add the line train"),
         (TASK.replace("template =", "description ="), "has no 'template'"),
         (TASK.replace('"queue"', '"que"'), "has no column 'que' for the label; it has 'text', 'queue', 'customer'"),
+        (TASK.replace("{text}", "{text} {queue}"), "has the column 'queue', which is the answer; take it out"),
         (TASK.replace("{text}", "{txt}"), "has no column 'txt', which task 'support' reads; it has 'text', 'queue'"),
         (TASK.replace("{text}", "{text.x}"), "has no column 'text.x', which task 'support' reads; it has 'text',"),
         (
@@ -278,3 +279,9 @@ def test_too_few_rows_to_split_are_refused(folder: Folder) -> None:
 def test_faulty_file_among_several_is_named(folder: Folder) -> None:
     dev = folder.train("text,queue\na,BILLING\nb,LEGAL\n", "dev.csv")
     assert f"row 2 of {dev} has the label 'LEGAL'" in folder.error(TASK + 'dev = "dev.csv"')
+
+
+def test_whole_floats_beside_integers_are_the_same_labels(folder: Folder) -> None:
+    lines = [{"text": f"ticket {n}", "queue": n % 2 if n % 3 else float(n % 2)} for n in range(40)]
+    folder.train("\n".join(map(json.dumps, lines)), "train.jsonl")
+    assert load_task(folder.task(TASK.replace("train.csv", "train.jsonl"))).label_words == {"0": "0", "1": "1"}

@@ -59,3 +59,11 @@ def test_drop_of_texts() -> None:
     assert result.significant
     with pytest.raises(ValueError, match="8 rows and 1; compare answers to the same rows"):
         drop(metric, labels(["a"] * 8, golds), labels(["a"], golds[:1]))
+
+
+def test_single_row_has_two_orders() -> None:
+    golds = [1]
+    lost = drop(METRICS["accuracy"], labels([1], golds), labels([0], golds))
+    assert (lost.value, lost.p_value) == (1.0, 0.5)
+    gained = drop(METRICS["accuracy"], labels([0], golds), labels([1], golds))
+    assert (gained.value, gained.p_value) == (-1.0, 1.0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from softprompt import Backbone, Experiment, Plain, Run, TrainingConfig, attach, open_run, train
 from softprompt.evaluation.evaluate import read_splits
 from softprompt.prompts import Folded
+from softprompt.runs import build_prompted_model
 from softprompt.tasks import Example, Task, answer_ids, encode, load_task, schedule
 from softprompt.training.concurrent import run_concurrently
 from softprompt.training.distributed import DistributedGroup
@@ -223,3 +224,16 @@ def test_text_targets_ignore_vocabulary_weight(llama_folder: Path, ticket_task: 
         one = experiment_of(llama_folder, file, vocabulary_weight=weight, max_new_tokens=2, dev_rows=4, test_rows=4)
         losses.append([line["loss"] for line in train(one, out=tmp_path / "runs").metrics()])
     assert losses[0] == losses[1] == losses[2]
+
+
+def test_deep_and_shallow_prompts_share_no_pass(
+    llama_folder: Path, ticket_task: Path, tiny_backbone: MakeBackbone
+) -> None:
+    backbone, task = tiny_backbone("llama"), load_task(str(ticket_task))
+
+    def kind(depth: Any) -> Any:
+        one = experiment_of(llama_folder, ticket_task).replace(depth=depth)
+        prompted = build_prompted_model(one, task, backbone, initialize=True)
+        return TrainingStep(prompted, one, task, DistributedGroup(cpu=True)).sharing_key
+
+    assert kind("shallow") == kind("shallow") != kind("deep") == kind("deep")

@@ -302,3 +302,25 @@ def test_distilled_prompts_have_a_table_beside_their_teacher(write: Write, tmp_p
 def test_runs_without_a_teacher_have_no_distillation_table(write: Write, tmp_path: Path) -> None:
     write()
     assert tables.distillation(make_grid(tmp_path)) is None
+
+
+def test_seeds_scored_on_other_rows_are_not_compared(write: Write, tmp_path: Path) -> None:
+    for seed in range(3):
+        write(test=0.6, seed=seed)
+        write(test=0.7 + 0.01 * seed, seed=seed, prompt=Plain(length=6), n_test=100 if seed else 30)
+    [difference] = differences(make_grid(tmp_path), "dpt")
+    assert (difference.seeds, difference.other_rows) == ((1, 2), (0,))
+    assert difference.mean == pytest.approx(0.115)
+    assert (
+        "other test rows than the reference: seeds of plain on rte" in tables.comparison([difference], "dpt").notes[-1]
+    )
+
+
+def test_no_seed_with_the_same_rows_has_no_difference(write: Write, tmp_path: Path) -> None:
+    write(test=0.6)
+    folder = write(test=0.7, prompt=Plain(length=6))
+    record = json.loads((folder / "softprompt.json").read_text())
+    (folder / "softprompt.json").write_text(json.dumps({**record, "data": "other rows"}))
+    [difference] = differences(make_grid(tmp_path), "dpt")
+    assert (difference.mean, difference.verdict) == (None, "other rows")
+    assert tables.comparison([difference], "dpt").rows[0][2] == ""

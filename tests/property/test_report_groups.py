@@ -168,3 +168,13 @@ def test_duplicate_run_counts_once(write: Write, tmp_path: Path) -> None:
     assert [result.name for result in merged.results] == ["early"]
     assert skipped.folder == str(tmp_path / "runs" / "late")
     assert "early" in skipped.reason
+
+
+@pytest.mark.parametrize("name", ["context", "init_prompt"])
+def test_files_with_other_contents_at_one_path_make_other_rows(name: str, write: Write, tmp_path: Path) -> None:
+    for seed, contents in enumerate(("ab" * 32, "cd" * 32)):
+        folder = write(test=0.5, seed=seed)
+        record = json.loads((folder / "softprompt.json").read_text())
+        record[name] = contents
+        (folder / "softprompt.json").write_text(json.dumps(record))
+    assert sorted(labels(tmp_path)) == [f"dpt {name}_hash=abababab", f"dpt {name}_hash=cdcdcdcd"]

@@ -342,3 +342,16 @@ def test_study_file_has_its_number_of_experiments(name: str, count: int, tmp_pat
         (tmp_path / folder).mkdir()
     expanded = read(ROOT / f"docs/results/study/{name}.toml", tmp_path).experiments
     assert len({experiment.hash for experiment in expanded}) == len(expanded) == count
+
+
+def test_context_starts_from_the_file(ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rules.md").write_text("a b c")
+    (tmp_path / "sweep.toml").write_text(f'task = "{ticket_task}"\ncontext = "rules.md"')
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/rules.md").write_text("another text")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    [experiment] = read(tmp_path / "sweep.toml").experiments
+    assert experiment.context == str(tmp_path / "rules.md")
+    (tmp_path / "rules.md").unlink()
+    with pytest.raises(FileNotFoundError, match=r"sweep.toml: context is 'rules.md', and .* has no such file"):
+        read(tmp_path / "sweep.toml")

@@ -82,13 +82,15 @@ def drop(metric: Callable[[Answers], float], before: Answers, after: Answers, se
 
     options = {"n_resamples": RESAMPLES, "batch": _BATCH, "vectorized": False, "rng": np.random.default_rng(seed)}
     # Under the null hypothesis, each unit's pair of answers is exchangeable: 0 is its own order, 1 the swapped one.
-    pairs = np.zeros(count), np.ones(count)
-    test = stats.permutation_test(pairs, swapped_drop, permutation_type="samples", alternative="greater", **options)
     low = high = value
-    if count > 1:  # a single unit has a single resample
+    p_value = 0.5 if value > 0 else 1.0  # of a single unit, which has two orders and one resample
+    if count > 1:
+        pairs = np.zeros(count), np.ones(count)
+        test = stats.permutation_test(pairs, swapped_drop, permutation_type="samples", alternative="greater", **options)
+        p_value = float(test.pvalue)
         interval = stats.bootstrap((np.arange(count),), resampled_drop, method="percentile", **options)
         low, high = interval.confidence_interval
-    return Drop(value=value, ci_low=float(low), ci_high=float(high), p_value=float(test.pvalue))
+    return Drop(value=value, ci_low=float(low), ci_high=float(high), p_value=p_value)
 
 
 def _column(values: Column) -> Shaped[np.ndarray, "row"]:

@@ -64,14 +64,19 @@ class Host:
         return self.embedding[ordinary[draws[:count]]].float()
 
     def embed(self, text: str, count: int) -> Float[Tensor, "count dim"]:
-        """The vectors of `text`'s tokens, float32, repeated or cut to `count` of them.
+        """The vectors of `text`'s tokens, float32, repeated to `count` of them.
 
         Raises:
-            ValueError: `text` has no tokens.
+            ValueError: `text` has no tokens, or more than `count`.
         """
         ids = self.encode(text)
         if not ids:
             raise ValueError(f"initial text {text!r} has no tokens; give at least one word")
+        if len(ids) > count:
+            raise ValueError(
+                f"the initial text {text[:60]!r} has {len(ids)} tokens and the prompt a length of {count}, so its end "
+                "would be lost; raise the length, or shorten the text"
+            )
         return self.embedding[torch.tensor((ids * -(-count // len(ids)))[:count])].float()
 
 

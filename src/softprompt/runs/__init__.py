@@ -13,12 +13,14 @@ from softprompt.runs.run import (
     Run,
     build_prompt,
     build_prompted_model,
+    init_prompt_hash,
     json_line,
     list_runs,
     open_run,
     prompt_kind,
     read_prompt,
     run_folders,
+    text_hash,
 )
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "check_has_own_task",
     "check_new_run",
     "create",
+    "init_prompt_hash",
     "json_line",
     "list_runs",
     "open_peft_prompt",
@@ -44,5 +47,6 @@ __all__ = [
     "read_prompt",
     "resolve_prompt",
     "run_folders",
+    "text_hash",
     "versions",
 ]

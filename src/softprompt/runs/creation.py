@@ -12,7 +12,7 @@ from pathlib import Path
 from softprompt import __version__, files
 from softprompt.backbones import Backbone
 from softprompt.config import Experiment
-from softprompt.runs.run import CONTEXT, FORMAT, RECORD, Run, text_hash
+from softprompt.runs.run import CONTEXT, FORMAT, RECORD, Run, init_prompt_hash, text_hash
 from softprompt.tasks import Task
 
 _NAME_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EACCES)
@@ -49,6 +49,7 @@ def create(
         "task": task.to_json(),
         "data": data,
         "context": text_hash(context) if context else None,
+        "init_prompt": init_prompt_hash(experiment),
         "backbone": {
             "base": backbone.base,
             "dim": backbone.dim,

@@ -156,13 +156,22 @@ class Run:
         return [json.loads(line) for line in (self.folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines of metrics.jsonl, without a last line that a killed process left incomplete."""
+        """The lines of metrics.jsonl, without a last line that a killed process left incomplete.
+
+        Raises:
+            ValueError: another line is damaged.
+        """
         path = self.folder / METRICS
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        for number, line in enumerate(lines, start=1):
             try:
-                yield json.loads(line)
+                values = json.loads(line)
             except json.JSONDecodeError:
-                return
+                values = None
+            if isinstance(values, dict) and "step" in values:
+                yield values
+            elif number < len(lines):
+                raise ValueError(f"line {number} of {path} is damaged; take it out")
 
     @property
     def context(self) -> str:
@@ -339,6 +348,19 @@ def read_prompt(folder: str | Path, backbone: Backbone) -> SoftPrompt:
     if prompt_kind(path) == "run":
         return open_run(path).prompt(backbone)
     return read_peft_folder(path).prompt(backbone)
+
+
+def init_prompt_hash(experiment: Experiment) -> str | None:
+    """The sha256 of the tensors that `init_prompt` names now; None without one.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: as `prompt_kind`.
+    """
+    if experiment.init_prompt is None:
+        return None
+    folder = local_folder(experiment.init_prompt)
+    file = folder / (TENSORS if prompt_kind(folder) == "run" else WEIGHTS)
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def json_line(values: Mapping[str, Any]) -> str:

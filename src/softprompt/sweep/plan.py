@@ -252,10 +252,12 @@ def _build(method: _Method, values: Mapping[str, Any]) -> Experiment:
 def _with_absolute_paths(experiment: Experiment, folder: Path, data_folder: Path, source: str) -> Experiment:
     """The experiment with absolute paths: the file's paths start from its `folder`, its data from `data_folder`."""
     changes: dict[str, Any] = {}
-    for name in ("backbone", "task", "init_prompt"):
+    for name in ("backbone", "task", "context", "init_prompt"):
         value = getattr(experiment, name)
         if value and value not in ASSETS and value.partition(":")[0] not in TASKS and (folder / value).exists():
             changes[name] = str((folder / value).resolve())
+    if experiment.context is not None and "context" not in changes:
+        raise FileNotFoundError(f"{source}: context is {experiment.context!r}, and {folder} has no such file")
     init_prompt = changes.get("init_prompt", experiment.init_prompt)
     if init_prompt is not None and not is_hub_prompt(init_prompt):
         try:

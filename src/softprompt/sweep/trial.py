@@ -12,9 +12,10 @@ from softprompt.backbones import Backbone, load
 from softprompt.config import Experiment
 from softprompt.evaluation.evaluate import read_splits
 from softprompt.files import one_line
-from softprompt.runs import RECORD, Run, open_run
+from softprompt.runs import RECORD, Run, init_prompt_hash, open_run, text_hash
 from softprompt.tasks import Task, load_task
 from softprompt.training.callbacks import Interrupted, TrainingCallback
+from softprompt.training.context import read_context
 from softprompt.training.step import Differentiate
 from softprompt.training.trainer import resume, train
 from softprompt.types import Dtype
@@ -148,7 +149,7 @@ def run_trial(
 
 
 def _check_unchanged(run: Run, cache: BackboneCache, callback: TrainingCallback) -> None:
-    """Check that task and rows are still those of the run: its hash covers only the paths of their files.
+    """Check that task, rows, context and initial prompt are still the run's: its hash covers only their paths.
 
     Raises:
         ValueError: they have changed.
@@ -159,6 +160,31 @@ def _check_unchanged(run: Run, cache: BackboneCache, callback: TrainingCallback)
             f"the task or the rows of {run.folder} have changed since it was trained; move it away, or choose another "
             "--out"
         )
+    for name, now in (("context", _context_hash(run)), ("init_prompt", _init_prompt_hash(run))):
+        if now is not None and now != run.record.get(name):
+            raise ValueError(
+                f"the {name} of {run.folder} has changed since it was trained; move it away, or choose another --out"
+            )
+
+
+def _context_hash(run: Run) -> str | None:
+    """The hash of the run's context as its file and rows are now; None without one, or where it is gone."""
+    if run.experiment.context is None:
+        return None
+    try:
+        count = run.experiment.demonstrations
+        demonstrations = read_splits(run.experiment, run.task).demonstrations if count else ""
+        return text_hash(read_context(run.experiment, demonstrations))
+    except FileNotFoundError:  # finished runs stay valid
+        return None
+
+
+def _init_prompt_hash(run: Run) -> str | None:
+    """The hash of the prompt that the run started from, as it is now; None without one, or where it is gone."""
+    try:
+        return init_prompt_hash(run.experiment)
+    except OSError:
+        return None
 
 
 def start_run(

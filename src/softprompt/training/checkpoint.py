@@ -80,13 +80,17 @@ def load(run: Path, step: int) -> Checkpoint:
         FileNotFoundError, ValueError: a missing or damaged file, by name.
     """
     folder = folder_of(run, step)
-    parts = {part: files.read_tensors(folder / f"{part}.safetensors") for part in _PARTS}
+    parts = {part: files.read_tensors(folder / f"{part}.safetensors", _ADVICE) for part in _PARTS}
     file = folder / "trainer_state.json"
-    values = files.read_json(file)
+    values = files.read_json(file, _ADVICE)
     if values.get("step") != step:
         raise ValueError(f"{file} is not of step {step}; it was swapped or damaged, {_ADVICE}")
     if values.keys() != {field.name for field in fields(TrainerState)}:
-        raise ValueError(f"{file} holds {sorted(values)}; it is damaged, train again")
+        raise ValueError(f"{file} holds {sorted(values)}; it is damaged, {_ADVICE}")
+    if not all(isinstance(value, int | float) for value in values.values()):
+        raise ValueError(f"{file} holds {values}, which should be numbers; it is damaged, {_ADVICE}")
+    if values["best_step"] and not parts["best"]:
+        raise ValueError(f"{folder / 'best.safetensors'} is empty, and step {values['best_step']} was best; {_ADVICE}")
     return Checkpoint(trainer_state=TrainerState(**values), **parts)
 
 

@@ -10,6 +10,7 @@ from softprompt.backbones import Backbone
 from softprompt.config import Experiment
 from softprompt.models import PromptedModel, attach, model_class
 from softprompt.models.teacher import Teacher
+from softprompt.runs import Run
 from softprompt.tasks import SEPARATOR, Example, Task, check_context_layout, encode_context, encode_system_message
 
 
@@ -34,6 +35,15 @@ def read_context(experiment: Experiment, demonstrations: str = "") -> str:
             raise ValueError(f"{experiment.context} has no text; give a context that says something")
         texts.insert(0, text)
     return SEPARATOR.join(texts)
+
+
+def teacher_of(run: Run, backbone: Backbone) -> Teacher | None:
+    """The teacher of a distilled run; None for another one.
+
+    Raises:
+        ValueError: as `Run.context` and `make_teacher` raise.
+    """
+    return make_teacher(run.context, backbone, run.task) if run.context else None
 
 
 def make_teacher(context: str, backbone: Backbone, task: Task) -> Teacher:

@@ -186,5 +186,6 @@ def _write_task(folder: Path, task: Task, rows: Sequence[Mapping[str, Any]]) -> 
     for key in ("messages", "assistant_turns") if task.messages else ("template", "target"):
         lines[key] = getattr(task, key)
     lines["metrics"] = list(task.metrics)
-    # A JSON string or list of strings is a TOML one too.
-    files.write_text(folder / "task.toml", "".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items()))
+    # A JSON string or list of strings is a TOML one too, but for the halves of escaped emojis and a bare DEL.
+    texts = {key: json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") for key, value in lines.items()}
+    files.write_text(folder / "task.toml", "".join(f"{key} = {text}\n" for key, text in texts.items()))

@@ -35,7 +35,7 @@ from softprompt.tasks import (
 )
 from softprompt.training import checkpoint
 from softprompt.training.callbacks import TrainingCallback
-from softprompt.training.context import check_after_context, make_teacher, read_context
+from softprompt.training.context import check_after_context, make_teacher, read_context, teacher_of
 from softprompt.training.distributed import DistributedGroup
 from softprompt.training.gradients import gradient_on
 from softprompt.types import Dtype
@@ -130,7 +130,7 @@ def resume_run(run: Run, backbone: Backbone | str | Path | None, callback: Train
         )
     backbone = with_sample_images(backbone, experiment, run.task, rows)
     context = run.context
-    teacher = make_teacher(context, backbone, run.task) if context else None
+    teacher = teacher_of(run, backbone)
     gradient = gradient_on(experiment, run.task, backbone, rows.train, teacher)
     prompted = runs.build_prompted_model(
         experiment, run.task, backbone, initialize=not checkpoint.steps(run.folder), gradient=gradient

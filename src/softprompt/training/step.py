@@ -147,6 +147,7 @@ class TrainingStep:
             id(prompted.backbone.model),
             prompted.prompt_position,
             prompted.prompt_attention,
+            prompted.prompt.num_matrices,
             self.objective.sharing_key,
             self.settings.gradient_checkpointing,
         )

@@ -12,12 +12,14 @@ from softprompt import runs
 from softprompt.analysis.rank.loaded_prompt import load_prompts
 from softprompt.analysis.rank.spectrum import Spectrum
 from softprompt.assets.hub import local_folder
-from softprompt.backbones import Backbone, load
+from softprompt.backbones import load
 from softprompt.config import Experiment
-from softprompt.evaluation.evaluate import read_splits
+from softprompt.evaluation.evaluate import read_splits, run_splits
 from softprompt.prompts.plain import Plain
-from softprompt.tasks import Task, load_task
+from softprompt.runs import Gradient
+from softprompt.tasks import load_task
 from softprompt.training.callbacks import NullCallback, TrainingCallback
+from softprompt.training.context import teacher_of
 from softprompt.training.gradients import gradient_on
 from softprompt.training.setup import with_sample_images
 
@@ -84,7 +86,8 @@ def gradient_spectra(
     rows = read_splits(experiment, definition)
     backbone = with_sample_images(load(str(source)), experiment, definition, rows)
     start = runs.build_prompt(experiment, definition, backbone, initialize=False).prompt()
-    return _points({"start": start}, experiment, definition, backbone, batches, callback)
+    gradient = gradient_on(experiment, definition, backbone, rows.train)
+    return _points({"start": start}, gradient, batches, callback)
 
 
 def _along(
@@ -102,23 +105,22 @@ def _along(
         reason = "was trained with a head, which changes along the run"
     if reason:
         raise ValueError(f"the prompt of run {folder} {reason}, so its matrix alone has no gradient; give a backbone")
-    experiment = loaded.run.experiment
-    experiment = experiment if data is None else experiment.replace(data=data)
+    run, experiment = loaded.run, loaded.run.experiment
+    if data is None:
+        rows = run_splits(run)
+    else:
+        experiment = experiment.replace(data=data)
+        rows = read_splits(experiment, run.task)
+    gradient = gradient_on(experiment, run.task, loaded.backbone, rows.train, teacher_of(run, loaded.backbone))
     prompts = {} if loaded.start is None else {"start": loaded.start}
     prompts |= {f"step {step}": matrix for step, matrix in loaded.history.items() if step}
     prompts["finished"] = loaded.matrix
-    return _points(prompts, experiment, loaded.run.task, loaded.backbone, batches, callback)
+    return _points(prompts, gradient, batches, callback)
 
 
 def _points(
-    prompts: dict[str, Float[Tensor, "prompt dim"]],
-    experiment: Experiment,
-    task: Task,
-    backbone: Backbone,
-    batches: int,
-    callback: TrainingCallback,
+    prompts: dict[str, Float[Tensor, "prompt dim"]], gradient: Gradient, batches: int, callback: TrainingCallback
 ) -> list[GradientPoint]:
-    gradient = gradient_on(experiment, task, backbone, read_splits(experiment, task).train)
     points = []
     for name, matrix in prompts.items():
         callback.on_stage(f"gradient, {name}")

@@ -19,6 +19,7 @@ from softprompt.prompts import Folded
 from softprompt.runs import Run
 from softprompt.training import checkpoint, setup
 from softprompt.training.callbacks import NullCallback, TrainingCallback
+from softprompt.training.context import teacher_of
 from softprompt.training.gradients import gradient_on
 
 
@@ -162,7 +163,7 @@ def _of_run(run: Run, backbone: Backbone, checkpoints: bool) -> LoadedPrompt:
     start, start_missing = None, ""
     try:
         host = with_sample_images(run, backbone)
-        gradient = gradient_on(run.experiment, run.task, host, lambda: run_splits(run).train)
+        gradient = gradient_on(run.experiment, run.task, host, lambda: run_splits(run).train, teacher_of(run, backbone))
         start = runs.build_prompt(run.experiment, run.task, host, initialize=True, gradient=gradient).prompt().detach()
     except (FileNotFoundError, ValueError) as error:  # an --init-prompt folder that is gone, images that have changed
         start_missing = str(error)

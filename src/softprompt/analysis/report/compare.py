@@ -1,14 +1,16 @@
-"""Differences between rows of the table, paired by seed: equal seeds have equal splits and few-shot samples."""
+"""Differences between rows of the table, paired by seed, where equal seeds were scored on the same test rows."""
 
 from dataclasses import dataclass
 from typing import final
 
 from softprompt.analysis.report.grid import Grid
-from softprompt.analysis.report.groups import Group
+from softprompt.analysis.report.read import Result
 from softprompt.analysis.report.statistics import Interval, Spread
 
 NO_SPREAD = "no spread"
 """The verdict where the difference is the same for every seed."""
+OTHER_ROWS = "other rows"
+"""The verdict where no seed was scored on the reference's test rows."""
 
 
 @final
@@ -21,6 +23,13 @@ class Difference:
     spread: Spread
     """The difference for each seed that both rows have."""
     seeds: tuple[int, ...]
+    other_rows: tuple[int, ...] = ()
+    """Seeds that both rows have and that were scored on other test rows, so that they are left out."""
+
+    @property
+    def mean(self) -> float | None:
+        """The mean difference; none where no seed was scored on the same rows."""
+        return self.spread.mean if self.seeds else None
 
     @property
     def interval(self) -> Interval | None:
@@ -29,7 +38,9 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, `no difference shown`, `one seed` or `no spread`."""
+        """`better`, `worse`, `no difference shown`, `one seed`, `no spread` or `other rows`."""
+        if not self.seeds:
+            return OTHER_ROWS
         if self.interval is None:
             return "one seed" if len(self.seeds) == 1 else NO_SPREAD
         if self.interval.low > 0:
@@ -54,15 +65,21 @@ def differences(grid: Grid, reference: str) -> list[Difference]:
             other = grid.cells.get((row.label, column))
             if base is None or other is None or row.label == reference_row:
                 continue
-            if seeds := tuple(sorted(set(base.seeds) & set(other.seeds))):
-                scores, base_scores = _test_by_seed(other), _test_by_seed(base)
-                spread = Spread(tuple(scores[seed] - base_scores[seed] for seed in seeds))
-                result.append(Difference(row=row.label, column=column, spread=spread, seeds=seeds))
+            ours, theirs = ({result.seed: result for result in group.results} for group in (other, base))
+            shared = sorted(ours.keys() & theirs.keys())
+            seeds = tuple(seed for seed in shared if _test_rows(ours[seed]) == _test_rows(theirs[seed]))
+            if shared:
+                values = tuple(float(ours[seed].values["test"] - theirs[seed].values["test"]) for seed in seeds)
+                left_out = tuple(seed for seed in shared if seed not in seeds)
+                result.append(
+                    Difference(row=row.label, column=column, spread=Spread(values), seeds=seeds, other_rows=left_out)
+                )
     return result
 
 
-def _test_by_seed(group: Group) -> dict[int, float]:
-    return {result.seed: float(result.values["test"]) for result in group.results}
+def _test_rows(result: Result) -> tuple[str, float]:
+    """What tells a run's test rows: the fingerprint of its rows, and how many of them were scored."""
+    return str(result.run.record["data"]), result.values["n_test"]
 
 
 def _reference_row(grid: Grid, name: str) -> str:

@@ -220,7 +220,7 @@ def to_json(grid: Grid, differences: Sequence[Difference], skipped: Sequence[Ski
             {
                 "row": difference.row,
                 "task": difference.column,
-                "difference": difference.spread.mean,
+                "difference": difference.mean,
                 "interval": _ends(difference.interval),
                 "seeds": list(difference.seeds),
                 "verdict": difference.verdict,

@@ -10,6 +10,7 @@ from typing import Any, final
 from softprompt.analysis.report.read import Result, SkippedRun, printable
 from softprompt.analysis.report.statistics import Interval, Spread
 from softprompt.config import MEMORY_OPTIONS, Experiment, TrainingConfig
+from softprompt.runs import Run
 from softprompt.tasks import TASKS, Task
 
 Settings = Mapping[str, Any]
@@ -124,10 +125,17 @@ def _settings(result: Result) -> dict[str, Any]:
         # 1 and 1.0 are one value, whichever was written.
         **{name: _integral(value) for name, value in settings.items()},
         **{name: getattr(experiment, name) for name in SETTING_FIELDS},
+        **_contents(result.run),
         "backbone": printable(str(backbone["base"])),
         "weights": str(backbone["hash"])[:12],
         "dtype": str(backbone["dtype"]),
     }
+
+
+def _contents(run: Run) -> dict[str, str]:
+    """What the files were that settings name by their path: runs from other contents are never averaged."""
+    names = {"context": "context_hash", "init_prompt": "init_prompt_hash"}
+    return {setting: str(run.record[name])[:8] for name, setting in names.items() if run.record.get(name)}
 
 
 def _task_settings(result: Result) -> dict[str, Any]:

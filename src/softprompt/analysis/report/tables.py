@@ -79,7 +79,7 @@ def comparison(differences: Sequence[Difference], reference: str) -> Table:
         (
             difference.column,
             difference.row,
-            signed(difference.spread.mean),
+            "" if difference.mean is None else signed(difference.mean),
             interval_text(difference.interval, signed),
             ", ".join(map(str, difference.seeds)),
             difference.verdict,
@@ -87,9 +87,12 @@ def comparison(differences: Sequence[Difference], reference: str) -> Table:
         for difference in differences
     ]
     notes: tuple[str, ...] = (
-        "Test score minus the reference's, in percentage points, paired by seed (equal seeds have equal rows).",
+        "Test score minus the reference's, in points, paired by seed where both were scored on the same rows.",
         "The interval is Student's t over the seeds, without correction for the number of comparisons.",
     )
+    if left_out := [difference for difference in differences if difference.other_rows]:
+        names = ", ".join(dict.fromkeys(f"{difference.row} on {difference.column}" for difference in left_out))
+        notes += (f"Left out, since they were scored on other test rows than the reference: seeds of {names}.",)
     if any(difference.verdict == NO_SPREAD for difference in differences):
         notes += (f"{NO_SPREAD}: the difference is the same for every seed, so there is no interval.",)
     head = ("task", "method", "difference", "95% seeds", "seeds", f"against {reference}")

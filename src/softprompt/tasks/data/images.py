@@ -19,6 +19,7 @@ from softprompt.tasks.data.examples import Example, Examples
 from softprompt.tasks.data.tabular import read_rows, task_rows
 from softprompt.tasks.data.tokenize import encode_pictures
 from softprompt.tasks.task import READERS, Task, check_no_folder
+from softprompt.tasks.template import label_texts
 from softprompt.types import Augment
 
 IMAGE, LABEL = "image", "label"
@@ -220,7 +221,8 @@ def _label_words(path: Path, label: str | None) -> dict[str, str]:
         names = [folder.name for folder in _class_folders(path)]
     else:
         rows = read_rows(path, [str(label)], purpose=" for the label")
-        names = sorted({str(value) for value in rows[str(label)][:]} - {""})
+        values = enumerate(rows[str(label)][:], start=1)
+        names = sorted({label_texts(value, str(label), f"row {n} of {path}")[0] for n, value in values} - {""})
     if len(names) < 2:
         raise ValueError(f"{path} has {len(names)} classes ({', '.join(names)}); there must be two or more")
     return {name: name.strip() for name in names}

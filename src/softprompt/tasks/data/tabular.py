@@ -157,12 +157,19 @@ def task_rows(task: Task, path: Path, *, answers: bool = True) -> Dataset:
 
 
 def _cells(path: Path, name: str, values: list[Any]) -> list[Any]:
-    """Cells that fit one Arrow column: integers mixed with floats, or too large, become text."""
+    """Cells that fit one Arrow column: integers mixed with floats, or too large, become text.
+
+    Floats that are whole numbers beside integers are integers: in JSON, 1 and 1.0 are one number.
+    """
     kinds = {type(value) for value in values if value is not None}
     large = int in kinds and any(type(value) is int and not -(2**63) <= value < 2**63 for value in values)
     if kinds == {int, float} or (large and kinds <= {int, float}):
         # In a column of floats, 1 would become 1.0, and a large integer would be rounded.
-        values = [None if value is None or value != value else str(value) for value in values]
+        values = [None if value is None or value != value else value for value in values]
+        if all(value is None or float(value).is_integer() for value in values):
+            values = [None if value is None else int(value) for value in values]
+        if large or any(isinstance(value, float) for value in values):
+            values = [None if value is None else str(value) for value in values]
     try:
         pyarrow.array(values)
     except UnicodeEncodeError:
