@@ -78,12 +78,12 @@ def test_settings_reach_the_run(where: list[str]) -> None:
         "lr": 0.01,
     }
     flags = [part for name, value in expected.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    method = ["plain", "--length", "3", "--init", "label_words"]
+    method = ["plain", "--length", "9", "--init", "label_words"]
     run = call("train", *where, *QUICK, *flags, "--seed", "5", *method).result["run"]
     experiment = json.loads((Path(run) / "softprompt.json").read_text())["experiment"]
     assert experiment["seed"] == 5
     assert experiment["training"].items() >= {**expected, "steps": 3}.items()
-    assert experiment["prompt"].items() >= {"method": "plain", "length": 3, "init": "label_words"}.items()
+    assert experiment["prompt"].items() >= {"method": "plain", "length": 9, "init": "label_words"}.items()
 
 
 def test_train_notes_a_small_fault_in_the_rows(where: list[str]) -> None:

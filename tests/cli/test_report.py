@@ -94,7 +94,7 @@ def test_format_selects_the_printed_tables(form: str, name: str, trained: Path, 
     [
         (["{runs}", "--compare", "lora"], "softprompt: compare is 'lora', which is no row; give one of 'dpt', 'plain'"),
         (["{runs}/stopped"], "softprompt: there is no finished run in"),
-        ([], "softprompt: there is no finished run in no folder"),
+        ([], "softprompt: no folder is given; name runs, or folders that hold runs"),
     ],
 )
 def test_report_failure_is_one_sentence(arguments: list[str], sentence: str, trained: Path, tmp_path: Path) -> None:

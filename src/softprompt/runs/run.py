@@ -132,11 +132,11 @@ class Run:
                 f"{backbone.source} has hidden size {backbone.dim}; use the backbone it was trained on"
             )
         if recorded["dtype"] == backbone.precision:
-            found = backbone.hash
+            actual = backbone.hash
         else:  # weights in a wider dtype, rounded; those in a narrower one do not show what they were rounded from
             dtype = getattr(torch, recorded["dtype"], None)
-            found = backbone.hash_as(dtype) if isinstance(dtype, torch.dtype) else ""
-        if found and recorded["hash"] != found:
+            actual = backbone.hash_as(dtype) if isinstance(dtype, torch.dtype) else ""
+        if actual and recorded["hash"] != actual:
             raise ValueError(
                 f"the weights of {backbone.source} are not those that run {self.folder} was trained on; "
                 "use the backbone it was trained on"
@@ -156,22 +156,19 @@ class Run:
         return [json.loads(line) for line in (self.folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines of metrics.jsonl, without a last line that a killed process left incomplete.
-
-        Raises:
-            ValueError: another line is damaged.
-        """
-        path = self.folder / METRICS
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-        for number, line in enumerate(lines, start=1):
+        """The lines of metrics.jsonl up to the first damaged one; a killed process may leave the last incomplete."""
+        for line in self._metrics_lines():
             try:
                 values = json.loads(line)
             except json.JSONDecodeError:
-                values = None
-            if isinstance(values, dict) and "step" in values:
-                yield values
-            elif number < len(lines):
-                raise ValueError(f"line {number} of {path} is damaged; take it out")
+                return
+            if not isinstance(values, dict) or "step" not in values:
+                return
+            yield values
+
+    def _metrics_lines(self) -> list[str]:
+        path = self.folder / METRICS
+        return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
     @property
     def context(self) -> str:
@@ -189,9 +186,15 @@ class Run:
         return text
 
     def rewind_metrics(self, step: int) -> None:
-        """Remove the metrics after `step`, which a resumed run writes again."""
-        lines = [json_line(line) for line in self.metrics() if line["step"] <= step]
-        files.write_text(self.folder / METRICS, "".join(lines))
+        """Remove the metrics after `step`, which a resumed run writes again.
+
+        Raises:
+            ValueError: a line before the last is damaged.
+        """
+        lines = list(self.metrics())
+        if len(lines) < len(self._metrics_lines()) - 1:
+            raise ValueError(f"line {len(lines) + 1} of {self.folder / METRICS} is damaged; take it out")
+        files.write_text(self.folder / METRICS, "".join(json_line(line) for line in lines if line["step"] <= step))
 
 
 def build_prompted_model(
@@ -255,11 +258,15 @@ def build_prompt(
     if is_deep_kv and start is None:
         start = _initial_kv(experiment, task, backbone, initialize, generator)
     hosts = backbone.hosts(num_matrices, task.answers, start)
-    if not initialize:  # the tensors are replaced by loaded ones, so any matrix of the gradient's shape will do
-        hosts = [dataclasses.replace(host, gradient=lambda start, batches: start) for host in hosts]
+    if not initialize:  # the tensors are replaced by loaded ones, so any text and any matrix of the gradient's shape do
+        hosts = [dataclasses.replace(host, encode=_one_token, gradient=lambda start, _: start) for host in hosts]
     elif num_matrices == 1:  # in a deep prompt, a layer's gradient depends on layers that are not built yet
         hosts = [dataclasses.replace(host, gradient=gradient) for host in hosts]
     return build(experiment.prompt, hosts, generator)
+
+
+def _one_token(text: str) -> list[int]:
+    return [0]
 
 
 def _initial_kv(
@@ -297,7 +304,7 @@ def open_run(folder: str | Path) -> Run:
         experiment, task = Experiment.from_json(record["experiment"]), Task.from_json(record["task"])
         backbone = record["backbone"]
         if not isinstance(record.get("results"), dict | None):
-            raise ValueError(f"results is {record['results']!r}")
+            raise ValueError(f"results are {type(record['results']).__name__}")
         _ = record["data"], backbone["dim"], backbone["hash"], backbone["dtype"], backbone["base"], backbone["note"]
     except KeyError as error:
         raise ValueError(f"{path / RECORD} lacks {error}; it is damaged, train again") from error

@@ -135,12 +135,10 @@ class Task:
         if bool(self.label) == bool(self.target):
             have = "both" if self.label else "neither"
             raise ValueError(f"task {self.name!r} has {have} of label and target; give the one column it answers with")
-        if not self.image and (answer := self.label or self.target) in [
-            name for is_field, name in parse(self.template) if is_field
-        ]:
+        if self.label in [name for is_field, name in parse(self.template) if is_field]:
             raise ValueError(
-                f"the template {self.template!r} of task {self.name!r} has the column {answer!r}, which is the answer; "
-                "take it out"
+                f"the template {self.template!r} of task {self.name!r} has the column {self.label!r}, which is the "
+                "answer; take it out"
             )
         if self.target and self.label_words:
             raise ValueError(f"task {self.name!r} has words and the target {self.target!r}; words go with a label")

@@ -32,7 +32,7 @@ class PromptSync:
     def __init__(self, engine: BaseEngine, store: PromptStore, metrics: Metrics, seconds: float = 1.0) -> None:
         self._engine, self._store, self._metrics, self._seconds = engine, store, metrics, seconds
         self._fingerprints: dict[str, Fingerprint] = {}
-        self._served = set[str]()
+        self._from_store = set[str]()
         """The prompts that came from the store."""
         self._thread = threading.Thread(target=self._run, name="softprompt-sync", daemon=True)
 
@@ -51,15 +51,15 @@ class PromptSync:
             if fingerprint and self._fingerprints.get(name) != fingerprint:
                 try:
                     self._engine.add(name, self._store.path(name), replace=True)
-                    self._served.add(name)
+                    self._from_store.add(name)
                 except EngineClosed:
                     raise
                 except Exception as error:  # an older prompt of that name stays, and so do the others
                     _log.error("the prompt %s cannot be served: %s: %s", name, type(error).__name__, error)
                     if isinstance(error, _TRANSIENT):
                         current[name] = ()
-        for name in self._served - current.keys():
-            self._served.remove(name)
+        for name in self._from_store - current.keys():
+            self._from_store.remove(name)
             try:
                 self._engine.remove(name)
             except PromptNotFound:  # removed through this process

@@ -166,7 +166,7 @@ def _cells(path: Path, name: str, values: list[Any]) -> list[Any]:
     if kinds == {int, float} or (large and kinds <= {int, float}):
         # In a column of floats, 1 would become 1.0, and a large integer would be rounded.
         values = [None if value is None or value != value else value for value in values]
-        if all(value is None or float(value).is_integer() for value in values):
+        if all(value is None or type(value) is int or value.is_integer() for value in values):
             values = [None if value is None else int(value) for value in values]
         if large or any(isinstance(value, float) for value in values):
             values = [None if value is None else str(value) for value in values]
