@@ -1,18 +1,22 @@
 """The service as replicas behind Ray Serve, on one machine or a cluster; they share a folder of prompts."""
 
 import os
+import random
 import secrets
 import signal
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 
 from softprompt.serve.api.auth import AuthConfig
 from softprompt.serve.config import ServeConfig
 from softprompt.serve.service import listen, url
+
+_PROXY_PORTS = range(20_000, 30_000)
+"""Between the ports of Ray's workers (from 10,002 on) and those that Linux gives to outgoing connections (32,768)."""
 
 _NAME = "softprompt"
 
@@ -112,5 +116,9 @@ def _wait_for_signal() -> None:
 
 
 def _free_port(host: str) -> int:
+    """A port that is free now, and that neither Ray's workers nor outgoing connections take before the proxy does."""
+    for port in random.sample(_PROXY_PORTS, 20):
+        with suppress(OSError), closing(listen(host, port)):
+            return port
     with closing(listen(host, 0)) as sock:
         return int(sock.getsockname()[1])
