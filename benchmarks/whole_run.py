@@ -133,7 +133,7 @@ def peft(settings: Settings, seed: int, clock: Clock) -> None:
     from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 
     from softprompt import load_backbone, load_task
-    from softprompt.evaluation.evaluate import read_splits
+    from softprompt.evaluation.evaluate import read_splits, sample_examples
     from softprompt.tasks import answer_ids, encode
 
     config = experiment(settings, seed)
