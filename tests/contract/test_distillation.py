@@ -3,10 +3,13 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from softprompt import (
+    BPT,
     DPT,
     Backbone,
     Experiment,
@@ -21,6 +24,7 @@ from softprompt import (
 from softprompt.analysis.rank import gradient_spectra, load_prompts
 from softprompt.analysis.rank.spectrum import Spectrum
 from softprompt.evaluation.evaluate import read_splits, run_splits
+from softprompt.runs import build_prompt
 from softprompt.sweep.trial import BackboneCache, run_trial
 from softprompt.tasks import load_task
 from softprompt.training.callbacks import NullCallback
@@ -157,17 +161,34 @@ def test_settings_without_effect_are_refused(experiment: Experiment, backbone: B
 def test_rank_rebuilds_the_start_with_the_teacher(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
     """The gradient that the prompt starts from is that of the divergence, not of the labels."""
     settings = TrainingConfig(steps=2, batch_size=8, eval_steps=2)
-    prompt = DPT(length=6, rank=2, factor_init="gradient")
+    prompt = BPT(length=6, rank=2, init="gradient", gradient_batches=2)
     run = train(experiment.replace(prompt=prompt, training=settings), out=tmp_path, name="run", backbone=backbone)
     [loaded] = load_prompts(run.folder)
-    assert loaded.run is not None
-    teacher = teacher_of(run, backbone)
-    rows = run_splits(run).train
-    gradient = gradient_on(run.experiment, run.task, backbone, rows, teacher)(loaded.matrix, 8)
-    by_labels = gradient_on(run.experiment, run.task, backbone, rows)(loaded.matrix, 8)
+    assert loaded.start is not None
+    rows, teacher = run_splits(run).train, teacher_of(run, backbone)
+    gradient, by_labels = (gradient_on(run.experiment, run.task, backbone, rows, of) for of in (teacher, None))
+
+    def start(gradient: Any) -> torch.Tensor:
+        built = build_prompt(run.experiment, run.task, backbone, initialize=True, gradient=gradient)
+        return built.prompt().detach()
+
+    torch.testing.assert_close(loaded.start, start(gradient), rtol=1e-4, atol=1e-6)
+    assert float((loaded.start - start(by_labels)).norm()) > 0.1 * float(loaded.start.norm())
     finished = gradient_spectra(run.folder)[-1].spectrum.values
-    assert finished == pytest.approx(Spectrum.of(gradient).values, rel=1e-3, abs=1e-6)
-    assert finished != pytest.approx(Spectrum.of(by_labels).values, rel=0.1, abs=1e-6)
+    assert finished == pytest.approx(Spectrum.of(gradient(loaded.matrix, 8)).values, rel=1e-3, abs=1e-6)
+    assert finished != pytest.approx(Spectrum.of(by_labels(loaded.matrix, 8)).values, rel=0.1, abs=1e-6)
+
+
+def test_rank_needs_no_teacher_where_the_start_has_none(
+    experiment: Experiment, backbone: Backbone, tmp_path: Path
+) -> None:
+    settings = TrainingConfig(steps=1, batch_size=8, eval_steps=1)
+    run = train(experiment.replace(training=settings), out=tmp_path, name="run", backbone=backbone)
+    (run.folder / "context.txt").unlink()
+    [loaded] = load_prompts(run.folder)
+    assert (loaded.start is None, loaded.start_missing) == (False, "")
+    with pytest.raises(ValueError, match="is not the text that the run was started with"):
+        gradient_spectra(run.folder)
 
 
 def test_sweep_notices_another_context_or_initial_prompt(

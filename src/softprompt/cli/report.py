@@ -30,8 +30,6 @@ def report_(
         rates_on: The split whose score is plotted by learning rate; select a rate on dev.
         title: The page's title.
     """
-    if not folders:
-        raise ValueError("no folder is given; name runs, or folders that hold runs")
     result = report(folders, out=out, compare=compare, choose=choose, rates_on=rates_on, title=title)
     console.print(result.render(format), soft_wrap=True)
     for run in result.skipped:

@@ -32,12 +32,12 @@ def push_run(
         name: `USER/NAME` on the Hub; created unless it exists.
         private: create it for yourself only; False: as the owner's default is, public unless changed.
         base_model: the Hub id of the run's backbone; none: the recorded one.
-        datasets: hub ids of the training data, for the card.
+        datasets: Hub ids of the training data, for the card.
 
     Raises:
         ValueError: the run is unfinished or has no PEFT files, or a name cannot be one of the Hub's.
-        PermissionError: the hub refuses the token.
-        ConnectionError: the hub cannot be reached.
+        PermissionError: the Hub refuses the token.
+        ConnectionError: the Hub cannot be reached.
     """
     if run.results is None:
         raise ValueError(f"run {run.folder} is not finished; go on with: softprompt train --resume {run.folder}")

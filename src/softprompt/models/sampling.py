@@ -54,12 +54,13 @@ class Chooser:
 
     def __call__(self, logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
         """One token per row."""
-        finite = logits.max(-1).values.isfinite()
-        return self._choose(logits.masked_fill(~finite[:, None], 0.0)).masked_fill(~finite, self._overflow)
+        tokens = logits.argmax(-1)  # NaN, where there is any
+        finite = logits.gather(-1, tokens[:, None])[:, 0].isfinite()
+        if self._sampling.temperature:
+            tokens = self._draw(logits.masked_fill(~finite[:, None], 0.0))
+        return tokens.masked_fill(~finite, self._overflow)
 
-    def _choose(self, logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
-        if self._sampling.temperature == 0:
-            return logits.argmax(-1)
+    def _draw(self, logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
         # Below this, dividing would overflow to NaN, and any two different logits are far apart already.
         scores = logits.float() / max(self._sampling.temperature, 1e-6)
         for warper in self._warpers:

@@ -161,7 +161,7 @@ def _check_unchanged(run: Run, cache: BackboneCache, callback: TrainingCallback)
             "--out"
         )
     for name, now in (("context", _context_hash(run)), ("init_prompt", _init_prompt_hash(run))):
-        if now is not None and now != run.record.get(name):
+        if now is not None and now != run.record.get(name, now):
             raise ValueError(
                 f"the {name} of {run.folder} has changed since it was trained; move it away, or choose another --out"
             )

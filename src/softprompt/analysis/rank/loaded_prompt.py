@@ -163,7 +163,12 @@ def _of_run(run: Run, backbone: Backbone, checkpoints: bool) -> LoadedPrompt:
     start, start_missing = None, ""
     try:
         host = with_sample_images(run, backbone)
-        gradient = gradient_on(run.experiment, run.task, host, lambda: run_splits(run).train, teacher_of(run, backbone))
+
+        def gradient(at: Float[Tensor, "prompt dim"], batches: int) -> Float[Tensor, "prompt dim"]:
+            """Of rows and teacher that are read only for a method that starts from it."""
+            teacher = teacher_of(run, backbone)
+            return gradient_on(run.experiment, run.task, host, run_splits(run).train, teacher)(at, batches)
+
         start = runs.build_prompt(run.experiment, run.task, host, initialize=True, gradient=gradient).prompt().detach()
     except (FileNotFoundError, ValueError) as error:  # an --init-prompt folder that is gone, images that have changed
         start_missing = str(error)

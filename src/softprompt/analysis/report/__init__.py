@@ -69,6 +69,8 @@ def report(
         ValueError: no finished run, no row named `compare`, or `out` is a run itself.
     """
     _check_extra()
+    if not folders:
+        raise ValueError("no folder is given; name runs, or folders that hold runs")
     folder = Path(out).expanduser()
     if (folder / runs.RECORD).exists():
         raise ValueError(f"{folder} is a run, and a report is not written into one; choose another --out")
