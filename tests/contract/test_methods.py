@@ -124,7 +124,7 @@ def test_rank_setting_bounds_rank_of_prompt(config: PromptConfig, host: Host) ->
     prompt = low.build(host, seeded(0))
     fixed = prompt.prompt().detach()
     if isinstance(prompt, AnchoredPrompt):
-        fixed = fixed - prompt.scale * prompt.first_left @ prompt.first_right
+        fixed = fixed - prompt.scale * prompt.first_left @ prompt.first_right  # P0 - s A0 B0
     folded = perturbed(prompt, seed=4).fold()
     tables = [folded.prompt(), folded.position_table, folded.input_table]
     if isinstance(prompt, AnchoredPrompt):

@@ -61,12 +61,13 @@ def built(settings: dict[str, Any], facts: Host | None = None) -> AnchoredPrompt
 def test_anchored_dpt_matches_its_formula(settings: dict[str, Any]) -> None:
     facts = host()
     ours = built(settings)
-    first_left, first_right = (factor.detach().clone().double() for factor in (ours.left, ours.right))
+    first_left, first_right = ours.first_left.double(), ours.first_right.double()
     start = ours.prompt().detach().double()
     with torch.no_grad():
-        ours.left += torch.randn(ours.left.shape, generator=seeded(3))
-        ours.right += torch.randn(ours.right.shape, generator=seeded(4))
-    left, right = (factor.detach().double().requires_grad_() for factor in (ours.left, ours.right))
+        ours.left_update += torch.randn(ours.left_update.shape, generator=seeded(3))
+        ours.right_update += torch.randn(ours.right_update.shape, generator=seeded(4))
+    left = (first_left + ours.left_update.detach()).requires_grad_()
+    right = (first_right + ours.right_update.detach()).requires_grad_()
     # rms L D / (r (D sqrt(L) + L sqrt(D))), or as large as that of a product of r normal columns
     unit = facts.rms * LENGTH * DIM / (RANK * (DIM * LENGTH**0.5 + LENGTH * DIM**0.5))
     unit = facts.rms / RANK**0.5 if "factor_init" in settings else settings.get("scale", unit)
@@ -77,7 +78,7 @@ def test_anchored_dpt_matches_its_formula(settings: dict[str, Any]) -> None:
     weights = torch.randn(LENGTH, DIM, generator=seeded(6))
     (ours.prompt() * weights).sum().backward()
     (theirs * weights.double()).sum().backward()
-    for mine, expected in ((ours.left, left), (ours.right, right)):
+    for mine, expected in ((ours.left_update, left), (ours.right_update, right)):
         assert mine.grad is not None
         assert expected.grad is not None
         close(mine.grad.double(), expected.grad)
@@ -112,9 +113,27 @@ def test_anchor_is_a_copy_of_the_warm_start() -> None:
 
 def test_random_factors_are_standard_normal() -> None:
     prompt = DPT(length=400, rank=100).build(host(embedding=torch.randn(900, 500)), seeded(0))
-    for factor in (prompt.left, prompt.right):
-        assert float(factor.detach().mean()) == pytest.approx(0, abs=0.02)
-        assert float(factor.detach().square().mean()) == pytest.approx(1, rel=0.02)
+    assert isinstance(prompt, AnchoredPrompt)
+    for factor in (prompt.first_left, prompt.first_right):
+        assert float(factor.mean()) == pytest.approx(0, abs=0.02)
+        assert float(factor.square().mean()) == pytest.approx(1, rel=0.02)
+
+
+@anchors
+def test_weight_decay_returns_to_the_anchor(settings: dict[str, Any]) -> None:
+    prompt = built(settings)
+    optimizer = torch.optim.AdamW(prompt.parameters(), lr=0.1, weight_decay=1.0)
+    prompt.prompt().sum().backward()
+    optimizer.step()
+    moved = float((prompt.prompt() - prompt.anchor).detach().norm())
+    assert moved > 0
+    for parameter in prompt.parameters():
+        parameter.grad = None
+        optimizer.state[parameter]["exp_avg"].zero_()
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(100):
+        optimizer.step()
+    assert float((prompt.prompt() - prompt.anchor).detach().norm()) < 1e-3 * moved
 
 
 @pytest.mark.parametrize(("length", "dim", "rank"), [(100, 576, 10), (20, 576, 10), (100, 64, 1), (20, 256, 20)])
@@ -134,11 +153,12 @@ def test_gradient_factors_are_those_of_lora_ga() -> None:
     prompt = built({"factor_init": "gradient"})
     left, _, right = torch.linalg.svd(slope().double(), full_matrices=False)
     # A singular vector's sign is a matter of taste; its outer product with itself is not.
-    close((prompt.left.T @ prompt.left).double() / LENGTH, torch.eye(RANK, dtype=torch.float64))
-    close((prompt.right @ prompt.right.T).double() / DIM, torch.eye(RANK, dtype=torch.float64))
+    ours_left, ours_right = prompt.first_left.double(), prompt.first_right.double()
+    close(ours_left.T @ ours_left / LENGTH, torch.eye(RANK, dtype=torch.float64))
+    close(ours_right @ ours_right.T / DIM, torch.eye(RANK, dtype=torch.float64))
     columns, rows = left[:, RANK : 2 * RANK], right[:RANK]
-    close((prompt.left @ prompt.left.T).double() / LENGTH, columns @ columns.T)
-    close((prompt.right.T @ prompt.right).double() / DIM, rows.T @ rows)
+    close(ours_left @ ours_left.T / LENGTH, columns @ columns.T)
+    close(ours_right.T @ ours_right / DIM, rows.T @ rows)
 
 
 def test_gradient_factors_first_step_follows_gradient() -> None:
@@ -149,7 +169,7 @@ def test_gradient_factors_first_step_follows_gradient() -> None:
         return float((moved * slope()).sum() / moved.norm() / slope().norm())
 
     random = built({})
-    assert share(*gradient_factors(slope(), RANK)) > 1.2 * share(random.left.detach(), random.right.detach())
+    assert share(*gradient_factors(slope(), RANK)) > 1.2 * share(random.first_left, random.first_right)
 
 
 @pytest.mark.parametrize("rank", [1, 4, LENGTH])

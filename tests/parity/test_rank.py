@@ -280,8 +280,9 @@ def test_update_of_anchored_dpt_is_its_factors_product(trained: Callable[[Any], 
     """Seen failing with a cut that was not added to the anchor."""
     run = trained(DPT(length=8, rank=3))
     tensors = load_file(run.folder / "softprompt.safetensors")
-    product = tensors["left"] @ tensors["right"] - tensors["first_left"] @ tensors["first_right"]
-    update = (tensors["scale"] * product).numpy().astype(np.float64)
+    first_left, first_right = tensors["first_left"].double(), tensors["first_right"].double()
+    product = (first_left + tensors["left_update"]) @ (first_right + tensors["right_update"])
+    update = (tensors["scale"] * (product - first_left @ first_right)).numpy()
     [loaded] = load_prompts(run.folder)
     [measured] = measure(run.folder)
     assert measured.spectra["update"].numerical == 6

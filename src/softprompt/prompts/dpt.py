@@ -45,10 +45,11 @@ class DecomposedPrompt(PromptOnly):
 
 @final
 class AnchoredPrompt(PromptOnly):
-    """`P = anchor + scale * (left @ right - first_left @ first_right)`; before the first step exactly the anchor.
+    """`P = anchor + scale * (A B - A0 B0)`, where `A = A0 + left_update` and `B = B0 + right_update`.
 
-    The anchor's vectors are saved, not the ids of its tokens: a backbone in another precision embeds those differently,
-    which would change a finished prompt.
+    The updates start at zero, and then the prompt is exactly the anchor; weight decay pulls it back there. The anchor's
+    vectors are saved, not the ids of its tokens: a backbone in another precision embeds those differently, which would
+    change a finished prompt.
     """
 
     anchor: Tensor
@@ -59,23 +60,23 @@ class AnchoredPrompt(PromptOnly):
     def __init__(
         self,
         anchor: Float[Tensor, "prompt dim"],
-        left: Float[Tensor, "prompt rank"],
-        right: Float[Tensor, "rank dim"],
+        first_left: Float[Tensor, "prompt rank"],
+        first_right: Float[Tensor, "rank dim"],
         scale: float,
     ) -> None:
         super().__init__()
-        self.left = nn.Parameter(left)
-        self.right = nn.Parameter(right)
+        self.left_update = nn.Parameter(torch.zeros_like(first_left))
+        self.right_update = nn.Parameter(torch.zeros_like(first_right))
         self.register_buffer("anchor", anchor)
-        self.register_buffer("first_left", left.detach().clone())
-        self.register_buffer("first_right", right.detach().clone())
+        self.register_buffer("first_left", first_left)
+        self.register_buffer("first_right", first_right)
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
 
     def prompt(self) -> Float[Tensor, "prompt dim"]:
-        """The anchor in the host's units, plus what was learned: of rank at most twice that of the factors."""
-        # `first_left @ first_right` is not stored: another device or build may round it differently, and then the start
-        # would not be exactly the anchor.
-        return self.anchor + self.scale * (self.left @ self.right - self.first_left @ self.first_right)
+        """The anchor plus what was learned, whose rank is at most twice that of the factors; in the host's units."""
+        # A B - A0 B0 without the difference of two large products, so that nothing is lost to rounding.
+        left = self.first_left + self.left_update
+        return self.anchor + self.scale * (left @ self.right_update + self.left_update @ self.first_right)
 
 
 def decomposed(
@@ -105,11 +106,11 @@ class DPT(PromptConfig):
     `factor_init=gradient`: Wang et al. 2024, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation".
     Differs: theirs is `anchor=none`, where `A B` must represent the start as well as what is learned; the anchor is
     ours. A0 and B0 are N(0, 1), and `s` is such that a first step at any length and rank lowers the loss about as much
-    as one of `plain` (`matched_scale`). Weight decay pulls A and B towards 0, which is not the anchor: at the default
-    of 1e-5 that is nothing, at 0.01 it moves the prompt by a tenth of its size in 300 steps. Without an anchor both
-    factors are kept at unit size and a constant carries the product to the host's embedding RMS, so that one learning
-    rate fits every backbone; it starts from the best rank-`rank` part of vocabulary rows, and needs more steps than an
-    anchored prompt (docs/results/superglue). The length is 20 and not 100: it takes less time, and no loss was shown.
+    as one of `plain` (`matched_scale`). What is trained are `A - A0` and `B - B0`, so weight decay pulls towards the
+    anchor. Without an anchor both factors are kept at unit size and a constant carries the product to the host's
+    embedding RMS, so that one learning rate fits every backbone; it starts from the best rank-`rank` part of vocabulary
+    rows, and needs more steps than an anchored prompt (docs/results/superglue). The length is 20 and not 100: it takes
+    less time, and no loss was shown.
     `anchor=none`, `init=uniform` and `scale=1` are the published parameterization: both factors U(-0.5, 0.5), nothing
     else.
 
