@@ -1,6 +1,6 @@
 """A decoder's deep prompt against virtual tokens with its keys and values, transformers' own cache, and PEFT."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from softprompt import (
     resume,
     train,
 )
+from softprompt.backbones.kernels import llama
 from softprompt.export import FORMATS, export_runs
 from softprompt.models.deep_kv import as_deep
 from softprompt.prompts import Folded
@@ -66,18 +67,20 @@ def test_keys_and_values_of_virtual_tokens_give_their_outputs(decoder: Backbone)
     assert expected.std() > 1e-3
 
 
-def reference_losses(backbone: Backbone, matrix: Tensor, labels: Tensor) -> Tensor:
-    """Each row alone through the model's own forward, after a cache of the matrix's keys and values."""
+def reference_losses(
+    backbone: Backbone, matrices: Sequence[Tensor], ids: Tensor, mask: Tensor, labels: Tensor
+) -> Tensor:
+    """Each row alone through the model's own forward, after a cache of its matrix's keys and values."""
     layout, losses = backbone.kv_layout, []
     assert layout is not None
     shape = (1, -1, layout.num_kv_heads, layout.head_dim)
-    parts = [part.view(shape).transpose(1, 2) for part in matrix.chunk(2 * layout.num_layers)]
-    for row, real, targets in zip(IDS[:2], MASK[:2], labels, strict=True):
+    for matrix, row, real, targets in zip(matrices, ids, mask, labels, strict=True):
+        parts = [part.view(shape).transpose(1, 2) for part in matrix.chunk(2 * layout.num_layers)]
         cache = DynamicCache()
         for layer in range(layout.num_layers):
             cache.update(parts[2 * layer], parts[2 * layer + 1], layer)
-        ids, wanted = row[real == 1][None], targets[real == 1]
-        logits = backbone.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
+        tokens, wanted = row[real == 1][None], targets[real == 1]
+        logits = backbone.model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[0]
         losses.append(nn.functional.cross_entropy(logits[:-1], wanted[1:], ignore_index=-100, reduction="sum"))
     return torch.stack(losses)
 
@@ -90,7 +93,7 @@ def test_losses_and_gradients_match_transformers_row_by_row(decoder: Backbone) -
     start = deep_prompt(backbone, 4).prompt()
     ours, theirs = (start.clone().requires_grad_() for _ in range(2))
     actual = attach(backbone, Folded(ours, num_matrices=backbone.max_matrices)).losses(ids, mask, labels)
-    expected = reference_losses(backbone, theirs, labels)
+    expected = reference_losses(backbone, [theirs, theirs], ids, mask, labels)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     weights = torch.tensor([1.0, 0.3])
     (actual * weights).sum().backward()
@@ -99,6 +102,38 @@ def test_losses_and_gradients_match_transformers_row_by_row(decoder: Backbone) -
     assert theirs.grad is not None
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
     assert bool((ours.grad.view(backbone.max_matrices, -1).abs().amax(1) > 0).all())
+
+
+def test_prompts_of_other_lengths_train_in_one_fused_batch(
+    tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen failing with gradients of another prompt's rows, of other columns, and without the first layer's."""
+    backbone, index = tiny_backbone("llama"), torch.tensor([1, 0, 1, 2])
+    ids = torch.tensor([[2, 2, 5, 6, 7], [8, 9, 10, 11, 12], [2, 2, 2, 13, 14], [2, 3, 4, 5, 6]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0, 1, 1, 1, 1]])
+    labels = torch.where(mask == 1, ids, -100)
+    starts = [deep_prompt(backbone, length, seed).prompt() for seed, length in enumerate((3, 6, 2))]
+    ours, theirs = ([start.clone().requires_grad_() for start in starts] for _ in range(2))
+    passes: list[int] = []
+    run = llama.run
+
+    def counted(*args: Any) -> Tensor:
+        passes.append(1)
+        return run(*args)
+
+    monkeypatch.setattr(llama, "run", counted)
+    prompts = [Folded(matrix, num_matrices=backbone.max_matrices) for matrix in ours]
+    actual = attach(backbone, None).losses(ids, mask, labels, prompts=prompts, index=index)
+    assert passes, "the rows did not run through our fused layers"
+    expected = reference_losses(backbone, [theirs[number] for number in index], ids, mask, labels)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    weights = torch.tensor([1.0, 0.3, 0.7, 0.2])
+    (actual * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert mine.grad is not None
+        torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-3, atol=1e-6)
+        assert bool((mine.grad.view(backbone.max_matrices, -1).abs().amax(1) > 0).all())
 
 
 @pytest.mark.parametrize("config", [Plain(length=4), DPT(length=4, rank=2), DPT(length=4, rank=4, anchor="none")])

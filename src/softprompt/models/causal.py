@@ -76,9 +76,10 @@ class Causal(PromptedModel):
         """The backbone's packed weights, once the model has been checked with its own."""
         self.layout = choose_layout(self, fused=self._has_fused_layers)
         self.supports_prefix_sharing = self.layout != "inline" and self.window is None and not fsdp.is_sharded(model)
+        deep = any_deep(self.prompts_of(None))
         # Rows that are not packed continue from a cache, which a second run of the layers would write to again.
-        self.supports_gradient_checkpointing = self.layout == "packed" and not any_deep(self.prompts_of(None))
-        if any_deep(self.prompts_of(None)):
+        self.supports_gradient_checkpointing = self.layout == "packed" and not deep
+        if deep:
             self.kv_prefixes(self.prompts_of(None))  # refuses what does not fit
         if self._has_fused_layers and not fsdp.is_sharded(model):
             self.packed = self.backbone.packed
@@ -252,6 +253,8 @@ class Causal(PromptedModel):
         is_first = nn.functional.pad(text.is_first_token(), (0, 1))[:, columns]
         if self._can_pack(prompts):
             packed = prompts if isinstance(prompts, KVPrefixBatch) else self.prompts_of(prompts)
+            if not isinstance(packed, KVPrefixBatch) and any_deep(packed):
+                packed = self.kv_prefixes(packed)
             logits = varlen_logits(
                 self, text, columns, packed, index, lambda most: self._check_width(most, most), fused=self._is_fused
             )
@@ -268,13 +271,11 @@ class Causal(PromptedModel):
         return prepared.with_first_logits(state.logits, is_first, index), prepared.logits is None
 
     def _can_pack(self, prompts: Prompts) -> TypeGuard[Sequence[SoftPrompt] | KVPrefixBatch | None]:
-        if isinstance(prompts, KVPrefixBatch):
-            return self.layout == "packed" and self._is_fused and not torch.is_grad_enabled()
-        return (
-            self.layout == "packed"
-            and not isinstance(prompts, PreparedPrompts)
-            and not any_deep(self.prompts_of(prompts))
-        )
+        if self.layout != "packed":
+            return False
+        if isinstance(prompts, PreparedPrompts):
+            return self._is_fused and isinstance(prompts, KVPrefixBatch)
+        return self._is_fused or not any_deep(self.prompts_of(prompts))
 
     def _resolved(self, prompts: Prompts) -> KVPrefixBatch | PromptEmbeddings:
         passed = self.prompts_of(prompts)
@@ -362,8 +363,10 @@ class Causal(PromptedModel):
 
     @property
     def _is_fused(self) -> bool:
-        """Whether layers run through `llama.run`, which computes in one dtype and so not under autocast."""
-        return self._has_fused_layers and not torch.is_autocast_enabled(self.backbone.device.type)
+        """Whether layers run through `llama.run`, which has no dropout and computes in one dtype."""
+        backbone = self.backbone
+        is_plain = not backbone.model.training and not torch.is_autocast_enabled(backbone.device.type)
+        return self._has_fused_layers and is_plain
 
     def _check_width(self, longest: int, width: int) -> None:
         """Refuse rows of more positions than the model has, or wider than its attention window with their padding."""

@@ -1,4 +1,4 @@
-"""Rows of a decoder in one packed pass without padding: after live prompts in training, else after their cached KV."""
+"""Rows of a decoder in one packed pass without padding: after live prompts, or after keys and values."""
 
 from collections.abc import Callable, Sequence
 
@@ -29,7 +29,8 @@ def varlen_logits(
 
     Args:
         text: padded on the left.
-        prompts: a KVPrefixBatch needs `fused` and no gradients; the logits for first tokens are then meaningless.
+        prompts: a KVPrefixBatch needs `fused`; gradients flow to its keys and values, and the logits for first tokens
+            are meaningless.
         check_length: called with the positions of the longest row and its prompt.
         fused: run the layers through `llama.run` and not through the model.
     """
@@ -56,7 +57,7 @@ def varlen_logits(
     )
     check_length(int(layout.positions.max()) + 1)
     packed = torch.cat([*(matrix.to(packed.dtype) for matrix in vectors), packed])
-    if fused and not model.training:  # the fused layers have no dropout
+    if fused:
         return llama.run(model, packed, layout, predicting)
     keep = layout.token_index(predicting)
     output = model(

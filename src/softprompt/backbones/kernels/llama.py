@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from softprompt.backbones.kernels import dequantize, gradient_checkpointing
 from softprompt.backbones.kernels.dequantize import dequantized_weight
 from softprompt.backbones.kernels.grouped import grouped_attention
-from softprompt.backbones.kernels.varlen import VarlenLayout
+from softprompt.backbones.kernels.varlen import States, VarlenLayout
 from softprompt.backbones.kernels.varlen_attention import varlen_backward, varlen_forward
 
 SUPPORTED_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
@@ -101,8 +101,10 @@ def run(
     cos, sin = (table[0] for table in decoder.rotary_emb(embeds, layout.positions))
     hidden_states = embeds
     for layer in decoder.layers[:-1]:
+        cached_key, cached_value = layout.next_cached_kv() or (None, None)
         hidden_states = gradient_checkpointing.checkpointed(
-            _FusedDecoderLayer.apply, hidden_states, cos, sin, layout, _LayerWeights.of(layer)
+            _FusedDecoderLayer.apply,
+            *(hidden_states, cached_key, cached_value, cos, sin, layout, _LayerWeights.of(layer)),
         )
     hidden_states = _last_layer(decoder.layers[-1], hidden_states, cos, sin, layout, positions)
     logits: Tensor = model.lm_head(decoder.norm(hidden_states))
@@ -114,22 +116,29 @@ class _FusedDecoderLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor, layout: VarlenLayout, weights: _LayerWeights
+        ctx: Any,
+        hidden_states: Tensor,
+        cached_key: Tensor | None,
+        cached_value: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        layout: VarlenLayout,
+        weights: _LayerWeights,
     ) -> Float[Tensor, "token dim"]:
+        cached = _pair(cached_key, cached_value)
         normed, rms_inv = rms_norm(hidden_states, weights.input_layernorm, weights.variance_epsilon)
         query = apply_rotary(_split_heads(weights.q_proj(normed), weights), cos, sin)
         key = apply_rotary(_split_heads(weights.k_proj(normed), weights), cos, sin)
         value = _split_heads(weights.v_proj(normed), weights)
         attn_output, attn_weights = varlen_forward(
-            query, key, value, layout, weights.scaling, needs_grad=ctx.needs_input_grad[0]
+            query, key, value, layout, weights.scaling, cached, needs_grad=any(ctx.needs_input_grad)
         )
         mlp_input = torch.addmm(hidden_states, attn_output.flatten(1), dequantized_weight(weights.o_proj).t())
         normed, mlp_rms_inv = rms_norm(mlp_input, weights.post_attention_layernorm, weights.variance_epsilon)
         gate = normed @ dequantized_weight(weights.gate_proj).t()
         up = normed @ dequantized_weight(weights.up_proj).t()
-        ctx.save_for_backward(
-            hidden_states, rms_inv, query, key, value, mlp_input, mlp_rms_inv, gate, up, cos, sin, *attn_weights
-        )
+        of_layer = (hidden_states, rms_inv, query, key, value, mlp_input, mlp_rms_inv, gate, up, cos, sin)
+        ctx.save_for_backward(*of_layer, cached_key, cached_value, *attn_weights)
         ctx.layout, ctx.weights = layout, weights
         return torch.addmm(mlp_input, nn.functional.silu(gate).mul_(up), dequantized_weight(weights.down_proj).t())
 
@@ -137,14 +146,14 @@ class _FusedDecoderLayer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Autocast of whoever calls backward; the forward pass had none.
         with torch.autocast(grad.device.type, enabled=False):
-            return _FusedDecoderLayer._grad_hidden_states(ctx, grad), None, None, None, None
+            return (*_FusedDecoderLayer._grads(ctx, grad), None, None, None, None)
 
     @staticmethod
-    def _grad_hidden_states(ctx: Any, grad: Tensor) -> Tensor:
+    def _grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of the layer's input, and of the cached prompts' keys and values."""
         weights: _LayerWeights = ctx.weights
-        hidden_states, rms_inv, query, key, value, mlp_input, mlp_rms_inv, gate, up, cos, sin, *attn_weights = (
-            ctx.saved_tensors
-        )
+        hidden_states, rms_inv, query, key, value, mlp_input, mlp_rms_inv, gate, up, cos, sin, *rest = ctx.saved_tensors
+        cached_key, cached_value, *attn_weights = rest
         grad_product = grad @ dequantized_weight(weights.down_proj)
         grad_up = nn.functional.silu(gate).mul_(grad_product)
         grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up), gate)
@@ -153,15 +162,20 @@ class _FusedDecoderLayer(torch.autograd.Function):
         grad_mlp_input = _rms_norm_backward(grad_normed, mlp_input, mlp_rms_inv, weights.post_attention_layernorm)
         grad_mlp_input.add_(grad)
         grad_attn = (grad_mlp_input @ dequantized_weight(weights.o_proj)).view_as(query)
-        grad_query, grad_key, grad_value = varlen_backward(
-            query, key, value, ctx.layout, weights.scaling, attn_weights, grad_attn
+        cached = _pair(cached_key, cached_value)
+        (grad_query, grad_key, grad_value), grad_cached = varlen_backward(
+            query, key, value, ctx.layout, weights.scaling, attn_weights, grad_attn, cached
         )
+        grad_cached_key, grad_cached_value = grad_cached or (None, None)
+        if not ctx.needs_input_grad[0]:  # the first layer, after prompts that are keys and values
+            return None, grad_cached_key, grad_cached_value
         # The inverse rotation.
         grad_query, grad_key = apply_rotary(grad_query, cos, -sin), apply_rotary(grad_key, cos, -sin)
         grad_normed = grad_query.flatten(1) @ dequantized_weight(weights.q_proj)
         grad_normed.addmm_(grad_key.flatten(1), dequantized_weight(weights.k_proj))
         grad_normed.addmm_(grad_value.flatten(1), dequantized_weight(weights.v_proj))
-        return _rms_norm_backward(grad_normed, hidden_states, rms_inv, weights.input_layernorm).add_(grad_mlp_input)
+        grad_input = _rms_norm_backward(grad_normed, hidden_states, rms_inv, weights.input_layernorm)
+        return grad_input.add_(grad_mlp_input), grad_cached_key, grad_cached_value
 
 
 def _last_layer(
@@ -182,7 +196,7 @@ def _last_layer(
     query = apply_rotary(_split_heads(weights.q_proj(normed[flat_index]), weights), cos[flat_index], sin[flat_index])
     keys, values = rows.pad(key), rows.pad(value)
     mask = torch.arange(rows.longest, device=positions.device) <= positions[..., None]
-    prefix = layout.prefix_kv(key, value)
+    prefix = layout.next_cached_kv() or layout.packed_prompts(key, value)
     if prompts and prefix:
         keys, values = (
             torch.cat([prompt_kv[layout.index], row_kv], 1)
@@ -199,6 +213,10 @@ def _last_layer(
     mlp_input = hidden_states[index] + layer.self_attn.o_proj(attn_output.transpose(1, 2).flatten(2))
     result: Tensor = mlp_input + layer.mlp(layer.post_attention_layernorm(mlp_input))
     return result
+
+
+def _pair(key: Tensor | None, value: Tensor | None) -> States | None:
+    return None if key is None or value is None else (key, value)
 
 
 def _split_heads(states: Float[Tensor, "token width"], weights: _LayerWeights) -> Float[Tensor, "token head head_dim"]:

@@ -73,7 +73,7 @@ class PackedSequences:
         return packed if self.equal_lengths else packed.index_select(0, self._unpad_index)
 
 
-States = tuple[Float[Tensor, "sequence longest head head_dim"], Float[Tensor, "sequence longest head value_dim"]]
+States = tuple[Float[Tensor, "sequence longest kv_head head_dim"], Float[Tensor, "sequence longest kv_head value_dim"]]
 """One layer's keys and values of several sequences, padded."""
 
 
@@ -138,22 +138,24 @@ class VarlenLayout:
         before = self.prompts.ends[self.index] if self.prompts else self.rows.starts
         return torch.where(positions < 0, before[:, None], self.rows.starts[:, None] + positions)
 
-    def prefix_kv(
+    def next_cached_kv(self) -> States | None:
+        """The cached prompts' keys and values in the next layer, padded; None where no prompt is cached.
+
+        Call it exactly once per layer, in layer order.
+        """
+        return next(self._cached_kv) if self.prefix_is_cached else None
+
+    def packed_prompts(
         self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head value_dim"]
     ) -> States | None:
-        """The prompts' keys and values in one layer, padded; None without prompts.
-
-        With cached prompts, call it exactly once per layer, in layer order.
-        """
-        if self.prompts is None:
-            return None
-        return next(self._cached_kv) if self.prefix_is_cached else (self.prompts.pad(key), self.prompts.pad(value))
+        """The keys and values of the prompts among the packed tokens, padded; None without prompts."""
+        return None if self.prompts is None else (self.prompts.pad(key), self.prompts.pad(value))
 
     def parts_with_kv(
         self, key: Float[Tensor, "token head head_dim"], value: Float[Tensor, "token head value_dim"]
     ) -> list[tuple[PackedSequences, Tensor, Tensor]]:
-        """Each part with its visible keys and values; has the same restriction as `prefix_kv`."""
-        prefix = self.prefix_kv(key, value)
+        """Each part with its visible keys and values; has the same restriction as `next_cached_kv`."""
+        prefix = self.next_cached_kv() or self.packed_prompts(key, value)
         return [(part, *self.visible_kv(part, key, value, prefix)) for part in self.parts]
 
     def visible_kv(
@@ -166,7 +168,7 @@ class VarlenLayout:
         """The keys and values that a part's queries may attend to: `[prompt, padded; the sequence itself, padded]`.
 
         Args:
-            prefix: the result of `prefix_kv` for this layer.
+            prefix: the prompts' keys and values in this layer, if there are prompts.
         """
         keys, values = part.pad(key), part.pad(value)
         if prefix is None or part is not self.rows:

@@ -13,7 +13,10 @@ from softprompt.backbones.kernels.grouped import (
     saves_weights,
     to_autocast_dtype,
 )
-from softprompt.backbones.kernels.varlen import PackedSequences, VarlenLayout
+from softprompt.backbones.kernels.varlen import PackedSequences, States, VarlenLayout
+
+_PartGrad = tuple[Float[Tensor, "_ head width"], Float[Tensor, "prompt longest head width"] | None]
+"""A gradient of a part's tokens (or of all packed ones), and one of padded prompts."""
 
 
 def varlen_attention(
@@ -43,7 +46,8 @@ class _VarlenAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *saved_weights = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            return (*varlen_backward(query, key, value, ctx.layout, ctx.scale, saved_weights, grad), None, None)
+            grads, _ = varlen_backward(query, key, value, ctx.layout, ctx.scale, saved_weights, grad)
+        return (*grads, None, None)
 
 
 def varlen_forward(
@@ -52,17 +56,19 @@ def varlen_forward(
     value: Float[Tensor, "token kv_head value_dim"],
     layout: VarlenLayout,
     scale: float,
+    cached: States | None = None,
     *,
     needs_grad: bool,
 ) -> tuple[Float[Tensor, "token head value_dim"], list[Tensor | None]]:
     """Attention over packed tokens, and each part's weights (None where they are not saved).
 
     Args:
+        cached: `layout.next_cached_kv()` of this layer.
         needs_grad: there will be a backward pass, which uses the weights. A part whose weights are not saved runs
             through torch's fused kernel, whose forward pass is faster.
     """
     outputs, saved_weights = list[Tensor](), list[Tensor | None]()
-    prefix = layout.prefix_kv(key, value)
+    prefix = cached or layout.packed_prompts(key, value)
     for part in layout.parts:
         prefix_key, prefix_value = prefix if prefix is not None and part is layout.rows else (None, None)
         keys = part.longest + (0 if prefix_key is None else prefix_key.shape[1])
@@ -85,10 +91,11 @@ def varlen_backward(
     scale: float,
     saved_weights: Sequence[Tensor | None],
     grad: Float[Tensor, "token head value_dim"],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value; weights that were not saved are recomputed."""
-    grad_query, grad_key, grad_value = list[Tensor](), list[list[Tensor]](), list[list[Tensor]]()
-    prefix = layout.prefix_kv(key, value)
+    cached: States | None = None,
+) -> tuple[tuple[Tensor, Tensor, Tensor], States | None]:
+    """The gradients of query, key and value, and of `cached`; weights that were not saved are recomputed."""
+    grad_query, grad_key, grad_value = list[Tensor](), list[_PartGrad](), list[_PartGrad]()
+    prefix = cached or layout.packed_prompts(key, value)
     for part, weights in zip(layout.parts, saved_weights, strict=True):
         prefix_key, prefix_value = prefix if prefix is not None and part is layout.rows else (None, None)
         if weights is None:
@@ -101,9 +108,13 @@ def varlen_backward(
             _group_queries(grad, key, part, zero_padding=True),
         )
         grad_query.append(_ungroup_queries(part_grads[0].mul_(scale), query, key, part))
-        grad_key.append(_scatter_grad(part_grads[1], key, layout, part))
-        grad_value.append(_scatter_grad(part_grads[2], value, layout, part))
-    return torch.cat(grad_query), _sum_grads(grad_key), _sum_grads(grad_value)
+        grad_key.append(_split_grad(part_grads[1], key, layout, part))
+        grad_value.append(_split_grad(part_grads[2], value, layout, part))
+    (key_grad, cached_key_grad), (value_grad, cached_value_grad) = (
+        _merge_grads(grads, layout) for grads in (grad_key, grad_value)
+    )
+    of_cached = None if cached_key_grad is None or cached_value_grad is None else (cached_key_grad, cached_value_grad)
+    return (torch.cat(grad_query), key_grad, value_grad), of_cached
 
 
 def _part_weights(
@@ -154,26 +165,27 @@ def _visible_kv(
     return visible.view(heads * count, prefix_length + longest, width)
 
 
-def _scatter_grad(grad: Tensor, states: Tensor, layout: VarlenLayout, part: PackedSequences) -> list[Tensor]:
-    """The gradient of the keys (or values) of a part, after that of the prompts where its queries attended to them."""
+def _split_grad(grad: Tensor, states: Tensor, layout: VarlenLayout, part: PackedSequences) -> _PartGrad:
+    """The gradient of a part's own keys (or values), and of those of the prompts that its queries attended to."""
     by_sequence = grad.view(states.shape[1], part.count, -1, states.shape[-1]).permute(1, 2, 0, 3)
     grad_part = part.unpad(by_sequence[:, by_sequence.shape[1] - part.longest :])
     prompts = layout.prompts if part is layout.rows else None
     if prompts is None:
-        return [grad_part]
+        return grad_part, None
     grad_prefix = by_sequence[:, : prompts.longest]
     if prompts.count == 1:
-        return [prompts.unpad(grad_prefix.sum(0, keepdim=True)), grad_part]
+        return grad_part, grad_prefix.sum(0, keepdim=True)
     zeros = grad_prefix.new_zeros(prompts.count, *grad_prefix.shape[1:])
-    return [prompts.unpad(zeros.index_add_(0, layout.index, grad_prefix)), grad_part]
+    return grad_part, zeros.index_add_(0, layout.index, grad_prefix)
 
 
-def _sum_grads(parts: list[list[Tensor]]) -> Tensor:
-    """The gradient of all packed tokens, from what `_scatter_grad` gave for each part."""
-    if len(parts) == 1:
-        return parts[0][0]
-    (prompts,), (prompts_from_rows, rows) = parts
-    return torch.cat([prompts + prompts_from_rows, rows])
+def _merge_grads(parts: Sequence[_PartGrad], layout: VarlenLayout) -> _PartGrad:
+    """The gradient of all packed tokens, and that of cached prompts."""
+    if layout.prompts is None or layout.prefix_is_cached:
+        return parts[0]
+    (prompts, _), (rows, prompts_from_rows) = parts
+    assert prompts_from_rows is not None
+    return torch.cat([prompts + layout.prompts.unpad(prompts_from_rows), rows]), None
 
 
 def varlen_sdpa(
