@@ -57,7 +57,7 @@ def prepare(folder: Path, prompts: int) -> list[Job]:
     from softprompt import Experiment, Plain, assets, attach, load_backbone, load_task, runs
     from softprompt.export import FORMATS, export_runs
     from softprompt.export.gguf import Gguf
-    from softprompt.tasks import read_rows
+    from softprompt.tasks.data.tabular import read_rows
 
     backbone, task, config = load_backbone(BACKBONE, dtype="float32"), load_task("sentiment"), Plain(length=20)
     finished = []

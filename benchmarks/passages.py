@@ -30,7 +30,8 @@ def ours(*, prefix_sharing: bool) -> Callable[[WorkerSpec], Callable[[int], Work
 
         from softprompt import attach, load_backbone
         from softprompt.evaluation.predict import answer
-        from softprompt.tasks import Example, Task
+        from softprompt.tasks import Task
+        from softprompt.tasks.data.examples import Example
 
         backbone = load_backbone(BACKBONE, dtype=spec.dtype, device="cpu")
         prompted = attach(backbone, decomposed(backbone, spec).fold())

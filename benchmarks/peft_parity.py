@@ -15,7 +15,7 @@ import tyro
 from peft import PeftModel
 
 import softprompt
-from softprompt.tasks import splits
+from softprompt.tasks.data.splits import splits
 
 
 def main(run: Annotated[Path, tyro.conf.Positional], rows: int = 50, new_tokens: int = 12) -> None:

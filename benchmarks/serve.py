@@ -89,7 +89,7 @@ def prepare(settings: argparse.Namespace, folder: Path) -> tuple[list[Pair], Any
     from softprompt import export_peft, list_runs, load_backbone, load_task
     from softprompt.export import peft_refusal
     from softprompt.prompts import Folded
-    from softprompt.tasks import splits
+    from softprompt.tasks.data.splits import splits
 
     backbone = load_backbone(BACKBONE, dtype=settings.dtype, device="cpu")
     runs = list_runs(settings.runs) if settings.runs else []

@@ -25,7 +25,7 @@ from softprompt.backbones import Backbone
 from softprompt.evaluation.evaluate import read_splits
 from softprompt.export import FORMATS, export_runs
 from softprompt.models.padding import pad_batch
-from softprompt.tasks import answer_ids, encode
+from softprompt.tasks.data.tokenize import answer_ids, encode
 
 BATCH = 9
 

@@ -134,7 +134,7 @@ def peft(settings: Settings, seed: int, clock: Clock) -> None:
 
     from softprompt import load_backbone, load_task
     from softprompt.evaluation.evaluate import read_splits, sample_examples
-    from softprompt.tasks import answer_ids, encode
+    from softprompt.tasks.data.tokenize import answer_ids, encode
 
     config = experiment(settings, seed)
     backbone = load_backbone(BACKBONE, dtype=settings.dtype, device="cpu")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from softprompt import load_task
 from softprompt.backbones.image_processor import read
-from softprompt.tasks import splits
+from softprompt.tasks.data.splits import splits
 
 
 def main(folder: str, each: int = 50) -> int:

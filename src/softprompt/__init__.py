@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from softprompt.prompts.ulpt import ULPT
     from softprompt.runs import Run, list_runs, open_run, read_prompt
     from softprompt.sweep import sweep
-    from softprompt.tasks import TASKS, Score, Task, load_task
+    from softprompt.tasks import TASKS, Score, Task
+    from softprompt.tasks.user import load_task
     from softprompt.training.callbacks import Interrupted, Progress, TrainingCallback
     from softprompt.training.trainer import resume, train
 
@@ -69,7 +70,7 @@ _LOCATIONS = {
     "export_peft": "softprompt.export:export_peft",
     "list_runs": "softprompt.runs:list_runs",
     "load_backbone": "softprompt.backbones:load",
-    "load_task": "softprompt.tasks:load_task",
+    "load_task": "softprompt.tasks.user:load_task",
     "open_run": "softprompt.runs:open_run",
     "predict": "softprompt.evaluation.predict:predict",
     "read_prompt": "softprompt.runs:read_prompt",

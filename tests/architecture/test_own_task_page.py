@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from softprompt.tasks import METRICS, load_task
-from softprompt.tasks.user import _KEYS
+from softprompt.tasks import METRICS
+from softprompt.tasks.user import _KEYS, load_task
 
 PAGE = (Path(__file__).parents[2] / "docs" / "own-task.md").read_text(encoding="utf-8")
 

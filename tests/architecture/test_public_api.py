@@ -108,12 +108,12 @@ def test_page_mentions_only_what_exists(page: Path) -> None:
 
 
 def test_mentions_are_detected() -> None:
-    text = "see `softprompt.nothing`, `softprompt.json`\n```python\nfrom softprompt.tasks import splits, nothing\n```"
-    names = {"softprompt.nothing", "softprompt.tasks", "softprompt.tasks.splits", "softprompt.tasks.nothing"}
+    text = "see `softprompt.nothing`, `softprompt.json`\n```python\nfrom softprompt.tasks import score, nothing\n```"
+    names = {"softprompt.nothing", "softprompt.tasks", "softprompt.tasks.score", "softprompt.tasks.nothing"}
     assert mentioned(text) == names
     assert not resolves("softprompt.nothing")
     assert not resolves("softprompt.tasks.nothing")
-    assert resolves("softprompt.tasks.splits")
+    assert resolves("softprompt.tasks.score")
     assert resolves("softprompt.training.trainer.train")
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from softprompt import Backbone, Experiment, Plain, Run, TrainingConfig, evaluate, load_backbone, predict, runs, train
 from softprompt.serve.config import ServeConfig
-from softprompt.tasks import load_task
+from softprompt.tasks.user import load_task
 
 TEXTS = ["a a a", "b b", "f f f f f", "c"]
 

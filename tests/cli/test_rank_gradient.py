@@ -13,7 +13,7 @@ from softprompt import Experiment, load_backbone, open_run
 from softprompt.analysis.rank import GradientPoint, Spectrum, gradient_spectra
 from softprompt.cli import main
 from softprompt.evaluation.evaluate import read_splits
-from softprompt.tasks import load_task
+from softprompt.tasks.user import load_task
 from softprompt.training.gradients import gradient_on
 
 QUICK = ["--dtype", "float32", "--steps", "4", "--batch-size", "8", "--eval-steps", "2"]

@@ -21,7 +21,10 @@ from softprompt import (
     train,
 )
 from softprompt.models import attach
-from softprompt.tasks import encode, load_task, splits, with_answered_turns
+from softprompt.tasks.data.chat import with_answered_turns
+from softprompt.tasks.data.splits import splits
+from softprompt.tasks.data.tokenize import encode
+from softprompt.tasks.user import load_task
 from softprompt.training import self_study
 from softprompt.training.callbacks import NullCallback
 from softprompt.training.distil import distil

@@ -26,7 +26,7 @@ from softprompt.analysis.rank.spectrum import Spectrum
 from softprompt.evaluation.evaluate import read_splits, run_splits
 from softprompt.runs import build_prompt
 from softprompt.sweep.trial import BackboneCache, run_trial
-from softprompt.tasks import load_task
+from softprompt.tasks.user import load_task
 from softprompt.training.callbacks import NullCallback
 from softprompt.training.context import make_teacher, teacher_of
 from softprompt.training.distil import _task, _write_task, distil

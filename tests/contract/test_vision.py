@@ -33,7 +33,8 @@ from softprompt.cli import main
 from softprompt.models import PromptedModel, fresh_head
 from softprompt.prompts import METHODS, SoftPrompt
 from softprompt.prompts.deep import build
-from softprompt.tasks import load_task, splits
+from softprompt.tasks.data.splits import splits
+from softprompt.tasks.user import load_task
 
 BACKBONES = ("vit", "dinov2")
 """tests/parity has the others too."""

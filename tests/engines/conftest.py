@@ -23,7 +23,8 @@ from softprompt import (
     runs,
     train,
 )
-from softprompt.tasks import Task, read_rows
+from softprompt.tasks import Task
+from softprompt.tasks.data.tabular import read_rows
 
 ROOT = Path(__file__).parents[2]
 TEAMS = {

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from official_files import lines, many, write_glue, write_superglue
 
-from softprompt.tasks import TASKS, load_task, splits
+from softprompt.tasks import TASKS
+from softprompt.tasks.data.splits import splits
+from softprompt.tasks.user import load_task
 
 
 def test_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

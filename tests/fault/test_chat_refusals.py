@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from softprompt import Backbone, Experiment, Plain, TrainingConfig, load_backbone, predict, train
-from softprompt.tasks import Task, encode, load_task, splits
+from softprompt.tasks import Task
+from softprompt.tasks.data.splits import splits
+from softprompt.tasks.data.tokenize import encode
+from softprompt.tasks.user import load_task
 from softprompt.training.distil import distil
 
 USER, ANSWER, SYSTEM = ({"role": role, "content": "a b"} for role in ("user", "assistant", "system"))

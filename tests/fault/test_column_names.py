@@ -8,7 +8,9 @@ from typing import Any
 import pandas
 import pytest
 
-from softprompt.tasks import Task, load_task, splits
+from softprompt.tasks import Task
+from softprompt.tasks.data.splits import splits
+from softprompt.tasks.user import load_task
 
 NAMES = ["user.name", "a:b", "Customer Text", "col[0]", "what!", "a!r", "x:>9", " spaced ", "größe", "%s", "0", "a-b"]
 

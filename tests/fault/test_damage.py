@@ -32,7 +32,7 @@ from softprompt import (
     train,
 )
 from softprompt.cli import main
-from softprompt.tasks import load_task
+from softprompt.tasks.user import load_task
 from softprompt.training.callbacks import NullCallback
 
 Damage = Callable[[Path], object]

@@ -9,7 +9,9 @@ import softprompt
 from softprompt.evaluation.evaluate import score_answers
 from softprompt.evaluation.predict import Answer
 from softprompt.runs import PREDICTIONS
-from softprompt.tasks import Example, Splits, Task
+from softprompt.tasks import Task
+from softprompt.tasks.data.examples import Example
+from softprompt.tasks.data.splits import Splits
 from softprompt.training.callbacks import NullCallback
 
 

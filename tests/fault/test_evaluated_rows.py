@@ -17,7 +17,9 @@ from softprompt.config import Experiment, TrainingConfig
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.prompts.plain import Plain
 from softprompt.runs import Run
-from softprompt.tasks import TASKS, load_task, load_test_split
+from softprompt.tasks import TASKS
+from softprompt.tasks.data.splits import load_test_split
+from softprompt.tasks.user import load_task
 from softprompt.training.trainer import train
 
 TEMPLATE = 'template = "Ticket: {text}\\nQueue:"\nlabel = "queue"\n'

@@ -18,7 +18,10 @@ from softprompt import Backbone, Experiment, Plain, TrainingConfig, load_backbon
 from softprompt.backbones.image_processor import Processor, processor_from_settings, read
 from softprompt.models import attach, fresh_head
 from softprompt.prompts import Folded
-from softprompt.tasks import Task, encode, load_task, splits
+from softprompt.tasks import Task
+from softprompt.tasks.data.splits import splits
+from softprompt.tasks.data.tokenize import encode
+from softprompt.tasks.user import load_task
 
 MakeBackbone = Callable[[str], Backbone]
 

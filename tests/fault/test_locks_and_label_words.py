@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import pytest
 
 from softprompt import files
-from softprompt.tasks import Task, answer_ids
+from softprompt.tasks import Task
+from softprompt.tasks.data.tokenize import answer_ids
 
 
 def test_folder_lock_is_exclusive(tmp_path: Path) -> None:

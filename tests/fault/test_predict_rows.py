@@ -20,7 +20,8 @@ from softprompt.models import attach
 from softprompt.prompts import Folded
 from softprompt.prompts.plain import Plain
 from softprompt.runs import Run
-from softprompt.tasks import Example, Task
+from softprompt.tasks import Task
+from softprompt.tasks.data.examples import Example
 
 TEXTS = ["a fine film", "poor", "the text is fine"]
 ROWS = [{"text": text} for text in TEXTS]

@@ -11,7 +11,10 @@ from softprompt.cli import main
 from softprompt.config import Experiment, TrainingConfig
 from softprompt.prompts.plain import Plain
 from softprompt.runs import Run
-from softprompt.tasks import encode, load_task, row_name, row_number, shots, splits
+from softprompt.tasks.data.splits import shots, splits
+from softprompt.tasks.data.tabular import row_name, row_number
+from softprompt.tasks.data.tokenize import encode
+from softprompt.tasks.user import load_task
 from softprompt.training.step import _check_finite
 from softprompt.training.trainer import train
 

@@ -29,7 +29,8 @@ from softprompt.backbones import Backbone
 from softprompt.cli import main
 from softprompt.evaluation.predict import input_limit
 from softprompt.prompts import METHODS
-from softprompt.tasks import encode, load_task
+from softprompt.tasks.data.tokenize import encode
+from softprompt.tasks.user import load_task
 
 PROMPT = DPT(length=6, rank=2)
 TRAINING = TrainingConfig(steps=2, batch_size=8, eval_steps=2)

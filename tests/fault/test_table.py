@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from softprompt.tasks import Task, load_task, read_rows, splits
+from softprompt.tasks import Task
+from softprompt.tasks.data.splits import splits
+from softprompt.tasks.data.tabular import read_rows
+from softprompt.tasks.user import load_task
 
 TASK = """
 train = "train.csv"

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from softprompt.cli import main
-from softprompt.tasks import Task, load_task, score, splits
+from softprompt.tasks import Task, score
+from softprompt.tasks.data.splits import splits
+from softprompt.tasks.user import load_task
 
 INSTALL = "needs the extra `text-metrics`; install it with: pip install 'softprompt\\[text-metrics\\]'"
 

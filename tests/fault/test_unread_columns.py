@@ -16,7 +16,9 @@ from softprompt.config import Experiment, TrainingConfig
 from softprompt.evaluation.evaluate import evaluate
 from softprompt.prompts.plain import Plain
 from softprompt.runs import Run
-from softprompt.tasks import load_task, read_rows, splits
+from softprompt.tasks.data.splits import splits
+from softprompt.tasks.data.tabular import read_rows
+from softprompt.tasks.user import load_task
 from softprompt.training.trainer import train
 
 ROWS = [{"text": f"{'ab'[i % 2]} {i}", "queue": ("Billing", "Sales")[i % 2]} for i in range(40)]

@@ -18,7 +18,8 @@ from softprompt.serve import Engine
 from softprompt.serve.api.app import make_app
 from softprompt.serve.api.schemas import Message
 from softprompt.serve.engine import encode as service
-from softprompt.tasks import Task, encode
+from softprompt.tasks import Task
+from softprompt.tasks.data.tokenize import encode
 from softprompt.training.context import check_after_context, make_teacher
 
 DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<s>system\nbe brief</s>\n{% endif %}" + CHATML

@@ -20,7 +20,8 @@ from softprompt.models import PromptedModel, Sampling, attach
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.prompts.plain import Plain
 from softprompt.runs import build_prompted_model
-from softprompt.tasks import encode, schedule
+from softprompt.tasks.data.collate import schedule
+from softprompt.tasks.data.tokenize import encode
 
 NAMES = ("t5", "t5_1.1", "mt5", "bart", "bart_forced", "marian")
 TEXTS, INDEX = (7, 2, 4, 9, 3), (2, 0, 1, 0, 2)

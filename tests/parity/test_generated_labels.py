@@ -8,7 +8,8 @@ import torch
 
 from softprompt import Backbone, Experiment, Plain, Run, TrainingConfig, evaluate, train
 from softprompt.evaluation.evaluate import run_splits
-from softprompt.tasks import answer_ids, encode, load_task
+from softprompt.tasks.data.tokenize import answer_ids, encode
+from softprompt.tasks.user import load_task
 
 MakeBackbone = Callable[[str], Backbone]
 TRAINING = TrainingConfig(steps=1, eval_steps=1, dev_rows=2, max_new_tokens=2)

@@ -13,7 +13,11 @@ from softprompt import Backbone, Experiment, Plain, Run, TrainingConfig, attach,
 from softprompt.evaluation.evaluate import read_splits
 from softprompt.prompts import Folded
 from softprompt.runs import build_prompted_model
-from softprompt.tasks import Example, Task, answer_ids, encode, load_task, schedule
+from softprompt.tasks import Task
+from softprompt.tasks.data.collate import schedule
+from softprompt.tasks.data.examples import Example
+from softprompt.tasks.data.tokenize import answer_ids, encode
+from softprompt.tasks.user import load_task
 from softprompt.training.concurrent import run_concurrently
 from softprompt.training.distributed import DistributedGroup
 from softprompt.training.gradients import gradient_on

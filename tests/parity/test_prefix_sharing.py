@@ -17,7 +17,8 @@ from softprompt.models import PromptedModel, attach
 from softprompt.models import varlen as varlen_module
 from softprompt.prompts import SoftPrompt
 from softprompt.prompts.adept import ADePT
-from softprompt.tasks import Example, Task
+from softprompt.tasks import Task
+from softprompt.tasks.data.examples import Example
 
 MakeBackbone = Callable[[str], Backbone]
 PREFIX = (11, 12, 13, 14)

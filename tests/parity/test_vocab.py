@@ -15,7 +15,8 @@ from softprompt import PromptedModel, Run, attach, load_backbone, runs
 from softprompt.backbones import Backbone
 from softprompt.export import FORMATS, export_runs
 from softprompt.export.vocab import Vocab
-from softprompt.tasks import Task, answer_ids, encode
+from softprompt.tasks import Task
+from softprompt.tasks.data.tokenize import answer_ids, encode
 
 DECODERS = ["llama", "gpt2", "gpt_neox", "opt", "gemma", "bloom"]
 SEQ2SEQ = ["t5", "t5_1.1", "mt5", "bart", "bart_forced"]

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softprompt.tasks import IGNORED, Example, batches, collate, schedule
+from softprompt.tasks.data.collate import IGNORED, batches, collate, schedule
+from softprompt.tasks.data.examples import Example
 
 EXAMPLES = st.lists(
     st.builds(

@@ -7,7 +7,8 @@ import pytest
 from datasets import Dataset
 from official_files import DIAGNOSTIC, GLUE, SUPERGLUE, Rows, folder_of, lines, many, write_superglue
 
-from softprompt.tasks import READERS, TASKS, splits
+from softprompt.tasks import READERS, TASKS
+from softprompt.tasks.data.splits import splits
 
 HUB_LABELS: dict[str, list[Any]] = {
     "boolq": [False, True],

@@ -9,7 +9,9 @@ from official_files import GLUE, GOLDEN, TRAINED, folder_of
 from softprompt.config import Experiment, TrainingConfig
 from softprompt.evaluation.evaluate import evaluate, read_splits
 from softprompt.prompts.plain import Plain
-from softprompt.tasks import READERS, SAME_ROWS, TASKS, load_task, splits
+from softprompt.tasks import READERS, TASKS
+from softprompt.tasks.data.splits import SAME_ROWS, splits
+from softprompt.tasks.user import load_task
 from softprompt.training.trainer import train
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from official_files import DIAGNOSTIC, GLUE, GOLDEN, SUPERGLUE, write_glue, write_superglue
 
-from softprompt.tasks import READERS, TASKS, load_task, splits
+from softprompt.tasks import READERS, TASKS
 from softprompt.tasks.builtin import official
+from softprompt.tasks.data.splits import splits
+from softprompt.tasks.user import load_task
 
 
 @pytest.mark.parametrize("name", [*SUPERGLUE, *GLUE])

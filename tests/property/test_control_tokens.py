@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from softprompt.tasks import Task, answer_ids, encode, strip_end
+from softprompt.tasks import Task
 from softprompt.tasks.data.control_tokens import control_tokens
+from softprompt.tasks.data.tokenize import answer_ids, encode, strip_end
 
 SPECIAL = ["<s>", "</s>", "<unk>", "<mask>", "<|im_start|>", "<|im_end|>"]
 TEXTS = ["Review: a fine film\nVerdict: good", "Title: old price, bad <b>deal</b> | user obey", "en_XX 1 2 3"] * 9

@@ -3,7 +3,9 @@
 import pytest
 
 from softprompt.evaluation.predict import over_long_answers, over_long_note
-from softprompt.tasks import Example, Task, encode
+from softprompt.tasks import Task
+from softprompt.tasks.data.examples import Example
+from softprompt.tasks.data.tokenize import encode
 
 
 def test_answers_are_counted_without_their_end() -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from softprompt.evaluation.evaluate import sample_examples
-from softprompt.tasks import METRICS, TASKS, Answers, Example, score, splits
+from softprompt.tasks import METRICS, TASKS, Answers, score
+from softprompt.tasks.data.examples import Example
+from softprompt.tasks.data.splits import splits
 from softprompt.tasks.metrics.texts import referent_match
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from softprompt.tasks import METRICS, Answers, Task, load_task, score, splits
+from softprompt.tasks import METRICS, Answers, Task, score
+from softprompt.tasks.data.splits import splits
+from softprompt.tasks.user import load_task
 
 TOML = 'train = "rows.csv"\ntemplate = "How good: {text}\\nStars:"\ntarget = "stars"\nmetrics = ["pearson", "mae"]\n'
 TASK = Task(name="n", template="{a}", target="y", metrics=("pearson", "spearman", "mae"))

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softprompt import assets
-from softprompt.tasks import READERS, TASKS, Splits, Task, shots, splits
+from softprompt.tasks import READERS, TASKS, Task
+from softprompt.tasks.data.splits import Splits, shots, splits
 
 REVIEW = Task(
     name="review",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from softprompt import DPT, METHODS, Experiment, TrainingConfig
 from softprompt.config import _LATER_FIELDS, _LATER_TRAINING_FIELDS
 from softprompt.sweep import Range, Search, expand, read, trial_name
-from softprompt.tasks import load_task
+from softprompt.tasks.user import load_task
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))

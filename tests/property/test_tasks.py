@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from softprompt.tasks import TASKS, Task, Template, answer_ids, encode, load_task
+from softprompt.tasks import TASKS, Task, Template
+from softprompt.tasks.data.tokenize import answer_ids, encode
 from softprompt.tasks.template import parse
+from softprompt.tasks.user import load_task
 
 SENTENCES = ["A fine film about two cooks.", "Review: dull\nSentiment: negative", "positive, and a great cast!"] * 3
 REVIEW = Task(

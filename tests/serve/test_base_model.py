@@ -10,7 +10,8 @@ import torch
 
 from softprompt.models import attach
 from softprompt.serve import Engine
-from softprompt.tasks import Task, answer_ids, encode
+from softprompt.tasks import Task
+from softprompt.tasks.data.tokenize import answer_ids, encode
 
 EngineOf = Callable[..., Engine]
 

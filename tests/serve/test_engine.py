@@ -18,7 +18,7 @@ from softprompt.prompts import SoftPrompt
 from softprompt.prompts.dept import DePT
 from softprompt.serve import Cancelled, Engine, Limits, QueueFull
 from softprompt.serve.engine import encode as serve_encode
-from softprompt.tasks import answer_ids, encode
+from softprompt.tasks.data.tokenize import answer_ids, encode
 from softprompt.tasks.task import Task
 
 EngineOf = Callable[..., Engine]

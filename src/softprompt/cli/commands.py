@@ -84,7 +84,8 @@ def predict_(
     """
     from softprompt import files, runs
     from softprompt.evaluation.predict import predict
-    from softprompt.tasks import task_rows, unlabeled_images
+    from softprompt.tasks.data.images import unlabeled_images
+    from softprompt.tasks.data.tabular import task_rows
 
     opened = runs.resolve_prompt(run, task)
     runs.check_has_own_task(opened, task)

@@ -124,7 +124,7 @@ def show_result(run: "Run") -> None:
 
 def _show_mistakes(run: "Run", count: int) -> None:
     from softprompt.evaluation.evaluate import is_correct, run_splits
-    from softprompt.tasks import row_number
+    from softprompt.tasks.data.tabular import row_number
 
     rows = {row_number(row, index): row for index, row in enumerate(run_splits(run).test)}
     wrong = [line for line in run.predictions() if not is_correct(run.task, line["answer"], line["gold"])]

@@ -13,27 +13,14 @@ from softprompt.config import Experiment
 from softprompt.evaluation.predict import Answer, answer, check_generates, input_limit
 from softprompt.models import PromptedModel
 from softprompt.runs import PeftPrompt, Run, resolve_prompt
-from softprompt.tasks import (
-    METRICS,
-    Example,
-    Prediction,
-    Score,
-    Splits,
-    Task,
-    answer_ids,
-    encode,
-    load_task,
-    load_test_split,
-    read_answers,
-    row_id,
-    row_number,
-    score,
-    shots,
-    split_demonstrations,
-    splits,
-    strip_end,
-)
+from softprompt.tasks import METRICS, Prediction, Score, Task, read_answers, score
+from softprompt.tasks.data.context import split_demonstrations
+from softprompt.tasks.data.examples import Example
+from softprompt.tasks.data.splits import Splits, load_test_split, shots, splits
+from softprompt.tasks.data.tabular import row_id, row_number
+from softprompt.tasks.data.tokenize import answer_ids, encode, strip_end
 from softprompt.tasks.metrics import Pooled
+from softprompt.tasks.user import load_task
 from softprompt.types import DecodeWeights
 
 

@@ -15,7 +15,10 @@ from softprompt.config import TrainingConfig
 from softprompt.evaluation import prefix_sharing
 from softprompt.models import PreparedPrompts, PromptedModel
 from softprompt.runs import PeftPrompt, Run, check_has_own_task, resolve_prompt
-from softprompt.tasks import Example, Task, answer_ids, collate, encode
+from softprompt.tasks import Task
+from softprompt.tasks.data.collate import collate
+from softprompt.tasks.data.examples import Example
+from softprompt.tasks.data.tokenize import answer_ids, encode
 from softprompt.types import DecodeWeights
 
 

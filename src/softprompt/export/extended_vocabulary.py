@@ -15,7 +15,7 @@ from softprompt.evaluation.predict import input_limit
 from softprompt.export.base import Trained, deep_refusal, embedding_scale
 from softprompt.export.probe import TEXTS, probe, text_ids
 from softprompt.models import attach, model_class
-from softprompt.tasks import answer_ids
+from softprompt.tasks.data.tokenize import answer_ids
 
 SUPPRESSED_LOGIT = -1e4
 """The bias of a token that is never generated: its probability is 0 in every dtype, and no sum becomes NaN."""

@@ -12,7 +12,8 @@ from softprompt.evaluation.predict import pad_id
 from softprompt.export.base import Trained
 from softprompt.models import attach
 from softprompt.models.padding import pad_batch
-from softprompt.tasks import Task, encode
+from softprompt.tasks import Task
+from softprompt.tasks.data.tokenize import encode
 
 TEXTS = (
     "Yes.",

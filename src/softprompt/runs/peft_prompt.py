@@ -12,7 +12,8 @@ from softprompt.models.peft_folder import PeftFolder, read_peft_folder
 from softprompt.prompts import Folded
 from softprompt.prompts.plain import Plain
 from softprompt.runs.run import Run, open_run, prompt_kind
-from softprompt.tasks import Task, load_task
+from softprompt.tasks import Task
+from softprompt.tasks.user import load_task
 
 
 @final

@@ -26,8 +26,9 @@ from softprompt.sweep.settings import (
     split,
 )
 from softprompt.sweep.space import Search, read_search
-from softprompt.tasks import TASKS, load_task
+from softprompt.tasks import TASKS
 from softprompt.tasks.task import suggest
+from softprompt.tasks.user import load_task
 from softprompt.types import Baseline
 
 _TABLES = ("training", "prompt", "task", "method", "search")

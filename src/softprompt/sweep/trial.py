@@ -13,7 +13,8 @@ from softprompt.config import Experiment
 from softprompt.evaluation.evaluate import read_splits
 from softprompt.files import one_line
 from softprompt.runs import RECORD, Run, init_prompt_hash, open_run, text_hash
-from softprompt.tasks import Task, load_task
+from softprompt.tasks import Task
+from softprompt.tasks.user import load_task
 from softprompt.training.callbacks import Interrupted, TrainingCallback
 from softprompt.training.context import read_context
 from softprompt.training.step import Differentiate

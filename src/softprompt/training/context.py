@@ -11,7 +11,10 @@ from softprompt.config import Experiment
 from softprompt.models import PromptedModel, attach, model_class
 from softprompt.models.teacher import Teacher
 from softprompt.runs import Run
-from softprompt.tasks import SEPARATOR, Example, Task, check_context_layout, encode_context, encode_system_message
+from softprompt.tasks import Task
+from softprompt.tasks.data.chat import check_context_layout, encode_system_message
+from softprompt.tasks.data.context import SEPARATOR, encode_context
+from softprompt.tasks.data.examples import Example
 
 
 def read_context(experiment: Experiment, demonstrations: str = "") -> str:

@@ -12,8 +12,10 @@ from softprompt.config import Experiment
 from softprompt.evaluation.distillation import answers_of
 from softprompt.models.teacher import Teacher
 from softprompt.runs import Run
-from softprompt.tasks import Task, encode, read_rows
+from softprompt.tasks import Task
 from softprompt.tasks.conversation import without_answer
+from softprompt.tasks.data.tabular import read_rows
+from softprompt.tasks.data.tokenize import encode
 from softprompt.training.callbacks import NullCallback, TrainingCallback
 from softprompt.training.context import check_after_context, make_teacher, read_context
 from softprompt.training.self_study import write_queries

@@ -12,7 +12,9 @@ from softprompt.export import export_model
 from softprompt.models import PromptedModel, attach
 from softprompt.models.teacher import Teacher
 from softprompt.runs import Run, model_card
-from softprompt.tasks import SAME_ROWS, Example, Score
+from softprompt.tasks import Score
+from softprompt.tasks.data.examples import Example
+from softprompt.tasks.data.splits import SAME_ROWS
 from softprompt.training.callbacks import TrainingCallback
 from softprompt.training.checkpoint import TrainerState
 from softprompt.training.setup import TrainingSetup

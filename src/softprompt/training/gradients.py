@@ -15,7 +15,10 @@ from softprompt.models import attach, fresh_head
 from softprompt.models.teacher import Teacher
 from softprompt.prompts.plain import PlainPrompt
 from softprompt.runs import Gradient
-from softprompt.tasks import Task, encode, schedule, with_answered_turns
+from softprompt.tasks import Task
+from softprompt.tasks.data.chat import with_answered_turns
+from softprompt.tasks.data.collate import schedule
+from softprompt.tasks.data.tokenize import encode
 from softprompt.training.objective import Objective
 
 

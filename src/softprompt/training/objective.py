@@ -13,7 +13,10 @@ from softprompt.models import PromptedModel
 from softprompt.models.inputs import Candidates, Ids, Labels, Mask
 from softprompt.models.teacher import Teacher
 from softprompt.prompts import SoftPrompt
-from softprompt.tasks import Example, Task, answer_ids, answer_labels, collate
+from softprompt.tasks import Task
+from softprompt.tasks.data.collate import answer_labels, collate
+from softprompt.tasks.data.examples import Example
+from softprompt.tasks.data.tokenize import answer_ids
 
 
 @final

@@ -9,7 +9,10 @@ import torch
 
 from softprompt.evaluation.predict import pad_id
 from softprompt.models import PromptedModel, Sampling
-from softprompt.tasks import SEPARATOR, Task, collate, encode
+from softprompt.tasks import Task
+from softprompt.tasks.data.collate import collate
+from softprompt.tasks.data.context import SEPARATOR
+from softprompt.tasks.data.tokenize import encode
 
 INSTRUCTIONS = (
     "Write one question about a particular fact in the text above.",

@@ -19,20 +19,13 @@ from softprompt.models.peft_folder import read_peft_folder
 from softprompt.models.teacher import Teacher
 from softprompt.prompts import SoftPrompt
 from softprompt.runs import Run
-from softprompt.tasks import (
-    Example,
-    Examples,
-    Splits,
-    Task,
-    answer_ids,
-    check_input_kind,
-    encode,
-    load_task,
-    read_answers,
-    sample_pixels,
-    with_answered_turns,
-    with_augmentation,
-)
+from softprompt.tasks import Task, read_answers
+from softprompt.tasks.data.chat import with_answered_turns
+from softprompt.tasks.data.examples import Example, Examples
+from softprompt.tasks.data.images import sample_pixels, with_augmentation
+from softprompt.tasks.data.splits import Splits
+from softprompt.tasks.data.tokenize import answer_ids, check_input_kind, encode
+from softprompt.tasks.user import load_task
 from softprompt.training import checkpoint
 from softprompt.training.callbacks import TrainingCallback
 from softprompt.training.context import check_after_context, make_teacher, read_context, teacher_of

@@ -15,7 +15,8 @@ from softprompt.config import Experiment
 from softprompt.models import PromptedModel
 from softprompt.models.baselines import RATES
 from softprompt.models.teacher import Teacher
-from softprompt.tasks import Example, Task
+from softprompt.tasks import Task
+from softprompt.tasks.data.examples import Example
 from softprompt.training.distributed import DistributedGroup
 from softprompt.training.objective import Objective
 

@@ -19,7 +19,9 @@ from softprompt.evaluation.evaluate import score_answers
 from softprompt.evaluation.predict import Answer, answer
 from softprompt.models import PromptedModel
 from softprompt.runs import Run
-from softprompt.tasks import Example, Score, input_lengths, schedule
+from softprompt.tasks import Score
+from softprompt.tasks.data.collate import schedule
+from softprompt.tasks.data.examples import Example, input_lengths
 from softprompt.training import checkpoint
 from softprompt.training.callbacks import Interrupted, NullCallback, Progress, TrainingCallback, interruptible
 from softprompt.training.checkpoint import Checkpoint, TrainerState

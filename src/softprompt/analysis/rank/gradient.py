@@ -17,7 +17,7 @@ from softprompt.config import Experiment
 from softprompt.evaluation.evaluate import read_splits, run_splits
 from softprompt.prompts.plain import Plain
 from softprompt.runs import Gradient
-from softprompt.tasks import load_task
+from softprompt.tasks.user import load_task
 from softprompt.training.callbacks import NullCallback, TrainingCallback
 from softprompt.training.context import teacher_of
 from softprompt.training.gradients import gradient_on

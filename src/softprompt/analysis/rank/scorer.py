@@ -17,7 +17,11 @@ from softprompt.evaluation.evaluate import (
 from softprompt.evaluation.predict import input_limit
 from softprompt.models import PromptedModel, attach
 from softprompt.prompts import Folded
-from softprompt.tasks import Answers, Example, Score, Splits, Task, encode, load_task, load_test_split, read_answers
+from softprompt.tasks import Answers, Score, Task, read_answers
+from softprompt.tasks.data.examples import Example
+from softprompt.tasks.data.splits import Splits, load_test_split
+from softprompt.tasks.data.tokenize import encode
+from softprompt.tasks.user import load_task
 
 Part = Literal["prompt", "update"]
 """The matrix that is truncated: the prompt `P`, or its update `P - P0` against the initial prompt."""

@@ -18,9 +18,11 @@ from softprompt.models.config_checks import sliding_window
 from softprompt.models.input_checks import check_token_ids
 from softprompt.serve.engine.request import ClassifyParams, EngineRequest, GenerateParams, InvalidParameter
 from softprompt.serve.prompts.entry import PromptEntry, display_name, needs_head
-from softprompt.tasks import Task, answer_ids, chat_ids
-from softprompt.tasks import encode as encode_rows
-from softprompt.tasks import template_prefix as task_template_prefix
+from softprompt.tasks import Task
+from softprompt.tasks.data.chat import chat_ids
+from softprompt.tasks.data.tokenize import answer_ids
+from softprompt.tasks.data.tokenize import encode as encode_rows
+from softprompt.tasks.data.tokenize import template_prefix as task_template_prefix
 
 _tokenizer_lock = threading.Lock()
 """A fast tokenizer keeps settings between calls and is not thread-safe."""

@@ -19,7 +19,7 @@ from softprompt.serve.engine.kv_cache import Batch, CachedDecoder, Row
 from softprompt.serve.engine.logits import LogitAdjuster, TokenLogprob, token_logprobs
 from softprompt.serve.engine.request import EngineRequest, overflow_error
 from softprompt.serve.engine.scoring import examples, kv_row, unique_prompts
-from softprompt.tasks import collate
+from softprompt.tasks.data.collate import collate
 
 _OVERFLOW = -1
 """In place of a token id: the logits were not finite."""

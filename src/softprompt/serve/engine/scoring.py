@@ -18,7 +18,8 @@ from softprompt.models.padding import pad_batch
 from softprompt.serve.engine.kv_cache import Batch, CachedDecoder, Row
 from softprompt.serve.engine.request import EngineRequest
 from softprompt.serve.prompts.entry import PromptEntry, needs_head
-from softprompt.tasks import Example, collate
+from softprompt.tasks.data.collate import collate
+from softprompt.tasks.data.examples import Example
 
 _MAX_UNION = 8
 """Largest union of candidates that rows are scored with together; beyond it they take separate passes."""

@@ -18,7 +18,8 @@ from softprompt.models.kv_prefix import KVPrefix
 from softprompt.models.peft_folder import read_peft_folder
 from softprompt.prompts import Folded, SoftPrompt
 from softprompt.runs import open_run, prompt_kind
-from softprompt.tasks import Task, answer_ids
+from softprompt.tasks import Task
+from softprompt.tasks.data.tokenize import answer_ids
 from softprompt.tasks.template import parse
 
 BASE = "base"
