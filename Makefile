@@ -39,6 +39,7 @@ check: setup
 bench: setup
 	$(BIN)/python benchmarks/train_step.py --rounds $(ROUNDS)
 	$(BIN)/python benchmarks/llama_step.py --rounds $(ROUNDS)
+	$(BIN)/python benchmarks/prefix_step.py --rounds $(ROUNDS)
 	$(BIN)/python benchmarks/memory.py --rounds $(ROUNDS)
 	$(BIN)/python benchmarks/score.py --rounds $(ROUNDS)
 	$(BIN)/python benchmarks/passages.py --rounds $(ROUNDS)

@@ -55,13 +55,17 @@ def main() -> None:
         folder = Path(path)
         pool, backbone = prepare(settings, folder)
         peft = peft_model(backbone, folder)
-        server = subprocess.Popen(
-            [sys.executable, __file__, "--service", path, *sys.argv[1:]], stdout=subprocess.PIPE, text=True
-        )
+        log = folder / "service.log"  # a line per request
+        with log.open("w") as lines:
+            command = [sys.executable, __file__, "--service", path, *sys.argv[1:]]
+            server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=lines, text=True)
         try:
             assert server.stdout is not None
             facts = json.loads(server.stdout.readline())
             report = measure(settings, facts, pool, backbone, peft)
+        except Exception:
+            note(log.read_text()[-2000:])
+            raise
         finally:
             server.terminate()
             server.wait(60)
