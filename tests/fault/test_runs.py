@@ -62,8 +62,21 @@ def test_other_backbone_of_equal_width_is_refused(finished: Run, llama_folder: P
             call()
     shutil.copy(llama_folder / "model.safetensors", other)  # the folder's name does not matter
     assert predict(finished, rows, backbone=load_backbone(str(other), dtype="float32"))
-    # Equal weights in a narrower dtype have another hash, and are accepted.
-    assert predict(finished, rows, backbone=load_backbone(str(other), dtype="bfloat16"))
+    for narrower in ("bfloat16", "float16"):
+        assert predict(finished, rows, backbone=load_backbone(str(other), dtype=narrower))
+
+
+@pytest.mark.parametrize("narrower", ["bfloat16", "float16"])
+def test_other_backbone_in_a_narrower_dtype_is_refused(
+    narrower: str, finished: Run, llama_folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other-llama"
+    shutil.copytree(llama_folder, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"][0] += 0.1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"the weights of \S+other-llama are not those that run \S+whole was trained"):
+        predict(finished, [{"text": "a a"}], backbone=load_backbone(str(other), dtype=narrower))
 
 
 def test_other_backbone_in_a_wider_dtype_is_refused(finished: Run, llama_folder: Path, tmp_path: Path) -> None:

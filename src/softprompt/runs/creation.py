@@ -9,12 +9,15 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from softprompt import __version__, files
 from softprompt.backbones import Backbone
 from softprompt.config import Experiment
 from softprompt.runs.run import CONTEXT, FORMAT, RECORD, Run, init_prompt_hash, text_hash
 from softprompt.tasks import Task
 
+_NARROWER = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAME_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EACCES)
 """Errors of renaming a folder to a name that is taken, which depend on the system."""
 
@@ -55,6 +58,7 @@ def create(
             "dim": backbone.dim,
             "hash": backbone.hash,
             "dtype": backbone.precision,
+            "rounded": _rounded_hashes(backbone),
             "architecture": backbone.architecture,
             "note": backbone.note,
         },
@@ -64,6 +68,12 @@ def create(
     }
     contents = {RECORD: json.dumps(record, indent=1)} | ({CONTEXT: context} if context else {})
     return Run(_claim(out, name, stem, contents), experiment, task, record)
+
+
+def _rounded_hashes(backbone: Backbone) -> dict[str, str]:
+    """The weights' hash in each narrower dtype in which they might be loaded later, where it can be known."""
+    hashes = {name: backbone.hash_as(dtype) for name, dtype in _NARROWER.items()}
+    return {name: known for name, known in hashes.items() if known}
 
 
 def check_new_run(out: Path, name: str | None) -> None:

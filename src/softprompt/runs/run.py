@@ -131,12 +131,14 @@ class Run:
                 f"run {self.folder} was trained on {self.experiment.backbone} (hidden size {recorded['dim']}), and "
                 f"{backbone.source} has hidden size {backbone.dim}; use the backbone it was trained on"
             )
-        if recorded["dtype"] == backbone.precision:
-            actual = backbone.hash
-        else:  # weights in a wider dtype, rounded; those in a narrower one do not show what they were rounded from
-            dtype = getattr(torch, recorded["dtype"], None)
-            actual = backbone.hash_as(dtype) if isinstance(dtype, torch.dtype) else ""
-        if actual and recorded["hash"] != actual:
+        expected, actual = recorded["hash"], backbone.hash
+        if recorded["dtype"] != backbone.precision:
+            expected = recorded["rounded"].get(backbone.precision, "")  # the run's, had they been loaded like these
+            if not expected:  # these, had they been loaded like the run's
+                dtype = getattr(torch, recorded["dtype"], None)
+                expected = recorded["hash"]
+                actual = backbone.hash_as(dtype) if isinstance(dtype, torch.dtype) else ""
+        if actual and expected != actual:
             raise ValueError(
                 f"the weights of {backbone.source} are not those that run {self.folder} was trained on; "
                 "use the backbone it was trained on"
@@ -305,7 +307,7 @@ def open_run(folder: str | Path) -> Run:
         backbone = record["backbone"]
         if not isinstance(record.get("results"), dict | None):
             raise ValueError(f"results are {type(record['results']).__name__}")
-        _ = record["data"], backbone["dim"], backbone["hash"], backbone["dtype"], backbone["base"], backbone["note"]
+        _ = record["data"], *(backbone[name] for name in ("dim", "hash", "dtype", "rounded", "base", "note"))
     except KeyError as error:
         raise ValueError(f"{path / RECORD} lacks {error}; it is damaged, train again") from error
     except (TypeError, ValueError, AttributeError) as error:
