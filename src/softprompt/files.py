@@ -91,6 +91,35 @@ def _name_fault(name: str) -> str:
     return ""
 
 
+def check_output(path: Path, *inputs: Path) -> None:
+    """Check, before any work is done, that a file can be written to `path` and is none of the `inputs`.
+
+    Raises:
+        ValueError: it is one of them.
+        OSError: it is a folder, or its folder cannot be written.
+    """
+    path = path.expanduser()
+    for source in inputs:
+        if path.exists() and source.expanduser().exists() and path.samefile(source.expanduser()):
+            raise ValueError(f"{path} is also what is read, and would be replaced; choose another --output")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the path of a file")
+    check_writable(path.parent, "choose another --output")
+
+
+def check_writable(folder: Path, advice: str) -> None:
+    """Check that files can be created in `folder`, which need not exist yet.
+
+    Raises:
+        OSError: ending with `advice`.
+    """
+    existing = folder.expanduser().absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OSError(f"{folder} is not writable ({existing} is not a folder with write permission); {advice}")
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield the path of a draft next to `path`, which replaces `path` if the block succeeds and is removed otherwise.
@@ -102,7 +131,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk is full, or `path` cannot be written; nothing is left there. Or it is a device or a pipe.
     """
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(path.expanduser()))
     if _is_special(path):
         raise OSError(f"{path} is a device or a pipe, which a file cannot replace; give the path of a file")
     path.parent.mkdir(parents=True, exist_ok=True)

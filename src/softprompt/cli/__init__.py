@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 COMMANDS: dict[str, str] = {
@@ -106,6 +107,8 @@ def _run(command: str, argv: list[str]) -> Any:
         from softprompt.cli.console import quiet
 
         quiet()
+        # `--out=~/runs`: a shell expands ~ only where an argument begins with it.
+        kwargs = {key: value.expanduser() if isinstance(value, Path) else value for key, value in kwargs.items()}
         return function(*args, **kwargs)
 
     return tyro.cli(

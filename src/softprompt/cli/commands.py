@@ -87,6 +87,8 @@ def predict_(
     from softprompt.tasks.data.images import unlabeled_images
     from softprompt.tasks.data.tabular import task_rows
 
+    if output is not None:
+        files.check_output(output, input)
     opened = runs.resolve_prompt(run, task)
     runs.check_has_own_task(opened, task)
     _show_base_note(opened, backbone)

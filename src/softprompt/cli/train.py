@@ -8,7 +8,7 @@ import tyro
 
 from softprompt.cli import command_arguments
 from softprompt.cli.console import console, show_table
-from softprompt.config import Experiment
+from softprompt.config import MEMORY_OPTIONS, Experiment
 from softprompt.prompts import METHODS
 from softprompt.prompts.dpt import DPT
 
@@ -93,6 +93,8 @@ def _check_no_settings(run: Path, flags: Sequence[str]) -> None:
     Raises:
         ValueError: naming the first such flag.
     """
+    from softprompt.runs import open_run
+
     for position, flag in enumerate(flags):
         is_method = flag in METHODS and (position == 0 or not flags[position - 1].startswith("--"))
         is_setting = flag.startswith("--") and flag.replace("--no-", "--", 1) not in _ALLOWED_WITH_RESUME
@@ -101,6 +103,11 @@ def _check_no_settings(run: Path, flags: Sequence[str]) -> None:
                 f"{flag} is given with --resume {run}, and a resumed run keeps its own settings; leave it out, "
                 f"or start a new run from its prompt: softprompt train --init-prompt {run} ..."
             )
+    training = open_run(run).experiment.training
+    for option in MEMORY_OPTIONS:
+        flag = f"--no-{option.replace('_', '-')}"
+        if flag in flags and getattr(training, option):
+            raise ValueError(f"{flag} is given, and run {run} has it on, which a resumed run keeps; leave it out")
 
 
 def show_result(run: "Run") -> None:

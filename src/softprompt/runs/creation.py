@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -88,11 +87,7 @@ def check_new_run(out: Path, name: str | None) -> None:
         files.check_name(name, "run name")
         if (out / name).exists():
             raise FileExistsError(_taken_message(out / name))
-    existing = out.expanduser().absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OSError(f"{out} is not writable ({existing} is not a folder with write permission); choose another --out")
+    files.check_writable(out, "choose another --out")
 
 
 def _taken_message(folder: Path) -> str:

@@ -182,7 +182,7 @@ class Run:
         if self.record.get("context") is None:
             return ""
         path = self.folder / CONTEXT
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""  # its line ends as they are
         if text_hash(text) != self.record["context"]:
             raise ValueError(f"{path} is not the text that the run was started with; put it back, or start a new run")
         return text

@@ -135,9 +135,10 @@ class Task:
         if bool(self.label) == bool(self.target):
             have = "both" if self.label else "neither"
             raise ValueError(f"task {self.name!r} has {have} of label and target; give the one column it answers with")
-        if self.label in [name for is_field, name in parse(self.template) if is_field]:
+        answer = self.label or self.target
+        if answer in [name for is_field, name in parse(self.template) if is_field]:
             raise ValueError(
-                f"the template {self.template!r} of task {self.name!r} has the column {self.label!r}, which is the "
+                f"the template {self.template!r} of task {self.name!r} has the column {answer!r}, which is the "
                 "answer; take it out"
             )
         if self.target and self.label_words:

@@ -16,6 +16,7 @@ from softprompt.tasks import Task
 from softprompt.tasks.conversation import without_answer
 from softprompt.tasks.data.tabular import read_rows
 from softprompt.tasks.data.tokenize import encode
+from softprompt.tasks.template import parse
 from softprompt.training.callbacks import NullCallback, TrainingCallback
 from softprompt.training.context import check_after_context, make_teacher, read_context
 from softprompt.training.self_study import write_queries
@@ -62,7 +63,8 @@ def distil(
             without the columns, a model that writes no queries or no answers, or as `train` raises.
     """
     callback = callback or NullCallback()
-    runs.check_new_run(Path(out), name)
+    out = Path(out).expanduser()
+    runs.check_new_run(out, name)
     if experiment.context is None or experiment.demonstrations:
         raise ValueError(
             "distil takes its context from a file; give one with --context (labeled rows as a context: "
@@ -95,7 +97,7 @@ def distil(
     else:
         key += [[task.render(row) for row in rows]]
     key += ["self-study", self_study, experiment.seed] if self_study else []
-    folder = Path(out).expanduser() / f"teacher-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
+    folder = out / f"teacher-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
     if not (folder / "task.toml").is_file():
         teacher = make_teacher(context, backbone, task)
         asked = list(rows)
@@ -115,7 +117,7 @@ def distil(
             source = "" if queries is None else f" of {path}"
             raise ValueError(f"the model wrote nothing for any of the {len(asked)} queries{source}; {remedy}")
         _write_task(folder, task, answered)
-    count = len(read_rows(folder / "answers.jsonl", [messages or "answer"], as_json=messages))
+    count = len(read_rows(folder / "answers.jsonl", [messages or task.target], as_json=messages))
     if count < len(rows) and not self_study:
         callback.on_note(f"the model wrote nothing for {len(rows) - count} of {len(rows)} queries, which are left out")
     elif count < len(rows) + self_study:
@@ -140,7 +142,11 @@ def _task(path: Path, template: str, messages: str) -> Task:
     name, metrics = path.name.partition(".")[0], ("token_f1", "exact_match")
     if messages:  # only the last answer will be the teacher's
         return Task(name=name, messages=messages, assistant_turns="last", metrics=metrics)
-    return Task(name=name, template=template, target="answer", metrics=metrics)
+    columns = {column for is_column, column in parse(template) if is_column}
+    target = "answer"
+    while target in columns:  # the template has a column of that name
+        target = f"teacher_{target}"
+    return Task(name=name, template=template, target=target, metrics=metrics)
 
 
 def _answered(task: Task, row: Mapping[str, Any], answer: str) -> dict[str, Any]:

@@ -121,13 +121,16 @@ def resume_run(run: Run, backbone: Backbone | str | Path | None, callback: Train
         raise ValueError(
             f"the weights of {backbone.source} are not those that {run.folder} was started with; start a new run"
         )
+    is_new = not checkpoint.steps(run.folder)
+    if is_new and runs.init_prompt_hash(experiment) != run.record["init_prompt"]:
+        raise ValueError(
+            f"the prompt {experiment.init_prompt} is not the one that {run.folder} was started from; start a new run"
+        )
     backbone = with_sample_images(backbone, experiment, run.task, rows)
     context = run.context
     teacher = teacher_of(run, backbone)
     gradient = gradient_on(experiment, run.task, backbone, rows.train, teacher)
-    prompted = runs.build_prompted_model(
-        experiment, run.task, backbone, initialize=not checkpoint.steps(run.folder), gradient=gradient
-    )
+    prompted = runs.build_prompted_model(experiment, run.task, backbone, initialize=is_new, gradient=gradient)
     if experiment.training.shard:
         _check_shardable(experiment, prompted)
     return _encode_rows(experiment, run.task, rows, prompted, callback, teacher, context)
@@ -255,10 +258,15 @@ def _check_settings_apply(experiment: Experiment, task: Task, backbone: Backbone
         raise ValueError(f"{unused} is for images, and {backbone.source} reads text; leave it out")
     if experiment.baseline != "none" and (unused := _changed(experiment, _prompt_settings)):
         raise ValueError(f"{unused} is for prompts, and the baseline {experiment.baseline} has none; leave it out")
+    if experiment.baseline != "none" and experiment.prompt != Experiment().prompt:
+        raise ValueError(
+            f"a prompt is described ({experiment.prompt}), and the baseline {experiment.baseline} trains none; leave "
+            "the method and its settings out"
+        )
     if experiment.depth == "deep":
         _check_deep(experiment, backbone)
     limit = backbone.max_positions
-    if limit is not None and experiment.prompt.length >= limit:
+    if experiment.baseline == "none" and limit is not None and experiment.prompt.length >= limit:
         raise ValueError(f"length is {experiment.prompt.length}, but {backbone.source} has {limit} positions; lower it")
     head = fresh_head(backbone, len(task.label_words), torch.Generator())
     if experiment.training.zero_shot and head is not None:
@@ -271,6 +279,13 @@ def _check_settings_apply(experiment: Experiment, task: Task, backbone: Backbone
             f"vocabulary_weight is {experiment.training.vocabulary_weight}, and {backbone.source} answers through a "
             "trained head, which has no label words; leave it out"
         )
+    if experiment.training.vocabulary_weight is not None and not task.is_classification:
+        raise ValueError(
+            f"vocabulary_weight is {experiment.training.vocabulary_weight}, and task {task.name!r} has no label words; "
+            "leave it out"
+        )
+    if not experiment.training.shots and not experiment.training.shots_balanced:
+        raise ValueError("shots_balanced is off, and no shots are drawn; give shots, or leave it out")
     if experiment.context is not None or experiment.demonstrations:
         if head is not None:
             raise ValueError(

@@ -60,16 +60,15 @@ def train(
         Interrupted: Ctrl-C; a checkpoint has been saved.
     """
     check_tracker(log_with)
-    runs.check_new_run(Path(out), name)
+    out = Path(out).expanduser()
+    runs.check_new_run(out, name)
     processes, main_callback = _start_processes(backbone, callback)
     experiment = experiment.with_absolute_paths()
     setup = processes.main_process_first(lambda: new_run(experiment, backbone, main_callback))
     processes.check_equal("the rows", setup.rows.fingerprint)
     processes.check_equal("the weights", setup.backbone.hash)
     run = processes.from_main(
-        lambda: runs.create(
-            experiment, setup.task, setup.backbone, Path(out), name, setup.rows.fingerprint, setup.context
-        )
+        lambda: runs.create(experiment, setup.task, setup.backbone, out, name, setup.rows.fingerprint, setup.context)
     )
     return _train_to_end(run, setup, processes, main_callback, log_with, differentiate, is_new=True)
 
