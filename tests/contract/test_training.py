@@ -150,7 +150,7 @@ def test_method_dropout_is_on_only_in_training(
 def test_results_are_of_the_test_split_with_majority(
     experiment: Experiment, backbone: Backbone, tmp_path: Path
 ) -> None:
-    training = TrainingConfig(steps=2, batch_size=8, eval_steps=2, zero_shot=True)
+    training = TrainingConfig(steps=2, batch_size=8, eval_steps=2)
     run = train(experiment.replace(training=training), out=tmp_path, backbone=backbone)
     results = run.results
     assert results is not None
@@ -160,7 +160,6 @@ def test_results_are_of_the_test_split_with_majority(
     assert results["test"] == pytest.approx(right)
     assert results["majority"] == pytest.approx(1 / 6)
     assert 0 <= results["ci_low"] <= results["test"] <= results["ci_high"] <= 1
-    assert 0 <= results["zero_shot"] <= 1
     assert results["trainable"] == DPT(length=6, rank=2).count(backbone.dim)
 
 

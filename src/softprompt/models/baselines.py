@@ -37,13 +37,16 @@ class Tuned(nn.Module):
 def tune(backbone: Backbone, baseline: Baseline) -> tuple[Backbone, Tuned | None]:
     """A copy of `backbone` with trainable weights, and those weights; for other baselines `backbone` itself and None.
 
+    A copy for LoRA shares the frozen weights with `backbone`, which does not change.
+
     Raises:
         ModuleNotFoundError: LoRA without the extra `peft`.
         ValueError: `full` on weights that are not float32, in which its small steps would be lost.
     """
     if baseline in ("none", "head"):
         return backbone, None
-    model = copy.deepcopy(backbone.model)
+    frozen = [*backbone.model.parameters(), *backbone.model.buffers()] if baseline == "lora" else []
+    model = copy.deepcopy(backbone.model, {id(tensor): tensor for tensor in frozen})
     if baseline == "lora":
         parameters = _with_lora(model, _VISION_TARGETS if backbone.takes_images else None)
     else:

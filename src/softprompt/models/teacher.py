@@ -1,6 +1,7 @@
 """The teacher of a distillation: the frozen model with a context in front of every row."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import final
 
 import torch
@@ -18,7 +19,8 @@ class Teacher:
     """What a distilled prompt learns to imitate: the frozen model that reads `context` before each row.
 
     A decoder computes the context's keys and values once and shares them among all rows, for as long as the teacher
-    lives; an encoder or encoder-decoder reads the context again with every row. No call computes gradients.
+    lives; an encoder or encoder-decoder reads the context again with every row. No call computes gradients, and none
+    has dropout, which may be on meanwhile for the student in the same model.
 
     Args:
         model: the backbone without a prompt.
@@ -66,7 +68,7 @@ class Teacher:
         self, input_ids: Ids, attention_mask: Mask, labels: Labels
     ) -> tuple[Float[Tensor, "batch kept vocab"], Int[Tensor, "batch kept"]]:
         """The logits that predict `labels`, in the same columns as `PromptedModel.label_logits` has them."""
-        with torch.no_grad():
+        with self._reading():
             ids, mask = self._rows(input_ids, attention_mask)
             if ids.shape != input_ids.shape and not self.model.appends_eos:  # labels lie beside the input's tokens
                 labels = nn.functional.pad(labels, (ids.shape[1] - labels.shape[1], 0), value=-100)
@@ -74,15 +76,27 @@ class Teacher:
 
     def score(self, input_ids: Ids, attention_mask: Mask, candidates: Candidates) -> Float[Tensor, "batch candidate"]:
         """Log-probability, float32, of each candidate's tokens as the answer to each row."""
-        with torch.no_grad():
+        with self._reading():
             return self.model.score(*self._rows(input_ids, attention_mask), candidates, self._prefix())
 
     def generate(self, input_ids: Ids, attention_mask: Mask, *, max_new_tokens: int) -> Iterator[Int[Tensor, " batch"]]:
         """The teacher's greedy answers, one token per row and step, as `PromptedModel.generate` gives them."""
-        with torch.no_grad():
+        with self._reading():
             ids, mask = self._rows(input_ids, attention_mask)
             prefix = self._prefix()
         return self.model.generate(ids, mask, max_new_tokens=max_new_tokens, prompts=prefix)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        in_training = [module for module in self.backbone.model.modules() if module.training]
+        for module in in_training:
+            module.training = False
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in in_training:
+                module.training = True
 
     def _prefix(self) -> PreparedPrompts | None:
         if self.model.supports_prefix_sharing and self._cached_prefix is None:

@@ -42,6 +42,7 @@ class TrainingSetup:
     task: Task
     rows: Splits
     backbone: Backbone
+    """As it was loaded; a baseline trains a copy of it, which is `prompted.backbone`."""
     prompted: PromptedModel
     """The model to train; before the first step, its initialization."""
     train: Sequence[Example]
@@ -87,7 +88,7 @@ def new_run(experiment: Experiment, backbone: Backbone | None, callback: Trainin
         callback.on_note(_init_prompt_note(experiment.init_prompt, prompted.prompt, source))
         if runs.prompt_kind(folder) == "peft" and (note := read_peft_folder(folder).base_note(backbone)):
             callback.on_note(note)
-    return _encode_rows(experiment, task, rows, prompted, callback, teacher, context)
+    return _encode_rows(experiment, task, rows, backbone, prompted, callback, teacher, context)
 
 
 def resume_run(run: Run, backbone: Backbone | str | Path | None, callback: TrainingCallback) -> TrainingSetup:
@@ -133,7 +134,7 @@ def resume_run(run: Run, backbone: Backbone | str | Path | None, callback: Train
     prompted = runs.build_prompted_model(experiment, run.task, backbone, initialize=is_new, gradient=gradient)
     if experiment.training.shard:
         _check_shardable(experiment, prompted)
-    return _encode_rows(experiment, run.task, rows, prompted, callback, teacher, context)
+    return _encode_rows(experiment, run.task, rows, backbone, prompted, callback, teacher, context)
 
 
 def shard_backbone(setup: TrainingSetup, processes: DistributedGroup, callback: TrainingCallback) -> TrainingSetup:
@@ -162,6 +163,7 @@ def _encode_rows(
     experiment: Experiment,
     task: Task,
     rows: Splits,
+    backbone: Backbone,
     prompted: PromptedModel,
     callback: TrainingCallback,
     teacher: Teacher | None,
@@ -172,7 +174,7 @@ def _encode_rows(
     Raises:
         ValueError: a row does not fit the model, by its number and split.
     """
-    settings, backbone = experiment.training, prompted.backbone
+    settings = experiment.training
     callback.on_stage("tokenizing")
     limit = input_limit(prompted, task, settings)
     if task.is_classification:

@@ -192,7 +192,7 @@ class _Trainer:
             self._loop(metrics_log, stop_requested)
         self.prompted.load_state_dict(self.best)
         with self.processes.forward_scope():
-            if self.prompted.tuned is None and self.backbone.checksum() != hash_before:
+            if self.backbone.checksum() != hash_before:
                 raise RuntimeError(
                     f"the weights of {self.backbone.source} changed in training; this is a bug, report it"
                 )
