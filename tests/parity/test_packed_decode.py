@@ -281,5 +281,5 @@ def test_generation_under_autocast_needs_exact_weights(backbone: Backbone) -> No
     with torch.autocast("cpu", torch.bfloat16):
         assert len(list(attach(backbone, None).generate(ids, mask, max_new_tokens=2, stop=()))) == 2
         prompted = attach(backbone.with_decode_weights("int8"), None)
-        with pytest.raises(ValueError, match="without gradients or autocast"):
+        with pytest.raises(ValueError, match="without gradients, autocast, or hooks"):
             list(prompted.generate(ids, mask, max_new_tokens=2, stop=()))

@@ -234,7 +234,10 @@ class Causal(PromptedModel):
         positions = state.next_position + torch.arange(more, device=ids.device)
         embeds = self.token_embeddings(state.prompts, state.prompt_index, ids, positions)
         if self.packed is not None and not self.packed.is_exact and not self.runs_fused_over_cache:
-            raise ValueError("packed weights decode without gradients or autocast")
+            raise ValueError(
+                f"decode_weights is {self.backbone.decode_weights!r}, and packed weights decode without gradients, "
+                "autocast, or hooks on the layers; leave it out"
+            )
         return state.after(mask, self._run(embeds, state.cache, mask, 0, self.packed))
 
     def _predicting_logits(
@@ -359,14 +362,18 @@ class Causal(PromptedModel):
     @property
     def runs_fused_over_cache(self) -> bool:
         """Whether passes over a KV cache run through `llama_cached`: our layers, and no gradients."""
-        return self._is_fused and not torch.is_grad_enabled()
+        return self._runs_fused(linears=False) and not torch.is_grad_enabled()
 
     @property
     def _is_fused(self) -> bool:
-        """Whether layers run through `llama.run`, which has no dropout and computes in one dtype."""
-        backbone = self.backbone
-        is_plain = not backbone.model.training and not torch.is_autocast_enabled(backbone.device.type)
-        return self._has_fused_layers and is_plain
+        """Whether layers run through `llama.run`."""
+        return self._runs_fused(linears=True)
+
+    def _runs_fused(self, *, linears: bool) -> bool:
+        """Whether our layers, which have no dropout, compute in one dtype and call no hooks, do what the model does."""
+        model, device = self.backbone.model, self.backbone.device
+        is_plain = not model.training and not torch.is_autocast_enabled(device.type)
+        return self._has_fused_layers and is_plain and llama.is_intact(model, linears=linears)
 
     def _check_width(self, longest: int, width: int) -> None:
         """Refuse rows of more positions than the model has, or wider than its attention window with their padding."""

@@ -43,6 +43,14 @@ def gradient_checkpointing(model: Any, on: bool) -> Iterator[None]:
         _enabled.reset(token)
 
 
+def is_hooked(module: Any) -> bool:
+    """Whether calling `module` does something else than its class's forward, but for what this module does itself."""
+    own = vars(module)  # much faster than the module's attributes
+    forward = own.get("forward")
+    is_replaced = forward is not None and getattr(forward, "func", None) is not checkpointed
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or is_replaced)
+
+
 def layers(model: Any) -> list[Any]:
     """The layers of `model` that transformers marks as checkpointable; a nested layer follows the one it is in."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
