@@ -1,12 +1,15 @@
 """Settings that nothing would read, paths that a shell has not expanded, and what a run depends on and can change."""
 
 import csv
+import dataclasses
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from called import call
 
 from softprompt import (
@@ -22,6 +25,7 @@ from softprompt import (
     resume,
     train,
 )
+from softprompt.analysis.rank import load_prompts
 from softprompt.training.callbacks import NullCallback
 from softprompt.training.distil import _task
 
@@ -138,6 +142,45 @@ def test_changed_init_prompt_is_refused_before_the_first_checkpoint(
     shutil.copytree(tmp_path / "second", tmp_path / "start")
     with pytest.raises(ValueError, match=r"start is not the one that .*cut was started from"):
         resume(tmp_path / "cut", backbone=backbone)
+
+
+def test_rank_does_not_measure_from_a_changed_init_prompt(
+    experiment: Experiment, backbone: Backbone, tmp_path: Path
+) -> None:
+    for name, seed in (("start", 0), ("second", 1)):
+        train(experiment.replace(seed=seed), out=tmp_path, name=name, backbone=backbone)
+    started = experiment.replace(init_prompt=str(tmp_path / "start"))
+    run = train(started, out=tmp_path, name="run", backbone=backbone)
+    [measured] = load_prompts(run.folder)
+    assert measured.start is not None
+    shutil.rmtree(tmp_path / "start")
+    shutil.copytree(tmp_path / "second", tmp_path / "start")
+    [measured] = load_prompts(run.folder)
+    assert measured.start is None
+    assert "is not the one that" in measured.start_missing
+
+
+def test_position_after_a_first_token_that_is_no_special_one_is_told(
+    experiment: Experiment, backbone: Backbone, tiny_backbone: Callable[[str], Backbone], tmp_path: Path
+) -> None:
+    backbone = dataclasses.replace(backbone, tokenizer=tiny_backbone("t5").tokenizer)
+    notes: list[str] = []
+
+    class Notes(NullCallback):
+        def on_note(self, text: str) -> None:
+            notes.append(text)
+
+    train(experiment.replace(prompt_position="after_bos"), out=tmp_path, backbone=backbone, callback=Notes())
+    assert any("begins no text with a special token" in note for note in notes)
+
+
+def test_decoder_without_its_head_is_no_encoder(llama_folder: Path, experiment: Experiment, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
+    transformers.AutoModel.from_pretrained(llama_folder).save_pretrained(tmp_path / "bare")
+    tokenizer.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="is a LlamaModel, a decoder without its language-model head"):
+        train(experiment.replace(backbone=str(tmp_path / "bare")), out=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_demonstrations_with_windows_line_ends_can_be_resumed(

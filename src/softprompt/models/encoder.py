@@ -69,6 +69,7 @@ class Encoder(PromptedModel):
         if self.head is None and backbone.tokenizer.mask_token_id is None:
             raise ValueError(f"the tokenizer of {backbone.source} has no mask token to answer at; give a head to train")
         check_batch_independence(backbone)
+        cached_check(backbone.model, "bidirectional", self._check_bidirectional)
         cached_check(backbone.model, f"padding {self._vocabulary_head() is None}", self._check_exact)
         if self.prompt_attention == "self":
             self._check_supports_varlen()
@@ -238,6 +239,21 @@ class Encoder(PromptedModel):
         padding = getattr(table, "padding_idx", None)
         return 0 if padding is None else padding + 1
 
+    def _check_bidirectional(self) -> bool:
+        """Refuse a model whose tokens do not see later ones: a prompt after the pooled token would do nothing."""
+        model, ids = self.backbone.model, torch.tensor(sample(self.backbone).texts[-1], device=self.backbone.device)
+        with model_errors_refused(self.backbone, "a text"):
+            embeds = model.get_input_embeddings()(ids)[None]
+            first, changed = (
+                model(inputs_embeds=given)[0][0, 0] for given in (embeds, embeds[:, [*range(len(ids) - 1), 0]])
+            )
+        if torch.equal(first, changed):
+            raise ValueError(
+                f"{self.backbone.source} is a {type(model).__name__}, a decoder without its language-model head, whose "
+                "tokens do not see later ones; give the model with its head, or an encoder"
+            )
+        return True
+
     def _check_exact(self) -> bool:
         """Compare rows of a mixed batch with each alone through the model's own forward."""
         how, model = "padding after the row", self.backbone.model
@@ -245,7 +261,8 @@ class Encoder(PromptedModel):
             probe = sample(self.backbone)
             ids, mask = probe.batch(self.backbone.device)
             prepared = PromptEmbeddings.compute(self, probe.prompts)
-            rows = insert_prompts(self, prepared, probe.prompt_index, Rows(ids, mask, ids), lead=1, limit=None)
+            text = align_padding(ids, mask, "right")
+            rows = insert_prompts(self, prepared, probe.prompt_index, text, lead=1, limit=None)
             if (vocabulary_head := self._vocabulary_head()) is None:
                 outputs = model(inputs_embeds=rows.embeds, attention_mask=rows.mask)[0]
             else:

@@ -372,6 +372,20 @@ def init_prompt_hash(experiment: Experiment) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def check_init_prompt(run: Run) -> None:
+    """Check that the prompt that a run starts from is still the one it was started with.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: as `prompt_kind`.
+        ValueError: it has changed.
+    """
+    if init_prompt_hash(run.experiment) != run.record["init_prompt"]:
+        raise ValueError(
+            f"the prompt {run.experiment.init_prompt} is not the one that {run.folder} was started from; put it back, "
+            "or start a new run"
+        )
+
+
 def json_line(values: Mapping[str, Any]) -> str:
     """Format one line of a JSONL file."""
     return json.dumps(values) + "\n"

@@ -1,20 +1,17 @@
 """The beginning of a training run: rows, backbone and prompt, checked before the run's folder is created."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-import torch
-
 from softprompt import runs
 from softprompt.assets.hub import local_folder
 from softprompt.backbones import Backbone, load, resolve_dtype
-from softprompt.backbones.kernels import gradient_checkpointing
 from softprompt.config import Experiment
 from softprompt.evaluation.evaluate import predictions_and_golds, read_splits, sample_examples
 from softprompt.evaluation.predict import input_limit, over_long_note
-from softprompt.models import PromptedModel, attach, fresh_head, verify
+from softprompt.models import PromptedModel, attach, verify
 from softprompt.models.peft_folder import read_peft_folder
 from softprompt.models.teacher import Teacher
 from softprompt.prompts import SoftPrompt
@@ -28,6 +25,7 @@ from softprompt.tasks.data.tokenize import answer_ids, check_input_kind, encode
 from softprompt.tasks.user import load_task
 from softprompt.training import checkpoint
 from softprompt.training.callbacks import TrainingCallback
+from softprompt.training.checks import check_settings_apply, check_shardable, check_trainable
 from softprompt.training.context import check_after_context, make_teacher, read_context, teacher_of
 from softprompt.training.distributed import DistributedGroup
 from softprompt.training.gradients import gradient_on
@@ -76,12 +74,17 @@ def new_run(experiment: Experiment, backbone: Backbone | None, callback: Trainin
     callback.on_stage(f"loading {experiment.backbone}")
     backbone = backbone or _load_backbone(experiment, experiment.backbone_dtype)
     backbone = with_sample_images(backbone, experiment, task, rows)
-    _check_settings_apply(experiment, task, backbone)
+    check_settings_apply(experiment, task, backbone)
+    if experiment.prompt_position == "after_bos" and not _begins_with_special_token(backbone.tokenizer):
+        callback.on_note(
+            f"the tokenizer of {backbone.source} begins no text with a special token, so the prompt comes after the "
+            "text's own first token (--prompt-position after_bos)"
+        )
     context = read_context(experiment, rows.demonstrations)
     teacher = make_teacher(context, backbone, task) if context else None
     gradient = gradient_on(experiment, task, backbone, rows.train, teacher)
     prompted = runs.build_prompted_model(experiment, task, backbone, initialize=True, gradient=gradient)
-    _check_trainable(experiment, prompted)
+    check_trainable(experiment, prompted)
     if experiment.init_prompt is not None and prompted.prompt is not None:
         folder = local_folder(experiment.init_prompt)
         source = runs.read_prompt(folder, backbone)
@@ -123,17 +126,15 @@ def resume_run(run: Run, backbone: Backbone | str | Path | None, callback: Train
             f"the weights of {backbone.source} are not those that {run.folder} was started with; start a new run"
         )
     is_new = not checkpoint.steps(run.folder)
-    if is_new and runs.init_prompt_hash(experiment) != run.record["init_prompt"]:
-        raise ValueError(
-            f"the prompt {experiment.init_prompt} is not the one that {run.folder} was started from; start a new run"
-        )
+    if is_new:
+        runs.check_init_prompt(run)
     backbone = with_sample_images(backbone, experiment, run.task, rows)
     context = run.context
     teacher = teacher_of(run, backbone)
     gradient = gradient_on(experiment, run.task, backbone, rows.train, teacher)
     prompted = runs.build_prompted_model(experiment, run.task, backbone, initialize=is_new, gradient=gradient)
     if experiment.training.shard:
-        _check_shardable(experiment, prompted)
+        check_shardable(experiment, prompted)
     return _encode_rows(experiment, run.task, rows, backbone, prompted, callback, teacher, context)
 
 
@@ -254,142 +255,9 @@ def with_sample_images(backbone: Backbone, experiment: Experiment, task: Task, r
     return backbone.with_sample_images(sample_pixels(task, backbone.tokenizer, rows.train, size, experiment.seed))
 
 
-def _check_settings_apply(experiment: Experiment, task: Task, backbone: Backbone) -> None:
-    """Refuse settings that would have no effect, or could not work."""
-    if not backbone.takes_images and (unused := _changed(experiment, _image_settings)):
-        raise ValueError(f"{unused} is for images, and {backbone.source} reads text; leave it out")
-    if experiment.baseline != "none" and (unused := _changed(experiment, _prompt_settings)):
-        raise ValueError(f"{unused} is for prompts, and the baseline {experiment.baseline} has none; leave it out")
-    if experiment.baseline != "none" and experiment.prompt != Experiment().prompt:
-        raise ValueError(
-            f"a prompt is described ({experiment.prompt}), and the baseline {experiment.baseline} trains none; leave "
-            "the method and its settings out"
-        )
-    if experiment.depth == "deep":
-        _check_deep(experiment, backbone)
-    limit = backbone.max_positions
-    if experiment.baseline == "none" and limit is not None and experiment.prompt.length >= limit:
-        raise ValueError(f"length is {experiment.prompt.length}, but {backbone.source} has {limit} positions; lower it")
-    head = fresh_head(backbone, len(task.label_words), torch.Generator())
-    if experiment.training.zero_shot and head is not None:
-        raise ValueError(
-            f"zero_shot is on, and {backbone.source} answers through a trained head, so it has no zero-shot answer; "
-            "leave it out"
-        )
-    if experiment.training.vocabulary_weight and head is not None:
-        raise ValueError(
-            f"vocabulary_weight is {experiment.training.vocabulary_weight}, and {backbone.source} answers through a "
-            "trained head, which has no label words; leave it out"
-        )
-    if experiment.training.vocabulary_weight is not None and not task.is_classification:
-        raise ValueError(
-            f"vocabulary_weight is {experiment.training.vocabulary_weight}, and task {task.name!r} has no label words; "
-            "leave it out"
-        )
-    if not experiment.training.shots and not experiment.training.shots_balanced:
-        raise ValueError("shots_balanced is off, and no shots are drawn; give shots, or leave it out")
-    if experiment.context is not None or experiment.demonstrations:
-        if head is not None:
-            raise ValueError(
-                f"a context is to be distilled, and {backbone.source} answers through a trained head, so without "
-                "training there is no teacher; use a backbone that answers in words"
-            )
-        if experiment.training.vocabulary_weight:
-            raise ValueError(
-                f"vocabulary_weight is {experiment.training.vocabulary_weight}, and a distillation takes its loss from "
-                "the teacher; leave it out"
-            )
-        if experiment.training.shard:
-            raise ValueError("shard is on, and the teacher of a distillation is not sharded; leave one of them out")
-    elif experiment.training.temperature != 1:
-        raise ValueError(
-            f"temperature is {experiment.training.temperature}, and only a distillation has one; give a context or "
-            "demonstrations, or leave it out"
-        )
-    if experiment.baseline == "head" and head is None:
-        raise ValueError(
-            f"{backbone.source} answers with label words and has no head to train; use the baseline lora or full"
-        )
-
-
-def _check_deep(experiment: Experiment, backbone: Backbone) -> None:
-    if backbone.max_matrices == 1:
-        raise ValueError(
-            f"depth is deep, and {backbone.source} ({backbone.architecture}) takes prompts in front of the input only; "
-            "use a vision model, or a decoder whose layers have keys and values of one size, or leave depth out"
-        )
-    if not backbone.takes_images and experiment.prompt_position != "prefix":
-        raise ValueError(
-            f"depth is deep and prompt_position {experiment.prompt_position!r}, but keys and values of a deep prompt "
-            "come before the text; leave one of them out"
-        )
-
-
-def _check_trainable(experiment: Experiment, prompted: PromptedModel) -> None:
-    """Refuse settings that the prompted model cannot be trained with."""
-    backbone = prompted.backbone
-    if (
-        experiment.training.dropout
-        and prompted.prompt_attention == "self"
-        and not prompted.supports_self_attention_dropout
-    ):
-        raise ValueError(
-            f"dropout is on, and prompts with prompt_attention=self run without the dropout of {backbone.source} "
-            f"({backbone.architecture}); leave dropout off, or use prompt_attention=full"
-        )
-    if experiment.training.shard:
-        _check_shardable(experiment, prompted)
-    if not experiment.training.gradient_checkpointing:
-        return
-    if not prompted.supports_gradient_checkpointing:
-        raise ValueError(
-            f"gradient_checkpointing is on, and rows of {backbone.source} continue from a cache, which cannot be "
-            "written twice; leave it off, or use depth=shallow, prompt_position=prefix and a model without attention "
-            "code of its own"
-        )
-    if not gradient_checkpointing.layers(backbone.model):
-        raise ValueError(
-            f"gradient_checkpointing is on, and {backbone.source} ({backbone.model.config.model_type}) has no layers "
-            "that can be recomputed; leave it off, or use --gradient-accumulation-steps"
-        )
-
-
-def _check_shardable(experiment: Experiment, prompted: PromptedModel) -> None:
-    """Refuse a setup whose backbone cannot be sharded over processes."""
-    backbone, why = prompted.backbone, ""
-    if backbone.quantized:
-        why = f"the weights are quantized ({backbone.quantized})"
-    elif experiment.baseline != "none":
-        why = f"the baseline {experiment.baseline} trains weights beside or in the layers"
-    elif experiment.training.dropout and any(
-        value for name, value in backbone.model.config.to_dict().items() if name.endswith("layerdrop")
-    ):
-        why = f"dropout makes each process leave out other layers of {backbone.source}"
-    elif not gradient_checkpointing.layers(backbone.model):
-        why = f"{backbone.source} ({backbone.model.config.model_type}) has no layers that can be identified"
-    elif not prompted.supports_fsdp:
-        why = f"prompts with prompt_attention=self bypass the layers of {backbone.source} ({backbone.architecture})"
-    if why:
-        raise ValueError(f"shard is on, and {why}; leave it off")
-
-
-def _changed(experiment: Experiment, settings_of: Callable[[Experiment], Mapping[str, Any]]) -> str | None:
-    """The first of these settings that is not at its default."""
-    default = settings_of(Experiment())
-    return next((name for name, value in settings_of(experiment).items() if value != default[name]), None)
-
-
-def _prompt_settings(experiment: Experiment) -> Mapping[str, Any]:
-    return {name: getattr(experiment, name) for name in ("depth", "prompt_position", "prompt_attention", "init_prompt")}
-
-
-def _image_settings(experiment: Experiment) -> Mapping[str, Any]:
-    training = experiment.training
-    return {
-        "pool": experiment.pool,
-        "image_size": training.image_size,
-        "augment": training.augment,
-    }
+def _begins_with_special_token(tokenizer: Any) -> bool:
+    ids = tokenizer("a").input_ids
+    return bool(ids) and ids[0] in tokenizer.all_special_ids
 
 
 def _init_prompt_note(name: str, prompt: SoftPrompt, source: SoftPrompt) -> str:

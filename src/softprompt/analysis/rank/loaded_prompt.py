@@ -162,6 +162,7 @@ def _of_run(run: Run, backbone: Backbone, checkpoints: bool) -> LoadedPrompt:
         notes.append("it also changes the input's own embeddings, which is ignored: only the matrix is measured")
     start, start_missing = None, ""
     try:
+        runs.check_init_prompt(run)
         host = with_sample_images(run, backbone)
 
         def gradient(at: Float[Tensor, "prompt dim"], batches: int) -> Float[Tensor, "prompt dim"]:
