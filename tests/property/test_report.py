@@ -316,11 +316,17 @@ def test_seeds_scored_on_other_rows_are_not_compared(write: Write, tmp_path: Pat
     )
 
 
+def test_other_training_rows_are_compared_on_equal_test_rows(write: Write, tmp_path: Path) -> None:
+    """Few-shot against all rows, for one."""
+    write(test=0.6)
+    write(test=0.7, data={"splits": "few-shot"}, training=TrainingConfig(steps=6, shots=4))
+    [difference] = differences(make_grid(tmp_path), "dpt shots=0")
+    assert (difference.mean, difference.seeds) == (pytest.approx(0.1), (0,))
+
+
 def test_no_seed_with_the_same_rows_has_no_difference(write: Write, tmp_path: Path) -> None:
     write(test=0.6)
-    folder = write(test=0.7, prompt=Plain(length=6))
-    record = json.loads((folder / "softprompt.json").read_text())
-    (folder / "softprompt.json").write_text(json.dumps({**record, "data": "other rows"}))
+    write(test=0.7, prompt=Plain(length=6), data={"test": "other rows"})
     [difference] = differences(make_grid(tmp_path), "dpt")
     assert (difference.mean, difference.verdict) == (None, "other rows")
     assert tables.comparison([difference], "dpt").rows[0][2] == ""

@@ -68,7 +68,7 @@ def train(
     processes.check_equal("the weights", setup.backbone.hash)
     run = processes.from_main(
         lambda: runs.create(
-            experiment, setup.task, setup.backbone, Path(out), name, setup.rows.fingerprint, setup.context
+            experiment, setup.task, setup.backbone, Path(out), name, setup.rows.fingerprints, setup.context
         )
     )
     return _train_to_end(run, setup, processes, main_callback, log_with, differentiate, is_new=True)
