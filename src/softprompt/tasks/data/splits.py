@@ -290,7 +290,7 @@ def _splits(
 ) -> Splits:
     """Compute the fingerprints and warnings of splits, and their majority answer unless it is given."""
     labeled = train if len(train) else test
-    golds = [task.answer(row) for row in records(labeled)]
+    golds = [task.answer(row) if task.is_classification else task.golds(row) for row in records(labeled)]
     counts = Counter(golds)
     questions = labeled[task.question][:] if task.question else None
     if task.is_classification and len(train) and len(counts) < 2:
