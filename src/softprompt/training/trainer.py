@@ -198,7 +198,7 @@ class _Trainer:
                     f"the weights of {self.backbone.source} changed in training; this is a bug, report it"
                 )
         results, answers = evaluate_final(self.run, self.setup, self.state, self._predict, self.callback)
-        run = self.processes.from_main(lambda: save_run(self.run, self.setup, answers, results))
+        run = self.processes.from_main(lambda: save_run(self.run, self.setup, answers, results, self.callback))
         self.tracker.finish()
         return run
 
