@@ -14,7 +14,17 @@ import tyro
 from softprompt.assets import ASSETS
 from softprompt.prompts import PromptConfig
 from softprompt.prompts.dpt import DPT
-from softprompt.types import Augment, Baseline, Dtype, Pool, PromptAttention, PromptPosition, Protocol, unusual_layout
+from softprompt.types import (
+    Augment,
+    Baseline,
+    Dtype,
+    Pool,
+    PromptAttention,
+    PromptPosition,
+    Protocol,
+    check_finite,
+    unusual_layout,
+)
 
 
 @final
@@ -94,9 +104,9 @@ class TrainingConfig:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        if not (0 < self.lr < math.inf):
+        if not self.lr > 0:
             raise ValueError(f"lr is {self.lr}; it must be a positive number (0.03 is the default)")
-        if not 0 < self.temperature < math.inf:
+        if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; it must be a positive number (1 is the default)")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}; it must be a fraction of the steps, from 0 to 1")
@@ -107,6 +117,7 @@ class TrainingConfig:
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps} and batch_size "
                 f"{self.batch_size}; a micro-batch needs at least one row"
             )
+        check_finite(self)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0."""
@@ -171,6 +182,9 @@ class Experiment:
 
     def __post_init__(self) -> None:
         _check_literals(self)
+        check_finite(self)
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed is {self.seed}; it must be from 0 to {MAX_SEED}")
 
     @property
     def method(self) -> str:
@@ -244,6 +258,9 @@ class Experiment:
         """A copy with `changes`."""
         return dataclasses.replace(self, **changes)
 
+
+MAX_SEED = 2**63 - 1
+"""The largest seed that every random generator takes."""
 
 DEFAULT_VOCABULARY_WEIGHT = 0.03
 """Of a model that answers in words; measured in docs/results/superglue."""

@@ -1,6 +1,11 @@
-"""The choices of settings, as literals, and a warning: apart from what uses them, so that commands start quickly."""
+"""The choices of settings, as literals, a check of numbers, and a warning.
 
-from typing import Literal, final
+Apart from what uses them, so that commands start quickly.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal, final
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "nf4"]
 """What a backbone computes in. `auto`: bfloat16 where the device multiplies it faster than float32; `nf4`: bfloat16,
@@ -35,3 +40,16 @@ def unusual_layout(prompt_position: PromptPosition, prompt_attention: PromptAtte
     """How the prompt is placed if other software would not place it so; empty for the usual layout."""
     position = {"prefix": "", "after_bos": "after the text's first token", "suffix": "after the text"}[prompt_position]
     return position or ("isolated from the text" if prompt_attention == "self" else "")
+
+
+def check_finite(settings: Any) -> None:
+    """Check that no field of a dataclass is an infinite number or NaN, which JSON, and so a run's record, cannot hold.
+
+    Raises:
+        ValueError: one is, naming the field, its value and its default.
+    """
+    for item in dataclasses.fields(settings):
+        value, default = getattr(settings, item.name), item.default
+        if isinstance(value, float) and not math.isfinite(value):
+            hint = f" ({default} is the default)" if isinstance(default, int | float) else ", or left out"
+            raise ValueError(f"{item.name} is {value}; it must be a finite number{hint}")

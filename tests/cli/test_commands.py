@@ -307,3 +307,23 @@ def test_program_as_a_process(where: list[str]) -> None:
     assert failed.returncode == 1
     assert "Traceback" in failed.stderr
     assert failed.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [("list", "tasks"), ("train", "--help")])
+def test_closed_stdout_is_no_error(arguments: tuple[str, ...]) -> None:
+    """As in `softprompt list tasks | true`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "softprompt.cli", *arguments],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert done.returncode == 0, done.stderr
+    assert "Broken" not in done.stderr

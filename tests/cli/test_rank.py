@@ -16,7 +16,7 @@ QUICK = ["--dtype", "float32", "--steps", "4", "--batch-size", "8", "--eval-step
 
 @pytest.fixture(scope="module")
 def folder(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs of DPT, a baseline, and a run that was never finished."""
+    """Two runs of DPT, a baseline, a run that was never finished, and two damaged ones."""
     out = tmp_path_factory.mktemp("runs")
     where = ["--backbone", llama_folder, "--task", ticket_task, "--out", out, *QUICK]
     for seed in ("0", "1"):
@@ -27,6 +27,10 @@ def folder(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.TempP
     shutil.copytree(out / "tickets-dpt-0", out / "stopped")
     record = json.loads((out / "stopped" / "softprompt.json").read_text())
     (out / "stopped" / "softprompt.json").write_text(json.dumps({**record, "results": None}))
+    for name in ("bare", "torn"):
+        shutil.copytree(out / "tickets-dpt-0", out / name)
+    (out / "bare" / "softprompt.safetensors").unlink()
+    (out / "torn" / "softprompt.json").write_text(json.dumps(record)[:-40])
     return out
 
 
@@ -87,6 +91,14 @@ def test_rank_with_all_plots(run: Path, tmp_path: Path) -> None:
     assert suggestion["sentence"] in " ".join(called.err.split())
 
 
+def test_names_are_no_formulas_in_plots(run: Path, tmp_path: Path) -> None:
+    """Nor are they left out of a legend for the underscore."""
+    shutil.copytree(run, tmp_path / "_a$_$%")
+    [png, svg] = call("rank", tmp_path / "_a$_$%", "--out", tmp_path / "out").result["pictures"]
+    assert Path(png).stat().st_size
+    assert "_a$_$%" in Path(svg).read_text()
+
+
 def test_rank_of_a_folder_of_runs(folder: Path) -> None:
     called = call("rank", folder, "--functional", "--rows", "12", "--ranks", "1", "2")
     prompts = called.result["prompts"]
@@ -96,6 +108,9 @@ def test_rank_of_a_folder_of_runs(folder: Path) -> None:
     said = " ".join(called.err.split())
     assert "whole is the baseline full and has no prompt and is left out" in said
     assert "stopped is not finished and is left out" in said
+    assert "bare lacks softprompt.safetensors, the trained tensors, and is damaged and is left out" in said
+    assert "torn is left out: " in said
+    assert "is not readable as JSON" in said
     assert said.count("loading ") == 1
 
 

@@ -209,18 +209,18 @@ def test_update_rank_is_measured_from_the_anchor(
     name: str, experiment: Experiment, backbone: Backbone, tmp_path: Path
 ) -> None:
     run = train(experiment.replace(prompt=PROMPTS[name]), out=tmp_path, backbone=backbone)
-    [variant] = load_prompts(run.folder, checkpoints=True)
-    assert variant.start is not None
-    assert torch.equal(variant.start, tensors(run)["anchor"])
-    assert torch.equal(variant.history[0], variant.start)
-    functional = functional_rank(variant, Truncation(part="update", split="train", rows=0))
+    [loaded] = load_prompts(run.folder, checkpoints=True)
+    assert loaded.start is not None
+    assert torch.equal(loaded.start, tensors(run)["anchor"])
+    assert torch.equal(loaded.history[0], loaded.start)
+    functional = functional_rank(loaded, Truncation(part="update", split="train", rows=0))
     assert [cut.rank for cut in functional.cuts] == [0, 1, 2, 3, 4]  # at most twice the rank
     assert functional.cuts[-1].score == functional.full
     assert (
         functional.cuts[0].score
         == functional_rank(
-            dataclasses.replace(variant, prompt=Folded(variant.start)),
-            Truncation(ranks=(len(variant.start),), split="train", rows=0),
+            dataclasses.replace(loaded, prompt=Folded(loaded.start)),
+            Truncation(ranks=(len(loaded.start),), split="train", rows=0),
         ).full
     )
     [measured] = measure(run.folder)
@@ -233,9 +233,9 @@ def test_gradient_init_is_recomputed_for_the_update(experiment: Experiment, back
     gradient = setup.gradient_on(run.experiment, run.task, backbone, setup.read_splits(run.experiment, run.task).train)
     first = build_prompted_model(run.experiment, run.task, backbone, initialize=True, gradient=gradient).prompt
     assert first is not None
-    [variant] = load_prompts(run.folder)
-    assert variant.start is not None
-    assert torch.equal(variant.start, first.prompt())
+    [loaded] = load_prompts(run.folder)
+    assert loaded.start is not None
+    assert torch.equal(loaded.start, first.prompt())
 
 
 @pytest.mark.parametrize("name", ["t5", "bert_mlm", "bert", "gpt2"])

@@ -46,9 +46,9 @@ def experiments_for(backbone: str, task: Path, **settings: Any) -> list[Experime
     """
 
     def variant(prompt: PromptConfig, seed: int = 0, **training: Any) -> Experiment:
-        elapsed = TrainingConfig(eval_steps=2, **training)
+        config = TrainingConfig(eval_steps=2, **training)
         return Experiment(
-            backbone=backbone, task=str(task), dtype="float32", prompt=prompt, seed=seed, training=elapsed, **settings
+            backbone=backbone, task=str(task), dtype="float32", prompt=prompt, seed=seed, training=config, **settings
         )
 
     return [
@@ -81,7 +81,7 @@ def assert_runs_close(run: Run, single: Run) -> None:
     torch.testing.assert_close(
         [line["loss"] for line in metrics_lines], [line["loss"] for line in expected_lines], rtol=1e-4, atol=1e-5
     )
-    tensors, expected_tensors = (load_file(variant.folder / "softprompt.safetensors") for variant in (run, single))
+    tensors, expected_tensors = (load_file(folder / "softprompt.safetensors") for folder in (run.folder, single.folder))
     torch.testing.assert_close(tensors, expected_tensors, rtol=1e-3, atol=1e-4)
     assert run.results is not None
     assert single.results is not None
@@ -132,9 +132,7 @@ def test_generation_runs_share_a_pass(tiny_backbone: MakeBackbone, tmp_path: Pat
     """Answers with different tokens and lengths in one batch."""
     lines = (f"{'ab'[n % 2]} {n},{'abc' * (n % 3 + 1)}" for n in range(60))
     task = table(tmp_path, "text,said", lines, 'target = "said"')
-    experiments = [
-        variant for run_index, variant in enumerate(experiments_for("llama", task)) if run_index in (0, 1, 3)
-    ]
+    experiments = [experiment for index, experiment in enumerate(experiments_for("llama", task)) if index in (0, 1, 3)]
     runs = train_concurrently(experiments, tiny_backbone("llama"), tmp_path / "together", 3)
     assert 3 in prompts_per_pass
     for run_index, (experiment, run) in enumerate(zip(experiments, runs, strict=True)):
@@ -166,7 +164,7 @@ def test_runs_without_random_draws_share_one_pass(
     assert prompts_per_pass[:5] == [1] * 5
     assert prompts_per_pass[5:7] == [4, 1]
     assert sum(prompts_per_pass) == sum(
-        variant.training.steps * variant.training.gradient_accumulation_steps for variant in experiments
+        experiment.training.steps * experiment.training.gradient_accumulation_steps for experiment in experiments
     )
 
 
@@ -194,22 +192,22 @@ def test_diverging_run_fails_alone(tiny_backbone: MakeBackbone, ticket_task: Pat
     diverging = experiments[0].replace(training=TrainingConfig(steps=5, batch_size=8, lr=1e30, eval_steps=5))
     problems: list[str] = []
 
-    def train_or_none(variant: Experiment, name: str, differentiate: Differentiate) -> Run | None:
+    def train_or_none(experiment: Experiment, name: str, differentiate: Differentiate) -> Run | None:
         try:
-            return train(variant, out=tmp_path, name=name, backbone=backbone, differentiate=differentiate)
+            return train(experiment, out=tmp_path, name=name, backbone=backbone, differentiate=differentiate)
         except ValueError as error:
             problems.append(str(error))
             return None
 
     names = ["wild", "run-0", "run-1"]
     every = [
-        partial(train_or_none, variant, name)
-        for variant, name in zip([diverging, *experiments[1:]], names, strict=True)
+        partial(train_or_none, experiment, name)
+        for experiment, name in zip([diverging, *experiments[1:]], names, strict=True)
     ]
     runs = [run for run in run_concurrently(every, 3) if run is not None]
     assert ["learning rate" in problem for problem in problems] == [True]
     for run_index, (experiment, run) in enumerate(
-        zip(experiments[1:], sorted(runs, key=lambda variant: variant.name), strict=True)
+        zip(experiments[1:], sorted(runs, key=lambda run: run.name), strict=True)
     ):
         assert_runs_close(run, train(experiment, out=tmp_path / "alone", name=f"run-{run_index}", backbone=backbone))
 
@@ -226,13 +224,13 @@ def test_failing_shared_pass_is_split(
     )
 
     def fail_large_passes(self: Objective, rows: Any, prompts: Any = None, index: Any = None) -> Any:
-        assert all(variant() is None for variant in failed_tensors), "a failed pass still holds its memory"
+        assert all(reference() is None for reference in failed_tensors), "a failed pass still holds its memory"
         prompts_per_pass.append(1 if prompts is None else len(prompts))
-        runs = losses(self, rows, prompts, index)
+        row_losses = losses(self, rows, prompts, index)
         if prompts_per_pass[-1] > 2:
-            failed_tensors.append(weakref.ref(runs))
+            failed_tensors.append(weakref.ref(row_losses))
             raise RuntimeError("out of memory")
-        return runs
+        return row_losses
 
     with monkeypatch.context() as patch:
         patch.setattr(Objective, "losses", fail_large_passes)
@@ -306,8 +304,8 @@ def test_seconds_exclude_the_other_runs_work(
 
     monkeypatch.setattr(torch.optim.AdamW, "step", slow)
     experiments = [
-        variant.replace(training=TrainingConfig(steps=5, eval_steps=5))
-        for variant in experiments_for("llama", ticket_task)
+        experiment.replace(training=TrainingConfig(steps=5, eval_steps=5))
+        for experiment in experiments_for("llama", ticket_task)
     ]
     started = time.perf_counter()
     runs = train_concurrently(experiments[:3], backbone, tmp_path, 3)
@@ -331,7 +329,7 @@ def test_error_releases_the_other_runs_locks(tiny_backbone: MakeBackbone, ticket
         assert_runs_close(run, train(experiment, out=tmp_path / "alone", name=f"run-{run_index}", backbone=backbone))
 
 
-def test_concurrent_sweep_equals_sequential_sweep(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
+def test_concurrent_equals_sequential_sweep(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
     """With one trial that fails, and two studies of a search that run concurrently."""
     file = tmp_path / "sweep.toml"
     file.write_text(
@@ -353,13 +351,13 @@ def test_concurrent_sweep_equals_sequential_sweep(llama_folder: Path, ticket_tas
         "prompt.rank" = [1, 2]
         """
     )
-    variant, concurrent_sweep = (sweep(file, out=tmp_path / f"{count}", concurrent=count) for count in (1, 3))
-    assert [(trial.name, trial.state) for trial in variant.trials] == [
-        (trial.name, trial.state) for trial in concurrent_sweep.trials
+    sequential, concurrent = (sweep(file, out=tmp_path / f"{count}", concurrent=count) for count in (1, 3))
+    assert [(trial.name, trial.state) for trial in sequential.trials] == [
+        (trial.name, trial.state) for trial in concurrent.trials
     ]
-    assert [runs.values for runs in variant.searches] == [runs.values for runs in concurrent_sweep.searches]
-    done = [trial for trial in concurrent_sweep.trials if trial.state == "done"]
+    assert [search.values for search in sequential.searches] == [search.values for search in concurrent.searches]
+    done = [trial for trial in concurrent.trials if trial.state == "done"]
     assert done
-    assert len(done) < len(concurrent_sweep.trials)
+    assert len(done) < len(concurrent.trials)
     for trial in done:
         assert_runs_close(open_run(trial.folder), open_run(tmp_path / "1" / trial.name))

@@ -59,7 +59,15 @@ def test_golds_and_majority_have_no_end(tiny_backbone: object) -> None:
     end = tokenizer.eos_token
     task = Task(name="t", template="{text}", target="answer", metrics=("exact_match",))
     rows = Dataset.from_list([{"text": f"{n}", "answer": ["yes" + end, "yep" + end]} for n in range(20)])
-    splits = Splits(train=rows, dev=rows, test=rows, fingerprint="", majority="yep" + end)
+    splits = Splits(
+        train=rows,
+        dev=rows,
+        test=rows,
+        fingerprint="",
+        source_fingerprint="",
+        test_fingerprint="",
+        majority="yep" + end,
+    )
     examples = [Example((1,), (), None, row) for row in range(2)]
     answers = [Answer(row=0, text="yes"), Answer(row=1, text="yep")]
     score = score_answers(task, splits, "test", examples, answers, tokenizer)

@@ -31,6 +31,7 @@ from softprompt.evaluation.predict import input_limit
 from softprompt.prompts import METHODS
 from softprompt.tasks.data.tokenize import encode
 from softprompt.tasks.user import load_task
+from softprompt.training.callbacks import NullCallback
 
 PROMPT = DPT(length=6, rank=2)
 TRAINING = TrainingConfig(steps=2, batch_size=8, eval_steps=2)
@@ -249,3 +250,24 @@ def test_list_names_a_damaged_run_among_others(
     assert "format 99" in reopened[2]["problem"]
     for one in reopened:
         assert one["name"] in captured.err
+
+
+def test_any_name_has_a_learning_curve(finished: Run, tmp_path: Path) -> None:
+    """A dollar sign in it begins no formula."""
+    run = train(finished.experiment, out=tmp_path, name="a$_$ %{^")
+    assert run.results is not None
+    assert (run.folder / "curve.png").stat().st_size
+
+
+def test_failed_learning_curve_does_not_stop_a_run(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Run) -> None:
+        raise RuntimeError("no fonts")
+
+    notes: list[str] = []
+    monkeypatch.setattr("softprompt.runs.model_card._curve", fail)
+    monkeypatch.setattr(NullCallback, "on_note", lambda self, text: notes.append(text))
+    run = train(finished.experiment, out=tmp_path, callback=NullCallback())
+    assert open_run(run.folder).results
+    assert notes[-1] == "the learning curve could not be drawn (no fonts); the run is complete without it"

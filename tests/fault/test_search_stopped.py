@@ -66,10 +66,7 @@ def steps(result: SweepResult) -> list[int]:
 
 def outcome(result: SweepResult) -> list[Any]:
     [study_result] = result.searches
-    trials = [
-        (finished_trial.name, finished_trial.state == "pruned", finished_trial.results)
-        for finished_trial in study_result.trials
-    ]
+    trials = [(trial.name, trial.state == "pruned", trial.results) for trial in study_result.trials]
     return [study_result.values, study_result.dev, trials, steps(result)]
 
 
@@ -130,7 +127,7 @@ def test_lost_ray_worker_has_a_problem() -> None:
         raise RayError
 
     task = SimpleNamespace(
-        options=lambda **_: SimpleNamespace(remote=lambda job, trial_experiment: f"ref of {trial_experiment.seed}")
+        options=lambda **_: SimpleNamespace(remote=lambda job, experiment: f"ref of {experiment.seed}")
     )
     ray = SimpleNamespace(
         remote=lambda _: task,
@@ -139,12 +136,8 @@ def test_lost_ray_worker_has_a_problem() -> None:
         exceptions=SimpleNamespace(RayError=RayError),
     )
     experiments = [Experiment(seed=0), Experiment(seed=1)]
-    study_result = executor._ray_executor(ray, 1, 0)(
-        print, experiments, lambda trial_experiment, problem: (trial_experiment, problem)
-    )
-    assert list(study_result) == [
-        (trial_experiment, "its worker is lost: RayError") for trial_experiment in experiments
-    ]
+    results = executor._ray_executor(ray, 1, 0)(print, experiments, lambda experiment, problem: (experiment, problem))
+    assert list(results) == [(experiment, "its worker is lost: RayError") for experiment in experiments]
 
 
 def test_reported_history_does_not_prune(tmp_path: Path) -> None:

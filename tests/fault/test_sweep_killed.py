@@ -74,9 +74,9 @@ def run_jobs(jobs: Sequence[dict[str, Any]], folder: Path) -> Counter[str]:
     return Counter((folder / "finished.log").read_text().split())
 
 
-def assert_same(study_result: Path, expected: Path) -> None:
+def assert_same(folder: Path, expected: Path) -> None:
     for name in SAME:
-        assert (study_result / name).read_bytes() == (expected / name).read_bytes(), f"{name} of {study_result.name}"
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), f"{name} of {folder.name}"
 
 
 def test_sweep_killed_twice_gives_the_same_runs(files: Path, uninterrupted: SweepResult, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_search_killed_twice_gives_the_same_result(files: Path, tmp_path: Path) 
     assert (study_result.values, study_result.dev) == (expected.values, expected.dev)
     assert [trial.name for trial in study_result.trials] == [trial.name for trial in expected.trials]
     assert [trial.state.replace("done", "skipped") for trial in expected.trials] == [
-        searched_trial.state for searched_trial in study_result.trials
+        trial.state for trial in study_result.trials
     ]
     for trial in uninterrupted.trials:
         assert_same(out / trial.name, trial.folder)

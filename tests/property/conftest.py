@@ -30,6 +30,8 @@ def _write_run(
     created: str = "2026-11-20T10:00:00+00:00",
     dev_at: dict[int, float] | None = None,
     fields: dict[str, Any] | None = None,
+    data: dict[str, str] | None = None,
+    task_fields: dict[str, Any] | None = None,
     **results: Any,
 ) -> Path:
     """A finished run's folder below `root`, as the library writes one."""
@@ -48,6 +50,7 @@ def _write_run(
         "dim": DIM,
         "hash": "ab" * 32,
         "dtype": "float32",
+        "rounded": {},
         "architecture": "causal",
         "note": "",
     }
@@ -55,8 +58,8 @@ def _write_run(
         "format": 1,
         "hash": experiment.hash,
         "experiment": experiment.to_json(),
-        "task": TASKS[task.partition(":")[0]].to_json(),
-        "data": "rows",
+        "task": TASKS[task.partition(":")[0]].to_json() | (task_fields or {}),
+        "data": {"splits": f"splits {seed}", "source": "rows", "test": "test rows"} | (data or {}),
         "backbone": {**recorded, **(backbone or {})},
         "versions": {"torch": "2.0"},
         "created": created,

@@ -114,6 +114,15 @@ def _results(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def _training(**changes: Any) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        record = json.loads((folder / "softprompt.json").read_text())
+        record["experiment"]["training"] |= changes
+        (folder / "softprompt.json").write_text(json.dumps(record))
+
+    return change
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unfinished": (_unfinished, "is not finished"),
     "cut": (lambda folder: (folder / "softprompt.json").write_text('{"format": 1, "exp'), "not readable as JSON"),
@@ -122,6 +131,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "deep": (lambda folder: (folder / "softprompt.json").write_text("[" * 100_000), "JSON"),
     "no tensors": (lambda folder: (folder / "softprompt.safetensors").unlink(), "lacks softprompt.safetensors"),
     "nan": (_results(test=math.nan), "'test' is nan"),
+    "infinite result": (_results(note=math.inf), "infinite or NaN"),
+    "infinite setting": (_training(max_grad_norm=math.inf), "max_grad_norm is inf"),
     "text": (_results(majority="half"), "'majority' is 'half'"),
     "true": (_results(ci_low=True), "'ci_low' is True"),
     "huge": (_results(test=10**400), "too large"),
@@ -193,10 +204,19 @@ def test_report_refuses_a_run_as_out(write: Write) -> None:
 
 
 def test_report_replaces_the_last_one(write: Write, tmp_path: Path) -> None:
+    """Of an earlier report with more plots nothing stays, and other files in its folder do."""
     write()
     first = {path.name: path.read_bytes() for path in make_report(tmp_path).files}
+    cb, slow = write(task="cb", test=0.9), write(test=0.2, training=TrainingConfig(steps=6, lr=0.5))
+    more = {path.name: path.read_bytes() for path in make_report(tmp_path).files}
+    plots = {f"{name}.{kind}" for name in ("learning-2", "rates-dev") for kind in ("png", "svg")}
+    assert set(more) - set(first) == plots
+    assert more["results.txt"] != first["results.txt"]
+    (tmp_path / "out" / "learning-3.png").write_text("the user's own")
+    for folder in (cb, slow):
+        shutil.rmtree(folder)
     assert {path.name: path.read_bytes() for path in make_report(tmp_path).files} == first
-    assert {path.name for path in (tmp_path / "out").iterdir()} == set(first)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*first, "learning-3.png"}
 
 
 def test_report_without_the_extra_is_refused(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,11 +336,17 @@ def test_seeds_scored_on_other_rows_are_not_compared(write: Write, tmp_path: Pat
     )
 
 
+def test_other_training_rows_are_compared_on_equal_test_rows(write: Write, tmp_path: Path) -> None:
+    """Few-shot against all rows, for one."""
+    write(test=0.6)
+    write(test=0.7, data={"splits": "few-shot"}, training=TrainingConfig(steps=6, shots=4))
+    [difference] = differences(make_grid(tmp_path), "dpt shots=0")
+    assert (difference.mean, difference.seeds) == (pytest.approx(0.1), (0,))
+
+
 def test_no_seed_with_the_same_rows_has_no_difference(write: Write, tmp_path: Path) -> None:
     write(test=0.6)
-    folder = write(test=0.7, prompt=Plain(length=6))
-    record = json.loads((folder / "softprompt.json").read_text())
-    (folder / "softprompt.json").write_text(json.dumps({**record, "data": "other rows"}))
+    write(test=0.7, prompt=Plain(length=6), data={"test": "other rows"})
     [difference] = differences(make_grid(tmp_path), "dpt")
     assert (difference.mean, difference.verdict) == (None, "other rows")
     assert tables.comparison([difference], "dpt").rows[0][2] == ""

@@ -14,6 +14,7 @@ from softprompt.analysis.report.grid import Grid, arrange
 from softprompt.analysis.report.groups import group
 from softprompt.analysis.report.read import read
 from softprompt.config import MEMORY_OPTIONS
+from softprompt.tasks import Task
 
 Write = Callable[..., Path]
 
@@ -127,6 +128,52 @@ def test_tasks_of_one_name_differ_by_their_files(write: Write, tmp_path: Path) -
         (folder / "softprompt.json").write_text(json.dumps(record))
     grid = make_grid(tmp_path)
     assert grid.columns == ("mine data=/here/rows.csv", "mine data=/there/rows.csv")
+
+
+def test_changed_rows_of_one_file_are_a_column(write: Write, tmp_path: Path) -> None:
+    """Neither averaged over seeds, nor skipped as a second run of one seed."""
+    write(test=0.5)
+    write(test=0.7, data={"source": "changed rows"})
+    write(test=0.8, data={"source": "changed rows"}, seed=1)
+    groups, skipped = group(read([tmp_path / "runs"])[0])
+    assert skipped == []
+    grid = arrange(groups)
+    assert grid.columns == ("rte rows=changed rows", "rte rows=rows")
+    assert sorted(cell["test"] for cell in formats.cells(grid)) == [0.5, pytest.approx(0.75)]
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Task)])
+def test_task_field_makes_a_column(name: str, write: Write, tmp_path: Path) -> None:
+    """All but those that say nothing about the rows, the model's input or the answer."""
+    other = {
+        "label_words": {"not_entailment": "No", "entailment": "Yes"},
+        "messages": "chat",
+        "image": "photo",
+        "assistant_turns": "last",
+        "broken": "skip",
+        "metrics": ["macro_f1"],
+        "max_input_tokens": 32,
+        "templates": {"mine": {"text": "{premise}", "label_words": {}, "target": ""}},
+        "files": {"train": "rows.csv"},
+        "split_seed": 5,
+    }
+    write()
+    folder = write(seed=1)
+    record = json.loads((folder / "softprompt.json").read_text())
+    record["task"][name] = other.get(name, f"{record['task'][name]} and {{hypothesis}}")
+    task = object.__new__(Task)  # without the checks: many a single change would not be a task
+    for field, value in record["task"].items():
+        object.__setattr__(task, field, value)
+    one, two = read([tmp_path / "runs"])[0]
+    two = dataclasses.replace(two, run=dataclasses.replace(two.run, task=task))
+    groups, _ = group([one, two])
+    assert len(groups) == (1 if name in ("name", "description", "templates") else 2)
+
+
+def test_label_names_the_task_field_that_differs(write: Write, tmp_path: Path) -> None:
+    for seed, limit in enumerate((32, 512)):
+        write(seed=seed, task_fields={"max_input_tokens": limit})
+    assert make_grid(tmp_path).columns == ("rte task.max_input_tokens=32", "rte task.max_input_tokens=512")
 
 
 def test_labels_name_only_what_differs(write: Write, tmp_path: Path) -> None:

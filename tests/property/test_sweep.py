@@ -238,9 +238,9 @@ def test_invalid_file_is_refused_by_key_and_value(text: str, message: str, tmp_p
     file.write_text(text)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         read(file)
-    settings_of = str(caught.value)
-    assert settings_of.startswith(message.replace("FILE", str(file))), settings_of
-    assert "\n" not in settings_of
+    sentence = str(caught.value)
+    assert sentence.startswith(message.replace("FILE", str(file))), sentence
+    assert "\n" not in sentence
 
 
 def test_paths_start_from_the_file_and_data_from_its_flag(ticket_task: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import json
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,7 +45,34 @@ def command_arguments() -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and print its result as the last line of stdout; returns the exit status."""
+    """Run one command and print its result as the last line of stdout; returns the exit status.
+
+    A reader of stdout that has closed it, as `head` does, is no error.
+    """
+    try:
+        status = _main(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_stdout_closed():
+            raise
+        # Python flushes stdout once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _is_stdout_closed() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, so that a broken pipe is not that of another connection."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except OSError:  # no file
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     argv = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
@@ -64,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as exit_:
         return int(exit_.code or 0)
     except (Exception, KeyboardInterrupt) as error:
-        if debug:
+        if debug or (isinstance(error, BrokenPipeError) and _is_stdout_closed()):
             raise
         if is_main_process() or _is_local(error):
             print(f"softprompt: {_sentence(error)}", file=sys.stderr)

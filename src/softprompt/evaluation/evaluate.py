@@ -162,7 +162,7 @@ def run_splits(run: Run) -> Splits:
         raise FileNotFoundError(
             f"the rows of run {run.folder} are not where it recorded them ({source}): {error}; put them back, {remedy}"
         ) from None
-    if rows.fingerprint != run.record["data"]:
+    if rows.fingerprint != run.record["data"]["splits"]:
         raise ValueError(
             f"the rows of {source} are not those that run {run.folder} was started with, so its test rows are not "
             f"known any more; put them back, {remedy}"

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from softprompt.types import check_finite
+
 # Not `Self`: the tests' shape checker decorates methods, where it cannot be resolved.
 ConfigT = TypeVar("ConfigT", bound="PromptConfig")
 
@@ -240,6 +242,7 @@ class PromptConfig(ABC):
 
     def __post_init__(self) -> None:
         self.check()
+        check_finite(self)
 
     def check(self) -> None:
         """Refuse settings that cannot work; subclasses extend it.
@@ -249,7 +252,7 @@ class PromptConfig(ABC):
         """
         at_least(1, length=self.length)
         for group, rate in self.rates().items():
-            if not 0 < rate < float("inf"):
+            if not rate > 0:
                 raise ValueError(f"{group}_rate is {rate}; a relative learning rate must be a positive number")
 
     @final

@@ -155,5 +155,5 @@ def factorize(
 
 def check_scale(scale: float | None) -> None:
     """Refuse a scale that is not a positive number."""
-    if scale is not None and not (0 < scale < float("inf")):
+    if scale is not None and not scale > 0:
         raise ValueError(f"scale is {scale}; it must be a positive number, or none for the host's embedding RMS")

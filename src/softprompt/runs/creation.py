@@ -27,14 +27,14 @@ def create(
     backbone: Backbone,
     out: Path,
     name: str | None,
-    data: str,
+    data: Mapping[str, str],
     context: str = "",
 ) -> Run:
     """Create the folder `out/name` with the experiment's record.
 
     Args:
         name: None: made from task, method and seed, with a number if that is taken.
-        data: fingerprint of the rows.
+        data: the fingerprints of the rows, `Splits.fingerprints`.
         context: the text that is distilled; empty: none is.
 
     Raises:
@@ -49,7 +49,7 @@ def create(
         "hash": experiment.hash,
         "experiment": experiment.to_json(),
         "task": task.to_json(),
-        "data": data,
+        "data": dict(data),
         "context": text_hash(context) if context else None,
         "init_prompt": init_prompt_hash(experiment),
         "backbone": {

@@ -3,28 +3,38 @@
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softprompt import files
 from softprompt.backbones import Backbone
 from softprompt.models import PromptedModel
 from softprompt.runs import HEAD, TENSORS, TUNED, Run
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _MODELS = {"causal": "AutoModelForCausalLM", "encoder_decoder": "AutoModelForSeq2SeqLM"}
 
 
-def write(run: Run, trained: PromptedModel, results: Mapping[str, Any], peft_problem: str) -> None:
+def write(run: Run, trained: PromptedModel, results: Mapping[str, Any], peft_problem: str) -> str:
     """Write `README.md`, and `curve.png` if the extra `report` is installed.
 
     Args:
         peft_problem: why there are no PEFT files; empty if there are.
+
+    Returns:
+        Why the learning curve could not be drawn, which must not keep a trained run from finishing; empty if it was.
     """
     usage = f"Stock PEFT cannot load it: {peft_problem}." if peft_problem else _peft_usage(run, trained)
     parts = {TENSORS: trained.prompt, HEAD: trained.head, TUNED: trained.tuned}
     tensor_files = " and ".join(f"`{name}`" for name, part in parts.items() if part is not None)
     files.write_text(run.folder / "README.md", _text(run, results, usage, tensor_files))
     if importlib.util.find_spec("matplotlib") is not None:
-        _curve(run)
+        try:
+            _curve(run)
+        except Exception as error:
+            return f"the learning curve could not be drawn ({files.one_line(error)}); the run is complete without it"
+    return ""
 
 
 def _peft_usage(run: Run, trained: PromptedModel) -> str:
@@ -90,10 +100,18 @@ softprompt evaluate {run.name}
 
 
 def _curve(run: Run) -> None:
+    from matplotlib import rc_context
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
+    with rc_context({"text.parse_math": False}):  # a dollar sign in a name is a dollar sign
+        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        _draw_curve(figure, run)
+        with files.atomic_write(run.folder / "curve.png") as draft:
+            figure.savefig(draft, format="png", dpi=120)
+
+
+def _draw_curve(figure: "Figure", run: Run) -> None:
     lines = list(run.metrics())
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
     losses = figure.subplots()
     losses.plot([line["step"] for line in lines], [line["loss"] for line in lines], color="0.6", linewidth=0.8)
     losses.set(xlabel="step", ylabel="training loss", title=run.name)
@@ -101,5 +119,3 @@ def _curve(run: Run) -> None:
     points = [(line["step"], line["dev"]) for line in lines if "dev" in line]
     scores.plot([step for step, _ in points], [value for _, value in points], marker="o", color="C0")
     scores.set_ylabel(f"development {run.task.metrics[0]}", color="C0")
-    with files.atomic_write(run.folder / "curve.png") as draft:
-        figure.savefig(draft, format="png", dpi=120)

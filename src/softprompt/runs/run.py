@@ -307,7 +307,10 @@ def open_run(folder: str | Path) -> Run:
         backbone = record["backbone"]
         if not isinstance(record.get("results"), dict | None):
             raise ValueError(f"results are {type(record['results']).__name__}")
-        _ = record["data"], *(backbone[name] for name in ("dim", "hash", "dtype", "rounded", "base", "note"))
+        _ = (
+            *(record["data"][name] for name in ("splits", "source", "test")),
+            *(backbone[name] for name in ("dim", "hash", "dtype", "rounded", "base", "note")),
+        )
     except KeyError as error:
         raise ValueError(f"{path / RECORD} lacks {error}; it is damaged, train again") from error
     except (TypeError, ValueError, AttributeError) as error:

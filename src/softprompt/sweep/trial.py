@@ -156,7 +156,7 @@ def _check_unchanged(run: Run, cache: BackboneCache, callback: TrainingCallback)
         ValueError: they have changed.
     """
     fingerprint = cache.readable_fingerprint(run.experiment, run.name, callback)
-    if fingerprint is not None and fingerprint != _fingerprint(run.task, run.record["data"]):
+    if fingerprint is not None and fingerprint != _fingerprint(run.task, run.record["data"]["splits"]):
         raise ValueError(
             f"the task or the rows of {run.folder} have changed since it was trained; move it away, or choose another "
             "--out"

@@ -1,16 +1,21 @@
 """A split's score: the metric, its interval, the score of the best constant answer, and a warning where it misleads."""
 
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, isnan
 from typing import Any, Literal, final
 
-from softprompt.tasks.metrics import METRICS, Answers, RowMean, check_installed
+from softprompt.tasks.metrics import METRICS, Answers, check_installed
 from softprompt.tasks.task import Task
 
 Prediction = int | str | None
 """A class index, a text, or None where the model gave no answer."""
+
+MAJORITY_ROWS = 1000
+"""Rows on which constant texts are compared: metrics of texts are slow."""
+_TEXT_CANDIDATES = 10
 
 Gold = int | str | tuple[str, ...]
 """A class index, a text, or all accepted texts."""
@@ -34,13 +39,14 @@ class Score:
     majority_source: Literal["train", "scored rows"]
     """The rows that it was chosen on."""
     ci_low: float
-    """Lower end of the 95 % interval of `value`: Wilson's, or that of a seeded bootstrap."""
+    """Lower end of the 95 % interval of `value`: Wilson's, or that of a seeded bootstrap. If the latter has no width,
+    `warning` says so."""
     ci_high: float
     """Upper end of that interval."""
     extra_metrics: dict[str, float] = field(default_factory=dict)
     """The values of the task's other metrics; of `evaluate(generate=True)` also what was generated freely."""
     warning: str | None = None
-    """Why the score may mislead: one answer was always given, or some could not be read."""
+    """Why the score may mislead: one answer was always given, some could not be read, or the interval has no width."""
 
 
 def score(
@@ -108,12 +114,20 @@ def score(
 
 
 def best_constant(task: Task, golds: Sequence[Gold], questions: Sequence[Any] | None = None) -> int | str:
-    """The answer that scores best on these rows if always given; ties go to the most frequent, then to the first."""
-    counts = Counter(gold[0] if isinstance(gold, tuple) else gold for gold in golds)
+    """The answer that scores best on these rows if always given; ties go to the most frequent, then to the first.
+
+    Every label is tried, and of texts the most frequent few among all accepted answers, by their score on at most
+    MAJORITY_ROWS rows, drawn at random.
+    """
+    counts = Counter(answer for gold in golds for answer in (set(gold) if isinstance(gold, tuple) else (gold,)))
     by_frequency = sorted(counts, key=lambda answer: (-counts[answer], answer))
     metric = task.metrics[0]
-    if not task.is_classification or metric == "accuracy":
+    if metric == "accuracy":
         return by_frequency[0]
+    if not task.is_classification:
+        by_frequency = by_frequency[:_TEXT_CANDIDATES]
+        rows = random.Random(0).sample(range(len(golds)), min(len(golds), MAJORITY_ROWS))
+        golds, questions = [golds[row] for row in rows], None if questions is None else [questions[row] for row in rows]
 
     def value(answer: int | str) -> float:
         return METRICS[metric](read_answers(task, metric, [answer] * len(golds), golds, questions))
@@ -139,12 +153,13 @@ def _warning(task: Task, predictions: Sequence[Prediction], answers: Answers, is
             f"{len(unreadable)} of {count} answers are no {kind} and count as wrong (the first is {unreadable[0]!r})"
         )
     elif count > 1 and len(set(answers.predictions)) == 1:
-        interval = ", and its interval says nothing" if is_point and not isinstance(metric, RowMean) else ""
-        reasons.append(f"all {count} rows got one answer, {_answer_text(task, answers.predictions[0])!r}{interval}")
+        reasons.append(f"all {count} rows got one answer, {_answer_text(task, answers.predictions[0])!r}")
     if count > 1 and len(set(answers.golds)) == 1:
         gold = answers.golds[0]
         text = _answer_text(task, gold[0] if isinstance(gold, tuple) else gold)
         reasons.append(f"{text!r} is right for all {count} rows")
+    if is_point:
+        reasons.append("every resample has the same score, so the interval has no width and says nothing")
     return "; ".join(reasons) or None
 
 

@@ -75,7 +75,9 @@ def _distillation(run: Run, setup: TrainingSetup, folded: PromptedModel, teacher
     return results
 
 
-def save_run(run: Run, setup: TrainingSetup, answers: Sequence[Answer], results: dict[str, Any]) -> Run:
+def save_run(
+    run: Run, setup: TrainingSetup, answers: Sequence[Answer], results: dict[str, Any], callback: TrainingCallback
+) -> Run:
     """Write predictions, tensors, PEFT files, the README and the record of a finished run."""
     lines = (
         runs.json_line(prediction_record(run.task, setup.rows.test, "test", example, answer, setup.backbone.tokenizer))
@@ -83,5 +85,6 @@ def save_run(run: Run, setup: TrainingSetup, answers: Sequence[Answer], results:
     )
     files.write_text(run.folder / runs.PREDICTIONS, "".join(lines))
     peft_problem = export_model(setup.prompted.folded(), run.folder)
-    model_card.write(run, setup.prompted, results, peft_problem)
+    if note := model_card.write(run, setup.prompted, results, peft_problem):
+        callback.on_note(note)
     return run.finish(setup.prompted, results)

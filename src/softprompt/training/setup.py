@@ -107,7 +107,7 @@ def resume_run(run: Run, backbone: Backbone | str | Path | None, callback: Train
     callback.on_stage("reading rows")
     experiment = run.experiment
     rows = read_splits(experiment, run.task)
-    if rows.fingerprint != run.record["data"]:
+    if rows.fingerprint != run.record["data"]["splits"]:
         raise ValueError(
             f"the rows of task {run.task.name} are not those {run.folder} was started with; start a new run"
         )

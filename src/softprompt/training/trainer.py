@@ -68,7 +68,7 @@ def train(
     processes.check_equal("the rows", setup.rows.fingerprint)
     processes.check_equal("the weights", setup.backbone.hash)
     run = processes.from_main(
-        lambda: runs.create(experiment, setup.task, setup.backbone, out, name, setup.rows.fingerprint, setup.context)
+        lambda: runs.create(experiment, setup.task, setup.backbone, out, name, setup.rows.fingerprints, setup.context)
     )
     return _train_to_end(run, setup, processes, main_callback, log_with, differentiate, is_new=True)
 
@@ -197,7 +197,7 @@ class _Trainer:
                     f"the weights of {self.backbone.source} changed in training; this is a bug, report it"
                 )
         results, answers = evaluate_final(self.run, self.setup, self.state, self._predict, self.callback)
-        run = self.processes.from_main(lambda: save_run(self.run, self.setup, answers, results))
+        run = self.processes.from_main(lambda: save_run(self.run, self.setup, answers, results, self.callback))
         self.tracker.finish()
         return run
 

@@ -131,7 +131,12 @@ def _of_folder(
 ) -> Iterator[LoadedPrompt]:
     cache: dict[tuple[str, str, str], Backbone] = {}
     count = 0
-    for run in runs.list_runs(path):
+    for folder in runs.run_folders(path):
+        try:
+            run = runs.open_run(folder)
+        except (ValueError, OSError) as error:
+            callback.on_note(f"{folder.name} is left out: {files.one_line(error)}")
+            continue
         if reason := _why_no_prompt(run):
             callback.on_note(f"{run.name} {reason} and is left out")
             continue
@@ -153,7 +158,9 @@ def _why_no_prompt(run: Run) -> str:
     """Why a run has no prompt to analyze; empty where it has one."""
     if run.experiment.baseline != "none":
         return f"is the baseline {run.experiment.baseline} and has no prompt"
-    return "is not finished" if run.results is None else ""
+    if run.results is None:
+        return "is not finished"
+    return "" if (run.folder / runs.TENSORS).is_file() else f"lacks {runs.TENSORS}, the trained tensors, and is damaged"
 
 
 def _of_run(run: Run, backbone: Backbone, checkpoints: bool) -> LoadedPrompt:

@@ -64,7 +64,7 @@ def draw_burstiness(measured: Burstiness, title: str, folder: Path) -> list[Path
     heads.set(xlabel="head", ylabel="kurtosis of its products", title="per head")
     heads.set_ylim(bottom=0)
     heads.legend(fontsize="small")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     return _save(figure, folder, "burstiness")
 
 
@@ -93,12 +93,26 @@ def _figure(columns: int, rows: int) -> Any:
 
 
 def _save(figure: Any, folder: Path, name: str) -> list[Path]:
+    _show_names_as_they_are(figure)
     paths = []
     for kind in ("png", "svg"):
         with files.atomic_write(folder / f"{name}.{kind}") as draft:
             figure.savefig(draft, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
         paths.append(folder / f"{name}.{kind}")
     return paths
+
+
+def _show_names_as_they_are(figure: Any) -> None:
+    """Titles and legends hold names, where a dollar sign is a dollar sign; ticks of a logarithmic axis are formulas."""
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
+    texts = [text for legend in legends if legend is not None for text in legend.get_texts()]
+    for text in [*texts, *(axes.title for axes in figure.axes)]:
+        text.set_parse_math(False)
+
+
+def _label(name: str) -> str:
+    """A line's label; matplotlib leaves one that begins with an underscore out of the legend."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _of_view(spectra: Mapping[str, Spectrum], view: str) -> dict[str, Spectrum]:
@@ -113,7 +127,9 @@ def _spectra_figure(measured: Sequence[PromptRanks]) -> Any:
         for ranks in measured:
             for layer, spectrum in _of_view(ranks.spectra, view).items():
                 values = spectrum.values[: spectrum.numerical]  # the rest is rounding error
-                axes.plot(range(1, len(values) + 1), values, marker=".", linewidth=1, label=ranks.loaded.name + layer)
+                axes.plot(
+                    range(1, len(values) + 1), values, marker=".", linewidth=1, label=_label(ranks.loaded.name + layer)
+                )
         axes.set(xlabel="number", ylabel="singular value", yscale="log", title=_VIEWS[view])
     _legend(figure)
     return figure
@@ -133,7 +149,7 @@ def _history_figure(measured: Sequence[PromptRanks]) -> Any:
                 for layer in _of_view(ranks.spectra, view):
                     points = [(step, getattr(spectra[view + layer], kind)) for step, spectra in ranks.history.items()]
                     steps, values = zip(*points, strict=True)
-                    axes.plot(steps, values, marker=".", label=ranks.loaded.name + layer)
+                    axes.plot(steps, values, marker=".", label=_label(ranks.loaded.name + layer))
             axes.set(xlabel="step", ylabel=title, title=_VIEWS[view])
             axes.set_ylim(0, 1.08 * max(axes.get_ylim()[1], 1))
     _legend(figure)

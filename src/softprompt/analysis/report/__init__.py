@@ -5,6 +5,7 @@ compare.py (paired differences), then tables.py with formats.py, plots.py with p
 """
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from softprompt.analysis.report.plots import Split
 
 Form = Literal["text", "markdown", "csv", "latex"]
+_VALUES = "results.json"
 
 
 @final
@@ -57,7 +59,7 @@ def report(
 
     Args:
         folders: runs, or folders that hold runs.
-        out: the folder to write; files of an earlier report in it are replaced.
+        out: the folder to write; files of an earlier report in it are replaced, and its further plots removed.
         compare: a row or a method; every other row's difference to it is shown, paired by seed.
         choose: of each method and task show only the settings with the best development score.
         rates_on: the split whose score is plotted by learning rate.
@@ -95,8 +97,13 @@ def report(
     texts = {"report.html": page(title, grid, all_tables, further, plots, skipped)}
     all_tables += further
     texts |= {formats.FORMATS[form][0]: formats.render(form, all_tables, grid) for form in formats.FORMATS}
-    texts["results.json"] = formats.json_text(formats.to_json(grid, compared, skipped))
-    paths = [*_write_texts(folder, texts), *_write_plots(folder, [plot for _, section in plots for plot in section])]
+    all_plots = [plot for _, section in plots for plot in section]
+    names = [*texts, _VALUES, *(f"{plot.name}.{kind}" for plot in all_plots for kind in ("png", "svg"))]
+    texts[_VALUES] = formats.json_text({**formats.to_json(grid, compared, skipped), "files": names})
+    earlier = _earlier_plots(folder)
+    paths = [*_write_texts(folder, texts), *_write_plots(folder, all_plots)]
+    for name in earlier - set(names):
+        (folder / name).unlink(missing_ok=True)
     return Report(grid=grid, differences=compared, skipped=skipped, files=tuple(paths), tables=tuple(all_tables))
 
 
@@ -110,6 +117,18 @@ def _plots(grid: Grid, rates_on: "Split") -> "list[tuple[str, list[Plot]]]":
         ("Score by learning rate", [rates] if rates else []),
         ("Learning curves", [plot for plot in learning if plot]),
     ]
+
+
+def _earlier_plots(folder: Path) -> set[str]:
+    """The plots in `folder` that an earlier report wrote, by its own list; empty where that cannot be read."""
+    try:
+        names = files.read_json(folder / _VALUES).get("files")
+    except (OSError, ValueError):
+        return set()
+    own = re.compile(r"(learning-\d+|sizes|rates-(dev|test))\.(png|svg)")
+    return {
+        name for name in (names if isinstance(names, list) else []) if isinstance(name, str) and own.fullmatch(name)
+    }
 
 
 def _write_texts(folder: Path, texts: dict[str, str]) -> list[Path]:

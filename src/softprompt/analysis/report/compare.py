@@ -78,8 +78,8 @@ def differences(grid: Grid, reference: str) -> list[Difference]:
 
 
 def _test_rows(result: Result) -> tuple[str, float]:
-    """What tells a run's test rows: the fingerprint of its rows, and how many of them were scored."""
-    return str(result.run.record["data"]), result.values["n_test"]
+    """What tells a run's test rows: the fingerprint of the test split, and how many of its rows were scored."""
+    return str(result.run.record["data"]["test"]), result.values["n_test"]
 
 
 def _reference_row(grid: Grid, name: str) -> str:

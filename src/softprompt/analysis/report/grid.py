@@ -183,7 +183,7 @@ def _value(name: str, value: Any) -> str:
 
 def _column_labels(columns: Sequence[Settings]) -> list[str]:
     labels = [str(column["task"]) for column in columns]
-    for name in ("protocol", "metric", "data", "wording"):
+    for name in list(columns[0])[1:]:
         duplicates = {label for label, count in Counter(labels).items() if count > 1}
         for duplicate in duplicates:
             indices = [index for index, other in enumerate(labels) if other == duplicate]

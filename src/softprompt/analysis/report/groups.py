@@ -26,7 +26,7 @@ class Group:
     settings: Settings
     """The experiment without the method, the task, its rows and the seed."""
     task_settings: Settings
-    """The task, its wording, its rows and its protocol."""
+    """The task with its own settings, its wording, its rows and its protocol."""
     results: tuple[Result, ...]
 
     def spread(self, name: str) -> Spread:
@@ -138,26 +138,24 @@ def _contents(run: Run) -> dict[str, str]:
     return {setting: str(run.record[name])[:8] for name, setting in names.items() if run.record.get(name)}
 
 
+_WORDING_FIELDS = ("template", "messages", "assistant_turns", "image", "label", "label_words", "target", "metrics")
+_HANDLED_TASK_FIELDS = {"name", "description", "templates", "files"}
+"""Fields of a task that do not matter (other wordings do not), or that `task` and `data` cover; all others count."""
+
+
 def _task_settings(result: Result) -> dict[str, Any]:
     experiment, task = result.run.experiment, result.run.task
     is_builtin = experiment.task.partition(":")[0] in TASKS
-    wording_fields = (
-        "template",
-        "messages",
-        "assistant_turns",
-        "label_words",
-        "label",
-        "target",
-        "question",
-        "metrics",
-    )
-    wording = {name: value for name, value in task.to_json().items() if name in wording_fields}
+    fields = {name: value for name, value in task.to_json().items() if name not in _HANDLED_TASK_FIELDS}
+    wording = {name: fields.pop(name) for name in _WORDING_FIELDS}
     return {
         "task": printable(experiment.task if is_builtin else task.name),
         "protocol": experiment.protocol,
-        "data": _data(experiment, task),
         "metric": result.metric,
-        "wording": json.dumps(wording, sort_keys=True),
+        "data": _data(experiment, task),
+        **{f"task.{name}": value for name, value in fields.items()},
+        "wording": json.dumps(wording),  # the order of the label words is the order of the classes
+        "rows": str(result.run.record["data"]["source"])[:12],
     }
 
 

@@ -1,5 +1,6 @@
 """Read the results of runs from their folders, with a reason for each run that is skipped."""
 
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -138,7 +139,7 @@ def _result(run: Run) -> Result:
     if not size:
         raise ValueError(f"it lacks {runs.TENSORS}, the trained tensors; it is damaged, train again")
     extra = results.get("extra_metrics")
-    return Result(
+    result = Result(
         run=run,
         name=printable(run.name),
         metric=printable(str(results.get("metric", run.task.metrics[0]))),
@@ -151,6 +152,11 @@ def _result(run: Run) -> Result:
         size=size,
         curve=tuple(_points(run)),
     )
+    try:
+        json.dumps(run.record, allow_nan=False)
+    except ValueError:
+        raise ValueError("its record has a number that is infinite or NaN; it is damaged, train again") from None
+    return result
 
 
 def _distillation(values: Any) -> dict[str, dict[str, float]]:

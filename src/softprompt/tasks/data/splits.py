@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -12,8 +11,8 @@ from typing import TypeVar, final
 
 from datasets import Dataset
 
-from softprompt.backbones import image_processor
 from softprompt.tasks import user  # noqa: F401  (importing it registers the reader of the user's files)
+from softprompt.tasks.data.fingerprint import fingerprint
 from softprompt.tasks.data.images import image_table, split_folders, without_broken
 from softprompt.tasks.data.tabular import numbered, records, task_rows
 from softprompt.tasks.metrics import METRICS, check_installed
@@ -44,6 +43,10 @@ class Splits:
     """Held out, unless `shared` with dev."""
     fingerprint: str
     """sha256 of every column that the task reads, split by split."""
+    source_fingerprint: str
+    """The same of all rows as they were read, before they were split or sampled."""
+    test_fingerprint: str
+    """The same of the test split alone."""
     majority: int | str
     """The best constant answer by the task's metric on the full training split, even if `train` is a sample of it; on
     the test split if there is no training split."""
@@ -58,6 +61,11 @@ class Splits:
     def shared(self) -> bool:
         """Whether dev and test are the same rows, as under the protocol `paper`."""
         return self.dev is self.test
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprints as a run's record has them."""
+        return {"splits": self.fingerprint, "source": self.source_fingerprint, "test": self.test_fingerprint}
 
 
 def splits(task: Task, data: str | None = None, seed: int = 0, protocol: Protocol = "heldout") -> Splits:
@@ -81,6 +89,7 @@ def splits(task: Task, data: str | None = None, seed: int = 0, protocol: Protoco
     """
     check_installed((name, METRICS[name]) for name in task.metrics)
     parts, broken = _read(task, data)
+    source = fingerprint(task, parts)
     seed = seed if task.split_seed is None else task.split_seed
     if "rows" in parts:
         parts = {**split_rows(task, parts.pop("rows"), {"dev": DEV, "test": TEST}, "train", seed), **parts}
@@ -99,7 +108,7 @@ def splits(task: Task, data: str | None = None, seed: int = 0, protocol: Protoco
     missing = {name: share for name, share in (("dev", DEV), ("test", TEST)) if name not in parts}
     if missing:
         parts.update(split_rows(task, parts["train"], missing, "train", seed))
-    return _splits(task, parts["train"], parts["dev"], parts["test"], broken)
+    return _splits(task, parts["train"], parts["dev"], parts["test"], broken, source)
 
 
 def load_test_split(task: Task, data: str, split: str | None = None) -> Splits | None:
@@ -141,7 +150,7 @@ def load_test_split(task: Task, data: str, split: str | None = None) -> Splits |
     if task.image:
         rows, broken = without_broken(task, rows, data)
     empty = rows.select([])
-    return _splits(task, empty, empty, rows, broken)
+    return _splits(task, empty, empty, rows, broken, fingerprint(task, {"test": rows}))
 
 
 def _read(task: Task, data: str | None) -> tuple[dict[str, Dataset], tuple[str, ...]]:
@@ -260,13 +269,14 @@ def shots(task: Task, full: Splits, k: int, seed: int, balanced: bool = True) ->
                 )
         return sorted(index for indices in drawn.values() for index in indices)
 
+    unchanged = full.broken, full.source_fingerprint, full.majority
     order = _order(range(len(answers)), seed)
     train = draw(order, "train")
     if full.shared:
-        return _splits(task, full.train.select(train), full.dev, full.test, full.broken, full.majority)
+        return _splits(task, full.train.select(train), full.dev, full.test, *unchanged)
     used = {groups[index] for index in train}
     dev = draw([index for index in order if groups[index] not in used], "dev")
-    return _splits(task, full.train.select(train), full.train.select(dev), full.test, full.broken, full.majority)
+    return _splits(task, full.train.select(train), full.train.select(dev), full.test, *unchanged)
 
 
 def _splits(
@@ -275,20 +285,14 @@ def _splits(
     dev: Dataset,
     test: Dataset,
     broken: tuple[str, ...],
+    source: str,
     majority: int | str | None = None,
 ) -> Splits:
-    """Compute the fingerprint and warnings of splits, and their majority answer unless it is given."""
+    """Compute the fingerprints and warnings of splits, and their majority answer unless it is given."""
     labeled = train if len(train) else test
-    golds = [task.answer(row) for row in records(labeled)]
+    golds = [task.answer(row) if task.is_classification else task.golds(row) for row in records(labeled)]
     counts = Counter(golds)
     questions = labeled[task.question][:] if task.question else None
-    digest = hashlib.sha256()
-    for name, rows in (("train", train), ("dev", dev), ("test", test)):
-        digest.update(f"{name} {len(rows)}\n".encode())
-        for row in records(rows.select_columns(list(task.columns))):
-            # The content of an image's file counts, not its path.
-            read = {**row, task.image: image_processor.digest(row[task.image])} if task.image else row
-            digest.update(json.dumps(read, sort_keys=True, default=str).encode() + b"\n")
     if task.is_classification and len(train) and len(counts) < 2:
         only = list(task.label_words)[int(next(iter(counts)))]
         raise ValueError(
@@ -299,7 +303,9 @@ def _splits(
         train=train,
         dev=dev,
         test=test,
-        fingerprint=digest.hexdigest(),
+        fingerprint=fingerprint(task, {"train": train, "dev": dev, "test": test}),
+        source_fingerprint=source,
+        test_fingerprint=fingerprint(task, {"test": test}),
         majority=best_constant(task, golds, questions) if majority is None else majority,
         warnings=(
             *(f"no training row of task {task.name!r} has the label {label!r}" for label in unused),

@@ -82,7 +82,11 @@ class Metric(ABC):
 @final
 @dataclass(frozen=True, kw_only=True)
 class RowMean(Metric):
-    """The mean score of rows or questions; the interval is Wilson's for scores of 0 or 1, else a bootstrap."""
+    """The mean score of rows or questions; the interval is Wilson's for scores of 0 or 1, else a bootstrap.
+
+    Where a score between 0 and 1 is 0, or 1, on every row, no resample can differ from it: there the interval is
+    Wilson's too. Scores that are equal otherwise give an interval without width.
+    """
 
     scores: UnitScores
     zero_or_one: bool = True
@@ -95,7 +99,8 @@ class RowMean(Metric):
     def interval(self, answers: Answers, resamples: int, seed: int) -> tuple[float, float]:
         """Wilson's interval, or the percentiles of resampled means."""
         scores = self.scores(answers)
-        if self.zero_or_one:
+        all_equal = self.answer_kind != "numbers" and scores[0] in (0, 1) and bool((scores == scores[0]).all())
+        if self.zero_or_one or all_equal:
             return wilson(round(float(scores.sum())), len(scores))
         random = np.random.default_rng(seed)
         return _percentiles([scores[random.integers(len(scores), size=len(scores))].mean() for _ in range(resamples)])
@@ -104,7 +109,12 @@ class RowMean(Metric):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Joint(Metric):
-    """One score of all rows together; the interval is a bootstrap over rows, or over questions if it is grouped."""
+    """One score of all rows together; the interval is a bootstrap over rows, or over questions if it is grouped.
+
+    It has no width where every resample has the same score, as of answers that are all right: a score of all rows
+    together is no proportion of them (with a rare label, one wrong answer can halve macro F1), so Wilson's interval
+    would be no bound either.
+    """
 
     score: Callable[[Answers], float]
 
