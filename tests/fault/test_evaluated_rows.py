@@ -76,7 +76,7 @@ def test_file_too_small_to_split_is_scored(run: Run, tmp_path: Path, table: list
 def test_other_task_scores_every_row_of_a_file(run: Run, tables: Path, tmp_path: Path) -> None:
     """A file of one class must not make that class the only answer."""
     write(tmp_path / "other.csv", rows(40))
-    (tmp_path / "other.toml").write_text('train = "other.csv"\ndev = "other.csv"\n' + TEMPLATE)
+    (tmp_path / "other.toml").write_text('train = "other.csv"\n' + TEMPLATE)
     one_class = write(tmp_path / "one.csv", rows(30)[::2])
     both_classes = write(tmp_path / "both.csv", rows(30))
     other = str(tmp_path / "other.toml")

@@ -115,7 +115,7 @@ def _rows_to_score(
     elif is_runs_task:
         rows = read_splits(experiment.replace(data=data), task)
     else:
-        rows = splits(task, data, experiment.seed)
+        rows = splits(task, data)
     return rows, split or "test"
 
 
@@ -135,7 +135,7 @@ def read_splits(experiment: Experiment, task: Task) -> Splits:
     Raises:
         ValueError: the task can only be scored.
     """
-    rows, training = splits(task, experiment.data, experiment.seed, experiment.protocol), experiment.training
+    rows, training = splits(task, experiment.data, experiment.protocol), experiment.training
     if not len(rows.train):
         raise ValueError(
             f"task {task.name!r} has no training rows; train on another task, and score that run with: "
