@@ -1,4 +1,4 @@
-"""The choices of settings, as literals, and a warning: apart from what uses them, so that commands start quickly."""
+"""The choices of settings, as literals, and warnings: apart from what uses them, so that commands start quickly."""
 
 from typing import Literal, final
 
@@ -29,6 +29,11 @@ Augment = Literal["none", "crop", "crop+flip"]
 @final
 class LoadingWarning(UserWarning):
     """What a user should know about a loaded model; the command line shows it as a note."""
+
+
+@final
+class TruncationWarning(UserWarning):
+    """Rows that are scored or answered were cut to the input's limit; the command line shows it as a note."""
 
 
 def unusual_layout(prompt_position: PromptPosition, prompt_attention: PromptAttention) -> str:

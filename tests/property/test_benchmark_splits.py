@@ -94,7 +94,11 @@ def test_paper_run_records_that_dev_is_test(superglue: Path, llama_folder: Path,
     assert results is not None
     assert (results["protocol"], results["selection_warning"]) == ("paper", SAME_ROWS)
     assert (results["n_dev"], results["n_test"]) == (24, 24)
-    assert results["dev"] == results["test"] == evaluate(run).value
+    scored = evaluate(run)
+    assert results["dev"] == results["test"] == scored.value
+    assert scored.warning is not None
+    assert SAME_ROWS in scored.warning
+    assert SAME_ROWS not in (evaluate(run, split="train").warning or "")
     assert "Selected and reported on the same rows" in (run.folder / "README.md").read_text()
     bias = evaluate(run, task="axg", data=str(superglue))
     assert (bias.metric, bias.n, set(bias.extra_metrics)) == ("accuracy", 18, {"gender_parity"})
@@ -105,4 +109,5 @@ def test_paper_run_records_that_dev_is_test(superglue: Path, llama_folder: Path,
     assert heldout.results is not None
     assert heldout.results["protocol"] == "heldout"
     assert "selection_warning" not in heldout.results
+    assert SAME_ROWS not in (evaluate(heldout).warning or "")
     assert "same rows" not in (heldout.folder / "README.md").read_text()
