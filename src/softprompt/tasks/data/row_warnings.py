@@ -1,4 +1,4 @@
-"""Warnings about splits that work but score wrongly: rows that recur in the training split, answers that look alike."""
+"""Warnings about splits that work but mislead: rows that recur in the training split, answers that count as one."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -36,25 +36,25 @@ def normalize(text: str) -> str:
     ['cats hat', '-3.5', '1000', 'c++', 'a', ':)']
     """
     tokens = text.casefold().split()
-    words = [any(map(str.isalnum, token)) for token in tokens]
-    if not any(words):
+    are_words = [any(map(str.isalnum, token)) for token in tokens]
+    if not any(are_words):
         return " ".join(tokens)
-    kept = []
-    for token, is_word, before_word in zip(tokens, words, [*words[1:], False], strict=True):
+    normalized = []
+    for token, is_word, before_word in zip(tokens, are_words, [*are_words[1:], False], strict=True):
         if is_word and not (before_word and token.lstrip(_OPENING) in _ARTICLES):
-            kept.append(_bare_word(token))
+            normalized.append(_bare_word(token))
         elif not is_word and token.strip(_SENTENCE):
-            kept.append(token)
-    return " ".join(kept)
+            normalized.append(token)
+    return " ".join(normalized)
 
 
 def _bare_word(token: str) -> str:
     """A word or number without the punctuation around and inside it; `token` has a letter or a digit."""
     if token.isalnum():
         return token
-    start = token.lstrip(f"{_SENTENCE}*_")
-    point = "." if start[:1].isdigit() and token.removesuffix(start).endswith(".") else ""
-    inner = _THOUSANDS.sub("", point + start.rstrip(f"{_SENTENCE}*_"))
+    stripped = token.lstrip(f"{_SENTENCE}*_")
+    point = "." if stripped[:1].isdigit() and token.removesuffix(stripped).endswith(".") else ""
+    inner = _THOUSANDS.sub("", point + stripped.rstrip(f"{_SENTENCE}*_"))
     return _HYPHENS.sub("", _INSIDE.sub("", inner))
 
 
