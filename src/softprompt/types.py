@@ -1,4 +1,4 @@
-"""The choices of settings, as literals, a check of numbers, and a warning.
+"""The choices of settings, as literals, a check of numbers, and warnings.
 
 Apart from what uses them, so that commands start quickly.
 """
@@ -34,6 +34,11 @@ Augment = Literal["none", "crop", "crop+flip"]
 @final
 class LoadingWarning(UserWarning):
     """What a user should know about a loaded model; the command line shows it as a note."""
+
+
+@final
+class TruncationWarning(UserWarning):
+    """Rows that are scored or answered were cut to the input's limit; the command line shows it as a note."""
 
 
 def unusual_layout(prompt_position: PromptPosition, prompt_attention: PromptAttention) -> str:

@@ -21,6 +21,7 @@ from softprompt.tasks import TASKS
 from softprompt.tasks.data.splits import load_test_split
 from softprompt.tasks.user import load_task
 from softprompt.training.trainer import train
+from softprompt.types import TruncationWarning
 
 TEMPLATE = 'template = "Ticket: {text}\\nQueue:"\nlabel = "queue"\n'
 HEAD = ("text", "queue", "customer")
@@ -76,7 +77,7 @@ def test_file_too_small_to_split_is_scored(run: Run, tmp_path: Path, table: list
 def test_other_task_scores_every_row_of_a_file(run: Run, tables: Path, tmp_path: Path) -> None:
     """A file of one class must not make that class the only answer."""
     write(tmp_path / "other.csv", rows(40))
-    (tmp_path / "other.toml").write_text('train = "other.csv"\ndev = "other.csv"\n' + TEMPLATE)
+    (tmp_path / "other.toml").write_text('train = "other.csv"\n' + TEMPLATE)
     one_class = write(tmp_path / "one.csv", rows(30)[::2])
     both_classes = write(tmp_path / "both.csv", rows(30))
     other = str(tmp_path / "other.toml")
@@ -118,6 +119,18 @@ def test_functional_rank_scores_every_row_of_a_file(run: Run, tables: Path) -> N
     assert (result.full, result.split) == (evaluate(run, data=data), "given")
     with pytest.raises(ValueError, match="is scored whole"):
         functional_rank(prompt, Truncation(ranks=(2,), data=data, split="dev"))
+
+
+def test_rows_cut_for_a_score_are_counted(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By `evaluate` and by rank analysis, as a training does, and as a note on the command line."""
+    data = write(tmp_path / "long.csv", [(f"{text} " * 300, *more) for text, *more in rows(3)] + rows(2))
+    with pytest.warns(TruncationWarning, match=r"3 of 5 rows were cut to \d+ tokens, as in training"):
+        evaluate(run, data=data)
+    [prompt] = load_prompts(run.folder)
+    with pytest.warns(TruncationWarning, match=r"3 of 5 rows were cut"):
+        functional_rank(prompt, Truncation(ranks=(2,), rows=0, data=data))
+    assert main(["evaluate", str(run.folder), "--data", data]) == 0
+    assert "note: 3 of 5 rows were cut to" in capsys.readouterr().err
 
 
 def test_every_row_of_a_file_for_a_benchmark_is_scored(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from softprompt.prompts.plain import Plain
 from softprompt.runs import Run
 from softprompt.tasks import Task
 from softprompt.tasks.data.examples import Example
+from softprompt.types import TruncationWarning
 
 TEXTS = ["a fine film", "poor", "the text is fine"]
 ROWS = [{"text": text} for text in TEXTS]
@@ -97,6 +98,8 @@ def test_predict_no_rows_returns_no_answers(run: Run, backbone: Backbone) -> Non
         (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), "has no column 'text'"),
         ([{"text": pandas.NA}], "row 1 has no value in column 'text'"),
         ([{"text": pandas.NaT}], "row 1 has no value in column 'text'"),
+        (["fine", ""], "row 2 has no text in any column of the template; give it some or leave the row out"),
+        ([{"text": "  \n"}], "row 1 has no text in any column"),
         (pandas.DataFrame({"text": ["a", None]}), "row 2 has no value in column 'text'"),
         (pandas.DataFrame({"text": pandas.array(["a", pandas.NA], dtype="string")}), "row 2 has no value in column"),
     ],
@@ -115,7 +118,8 @@ def test_predict_rejects_a_file_name(
         with pytest.raises(ValueError, match=r"'new\.csv', is the name of a file; give its rows"):
             predict(run, rows, backbone=backbone)
     assert len(predict(run, {"text": "new.csv"}, backbone=backbone)) == 1
-    assert len(predict(run, "fine " * 2000, backbone=backbone)) == 1
+    with pytest.warns(TruncationWarning, match=r"1 of 2 rows were cut to \d+ tokens, as in training"):
+        assert len(predict(run, ["fine " * 2000, "fine"], backbone=backbone)) == 2
 
 
 def test_predict_rejects_texts_for_several_columns(run: Run, backbone: Backbone) -> None:

@@ -104,10 +104,21 @@ def test_questions_are_resampled_whole() -> None:
         ("dog dog", ("dog",), 0.0, 2 * 1 / 3),
         ("", ("cat",), 0.0, 0.0),
         (None, ("the",), 0.0, 0.0),
-        ("the", ("a",), 1.0, 1.0),
+        ("the", ("a",), 0.0, 0.0),
+        ("", ("A",), 0.0, 0.0),
+        ("", ("?",), 0.0, 0.0),
+        ("+", ("-",), 0.0, 0.0),
+        (":)", (":(",), 0.0, 0.0),
+        ("C", ("C++",), 0.0, 0.0),
+        ("3.5", ("35",), 0.0, 0.0),
+        ("-5", ("5",), 0.0, 0.0),
+        ("a + b", ("a - b",), 0.0, 2 / 3),
+        ("1,000.", ("1000",), 1.0, 1.0),
+        ("**3.5**", ("3.5",), 1.0, 1.0),
+        ("vitamin A", ("Vitamin",), 0.0, 2 / 3),
     ],
 )
-def test_texts_are_compared_as_squad_does(
+def test_texts_are_equal_where_they_mean_the_same(
     prediction: str | None, golds: tuple[str, ...], exact: float, overlap: float
 ) -> None:
     answers = Answers(predictions=[prediction], golds=[golds])

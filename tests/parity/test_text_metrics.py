@@ -14,6 +14,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from softprompt.evaluation.evaluate import is_correct
 from softprompt.evaluation.significance import drop
 from softprompt.tasks import METRICS, Answers, Task, score
+from softprompt.tasks.metrics.texts import normalize
 
 PREDICTIONS = [
     "The cat sat on the mat, quietly.",
@@ -170,8 +171,21 @@ def squad_normalize(text: str) -> str:
 
 
 @settings(deadline=None)
+@given(text=TEXT | ASCII)
+def test_normalized_text_keeps_every_letter_and_digit_but_articles(text: str) -> None:
+    normalized = normalize(text)
+    assert bool(normalized) == bool(text.split())
+
+    def bare(text: str) -> str:
+        return "".join(char for char in text.casefold() if char.isalnum())
+
+    without = " ".join(word for word in text.casefold().split() if bare(word) not in ("a", "an", "the"))
+    assert len(bare(without)) <= len(bare(normalized)) <= len(bare(text))
+
+
+@settings(deadline=None)
 @given(prediction=TEXT | ASCII, gold=TEXT | ASCII)
-def test_exact_match_and_token_f1_equal_squads_script(prediction: str, gold: str) -> None:
+def test_squad_metrics_equal_squads_script(prediction: str, gold: str) -> None:
     ours, theirs = squad_normalize(prediction).split(), squad_normalize(gold).split()
     common = sum((Counter(ours) & Counter(theirs)).values())
     f1 = float(ours == theirs)  # SQuAD 2.0: an empty text only equals an empty one
@@ -179,5 +193,5 @@ def test_exact_match_and_token_f1_equal_squads_script(prediction: str, gold: str
         precision, recall = common / len(ours), common / len(theirs)
         f1 = 2 * precision * recall / (precision + recall)
     rows = answers([prediction], [(gold,)])
-    assert METRICS["token_f1"](rows) == pytest.approx(f1)
-    assert METRICS["exact_match"](rows) == (squad_normalize(prediction) == squad_normalize(gold))
+    assert METRICS["squad_f1"](rows) == pytest.approx(f1)
+    assert METRICS["squad_exact_match"](rows) == (squad_normalize(prediction) == squad_normalize(gold))

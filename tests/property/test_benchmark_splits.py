@@ -29,8 +29,8 @@ def test_dev_and_test_share_no_group(name: str, superglue: Path, glue: Path) -> 
     ("name", "column"), [("cb", "premise"), ("multirc", "question_id"), ("wsc", "text"), ("sst2", "sentence")]
 )
 def test_dev_split_is_the_recorded_one(name: str, column: str, superglue: Path, glue: Path) -> None:
-    """For every seed, on every machine and version: the split is part of the task."""
-    full = splits(TASKS[name], str(folder_of(name, superglue, glue)), seed=5)
+    """On every machine and version: the split is part of the task."""
+    full = splits(TASKS[name], str(folder_of(name, superglue, glue)))
     assert list(full.dev[column]) == json.loads((GOLDEN / "splits.json").read_text())[name]
 
 
@@ -94,7 +94,11 @@ def test_paper_run_records_that_dev_is_test(superglue: Path, llama_folder: Path,
     assert results is not None
     assert (results["protocol"], results["selection_warning"]) == ("paper", SAME_ROWS)
     assert (results["n_dev"], results["n_test"]) == (24, 24)
-    assert results["dev"] == results["test"] == evaluate(run).value
+    scored = evaluate(run)
+    assert results["dev"] == results["test"] == scored.value
+    assert scored.warning is not None
+    assert SAME_ROWS in scored.warning
+    assert SAME_ROWS not in (evaluate(run, split="train").warning or "")
     assert "Selected and reported on the same rows" in (run.folder / "README.md").read_text()
     bias = evaluate(run, task="axg", data=str(superglue))
     assert (bias.metric, bias.n, set(bias.extra_metrics)) == ("accuracy", 18, {"gender_parity"})
@@ -105,4 +109,5 @@ def test_paper_run_records_that_dev_is_test(superglue: Path, llama_folder: Path,
     assert heldout.results is not None
     assert heldout.results["protocol"] == "heldout"
     assert "selection_warning" not in heldout.results
+    assert SAME_ROWS not in (evaluate(heldout).warning or "")
     assert "same rows" not in (heldout.folder / "README.md").read_text()

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softprompt import assets
+from softprompt.config import Experiment, TrainingConfig
+from softprompt.evaluation.evaluate import read_splits
 from softprompt.tasks import READERS, TASKS, Task
 from softprompt.tasks.data.splits import Splits, shots, splits
 
@@ -52,9 +54,8 @@ def texts(full: Splits) -> list[set[str]]:
 def test_rows_are_split_by_class_without_loss(n: int, seed: int) -> None:
     READERS["cut-test"] = lambda task, folder: {"rows": table(n)}
     try:
-        task = dataclasses.replace(REVIEW, source="cut-test")
-        full = splits(task, seed=seed)
-        repeated = splits(task, seed=seed)
+        task = dataclasses.replace(REVIEW, source="cut-test", split_seed=seed)
+        full, repeated = splits(task), splits(task)
     finally:
         del READERS["cut-test"]
     parts = texts(full)
@@ -78,11 +79,77 @@ def test_group_is_in_one_split(source) -> None:
     assert 25 <= len(full.dev) <= 45
 
 
-def test_split_seed_fixes_the_splits(source) -> None:
-    free = dataclasses.replace(REVIEW, source=source(rows=table(100)))
-    fixed = dataclasses.replace(free, split_seed=3)
-    assert splits(free, seed=1).fingerprint != splits(free, seed=2).fingerprint
-    assert splits(fixed, seed=1).fingerprint == splits(fixed, seed=2).fingerprint == splits(free, seed=3).fingerprint
+def test_splits_follow_the_split_seed_and_not_the_runs(source) -> None:
+    """Else a prompt trained with another seed would be scored on rows that it was trained on."""
+    task = dataclasses.replace(REVIEW, source=source(rows=table(100)))
+    assert task.split_seed == 0
+    assert splits(task).fingerprint != splits(dataclasses.replace(task, split_seed=3)).fingerprint
+    first, second = (read_splits(Experiment(seed=seed), task) for seed in (1, 2))
+    assert first.fingerprint == second.fingerprint == splits(task).fingerprint
+    few = TrainingConfig(shots=4)
+    first, second = (read_splits(Experiment(seed=seed, training=few), task) for seed in (1, 2))
+    assert texts(first)[2] == texts(second)[2]
+    assert texts(first)[0] != texts(second)[0]
+
+
+@pytest.mark.parametrize(("group", "unit"), [("", "film"), ("title", "title")])
+def test_question_is_in_one_split_unless_grouped(source, group: str, unit: str) -> None:
+    rows = source(rows=table(300, groups=60))
+    task = dataclasses.replace(REVIEW, source=rows, question="film", group=group, metrics=("question_match",))
+    full = splits(task)
+    units = [set(part[unit]) for part in (full.train, full.dev, full.test)]
+    assert sum(map(len, units)) == len(set.union(*units))
+    few = shots(task, full, 8 if unit == "film" else 1, seed=1)
+    assert not set(few.train[unit]) & set(few.dev[unit])
+    source(rows=table(30, groups=2))
+    if not group:
+        with pytest.raises(ValueError, match="2 questions of task 'review' are too few to split"):
+            splits(task)
+
+
+def test_dev_and_test_with_the_same_rows_are_shared(source) -> None:
+    rows = table(60)
+    held = rows.select(range(20))
+    parts = {"train": rows.select(range(20, 60)), "dev": held, "test": held.select(range(19, -1, -1))}
+    full = splits(dataclasses.replace(REVIEW, source=source(**parts)))
+    assert full.shared
+    assert texts(full)[1] == set(held["text"])
+    parts["test"] = held.map(lambda row, i: {"title": row["title"] + "!" * (i == 3)}, with_indices=True)
+    assert not splits(dataclasses.replace(REVIEW, source=source(**parts))).shared
+
+
+@pytest.mark.parametrize("name", ["dev", "validation", "test"])
+def test_training_rows_as_held_out_rows_are_refused(source, name: str) -> None:
+    rows = table(60)
+    task = dataclasses.replace(REVIEW, source=source(**{"train": rows, name: rows.select(range(59, -1, -1))}))
+    with pytest.raises(ValueError, match=rf"the {name} rows of task 'review' .* are its training rows .*; give other"):
+        splits(task)
+
+
+def test_rows_that_recur_in_train_are_counted(source) -> None:
+    rows = table(60, groups=30)
+    parts = {"train": rows.select(range(40)), "dev": rows.select(range(35, 50)), "test": rows.select(range(38, 60))}
+    task = dataclasses.replace(REVIEW, source=source(**parts))
+    [warning] = splits(task).warnings
+    assert warning.startswith("2 of 22 test rows and 5 of 15 dev rows have the input of a training row, so a score of")
+    [warning] = splits(dataclasses.replace(task, group="film")).warnings
+    assert warning.startswith("22 of 22 test rows and 15 of 15 dev rows have the input or the 'film' of a training row")
+    source(rows=Dataset.from_dict({name: values * 2 for name, values in rows.to_dict().items()}))
+    assert "have the input of a training row" in splits(task).warnings[0]
+    source(rows=rows)
+    assert splits(task).warnings == ()
+
+
+def test_answers_that_a_metric_takes_for_one_are_named(source) -> None:
+    values = ["C", "C++", "c", "co-op", "coop", "U.S.", "US"]
+    rows = Dataset.from_dict({"text": [str(i) for i in range(70)], "answer": values * 10})
+    task = Task(name="t", template="{text}", target="answer", metrics=("exact_match",), source=source(rows=rows))
+    [warning] = splits(task).warnings
+    assert warning == (
+        "exact_match of task 't' counts 'U.S.' and 'US' as one answer (one of 2 such cases); if they are not, "
+        "write them so that they differ in a letter or a digit"
+    )
+    assert splits(dataclasses.replace(task, metrics=("squad_f1",))).warnings == ()
 
 
 def test_official_validation_split_is_halved(source) -> None:
@@ -176,12 +243,11 @@ def asset(name: str) -> None:
 @pytest.mark.asset
 def test_no_film_is_in_two_splits() -> None:
     asset("rotten-tomatoes")
-    full = splits(TASKS["sentiment"], seed=1)
+    full = splits(TASKS["sentiment"])
     films = [set(part["movie_name"]) for part in (full.train, full.dev, full.test)]
     assert [len(full.train), len(full.dev), len(full.test)] == [8960, 1282, 2566]
     assert sum(map(len, films)) == len(set.union(*films)) == 508
     assert set(full.train["category"]) == {"fresh", "rotten"}
-    assert full.fingerprint == splits(TASKS["sentiment"], seed=2).fingerprint
 
 
 @pytest.mark.asset

@@ -122,6 +122,17 @@ def test_runs_answer_as_predict_does(run_folders: list[Path], min_prefix: int, m
         assert other == pytest.approx(score_alone(engine, runs[0].name, "no words of the template"), abs=1e-5)
 
 
+def test_row_without_text_is_refused_as_predict_does(run_folders: list[Path]) -> None:
+    run = open_run(run_folders[0])
+    backbone = load(run.experiment.backbone, dtype="float32")
+    with Engine(backbone) as engine:
+        engine.add("p", run.folder)
+        for rows in (["a", " "], [{"text": "a"}, {"text": ""}]):
+            for refuse in (lambda rows: engine.classify("p", rows), lambda rows: predict(run, rows, backbone=backbone)):
+                with pytest.raises(ValueError, match="row 2 has no text in any column of the template; give it some"):
+                    refuse(rows)
+
+
 def test_peft_folder_answers_as_its_run(run_folders: list[Path], tmp_path: Path) -> None:
     run = open_run(run_folders[0])
     backbone = load(run.experiment.backbone, dtype="float32")

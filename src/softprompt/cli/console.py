@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from softprompt.cli import is_main_process
-from softprompt.types import LoadingWarning
+from softprompt.types import LoadingWarning, TruncationWarning
 
 console = Console(stderr=True, highlight=False, markup=False, quiet=not is_main_process())
+_NOTES = (LoadingWarning, TruncationWarning)
 
 
 def quiet() -> None:
-    """Suppress other libraries' progress bars and warnings; show our LoadingWarning as a note."""
+    """Suppress other libraries' progress bars and warnings; show our own as notes."""
     # Read by transformers when it is imported, which takes seconds and which not every command needs.
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if "transformers" in sys.modules:
@@ -28,11 +29,12 @@ def quiet() -> None:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    warnings.simplefilter("always", LoadingWarning)
+    for category in _NOTES:
+        warnings.simplefilter("always", category)
     default_showwarning = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-        if issubclass(category, LoadingWarning):
+        if issubclass(category, _NOTES):
             console.print(f"note: {message}")
         else:
             default_showwarning(message, category, *args, **kwargs)

@@ -10,15 +10,15 @@ from datasets import Dataset
 
 from softprompt.backbones import Backbone
 from softprompt.config import Experiment
-from softprompt.evaluation.predict import Answer, answer, check_generates, input_limit
+from softprompt.evaluation.predict import Answer, answer, check_generates, encode_rows
 from softprompt.models import PromptedModel
 from softprompt.runs import PeftPrompt, Run, resolve_prompt
 from softprompt.tasks import METRICS, Prediction, Score, Task, read_answers, score
 from softprompt.tasks.data.context import split_demonstrations
 from softprompt.tasks.data.examples import Example
-from softprompt.tasks.data.splits import Splits, load_test_split, shots, splits
+from softprompt.tasks.data.splits import SAME_ROWS, Splits, load_test_split, shots, splits
 from softprompt.tasks.data.tabular import row_id, row_number
-from softprompt.tasks.data.tokenize import answer_ids, encode, strip_end
+from softprompt.tasks.data.tokenize import strip_end
 from softprompt.tasks.metrics import Pooled
 from softprompt.tasks.user import load_task
 from softprompt.types import DecodeWeights
@@ -56,17 +56,18 @@ def evaluate(
             folder without a task, or that a folded prompt cannot express; `generate` for a task that is generated
             anyway, or a model that answers through a head; or `decode_weights` where nothing is generated, or where it
             does not fit the backbone.
+
+    Warns:
+        TruncationWarning: rows were cut to the input's limit, as in training; it has their number.
     """
     if split not in (None, "train", "dev", "test"):
         raise ValueError(f"split is {split!r}; it must be train, dev or test")
     run = resolve_prompt(run, task)
-    experiment = run.experiment
     scored_task = load_task(task) if task else run.task
     if not generate:
         check_generates(scored_task, decode_weights)
-    rows, split = _rows_to_score(run, scored_task, data, split, is_runs_task=task is None)
-    if not len(getattr(rows, split)):
-        raise ValueError(f"task {scored_task.name!r} has no {split} rows; it can only be scored on its test split")
+    runs_rows = run if task is None and isinstance(run, Run) else None
+    rows, split = rows_to_score(scored_task, runs_rows, data, split)
     backbone = run.load_backbone(backbone)
     if decode_weights != "auto":
         backbone = backbone.with_decode_weights(decode_weights)
@@ -74,13 +75,8 @@ def evaluate(
     _check_classes(run, prompted, scored_task)
     if generate:
         _check_generate(prompted, scored_task)
-    limit = input_limit(prompted, scored_task, experiment.training)
-    if scored_task.is_classification:
-        prompted.check_candidates(scored_task.answers, answer_ids(scored_task, backbone.tokenizer))
-    examples = encode(scored_task, backbone.tokenizer, getattr(rows, split), limit, closing=prompted.appends_eos)[0]
-    for example in examples:  # the answer is compared as text, so its tokens need not fit
-        prompted.check_row(example.input_ids, (), example.where)
-    max_new_tokens = experiment.training.max_new_tokens
+    examples = encode_rows(prompted, scored_task, getattr(rows, split), run.experiment.training)
+    max_new_tokens = run.experiment.training.max_new_tokens
     result = score_examples(prompted, scored_task, rows, split, examples, max_new_tokens)[0]
     if not generate:
         return result
@@ -103,20 +99,36 @@ def _check_generate(prompted: PromptedModel, task: Task) -> None:
         )
 
 
-def _rows_to_score(
-    run: Run | PeftPrompt, task: Task, data: str | None, split: str | None, *, is_runs_task: bool
+def rows_to_score(
+    task: Task, run: Run | None, data: str | None, split: str | None, default: str = "test"
 ) -> tuple[Splits, str]:
-    """The rows, and the split of them that is scored."""
-    experiment = run.experiment
+    """The rows, and the name of the split of them that is scored: of a file all rows, as its test split.
+
+    Args:
+        task: the task that is scored.
+        run: the run, if its own task is scored; its rows are then those it was started with, unless `data` is given.
+        data: a file, or the official folder of a built-in task; None for the rows of the run, or of the task.
+        split: the split to score; None for `default`, and for a file.
+
+    Raises:
+        FileNotFoundError: the rows are no longer where the run recorded them, or `data` does not exist.
+        ValueError: the split has no rows, or is one of a file; or the run's rows have changed.
+    """
     if data is not None and (file_rows := load_test_split(task, data, split)) is not None:
         return file_rows, "test"
-    if is_runs_task and data is None and isinstance(run, Run):
-        rows = run_splits(run)
-    elif is_runs_task:
-        rows = read_splits(experiment.replace(data=data), task)
-    else:
-        rows = splits(task, data, experiment.seed)
-    return rows, split or "test"
+    rows, split = splits(task, data) if run is None else splits_of(run, data), split or default
+    if not len(getattr(rows, split)):
+        raise ValueError(f"task {task.name!r} has no {split} rows; it can only be scored on its test split")
+    return rows, split
+
+
+def splits_of(run: Run, data: str | None = None) -> Splits:
+    """The rows that a run was started with, or those that it would have with other `data`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `run_splits`, or as `read_splits` for other data.
+    """
+    return run_splits(run) if data is None else read_splits(run.experiment.replace(data=data), run.task)
 
 
 def _check_classes(run: Run | PeftPrompt, prompted: PromptedModel, task: Task) -> None:
@@ -135,7 +147,7 @@ def read_splits(experiment: Experiment, task: Task) -> Splits:
     Raises:
         ValueError: the task can only be scored.
     """
-    rows, training = splits(task, experiment.data, experiment.seed, experiment.protocol), experiment.training
+    rows, training = splits(task, experiment.data, experiment.protocol), experiment.training
     if not len(rows.train):
         raise ValueError(
             f"task {task.name!r} has no training rows; train on another task, and score that run with: "
@@ -178,9 +190,15 @@ def score_examples(
     examples: Sequence[Example],
     max_new_tokens: int,
 ) -> tuple[Score, list[Answer]]:
-    """The prompted model's score on `examples` of a split, and its answers."""
+    """The prompted model's score on `examples` of a split, and its answers.
+
+    The score's warning also says if the rows are those that selected the checkpoint, under other names.
+    """
     answers = answer(prompted, task, examples, max_new_tokens=max_new_tokens)
-    return score_answers(task, rows, split, examples, answers, prompted.backbone.tokenizer), answers
+    result = score_answers(task, rows, split, examples, answers, prompted.backbone.tokenizer)
+    if rows.shared and split != "train":
+        result = dataclasses.replace(result, warning=f"{result.warning}; {SAME_ROWS}" if result.warning else SAME_ROWS)
+    return result, answers
 
 
 def score_answers(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from softprompt.tasks import Task
 from softprompt.tasks.data.collate import collate
 from softprompt.tasks.data.examples import Example
 from softprompt.tasks.data.tokenize import answer_ids, encode
-from softprompt.types import DecodeWeights
+from softprompt.types import DecodeWeights, TruncationWarning
 
 
 @final
@@ -62,8 +63,11 @@ def predict(
 
     Raises:
         FileNotFoundError: there is no such run, or its backbone cannot be found.
-        ValueError: `rows` is none of these, a row lacks a column, the run is not finished, `task` is missing or given
-            to a run, or `decode_weights` does not fit the backbone or a task with labels.
+        ValueError: `rows` is none of these, a row lacks a column or has no text, the run is not finished, `task` is
+            missing or given to a run, or `decode_weights` does not fit the backbone or a task with labels.
+
+    Warns:
+        TruncationWarning: rows were cut to the input's limit, as in training; it has their number.
     """
     run = resolve_prompt(run, task)
     check_has_own_task(run, task)
@@ -71,15 +75,45 @@ def predict(
     table = _table(run.task, rows)
     if not table:
         return []
+    for number, row in enumerate(table, start=1):
+        run.task.check_input(row, f"row {number}")
     backbone = run.load_backbone(backbone)
     if decode_weights != "auto":
         backbone = backbone.with_decode_weights(decode_weights)
     prompted = run.prompted(backbone)
-    limit = input_limit(prompted, run.task, run.experiment.training)
-    examples = encode(run.task, backbone.tokenizer, table, limit, closing=prompted.appends_eos, answers=False)[0]
-    for example in examples:
-        prompted.check_row(example.input_ids, (), example.where)
+    examples = encode_rows(prompted, run.task, table, run.experiment.training, answers=False)
     return answer(prompted, run.task, examples, max_new_tokens=run.experiment.training.max_new_tokens)
+
+
+def encode_rows(
+    prompted: PromptedModel,
+    task: Task,
+    rows: Iterable[Mapping[str, Any]],
+    training: TrainingConfig,
+    *,
+    answers: bool = True,
+) -> Sequence[Example]:
+    """Tokenize rows to be scored or answered, as the training that has these settings did, and check that they fit.
+
+    Args:
+        answers: read the answers; False: rows need not have any.
+
+    Raises:
+        ValueError: a row, or a label word, that the model cannot run.
+
+    Warns:
+        TruncationWarning: rows were cut to the input's limit; it has their number.
+    """
+    tokenizer, limit = prompted.backbone.tokenizer, input_limit(prompted, task, training)
+    if task.is_classification:
+        prompted.check_candidates(task.answers, answer_ids(task, tokenizer))
+    examples, shortened = encode(task, tokenizer, rows, limit, closing=prompted.appends_eos, answers=answers)
+    for example in examples:  # an answer is compared as text, so its tokens need not fit
+        prompted.check_row(example.input_ids, (), example.where)
+    if shortened:
+        text = f"{shortened} of {len(examples)} rows were cut to {limit} tokens, as in training"
+        warnings.warn(text, TruncationWarning, stacklevel=3)
+    return examples
 
 
 def check_generates(task: Task, decode_weights: DecodeWeights) -> None:

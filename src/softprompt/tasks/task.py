@@ -78,7 +78,8 @@ class Task:
     group: str = ""
     """Rows with equal values in this column stay in one split."""
     question: str = ""
-    """Rows with equal values in this column are one question, for metrics that score questions."""
+    """Rows with equal values in this column are one question, for metrics that score questions; without a group they
+    stay in one split too."""
     max_input_tokens: int | None = None
     """The suggested limit of input tokens; None: no suggestion."""
     templates: Mapping[str, Template] = field(default_factory=dict, hash=False)
@@ -87,8 +88,8 @@ class Task:
     """What reads the rows: a name in `READERS`."""
     files: Mapping[str, str] = field(default_factory=dict, hash=False)
     """The user's files by split."""
-    split_seed: int | None = None
-    """Fixes the splits for every experiment; None: they follow the experiment's seed."""
+    split_seed: int = 0
+    """The seed of the splits. They do not follow the experiment's seed: all runs of a task have the same test rows."""
 
     def __post_init__(self) -> None:
         for name in ("label_words", "templates", "files"):
@@ -221,6 +222,11 @@ class Task:
         """Every column that the task reads, sorted."""
         return tuple(sorted({*self.inputs, self.label, self.target, self.group, self.question} - {""}))
 
+    @property
+    def split_unit(self) -> str:
+        """The column whose rows with equal values stay in one split; empty if each row is split by itself."""
+        return self.group or self.question
+
     def pieces(self, row: Mapping[str, Any], where: str = "the row") -> list[tuple[bool, str]]:
         """The rendered template as `(comes from the row, text)` pairs in order; of an image, its name.
 
@@ -239,6 +245,15 @@ class Task:
             (is_field, value_text(self._value(row, text, where), text, where) if is_field else text)
             for is_field, text in parse(self.template)
         ]
+
+    def check_input(self, row: Mapping[str, Any], where: str = "the row") -> None:
+        """Check that some column of the input has text.
+
+        Raises:
+            ValueError: none has, or as `pieces`; `where` names the row in the message.
+        """
+        if not any(text.strip() for is_field, text in self.pieces(row, where) if is_field):
+            raise ValueError(f"{where} has no text in any column of the template; give it some or leave the row out")
 
     def render(self, row: Mapping[str, Any], where: str = "the row") -> str:
         """The input text; raises as `pieces` does."""

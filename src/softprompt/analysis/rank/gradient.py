@@ -14,7 +14,7 @@ from softprompt.analysis.rank.spectrum import Spectrum
 from softprompt.assets.hub import local_folder
 from softprompt.backbones import load
 from softprompt.config import Experiment
-from softprompt.evaluation.evaluate import read_splits, run_splits
+from softprompt.evaluation.evaluate import read_splits, splits_of
 from softprompt.prompts.plain import Plain
 from softprompt.runs import Gradient
 from softprompt.tasks.user import load_task
@@ -106,11 +106,7 @@ def _along(
     if reason:
         raise ValueError(f"the prompt of run {folder} {reason}, so its matrix alone has no gradient; give a backbone")
     run, experiment = loaded.run, loaded.run.experiment
-    if data is None:
-        rows = run_splits(run)
-    else:
-        experiment = experiment.replace(data=data)
-        rows = read_splits(experiment, run.task)
+    rows = splits_of(run, data)
     gradient = gradient_on(experiment, run.task, loaded.backbone, rows.train, teacher_of(run, loaded.backbone))
     prompts = {} if loaded.start is None else {"start": loaded.start}
     prompts |= {f"step {step}": matrix for step, matrix in loaded.history.items() if step}

@@ -9,18 +9,16 @@ from softprompt.backbones import load
 from softprompt.config import Experiment
 from softprompt.evaluation.evaluate import (
     predictions_and_golds,
-    read_splits,
-    run_splits,
+    rows_to_score,
     sample_examples,
     score_examples,
 )
-from softprompt.evaluation.predict import input_limit
+from softprompt.evaluation.predict import encode_rows
 from softprompt.models import PromptedModel, attach
 from softprompt.prompts import Folded
 from softprompt.tasks import Answers, Score, Task, read_answers
 from softprompt.tasks.data.examples import Example
-from softprompt.tasks.data.splits import Splits, load_test_split
-from softprompt.tasks.data.tokenize import encode
+from softprompt.tasks.data.splits import Splits
 from softprompt.tasks.user import load_task
 
 Part = Literal["prompt", "update"]
@@ -78,20 +76,15 @@ class RankScorer:
         """
         experiment = _experiment(loaded, truncation)
         task = load_task(experiment.task) if loaded.run is None else loaded.run.task
-        splits = None if truncation.data is None else load_test_split(task, truncation.data, truncation.split)
-        split, rows_name = (truncation.split or "dev",) * 2 if splits is None else ("test", "given")
-        if splits is None:
-            run = loaded.run if truncation.data is None else None
-            splits = read_splits(experiment, task) if run is None else run_splits(run)
+        splits, split = rows_to_score(task, loaded.run, truncation.data, truncation.split, default="dev")
+        # Only a file has nothing but test rows.
+        rows_name = split if truncation.data is None or len(splits.train) else "given"
         table = getattr(splits, split)
-        if not len(table):
-            raise ValueError(f"task {task.name!r} has no {split} rows; choose another split")
         backbone = loaded.backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
         if loaded.adapter is not None:
             loaded.adapter.prompt(backbone)  # raises if it is for another backbone
         prompted = attach(backbone, loaded.prompt) if loaded.run is None else loaded.run.prompted(backbone)
-        limit = input_limit(prompted, task, experiment.training)
-        examples = encode(task, backbone.tokenizer, table, limit, closing=prompted.appends_eos)[0]
+        examples = encode_rows(prompted, task, table, experiment.training)
         return cls(
             prompted=prompted,
             task=task,

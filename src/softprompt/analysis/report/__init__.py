@@ -98,11 +98,11 @@ def report(
     all_tables += further
     texts |= {formats.FORMATS[form][0]: formats.render(form, all_tables, grid) for form in formats.FORMATS}
     all_plots = [plot for _, section in plots for plot in section]
-    names = [*texts, _VALUES, *(f"{plot.name}.{kind}" for plot in all_plots for kind in ("png", "svg"))]
-    texts[_VALUES] = formats.json_text({**formats.to_json(grid, compared, skipped), "files": names})
+    written = [*texts, _VALUES, *(f"{plot.name}.{kind}" for plot in all_plots for kind in ("png", "svg"))]
+    texts[_VALUES] = formats.json_text({**formats.to_json(grid, compared, skipped), "files": written})
     earlier = _earlier_plots(folder)
     paths = [*_write_texts(folder, texts), *_write_plots(folder, all_plots)]
-    for name in earlier - set(names):
+    for name in earlier - set(written):
         (folder / name).unlink(missing_ok=True)
     return Report(grid=grid, differences=compared, skipped=skipped, files=tuple(paths), tables=tuple(all_tables))
 

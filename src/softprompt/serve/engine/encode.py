@@ -263,6 +263,9 @@ def _encode(
 ) -> list[tuple[int, ...]]:
     """The rows' tokens through the task's template, each truncated to `limit` and with at least one token."""
     closing = model_class(backbone).appends_eos
+    if task is not _TEXT_TASK:
+        for number, row in enumerate(rows, start=1):
+            task.check_input(row, f"row {number}")
     with _tokenizer_lock:
         encoded = encode_rows(task, backbone.tokenizer, rows, limit, closing=closing, answers=False)[0]
     for example in encoded:

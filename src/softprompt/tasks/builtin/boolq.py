@@ -65,7 +65,6 @@ BOOLQ = register(
             "lm-eval": Template(text="{passage}\nQuestion: {question}?\nAnswer:"),
         },
         source="boolq",
-        split_seed=0,
     ),
     _read,
 )

@@ -35,7 +35,6 @@ MNIST = register(
         label_words={str(digit): str(digit) for digit in range(10)},
         metrics=("accuracy", "macro_f1"),
         source="mnist",
-        split_seed=0,
     ),
     _read_mnist,
 )

@@ -128,7 +128,6 @@ def register_official(
         label_words=natural.label_words,
         templates=templates,
         source=name,
-        split_seed=0,
         **settings,
     )
     return register(task, official)

@@ -29,7 +29,6 @@ SENTIMENT = register(
         group="movie_name",
         max_input_tokens=128,
         source="sentiment",
-        split_seed=0,
     ),
     _read,
 )

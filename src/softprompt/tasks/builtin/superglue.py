@@ -108,7 +108,7 @@ RECORD = register_official(
         "residual": Template(text="passage : {passage} query: {query} entities: {entities_apart}"),
     },
     target="answers",
-    metrics=("token_f1", "exact_match"),
+    metrics=("squad_f1", "squad_exact_match"),
     group="passage",
     max_input_tokens=512,
 )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from datasets import Dataset
 
@@ -17,7 +18,15 @@ def fingerprint(task: Task, parts: Mapping[str, Dataset]) -> str:
     for name, rows in parts.items():
         digest.update(f"{name} {len(rows)}\n".encode())
         for row in records(rows.select_columns(list(task.columns))):
-            # The content of an image's file counts, not its path.
-            read = {**row, task.image: image_processor.digest(row[task.image])} if task.image else row
-            digest.update(json.dumps(read, sort_keys=True, default=str).encode() + b"\n")
+            digest.update(as_json(contents(task, row)) + b"\n")
     return digest.hexdigest()
+
+
+def contents(task: Task, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with the digest of its image in the image's place: its content counts, not its path."""
+    return {**row, task.image: image_processor.digest(row[task.image])} if task.image else row
+
+
+def as_json(row: Mapping[str, Any]) -> bytes:
+    """The row as text, equal for equal rows."""
+    return json.dumps(row, sort_keys=True, default=str).encode()

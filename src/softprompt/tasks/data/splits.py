@@ -12,9 +12,10 @@ from typing import TypeVar, final
 from datasets import Dataset
 
 from softprompt.tasks import user  # noqa: F401  (importing it registers the reader of the user's files)
-from softprompt.tasks.data.fingerprint import fingerprint
+from softprompt.tasks.data.fingerprint import as_json, contents, fingerprint
 from softprompt.tasks.data.images import image_table, split_folders, without_broken
-from softprompt.tasks.data.tabular import numbered, records, task_rows
+from softprompt.tasks.data.row_warnings import Keys, equal_golds_warning, overlap_warning, row_keys
+from softprompt.tasks.data.tabular import numbered, records, row_origin, task_rows
 from softprompt.tasks.metrics import METRICS, check_installed
 from softprompt.tasks.score import best_constant
 from softprompt.tasks.task import READERS, Task, suggest
@@ -27,7 +28,7 @@ DEV, TEST = 0.1, 0.2
 """The shares of rows for a dev or test split that the source does not have."""
 
 SAME_ROWS = "selected and reported on the same rows"
-"""The caveat of a score under the protocol `paper`."""
+"""The caveat of a score whose development and test rows are the same, as under the protocol `paper`."""
 
 
 @final
@@ -59,7 +60,7 @@ class Splits:
 
     @property
     def shared(self) -> bool:
-        """Whether dev and test are the same rows, as under the protocol `paper`."""
+        """Whether dev and test are the same rows, as under the protocol `paper` or where both name one file."""
         return self.dev is self.test
 
     @property
@@ -68,31 +69,32 @@ class Splits:
         return {"splits": self.fingerprint, "source": self.source_fingerprint, "test": self.test_fingerprint}
 
 
-def splits(task: Task, data: str | None = None, seed: int = 0, protocol: Protocol = "heldout") -> Splits:
+def splits(task: Task, data: str | None = None, protocol: Protocol = "heldout") -> Splits:
     """Read the task's three splits; those that the source lacks are split off those that it has.
 
     A source of `rows` is split into 70, 10 and 20 %, a `validation` split is halved into dev and test (under the
-    protocol `paper` it is both), and a missing dev or test is split off train: by group if the task has one, else
-    class by class. A source with only a test split can only be evaluated.
+    protocol `paper` it is both), and a missing dev or test is split off train: by whole groups, or whole questions, if
+    the task has them, else class by class. The assignment follows the task's `split_seed` and no experiment's seed, so
+    a prompt is never scored on rows that another run of the task was trained on. A source with only a test split can
+    only be evaluated. Where the source's dev and test have the same rows, they are `shared`.
 
     Args:
-        task: names the source, and may fix the seed by its `split_seed`.
+        task: names the source and the seed of the split.
         data: a folder to read instead of the source, or a file whose rows replace the training split.
-        seed: of the split, unless the task fixes it.
         protocol: how a validation split is used.
 
     Raises:
         FileNotFoundError: a missing file.
-        ValueError: a file or a row that cannot be used, naming the file, the row and the column; or the protocol
-            `paper` without a validation split.
+        ValueError: a file or a row that cannot be used, naming the file, the row and the column; a dev or test split
+            with the rows of the training split; or the protocol `paper` without a validation split.
         ModuleNotFoundError: a metric of the task needs an extra that is not installed.
     """
     check_installed((name, METRICS[name]) for name in task.metrics)
     parts, broken = _read(task, data)
     source = fingerprint(task, parts)
-    seed = seed if task.split_seed is None else task.split_seed
+    _compare_parts(task, parts)
     if "rows" in parts:
-        parts = {**split_rows(task, parts.pop("rows"), {"dev": DEV, "test": TEST}, "train", seed), **parts}
+        parts = {**split_rows(task, parts.pop("rows"), {"dev": DEV, "test": TEST}, "train"), **parts}
     if parts.keys() == {"test"}:
         empty = parts["test"].select([])
         parts.update(train=empty, dev=empty)
@@ -104,10 +106,10 @@ def splits(task: Task, data: str | None = None, seed: int = 0, protocol: Protoco
             )
         parts["dev"] = parts["test"] = parts["validation"]
     elif "validation" in parts:
-        parts.update(split_rows(task, parts["validation"], {"dev": 0.5}, "test", seed))
+        parts.update(split_rows(task, parts["validation"], {"dev": 0.5}, "test"))
     missing = {name: share for name, share in (("dev", DEV), ("test", TEST)) if name not in parts}
     if missing:
-        parts.update(split_rows(task, parts["train"], missing, "train", seed))
+        parts.update(split_rows(task, parts["train"], missing, "train"))
     return _splits(task, parts["train"], parts["dev"], parts["test"], broken, source)
 
 
@@ -181,6 +183,31 @@ def _read(task: Task, data: str | None) -> tuple[dict[str, Dataset], tuple[str, 
     return parts, broken
 
 
+def _compare_parts(task: Task, parts: dict[str, Dataset]) -> None:
+    """Make dev and test one table where they have the same rows, in any order.
+
+    Raises:
+        ValueError: dev or test has the rows of the training split.
+    """
+    for name in ("dev", "validation", "test"):
+        if "train" in parts and name in parts and _have_equal_rows(task, parts["train"], parts[name]):
+            raise ValueError(
+                f"the {name} rows of task {task.name!r} ({row_origin(parts[name])}) are its training rows "
+                f"({row_origin(parts['train'])}); give other rows, or leave {name} out so that it is split off train"
+            )
+    if "dev" in parts and "test" in parts and _have_equal_rows(task, parts["dev"], parts["test"]):
+        parts["test"] = parts["dev"]
+
+
+def _have_equal_rows(task: Task, rows: Dataset, others: Dataset) -> bool:
+    """Whether two tables have the same rows, as far as the task reads them."""
+    if len(rows) != len(others):
+        return False
+    tables = (records(table.select_columns(list(task.columns))) for table in (rows, others))
+    first, second = (Counter(as_json(contents(task, row)) for row in table) for table in tables)
+    return first == second
+
+
 def _read_path(task: Task, path: Path) -> Dataset:
     return image_table(task, path) if task.image else task_rows(task, path)
 
@@ -199,8 +226,7 @@ def check_rows(task: Task, rows: Dataset, origin: str) -> None:
     numeric = [name for name in task.metrics if METRICS[name].answer_kind == "numbers"]
     for number, row in enumerate(records(rows), start=1):
         where = f"row {number} of {origin}"
-        if not any(text.strip() for is_field, text in task.pieces(row, where) if is_field):
-            raise ValueError(f"{where} has no text in any column of the template; remove it")
+        task.check_input(row, where)
         task.answer(row, where)
         if numeric and not _is_number(gold := task.golds(row, where)[0]):
             raise ValueError(
@@ -219,20 +245,22 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def split_rows(task: Task, rows: Dataset, shares: Mapping[str, float], rest: str, seed: int) -> dict[str, Dataset]:
+def split_rows(task: Task, rows: Dataset, shares: Mapping[str, float], rest: str) -> dict[str, Dataset]:
     """Split rows into parts of about these shares, and the part `rest`; rows keep their order.
 
-    With a group column, groups are assigned as a unit; else every class is split by the same shares. The assignment
-    follows sha256 of the seed and the group's name or the row's index, so it is the same on every machine and version.
+    With a group or a question column, its values are assigned as units; else every class is split by the same shares.
+    The assignment follows sha256 of the task's `split_seed` and the unit's name or the row's index, so it is the same
+    on every machine and version.
 
     Raises:
-        ValueError: so few rows or groups that a part would be empty.
+        ValueError: so few rows, groups or questions that a part would be empty.
     """
-    parts = _by_group(task, rows, shares, seed) if task.group else _by_class(task, rows, shares, seed)
+    parts = _by_unit(task, rows, shares) if task.split_unit else _by_class(task, rows, shares)
     assigned = {index for indices in parts.values() for index in indices}
     parts[rest] = [index for index in range(len(rows)) if index not in assigned]
     if empty := [name for name, indices in parts.items() if not indices]:
-        count = f"{len(set(rows[task.group][:]))} groups" if task.group else f"{len(rows)} rows"
+        kind = "groups" if task.group else "questions" if task.question else "rows"
+        count = f"{len(set(rows[task.split_unit][:])) if task.split_unit else len(rows)} {kind}"
         raise ValueError(
             f"{count} of task {task.name!r} are too few to split into {', '.join(parts)}: {empty[0]} would be empty; "
             "give more rows, or a file for each split"
@@ -243,8 +271,8 @@ def split_rows(task: Task, rows: Dataset, shares: Mapping[str, float], rest: str
 def shots(task: Task, full: Splits, k: int, seed: int, balanced: bool = True) -> Splits:
     """Few-shot splits: `k` training rows and as many other rows for dev; the test split is unchanged.
 
-    Both are drawn from the training split: `k` of each class, or `k` in all if not `balanced`. No group is in both. If
-    dev and test are `shared` they stay so, and only the training rows are drawn.
+    Both are drawn from the training split: `k` of each class, or `k` in all if not `balanced`. No group (without one,
+    no question) is in both. If dev and test are `shared` they stay so, and only the training rows are drawn.
 
     Raises:
         ValueError: `k` is below 1, or there are fewer rows than needed.
@@ -252,7 +280,7 @@ def shots(task: Task, full: Splits, k: int, seed: int, balanced: bool = True) ->
     if k < 1:
         raise ValueError(f"the number of shots is {k}; it must be at least 1")
     answers = [task.answer(row) for row in records(full.train)]
-    groups = list(map(str, full.train[task.group][:] if task.group else range(len(answers))))
+    units = list(map(str, full.train[task.split_unit][:] if task.split_unit else range(len(answers))))
     classes: Sequence[Hashable] = answers if balanced and task.is_classification else [""] * len(answers)
 
     def draw(candidates: Iterable[int], split: str) -> list[int]:
@@ -274,8 +302,8 @@ def shots(task: Task, full: Splits, k: int, seed: int, balanced: bool = True) ->
     train = draw(order, "train")
     if full.shared:
         return _splits(task, full.train.select(train), full.dev, full.test, *unchanged)
-    used = {groups[index] for index in train}
-    dev = draw([index for index in order if groups[index] not in used], "dev")
+    used = {units[index] for index in train}
+    dev = draw([index for index in order if units[index] not in used], "dev")
     return _splits(task, full.train.select(train), full.train.select(dev), full.test, *unchanged)
 
 
@@ -293,11 +321,21 @@ def _splits(
     golds = [task.answer(row) if task.is_classification else task.golds(row) for row in records(labeled)]
     counts = Counter(golds)
     questions = labeled[task.question][:] if task.question else None
+    texts = set[str]()
+    keys: dict[str, list[Keys]] = {}
+    for name, rows in (("train", train), ("dev", dev), ("test", test)):
+        keys[name] = []
+        for row in records(rows.select_columns(list(task.columns))):
+            keys[name].append(row_keys(task, contents(task, row)))
+            if not task.is_classification:
+                texts.add(task.golds(row)[0])
     if task.is_classification and len(train) and len(counts) < 2:
         only = list(task.label_words)[int(next(iter(counts)))]
         raise ValueError(
             f"all {len(train)} training rows of task {task.name!r} have the label {only!r}; add rows of a second one"
         )
+    held_out = {"test": keys["test"]} if dev is test else {"test": keys["test"], "dev": keys["dev"]}
+    of_rows = (overlap_warning(task, keys["train"], held_out), equal_golds_warning(task, texts))
     unused = [label for index, label in enumerate(task.label_words) if len(train) and index not in counts]
     return Splits(
         train=train,
@@ -310,28 +348,29 @@ def _splits(
         warnings=(
             *(f"no training row of task {task.name!r} has the label {label!r}" for label in unused),
             *((f"{len(broken)} broken images were left out: {', '.join(broken)}",) if broken else ()),
+            *(warning for warning in of_rows if warning),
         ),
         broken=broken,
     )
 
 
-def _by_group(task: Task, rows: Dataset, shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
+def _by_unit(task: Task, rows: Dataset, shares: Mapping[str, float]) -> dict[str, list[int]]:
     members: dict[str, list[int]] = defaultdict(list)
-    for index, value in enumerate(rows[task.group][:]):
+    for index, value in enumerate(rows[task.split_unit][:]):
         members[str(value)].append(index)
-    order = iter(_order(members, seed))
+    order = iter(_order(members, task.split_seed))
     parts: dict[str, list[int]] = {}
     for name, share in shares.items():
         parts[name] = []
-        while len(parts[name]) < share * len(rows) and (group := next(order, None)) is not None:
-            parts[name] += members[group]
+        while len(parts[name]) < share * len(rows) and (unit := next(order, None)) is not None:
+            parts[name] += members[unit]
     return parts
 
 
-def _by_class(task: Task, rows: Dataset, shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
+def _by_class(task: Task, rows: Dataset, shares: Mapping[str, float]) -> dict[str, list[int]]:
     members: dict[Hashable, list[int]] = defaultdict(list)
     classes = [task.answer(row) if task.is_classification else "" for row in records(rows)]
-    for index in _order(range(len(rows)), seed):
+    for index in _order(range(len(rows)), task.split_seed):
         members[classes[index]].append(index)
     parts: dict[str, list[int]] = {name: [] for name in shares}
     for indices in members.values():

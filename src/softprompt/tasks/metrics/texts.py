@@ -16,30 +16,80 @@ _CACHED_ROWS = 1 << 16
 """Rows whose scores are remembered: significance tests score the same pairs thousands of times."""
 
 
+_ARTICLES = {"a", "an", "the"}
+_OPENING, _SENTENCE = "\"'([{`", ".,;:!?\"'()[]{}`"
+_INSIDE = re.compile(r"""["()\[\]{}!?;`]|[.,:'](?!\d)""")
+"""Punctuation inside a word; a point, comma, colon or apostrophe before a digit is part of a number."""
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_HYPHENS = re.compile(r"(?<=[^\W\d_])-+(?=[^\W_])|(?<=\d)-+(?=[^\W\d_])")
+"""Hyphens inside a word; not a minus (`-5`), a range (`3-5`) or the end of `O-`."""
+
+
+@functools.lru_cache(_CACHED_ROWS)
 def normalize(text: str) -> str:
-    """Lower case, without punctuation, articles and superfluous space: what SQuAD compares.
+    """Casefold, without articles, superfluous space and the punctuation that carries no meaning.
+
+    These stay: symbols (`+ - < > = / % $ # & @` and all beyond ASCII), a point, comma or colon before a digit (but not
+    the comma of `1,000`), an article that no word follows, and all of a text that has neither a letter nor a digit.
+
+    >>> [normalize(text) for text in ("The  Cat's hat.", "-3.5", "1,000", "C++!", "A", ":)")]
+    ['cats hat', '-3.5', '1000', 'c++', 'a', ':)']
+    """
+    tokens = text.casefold().split()
+    are_words = [any(map(str.isalnum, token)) for token in tokens]
+    if not any(are_words):
+        return " ".join(tokens)
+    normalized = []
+    for token, is_word, before_word in zip(tokens, are_words, [*are_words[1:], False], strict=True):
+        if is_word and not (before_word and token.lstrip(_OPENING) in _ARTICLES):
+            normalized.append(_bare_word(token))
+        elif not is_word and token.strip(_SENTENCE):
+            normalized.append(token)
+    return " ".join(normalized)
+
+
+def _bare_word(token: str) -> str:
+    """A word or number without the punctuation around and inside it; `token` has a letter or a digit."""
+    if token.isalnum():
+        return token
+    stripped = token.lstrip(f"{_SENTENCE}*_")
+    point = "." if stripped[:1].isdigit() and token.removesuffix(stripped).endswith(".") else ""
+    inner = _THOUSANDS.sub("", point + stripped.rstrip(f"{_SENTENCE}*_"))
+    return _HYPHENS.sub("", _INSIDE.sub("", inner))
+
+
+def squad_normalize(text: str) -> str:
+    """Lower case, without any punctuation, articles and superfluous space: what SQuAD and ReCoRD compare.
 
     Reference: Rajpurkar et al. 2016, "SQuAD: 100,000+ Questions for Machine Comprehension of Text", section 6.1.
 
-    >>> normalize("The  Cat's hat.")
-    'cats hat'
+    >>> [squad_normalize(text) for text in ("The  Cat's hat.", "-3.5", "C++!", "A", ":)")]
+    ['cats hat', '35', 'c', '', '']
     """
     bare = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
-def exact_match(prediction: str, gold: str) -> float:
+NORMALIZE: Mapping[str, Callable[[str], str]] = {"exact_match": normalize, "token_f1": normalize}
+"""What the user's own answers are reduced to before a metric compares them."""
+
+
+def _exact(normalize: Callable[[str], str]) -> UnitScores:
     """1 where the normalized texts are equal."""
-    return float(normalize(prediction) == normalize(gold))
+    return _best(lambda prediction, gold: float(normalize(prediction) == normalize(gold)))
 
 
-def token_f1(prediction: str, gold: str) -> float:
+def _overlap(normalize: Callable[[str], str]) -> UnitScores:
     """F1 of the normalized words in common; two texts without any word are equal."""
-    predicted, expected = normalize(prediction).split(), normalize(gold).split()
-    if not predicted or not expected:
-        return float(predicted == expected)
-    common = sum((Counter(predicted) & Counter(expected)).values())
-    return 2 * common / (len(predicted) + len(expected))
+
+    def f1(prediction: str, gold: str) -> float:
+        predicted, expected = normalize(prediction).split(), normalize(gold).split()
+        if not predicted or not expected:
+            return float(predicted == expected)
+        common = sum((Counter(predicted) & Counter(expected)).values())
+        return 2 * common / (len(predicted) + len(expected))
+
+    return _best(f1)
 
 
 _DETERMINERS = {"a", "an", "the", "this", "that", "these", "those", "some", "each", "every", "many", "much", "few"}
@@ -135,8 +185,10 @@ def _pooled(name: Literal["bleu", "chrf"]) -> Pooled:
 
 
 METRICS: Mapping[str, Metric] = {
-    "exact_match": RowMean(answer_kind="texts", scores=_best(exact_match)),
-    "token_f1": RowMean(answer_kind="texts", scores=_best(token_f1), zero_or_one=False),
+    "exact_match": RowMean(answer_kind="texts", scores=_exact(normalize)),
+    "token_f1": RowMean(answer_kind="texts", scores=_overlap(normalize), zero_or_one=False),
+    "squad_exact_match": RowMean(answer_kind="texts", scores=_exact(squad_normalize)),
+    "squad_f1": RowMean(answer_kind="texts", scores=_overlap(squad_normalize), zero_or_one=False),
     "referent_match": RowMean(answer_kind="texts", scores=_best(referent_match)),
     "rouge_l": RowMean(answer_kind="texts", scores=_best(rouge_l), zero_or_one=False, package="rouge_score"),
     "chrf": _pooled("chrf"),
