@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, final
+from typing import TypeVar, cast, final
 
 from datasets import Dataset
 
@@ -330,7 +330,7 @@ def _splits(
             if not task.is_classification:
                 texts.add(task.golds(row)[0])
     if task.is_classification and len(train) and len(counts) < 2:
-        only = list(task.label_words)[int(next(iter(counts)))]
+        only = list(task.label_words)[cast(int, next(iter(counts)))]
         raise ValueError(
             f"all {len(train)} training rows of task {task.name!r} have the label {only!r}; add rows of a second one"
         )
