@@ -245,7 +245,7 @@ class Encoder(PromptedModel):
         with model_errors_refused(self.backbone, "a text"):
             embeds = model.get_input_embeddings()(ids)[None]
             first, changed = (
-                model(inputs_embeds=given)[0][0, 0] for given in (embeds, embeds[:, [*range(len(ids) - 1), 0]])
+                model(inputs_embeds=inputs)[0][0, 0] for inputs in (embeds, embeds[:, [*range(len(ids) - 1), 0]])
             )
         if torch.equal(first, changed):
             raise ValueError(

@@ -68,7 +68,7 @@ class Teacher:
         self, input_ids: Ids, attention_mask: Mask, labels: Labels
     ) -> tuple[Float[Tensor, "batch kept vocab"], Int[Tensor, "batch kept"]]:
         """The logits that predict `labels`, in the same columns as `PromptedModel.label_logits` has them."""
-        with self._reading():
+        with self._no_grad_eval():
             ids, mask = self._rows(input_ids, attention_mask)
             if ids.shape != input_ids.shape and not self.model.appends_eos:  # labels lie beside the input's tokens
                 labels = nn.functional.pad(labels, (ids.shape[1] - labels.shape[1], 0), value=-100)
@@ -76,18 +76,18 @@ class Teacher:
 
     def score(self, input_ids: Ids, attention_mask: Mask, candidates: Candidates) -> Float[Tensor, "batch candidate"]:
         """Log-probability, float32, of each candidate's tokens as the answer to each row."""
-        with self._reading():
+        with self._no_grad_eval():
             return self.model.score(*self._rows(input_ids, attention_mask), candidates, self._prefix())
 
     def generate(self, input_ids: Ids, attention_mask: Mask, *, max_new_tokens: int) -> Iterator[Int[Tensor, " batch"]]:
         """The teacher's greedy answers, one token per row and step, as `PromptedModel.generate` gives them."""
-        with self._reading():
+        with self._no_grad_eval():
             ids, mask = self._rows(input_ids, attention_mask)
             prefix = self._prefix()
         return self.model.generate(ids, mask, max_new_tokens=max_new_tokens, prompts=prefix)
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _no_grad_eval(self) -> Iterator[None]:
         in_training = [module for module in self.backbone.model.modules() if module.training]
         for module in in_training:
             module.training = False

@@ -98,11 +98,11 @@ def report(
     all_tables += further
     texts |= {formats.FORMATS[form][0]: formats.render(form, all_tables, grid) for form in formats.FORMATS}
     all_plots = [plot for _, section in plots for plot in section]
-    written = [*texts, _VALUES, *(f"{plot.name}.{kind}" for plot in all_plots for kind in ("png", "svg"))]
-    texts[_VALUES] = formats.json_text({**formats.to_json(grid, compared, skipped), "files": written})
+    file_names = [*texts, _VALUES, *(f"{plot.name}.{kind}" for plot in all_plots for kind in ("png", "svg"))]
+    texts[_VALUES] = formats.json_text({**formats.to_json(grid, compared, skipped), "files": file_names})
     earlier = _earlier_plots(folder)
     paths = [*_write_texts(folder, texts), *_write_plots(folder, all_plots)]
-    for name in earlier - set(written):
+    for name in earlier - set(file_names):
         (folder / name).unlink(missing_ok=True)
     return Report(grid=grid, differences=compared, skipped=skipped, files=tuple(paths), tables=tuple(all_tables))
 
@@ -125,9 +125,9 @@ def _earlier_plots(folder: Path) -> set[str]:
         names = files.read_json(folder / _VALUES).get("files")
     except (OSError, ValueError):
         return set()
-    own = re.compile(r"(learning-\d+|sizes|rates-(dev|test))\.(png|svg)")
+    plot = re.compile(r"(learning-\d+|sizes|rates-(dev|test))\.(png|svg)")
     return {
-        name for name in (names if isinstance(names, list) else []) if isinstance(name, str) and own.fullmatch(name)
+        name for name in (names if isinstance(names, list) else []) if isinstance(name, str) and plot.fullmatch(name)
     }
 
 

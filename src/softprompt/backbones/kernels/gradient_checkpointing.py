@@ -45,10 +45,10 @@ def gradient_checkpointing(model: Any, on: bool) -> Iterator[None]:
 
 def is_hooked(module: Any) -> bool:
     """Whether calling `module` does something else than its class's forward, but for what this module does itself."""
-    own = vars(module)  # much faster than the module's attributes
-    forward = own.get("forward")
+    attributes = vars(module)  # much faster than the module's attributes
+    forward = attributes.get("forward")
     is_replaced = forward is not None and getattr(forward, "func", None) is not checkpointed
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or is_replaced)
+    return is_replaced or any(attributes[kind] for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
 
 
 def layers(model: Any) -> list[Any]:

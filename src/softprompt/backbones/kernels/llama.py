@@ -96,10 +96,10 @@ def is_intact(model: Any, *, linears: bool = True) -> bool:
     """
     if model not in _parts and not is_supported(model):  # a copy of a model that is
         return False
-    places = itertools.chain(*_parts[model]) if linears else _parts[model][0]
+    parts = itertools.chain(*_parts[model]) if linears else _parts[model][0]
     is_hooked = gradient_checkpointing.is_hooked
     return not is_hooked(model) and all(
-        siblings.get(name) is part and not is_hooked(part) for siblings, name, part in places
+        siblings.get(name) is part and not is_hooked(part) for siblings, name, part in parts
     )
 
 
