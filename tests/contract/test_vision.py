@@ -38,7 +38,7 @@ from softprompt.tasks.user import load_task
 
 BACKBONES = ("vit", "dinov2")
 """tests/parity has the others too."""
-SMALL = {"length": 4, "rank": 2, "width": 4, "positions": 30, "samples": 200}
+SMALL = {"length": 4, "rank": 2, "width": 4, "positions": 30}
 FITTING = sorted(name for name, config in METHODS.items() if config.folds == "prompt")
 OTHERS = sorted(set(METHODS) - set(FITTING))
 
