@@ -300,8 +300,10 @@ def test_beit_with_absolute_positions_alone_takes_a_prompt(tmp_path: Path) -> No
     config = transformers.BeitConfig(**_TINY, image_size=32, patch_size=8, use_absolute_position_embeddings=True)
     transformers.BeitModel(config).save_pretrained(tmp_path / "beit")
     backbone = load_backbone(str(tmp_path / "beit"), dtype="float32")
-    prompt = Plain(length=2).build(*backbone.hosts(1), torch.Generator())
-    prompted = attach(backbone, prompt, head=fresh_head(backbone, 3, torch.Generator()))
+    [host] = backbone.hosts(1)
+    prompted = attach(
+        backbone, Plain(length=2).build(host, torch.Generator()), head=fresh_head(backbone, 3, torch.Generator())
+    )
     assert prompted(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 3)
 
 
