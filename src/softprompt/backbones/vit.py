@@ -30,8 +30,8 @@ def check_supported(model: Any, source: str) -> None:
     """
     embeddings = getattr(model, "embeddings", None)
     parts = (getattr(embeddings, "patch_embeddings", None), getattr(model, "layernorm", None), _layers(model))
-    own = (getattr(embeddings, "cls_token", None), getattr(embeddings, "position_embeddings", None))
-    if any(part is None for part in (*own, *parts)):
+    learned = (getattr(embeddings, "cls_token", None), getattr(embeddings, "position_embeddings", None))
+    if any(part is None for part in (*learned, *parts)):
         raise _unsupported(model, source)
     if (channels := model.config.num_channels) != 3:
         raise ValueError(
