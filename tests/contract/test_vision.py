@@ -38,7 +38,7 @@ from softprompt.tasks.user import load_task
 
 BACKBONES = ("vit", "dinov2")
 """tests/parity has the others too."""
-SMALL = {"length": 4, "rank": 2, "width": 4, "positions": 30, "samples": 200}
+SMALL = {"length": 4, "rank": 2, "width": 4, "positions": 30}
 FITTING = sorted(name for name, config in METHODS.items() if config.folds == "prompt")
 OTHERS = sorted(set(METHODS) - set(FITTING))
 
@@ -261,7 +261,7 @@ def test_a_stopped_training_with_random_crops_goes_on_bit_by_bit(
 
 
 def test_a_head_alone_is_a_baseline(dinov2_folder: Path, photos: Path, tmp_path: Path) -> None:
-    run = train(experiment_of(dinov2_folder, photos, baseline="head"), out=tmp_path)
+    run = train(experiment_of(dinov2_folder, photos, baseline="head", prompt=Experiment().prompt), out=tmp_path)
     assert run.results is not None
     assert run.results["trainable"] == 32 * 3 + 3
     assert evaluate(open_run(run.folder)).value == run.results["test"]

@@ -256,6 +256,57 @@ def test_unsupported_vision_model_is_refused(tmp_path: Path) -> None:
         load_backbone(str(tmp_path / "gray"), dtype="float32")
 
 
+_TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.ViTMAEConfig(**_TINY, image_size=32, patch_size=8), "is no plain vision transformer"),
+        (transformers.BeitConfig(**_TINY, image_size=32, patch_size=8), "is no plain vision transformer"),
+        (
+            transformers.BeitConfig(
+                **_TINY,
+                image_size=32,
+                patch_size=8,
+                use_absolute_position_embeddings=True,
+                use_relative_position_bias=True,
+            ),
+            "is no plain vision transformer",
+        ),
+        (transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]), "is no plain vision transformer"),
+        (
+            transformers.Wav2Vec2Config(
+                **_TINY,
+                conv_dim=[8],
+                conv_stride=[2],
+                conv_kernel=[3],
+                num_conv_pos_embeddings=4,
+                num_conv_pos_embedding_groups=2,
+            ),
+            "has no table of token embeddings",
+        ),
+    ],
+    ids=["vit_mae", "beit", "beit-relative", "resnet", "wav2vec2"],
+)
+def test_models_without_tokens_are_refused_by_name(config: Any, reason: str, tmp_path: Path) -> None:
+    """Whatever their config has: BEiT and Wav2Vec2 have a vocab_size."""
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=rf"model \({config.model_type}\) {reason}"):
+        load_backbone(str(tmp_path / "model"), dtype="float32")
+
+
+def test_beit_with_absolute_positions_alone_takes_a_prompt(tmp_path: Path) -> None:
+    config = transformers.BeitConfig(**_TINY, image_size=32, patch_size=8, use_absolute_position_embeddings=True)
+    transformers.BeitModel(config).save_pretrained(tmp_path / "beit")
+    backbone = load_backbone(str(tmp_path / "beit"), dtype="float32")
+    [host] = backbone.hosts(1)
+    prompted = attach(
+        backbone, Plain(length=2).build(host, torch.Generator()), head=fresh_head(backbone, 3, torch.Generator())
+    )
+    assert prompted(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 3)
+
+
 def saved(image: Any, kind: str = "png", **settings: Any) -> Any:
     """The cell of an image, and the image as it is read."""
     stream = io.BytesIO()

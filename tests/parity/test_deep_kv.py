@@ -11,16 +11,21 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from softprompt import (
+    BPT,
     DPT,
+    ULPT,
     Backbone,
     DePT,
     Experiment,
     Interrupted,
     Plain,
     Progress,
+    Residual,
+    Spectral,
     TrainingConfig,
     attach,
     evaluate,
+    load_backbone,
     predict,
     resume,
     train,
@@ -29,10 +34,11 @@ from softprompt.backbones.kernels import llama
 from softprompt.export import FORMATS, export_runs
 from softprompt.models.deep_kv import as_deep
 from softprompt.prompts import Folded
-from softprompt.prompts.deep import build
+from softprompt.prompts.deep import Deep, build
 from softprompt.runs import build_prompt, open_run, read_prompt
 from softprompt.serve import Engine
 from softprompt.training.callbacks import NullCallback
+from softprompt.training.setup import new_run
 
 MakeBackbone = Callable[[str], Backbone]
 IDS = torch.tensor([[2, 2, 5, 6, 7], [8, 9, 10, 11, 12], [2, 2, 2, 2, 13]])
@@ -204,6 +210,66 @@ def test_deep_prompt_starts_from_a_shallow_or_a_deep_run(experiment: Experiment,
     deeper = experiment.replace(init_prompt=str(warm.folder))
     initial = build_prompt(deeper, warm.task, backbone, initialize=True)
     torch.testing.assert_close(initial.prompt(), read_prompt(warm.folder, backbone).prompt(), rtol=1e-5, atol=1e-5)
+
+
+class Notes(NullCallback):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def on_note(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        Plain(length=6),
+        DPT(length=6, rank=2),
+        DPT(length=6, rank=6, anchor="none"),
+        Residual(length=6, width=3),
+        Residual(length=6, width=3, shared=False, scale=1.0),
+        Spectral(length=6),
+        BPT(length=6, rank=6),
+        BPT(length=6, rank=30),
+        BPT(length=6, mode="tuned", through="inputs"),
+        ULPT(length=6, rank=64),
+    ],
+    ids=str,
+)
+def test_deep_prompt_starts_at_the_shallow_prompts_keys_and_values(prompt: Any, experiment: Experiment) -> None:
+    backbone, notes = load_backbone(experiment.backbone, dtype="float32"), Notes()
+    made = new_run(experiment.replace(prompt=prompt), backbone, notes)
+    assert isinstance(made.prompted.prompt, Deep)
+    shallow = build(prompt, [backbone.host(made.task.answers)], torch.Generator().manual_seed(experiment.seed))
+    start = as_deep(backbone, shallow.prompt().detach())
+    actual = made.prompted.prompt.prompt().detach()
+    assert float((actual - start).norm() / start.norm()) < 1e-4
+    assert made.prompted.prompt.start_error == pytest.approx(0, abs=1e-4)
+    assert not [note for note in notes.said if "represented" in note]
+
+
+@pytest.mark.parametrize(
+    "prompt", [BPT(length=6, rank=2), DPT(length=6, rank=2, anchor="none"), ULPT(length=6, rank=2)], ids=str
+)
+@pytest.mark.parametrize("warm", [False, True])
+def test_note_says_how_far_an_inexact_deep_start_is(
+    prompt: Any, warm: bool, experiment: Experiment, tmp_path: Path
+) -> None:
+    backbone, notes = load_backbone(experiment.backbone, dtype="float32"), Notes()
+    asked, source = experiment.replace(prompt=prompt), "a shallow prompt"
+    if warm:
+        run = train(experiment.replace(depth="shallow", prompt=Plain(length=6)), out=tmp_path, backbone=backbone)
+        shallow, source = run.prompt(backbone), str(run.folder)
+        asked = asked.replace(init_prompt=source)
+    made = new_run(asked, backbone, notes)
+    if not warm:
+        shallow = build(prompt, [backbone.host(made.task.answers)], torch.Generator().manual_seed(asked.seed))
+    start = as_deep(backbone, shallow.prompt().detach())
+    assert made.prompted.prompt is not None
+    error = float((made.prompted.prompt.prompt().detach() - start).norm() / start.norm())
+    assert error > 0.01
+    said = f"starting from the keys and values of {source}, represented to a relative error of {error:.3g}"
+    assert said in notes.said
 
 
 def test_demonstrations_are_distilled_into_a_deep_prompt(experiment: Experiment, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -269,6 +270,50 @@ def test_invalid_settings_are_refused(method: type[PromptConfig], settings: dict
         object.__setattr__(config, name, value)  # past the tests' own type checker, which users do not have
     with pytest.raises(ValueError, match=said):
         config.check()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "said"),
+    [
+        (BPT, {"mode": "frozen", "rank": 2}, "rank is 2 and has no effect with mode 'frozen', .* leave rank out"),
+        (BPT, {"mode": "tuned", "init": "whitening"}, "init is 'whitening' .* with mode 'tuned'"),
+        (BPT, {"mode": "frozen", "gradient_batches": 3}, "gradient_batches is 3 .* with mode 'frozen'"),
+        (BPT, {"through": "inputs"}, "through is 'inputs' .* with mode 'bilinear' and init 'uniform'"),
+        (BPT, {"samples": 100}, "samples is 100 .* with mode 'bilinear' and init 'uniform'"),
+        (BPT, {"init": "gradient", "eps": 0.1}, "eps is 0.1 .* with mode 'bilinear' and init 'gradient'"),
+        (BPT, {"init": "whitening", "gradient_batches": 50}, "gradient_batches is 50 .* with init 'whitening'"),
+        (DPT, {"gradient_batches": 50}, "gradient_batches is 50 and has no effect with factor_init 'random'"),
+        (DPT, {"anchor": "none", "gradient_batches": 50}, "gradient_batches is 50 .* with anchor 'none'"),
+    ],
+)
+def test_settings_without_effect_are_refused(method: Any, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        method(**settings)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BPT(rank=2),
+        BPT(rank=2, init="whitening", through="inputs", samples=100, eps=0.1),
+        BPT(mode="frozen", through="inputs", samples=100, eps=0.1),
+        BPT(length=4, rank=2, init="gradient", gradient_batches=3),
+        DPT(factor_init="gradient", gradient_batches=3),
+    ],
+)
+def test_settings_with_effect_are_accepted(config: PromptConfig) -> None:
+    changed = {name: value for name, value in config.to_json().items() if value != type(config)().to_json()[name]}
+    assert PromptConfig.from_json({"method": config.name, **changed}) == config
+
+
+def test_bpt_of_any_rank_above_the_length_starts_at_the_warm_start() -> None:
+    start = 0.3 * torch.randn(LENGTH, DIM, generator=seeded(4))
+    for rank in (LENGTH, LENGTH + 1, 3 * LENGTH):
+        prompt = BPT(length=LENGTH, rank=rank).build(dataclasses.replace(host(), start=start), seeded(0))
+        torch.testing.assert_close(prompt.prompt(), start, rtol=1e-5, atol=1e-6)
+        prompt.prompt().square().sum().backward()
+        assert prompt.right.grad is not None
+        assert bool((prompt.right.grad.norm(dim=1) > 0).all())  # no direction is stuck at zero
 
 
 def test_whitening_zero_vectors_is_refused() -> None:

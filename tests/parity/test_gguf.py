@@ -1,8 +1,11 @@
 """A GGUF export, read by transformers, equals the live runs; llama.cpp itself runs it in tests/engines."""
 
+import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -15,7 +18,7 @@ from softprompt import Run
 from softprompt.backbones import Backbone
 from softprompt.export import export_runs
 from softprompt.export.gguf import Gguf
-from softprompt.export.gguf_writer import GgufType, pre_tokenizer_name
+from softprompt.export.gguf_writer import GgufType, gguf_refusal, pre_tokenizer_name
 
 MakeRun = Callable[..., Run]
 LLAMA3 = {
@@ -98,6 +101,82 @@ def test_differing_file_is_dropped(
     with pytest.raises(ValueError, match="the GGUF file gives other scores than the live run"):
         export_runs([run], Gguf("f32"), tmp_path / "out", backbone=backbone)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "key"),
+    [
+        ("llama", "add_rope_freq_base", "llama.rope.freq_base"),
+        ("llama", "add_layer_norm_rms_eps", "llama.attention.layer_norm_rms_epsilon"),
+        ("llama", "add_rope_dimension_count", "llama.rope.dimension_count"),
+        ("qwen3", "add_head_count_kv", "qwen3.attention.head_count_kv"),
+        ("gpt2", "add_layer_norm_eps", "gpt2.attention.layer_norm_epsilon"),
+        ("gpt2", "add_context_length", "gpt2.context_length"),
+        ("gpt2", "add_eos_token_id", "tokenizer.ggml.eos_token_id"),
+    ],
+)
+@pytest.mark.parametrize("fault", ["wrong", "missing"])
+def test_wrong_metadata_are_dropped(
+    kind: str,
+    method: str,
+    key: str,
+    fault: str,
+    made: MakeRun,
+    tiny_backbone: Callable[[str], Backbone],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A planted fault in the file alone: what llama.cpp computes with, and transformers would not show."""
+    backbone, write = tiny_backbone(kind), getattr(gguf.GGUFWriter, method)
+    planted = (lambda writer, value: write(writer, 2 * value + 1)) if fault == "wrong" else (lambda writer, value: None)
+    monkeypatch.setattr(gguf.GGUFWriter, method, planted)
+    with pytest.raises(ValueError, match=rf"the GGUF file has {re.escape(key)} = .* and the model .* is dropped"):
+        export_runs([made(backbone, "plain")], Gguf("f32"), tmp_path / "out", backbone=backbone)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "has scale_attn_by_inverse_layer_idx=True, .* with False"),
+        ("gpt2", {"scale_attn_weights": False}, "has scale_attn_weights=False, and llama.cpp runs gpt2 models"),
+        ("gpt2", {"activation_function": "relu"}, "has activation_function='relu', .* with 'gelu_new' or"),
+        ("gpt2", {"add_cross_attention": True}, "has add_cross_attention=True"),
+        ("llama", {"hidden_act": "gelu"}, "has hidden_act='gelu', and llama.cpp runs llama models with 'silu' or"),
+        ("mistral", {"hidden_act": "relu"}, "has hidden_act='relu'"),
+        ("qwen3", {"hidden_act": "gelu_new"}, "has hidden_act='gelu_new'"),
+        ("qwen3", {"attention_bias": True}, "has attention_bias=True"),
+        ("llama", {"rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.5}}, "rotary positions of 0.5 of each"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rotary positions of type linear"),
+    ],
+)
+def test_models_that_llama_cpp_would_run_otherwise_are_refused(
+    kind: str, settings: dict[str, Any], message: str, tiny_backbone: Callable[[str], Backbone]
+) -> None:
+    backbone = tiny_backbone(kind)
+    config = copy.deepcopy(backbone.model.config)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    refusal = gguf_refusal(SimpleNamespace(config=config), backbone.tokenizer)
+    assert re.search(f"{message}.*; export to vocab, and (run|convert) that with", refusal), refusal
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("gpt2", {"activation_function": "gelu_pytorch_tanh"}), ("llama", {"attention_bias": True, "mlp_bias": True})],
+)
+def test_settings_that_llama_cpp_knows_are_exported(
+    kind: str, settings: dict[str, Any], made: MakeRun, tiny_backbone: Callable[[str], Backbone], tmp_path: Path
+) -> None:
+    own = tiny_backbone(kind)
+    config = type(own.model.config)(**{**own.model.config.to_dict(), **settings})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, values in model.named_parameters():
+        if name.endswith("bias"):  # zeros at first
+            torch.nn.init.normal_(values, generator=torch.Generator().manual_seed(0))
+    backbone = Backbone(model, own.tokenizer, kind, kind, "causal")
+    report = export_runs([made(backbone, "plain")], Gguf("f32"), tmp_path / "out", backbone=backbone)
+    assert report["largest_difference"] < 1e-4
 
 
 def _tokenizer(*steps: Any) -> Any:

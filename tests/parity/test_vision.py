@@ -1,5 +1,7 @@
 """A prompt in a vision transformer is that model run on a row written by hand."""
 
+import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +118,33 @@ def test_several_prompts_in_one_call_are_independent(name: str, num_layers: int,
             single_row = prompted(images()[row : row + 1], prompts=[prompts[int(which)]]).logits
             close(batched[row : row + 1], single_row)
     torch.testing.assert_close(prepared, batched, rtol=0, atol=0)
+
+
+def eager_copy(backbone: Backbone) -> Backbone:
+    model = copy.deepcopy(backbone.model)
+    model.set_attn_implementation("eager")
+    return dataclasses.replace(backbone, model=model)
+
+
+@backbones
+def test_eager_attention_hides_padding_of_shorter_prompts(name: str, tiny_backbone: MakeBackbone) -> None:
+    """The model's own attention adds its mask, so True and False would only be 1 and 0 more."""
+    backbone = eager_copy(tiny_backbone(name))
+    prompts = [Folded(torch.randn(length, 32, generator=seeded(length))) for length in (2, 20)]
+    prompted = attached(backbone, None)
+    for enabled in (False, True):
+        with torch.set_grad_enabled(enabled):
+            states = prompted.hidden_states(images(2), prompts, torch.tensor([0, 1]))
+            for row, prompt in enumerate(prompts):
+                expected = by_hand(name, backbone.model, images(2)[row : row + 1], [prompt.prompt()])
+                close(states[row : row + 1], expected)
+
+
+def test_attention_that_ignores_masks_is_refused(tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = eager_copy(tiny_backbone("vit"))
+    monkeypatch.setattr("softprompt.backbones.vit.attention_mask", lambda model, visible, dtype: visible.to(dtype))
+    with pytest.raises(ValueError, match="gives other states with prompts of unequal length in one batch"):
+        attached(backbone, None)
 
 
 def test_loss_and_score_are_cross_entropy(tiny_backbone: MakeBackbone) -> None:

@@ -368,8 +368,7 @@ def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbon
         vit.check_supported(model, source)
         processor = image_processor.load_processor(folder, config)
         return Backbone(model, processor, source, base, architecture, quantized, note)
-    vocab_size = int(model.get_input_embeddings().weight.shape[0])
-    tokenizer = loading.load_tokenizer(folder, source, config, vocab_size)
+    tokenizer = loading.load_tokenizer(folder, source, config, loading.vocab_size_of(model, source))
     backbone = Backbone(model, tokenizer, source, base, architecture, quantized, note)
     _check_embeddings(backbone)
     return backbone

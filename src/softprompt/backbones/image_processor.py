@@ -211,7 +211,7 @@ def load_processor(folder: str, config: Any) -> Processor:
 def processor_from_settings(settings: Mapping[str, Any], config: Any) -> Processor:
     """The processor that the settings of a `preprocessor_config.json` describe."""
     side = config.image_size if isinstance(config.image_size, int) else int(config.image_size[0])
-    mean, std = _HALF if config.model_type in ("vit", "vit_mae") else _IMAGENET
+    mean, std = _HALF if config.model_type == "vit" else _IMAGENET
     if not settings:
         return Processor(size=side, mean=mean, std=std)
     size, crop_size = settings.get("size"), settings.get("crop_size")

@@ -132,6 +132,24 @@ def _check_tokenizer(tokenizer: Any, source: str, config: Any, vocab_size: int) 
             )
 
 
+def vocab_size_of(model: Any, source: str) -> int:
+    """The number of rows of the model's table of token embeddings.
+
+    Raises:
+        ValueError: it has no such table, like a model of sound or of pixels.
+    """
+    try:
+        table = model.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):
+        table = None
+    if table is None or table.ndim != 2:
+        raise ValueError(
+            f"{source} ({model.config.model_type}) has no table of token embeddings, so no prompt can be put in front "
+            "of its input; choose another backbone"
+        )
+    return int(table.shape[0])
+
+
 def is_multimodal(config: Any) -> bool:
     """Whether the config is of a model that also takes images or sound."""
     return any(getattr(config, f"{kind}_config", None) is not None for kind in ("vision", "audio"))

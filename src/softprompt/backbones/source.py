@@ -68,7 +68,10 @@ def architecture_of(config: Any) -> Architecture:
     names = config.architectures or []
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         return "causal"
-    return "encoder" if hasattr(config, "vocab_size") else "vision"
+    # A vision model may have a vocabulary too: BEiT's of visual tokens.
+    model_class = transformers.MODEL_MAPPING.get(type(config), object)
+    reads_pixels = getattr(model_class, "main_input_name", "") == "pixel_values"
+    return "vision" if reads_pixels or not hasattr(config, "vocab_size") else "encoder"
 
 
 def auto_class_of(architecture: Architecture, config: Any) -> type[Any]:

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 import transformers
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from softprompt.backbones import projections
+from softprompt.backbones.kernels import attention
+from softprompt.files import error_text
 from softprompt.prompts import Host
 
 Pixels = Float[Tensor, "image channel height width"]
@@ -20,23 +22,41 @@ _MAX_VECTORS = 4096
 
 
 def check_supported(model: Any, source: str) -> None:
-    """Check that a model is a plain vision transformer.
+    """Check that a model is a plain vision transformer, by its parts and by running the first of them.
 
     Raises:
-        ValueError: it lacks a part that a prompt needs, or takes images without three color channels.
+        ValueError: it lacks a part that a prompt needs, its parts do not run one after another, or it takes images
+            without three color channels.
     """
     embeddings = getattr(model, "embeddings", None)
     parts = (getattr(embeddings, "patch_embeddings", None), getattr(model, "layernorm", None), _layers(model))
-    plain = hasattr(embeddings, "cls_token") and hasattr(embeddings, "position_embeddings")
-    if not plain or any(part is None for part in parts):
-        raise ValueError(
-            f"{source} ({model.config.model_type}) is no plain vision transformer with a [CLS] token, learned "
-            "positions and one stack of layers; choose a ViT, DeiT or DINOv2"
-        )
+    learned = (getattr(embeddings, "cls_token", None), getattr(embeddings, "position_embeddings", None))
+    if any(part is None for part in (*learned, *parts)):
+        raise _unsupported(model, source)
     if (channels := model.config.num_channels) != 3:
         raise ValueError(
             f"{source} takes images of {channels} channels, and images are read in three; choose another model"
         )
+    pixels = _noise(model)[:1].to(next(model.parameters()).device)
+    try:
+        with torch.no_grad():
+            states = embed(model, pixels)
+            with_prompt = torch.cat([states, states[:, -1:]], 1)
+            output = run_layer(layers(model)[0], with_prompt)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # MAE drops patches at random, layers with relative positions need the image's size, ...
+        raise _unsupported(model, source, f" ({error_text(error)[:200]})") from error
+    patches = (pixels.shape[2] // patch_size(model)) * (pixels.shape[3] // patch_size(model))
+    if states.shape[1] != num_prefix_tokens(model) + patches or output.shape != with_prompt.shape:
+        raise _unsupported(model, source)
+
+
+def _unsupported(model: Any, source: str, reason: str = "") -> ValueError:
+    return ValueError(
+        f"{source} ({model.config.model_type}) is no plain vision transformer with a [CLS] token, learned positions "
+        f"and one stack of layers that run one after another{reason}; choose a ViT, DeiT or DINOv2"
+    )
 
 
 def loading_arguments(config: Any) -> dict[str, bool]:
@@ -106,6 +126,17 @@ def run_layer(layer: nn.Module, states: States, mask: Tensor | None = None) -> S
     """The hidden states after one layer."""
     output = layer(states, mask)
     return output if isinstance(output, Tensor) else output[0]
+
+
+def attention_mask(model: Any, visible: Bool[Tensor, "*shape"], dtype: torch.dtype) -> Shaped[Tensor, "*shape"]:
+    """The mask as the model's attention takes it: `visible` itself, or 0 and the lowest number, added to the scores.
+
+    torch's fused kernel and ours take the first, the model's own code (`eager`) the second.
+    """
+    if model.config._attn_implementation == "sdpa" or attention.is_installed(model):
+        return visible
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, lowest)
 
 
 def hosts(

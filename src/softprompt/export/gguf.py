@@ -18,6 +18,7 @@ from softprompt.evaluation.predict import pad_id
 from softprompt.export import client
 from softprompt.export.base import Format, Trained, check_close
 from softprompt.export.extended_vocabulary import extend, vocabulary_refusal
+from softprompt.export.gguf_reader import check_metadata
 from softprompt.export.gguf_writer import GgufType, gguf_refusal, write_gguf
 from softprompt.export.probe import probe
 from softprompt.models import model_class
@@ -51,11 +52,7 @@ class Gguf(Format):
                 f"llama.cpp takes a prompt before a decoder's text only, and {backbone.source} is a model of the kind "
                 f"{backbone.architecture}; export to vocab or npz, or serve it with softprompt serve"
             )
-        if reason := vocabulary_refusal(trained, backbone):
-            return reason
-        if reason := gguf_refusal(backbone.model, backbone.tokenizer):
-            return f"{reason}; export to vocab, and convert that with llama.cpp's convert_hf_to_gguf.py"
-        return ""
+        return vocabulary_refusal(trained, backbone) or gguf_refusal(backbone.model, backbone.tokenizer)
 
     def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
         """The model, its tokenizer and texts."""
@@ -73,9 +70,11 @@ class Gguf(Format):
     def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """The file as transformers reads GGUF, against the live runs, on fixed texts with the prompts mixed."""
         usage = files.read_json(folder / "prompts.json")
-        # transformers reads neither GPT-2's number of positions nor Llama 3's rotary factors from the file.
+        # transformers reads neither GPT-2's number of positions nor Llama 3's rotary factors from the file, so it gets
+        # the run's own config, and the file's is compared.
         config = copy.deepcopy(backbone.model.config)
         config.vocab_size, config.tie_word_embeddings = max(usage["suppressed_ids"]) + 1, False
+        check_metadata(folder / "model.gguf", config, backbone.tokenizer)
         model = loading.load_model(
             transformers.AutoModelForCausalLM,
             str(folder),

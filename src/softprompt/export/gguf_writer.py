@@ -31,19 +31,45 @@ _PRE_TOKENIZERS = {_SPLIT_PATTERN % r"\p{N}{1,3}": "llama-bpe", _SPLIT_PATTERN %
 """Split pattern -> llama.cpp's name of the pre-tokenizer."""
 
 
+_SILU, _TANH_GELU = ("silu", "swish"), ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+_ONLY_VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "llama": {"hidden_act": _SILU},
+    "mistral": {"hidden_act": _SILU},
+    "qwen2": {"hidden_act": _SILU},
+    "qwen3": {"hidden_act": _SILU, "attention_bias": (False,)},
+    "gpt2": {
+        "activation_function": _TANH_GELU,
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+}
+"""Settings of a config that GGUF has no key for: what llama.cpp computes, under every name that transformers has."""
+_CONVERT = "export to vocab, and convert that with llama.cpp's convert_hf_to_gguf.py"
+_RUN_ELSEWHERE = "export to vocab, and run that with transformers or vLLM"
+
+
 def gguf_refusal(model: Any, tokenizer: Any) -> str:
-    """Why this writer cannot express the model or its tokenizer; empty where it can."""
+    """Why this writer or llama.cpp cannot express the model or its tokenizer, and what to do; empty where both can."""
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
     if config.model_type not in ARCHITECTURES:
-        return f"this writer has no {config.model_type} models, only {', '.join(ARCHITECTURES)}"
+        return f"this writer has no {config.model_type} models, only {', '.join(ARCHITECTURES)}; {_CONVERT}"
+    for setting, values in _ONLY_VALUES[config.model_type].items():
+        if (value := getattr(config, setting)) not in values:
+            return (
+                f"the model has {setting}={value!r}, and llama.cpp runs {config.model_type} models with "
+                f"{' or '.join(map(repr, values))} only; {_RUN_ELSEWHERE}"
+            )
     if rope.get("rope_type", "default") not in ("default", "llama3"):
-        return f"this writer cannot express rotary positions of type {rope['rope_type']}"
+        return f"this writer cannot express rotary positions of type {rope['rope_type']}; {_CONVERT}"
+    if (share := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        return f"this writer cannot express rotary positions of {share} of each head; {_CONVERT}"
     windows = getattr(config, "layer_types", None) or []
     if any(kind != "full_attention" for kind in windows) or (not windows and getattr(config, "sliding_window", None)):
-        return "llama.cpp runs this architecture without a sliding window, which the model has"
+        return f"llama.cpp runs this architecture without a sliding window, which the model has; {_RUN_ELSEWHERE}"
     if pre_tokenizer_name(tokenizer) is None:
-        return "this writer has no name for its tokenizer's pre-tokenizer"
+        return f"this writer has no name for its tokenizer's pre-tokenizer; {_CONVERT}"
     return ""
 
 

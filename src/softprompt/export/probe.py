@@ -39,7 +39,7 @@ class Probe(NamedTuple):
 
 def text_ids(backbone: Backbone, texts: Sequence[str], closing: bool) -> list[tuple[int, ...]]:
     """Each text's tokens as a run sees them, with closing special tokens if `closing`."""
-    task = Task(name="text", template="{text}", target="text", metrics=("exact_match",))
+    task = Task(name="text", template="{text}", target="answer", metrics=("exact_match",))
     rows = [{"text": text} for text in texts]
     return [
         example.input_ids for example in encode(task, backbone.tokenizer, rows, 512, closing=closing, answers=False)[0]

@@ -16,8 +16,11 @@ from softprompt.models.input_checks import check_class_count, checked_index
 from softprompt.models.inputs import Candidates, Index, Inputs, Labels, Pixels, PreparedPrompts, Prompts
 from softprompt.models.padding import length_mask
 from softprompt.models.verify import cached_check, check_close, model_errors_refused
-from softprompt.prompts import SoftPrompt
+from softprompt.prompts import Folded, SoftPrompt
 from softprompt.types import Pool
+
+_LONG_PROMPT = 32
+"""Tokens of the longer prompt of a check."""
 
 
 @final
@@ -105,7 +108,8 @@ class Vision(PromptedModel):
         index = checked_index(index, max(len(prepared.prompts), 1), images)
         states, lead = vit.embed(model, pixels), vit.num_prefix_tokens(model)
         longest = prepared.vectors.shape[2]
-        mask = _attention_mask(prepared.mask[index], lead, states.shape[1])
+        visible = _visible(prepared.mask[index], lead, states.shape[1])
+        mask = None if visible is None else vit.attention_mask(model, visible, states.dtype)
         # A lookup in float32: its gradient sums over the rows before anything is rounded to the backbone's dtype.
         vectors = prepared.vectors[index]
         for number, layer in enumerate(vit.layers(model)):
@@ -140,7 +144,11 @@ class Vision(PromptedModel):
         return scores
 
     def _check_exact(self) -> bool:
-        """Compare with the model's own forward, so that an unusual model is refused instead of wrong."""
+        """Compare with the model's own forward, so that an unusual model is refused instead of wrong.
+
+        That has no prompts, so rows with prompts of unequal length are compared with each row alone, which needs no
+        mask.
+        """
         model, how = self.backbone.model, "its layers run one by one"
         with model_errors_refused(self.backbone, how):
             side = model.config.image_size if isinstance(model.config.image_size, int) else model.config.image_size[0]
@@ -150,6 +158,14 @@ class Vision(PromptedModel):
             states = self.hidden_states(pixels, [])
             for row in range(len(pixels)):
                 single = vit.run(model, pixels[row : row + 1])[0]
+                check_close(self.backbone, single, states[row], how, "states")
+        with model_errors_refused(self.backbone, how := "prompts of unequal length in one batch"):
+            vectors = vit.embed(model, pixels[:1])[0].float().cpu()
+            # So long that the padding of the short one changes every state if attention sees it.
+            prompts = [Folded(vectors[:1]), Folded(vectors.repeat(-(-_LONG_PROMPT // len(vectors)), 1)[:_LONG_PROMPT])]
+            states = self.hidden_states(pixels[:2], prompts, torch.tensor([0, 1], device=pixels.device))
+            for row, prompt in enumerate(prompts):
+                single = self.hidden_states(pixels[row : row + 1], [prompt])[0]
                 check_close(self.backbone, single, states[row], how, "states")
         return True
 
@@ -167,7 +183,7 @@ def _check_prompt(backbone: Backbone, prompt: SoftPrompt) -> None:
         )
 
 
-def _attention_mask(
+def _visible(
     is_prompt: Bool[Tensor, "batch longest"], lead: int, tokens: int
 ) -> Bool[Tensor, "batch 1 total total"] | None:
     """What each token attends to: all but the padding of shorter prompts; none where that is everything."""

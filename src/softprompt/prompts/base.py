@@ -256,6 +256,25 @@ class PromptConfig(ABC):
                 raise ValueError(f"{group}_rate is {rate}; a relative learning rate must be a positive number")
 
     @final
+    def check_unread(self, others: str, *names: str) -> None:
+        """Refuse settings that nothing reads, unless they have their defaults.
+
+        A run records its settings, so one that changes nothing would be taken for a cause, and a sweep over it would
+        train the same prompt again and again.
+
+        Args:
+            others: the settings because of which nothing reads these, for the message.
+            names: the fields.
+
+        Raises:
+            ValueError: naming the first that is changed.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in names and value != field.default:
+                raise ValueError(f"{field.name} is {value!r} and has no effect with {others}; leave {field.name} out")
+
+    @final
     def rates(self) -> dict[str, float]:
         """Each group's learning rate relative to the run's: 1 for `prompt`, a field `x_rate` for the group `x`."""
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.endswith("_rate")}

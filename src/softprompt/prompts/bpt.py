@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from softprompt.prompts.base import Host, PromptConfig, PromptOnly, at_least
-from softprompt.prompts.initialization import check_scale, factorize, start_gradient, warm_start_vectors
+from softprompt.prompts.initialization import check_scale, factorize, start_gradient, warm_start
 
 Mode = Literal["bilinear", "frozen", "tuned"]
 """The second factor: `bilinear` a thin learned one; a whitening matrix, `frozen` or `tuned` with the first."""
@@ -70,13 +70,14 @@ class BPT(PromptConfig):
     """
 
     rank: int = 75
-    """Width of the two factors, with `mode=bilinear`; may exceed the length."""
+    """Width of the two factors, with `mode=bilinear` only; may exceed the length."""
     mode: Mode = "bilinear"
     """What the second factor is."""
     init: RightInit = "uniform"
     """Initial values of the second factor, with `mode=bilinear`."""
     through: Through = "attention"
-    """What is whitened: input vectors after the layer's query and key weights, or the input vectors themselves."""
+    """What is whitened: input vectors after the layer's query and key weights, or the input vectors themselves; this,
+    `samples` and `eps` with `mode=frozen`, `mode=tuned` or `init=whitening` only."""
     samples: int = 4096
     """Input vectors that the whitening matrix is computed from."""
     gradient_batches: int = 8
@@ -99,8 +100,12 @@ class BPT(PromptConfig):
         for name, kinds in (("init", RightInit), ("through", Through)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(get_args(kinds))}")
-        if self.init != "uniform" and self.mode != "bilinear":
-            raise ValueError(f"init is {self.init!r} and mode {self.mode!r}, which always whitens; leave init out")
+        if self.mode != "bilinear":
+            self.check_unread(f"mode {self.mode!r}, which always whitens", "init", "rank", "gradient_batches")
+        elif self.init != "whitening":
+            self.check_unread(f"mode 'bilinear' and init {self.init!r}", "through", "samples", "eps")
+        if self.init != "gradient":
+            self.check_unread(f"init {self.init!r}", "gradient_batches")
         if self.init == "gradient" and self.rank > self.length:
             raise ValueError(
                 f"rank is {self.rank} and length is {self.length}; a gradient has no more directions than the "
@@ -121,15 +126,14 @@ class BPT(PromptConfig):
         frozen = self.mode == "frozen"
         if host.start is not None and self.mode == "bilinear":
             scale = host.rms if self.scale is None else self.scale
-            start = warm_start_vectors(host, self.length) * (host.rms / scale)
-            return BilinearPrompt(*factorize(start, self.rank, generator), scale)
+            return BilinearPrompt(*factorize(warm_start(host, self.length) / scale, self.rank, generator), scale)
         if self.scale is None:
             # Unit entries on both sides sum over `inner` products to a prompt of size sqrt(inner).
             right, scale = right / right.square().mean().sqrt(), host.rms / inner**0.5
         else:
             left, scale = 0.02 * left, self.scale
         if host.start is not None:  # whitened: solve for the factor that gives the start
-            start = warm_start_vectors(host, self.length) * (host.rms / scale)
+            start = warm_start(host, self.length) / scale
             left = torch.linalg.solve(right.double().T, start.double().T).T.float().contiguous()
         return BilinearPrompt(left, right, scale, frozen)
 

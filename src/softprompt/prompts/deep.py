@@ -27,6 +27,10 @@ class Deep(SoftPrompt):
     2
     """
 
+    start_error: float | None
+    """How far the first prompt was from the warm start that it was built for, relative to its size; None without one.
+    Above 0 where the method cannot represent every matrix."""
+
     def __init__(self, layers: Sequence[SoftPrompt]) -> None:
         super().__init__()
         folded = [layer.fold() for layer in layers]
@@ -40,6 +44,7 @@ class Deep(SoftPrompt):
             )
         self.layers = nn.ModuleList(layers)
         self.num_matrices = len(layers)
+        self.start_error = None
 
     @property
     def _prompts(self) -> list[SoftPrompt]:
@@ -72,11 +77,16 @@ class Deep(SoftPrompt):
 
 
 def build(config: PromptConfig, hosts: Sequence[Host], generator: torch.Generator) -> SoftPrompt:
-    """A fresh prompt for one host, or a deep prompt for several.
+    """A fresh prompt for one host, or a deep prompt for several, with its `start_error`.
 
     Raises:
         ValueError: as the method's `build` and `Deep` do.
     """
     if len(hosts) == 1:
         return config.build(hosts[0], generator)
-    return Deep([config.build(host, generator) for host in hosts])
+    deep = Deep([config.build(host, generator) for host in hosts])
+    starts = [host.start for host in hosts if host.start is not None]
+    if len(starts) == len(hosts):
+        start = torch.cat(starts).float()
+        deep.start_error = float((deep.prompt().detach() - start).norm() / start.norm())
+    return deep

@@ -15,7 +15,7 @@ from softprompt.prompts.initialization import (
     check_text,
     factorize,
     gradient_factors,
-    initial_vectors,
+    initial_matrix,
     source_vectors,
     start_gradient,
 )
@@ -150,14 +150,13 @@ class DPT(PromptConfig):
         check_scale(self.scale)
         if self.anchor == "none":
             check_init(self.init, self.init_text)
-            if self.factor_init != "random":
-                raise ValueError(
-                    f"factor_init is {self.factor_init!r} and anchor 'none'; without an anchor init says where the "
-                    "factors start, leave factor_init out"
-                )
+            self.check_unread("anchor 'none', where init says where the factors start", "factor_init")
+            self.check_unread("anchor 'none'", "gradient_batches")
             return
         if self.factor_init not in get_args(FactorInit):
             raise ValueError(f"factor_init is {self.factor_init!r}; it must be {' or '.join(get_args(FactorInit))}")
+        if self.factor_init != "gradient":
+            self.check_unread(f"factor_init {self.factor_init!r}", "gradient_batches")
         if self.init != "vocab":
             raise ValueError(
                 f"init is {self.init!r} and anchor {self.anchor!r}, which says where the prompt starts; leave init "
@@ -179,12 +178,12 @@ class DPT(PromptConfig):
         if self.rank > host.dim:
             raise ValueError(f"rank is {self.rank}, but the backbone's embeddings are {host.dim} wide; lower the rank")
         if self.anchor != "none":
-            return self._anchored(host, generator)
+            return self._anchored(self.anchor, host, generator)
         if self.init == "uniform" and host.start is None:
             left = torch.rand(self.length, self.rank, generator=generator) - 0.5
             right = torch.rand(self.rank, host.dim, generator=generator) - 0.5
             return DecomposedPrompt(left, right, host.rms if self.scale is None else self.scale)
-        vectors = initial_vectors(self.init, self.init_text, self.length, host, generator)
+        vectors = initial_matrix(self.init, self.init_text, self.length, host, generator, host.rms)
         left, right = factorize(vectors, self.rank, generator)
         return decomposed(left, right, host.rms, self.scale)
 
@@ -192,8 +191,7 @@ class DPT(PromptConfig):
         """`rank * (length + dim)`, with an anchor or without."""
         return self.rank * (self.length + dim)
 
-    def _anchored(self, host: Host, generator: torch.Generator) -> AnchoredPrompt:
-        source: Init = "vocab" if self.anchor == "none" else self.anchor
+    def _anchored(self, source: Init, host: Host, generator: torch.Generator) -> AnchoredPrompt:
         anchor = source_vectors(source, self.init_text, self.length, host, generator)
         if self.factor_init == "gradient":
             # These factors follow the gradient, and a first step lowers the loss as much as plain's as it is: 0.8 to

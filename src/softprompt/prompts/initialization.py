@@ -12,25 +12,10 @@ Init = Literal["vocab", "uniform", "text", "label_words"]
 """`vocab`: embeddings of random tokens; `text`: of a text; `label_words`: of the answers; `uniform`: U(-0.5, 0.5)."""
 
 
-def initial_vectors(
-    init: Init, text: str, length: int, host: Host, generator: torch.Generator
-) -> Float[Tensor, "length dim"]:
-    """`length` starting vectors in units of the host's RMS.
-
-    Raises:
-        ValueError: `text` without a text, a text with `init` other than `text`, `label_words` for a task without
-            any, or a warm start of another length.
-    """
-    check_init(init, text)
-    if init == "uniform" and host.start is None:
-        return torch.rand(length, host.dim, generator=generator) - 0.5
-    return source_vectors(init, text, length, host, generator) / host.rms
-
-
 def source_vectors(
     init: Init, text: str, length: int, host: Host, generator: torch.Generator
 ) -> Float[Tensor, "length dim"]:
-    """The warm start, or `length` of the host's embeddings, unscaled; raises as `initial_vectors`."""
+    """The warm start, or `length` of the host's embeddings, unscaled; raises as `initial_matrix`."""
     if host.start is not None:
         return warm_start(host, length)
     if init == "vocab":
@@ -50,15 +35,13 @@ def initial_matrix(
     """`length` starting vectors in units of `scale`; `uniform` is U(-0.5, 0.5) of them, whatever the scale.
 
     Raises:
-        ValueError: as `initial_vectors`.
+        ValueError: `text` without a text, a text with `init` other than `text`, `label_words` for a task without
+            any, or a warm start of another length.
     """
-    vectors = initial_vectors(init, text, length, host, generator)
-    return vectors if init == "uniform" and host.start is None else vectors * (host.rms / scale)
-
-
-def warm_start_vectors(host: Host, length: int) -> Float[Tensor, "length dim"]:
-    """The host's warm start in units of its RMS; raises as `warm_start`."""
-    return warm_start(host, length) / host.rms
+    check_init(init, text)
+    if init == "uniform" and host.start is None:
+        return torch.rand(length, host.dim, generator=generator) - 0.5
+    return source_vectors(init, text, length, host, generator) / scale
 
 
 def warm_start(host: Host, length: int) -> Float[Tensor, "length dim"]:
@@ -133,8 +116,8 @@ def factorize(
 ) -> tuple[Float[Tensor, "length rank"], Float[Tensor, "rank dim"]]:
     """The best rank-`rank` product for `matrix` (truncated SVD), its singular values shared evenly by both factors.
 
-    Directions that `matrix` lacks (because text was repeated, say) start as small noise in both factors, to be
-    trainable.
+    Directions that `matrix` lacks (because text was repeated, or the rank exceeds the length) start as small noise in
+    the first factor and zeros in the second: they are trainable and leave the product as it is.
 
     Reference: Eckart and Young, 1936.
     """
@@ -146,10 +129,9 @@ def factorize(
     left, right = left[:, :rank] * root, root[:, None] * right[:rank]
     missing = values[:rank] <= values[0] * 1e-6
     if missing.any():
-        noise, (length, dim) = 0.1 * float(values[0].sqrt()), matrix.shape
-        count = int(missing.sum())
-        left[:, missing] = noise * torch.randn(length, count, generator=generator).double() / length**0.5
-        right[missing] = noise * torch.randn(count, dim, generator=generator).double() / dim**0.5
+        noise, length = 0.1 * float(values[0].sqrt()), len(matrix)
+        draws = torch.randn(length, int(missing.sum()), generator=generator).double()
+        left[:, missing], right[missing] = noise * draws / length**0.5, 0
     return left.float().contiguous(), right.float().contiguous()
 
 

@@ -16,6 +16,14 @@ class ResidualPrompt(PromptOnly):
     """`P' = scale * (matrix + LayerNorm(ReLU(matrix @ down + down_bias) @ up + up_bias))`.
 
     All but `matrix` have a leading axis of networks: one for all positions, or one per position.
+
+    Args:
+        matrix: P.
+        networks: 1, or the prompt's length.
+        width: hidden size of a network.
+        gain: the layer norm's initial gain; at 0 the prompt starts at the matrix.
+        scale: size of one unit of the matrix and of the branch.
+        generator: draws the networks' first values.
     """
 
     scale: Tensor
@@ -25,6 +33,7 @@ class ResidualPrompt(PromptOnly):
         matrix: Float[Tensor, "prompt dim"],
         networks: int,
         width: int,
+        gain: float,
         scale: float,
         generator: torch.Generator,
     ) -> None:
@@ -36,7 +45,7 @@ class ResidualPrompt(PromptOnly):
         self.down_bias = nn.Parameter(_uniform(dim, generator, networks, 1, width))
         self.up = nn.Parameter(_uniform(width, generator, networks, width, dim))
         self.up_bias = nn.Parameter(_uniform(width, generator, networks, 1, dim))
-        self.gain = nn.Parameter(torch.ones(networks, 1, dim))
+        self.gain = nn.Parameter(torch.full((networks, 1, dim), gain))
         self.bias = nn.Parameter(torch.zeros(networks, 1, dim))
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
 
@@ -59,8 +68,9 @@ class Residual(PromptConfig):
     Reference: Razdaibiedina et al. 2023, "Residual Prompt Tuning: Improving Prompt Tuning with Residual
     Reparameterization".
     Differs: P and the branch are both kept at unit size and a constant carries their sum to the host's embedding
-    RMS, so that one learning rate fits every backbone (`scale=1` is the published form); the network is saved
-    with the prompt, which the published code forgets; the count includes the biases, which the paper's leaves out.
+    RMS, so that one learning rate fits every backbone (`scale=1` is the published form); a warm start, which the paper
+    does not have, is kept exactly by a layer norm whose gain starts at 0; the network is saved with the prompt, which
+    the published code forgets; the count includes the biases, which the paper's leaves out.
 
     >>> Residual(length=100, width=400).count(1024)
     925072
@@ -90,10 +100,14 @@ class Residual(PromptConfig):
         return cls(length=100, width=400, init="vocab", scale=1.0)
 
     def build(self, host: Host, generator: torch.Generator) -> ResidualPrompt:
-        """Initial vectors and a random network: the branch starts at unit size, so P' starts apart from P."""
+        """Initial vectors and a random network: the branch starts at unit size, so P' starts apart from P.
+
+        With a warm start the branch starts at zero, so P' starts there.
+        """
         scale = host.rms if self.scale is None else self.scale
         matrix = initial_matrix(self.init, self.init_text, self.length, host, generator, scale)
-        return ResidualPrompt(matrix, 1 if self.shared else self.length, self.width, scale, generator)
+        gain = 1.0 if host.start is None else 0.0
+        return ResidualPrompt(matrix, 1 if self.shared else self.length, self.width, gain, scale, generator)
 
     def count(self, dim: int) -> int:
         """The matrix, and each network with its biases and layer norm."""

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from softprompt.prompts.base import Host, PromptConfig, PromptOnly, at_least
-from softprompt.prompts.initialization import check_scale, warm_start_vectors
+from softprompt.prompts.initialization import check_scale, warm_start
 
 
 @final
@@ -82,7 +82,7 @@ class ULPT(PromptConfig):
             scale = self.scale
         bias = torch.zeros(host.dim)
         if host.start is not None:
-            start = warm_start_vectors(host, self.length) * (host.rms / scale)
+            start = warm_start(host, self.length) / scale
             bias = start.mean(0)
             fit = torch.linalg.lstsq(projection.double().T, (start - bias).double().T)
             latent = fit.solution.T.float().contiguous()

@@ -14,7 +14,6 @@ from softprompt.evaluation.predict import input_limit, over_long_note
 from softprompt.models import PromptedModel, attach, verify
 from softprompt.models.peft_folder import read_peft_folder
 from softprompt.models.teacher import Teacher
-from softprompt.prompts import SoftPrompt
 from softprompt.runs import Run
 from softprompt.tasks import Task, read_answers
 from softprompt.tasks.data.chat import with_answered_turns
@@ -29,6 +28,7 @@ from softprompt.training.checks import check_settings_apply, check_shardable, ch
 from softprompt.training.context import check_after_context, make_teacher, read_context, teacher_of
 from softprompt.training.distributed import DistributedGroup
 from softprompt.training.gradients import gradient_on
+from softprompt.training.start_notes import inexact_start_note, init_prompt_note
 from softprompt.types import Dtype
 
 
@@ -88,9 +88,11 @@ def new_run(experiment: Experiment, backbone: Backbone | None, callback: Trainin
     if experiment.init_prompt is not None and prompted.prompt is not None:
         folder = local_folder(experiment.init_prompt)
         source = runs.read_prompt(folder, backbone)
-        callback.on_note(_init_prompt_note(experiment.init_prompt, prompted.prompt, source))
+        callback.on_note(init_prompt_note(experiment.init_prompt, prompted.prompt, source))
         if runs.prompt_kind(folder) == "peft" and (note := read_peft_folder(folder).base_note(backbone)):
             callback.on_note(note)
+    elif note := inexact_start_note(prompted.prompt):
+        callback.on_note(note)
     return _encode_rows(experiment, task, rows, backbone, prompted, callback, teacher, context)
 
 
@@ -258,12 +260,3 @@ def with_sample_images(backbone: Backbone, experiment: Experiment, task: Task, r
 def _begins_with_special_token(tokenizer: Any) -> bool:
     ids = tokenizer("a").input_ids
     return bool(ids) and ids[0] in tokenizer.all_special_ids
-
-
-def _init_prompt_note(name: str, prompt: SoftPrompt, source: SoftPrompt) -> str:
-    """How closely the method can represent the prompt that it starts from."""
-    target = source.prompt().detach().cpu()
-    if prompt.num_matrices != source.num_matrices:
-        return f"starting from the keys and values of {name}"
-    error = float((prompt.prompt().detach().cpu() - target).norm() / target.norm())
-    return f"starting from {name}, represented to a relative error of {error:.3g}"
