@@ -134,7 +134,7 @@ def test_unquantized_weights_are_required(kind: Any, llama_folder: Path, ticket_
     with pytest.raises(ValueError, match="are quantized; give a --dtype without quantization"):
         query_key(load_backbone(str(llama_folder), dtype=kind).model)
     with pytest.raises(ValueError, match="give --dtype float32"):
-        train(experiment(llama_folder, ticket_task, kind, baseline="full"), out=tmp_path)
+        train(experiment(llama_folder, ticket_task, kind, baseline="full").replace(prompt=DPT()), out=tmp_path)
 
 
 def test_missing_extra_names_the_install_command(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ LAYOUTS: Mapping[str, Sequence[Mapping[str, Any]]] = {
 }
 """Other positions of a prompt, and other attention."""
 STEPS = 5
-SMALL = {"length": 4, "rank": 2, "width": 4, "positions": 30, "samples": 50}
+SMALL = {"length": 4, "rank": 2, "width": 4, "positions": 30}
 
 
 class Stopped(Exception):

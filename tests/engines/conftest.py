@@ -97,7 +97,14 @@ def tiny_run(tmp_path: Path) -> Callable[[Backbone], Run]:
         words = {"billing": "billing", "login": "login", "other": "other"}
         task = Task(name="tickets", template="Ticket: {text}\nQueue:", label="queue", label_words=words)
         config = DPT(length=11, rank=3)
-        created = runs.create(Experiment(backbone=backbone.source, prompt=config), task, backbone, tmp_path, "tiny", "")
+        created = runs.create(
+            Experiment(backbone=backbone.source, prompt=config),
+            task,
+            backbone,
+            tmp_path,
+            "tiny",
+            dict.fromkeys(("splits", "source", "test"), ""),
+        )
         prompt = config.build(backbone.host(), torch.Generator().manual_seed(0))
         return created.finish(attach(backbone, prompt), {"test": 0.5})
 

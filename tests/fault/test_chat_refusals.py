@@ -82,7 +82,7 @@ def test_unusable_conversation_is_refused(cell: Any, message: str, backbone: Bac
 )
 def test_unusual_conversation_is_accepted(cell: Any, backbone: Backbone, tmp_path: Path) -> None:
     task = load_task(str(write(tmp_path, cell)))
-    rows = splits(task, seed=1)
+    rows = splits(task)
     assert sum(len(encode(task, backbone.tokenizer, table, 100)[0]) for table in (rows.train, rows.dev, rows.test)) == 9
 
 
@@ -116,7 +116,8 @@ def test_unusable_template_is_refused(template: str | None, message: str, chat_f
     backbone = load_backbone(str(chat_folder), dtype="float32")
     backbone.tokenizer.chat_template = template
     task = write(tmp_path, [USER, USER, ANSWER])
-    (tmp_path / "test.jsonl").write_bytes((tmp_path / "rows.jsonl").read_bytes())
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "test.jsonl").write_text("".join(rows[:-1]))
     task.write_text(task.read_text() + 'test = "test.jsonl"\ndev = "test.jsonl"\n')
     with pytest.raises(ValueError, match=message):
         train(experiment(backbone, task), out=tmp_path / "runs", backbone=backbone)

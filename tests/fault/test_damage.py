@@ -281,14 +281,28 @@ def test_one_of_many_runs_gets_a_name(finished: Run, tmp_path: Path, tiny_backbo
 
     def claim(_: int) -> str:
         try:
-            return runs.create(finished.experiment, task, backbone, tmp_path, "mine", {}).name
+            return runs.create(
+                finished.experiment, task, backbone, tmp_path, "mine", dict.fromkeys(("splits", "source", "test"), "")
+            ).name
         except FileExistsError as error:
             return str(error)
 
     with ThreadPoolExecutor(8) as pool:
         names = list(pool.map(claim, range(16)))
         numbered = list(
-            pool.map(lambda _: runs.create(finished.experiment, task, backbone, tmp_path, None, {}).name, range(16))
+            pool.map(
+                lambda _: (
+                    runs.create(
+                        finished.experiment,
+                        task,
+                        backbone,
+                        tmp_path,
+                        None,
+                        dict.fromkeys(("splits", "source", "test"), ""),
+                    ).name
+                ),
+                range(16),
+            )
         )
     assert names.count("mine") == 1
     assert all("exists and is never overwritten; choose another --name" in one for one in names if one != "mine")

@@ -101,15 +101,6 @@ def test_inexact_prefix_is_refused(tiny_backbone: MakeBackbone, tokenizer: objec
     refused(lambda: attach(backbone), "odd-cache", "other logits with a shared prefix", "refused")
 
 
-def test_layer_with_a_hook_that_the_fused_layers_bypass_is_refused(
-    tokenizer: object, tiny_backbone: MakeBackbone
-) -> None:
-    model = transformers.AutoModelForCausalLM.from_config(tiny_backbone("llama").model.config)
-    model.model.layers[0].register_forward_hook(lambda module, inputs, output: output.flip(-1))
-    backbone = Backbone(model, tokenizer, "hooked", "hooked", "causal")
-    refused(lambda: attach(backbone), "hooked", "other logits with a shared prefix", "refused")
-
-
 def test_prompt_of_another_width_is_refused(tiny_backbone: MakeBackbone) -> None:
     narrow = Folded(torch.zeros(4, 16))
     refused(lambda: attach(tiny_backbone("llama"), narrow)(IDS), "16 wide", "embeds in 32", "another backbone")

@@ -38,7 +38,14 @@ def made(tmp_path: Path) -> Callable[..., Run]:
     def make(backbone: Backbone, method: str, name: str = "") -> Run:
         config = METHODS[method](length=LENGTHS.get(method, 12))
         experiment = Experiment(backbone=backbone.source, prompt=config)
-        run = runs.create(experiment, TASK, backbone, tmp_path / "runs", name or method, "")
+        run = runs.create(
+            experiment,
+            TASK,
+            backbone,
+            tmp_path / "runs",
+            name or method,
+            dict.fromkeys(("splits", "source", "test"), ""),
+        )
         prompt = config.build(backbone.host(), torch.Generator().manual_seed(len(method)))
         with torch.no_grad():
             for weights in prompt.parameters():

@@ -93,8 +93,8 @@ def test_names_of_control_tokens_are_text_in_every_message(backbone: Backbone) -
 def test_prediction_equals_the_services_chat_completion(chat_folder: Path, tmp_path: Path) -> None:
     backbone = load_backbone(str(chat_folder), dtype="float32")
     rows = [{"messages": conversation} for conversation in CONVERSATIONS[:3]]
-    for split in ("train", "dev", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for split, of_split in {"train": rows[:2], "dev": rows[1:], "test": rows}.items():
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_split))
     files = "".join(f'{split} = "{split}.jsonl"\n' for split in ("train", "dev", "test"))
     (tmp_path / "task.toml").write_text(files + 'messages = "messages"\n')
     settings = TrainingConfig(steps=3, batch_size=4, eval_steps=3, lr=0.3, max_new_tokens=6)

@@ -52,7 +52,14 @@ def run(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> Run:
     backbone = load_backbone(str(llama_folder), dtype="float32")
     config = Plain(length=5)
     experiment = Experiment(backbone=str(llama_folder), task=str(ticket_task), prompt=config, dtype="float32")
-    created = runs.create(experiment, load_task(str(ticket_task)), backbone, tmp_path, "run", "")
+    created = runs.create(
+        experiment,
+        load_task(str(ticket_task)),
+        backbone,
+        tmp_path,
+        "run",
+        dict.fromkeys(("splits", "source", "test"), ""),
+    )
     prompt = config.build(backbone.host(), torch.Generator().manual_seed(0))
     return created.finish(attach(backbone, prompt), {"test": 0.5})
 
