@@ -77,7 +77,7 @@ def test_vocabulary_weight_without_label_words_is_refused(
     task = tmp_path / "t.toml"
     task.write_text('train = "train.csv"\ntemplate = "Ticket: {text}\\nQueue:"\ntarget = "queue"\n')
     training = TrainingConfig(steps=2, eval_steps=2, vocabulary_weight=weight)
-    with pytest.raises(ValueError, match=r"vocabulary_weight is 0\.\d, and task 't' has no label words"):
+    with pytest.raises(ValueError, match=r"vocabulary_weight is 0\.\d, and task .t. has no label words, so"):
         train(experiment.replace(task=str(task), training=training), out=tmp_path / "runs")
 
 

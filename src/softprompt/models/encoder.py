@@ -244,8 +244,8 @@ class Encoder(PromptedModel):
         model, ids = self.backbone.model, torch.tensor(sample(self.backbone).texts[-1], device=self.backbone.device)
         with model_errors_refused(self.backbone, "a text"):
             embeds = model.get_input_embeddings()(ids)[None]
-            other_end = torch.cat([embeds[:, :-1], embeds[:, :1]], 1)
-            first, changed = (model(inputs_embeds=inputs)[0][0, 0] for inputs in (embeds, other_end))
+            other_second = torch.cat([embeds[:, :1], embeds[:, :1], embeds[:, 2:]], 1)
+            first, changed = (model(inputs_embeds=inputs)[0][0, 0] for inputs in (embeds, other_second))
         if torch.equal(first, changed):
             raise ValueError(
                 f"{self.backbone.source} is a {type(model).__name__}, a decoder without its language-model head, whose "

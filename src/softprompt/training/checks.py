@@ -37,10 +37,10 @@ def check_settings_apply(experiment: Experiment, task: Task, backbone: Backbone)
             f"vocabulary_weight is {experiment.training.vocabulary_weight}, and {backbone.source} answers through a "
             "trained head, which has no label words; leave it out"
         )
-    if experiment.training.vocabulary_weight is not None and not task.is_classification:
+    if experiment.training.vocabulary_weight not in (None, 1) and not task.is_classification:
         raise ValueError(
-            f"vocabulary_weight is {experiment.training.vocabulary_weight}, and task {task.name!r} has no label words; "
-            "leave it out"
+            f"vocabulary_weight is {experiment.training.vocabulary_weight}, and task {task.name!r} has no label words, "
+            "so its loss is over the vocabulary; leave it out"
         )
     if not experiment.training.shots and not experiment.training.shots_balanced:
         raise ValueError("shots_balanced is off, and no shots are drawn; give shots, or leave it out")

@@ -71,12 +71,9 @@ def is_supported(model: Any) -> bool:
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not layers or model.device.type != "cpu" or not isinstance(getattr(model, "lm_head", None), nn.Linear):
         return False
-    if not all(_is_supported_layer(layer) for layer in layers):
+    if not all(map(_is_supported_layer, layers)):
         return False
-    _parts[model] = others, linears = [(model._modules, "model", model.model)], list[_Part]()
-    for parent in model.model.modules():
-        for name, part in parent.named_children():
-            (linears if dequantize.is_supported(part) else others).append((parent._modules, name, part))
+    _remember_parts(model)
     return True
 
 
@@ -94,13 +91,22 @@ def is_intact(model: Any, *, linears: bool = True) -> bool:
     Args:
         linears: also of the linear layers, which `llama_cached` calls as they are.
     """
-    if model not in _parts and not is_supported(model):  # a copy of a model that is
-        return False
+    if model not in _parts:  # a copy of a model that is supported
+        if not all(map(_is_supported_layer, model.model.layers)):
+            return False
+        _remember_parts(model)
     parts = itertools.chain(*_parts[model]) if linears else _parts[model][0]
     is_hooked = gradient_checkpointing.is_hooked
     return not is_hooked(model) and all(
         siblings.get(name) is part and not is_hooked(part) for siblings, name, part in parts
     )
+
+
+def _remember_parts(model: Any) -> None:
+    _parts[model] = others, linears = [(model._modules, "model", model.model)], list[_Part]()
+    for parent in model.model.modules():
+        for name, part in parent.named_children():
+            (linears if dequantize.is_supported(part) else others).append((parent._modules, name, part))
 
 
 def _is_supported_layer(layer: Any) -> bool:
