@@ -217,9 +217,7 @@ def test_vocabulary_weight_out_of_range_is_refused(weight: float) -> None:
         TrainingConfig(vocabulary_weight=weight)
 
 
-def test_text_targets_have_their_loss_over_the_vocabulary(
-    llama_folder: Path, ticket_task: Path, tmp_path: Path
-) -> None:
+def test_loss_of_text_targets_is_over_the_vocabulary(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:
     file = tmp_path / "texts.toml"
     rows = ticket_task.parent / "train.csv"
     file.write_text(
