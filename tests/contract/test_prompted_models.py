@@ -13,7 +13,7 @@ from softprompt.prompts import METHODS, SoftPrompt
 
 BACKBONES = ("llama", "gpt2", "qwen3", "t5", "bart", "bert_mlm", "roberta_mlm", "roberta", "mpnet")
 CANDIDATES = ((40,), (41,), (42,))
-SMALL = {"length": 5, "rank": 2, "width": 4, "positions": 30, "samples": 20}
+SMALL = {"length": 5, "rank": 2, "width": 4, "positions": 30}
 """Settings that keep a method tiny, where it has them."""
 
 methods = pytest.mark.parametrize("method", sorted(METHODS))
