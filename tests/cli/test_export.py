@@ -37,7 +37,7 @@ def folders(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.Temp
     made = {}
     for name, config in wanted.items():
         experiment = Experiment(backbone=str(llama_folder), task=str(ticket_task), prompt=config, dtype="float32")
-        run = runs.create(experiment, task, backbone, out, name, dict.fromkeys(("splits", "source", "test"), ""))
+        run = runs.create(experiment, task, backbone, out, name, dict.fromkeys(("splits", "full", "test"), ""))
         prompt = config.build(backbone.host(), torch.Generator().manual_seed(0))
         made[name] = run.finish(attach(backbone, prompt), {"test": 0.5}).folder
     return made

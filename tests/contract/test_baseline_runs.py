@@ -50,7 +50,7 @@ def bare_score(run: Run, backbone: Backbone) -> float:
 
 @both
 def test_baseline_is_evaluated_and_does_not_change_the_bare_model(
-    baseline: Baseline, experiment: Experiment, tiny_backbone: MakeBackbone, tmp_path: Path
+    baseline: Baseline, experiment: Experiment, tmp_path: Path
 ) -> None:
     """Seen failing: LoRA could not be evaluated, and both reported the trained model's score as zero-shot."""
     run = train(experiment.replace(baseline=baseline), out=tmp_path)

@@ -103,7 +103,7 @@ def tiny_run(tmp_path: Path) -> Callable[[Backbone], Run]:
             backbone,
             tmp_path,
             "tiny",
-            dict.fromkeys(("splits", "source", "test"), ""),
+            dict.fromkeys(("splits", "full", "test"), ""),
         )
         prompt = config.build(backbone.host(), torch.Generator().manual_seed(0))
         return created.finish(attach(backbone, prompt), {"test": 0.5})

@@ -282,7 +282,7 @@ def test_one_of_many_runs_gets_a_name(finished: Run, tmp_path: Path, tiny_backbo
     def claim(_: int) -> str:
         try:
             return runs.create(
-                finished.experiment, task, backbone, tmp_path, "mine", dict.fromkeys(("splits", "source", "test"), "")
+                finished.experiment, task, backbone, tmp_path, "mine", dict.fromkeys(("splits", "full", "test"), "")
             ).name
         except FileExistsError as error:
             return str(error)
@@ -298,7 +298,7 @@ def test_one_of_many_runs_gets_a_name(finished: Run, tmp_path: Path, tiny_backbo
                         backbone,
                         tmp_path,
                         None,
-                        dict.fromkeys(("splits", "source", "test"), ""),
+                        dict.fromkeys(("splits", "full", "test"), ""),
                     ).name
                 ),
                 range(16),

@@ -64,7 +64,7 @@ def test_golds_and_majority_have_no_end(tiny_backbone: object) -> None:
         dev=rows,
         test=rows,
         fingerprint="",
-        source_fingerprint="",
+        full_fingerprint="",
         test_fingerprint="",
         majority="yep" + end,
     )

@@ -45,12 +45,18 @@ def finished(llama_folder: Path, ticket_task: Path, tmp_path_factory: pytest.Tem
     return train(experiment, out=tmp_path_factory.mktemp("runs"), name="whole")
 
 
-def test_other_backbone_of_equal_width_is_refused(finished: Run, llama_folder: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other-llama"
-    shutil.copytree(llama_folder, other)
+def altered(folder: Path, where: Path, *, by: float) -> Path:
+    """A copy of a model in which one weight is larger."""
+    other = where / "other-llama"
+    shutil.copytree(folder, other)
     weights = load_file(other / "model.safetensors")
-    weights["model.norm.weight"][0] += 1e-6
+    weights["model.norm.weight"][0] += by
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    return other
+
+
+def test_other_backbone_of_equal_width_is_refused(finished: Run, llama_folder: Path, tmp_path: Path) -> None:
+    other = altered(llama_folder, tmp_path, by=1e-6)
     backbone, rows = load_backbone(str(other), dtype="float32"), [{"text": "a a"}]
     for call in (
         lambda: finished.prompt(backbone),
@@ -71,11 +77,7 @@ def test_other_backbone_of_equal_width_is_refused(finished: Run, llama_folder: P
 def test_other_backbone_in_a_narrower_dtype_is_refused(
     narrower: str, finished: Run, llama_folder: Path, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other-llama"
-    shutil.copytree(llama_folder, other)
-    weights = load_file(other / "model.safetensors")
-    weights["model.norm.weight"][0] += 0.1
-    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    other = altered(llama_folder, tmp_path, by=0.1)
     with pytest.raises(ValueError, match=r"the weights of \S+other-llama are not those that run \S+whole was trained"):
         predict(finished, [{"text": "a a"}], backbone=load_backbone(str(other), dtype=narrower))
 
@@ -83,11 +85,7 @@ def test_other_backbone_in_a_narrower_dtype_is_refused(
 def test_other_backbone_in_a_wider_dtype_is_refused(finished: Run, llama_folder: Path, tmp_path: Path) -> None:
     half = train(finished.experiment.replace(dtype="bfloat16"), out=tmp_path, name="half")
     assert predict(half, [{"text": "a a"}], backbone=load_backbone(str(llama_folder), dtype="float32"))
-    other = tmp_path / "other-llama"
-    shutil.copytree(llama_folder, other)
-    weights = load_file(other / "model.safetensors")
-    weights["model.norm.weight"][0] += 0.1
-    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    other = altered(llama_folder, tmp_path, by=0.1)
     with pytest.raises(ValueError, match=r"the weights of \S+other-llama are not those that run \S+half was trained"):
         predict(half, [{"text": "a a"}], backbone=load_backbone(str(other), dtype="float32"))
 

@@ -44,7 +44,7 @@ def made(tmp_path: Path) -> Callable[..., Run]:
             backbone,
             tmp_path / "runs",
             name or method,
-            dict.fromkeys(("splits", "source", "test"), ""),
+            dict.fromkeys(("splits", "full", "test"), ""),
         )
         prompt = config.build(backbone.host(), torch.Generator().manual_seed(len(method)))
         with torch.no_grad():

@@ -70,7 +70,7 @@ def test_readme_names_files_of_trained_weights(
 ) -> None:
     own = tiny_backbone(kind)
     experiment = Experiment(backbone=own.source, baseline=baseline)
-    run = runs.create(experiment, TASK, own, tmp_path, "it", dict.fromkeys(("splits", "source", "test"), ""))
+    run = runs.create(experiment, TASK, own, tmp_path, "it", dict.fromkeys(("splits", "full", "test"), ""))
     copied, tuned = tune(own, baseline)
     prompt = experiment.prompt.build(own.host(), torch.Generator()) if baseline == "none" else None
     trained = attach(copied, prompt, head=fresh_head(own, 2, torch.Generator()), tuned=tuned)
@@ -84,7 +84,7 @@ def test_readme_names_files_of_trained_weights(
 def test_readme_loads_gguf_as_transformers_does(tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
     own = dataclasses.replace(tiny_backbone("llama"), base="/models/small.gguf")
     experiment = Experiment(backbone=own.source)
-    run = runs.create(experiment, TASK, own, tmp_path, "it", dict.fromkeys(("splits", "source", "test"), ""))
+    run = runs.create(experiment, TASK, own, tmp_path, "it", dict.fromkeys(("splits", "full", "test"), ""))
     trained = attach(own, experiment.prompt.build(own.host(), torch.Generator()))
     results = {"metric": "accuracy", "best_step": 1, "n_test": 2, "n_dev": 2, "trainable": 3}
     model_card.write(

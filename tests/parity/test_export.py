@@ -105,7 +105,7 @@ def test_npz_deep_prompt_has_its_number_of_matrices(tiny_backbone: Callable[[str
     task = Task(name="pets", image="image", label="label", label_words={"cat": "cat", "dog": "dog"})
     experiment = Experiment(backbone="vit", prompt=config, depth="deep")
     run = runs.create(
-        experiment, task, backbone, tmp_path / "runs", "pets", dict.fromkeys(("splits", "source", "test"), "")
+        experiment, task, backbone, tmp_path / "runs", "pets", dict.fromkeys(("splits", "full", "test"), "")
     )
     prompt, head = build(config, backbone.hosts(3), torch.Generator()), fresh_head(backbone, 2, torch.Generator())
     trained = run.finish(attach(backbone, prompt, head=head), {"test": 0.5})

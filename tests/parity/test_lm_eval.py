@@ -58,7 +58,7 @@ def run(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> Run:
         backbone,
         tmp_path,
         "run",
-        dict.fromkeys(("splits", "source", "test"), ""),
+        dict.fromkeys(("splits", "full", "test"), ""),
     )
     prompt = config.build(backbone.host(), torch.Generator().manual_seed(0))
     return created.finish(attach(backbone, prompt), {"test": 0.5})

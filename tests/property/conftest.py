@@ -59,7 +59,7 @@ def _write_run(
         "hash": experiment.hash,
         "experiment": experiment.to_json(),
         "task": TASKS[task.partition(":")[0]].to_json() | (task_fields or {}),
-        "data": {"splits": f"splits {seed}", "source": "rows", "test": "test rows"} | (data or {}),
+        "data": {"splits": f"splits {seed}", "full": "rows", "test": "test rows"} | (data or {}),
         "backbone": {**recorded, **(backbone or {})},
         "versions": {"torch": "2.0"},
         "created": created,

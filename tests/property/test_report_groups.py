@@ -133,8 +133,8 @@ def test_tasks_of_one_name_differ_by_their_files(write: Write, tmp_path: Path) -
 def test_changed_rows_of_one_file_are_a_column(write: Write, tmp_path: Path) -> None:
     """Neither averaged over seeds, nor skipped as a second run of one seed."""
     write(test=0.5)
-    write(test=0.7, data={"source": "changed rows"})
-    write(test=0.8, data={"source": "changed rows"}, seed=1)
+    write(test=0.7, data={"full": "changed rows"})
+    write(test=0.8, data={"full": "changed rows"}, seed=1)
     groups, skipped = group(read([tmp_path / "runs"])[0])
     assert skipped == []
     grid = arrange(groups)

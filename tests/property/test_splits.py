@@ -180,16 +180,16 @@ def test_fingerprint_follows_the_columns_that_are_read(source) -> None:
     assert splits(task).fingerprint != first
 
 
-def test_source_fingerprint_is_of_all_rows_however_they_are_split(source) -> None:
+def test_full_fingerprint_is_of_all_rows_before_they_are_sampled(source) -> None:
     rows = table(60)
     task = dataclasses.replace(REVIEW, source=source(rows=rows), split_seed=1)
     full, other = splits(task), splits(dataclasses.replace(task, split_seed=2))
     few = shots(task, full, 4, seed=1)
-    assert full.source_fingerprint == other.source_fingerprint == few.source_fingerprint
+    assert full.full_fingerprint == few.full_fingerprint != other.full_fingerprint
     assert full.test_fingerprint == few.test_fingerprint != other.test_fingerprint
     assert len({full.fingerprint, other.fingerprint, few.fingerprint}) == 3
     source(rows=rows.select([1, 0, *range(2, 60)]))
-    assert splits(task).source_fingerprint != full.source_fingerprint  # rows are split by their place in the file
+    assert splits(task).full_fingerprint != full.full_fingerprint  # rows are split by their place in the file
 
 
 @pytest.mark.parametrize("balanced", [True, False])

@@ -131,13 +131,13 @@ class Run:
                 f"run {self.folder} was trained on {self.experiment.backbone} (hidden size {recorded['dim']}), and "
                 f"{backbone.source} has hidden size {backbone.dim}; use the backbone it was trained on"
             )
-        expected, actual = recorded["hash"], backbone.hash
-        if recorded["dtype"] != backbone.precision:
-            expected = recorded["rounded"].get(backbone.precision, "")  # the run's, had they been loaded like these
-            if not expected:  # these, had they been loaded like the run's
-                dtype = getattr(torch, recorded["dtype"], None)
-                expected = recorded["hash"]
-                actual = backbone.hash_as(dtype) if isinstance(dtype, torch.dtype) else ""
+        # The run's weights as they would be in the backbone's dtype, or the backbone's as they would be in the run's.
+        in_dtype = {**recorded["rounded"], recorded["dtype"]: recorded["hash"]}
+        if expected := in_dtype.get(backbone.precision, ""):
+            actual = backbone.hash
+        else:
+            dtype = getattr(torch, recorded["dtype"], None)
+            expected, actual = recorded["hash"], backbone.hash_as(dtype) if isinstance(dtype, torch.dtype) else ""
         if actual and expected != actual:
             raise ValueError(
                 f"the weights of {backbone.source} are not those that run {self.folder} was trained on; "
@@ -308,7 +308,7 @@ def open_run(folder: str | Path) -> Run:
         if not isinstance(record.get("results"), dict | None):
             raise ValueError(f"results are {type(record['results']).__name__}")
         _ = (
-            *(record["data"][name] for name in ("splits", "source", "test")),
+            *(record["data"][name] for name in ("splits", "full", "test")),
             *(backbone[name] for name in ("dim", "hash", "dtype", "rounded", "base", "note")),
         )
     except KeyError as error:

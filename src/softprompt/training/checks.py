@@ -18,8 +18,8 @@ def check_settings_apply(experiment: Experiment, task: Task, backbone: Backbone)
         raise ValueError(f"{unused} is for prompts, and the baseline {experiment.baseline} has none; leave it out")
     if experiment.baseline != "none" and experiment.prompt != Experiment().prompt:
         raise ValueError(
-            f"a prompt is described ({experiment.prompt}), and the baseline {experiment.baseline} trains none; leave "
-            "the method and its settings out"
+            f"the method {experiment.prompt.name} is given, and the baseline {experiment.baseline} trains no prompt; "
+            "leave the method and its settings out"
         )
     if experiment.depth == "deep":
         _check_deep(experiment, backbone)

@@ -155,7 +155,7 @@ def _task_settings(result: Result) -> dict[str, Any]:
         "data": _data(experiment, task),
         **{f"task.{name}": value for name, value in fields.items()},
         "wording": json.dumps(wording),  # the order of the label words is the order of the classes
-        "rows": str(result.run.record["data"]["source"])[:12],
+        "rows": str(result.run.record["data"]["full"])[:12],
     }
 
 

@@ -12,8 +12,8 @@ from typing import TypeVar, cast, final
 from datasets import Dataset
 
 from softprompt.tasks import user  # noqa: F401  (importing it registers the reader of the user's files)
-from softprompt.tasks.data.fingerprint import as_json, contents, fingerprint
 from softprompt.tasks.data.images import image_table, split_folders, without_broken
+from softprompt.tasks.data.row_contents import as_json, contents
 from softprompt.tasks.data.row_warnings import Keys, equal_golds_warning, overlap_warning, row_keys
 from softprompt.tasks.data.tabular import numbered, records, row_origin, task_rows
 from softprompt.tasks.metrics import METRICS, check_installed
@@ -44,8 +44,8 @@ class Splits:
     """Held out, unless `shared` with dev."""
     fingerprint: str
     """sha256 of every column that the task reads, split by split."""
-    source_fingerprint: str
-    """The same of all rows as they were read, before they were split or sampled."""
+    full_fingerprint: str
+    """The same before any rows were sampled (`shots`)."""
     test_fingerprint: str
     """The same of the test split alone."""
     majority: int | str
@@ -66,7 +66,7 @@ class Splits:
     @property
     def fingerprints(self) -> dict[str, str]:
         """The fingerprints as a run's record has them."""
-        return {"splits": self.fingerprint, "source": self.source_fingerprint, "test": self.test_fingerprint}
+        return {"splits": self.fingerprint, "full": self.full_fingerprint, "test": self.test_fingerprint}
 
 
 def splits(task: Task, data: str | None = None, protocol: Protocol = "heldout") -> Splits:
@@ -91,7 +91,6 @@ def splits(task: Task, data: str | None = None, protocol: Protocol = "heldout") 
     """
     check_installed((name, METRICS[name]) for name in task.metrics)
     parts, broken = _read(task, data)
-    source = fingerprint(task, parts)
     _compare_parts(task, parts)
     if "rows" in parts:
         parts = {**split_rows(task, parts.pop("rows"), {"dev": DEV, "test": TEST}, "train"), **parts}
@@ -110,7 +109,7 @@ def splits(task: Task, data: str | None = None, protocol: Protocol = "heldout") 
     missing = {name: share for name, share in (("dev", DEV), ("test", TEST)) if name not in parts}
     if missing:
         parts.update(split_rows(task, parts["train"], missing, "train"))
-    return _splits(task, parts["train"], parts["dev"], parts["test"], broken, source)
+    return _splits(task, parts["train"], parts["dev"], parts["test"], broken)
 
 
 def load_test_split(task: Task, data: str, split: str | None = None) -> Splits | None:
@@ -152,7 +151,7 @@ def load_test_split(task: Task, data: str, split: str | None = None) -> Splits |
     if task.image:
         rows, broken = without_broken(task, rows, data)
     empty = rows.select([])
-    return _splits(task, empty, empty, rows, broken, fingerprint(task, {"test": rows}))
+    return _splits(task, empty, empty, rows, broken)
 
 
 def _read(task: Task, data: str | None) -> tuple[dict[str, Dataset], tuple[str, ...]]:
@@ -297,7 +296,7 @@ def shots(task: Task, full: Splits, k: int, seed: int, balanced: bool = True) ->
                 )
         return sorted(index for indices in drawn.values() for index in indices)
 
-    unchanged = full.broken, full.source_fingerprint, full.majority
+    unchanged = full.broken, full.full_fingerprint, full.majority
     order = _order(range(len(answers)), seed)
     train = draw(order, "train")
     if full.shared:
@@ -313,22 +312,26 @@ def _splits(
     dev: Dataset,
     test: Dataset,
     broken: tuple[str, ...],
-    source: str,
+    full_fingerprint: str = "",
     majority: int | str | None = None,
 ) -> Splits:
-    """Compute the fingerprints and warnings of splits, and their majority answer unless it is given."""
+    """Compute the fingerprints and warnings of splits, and their majority; of a sample, some are those of all rows."""
     labeled = train if len(train) else test
     golds = [task.answer(row) if task.is_classification else task.golds(row) for row in records(labeled)]
     counts = Counter(golds)
     questions = labeled[task.question][:] if task.question else None
-    texts = set[str]()
+    texts, digests = set[str](), dict[str, str]()
     keys: dict[str, list[Keys]] = {}
     for name, rows in (("train", train), ("dev", dev), ("test", test)):
-        keys[name] = []
+        digest, keys[name] = hashlib.sha256(), []
         for row in records(rows.select_columns(list(task.columns))):
-            keys[name].append(row_keys(task, contents(task, row)))
+            read = contents(task, row)
+            digest.update(as_json(read) + b"\n")
+            keys[name].append(row_keys(task, read))
             if not task.is_classification:
                 texts.add(task.golds(row)[0])
+        digests[name] = digest.hexdigest()
+    fingerprint = hashlib.sha256(as_json(digests)).hexdigest()
     if task.is_classification and len(train) and len(counts) < 2:
         only = list(task.label_words)[cast(int, next(iter(counts)))]
         raise ValueError(
@@ -341,9 +344,9 @@ def _splits(
         train=train,
         dev=dev,
         test=test,
-        fingerprint=fingerprint(task, {"train": train, "dev": dev, "test": test}),
-        source_fingerprint=source,
-        test_fingerprint=fingerprint(task, {"test": test}),
+        fingerprint=fingerprint,
+        full_fingerprint=full_fingerprint or fingerprint,
+        test_fingerprint=digests["test"],
         majority=best_constant(task, golds, questions) if majority is None else majority,
         warnings=(
             *(f"no training row of task {task.name!r} has the label {label!r}" for label in unused),
