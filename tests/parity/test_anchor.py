@@ -96,7 +96,7 @@ def test_anchored_prompt_starts_exactly_at_anchor(settings: dict[str, Any]) -> N
     assert torch.equal(built(settings).prompt(), rows)
 
 
-@anchors
+@pytest.mark.parametrize("settings", [{}, {"factor_init": "gradient"}], ids=["random", "gradient"])
 def test_full_rank_warm_start_is_kept_exactly(settings: dict[str, Any]) -> None:
     inputs = 3 * torch.randn(LENGTH, DIM, generator=seeded(9))
     assert torch.linalg.matrix_rank(inputs) == LENGTH > RANK

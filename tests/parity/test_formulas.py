@@ -316,6 +316,23 @@ def test_bpt_of_any_rank_above_the_length_starts_at_the_warm_start() -> None:
         assert bool((prompt.right.grad.norm(dim=1) > 0).all())  # no direction is stuck at zero
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        BPT(length=LENGTH, rank=3, init="gradient"),
+        BPT(length=LENGTH, rank=3, init="whitening"),
+        Plain(length=LENGTH, init="label_words"),
+        Plain(length=LENGTH, init="text", init_text="a film review"),
+        Residual(length=LENGTH, init="label_words"),
+        DPT(length=LENGTH, rank=3, anchor="label_words"),
+        DPT(length=LENGTH, rank=3, anchor="none", init="label_words"),
+    ],
+)
+def test_initial_values_beside_a_warm_start_are_refused(config: PromptConfig) -> None:
+    with pytest.raises(ValueError, match="start from another prompt"):
+        config.build(dataclasses.replace(host(), start=torch.ones(LENGTH, DIM)), seeded(0))
+
+
 def test_whitening_zero_vectors_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot be whitened"):
         whitening(torch.zeros(5, 3), 1e-3)

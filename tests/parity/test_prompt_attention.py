@@ -1,6 +1,7 @@
 """An isolated prompt is the model's own forward under a mask that hides the text from the prompt, row by row."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -131,3 +132,33 @@ def test_prompts_prepared_for_full_attention_are_refused(tiny_backbone: MakeBack
     for one, other in ((joint, isolated), (isolated, joint)):
         with pytest.raises(ValueError, match=r"was prepared for .*; prepare the prompts again"):
             one.score(ids, None, [(11,)], prompts=other.prepare(prompts_of(backbone)[:1]))
+
+
+SKIPPED_PARTS: dict[str, Callable[[Any], Any]] = {
+    "encoder": lambda encoder: encoder,
+    "block": lambda encoder: encoder.block[1],
+    "layer": lambda encoder: encoder.block[0].layer[0],
+    "attention": lambda encoder: encoder.block[0].layer[0].SelfAttention,
+}
+
+
+@pytest.mark.parametrize("part", SKIPPED_PARTS)
+def test_hook_that_would_be_skipped_is_refused(tiny_backbone: MakeBackbone, part: str) -> None:
+    backbone, ids = tiny_backbone("t5"), torch.tensor([[3, 4]])
+    prompted = attach(backbone, prompts_of(backbone)[0], prompt_attention="self")
+    hooked = SKIPPED_PARTS[part](backbone.model.get_encoder())
+    with (
+        hooked.register_forward_hook(lambda *_: None),
+        pytest.raises(ValueError, match=f"a {type(hooked).__name__} of the encoder has a hook"),
+    ):
+        prompted.score(ids, None, [(11,)])
+    prompted.score(ids, None, [(11,)])
+
+
+def test_hook_on_a_part_that_runs_takes_part(tiny_backbone: MakeBackbone) -> None:
+    backbone, ids = tiny_backbone("t5"), torch.tensor([[3, 4]])
+    prompted = attach(backbone, prompts_of(backbone)[0], prompt_attention="self")
+    feed_forward = backbone.model.get_encoder().block[0].layer[1]
+    with feed_forward.register_forward_hook(lambda _, __, output: -output):
+        changed = prompted.score(ids, None, [(11,)])
+    assert not torch.allclose(changed, prompted.score(ids, None, [(11,)]))

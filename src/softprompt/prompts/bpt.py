@@ -119,14 +119,23 @@ class BPT(PromptConfig):
         return cls(length=100, rank=75, scale=1.0)
 
     def build(self, host: Host, generator: torch.Generator) -> BilinearPrompt:
-        """A normal first factor and a uniform or whitening second one; or the product nearest to a warm start."""
+        """A normal first factor and a uniform or whitening second one; or the product nearest to a warm start.
+
+        Raises:
+            ValueError: a warm start together with an `init`, or the host lacks what the second factor is made from.
+        """
+        if host.start is not None and self.mode == "bilinear":
+            if self.init != "uniform":
+                raise ValueError(
+                    f"init is {self.init!r}, and the prompt is to start from another prompt; leave out one of the two "
+                    "(init, init_prompt)"
+                )
+            scale = host.rms if self.scale is None else self.scale
+            return BilinearPrompt(*factorize(warm_start(host, self.length) / scale, self.rank, generator), scale)
         inner = self.rank if self.mode == "bilinear" else host.dim
         left = torch.randn(self.length, inner, generator=generator)
         right = self._right(inner, host, generator)
         frozen = self.mode == "frozen"
-        if host.start is not None and self.mode == "bilinear":
-            scale = host.rms if self.scale is None else self.scale
-            return BilinearPrompt(*factorize(warm_start(host, self.length) / scale, self.rank, generator), scale)
         if self.scale is None:
             # Unit entries on both sides sum over `inner` products to a prompt of size sqrt(inner).
             right, scale = right / right.square().mean().sqrt(), host.rms / inner**0.5

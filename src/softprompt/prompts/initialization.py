@@ -17,6 +17,11 @@ def source_vectors(
 ) -> Float[Tensor, "length dim"]:
     """The warm start, or `length` of the host's embeddings, unscaled; raises as `initial_matrix`."""
     if host.start is not None:
+        if init in ("text", "label_words"):
+            raise ValueError(
+                f"the prompt is to start from another prompt and from {init!r}; leave out one of the two (init_prompt, "
+                "or the setting with this value)"
+            )
         return warm_start(host, length)
     if init == "vocab":
         return host.sample(length, generator)
@@ -36,7 +41,7 @@ def initial_matrix(
 
     Raises:
         ValueError: `text` without a text, a text with `init` other than `text`, `label_words` for a task without
-            any, or a warm start of another length.
+            any, or a warm start of another length or beside one of these two.
     """
     check_init(init, text)
     if init == "uniform" and host.start is None:

@@ -27,12 +27,18 @@ def run(encoder: Any, embeds: Float[Tensor, "token dim"], layout: VarlenLayout) 
     """The encoder's last hidden states for packed tokens; a row's positions continue its prompt's.
 
     Raises:
-        ValueError: the encoder is in training mode, with its dropout.
+        ValueError: the encoder is in training mode, with its dropout; or a hook is on a part that is not called.
     """
     if encoder.training:
         raise ValueError(
             "prompts with prompt_attention=self run without the model's own dropout; turn dropout off, or use "
             "prompt_attention=full"
+        )
+    attentions = [part for block in encoder.block for part in (block, block.layer[0], block.layer[0].SelfAttention)]
+    if hooked := next((part for part in (encoder, *attentions) if gradient_checkpointing.is_hooked(part)), None):
+        raise ValueError(
+            f"a {type(hooked).__name__} of the encoder has a hook or another forward, which prompts with "
+            "prompt_attention=self would skip; remove it, or use prompt_attention=full"
         )
     first_attention = encoder.block[0].layer[0].SelfAttention
     biases_and_masks = [(_position_bias(first_attention, layout, part), layout.mask(part)) for part in layout.parts]
