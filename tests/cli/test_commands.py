@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -108,17 +109,18 @@ def test_evaluate_repeats_the_runs_score(trained: Any, ticket_task: Path) -> Non
 def test_predict_prints_a_line_per_row(trained: Any, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text\na a a\nb b\n")
     printed = call("predict", trained["run"], "--input", tmp_path / "rows.csv")
-    assert printed.result == {"command": "predict", "run": trained["run"], "rows": 2, "output": None}
-    answers = [json.loads(line) for line in printed.out[:-1]]
+    assert printed.code == 0
+    answers = [json.loads(line) for line in printed.out]
     assert [answer["row"] for answer in answers] == [1, 2]
     for answer in answers:
         assert answer["probabilities"].keys() == LABELS
         assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5)
         assert answer["answer"] == max(LABELS, key=answer["probabilities"].__getitem__)
     written = call("predict", trained["run"], "--input", tmp_path / "rows.csv", "--output", tmp_path / "answers.jsonl")
-    assert written.result["output"] == str(tmp_path / "answers.jsonl")
+    output = str(tmp_path / "answers.jsonl")
+    assert written.result == {"command": "predict", "run": trained["run"], "rows": 2, "output": output}
     assert len(written.out) == 1
-    assert (tmp_path / "answers.jsonl").read_text().splitlines() == printed.out[:-1]
+    assert (tmp_path / "answers.jsonl").read_text().splitlines() == printed.out
 
 
 def test_predict_names_a_missing_column(trained: Any, tmp_path: Path) -> None:
@@ -217,9 +219,10 @@ def test_wrong_usage_exits_2() -> None:
         called = call(*arguments)
         assert called.code == 2, arguments
         assert called.out == []
-    called = call("trian")
-    assert (called.code, called.out) == (2, [])
-    assert called.err == f"softprompt: no command 'trian'; commands are {', '.join(COMMANDS)}\n"
+    for command, hint in (("trian", "did you mean 'train'?"), ("colors", f"commands are {', '.join(COMMANDS)}")):
+        called = call(command)
+        assert (called.code, called.out) == (2, [])
+        assert called.err == f"softprompt: no command {command!r}; {hint}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -227,6 +230,18 @@ def test_every_command_has_help(command: str) -> None:
     called = call(command, "--help")
     assert called.code == 0
     assert COMMANDS[command].split()[0] in "\n".join([*called.out, called.err])
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("evaluate", r"The weights that generation reads .* else original\."),  # an argument of a function
+        ("train", r"A text file to distil .* the teacher's distribution without it\."),  # a field
+    ],
+)
+def test_help_breaks_no_line_within_a_text(command: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert re.search(sentence, "\n".join(call(command, "--help").out))  # the dots match no line break
 
 
 def test_help_and_version() -> None:

@@ -105,7 +105,7 @@ def test_pushed_prompt_is_used_by_name(
     assert card.data.datasets == ["me/data"]
     assert evaluated["said"]["value"] == pytest.approx(softprompt.evaluate(run).value)
     assert as_peft["said"]["value"] == pytest.approx(evaluated["said"]["value"]), as_peft
-    assert predicted["said"]["rows"] == 2
+    assert predicted["said"]["row"] == 2  # the last row
     assert unnamed["status"] == 1
     assert "give --output" in unnamed["error"]
     assert exported["said"]["output"] == str(tmp_path / "npz")

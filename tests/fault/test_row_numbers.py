@@ -89,7 +89,7 @@ def test_show_prints_the_numbered_row(run: Run, capsys: pytest.CaptureFixture[st
 def test_predict_numbers_rows_as_errors_do(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     assert main(["predict", str(run.folder), "--input", str(tmp_path / "rows.jsonl")]) == 0
-    assert [json.loads(line)["row"] for line in capsys.readouterr().out.splitlines()[:-1]] == [1, 2]
+    assert [json.loads(line)["row"] for line in capsys.readouterr().out.splitlines()] == [1, 2]
 
 
 def test_loss_that_is_not_finite_names_rows_of_the_file(tmp_path: Path, tokenizer) -> None:

@@ -146,7 +146,7 @@ def test_evaluate_and_predict_ignore_unread_columns(
     # A label is not read in predict, so it may be anything.
     file = jsonl(tmp_path, [{**row, "queue": "\ud83d" if i else 3} for i, row in enumerate(rows)])
     assert main(["predict", str(run.folder), "--input", file]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 41
+    assert len(capsys.readouterr().out.splitlines()) == 40
     assert main(["evaluate", str(run.folder), "--data", file]) == 1
 
 

@@ -1,6 +1,7 @@
 """The command line: parse, one library call, print. The only package that prints.
 
-Progress and tables go to stderr; the last line of stdout is one JSON object. Exit 0: done, 1: failed, 2: wrong usage.
+Progress and tables go to stderr; the last line of stdout is the result as JSON (`predict` without a file to write has
+only its rows there). Exit 0: done, 1: failed, 2: wrong usage.
 """
 
 import functools
@@ -45,7 +46,7 @@ def command_arguments() -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and print its result as the last line of stdout; returns the exit status.
+    """Run one command and print its result, if it has one, as the last line of stdout; returns the exit status.
 
     A reader of stdout that has closed it, as `head` does, is no error.
     """
@@ -85,7 +86,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(__version__)
         return 0
     if argv[0] not in COMMANDS:
-        print(f"softprompt: no command {argv[0]!r}; commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"softprompt: no command {argv[0]!r}; {_similar_command(argv[0])}", file=sys.stderr)
         return 2
     try:
         result = _run(argv[0], argv[1:])
@@ -97,7 +98,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         if is_main_process() or _is_local(error):
             print(f"softprompt: {_sentence(error)}", file=sys.stderr)
         return 1
-    if is_main_process():
+    if is_main_process() and result is not None:
         print(json.dumps(result))
     return 0
 
@@ -124,6 +125,8 @@ def _run(command: str, argv: list[str]) -> Any:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import tyro
 
+    from softprompt.cli.help_texts import joined_lines
+
     argv = _with_prompt_modules(argv)
     _command_arguments[:] = argv
     name = command.replace("-", "_")
@@ -139,13 +142,14 @@ def _run(command: str, argv: list[str]) -> Any:
         kwargs = {key: value.expanduser() if isinstance(value, Path) else value for key, value in kwargs.items()}
         return function(*args, **kwargs)
 
-    return tyro.cli(
-        quietly,
-        args=argv,
-        prog=f"softprompt {command}",
-        description=COMMANDS[command],
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )
+    with joined_lines():
+        return tyro.cli(
+            quietly,
+            args=argv,
+            prog=f"softprompt {command}",
+            description=COMMANDS[command],
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
 
 
 def _with_prompt_modules(argv: list[str]) -> list[str]:
@@ -167,6 +171,13 @@ def _with_prompt_modules(argv: list[str]) -> list[str]:
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
     return rest
+
+
+def _similar_command(name: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"commands are {', '.join(COMMANDS)}"
 
 
 def _sentence(error: BaseException) -> str:

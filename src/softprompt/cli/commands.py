@@ -70,14 +70,14 @@ def predict_(
     task: str | None = None,
     backbone: str | None = None,
     decode_weights: DecodeWeights = "auto",
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Predict the answers to the rows of a file.
 
     Args:
         run: The run's folder, or a stock PEFT prompt folder with --task.
         input: CSV, TSV, JSONL, JSON or Parquet file with the template's columns; labels are not needed. For a task
             with images also an image, or a folder of images.
-        output: JSONL file to write, with a line per row, counted from 1; none: stdout.
+        output: JSONL file to write, with a line per row, counted from 1; none: the same lines on stdout alone.
         task: The task of a PEFT folder: a name, or a TOML file; a run has its own.
         backbone: Where the run's backbone is now, as in train; none: where it was during training.
         decode_weights: The weights that generation reads on a CPU, as in evaluate; not for a task with labels.
@@ -104,14 +104,9 @@ def predict_(
     ]
     if output is None:
         sys.stdout.writelines(lines)
-    else:
-        files.write_text(output, "".join(lines))
-    return {
-        "command": "predict",
-        "run": str(run),
-        "rows": len(lines),
-        "output": None if output is None else str(output),
-    }
+        return None
+    files.write_text(output, "".join(lines))
+    return {"command": "predict", "run": str(run), "rows": len(lines), "output": str(output)}
 
 
 def _show_base_note(opened: Any, backbone: str | None) -> None:
