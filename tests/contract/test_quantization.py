@@ -140,5 +140,5 @@ def test_unquantized_weights_are_required(kind: Any, llama_folder: Path, ticket_
 def test_missing_extra_names_the_install_command(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
-    with pytest.raises(ModuleNotFoundError, match=r"dtype nf4 needs bitsandbytes; .*softprompt\[quantize\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"dtype nf4 needs bitsandbytes; .*pip install '\.\[quantize\]'"):
         load_backbone(str(llama_folder), dtype="nf4")

@@ -11,7 +11,7 @@ from softprompt.tasks import Task, score
 from softprompt.tasks.data.splits import splits
 from softprompt.tasks.user import load_task
 
-INSTALL = "needs the extra `text-metrics`; install it with: pip install 'softprompt\\[text-metrics\\]'"
+INSTALL = "needs the extra `text-metrics`; install it in softprompt's clone with: pip install '\\.\\[text-metrics\\]'"
 
 
 @pytest.fixture(params=["rouge_l", "chrf", "bleu"])

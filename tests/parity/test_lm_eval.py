@@ -13,7 +13,7 @@ from local_lm_eval import write_local_task
 from softprompt import Experiment, Plain, Run, attach, load_backbone, load_task, predict, runs
 from softprompt.cli import main
 
-lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'softprompt[eval]'")
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
 
 ROWS = [
     {"text": " ".join(text), "answer": number % 3} for number, text in enumerate(("aab", "c", "bbbacca", "cbac") * 3)

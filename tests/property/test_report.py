@@ -222,7 +222,7 @@ def test_report_replaces_the_last_one(write: Write, tmp_path: Path) -> None:
 def test_report_without_the_extra_is_refused(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'softprompt\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[report\]'"):
         make_report(tmp_path)
 
 

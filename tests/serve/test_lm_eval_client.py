@@ -10,7 +10,7 @@ from local_lm_eval import write_local_task
 from softprompt import load_task
 
 pytest.importorskip("tenacity", reason="lm-eval's API models are not installed: pip install 'lm-eval[api]'")
-lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'softprompt[eval]'")
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
 
 TEXTS = ("a a b", "c", "b b b a c c a", "c b a c", "a", "f f", "e d e d e d e d e d e d")
 

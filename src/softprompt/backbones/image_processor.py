@@ -128,7 +128,9 @@ def read(cell: Cell, where: str = "the row", *, rough: bool = False) -> Any:
         ModuleNotFoundError: the extra `vision` is not installed.
     """
     if importlib.util.find_spec("PIL") is None:
-        raise ModuleNotFoundError("images need the extra `vision`; install it with: pip install 'softprompt[vision]'")
+        raise ModuleNotFoundError(
+            "images need the extra `vision`; install it in softprompt's clone with: pip install '.[vision]'"
+        )
     from PIL import Image, ImageOps
 
     decoding_errors = (

@@ -70,7 +70,7 @@ def loading_arguments(kind: str, device: torch.device, config: Any) -> dict[str,
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModuleNotFoundError(
-            f"dtype {kind} needs bitsandbytes; install it with: pip install 'softprompt[quantize]'"
+            f"dtype {kind} needs bitsandbytes; install it in softprompt's clone with: pip install '.[quantize]'"
         )
     from transformers import BitsAndBytesConfig
 

@@ -30,7 +30,9 @@ def lm_eval_(
         backbone: Where the backbone is now, as in train; none: where it was during training.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ModuleNotFoundError("lm-eval needs the extra `eval`; install it with: pip install 'softprompt[eval]'")
+        raise ModuleNotFoundError(
+            "lm-eval needs the extra `eval`; install it in softprompt's clone with: pip install '.[eval]'"
+        )
     if not tasks:
         raise ValueError("no task is given; name at least one with --tasks, such as arc_easy")
     if include_path is not None and not include_path.is_dir():

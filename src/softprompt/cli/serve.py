@@ -17,7 +17,10 @@ def serve_(
     if config.engine == "ray":
         extras, modules = [*extras, "sweep"], [*modules, "ray"]
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        raise ImportError(f"serving needs {', '.join(missing)}; pip install 'softprompt[{','.join(extras)}]'")
+        raise ImportError(
+            f"serving needs {', '.join(missing)}; install it in softprompt's clone with: "
+            f"pip install '.[{','.join(extras)}]'"
+        )
     from softprompt.serve.replicas import serve_replicas
     from softprompt.serve.service import serve
 

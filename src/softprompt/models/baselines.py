@@ -94,4 +94,6 @@ def export_lora(backbone: Backbone, task_type: str | None, folder: Path) -> None
 
 def _check_peft() -> None:
     if importlib.util.find_spec("peft") is None:
-        raise ModuleNotFoundError("LoRA needs the extra `peft`; install it with: pip install 'softprompt[peft]'")
+        raise ModuleNotFoundError(
+            "LoRA needs the extra `peft`; install it in softprompt's clone with: pip install '.[peft]'"
+        )

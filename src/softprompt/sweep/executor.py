@@ -58,7 +58,9 @@ def open_executor(
         yield _local_executor(callback, concurrent)
         return
     if importlib.util.find_spec("ray") is None:
-        raise ModuleNotFoundError("the executor ray needs Ray; install it with: pip install 'softprompt[sweep]'")
+        raise ModuleNotFoundError(
+            "the executor ray needs Ray; install it in softprompt's clone with: pip install '.[sweep]'"
+        )
     with _ray_cluster(ray_address) as ray:
         yield _ray_executor(ray, cpus, gpus)
 

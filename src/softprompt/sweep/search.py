@@ -92,7 +92,9 @@ def check_optuna() -> None:
         ModuleNotFoundError: Optuna is not installed.
     """
     if importlib.util.find_spec("optuna") is None:
-        raise ModuleNotFoundError("a search needs Optuna; install it with: pip install 'softprompt[sweep]'")
+        raise ModuleNotFoundError(
+            "a search needs Optuna; install it in softprompt's clone with: pip install '.[sweep]'"
+        )
 
 
 def run_search(

@@ -28,7 +28,7 @@ def check_matplotlib() -> None:
         RuntimeError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise RuntimeError("pictures need matplotlib; install it with: pip install 'softprompt[report]'")
+        raise RuntimeError("pictures need matplotlib; install it in softprompt's clone with: pip install '.[report]'")
 
 
 def draw_ranks(measured: Sequence[PromptRanks], folder: Path) -> list[Path]:

@@ -150,5 +150,6 @@ def _write_plots(folder: Path, plots: "Sequence[Plot]") -> list[Path]:
 def _check_extra() -> None:
     if missing := [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]:
         raise ModuleNotFoundError(
-            f"a report needs the extra `report` ({', '.join(missing)}); install it: pip install 'softprompt[report]'"
+            f"a report needs the extra `report` ({', '.join(missing)}); install it in softprompt's clone with: "
+            "pip install '.[report]'"
         )

@@ -177,8 +177,8 @@ def check_installed(metrics: Iterable[tuple[str, Metric]]) -> None:
     for name, metric in metrics:
         if metric.package and importlib.util.find_spec(metric.package) is None:
             raise ModuleNotFoundError(
-                f"the metric {name!r} needs the extra `text-metrics`; install it with: "
-                "pip install 'softprompt[text-metrics]'"
+                f"the metric {name!r} needs the extra `text-metrics`; install it in softprompt's clone with: "
+                "pip install '.[text-metrics]'"
             )
 
 
