@@ -258,7 +258,7 @@ class Backbone:
         """
         if num_matrices > 1 and not self._takes_matrices(num_matrices):
             raise ValueError(
-                f"the prompt is deep, of {num_matrices} matrices, and {self.source} takes {self._allowed_prompts}; it "
+                f"the prompt is deep, of {num_matrices} matrices, but {self.source} takes {self._allowed_prompts}; it "
                 "was trained for another backbone"
             )
         if matrix.shape[1] != self.prompt_dim(num_matrices):
@@ -302,7 +302,7 @@ class Backbone:
             exact = decode_weights == "prepacked"
             if not (self._can_prepack if exact else self._decodes_fused and self.precision == "bfloat16"):
                 raise ValueError(
-                    f"decode_weights is {decode_weights!r}, and {self.source} is a {self.model.config.model_type} in "
+                    f"decode_weights is {decode_weights!r}, but {self.source} is a {self.model.config.model_type} in "
                     f"{self.precision} on {self.device}; packed weights are for Llama, Mistral and Qwen2 in "
                     f"{'float32 or ' if exact else ''}bfloat16 on a CPU that oneDNN supports, so leave it out"
                 )

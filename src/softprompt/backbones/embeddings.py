@@ -23,7 +23,7 @@ def load_embeddings(source: str, *, dtype: Dtype = "auto") -> Backbone:
         ValueError: it is no decoder of text, its table cannot be read alone, or `dtype` quantizes.
     """
     if dtype in quantization.KINDS:
-        raise ValueError(f"dtype is {dtype!r}, and a table is not quantized; use float32, bfloat16, float16 or auto")
+        raise ValueError(f"dtype is {dtype!r}, but a table is not quantized; use float32, bfloat16, float16 or auto")
     folder, base, note = locate(source)
     config = read_config(folder, source)
     architecture = architecture_of(config)

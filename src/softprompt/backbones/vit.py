@@ -35,7 +35,7 @@ def check_supported(model: Any, source: str) -> None:
         raise _unsupported(model, source)
     if (channels := model.config.num_channels) != 3:
         raise ValueError(
-            f"{source} takes images of {channels} channels, and images are read in three; choose another model"
+            f"{source} takes images of {channels} channels, but images are read in three; choose another model"
         )
     pixels = _noise(model)[:1].to(next(model.parameters()).device)
     try:
@@ -191,5 +191,5 @@ def _noise(model: Any) -> Pixels:
 
 def _no_text(text: str) -> list[int]:
     raise ValueError(
-        f"the initial text is {text!r}, and a vision model takes no text; use init vocab (patches) or uniform"
+        f"the initial text is {text!r}, but a vision model takes no text; use init vocab (patches) or uniform"
     )

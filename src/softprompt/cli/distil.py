@@ -39,7 +39,7 @@ def distil_(
 
     for flag in ("--task", "--data"):
         if any(argument.partition("=")[0] == flag for argument in command_arguments()):
-            raise ValueError(f"{flag} is given, and distil makes its task of the queries; leave it out")
+            raise ValueError(f"{flag} is given, but distil makes its task of the queries; leave it out")
     terminal = Terminal()
     try:
         experiment = experiment.replace(prompt=prompt)

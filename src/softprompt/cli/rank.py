@@ -219,7 +219,7 @@ def _burstiness(source: str, samples: int, run_backbone: str | None, out: Path |
             raise ValueError(f"{source} is no run, so it is a backbone itself; leave --backbone out")
         backbone = load(source)
         if backbone.takes_images:
-            raise ValueError(f"{source} reads images, and none are given; give a run, for its training images")
+            raise ValueError(f"{source} reads images, but none are given; give a run, for its training images")
     measured = burstiness(backbone.host(), query_key(backbone.model), samples=samples)
     pairs = {"inputs": measured.inputs, "products": measured.products}
     pairs |= {f"products, head {number}": pair for number, pair in enumerate(measured.heads)}

@@ -91,10 +91,10 @@ def evaluate(
 
 def _check_generate(prompted: PromptedModel, task: Task) -> None:
     if not task.is_classification:
-        raise ValueError(f"generate is on, and the answers of task {task.name!r} are generated anyway; leave it out")
+        raise ValueError(f"generate is on, but the answers of task {task.name!r} are generated anyway; leave it out")
     if not prompted.generates:
         raise ValueError(
-            f"generate is on, and {prompted.backbone.source} does not generate text; leave it out, or use a decoder or "
+            f"generate is on, but {prompted.backbone.source} does not generate text; leave it out, or use a decoder or "
             "an encoder-decoder"
         )
 
@@ -136,7 +136,7 @@ def _check_classes(run: Run | PeftPrompt, prompted: PromptedModel, task: Task) -
     trained, scored = list(run.task.label_words.values()), list(task.label_words.values())
     if prompted.head is not None and trained != scored:
         raise ValueError(
-            f"run {run.folder} answers through a head trained for {', '.join(trained)}, and task {task.name!r} has "
+            f"run {run.folder} answers through a head trained for {', '.join(trained)}, but task {task.name!r} has "
             f"{', '.join(scored) or 'no labels'}; score it on a task with the same label words in the same order"
         )
 

@@ -42,7 +42,7 @@ class SoftPromptLM(HFLM):
         loaded = load(str(backbone), dtype=dtype) if opened is None else opened.load_backbone(backbone)
         if not model_class(loaded).decoder_only:
             raise ValueError(
-                f"{loaded.source} is a model of the kind {loaded.architecture}, and lm-eval needs a decoder; give one"
+                f"{loaded.source} is a model of the kind {loaded.architecture}, but lm-eval needs a decoder; give one"
             )
         settings.pop("device", None)  # the model is loaded already
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **settings)
@@ -67,7 +67,7 @@ class SoftPromptLM(HFLM):
             return tokens
         if generation_kwargs.get("do_sample") or generation_kwargs.get("num_beams", 1) != 1:
             raise ValueError(
-                "lm-eval's task asks for sampling or beams, and a run generates greedily; choose a greedy task"
+                "lm-eval's task asks for sampling or beams, but a run generates greedily; choose a greedy task"
             )
         steps: list[Tensor] = []
         for token in self.prompted.generate(

@@ -120,7 +120,7 @@ def check_generates(task: Task, decode_weights: DecodeWeights) -> None:
     """Refuse `decode_weights` for a task whose answers are not generated."""
     if decode_weights != "auto" and task.is_classification:
         raise ValueError(
-            f"decode_weights is {decode_weights!r}, and task {task.name!r} has labels, which are not decoded; "
+            f"decode_weights is {decode_weights!r}, but task {task.name!r} has labels, which are not decoded; "
             "leave it out"
         )
 
@@ -145,7 +145,7 @@ def _row(task: Task, row: Any, where: str) -> Mapping[str, Any]:
     if not is_image_cell and not isinstance(row, str | Path if task.image else str):
         raise ValueError(f"{where} is {_describe(row)}; {_accepted_rows(task)}")
     if len(task.inputs) != 1:
-        raise ValueError(f"{where} is one text, and task {task.name!r} reads several columns; {_accepted_rows(task)}")
+        raise ValueError(f"{where} is one text, but task {task.name!r} reads several columns; {_accepted_rows(task)}")
     if not task.image and _is_file(row):
         raise ValueError(
             f"{where}, {row!r}, is the name of a file; give its rows (softprompt.tasks.read_rows), or if it is the "

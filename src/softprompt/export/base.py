@@ -169,14 +169,14 @@ def vectors_refusal(trained: Trained, backbone: Backbone, engine: str) -> str:
     """Why `engine` cannot take the prompt as vectors before a decoder's text; empty where it can."""
     if not trained.folded.plain:
         return (
-            f"{engine} takes vectors before the input only, and {trained.run.experiment.method} also changes the "
+            f"{engine} takes vectors before the input only, but {trained.run.experiment.method} also changes the "
             "input's own embeddings; export to npz, or serve it with softprompt serve"
         )
     if trained.folded.is_deep:
         return deep_refusal(engine)
     if not model_class(backbone).decoder_only:
         return (
-            f"{engine} takes a prompt before a decoder's text only, and {backbone.source} is a model of the kind "
+            f"{engine} takes a prompt before a decoder's text only, but {backbone.source} is a model of the kind "
             f"{backbone.architecture}; export to vocab or npz, or serve it with softprompt serve"
         )
     if embedding_scale(backbone) != 1.0:
@@ -190,7 +190,7 @@ def vectors_refusal(trained: Trained, backbone: Backbone, engine: str) -> str:
 def deep_refusal(engine: str) -> str:
     """Why `engine` cannot take keys and values of every layer."""
     return (
-        f"{engine} takes vectors in front of the input only, and this prompt is deep, with keys and values in every "
+        f"{engine} takes vectors in front of the input only, but this prompt is deep, with keys and values in every "
         "layer; export it to peft (prefix tuning) or npz, serve it with softprompt serve, or train with depth shallow"
     )
 

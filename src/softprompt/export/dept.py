@@ -107,9 +107,9 @@ class Dept(Format):
         """Only DePT on an encoder-decoder, which is what the authors' code runs."""
         if not isinstance(trained.prompt, OffsetPrompt):
             method = trained.run.experiment.method
-            return f"it holds DePT's tensors, and the run trained {method}; export to peft, vocab or npz"
+            return f"it holds DePT's tensors, but the run trained {method}; export to peft, vocab or npz"
         if not backbone.model.config.is_encoder_decoder:
-            return f"its authors' code runs encoder-decoders only, and {backbone.source} is none; export to npz"
+            return f"its authors' code runs encoder-decoders only, but {backbone.source} is none; export to npz"
         return ""
 
     def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:

@@ -44,7 +44,7 @@ def vocabulary_refusal(trained: Trained, backbone: Backbone) -> str:
         )
     if backbone.quantized:
         return (
-            f"the backbone's weights are stored as {backbone.quantized}, and a checkpoint needs them unquantized; "
+            f"the backbone's weights are stored as {backbone.quantized}, but a checkpoint needs them unquantized; "
             "train in bfloat16, or export to npz"
         )
     if embedding_scale(backbone) is None:

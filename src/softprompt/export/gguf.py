@@ -49,7 +49,7 @@ class Gguf(Format):
         """A plain prompt before a decoder's text, of an architecture that `gguf_writer` knows."""
         if not model_class(backbone).decoder_only:
             return (
-                f"llama.cpp takes a prompt before a decoder's text only, and {backbone.source} is a model of the kind "
+                f"llama.cpp takes a prompt before a decoder's text only, but {backbone.source} is a model of the kind "
                 f"{backbone.architecture}; export to vocab or npz, or serve it with softprompt serve"
             )
         return vocabulary_refusal(trained, backbone) or gguf_refusal(backbone.model, backbone.tokenizer)

@@ -58,7 +58,7 @@ def gguf_refusal(model: Any, tokenizer: Any) -> str:
     for setting, values in _ONLY_VALUES[config.model_type].items():
         if (value := getattr(config, setting)) not in values:
             return (
-                f"the model has {setting}={value!r}, and llama.cpp runs {config.model_type} models with "
+                f"the model has {setting}={value!r}, but llama.cpp runs {config.model_type} models with "
                 f"{' or '.join(map(repr, values))} only; {_RUN_ELSEWHERE}"
             )
     if rope.get("rope_type", "default") not in ("default", "llama3"):

@@ -26,7 +26,7 @@ def peft_refusal(folded: Folded, backbone: Backbone) -> str:
     """Why PEFT's format cannot express this prompt; empty where it can."""
     if not folded.plain:
         return (
-            "PEFT's prompt-tuning format holds vectors in front of the input only, and this method also changes the "
+            "PEFT's prompt-tuning format holds vectors in front of the input only, but this method also changes the "
             "input's own embeddings; use softprompt itself (predict, serve), or train dpt or residual, which fold to a "
             "plain prompt"
         )

@@ -71,7 +71,7 @@ class Causal(PromptedModel):
         runs_frozen = self.tuned is None and not self.backbone.embeddings_only
         self._has_fused_layers = runs_frozen and llama.is_supported(model)
         if self.tuned is not None and self.backbone.decode_weights not in ("auto", "original"):
-            raise ValueError("decode_weights packs the model's own weights, and this run trained others; leave it out")
+            raise ValueError("decode_weights packs the model's own weights, but this run trained others; leave it out")
         self.packed: PackedWeights | None = None
         """The backbone's packed weights, once the model has been checked with its own."""
         self.layout = choose_layout(self, fused=self._has_fused_layers)
@@ -235,7 +235,7 @@ class Causal(PromptedModel):
         embeds = self.token_embeddings(state.prompts, state.prompt_index, ids, positions)
         if self.packed is not None and not self.packed.is_exact and not self.runs_fused_over_cache:
             raise ValueError(
-                f"decode_weights is {self.backbone.decode_weights!r}, and packed weights decode without gradients, "
+                f"decode_weights is {self.backbone.decode_weights!r}, but packed weights decode without gradients, "
                 "autocast, or hooks on the layers; leave it out"
             )
         return state.after(mask, self._run(embeds, state.cache, mask, 0, self.packed))

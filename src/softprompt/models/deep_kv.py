@@ -39,7 +39,7 @@ def check_deep(
     if inline:
         where = "" if prompt_position == "prefix" else f" at prompt_position {prompt_position!r}"
         raise ValueError(
-            f"the prompt is deep, and {backbone.source}{where} runs prompts in every row; train a shallow prompt, or a "
+            f"the prompt is deep, but {backbone.source}{where} runs prompts in every row; train a shallow prompt, or a "
             "deep one with prompt_position 'prefix' on a model that takes explicit positions"
         )
     if not all(prompt.is_deep for prompt in prompts):

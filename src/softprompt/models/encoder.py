@@ -89,7 +89,7 @@ class Encoder(PromptedModel):
         if len(answer_ids) > 1:
             text = self.backbone.tokenizer.decode(list(answer_ids), skip_special_tokens=True)
             raise ValueError(
-                f"the answer {text[:60]!r} of {where} has {len(answer_ids)} tokens in {self.backbone.source}, and its "
+                f"the answer {text[:60]!r} of {where} has {len(answer_ids)} tokens in {self.backbone.source}, but its "
                 "mask holds one; choose a classification whose label words are single tokens, or a decoder"
             )
         mask = self.backbone.tokenizer.mask_token_id
@@ -134,7 +134,7 @@ class Encoder(PromptedModel):
         """
         if self.head is None and (long := [list(ids) for ids in candidates if len(ids) != 1] or not candidates):
             raise ValueError(
-                f"candidates {long or []} of {self.backbone.source} are not one token each, and one mask holds one; "
+                f"candidates {long or []} of {self.backbone.source} are not one token each, but one mask holds one; "
                 "choose single-token label words"
             )
         scores = self._answer_logits(inputs).float().log_softmax(-1)

@@ -174,7 +174,7 @@ def _check_prompt(backbone: Backbone, prompt: SoftPrompt) -> None:
     """Refuse a prompt that shifts token embeddings, or is for more layers than the model has."""
     if not prompt.fold().plain:
         raise ValueError(
-            "this method also changes the input's own embeddings by a token's position or id, and an image has no "
+            "this method also changes the input's own embeddings by a token's position or id, but an image has no "
             "tokens; choose one that folds to a prompt alone (see: softprompt list methods)"
         )
     if prompt.num_matrices > backbone.max_matrices:

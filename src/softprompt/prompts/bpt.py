@@ -127,7 +127,7 @@ class BPT(PromptConfig):
         if host.start is not None and self.mode == "bilinear":
             if self.init != "uniform":
                 raise ValueError(
-                    f"init is {self.init!r}, and the prompt is to start from another prompt; leave out one of the two "
+                    f"init is {self.init!r}, but the prompt is to start from another prompt; leave out one of the two "
                     "(init, init_prompt)"
                 )
             scale = host.rms if self.scale is None else self.scale
@@ -154,7 +154,7 @@ class BPT(PromptConfig):
         if self.mode == "bilinear" and self.init == "gradient":
             if inner > host.dim:
                 raise ValueError(
-                    f"rank is {inner}, and a gradient as wide as the backbone has {host.dim} directions; lower the rank"
+                    f"rank is {inner}, but a gradient as wide as the backbone has {host.dim} directions; lower the rank"
                 )
             at = host.sample(self.length, generator)
             directions = torch.linalg.svd(start_gradient(host, at, self.gradient_batches).double(), full_matrices=False)

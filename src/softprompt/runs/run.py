@@ -128,7 +128,7 @@ class Run:
         recorded = self.record["backbone"]
         if recorded["dim"] != backbone.dim:
             raise ValueError(
-                f"run {self.folder} was trained on {self.experiment.backbone} (hidden size {recorded['dim']}), and "
+                f"run {self.folder} was trained on {self.experiment.backbone} (hidden size {recorded['dim']}), but "
                 f"{backbone.source} has hidden size {backbone.dim}; use the backbone it was trained on"
             )
         # The run's weights as they would be in the backbone's dtype, or the backbone's as they would be in the run's.

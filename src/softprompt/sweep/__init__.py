@@ -230,7 +230,7 @@ def _check_concurrent(concurrent: int, executor: ExecutorName) -> None:
     if concurrent < 1:
         raise ValueError(f"concurrent is {concurrent}; it must be at least 1")
     if concurrent > 1 and executor == "ray":
-        raise ValueError(f"concurrent is {concurrent}, and Ray runs each trial in its own process; leave one out")
+        raise ValueError(f"concurrent is {concurrent}, but Ray runs each trial in its own process; leave one out")
 
 
 def _check_importable(experiments: Sequence[Experiment]) -> None:

@@ -79,7 +79,7 @@ def make_teacher(context: str, backbone: Backbone, task: Task) -> Teacher:
         teacher = Teacher(model, ids, leading)
     if model.max_row is not None and len(ids) >= model.max_row:
         raise ValueError(
-            f"the context has {len(ids)} tokens, and {backbone.source} has {model.max_row} positions; shorten it"
+            f"the context has {len(ids)} tokens, but {backbone.source} has {model.max_row} positions; shorten it"
         )
     return teacher
 
@@ -111,6 +111,6 @@ def check_after_context(
         if limit is not None and length > limit:
             raise ValueError(
                 f"{example.where} ({split} split) has {length} positions with the context of "
-                f"{len(teacher.context)} tokens, and {prompted.backbone.source} has {limit}; shorten the context, "
+                f"{len(teacher.context)} tokens, but {prompted.backbone.source} has {limit}; shorten the context, "
                 "lower max_input_tokens, or leave the row out"
             )

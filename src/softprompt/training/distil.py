@@ -84,7 +84,7 @@ def distil(
     task = _task(path, template, messages)
     if self_study and len(task.inputs) != 1:
         raise ValueError(
-            f"self_study is on, and the template {template!r} has {len(task.inputs)} columns; a written query fills one"
+            f"self_study is on, but the template {template!r} has {len(task.inputs)} columns; a written query fills one"
         )
     rows = [] if queries is None else _read_queries(path, task)
     experiment = experiment.with_absolute_paths()

@@ -33,7 +33,7 @@ def check_tracker(name: str | None) -> None:
     if name not in {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}:
         package = _PACKAGES.get(name, name)
         raise ModuleNotFoundError(
-            f"log_with is {name!r}, and its package is not installed; install it with: pip install {package}"
+            f"log_with is {name!r}, but its package is not installed; install it with: pip install {package}"
         )
 
 

@@ -75,7 +75,7 @@ def report(
         raise ValueError("no folder is given; name runs, or folders that hold runs")
     folder = Path(out).expanduser()
     if (folder / runs.RECORD).exists():
-        raise ValueError(f"{folder} is a run, and a report is not written into one; choose another --out")
+        raise ValueError(f"{folder} is a run, but a report is not written into one; choose another --out")
     results, unread = read(folders)
     groups, duplicates = group(results)
     skipped = (*unread, *duplicates)

@@ -129,7 +129,7 @@ class VllmEngine(BaseEngine):
         """Also has the server run the prompt once: finite values in a file may overflow in the model, for every row."""
         if not entry.prompt.plain:
             raise ValueError(
-                f"prompt {entry.name!r} also changes the input's own embeddings by a rule of its method, and vLLM "
+                f"prompt {entry.name!r} also changes the input's own embeddings by a rule of its method, but vLLM "
                 "takes vectors alone; use --engine local"
             )
         self._check_length(entry, 1, 1)
@@ -316,5 +316,5 @@ def _check_generation(params: GenerateParams) -> None:
         )
     if params.sampling.temperature > _MAX_TEMPERATURE:
         raise InvalidParameter(
-            "temperature", f"is {params.sampling.temperature:g}, and vLLM takes at most {_MAX_TEMPERATURE:g}; lower it"
+            "temperature", f"is {params.sampling.temperature:g}, but vLLM takes at most {_MAX_TEMPERATURE:g}; lower it"
         )

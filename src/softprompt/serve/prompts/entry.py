@@ -131,7 +131,7 @@ def from_folder(name: str, folder: Path, backbone: Backbone) -> PromptEntry:
         raise ValueError(f"run {folder} is the baseline {run.experiment.baseline} and has no prompt to serve")
     if layout := run.experiment.unusual_layout:
         raise ValueError(
-            f"the prompt of run {folder} is {layout}, and the service needs prompts in front of the text; use "
+            f"the prompt of run {folder} is {layout}, but the service needs prompts in front of the text; use "
             "softprompt predict, or train one with prompt_position=prefix and prompt_attention=full"
         )
     prompted = run.prompted(backbone)

@@ -98,7 +98,7 @@ def encode_chats(
         ids = chat_ids(tokenizer, before, where=where)
         if len(ids) > max_input_tokens:
             raise ValueError(
-                f"{where} has {len(ids)} tokens before the answer, and the limit is {max_input_tokens}; raise "
+                f"{where} has {len(ids)} tokens before the answer, but the limit is {max_input_tokens}; raise "
                 "max_input_tokens as far as the backbone allows, or shorten the conversation, which is not truncated"
             )
         answer_ids = _answer_ids(tokenizer, messages, ids, special, where) if answers else ()
@@ -193,7 +193,7 @@ def check_context_layout(
         before = without_answer(task.conversation(rows[example.row], example.where))
         if before[0]["role"] == "system":
             raise ValueError(
-                f"{example.where} has a system message, and the context to distil becomes the system message; take it "
+                f"{example.where} has a system message, but the context to distil becomes the system message; take it "
                 "out of the row, or write it into the context"
             )
         system = {"role": "system", "content": text}

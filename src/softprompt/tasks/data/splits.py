@@ -229,7 +229,7 @@ def check_rows(task: Task, rows: Dataset, origin: str) -> None:
         task.answer(row, where)
         if numeric and not _is_number(gold := task.golds(row, where)[0]):
             raise ValueError(
-                f"{where} has {gold!r} in column {task.target or task.messages!r}, and {', '.join(numeric)} of task "
+                f"{where} has {gold!r} in column {task.target or task.messages!r}, but {', '.join(numeric)} of task "
                 f"{task.name!r} needs a number; write one or leave the row out"
             )
         for column in (task.group, task.question):
