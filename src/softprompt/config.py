@@ -41,7 +41,7 @@ class TrainingConfig:
     take a part of it: LoRA 0.03, full fine-tuning 0.001."""
     vocabulary_weight: float | None = None
     """Weight, from 0 to 1, of -log P(label words) in a classification loss, added to the cross-entropy among the label
-    words; none: 0.03 where the model answers in words, so that it also writes a label word when it generates freely in
+    words; None: 0.03 where the model answers in words, so that it also writes a label word when it generates freely in
     another engine. At 0 it may not; 1 is the cross-entropy of the answer's tokens over the vocabulary (as in the
     papers), which tasks without label words always use."""
     temperature: float = 1.0

@@ -92,7 +92,7 @@ def _name_fault(name: str) -> str:
 
 
 def check_output(path: Path, *inputs: Path) -> None:
-    """Check, before any work is done, that a file can be written to `path` and is none of the `inputs`.
+    """Check, before any work is done, that a file can be written to `path` and is not one of the `inputs`.
 
     Raises:
         ValueError: it is one of them.

@@ -93,7 +93,7 @@ def test_hash_of_renamed_tensors_is_refused(saved: Callable[..., Path]) -> None:
 
 def test_model_that_is_no_decoder_is_refused(saved: Callable[..., Path]) -> None:
     for name in ("t5", "bert"):
-        with pytest.raises(ValueError, match="is no decoder of text"):
+        with pytest.raises(ValueError, match="is not a decoder of text"):
             load_embeddings(str(saved(name)))
 
 

@@ -235,7 +235,7 @@ def test_deep_prompt_has_one_prompt_per_layer(config: Any, count: int, tiny_back
 )
 def test_text_model_refuses_deep_prompt_of_a_vision_model(name: str, takes: str, tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone(name)
-    with pytest.raises(ValueError, match=f"the prompt is deep, of 2 matrices, and {name} takes {takes}"):
+    with pytest.raises(ValueError, match=f"the prompt is deep, of 2 matrices, but {name} takes {takes}"):
         attach(backbone, Folded(torch.zeros(4, 32), num_matrices=2))(torch.tensor([[5, 6]]))
     with pytest.raises(ValueError, match=f"a prompt of 3 matrices does not fit {name}, which takes {takes}"):
         backbone.hosts(3)

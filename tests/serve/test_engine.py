@@ -306,7 +306,7 @@ def test_answer_beyond_the_prompts_offsets_is_refused_at_once(engine_of: EngineO
     config = DePT(length=3, rank=2, positions=16)
     engine.add("offsets", config.build(engine.backbone.host(), torch.Generator().manual_seed(0)))
     ids = list(range(5, 15))
-    with pytest.raises(ValueError, match="its answer have 17 tokens, and prompt 'offsets' has offsets for 16; shorten"):
+    with pytest.raises(ValueError, match="its answer have 17 tokens, but prompt 'offsets' has offsets for 16; shorten"):
         engine.generate("offsets", ids, max_new_tokens=8)
     assert engine.generate("offsets", ids, max_new_tokens=7).result(30.0)
 

@@ -128,7 +128,7 @@ class Backbone:
 
     @cached_property
     def kv_layout(self) -> KVLayout | None:
-        """The keys and values that a deep prompt of a decoder has; none for other models, or where layers differ.
+        """The keys and values that a deep prompt of a decoder has; None for other models, or where layers differ.
 
         Raises:
             ValueError: only the embedding table is in memory.

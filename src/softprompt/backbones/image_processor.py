@@ -149,7 +149,7 @@ def read(cell: Cell, where: str = "the row", *, rough: bool = False) -> Any:
     except decoding_errors as error:
         # Pillow's message would name an object in memory.
         unidentified = "cannot identify" in str(error)
-        reason = "it is no image of a known kind" if unidentified else error_text(error)
+        reason = "it is not an image of a known kind" if unidentified else error_text(error)
         raise ValueError(
             f"{where} has the image {name(cell)!r}, which cannot be read ({reason}); repair it or take it out, or "
             'write broken = "skip" into the task\'s .toml file'

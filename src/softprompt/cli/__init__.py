@@ -47,7 +47,7 @@ def command_arguments() -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and print its result as the last line of stdout; returns the exit status.
 
-    A reader of stdout that has closed it, as `head` does, is no error.
+    A reader of stdout that has closed it, as `head` does, is not an error.
     """
     try:
         status = _main(arguments)
@@ -159,7 +159,7 @@ def _with_prompt_modules(argv: list[str]) -> list[str]:
             continue
         value = value if equals else next(arguments, "")
         if not value.endswith(".py") or not os.path.isfile(value):
-            raise FileNotFoundError(f"--prompt-module {value!r} is no Python file; give the path of one")
+            raise FileNotFoundError(f"--prompt-module {value!r} is not a Python file; give the path of one")
         spec = importlib.util.spec_from_file_location(os.path.basename(value)[:-3], value)
         if spec is None or spec.loader is None:
             raise ImportError(f"--prompt-module {value!r} cannot be loaded; give a Python file")

@@ -32,7 +32,7 @@ def distil_(
         experiment: What to train, and how; --context names the text.
         prompt: The method.
         out: Folder that holds the runs.
-        name: Name of the run's folder in it; none: made from the table's name, method and seed.
+        name: Name of the run's folder in it; None: made from the table's name, method and seed.
     """
     from softprompt.cli.terminal import Terminal
     from softprompt.training.distil import distil

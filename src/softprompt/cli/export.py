@@ -31,11 +31,11 @@ def export_(
         runs_: The runs' folders, or stock PEFT prompt folders with --task; several of one backbone where the format
             holds several prompts.
         to: The format; see docs/export.md.
-        output: The folder to write; none: RUN-FORMAT next to the first run.
+        output: The folder to write; None: RUN-FORMAT next to the first run.
         token_names: With vocab and gguf: a prompt's name in text, NAME=<name>; by default <prompt-NAME>.
         gguf_type: With gguf: how the weights are stored.
         task: The task of PEFT folders: a name, or a TOML file; runs have their own.
-        backbone: Where the runs' backbone is now, as in train; none: where it was during training.
+        backbone: Where the runs' backbone is now, as in train; None: where it was during training.
     """
     if not runs_:
         raise ValueError("no run is given; name at least one run's folder")

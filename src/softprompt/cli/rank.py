@@ -54,9 +54,9 @@ def rank_(
         samples: Number of input vectors for --burstiness.
         gradient: Measure instead in how few directions the loss's gradient lies: at the prompts of a run, or for a
             task (--task) at random vocabulary rows of a backbone.
-        length: Virtual tokens for --gradient of a backbone; none: 100.
+        length: Virtual tokens for --gradient of a backbone; None: 100.
         batches: Number of training batches that --gradient averages over.
-        out: Folder for plots (PNG and SVG) and all values (rank.json); none: write neither.
+        out: Folder for plots (PNG and SVG) and all values (rank.json); None: write neither.
     """
     has_cut_flags = dataclasses.replace(truncation, backbone=None) != Truncation()
     if burstiness_ and (checkpoints or functional or suggest or has_cut_flags):
@@ -216,7 +216,7 @@ def _burstiness(source: str, samples: int, run_backbone: str | None, out: Path |
         backbone = with_sample_images(run, run.load_backbone(run_backbone))
     else:
         if run_backbone is not None:
-            raise ValueError(f"{source} is no run, so it is a backbone itself; leave --backbone out")
+            raise ValueError(f"{source} is not a run, so it is a backbone itself; leave --backbone out")
         backbone = load(source)
         if backbone.takes_images:
             raise ValueError(f"{source} reads images, but none are given; give a run, for its training images")

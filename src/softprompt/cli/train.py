@@ -42,7 +42,7 @@ def train_(
         experiment: What to train, and how.
         prompt: The method.
         out: Folder that holds the runs.
-        name: Name of the run's folder in it; none: made from task, method and seed.
+        name: Name of the run's folder in it; None: made from task, method and seed.
         resume_: Resume this unfinished run instead, with its own settings; --backbone may say where its backbone is
             now.
         show: Number of wrongly answered test rows to print.

@@ -23,13 +23,13 @@ class SoftPromptLM(HFLM):
     """The harness's `hf` model with a run's prompt before every row; without a run it is `hf`.
 
     Args:
-        run: the folder of a run or of a PEFT prompt, or `hub:USER/NAME`; none: the backbone alone, zero-shot.
-        backbone: where the backbone is, as `load_backbone` takes it; none: where the run recorded it.
+        run: the folder of a run or of a PEFT prompt, or `hub:USER/NAME`; None: the backbone alone, zero-shot.
+        backbone: where the backbone is, as `load_backbone` takes it; None: where the run recorded it.
         dtype: of a backbone without a run.
         settings: further arguments of `HFLM`, such as `batch_size`.
 
     Raises:
-        ValueError: neither run nor backbone is given, or the backbone is no decoder.
+        ValueError: neither run nor backbone is given, or the backbone is not a decoder.
     """
 
     def __init__(

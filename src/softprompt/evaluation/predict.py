@@ -63,7 +63,7 @@ def predict(
 
     Raises:
         FileNotFoundError: there is no such run, or its backbone cannot be found.
-        ValueError: `rows` is none of these, a row lacks a column or has no text, the run is not finished, `task` is
+        ValueError: `rows` is not one of these, a row lacks a column or has no text, the run is not finished, `task` is
             missing or given to a run, or `decode_weights` does not fit the backbone or a task with labels.
 
     Warns:

@@ -77,7 +77,7 @@ def export_runs(
         runs: finished runs, or stock PEFT prompts, of one backbone.
         form: a value of `FORMATS`.
         folder: the export, which must not exist.
-        backbone: the runs' own, loaded or as `load_backbone` takes it, and named in the export; none: where the first
+        backbone: the runs' own, loaded or as `load_backbone` takes it, and named in the export; None: where the first
             run recorded it.
         token_names: the prompts' names in text, by the run's folder name; others are called `<prompt-NAME>`.
 
@@ -197,7 +197,7 @@ def deep_refusal(engine: str) -> str:
 
 @torch.no_grad()
 def embedding_scale(backbone: Backbone) -> float | None:
-    """The factor between the model's table and its embeddings (Gemma: the root of its width); none: not a factor."""
+    """The factor between the model's table and its embeddings (Gemma: the root of its width); None: not a factor."""
     module = backbone.model.get_input_embeddings()
     ids = torch.arange(min(len(module.weight), 1024), device=module.weight.device)
     table, embeddings = module.weight[ids].float(), module(ids).float()
@@ -244,7 +244,7 @@ def _resolve_token_names(names: Sequence[str], token_names: Mapping[str, str]) -
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two runs are named {twice[0]!r}; rename one of the folders")
     if unknown := sorted(set(token_names) - set(names)):
-        raise ValueError(f"token_names names {unknown[0]!r}, which is none of the runs {', '.join(names)}")
+        raise ValueError(f"token_names names {unknown[0]!r}, which is not one of the runs {', '.join(names)}")
     for name in names:
         files.check_name(name, "the run's folder")
     resolved = {name: token_names.get(name, f"<prompt-{name}>") for name in names}

@@ -39,14 +39,14 @@ def read_dept(folder: Path) -> PublishedDePT:
     """The published adapter in `folder`.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or damaged, or it is no DePT adapter.
+        FileNotFoundError, ValueError: a file is missing or damaged, or it is not a DePT adapter.
     """
     adapter = read_peft_folder(folder)
     settings = adapter.settings
     if adapter.peft_type != _TYPE:
         raise ValueError(f"{folder} holds a {adapter.peft_type!r} adapter, not DePT's {_TYPE!r}")
     if missing := sorted({PROMPT, _LEFT, _RIGHT} - set(adapter.tensors)):
-        raise ValueError(f"{folder} lacks the tensor {missing[0]!r}; it is no whole DePT adapter")
+        raise ValueError(f"{folder} lacks the tensor {missing[0]!r}; it is not a complete DePT adapter")
     matrix, left, right = (adapter.tensor(name) for name in (PROMPT, _LEFT, _RIGHT))
     positions, rank = left.shape
     if right.shape != (rank, matrix.shape[1]):
@@ -54,7 +54,7 @@ def read_dept(folder: Path) -> PublishedDePT:
             f"{folder} holds A {tuple(left.shape)} and B {tuple(right.shape)}, which do not fit; it is damaged"
         )
     if wanting := sorted({"lora_alpha"} - set(settings)):
-        raise ValueError(f"{folder / CONFIG} lacks {wanting[0]!r}; it is no whole DePT adapter")
+        raise ValueError(f"{folder / CONFIG} lacks {wanting[0]!r}; it is not a complete DePT adapter")
     config = DePT(
         length=matrix.shape[0],
         rank=rank,
@@ -109,7 +109,7 @@ class Dept(Format):
             method = trained.run.experiment.method
             return f"it holds DePT's tensors, but the run trained {method}; export to peft, vocab or npz"
         if not backbone.model.config.is_encoder_decoder:
-            return f"its authors' code runs encoder-decoders only, but {backbone.source} is none; export to npz"
+            return f"its authors' code runs encoder-decoders only, but {backbone.source} is not one; export to npz"
         return ""
 
     def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:

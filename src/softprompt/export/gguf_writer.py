@@ -74,7 +74,7 @@ def gguf_refusal(model: Any, tokenizer: Any) -> str:
 
 
 def pre_tokenizer_name(tokenizer: Any) -> str | None:
-    """What llama.cpp calls the pre-tokenizer of a byte-level BPE; none for any other tokenizer."""
+    """What llama.cpp calls the pre-tokenizer of a byte-level BPE; None for any other tokenizer."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     pre_tokenizer = parts["pre_tokenizer"] or {}
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]

@@ -69,7 +69,7 @@ def attach(
 
 
 def fresh_head(backbone: Backbone, classes: int, generator: torch.Generator, pool: Pool = "cls") -> nn.Module | None:
-    """The head to train with a prompt: `hidden_size -> classes`, float32; none where the backbone answers in words.
+    """The head to train with a prompt: `hidden_size -> classes`, float32; None where the backbone answers in words.
 
     Args:
         classes: the task's classes; 0 where its answers are texts.

@@ -59,9 +59,9 @@ class PromptedModel(nn.Module, ABC):
     padding_side: ClassVar[PaddingSide] = "right"
     """Where the architecture takes padding without other outputs."""
     max_label_tokens: ClassVar[int | None] = None
-    """Most tokens of a label word; none: any number."""
+    """Most tokens of a label word; None: any number."""
     peft_task_type: ClassVar[str | None] = None
-    """PEFT's name for the task; none if PEFT does not put prompts where we do."""
+    """PEFT's name for the task; None if PEFT does not put prompts where we do."""
     prompt_positions: ClassVar[tuple[PromptPosition, ...]] = ("prefix",)
     """Where a prompt may be in the input."""
     supports_self_attention: ClassVar[bool] = False
@@ -115,7 +115,7 @@ class PromptedModel(nn.Module, ABC):
 
     @classmethod
     def row_limit(cls, backbone: Backbone) -> int | None:
-        """Positions that a row may have with its prompt, and with its answer where that is in the row; none: any."""
+        """Positions that a row may have with its prompt, and with its answer where that is in the row; None: any."""
         return backbone.max_positions
 
     @abstractmethod
@@ -216,8 +216,8 @@ class PromptedModel(nn.Module, ABC):
         A row whose logits are not finite finishes with the first token of `stop`, or -1 where that is empty.
 
         Args:
-            sampling: none: greedy.
-            stop: the ids that finish a row; none: the backbone's end of sequence. Ends when every row has finished.
+            sampling: None: greedy.
+            stop: the ids that finish a row; None: the backbone's end of sequence. Ends when every row has finished.
 
         Raises:
             ValueError: the model does not generate.

@@ -298,7 +298,7 @@ class Causal(PromptedModel):
         """Run texts with their prompts, from the prompts' keys and values where those are computed ahead.
 
         Args:
-            keep: columns that the head runs at, counted from the end and so negative; none: all of the text's.
+            keep: columns that the head runs at, counted from the end and so negative; None: all of the text's.
             labels: labels of `text`; a prompt after the text is put before the first of them.
         """
         logits_to_keep, next_position = 0 if keep is None else keep, text.mask.sum(1, keepdim=True)

@@ -134,7 +134,7 @@ class Encoder(PromptedModel):
         """
         if self.head is None and (long := [list(ids) for ids in candidates if len(ids) != 1] or not candidates):
             raise ValueError(
-                f"candidates {long or []} of {self.backbone.source} are not one token each, but one mask holds one; "
+                f"candidates {long or []} of {self.backbone.source} are not one token each, but a mask holds one; "
                 "choose single-token label words"
             )
         scores = self._answer_logits(inputs).float().log_softmax(-1)
@@ -194,7 +194,7 @@ class Encoder(PromptedModel):
         return output.last_hidden_state[0]
 
     def _vocabulary_head(self) -> Any:
-        """The vocabulary head where it is one module, which can run at the mask alone; else none."""
+        """The vocabulary head where it is one module, which can run at the mask alone; else None."""
         # Looked up each time: an attribute would make a part of the backbone a submodule.
         heads = (getattr(self.backbone.model, name, None) for name in _HEADS)
         return next((head for head in heads if head is not None), None)

@@ -68,7 +68,7 @@ class KVPrefixBatch(PreparedPrompts):
     mask: Int[Tensor, "prefix column"]
     """1 where a prefix has keys and values; one prefix without columns for a bare model."""
     logits: Float[Tensor, "prefix vocab"] | None
-    """What the model predicts after each prefix; none for a bare model."""
+    """What the model predicts after each prefix; None for a bare model."""
     token_counts: Int[Tensor, " prefix"]
     """Tokens of a text that follow the prompt in each prefix."""
 

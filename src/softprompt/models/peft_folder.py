@@ -70,7 +70,7 @@ class PeftFolder:
 
     folder: Path
     config: Mapping[str, Any] | None
-    """The content of `adapter_config.json`; none for an uploaded prompt, which has no such file."""
+    """The content of `adapter_config.json`; None for an uploaded prompt, which has no such file."""
     tensors: Mapping[str, Tensor]
 
     @property
@@ -96,7 +96,7 @@ class PeftFolder:
 
     @property
     def other_tensors(self) -> list[str]:
-        """The names of tensors that are no part of an embedding prompt of this type, sorted."""
+        """The names of tensors that are not part of an embedding prompt of this type, sorted."""
         return sorted(set(self.tensors) - _TENSORS.get(self.peft_type, {PROMPT}))
 
     def tensor(self, name: str) -> Tensor:
@@ -118,7 +118,7 @@ class PeftFolder:
         return tensor.float()
 
     def matrix(self) -> Float[Tensor, "prompt dim"]:
-        """`prompt_embeddings` as stored, float32; raises as `tensor`, and for what is no matrix."""
+        """`prompt_embeddings` as stored, float32; raises as `tensor`, and for what is not a matrix."""
         matrix = self.tensor(PROMPT)
         if matrix.ndim != 2 or not len(matrix):
             raise ValueError(
@@ -177,7 +177,7 @@ class PeftFolder:
     def check_backbone(self, backbone: Backbone) -> None:
         """Check that the config's task type and number of layers are the backbone's.
 
-        A name is no identity, since the same weights may be anywhere: see `base_note`.
+        A name is not an identity, since the same weights may be anywhere: see `base_note`.
 
         Raises:
             ValueError: they are not.

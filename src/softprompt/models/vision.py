@@ -179,14 +179,14 @@ def _check_prompt(backbone: Backbone, prompt: SoftPrompt) -> None:
         )
     if prompt.num_matrices > backbone.max_matrices:
         raise ValueError(
-            f"the prompt is for {prompt.num_matrices} layers and {backbone.source} has {backbone.max_matrices}"
+            f"the prompt is for {prompt.num_matrices} layers, but {backbone.source} has {backbone.max_matrices}"
         )
 
 
 def _visible(
     is_prompt: Bool[Tensor, "batch longest"], lead: int, tokens: int
 ) -> Bool[Tensor, "batch 1 total total"] | None:
-    """What each token attends to: all but the padding of shorter prompts; none where that is everything."""
+    """What each token attends to: all but the padding of shorter prompts; None where that is everything."""
     # With a mask a CPU takes our own attention, whose backward makes a step a quarter faster.
     training = torch.is_grad_enabled() and is_prompt.device.type == "cpu"
     if bool(is_prompt.all()) and not training:

@@ -109,7 +109,7 @@ class ADePT(PromptConfig):
     init_text: str = ""
     """The text, with `init=text`."""
     scale: float | None = None
-    """Size of one unit of prompt, input and shift; none: the host's embedding RMS."""
+    """Size of one unit of prompt, input and shift; None: the host's embedding RMS."""
 
     def check(self) -> None:
         """Refuse sizes, scales and initial values that cannot work."""

@@ -85,7 +85,7 @@ class BPT(PromptConfig):
     eps: float = 1e-3
     """Added to the variances that are whitened, in units of their mean."""
     scale: float | None = None
-    """Size of one unit of the product; none: chosen from the host's embedding RMS."""
+    """Size of one unit of the product; None: chosen from the host's embedding RMS."""
 
     def check(self) -> None:
         """Refuse sizes, modes and scales that cannot work."""

@@ -111,7 +111,7 @@ class DePT(PromptConfig):
     init_text: str = ""
     """The text, with `init=text`."""
     scale: float | None = None
-    """Size of one unit of prompt and offset; none: the host's embedding RMS."""
+    """Size of one unit of prompt and offset; None: the host's embedding RMS."""
 
     def check(self) -> None:
         """Refuse sizes, scales and initial values that cannot work."""

@@ -134,7 +134,7 @@ class DPT(PromptConfig):
     init_text: str = ""
     """The text, with `anchor=text` or `init=text`; repeated to the length."""
     scale: float | None = None
-    """Size of one unit of the product; none: chosen from the host's embedding RMS."""
+    """Size of one unit of the product; None: chosen from the host's embedding RMS."""
 
     def check(self) -> None:
         """Refuse a rank above the length, and a start that does not fit the anchor."""

@@ -28,7 +28,7 @@ def source_vectors(
     if init == "text":
         return host.embed(text, length)
     if init != "label_words":
-        raise ValueError(f"init is {init!r}, which is no source of embeddings; use 'vocab', 'text' or 'label_words'")
+        raise ValueError(f"init is {init!r}, which is not a source of embeddings; use 'vocab', 'text' or 'label_words'")
     if not host.label_words:
         raise ValueError("the prompt is to start from the task's label words, and it has none; use 'vocab' or 'text'")
     return host.embed("".join(host.label_words), length)

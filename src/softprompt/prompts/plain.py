@@ -45,7 +45,7 @@ class Plain(PromptConfig):
     init_text: str = ""
     """The text, with `init=text`."""
     scale: float | None = None
-    """Size of one unit of the matrix; none: the host's embedding RMS."""
+    """Size of one unit of the matrix; None: the host's embedding RMS."""
 
     def check(self) -> None:
         """Refuse lengths, scales and initial values that cannot work."""

@@ -174,7 +174,7 @@ class Run:
 
     @property
     def context(self) -> str:
-        """The text that was distilled; empty for a run that is no distillation.
+        """The text that was distilled; empty for a run that is not a distillation.
 
         Raises:
             ValueError: the file is missing or has been changed.

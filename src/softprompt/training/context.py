@@ -22,7 +22,7 @@ def read_context(experiment: Experiment, demonstrations: str = "") -> str:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no UTF-8 text, or has no text.
+        ValueError: the file is not UTF-8 text, or has no text.
     """
     texts = [demonstrations] if demonstrations else []
     if experiment.context is not None:
@@ -58,7 +58,7 @@ def make_teacher(context: str, backbone: Backbone, task: Task) -> Teacher:
     """
     if model_class(backbone).needs_head(backbone):
         raise ValueError(
-            f"{backbone.source} does not answer in words, so with a context in front it is no teacher; use a decoder, "
+            f"{backbone.source} does not answer in words, so it cannot be a teacher; use a decoder, "
             "an encoder-decoder or a masked language model"
         )
     model, tokenizer = attach(backbone), backbone.tokenizer

@@ -64,7 +64,7 @@ def measure(
         folder: one of these.
         checkpoints: also measure at each checkpoint.
         functional: also score the prompt truncated in this way.
-        backbone: where the runs' backbone is now; none: as `functional` says, else where it was during training.
+        backbone: where the runs' backbone is now; None: as `functional` says, else where it was during training.
         callback: receives progress.
 
     Raises:
@@ -74,7 +74,7 @@ def measure(
     measured = []
     for loaded in load_prompts(folder, checkpoints=checkpoints, backbone=backbone, callback=callback):
         if loaded.run is None and backbone and functional is None:
-            raise ValueError(f"{loaded.folder} is no run, and --backbone does nothing to it without --functional")
+            raise ValueError(f"{loaded.folder} is not a run, so --backbone has no effect without --functional")
         if loaded.adapter is not None and backbone and (note := loaded.adapter.base_note(backbone)):
             (callback or NullCallback()).on_note(note)
         num_matrices = loaded.prompt.num_matrices

@@ -28,7 +28,7 @@ class Suggestion:
     part: Part
     """What was truncated: the `update` for a DPT around an anchor, the whole `prompt` for one without."""
     evidence: Mapping[str, int | None]
-    """The functional rank of each prompt by name; none: it does not beat the majority, or no rank tried was enough."""
+    """The functional rank of each prompt by name; None: it does not beat the majority, or no rank tried was enough."""
     sentence: str
     """The suggestion and its evidence in words."""
 

@@ -49,7 +49,7 @@ class FunctionalRank:
 
     @property
     def rank_by_significance(self) -> int | None:
-        """The smallest rank tried such that it and every larger one lose nothing significant; none if the last does.
+        """The smallest rank tried such that it and every larger one lose nothing significant; None if the last does.
 
         Stricter than `rank_by_interval` in two ways: the test is paired by row, and a rank that scores well by luck
         while larger ranks lose is not taken.

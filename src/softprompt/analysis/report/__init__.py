@@ -60,7 +60,7 @@ def report(
     Args:
         folders: runs, or folders that hold runs.
         out: the folder to write; files of an earlier report in it are replaced, and its further plots removed.
-        compare: a row or a method; every other row's difference to it is shown, paired by seed.
+        compare: a row or a method; every other row's difference from it is shown, paired by seed.
         choose: of each method and task show only the settings with the best development score.
         rates_on: the split whose score is plotted by learning rate.
         title: the page's title.

@@ -80,7 +80,7 @@ def is_supported(model: Any) -> bool:
 _Part = tuple[dict[str, Any], str, Any]
 """The dictionary and the name at which a part of a model was, and the part."""
 _parts: WeakKeyDictionary[Any, tuple[list[_Part], list[_Part]]] = WeakKeyDictionary()
-"""The parts of each supported model that are no linear layers, and its linear layers."""
+"""The parts of each supported model that are not linear layers, and its linear layers."""
 
 
 def is_intact(model: Any, *, linears: bool = True) -> bool:

@@ -181,7 +181,7 @@ def check_generation(backbone: Backbone, params: GenerateParams) -> None:
     if asked and not model_class(backbone).decoder_only:
         raise InvalidParameter(
             asked[0],
-            f"needs a decoder-only model, but {display_name(backbone)} ({backbone.architecture}) is none; leave it out",
+            f"needs a decoder-only model, but {display_name(backbone)} ({backbone.architecture}) is not; leave it out",
         )
     size = backbone.vocab_size
     if unknown := [token for token in params.logit_bias if not 0 <= token < size]:

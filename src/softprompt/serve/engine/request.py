@@ -65,7 +65,7 @@ class GenerateParams:
     stop: tuple[int, ...] = ()
     """Token ids that end the text and are not part of it."""
     logprobs: int | None = None
-    """Report each token's log-probability, and this many of the most likely tokens; none: report nothing."""
+    """Report each token's log-probability, and this many of the most likely tokens; None: report nothing."""
     score_input: bool = False
     """Report the log-probabilities of the input's tokens too."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -108,7 +108,7 @@ class EngineRequest:
         entry: the prompt as it is now; replacing or removing the prompt later does not affect this request.
         ids: the row's token ids.
         params: what to compute.
-        timeout: seconds that the request may take; none: unlimited.
+        timeout: seconds that the request may take; None: unlimited.
         on_token: called in the engine's thread with each generated token; it must not block.
         pixels: the image of a row that is an image and has no tokens.
     """

@@ -19,7 +19,7 @@ from softprompt.serve.engine.scoring import CausalScorer, GeneralScorer, Scorer
 
 _log = logging.getLogger("softprompt.serve")
 _MAX_CLASSIFY_ON_CPU = 8
-"""Rows per classification batch on a CPU, where larger batches are no faster per row."""
+"""Rows per classification batch on a CPU, where larger batches are not faster per row."""
 _STEPS_UNTIL_GROWTH = 50
 """Successful batches after which a batch size that was halved for want of memory doubles again."""
 

@@ -42,7 +42,7 @@ class PromptEntry:
     candidates: tuple[tuple[int, ...], ...] = ()
     """In a classification: token ids of each label's words."""
     max_input_tokens: int | None = None
-    """Longest input, as in training; none: the engine's limit."""
+    """Longest input, as in training; None: the engine's limit."""
     max_new_tokens: int = 64
     """Longest answer, unless a request sets another length."""
     head: nn.Module | None = None

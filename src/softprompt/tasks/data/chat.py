@@ -79,15 +79,15 @@ def encode_chats(
     after that is never generated. A conversation is not truncated.
 
     Args:
-        closing: the backbone reads an input's closing tokens, so it is no decoder.
+        closing: the backbone reads an input's closing tokens, so it is not a decoder.
         answers: read the answers; False: a row may end with any message, and the assistant's last one is not read.
 
     Raises:
         ValueError: no chat template, or one that lays the input out differently once it is answered; a backbone that
-            is no decoder; or a row without an answer, or longer than `max_input_tokens`.
+            is not a decoder; or a row without an answer, or longer than `max_input_tokens`.
     """
     if closing:
-        raise ValueError(f"task {task.name!r} has chat messages and the backbone is no decoder; use a chat model")
+        raise ValueError(f"task {task.name!r} has chat messages, but the backbone is not a decoder; use a chat model")
     check_chat_template(tokenizer)
     special = {int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     examples = Examples(row_origin(rows))

@@ -111,7 +111,7 @@ def check_input_kind(task: Task, tokenizer: Tokenizer) -> None:
     if bool(task.image) != isinstance(tokenizer, Processor):
         has, reads = ("images", "text") if task.image else ("text", "images")
         raise ValueError(
-            f"task {task.name!r} has {has} and the backbone reads {reads}; choose another task or another backbone"
+            f"task {task.name!r} has {has}, but the backbone reads {reads}; choose another task or another backbone"
         )
 
 
