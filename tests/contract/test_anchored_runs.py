@@ -214,10 +214,10 @@ def test_update_rank_is_measured_from_the_anchor(
     assert torch.equal(loaded.start, tensors(run)["anchor"])
     assert torch.equal(loaded.history[0], loaded.start)
     functional = functional_rank(loaded, Truncation(part="update", split="train", rows=0))
-    assert [cut.rank for cut in functional.cuts] == [0, 1, 2, 3, 4]  # at most twice the rank
-    assert functional.cuts[-1].score == functional.full
+    assert [cut.rank for cut in functional.truncations] == [0, 1, 2, 3, 4]  # at most twice the rank
+    assert functional.truncations[-1].score == functional.full
     assert (
-        functional.cuts[0].score
+        functional.truncations[0].score
         == functional_rank(
             dataclasses.replace(loaded, prompt=Folded(loaded.start)),
             Truncation(ranks=(len(loaded.start),), split="train", rows=0),

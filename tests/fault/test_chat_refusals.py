@@ -150,7 +150,7 @@ def test_long_conversation_is_not_truncated(backbone: Backbone, tmp_path: Path) 
 
 def test_other_architectures_and_demonstrations_are_refused(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the backbone is not a decoder"):
-        encode(TASK, backbone.tokenizer, [{"messages": [USER, ANSWER]}], 100, closing=True)
+        encode(TASK, backbone.tokenizer, [{"messages": [USER, ANSWER]}], 100, appends_eos=True)
     task = write(tmp_path, [USER, ANSWER])
     with pytest.raises(ValueError, match="has chat messages, but demonstrations are rows of a template"):
         train(experiment(backbone, task, demonstrations=2), out=tmp_path / "runs", backbone=backbone)

@@ -116,7 +116,7 @@ def test_functional_rank_scores_every_row_of_a_file(run: Run, tables: Path) -> N
     [prompt] = load_prompts(run.folder)
     data = str(tables / "new.csv")
     result = functional_rank(prompt, Truncation(ranks=(2,), rows=0, data=data))
-    assert (result.full, result.split) == (evaluate(run, data=data), "given")
+    assert (result.full, result.split) == (evaluate(run, data=data), "file")
     with pytest.raises(ValueError, match="is scored whole"):
         functional_rank(prompt, Truncation(ranks=(2,), data=data, split="dev"))
 

@@ -213,7 +213,9 @@ def test_image_task_with_text_backbone_is_refused(
         train(vision.replace(task=str(ticket_task)), out=tmp_path / "runs")
     with pytest.raises(ValueError, match=r"pool is for images, but .* reads text"):
         train(vision.replace(backbone=str(llama_folder), task=str(ticket_task), pool="patches"), out=tmp_path / "runs")
-    with pytest.raises(ValueError, match=r"an image of 20 x 20 pixels is not a whole number of patches of 8; give .* 16"):
+    with pytest.raises(
+        ValueError, match=r"an image of 20 x 20 pixels is not a whole number of patches of 8; give .* 16"
+    ):
         train(vision.replace(training=TrainingConfig(steps=1, image_size=20)), out=tmp_path / "runs")
     with pytest.raises(ValueError, match="the initial text is 'cats', but a vision model takes no text"):
         train(vision.replace(prompt=Plain(length=2, init="text", init_text="cats")), out=tmp_path / "runs")

@@ -65,7 +65,10 @@ _TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "in
             ),
             "is not a plain vision transformer",
         ),
-        (transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]), "is not a plain vision transformer"),
+        (
+            transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]),
+            "is not a plain vision transformer",
+        ),
         (
             transformers.Wav2Vec2Config(
                 **_TINY,

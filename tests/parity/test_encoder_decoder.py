@@ -226,7 +226,7 @@ def test_run_trains_and_answers(
         return
     prompted = build_prompted_model(experiment, run.task, backbone, initialize=False)
     table = read_splits(experiment, run.task).train
-    examples = encode(run.task, backbone.tokenizer, table, 512, closing=True)[0]
+    examples = encode(run.task, backbone.tokenizer, table, 512, appends_eos=True)[0]
     batch = next(schedule([len(example.input_ids) for example in examples], 4, 0))[1]
     losses = []
     for example in (examples[position] for position in batch):

@@ -222,7 +222,9 @@ def test_adapter_put_in_after_attach_takes_part(kind: Any, backbone: Backbone) -
 @KINDS
 def test_layers_with_hooks_are_not_quantized(kind: Any, backbone: Backbone) -> None:
     backbone.model.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, inputs, output: -output)
-    with pytest.raises(ValueError, match=f"decode_weights is '{kind}', but model.layers.1.mlp.down_proj is not a plain"):
+    with pytest.raises(
+        ValueError, match=f"decode_weights is '{kind}', but model.layers.1.mlp.down_proj is not a plain"
+    ):
         backbone.with_decode_weights(kind)
     assert backbone.packed is None
 

@@ -33,7 +33,7 @@ def score_alone(engine: Engine, name: str, text: str) -> list[float]:
     backbone = engine.backbone
     prompted = attach(backbone, engine.get(name).prompt)
     task = Task(name="t", template="{text}", label="y", label_words={label: label for label in LABELS})
-    ids = encode(task, backbone.tokenizer, [{"text": text}], 500, closing=prompted.appends_eos, answers=False)[0][0]
+    ids = encode(task, backbone.tokenizer, [{"text": text}], 500, appends_eos=prompted.appends_eos, answers=False)[0][0]
     with torch.no_grad():
         return prompted.score(torch.tensor([ids.input_ids]), None, answer_ids(task, backbone.tokenizer))[0].tolist()
 
@@ -54,7 +54,7 @@ def generate_alone(engine: Engine, name: str, text: str, tokens: int) -> list[in
     backbone = engine.backbone
     prompted = attach(backbone, engine.get(name).prompt)
     task = Task(name="t", template="{text}", target="y", metrics=("exact_match",))
-    ids = encode(task, backbone.tokenizer, [{"text": text}], 500, closing=prompted.appends_eos, answers=False)[0][0]
+    ids = encode(task, backbone.tokenizer, [{"text": text}], 500, appends_eos=prompted.appends_eos, answers=False)[0][0]
     stop = prompted.end_of_sequence()
     generated = []
     for token in prompted.generate(torch.tensor([ids.input_ids]), max_new_tokens=tokens):

@@ -50,10 +50,10 @@ def export_(
     by_run = dict(pair.split("=", 1) for pair in token_names)
     if len(by_run) < len(token_names):
         raise ValueError(f"token_names names a run twice ({', '.join(token_names)}); give each run one name")
-    form = FORMATS[to]
-    if isinstance(form, Gguf):
-        form = form.with_type(gguf_type)
-    measured = export_runs(opened, form, folder, backbone=backbone, token_names=by_run)
+    export_format = FORMATS[to]
+    if isinstance(export_format, Gguf):
+        export_format = export_format.with_type(gguf_type)
+    measured = export_runs(opened, export_format, folder, backbone=backbone, token_names=by_run)
     console.print(
         f"compared with the run: largest difference {measured['largest_difference']:.2g} ({measured['unit']}), "
         f"tolerance {measured['tolerance']:.2g}"

@@ -107,7 +107,7 @@ def encode_rows(
     tokenizer, limit = prompted.backbone.tokenizer, input_limit(prompted, task, training)
     if task.is_classification:
         prompted.check_candidates(task.answers, answer_ids(task, tokenizer))
-    examples, shortened = encode(task, tokenizer, rows, limit, closing=prompted.appends_eos, answers=answers)
+    examples, shortened = encode(task, tokenizer, rows, limit, appends_eos=prompted.appends_eos, answers=answers)
     for example in examples:  # an answer is compared as text, so its tokens need not fit
         prompted.check_row(example.input_ids, (), example.where)
     if shortened:

@@ -23,7 +23,7 @@ _TOKEN_NAME = re.compile(r"<[^<>\s]+>")
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class ExportedPrompt:
     """The prompt of a finished run, or of a stock PEFT folder."""
 
     name: str
@@ -41,21 +41,21 @@ class Format(ABC):
 
     name: ClassVar[str]
     """The value of `--to`."""
-    many: ClassVar[bool]
+    multi_prompt: ClassVar[bool]
     """Whether one export holds several prompts of one backbone."""
     has_token_names: ClassVar[bool] = False
     """Whether a prompt has a name in text, which the user may choose."""
 
     @abstractmethod
-    def refusal(self, trained: Trained, backbone: Backbone) -> str:
+    def refusal(self, trained: ExportedPrompt, backbone: Backbone) -> str:
         """Why this format cannot express the prompt, and which one can; empty where it can."""
 
     @abstractmethod
-    def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
+    def write(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> None:
         """Write every file of the export into the empty folder `folder`."""
 
     @abstractmethod
-    def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
+    def check(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """Read `folder` as its user would and compare it with the live prompts; returns what was measured.
 
         Raises:
@@ -65,7 +65,7 @@ class Format(ABC):
 
 def export_runs(
     runs: Sequence[Run | PeftPrompt],
-    form: Format,
+    export_format: Format,
     folder: Path,
     *,
     backbone: Backbone | str | None = None,
@@ -75,7 +75,7 @@ def export_runs(
 
     Args:
         runs: finished runs, or stock PEFT prompts, of one backbone.
-        form: a value of `FORMATS`.
+        export_format: a value of `FORMATS`.
         folder: the export, which must not exist.
         backbone: the runs' own, loaded or as `load_backbone` takes it, and named in the export; None: where the first
             run recorded it.
@@ -88,29 +88,33 @@ def export_runs(
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists and is never overwritten; choose another --output")
-    if len(runs) > 1 and not form.many:
-        raise ValueError(f"{form.name} holds one prompt and {len(runs)} runs are given; export them one by one")
-    if token_names and not form.has_token_names:
-        raise ValueError(f"{form.name} has no token names for its prompts; leave --token-names out, or export to vocab")
+    if len(runs) > 1 and not export_format.multi_prompt:
+        raise ValueError(
+            f"{export_format.name} holds one prompt and {len(runs)} runs are given; export them one by one"
+        )
+    if token_names and not export_format.has_token_names:
+        raise ValueError(
+            f"{export_format.name} has no token names for its prompts; leave --token-names out, or export to vocab"
+        )
     _check_one_backbone(runs, backbone)
     names = _resolve_token_names([Path(os.path.abspath(run.folder)).name for run in runs], token_names or {})
     backbone = runs[0].load_backbone(backbone)
     trained = []
     for run, (name, token_name) in zip(runs, names.items(), strict=True):
         prompt = run.prompt(backbone)
-        trained.append(Trained(name=name, token_name=token_name, run=run, prompt=prompt, folded=prompt.fold()))
+        trained.append(ExportedPrompt(name=name, token_name=token_name, run=run, prompt=prompt, folded=prompt.fold()))
     for item in trained:
         if layout := item.run.experiment.unusual_layout:
             raise ValueError(
                 f"the prompt of run {item.run.folder} is {layout}, which other software does not do; use the run with "
                 "softprompt predict, or train one with prompt_position=prefix and prompt_attention=full"
             )
-        if reason := form.refusal(item, backbone):
-            raise ValueError(f"run {item.run.folder} cannot be exported to {form.name}: {reason}")
+        if reason := export_format.refusal(item, backbone):
+            raise ValueError(f"run {item.run.folder} cannot be exported to {export_format.name}: {reason}")
     with files.atomic_write(folder) as draft:
         draft.mkdir()
-        form.write(trained, backbone, draft)
-        return form.check(trained, backbone, draft)
+        export_format.write(trained, backbone, draft)
+        return export_format.check(trained, backbone, draft)
 
 
 def check_equal(actual: Shaped[Tensor, "*shape"], expected: Shaped[Tensor, "*shape"], what: str) -> None:
@@ -165,7 +169,7 @@ def check_gap(gap: float, size: float, backbone: Backbone, what: str, unit: str)
     return {"largest_difference": gap, "unit": unit, "tolerance": tolerance}
 
 
-def vectors_refusal(trained: Trained, backbone: Backbone, engine: str) -> str:
+def vectors_refusal(trained: ExportedPrompt, backbone: Backbone, engine: str) -> str:
     """Why `engine` cannot take the prompt as vectors before a decoder's text; empty where it can."""
     if not trained.folded.plain:
         return (

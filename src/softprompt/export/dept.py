@@ -14,7 +14,7 @@ import torch
 
 from softprompt import files
 from softprompt.backbones import Backbone
-from softprompt.export.base import EXACT, Format, Trained, check_close
+from softprompt.export.base import EXACT, ExportedPrompt, Format, check_close
 from softprompt.models.peft_folder import CONFIG, PROMPT, WEIGHTS, read_peft_folder
 from softprompt.prompts.dept import DePT, OffsetPrompt
 
@@ -101,9 +101,9 @@ class Dept(Format):
     """DePT's authors' format, for their fork of PEFT."""
 
     name: ClassVar[str] = "dept"
-    many: ClassVar[bool] = False
+    multi_prompt: ClassVar[bool] = False
 
-    def refusal(self, trained: Trained, backbone: Backbone) -> str:
+    def refusal(self, trained: ExportedPrompt, backbone: Backbone) -> str:
         """Only DePT on an encoder-decoder, which is what the authors' code runs."""
         if not isinstance(trained.prompt, OffsetPrompt):
             method = trained.run.experiment.method
@@ -112,14 +112,14 @@ class Dept(Format):
             return f"its authors' code runs encoder-decoders only, but {backbone.source} is not one; export to npz"
         return ""
 
-    def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
+    def write(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> None:
         """The pair of files."""
         [item] = trained
         # Only DePT builds an OffsetPrompt, and `refusal` let no other prompt pass.
         write_dept(cast(DePT, item.run.experiment.prompt), cast(OffsetPrompt, item.prompt), backbone.base, folder)
 
     @torch.no_grad()
-    def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
+    def check(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """The adapter, read back and folded, against the run's prompt and table."""
         [item] = trained
         folded, worst = read_dept(folder).prompt.fold(), dict(EXACT)

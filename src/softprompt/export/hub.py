@@ -40,7 +40,7 @@ def push_run(
         ConnectionError: the Hub cannot be reached.
     """
     if run.results is None:
-        raise ValueError(f"run {run.folder} is not finished; go on with: softprompt train --resume {run.folder}")
+        raise ValueError(f"run {run.folder} is not finished; continue with: softprompt train --resume {run.folder}")
     if not (run.folder / _TENSORS).is_file():
         raise ValueError(
             f"run {run.folder} has no PEFT files (its README.md says why); push a run whose prompt PEFT can express"

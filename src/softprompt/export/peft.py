@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softprompt import files
 from softprompt.backbones import Backbone
-from softprompt.export.base import EXACT, Format, Trained, check_equal
+from softprompt.export.base import EXACT, ExportedPrompt, Format, check_equal
 from softprompt.models import model_class
 from softprompt.models.peft_folder import CONFIG, PROMPT, WEIGHTS, read_peft_folder
 from softprompt.prompts import Folded
@@ -90,17 +90,17 @@ class Peft(Format):
     """The folder that `PeftModel.from_pretrained` loads; a finished run whose prompt folds is one already."""
 
     name: ClassVar[str] = "peft"
-    many: ClassVar[bool] = False
+    multi_prompt: ClassVar[bool] = False
 
-    def refusal(self, trained: Trained, backbone: Backbone) -> str:
+    def refusal(self, trained: ExportedPrompt, backbone: Backbone) -> str:
         """As of `peft_refusal`."""
         return peft_refusal(trained.folded, backbone)
 
-    def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
+    def write(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> None:
         """The pair of files."""
         export_peft(trained[0].folded, backbone, folder)
 
-    def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
+    def check(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """The prompt, equal bit for bit, and a config that states its sizes."""
         [item] = trained
         expected = item.folded.prompt().detach().float()

@@ -57,7 +57,7 @@ class LabelTree:
 
     @classmethod
     def of(cls, candidates: Candidates) -> "LabelTree":
-        """The tree of all prefixes that a candidate continues; its first token is not an edge, its last one not a node."""
+        """The tree of all prefixes that a candidate continues; its first token is not an edge, its last not a node."""
         nodes: dict[tuple[int, ...], int] = {}
         edges: dict[tuple[int, int], int] = {}
         parents, paths = [], []

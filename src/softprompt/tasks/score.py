@@ -208,7 +208,9 @@ def _numbers(task: Task, predictions: Sequence[Prediction], golds: Sequence[Gold
     values = [_number(gold) for gold in firsts]
     for gold, value in zip(firsts, values, strict=True):
         if isnan(value):
-            raise ValueError(f"the gold answer {gold!r} of task {task.name!r} is not a number; its metrics need numbers")
+            raise ValueError(
+                f"the gold answer {gold!r} of task {task.name!r} is not a number; its metrics need numbers"
+            )
     return [_number(text) for text in predictions], values
 
 

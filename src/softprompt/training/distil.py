@@ -174,7 +174,7 @@ def _answers(
             "max_new_tokens"
         )
     limit = min(room, max_input_tokens or 512)  # as the prompt will be trained on them
-    examples = encode(task, teacher.backbone.tokenizer, rows, limit, closing=model.appends_eos, answers=False)[0]
+    examples = encode(task, teacher.backbone.tokenizer, rows, limit, appends_eos=model.appends_eos, answers=False)[0]
     check_after_context(teacher, context, model, task, rows, examples, "queries")
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
     texts = [""] * len(examples)

@@ -92,13 +92,13 @@ def _rows(
 
 def _ids(model: PromptedModel, rows: Sequence[Mapping[str, Any]], *, chat: bool) -> list[tuple[int, ...]]:
     task = _CHAT if chat else _PLAIN
-    examples = encode(task, model.backbone.tokenizer, rows, _NO_LIMIT, closing=model.appends_eos, answers=False)[0]
+    examples = encode(task, model.backbone.tokenizer, rows, _NO_LIMIT, appends_eos=model.appends_eos, answers=False)[0]
     return [example.input_ids for example in examples]
 
 
 def _continue(model: PromptedModel, rows: Sequence[Mapping[str, Any]], sampling: Sampling, *, chat: bool) -> list[str]:
     task, tokenizer = _CHAT if chat else _PLAIN, model.backbone.tokenizer
-    examples = encode(task, tokenizer, rows, _NO_LIMIT, closing=model.appends_eos, answers=False)[0]
+    examples = encode(task, tokenizer, rows, _NO_LIMIT, appends_eos=model.appends_eos, answers=False)[0]
     batch = collate(examples, pad_id=pad_id(model.backbone), side="left", with_answers=False)
     steps = model.generate(*batch.inputs(model.backbone.device), max_new_tokens=_TOKENS, sampling=sampling)
     ends, texts = set(model.end_of_sequence()), []

@@ -187,7 +187,7 @@ def _encode_rows(
         table = getattr(rows, split)
         if split == "train":
             table = with_answered_turns(task, table)
-        examples, shortened = encode(task, backbone.tokenizer, table, limit, closing=prompted.appends_eos)
+        examples, shortened = encode(task, backbone.tokenizer, table, limit, appends_eos=prompted.appends_eos)
         if shortened:
             callback.on_note(
                 f"{shortened} of {len(examples)} {split} rows were cut to {limit} tokens (--max-input-tokens)"

@@ -103,9 +103,14 @@ def _functional_json(functional: FunctionalRank) -> dict[str, Any]:
         "rank_by_significance": functional.rank_by_significance,
         "above_majority": functional.above_majority,
         "full": dataclasses.asdict(functional.full),
-        "cuts": [
-            {"rank": cut.rank, "score": cut.score.value, "ci_low": cut.score.ci_low, "ci_high": cut.score.ci_high}
-            | {"drop": dataclasses.asdict(cut.drop)}
-            for cut in functional.cuts
+        "truncations": [
+            {
+                "rank": truncated.rank,
+                "score": truncated.score.value,
+                "ci_low": truncated.score.ci_low,
+                "ci_high": truncated.score.ci_high,
+            }
+            | {"drop": dataclasses.asdict(truncated.drop)}
+            for truncated in functional.truncations
         ],
     }

@@ -63,7 +63,7 @@ class RankScorer:
     splits: Splits
     split: str
     rows_name: str
-    """What reports call these rows: their split, or `given` for the rows of a file."""
+    """What reports call these rows: their split, or `file` for the rows of a file."""
     examples: Sequence[Example]
     max_new_tokens: int
 
@@ -78,7 +78,7 @@ class RankScorer:
         task = load_task(experiment.task) if loaded.run is None else loaded.run.task
         splits, split = rows_to_score(task, loaded.run, truncation.data, truncation.split, default="dev")
         # Only a file has nothing but test rows.
-        rows_name = split if truncation.data is None or len(splits.train) else "given"
+        rows_name = split if truncation.data is None or len(splits.train) else "file"
         table = getattr(splits, split)
         backbone = loaded.backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
         if loaded.adapter is not None:
@@ -120,7 +120,9 @@ def _experiment(loaded: LoadedPrompt, truncation: Truncation) -> Experiment:
         experiment = loaded.run.experiment
         return experiment if truncation.data is None else experiment.replace(data=truncation.data)
     if not loaded.complete:
-        raise ValueError(f"{loaded.folder} holds more than a prompt's matrix, so a cut of that alone cannot be scored")
+        raise ValueError(
+            f"{loaded.folder} holds more than a prompt's matrix, so a truncation of that alone cannot be scored"
+        )
     if truncation.task is None:
         raise ValueError(f"{loaded.folder} is not a run and names no task; say which one scores it with --task")
     base = truncation.backbone

@@ -228,8 +228,8 @@ def check_packable(model: nn.Module, kind: Kind) -> None:
     for name, linear in _linears(model):
         if not _is_product(linear, torch.bfloat16):
             raise ValueError(
-                f"decode_weights is {kind!r}, but {name} is not a plain linear layer in bfloat16 (an adapter, or a hook); "
-                "merge the adapter or remove the hook, or leave decode_weights out"
+                f"decode_weights is {kind!r}, but {name} is not a plain linear layer in bfloat16 (an adapter, or a "
+                "hook); merge the adapter or remove the hook, or leave decode_weights out"
             )
         bits = _kind_of(linear, getattr(model, "lm_head", None), kind)
         outputs, inputs = linear.weight.shape

@@ -262,12 +262,12 @@ def _encode(
     backbone: Backbone, task: Task, rows: Sequence[Mapping[str, Any]], limit: int = _NO_LIMIT
 ) -> list[tuple[int, ...]]:
     """The rows' tokens through the task's template, each truncated to `limit` and with at least one token."""
-    closing = model_class(backbone).appends_eos
+    appends_eos = model_class(backbone).appends_eos
     if task is not _TEXT_TASK:
         for number, row in enumerate(rows, start=1):
             task.check_input(row, f"row {number}")
     with _tokenizer_lock:
-        encoded = encode_rows(task, backbone.tokenizer, rows, limit, closing=closing, answers=False)[0]
+        encoded = encode_rows(task, backbone.tokenizer, rows, limit, appends_eos=appends_eos, answers=False)[0]
     for example in encoded:
         _check_not_empty(example.input_ids)
     return [tuple(example.input_ids) for example in encoded]

@@ -36,7 +36,7 @@ class PromptEntry:
     name: str
     prompt: Folded
     source: str
-    """`run`, `peft` or `sent`; `base` without a prompt."""
+    """`run`, `peft` or `upload`; `base` without a prompt."""
     task: Task | None = None
     """What it was trained for, if known."""
     candidates: tuple[tuple[int, ...], ...] = ()
@@ -149,7 +149,7 @@ def from_folder(name: str, folder: Path, backbone: Backbone) -> PromptEntry:
     )
 
 
-def from_prompt(name: str, prompt: SoftPrompt, backbone: Backbone, source: str = "sent") -> PromptEntry:
+def from_prompt(name: str, prompt: SoftPrompt, backbone: Backbone, source: str = "upload") -> PromptEntry:
     """A prompt without a task: it continues texts, and classifies with labels that a request brings.
 
     Raises:

@@ -70,7 +70,7 @@ def encode_chats(
     rows: Iterable[Mapping[str, Any]],
     max_input_tokens: int,
     *,
-    closing: bool,
+    appends_eos: bool,
     answers: bool,
 ) -> Examples:
     """Tokenize conversations in order: the input is everything before the assistant's last message.
@@ -79,14 +79,14 @@ def encode_chats(
     after that is never generated. A conversation is not truncated.
 
     Args:
-        closing: the backbone reads an input's closing tokens, so it is not a decoder.
+        appends_eos: the backbone reads an input's closing tokens, so it is not a decoder.
         answers: read the answers; False: a row may end with any message, and the assistant's last one is not read.
 
     Raises:
         ValueError: no chat template, or one that lays the input out differently once it is answered; a backbone that
             is not a decoder; or a row without an answer, or longer than `max_input_tokens`.
     """
-    if closing:
+    if appends_eos:
         raise ValueError(f"task {task.name!r} has chat messages, but the backbone is not a decoder; use a chat model")
     check_chat_template(tokenizer)
     special = {int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special}

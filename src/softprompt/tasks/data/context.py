@@ -60,8 +60,10 @@ def encode_context(tokenizer: Any, text: str) -> tuple[tuple[int, ...], int]:
 
     Control tokens in the context are read as plain text.
     """
-    [example] = encode(_TEXT, tokenizer, [{"context": text + SEPARATOR}], _NO_LIMIT, closing=False, answers=False)[0]
-    [empty] = encode(_TEXT, tokenizer, [{"context": "x"}], _NO_LIMIT, closing=False, answers=False)[0]
+    [example] = encode(_TEXT, tokenizer, [{"context": text + SEPARATOR}], _NO_LIMIT, appends_eos=False, answers=False)[
+        0
+    ]
+    [empty] = encode(_TEXT, tokenizer, [{"context": "x"}], _NO_LIMIT, appends_eos=False, answers=False)[0]
     special = set(getattr(tokenizer, "all_special_ids", ()))
     leading = next((index for index, token in enumerate(empty.input_ids) if token not in special), len(empty.input_ids))
     return example.input_ids, leading
