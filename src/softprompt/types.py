@@ -16,8 +16,8 @@ oneDNN's kernels read it; results are equal up to rounding. `int8`, `int4`: a co
 for each output channel, or 4 bits with a scale and an offset for every 32 weights (the head in 8 bits); texts may
 differ. `auto`: `prepacked` where the model allows it and the copy takes at most 1 GiB, else `original`."""
 Baseline = Literal["none", "lora", "full", "head"]
-"""`lora`: low-rank updates of the model's projections; `full`: every weight; `head`: only the head of an encoder or vision
-model."""
+"""`lora`: low-rank updates of the model's projections; `full`: every weight; `head`: only the head, where one
+is trained (in a vision model, or an encoder without a vocabulary head)."""
 Protocol = Literal["heldout", "paper"]
 """How an official validation split is used: half for selection and half for the report, or all of it for both."""
 PromptPosition = Literal["prefix", "after_bos", "suffix"]

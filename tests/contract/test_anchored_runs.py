@@ -309,7 +309,7 @@ def test_deep_gradient_init_is_refused_before_the_folder(tiny_backbone: MakeBack
         backbone="vit", task=str(photos), prompt=DPT(length=3, rank=1, factor_init="gradient"), training=training
     )
     backbone = tiny_backbone("vit")
-    with pytest.raises(ValueError, match="start from the gradient, and there is none"):
+    with pytest.raises(ValueError, match="gradient initialization needs a shallow prompt"):
         train(variant.replace(depth="deep"), out=tmp_path / "runs", backbone=backbone)
     assert not (tmp_path / "runs").exists()
     run = train(variant, out=tmp_path / "runs", backbone=backbone)
@@ -317,5 +317,5 @@ def test_deep_gradient_init_is_refused_before_the_folder(tiny_backbone: MakeBack
 
 
 def test_build_without_gradient_is_refused(backbone: Backbone) -> None:
-    with pytest.raises(ValueError, match="start from the gradient, and there is none"):
+    with pytest.raises(ValueError, match="gradient initialization needs a shallow prompt"):
         attach(backbone, DPT(length=6, rank=2, factor_init="gradient").build(backbone.host(), torch.Generator()))

@@ -196,7 +196,7 @@ def test_encoder_attending_to_padding_is_refused(tiny_backbone: MakeBackbone) ->
         with_kwargs=True,
     )
     backbone = Backbone(model, tiny_backbone("t5").tokenizer, "blocks", "blocks", "encoder_decoder")
-    with pytest.raises(ValueError, match=r"blocks \(t5\) gives other logits with padding after the row"):
+    with pytest.raises(ValueError, match=r"blocks \(t5\) gives different logits with padding after the row"):
         attach(backbone)
 
 

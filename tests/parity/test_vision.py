@@ -143,7 +143,7 @@ def test_eager_attention_hides_padding_of_shorter_prompts(name: str, tiny_backbo
 def test_attention_that_ignores_masks_is_refused(tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = eager_copy(tiny_backbone("vit"))
     monkeypatch.setattr("softprompt.backbones.vit.attention_mask", lambda model, visible, dtype: visible.to(dtype))
-    with pytest.raises(ValueError, match="gives other states with prompts of unequal length in one batch"):
+    with pytest.raises(ValueError, match="gives different states with prompts of unequal length in one batch"):
         attached(backbone, None)
 
 

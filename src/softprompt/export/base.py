@@ -90,7 +90,7 @@ def export_runs(
         raise FileExistsError(f"{folder} exists and is never overwritten; choose another --output")
     if len(runs) > 1 and not export_format.multi_prompt:
         raise ValueError(
-            f"{export_format.name} holds one prompt and {len(runs)} runs are given; export them one by one"
+            f"{export_format.name} holds one prompt, but {len(runs)} runs are given; export them one by one"
         )
     if token_names and not export_format.has_token_names:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How a prompt meets an architecture: one file each, one line in `PROMPTED_MODELS`.
+"""How prompts are combined with each architecture: one file each, one line in `PROMPTED_MODELS`.
 
 Before a model is used, `config_checks.py` refuses kinds whose config already shows that they do not fit, and
 `verify.py` and `verify_causal.py` run it with prompts, padding and rows of other lengths, and refuse it if a row's

@@ -1,4 +1,4 @@
-"""A deep prompt of a decoder: trained keys and values in every layer, which no token was run for.
+"""A deep prompt of a decoder: trained keys and values in every layer, which no token produced.
 
 A matrix for the keys and one for the values of each layer, `[length, heads * head_dim]`, concatenated as
 `[K_1; V_1; K_2; V_2; ...]`. Keys are those that attention reads, after rotary positions 0 to length - 1.

@@ -70,7 +70,7 @@ class CachedDecoder:
     """A frozen decoder that starts and continues rows of any prompts in one pass.
 
     Raises:
-        ValueError: the model gives a row something else beside others than it gives the row alone.
+        ValueError: a row's result depends on the batch's other rows.
     """
 
     def __init__(self, prompted: PromptedModel) -> None:
