@@ -143,8 +143,8 @@ class Experiment:
     task: str = "sentiment"
     """Name of a built-in task, or path of a task's TOML file; `distil` makes its own."""
     data: str | None = None
-    """Replaces the task's own source of rows: a file of training rows, or the official SuperGLUE or GLUE folder; not with
-    `distil`."""
+    """Replaces the task's own source of rows: a file of training rows, or the official SuperGLUE or GLUE folder; not
+    with `distil`."""
     protocol: Protocol = "heldout"
     """How an official validation split is used: half for selection and half for the report (heldout), or all of it for
     both, as in the papers (paper); the result then says so, and dev_rows does not apply."""

@@ -159,7 +159,7 @@ def test_burstiness_of_a_run_and_its_backbone(run: Path, llama_folder: Path, tmp
         (["--ranks", "7", "--functional"], "rank 7 cannot be tried on tickets-dpt-0; choose from 1 to 6"),
         (["--task", "boolq", "--functional"], "is a run and has its own task; leave --task out"),
         (["--rows", "5"], "do nothing without --functional or --suggest"),
-        (["--burstiness", "--suggest"], "--burstiness is of a backbone and not of a prompt"),
+        (["--burstiness", "--suggest"], "--burstiness measures a backbone, not a prompt"),
         (["--burstiness", "--samples", "1"], "samples is 1; a distribution needs at least 2"),
     ],
 )

@@ -189,8 +189,8 @@ def test_hub_dataset_is_read_by_name(tmp_path: Path, tiny_backbone: MakeBackbone
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"template": "{x}"}, "has images and the template '{x}'"),
-        ({"label": "", "label_words": {}, "target": "t", "metrics": ("exact_match",)}, "has images and no label"),
+        ({"template": "{x}"}, "has the template '{x}'"),
+        ({"label": "", "label_words": {}, "target": "t", "metrics": ("exact_match",)}, "has no label"),
         ({"broken": "ignore"}, "it must be 'refuse' or 'skip'"),
     ],
 )

@@ -171,7 +171,7 @@ def test_position_after_a_first_token_that_is_no_special_one_is_told(
             notes.append(text)
 
     train(experiment.replace(prompt_position="after_bos"), out=tmp_path, backbone=backbone, callback=Notes())
-    assert any("begins no text with a special token" in note for note in notes)
+    assert any("does not begin texts with a special token" in note for note in notes)
 
 
 def test_decoder_without_its_head_is_no_encoder(llama_folder: Path, experiment: Experiment, tmp_path: Path) -> None:

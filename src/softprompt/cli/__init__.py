@@ -40,7 +40,7 @@ _command_arguments: list[str] = []
 
 
 def command_arguments() -> list[str]:
-    """The arguments after the command's name: they tell a flag given at its default from one that was not given."""
+    """The arguments after the command's name, used to distinguish a flag given at its default from one not given."""
     return list(_command_arguments)
 
 

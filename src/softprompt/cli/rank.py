@@ -61,7 +61,7 @@ def rank_(
     has_truncation_flags = dataclasses.replace(truncation, backbone=None) != Truncation()
     if burstiness_ and (checkpoints or functional or suggest or has_truncation_flags):
         raise ValueError(
-            "--burstiness is of a backbone and not of a prompt; give it with --samples, --backbone and --out alone"
+            "--burstiness measures a backbone, not a prompt; combine it only with --samples, --backbone, --out"
         )
     if gradient:
         if burstiness_ or functional or suggest or truncation != Truncation(task=truncation.task, data=truncation.data):

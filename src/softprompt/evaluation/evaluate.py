@@ -52,7 +52,7 @@ def evaluate(
 
     Raises:
         FileNotFoundError: the rows are no longer where the run recorded them, or `data` does not exist.
-        ValueError: an unknown split, one that the task lacks, or one of a file; the run's rows have changed; a PEFT
+        ValueError: an unknown split, one that the task lacks, or a split given with a file; the run's rows have changed; a PEFT
             folder without a task, or that a folded prompt cannot express; `generate` for a task that is generated
             anyway, or a model that answers through a head; or `decode_weights` where nothing is generated, or where it
             does not fit the backbone.
@@ -102,7 +102,7 @@ def _check_generate(prompted: PromptedModel, task: Task) -> None:
 def rows_to_score(
     task: Task, run: Run | None, data: str | None, split: str | None, default: str = "test"
 ) -> tuple[Splits, str]:
-    """The rows, and the name of the split of them that is scored: of a file all rows, as its test split.
+    """The rows to score and their split's name; all rows of a file are its test split.
 
     Args:
         task: the task that is scored.
@@ -112,7 +112,7 @@ def rows_to_score(
 
     Raises:
         FileNotFoundError: the rows are no longer where the run recorded them, or `data` does not exist.
-        ValueError: the split has no rows, or is one of a file; or the run's rows have changed.
+        ValueError: the split has no rows, or is given with a file; or the run's rows have changed.
     """
     if data is not None and (file_rows := load_test_split(task, data, split)) is not None:
         return file_rows, "test"
@@ -192,7 +192,7 @@ def score_examples(
 ) -> tuple[Score, list[Answer]]:
     """The prompted model's score on `examples` of a split, and its answers.
 
-    The score's warning also says if the rows are those that selected the checkpoint, under other names.
+    The score's warning also says if these rows selected the checkpoint.
     """
     answers = answer(prompted, task, examples, max_new_tokens=max_new_tokens)
     result = score_answers(task, rows, split, examples, answers, prompted.backbone.tokenizer)

@@ -60,7 +60,8 @@ class KVPrefixBatch(PreparedPrompts):
     """Several prefixes as one batch, padded on the right, and the logits after each."""
 
     prompts: Sequence[SoftPrompt]
-    """The prompt of each prefix; a prompt with several shared prefixes appears once for each. Empty for a bare model."""
+    """The prompt of each prefix; a prompt with several shared prefixes appears once for each. Empty for a bare
+    model."""
     layers: tuple[
         tuple[Float[Tensor, "prefix head column head_dim"], Float[Tensor, "prefix head column value_dim"]], ...
     ]

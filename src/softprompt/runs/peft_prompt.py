@@ -22,7 +22,9 @@ class PeftPrompt:
     """A prompt that PEFT trained, and the task that it is used for."""
 
     folder: Path
+    """The folder that PEFT saved."""
     adapter: PeftFolder
+    """Its content."""
     experiment: Experiment
     """A plain prompt on the base model and the task, everything else at its default."""
     task: Task

@@ -96,11 +96,11 @@ class ServeConfig:
     def _check_engine_url(self) -> None:
         if self.engine != "vllm":
             if self.engine_url is not None:
-                raise ValueError(f"engine_url is {self.engine_url!r} and engine {self.engine!r}; it needs engine vllm")
+                raise ValueError(f"engine_url is given but engine is {self.engine!r}; leave it out, or use engine vllm")
             return
         if not re.fullmatch(r"https?://[^/\s]+(/.*)?", self.engine_url or ""):
             raise ValueError(
-                f"engine_url is {self.engine_url!r}; with engine vllm it must be the URL of a server that runs, as in "
+                f"engine_url is {self.engine_url!r}; with engine vllm it must be the URL of a running server, as in "
                 "http://localhost:8000"
             )
         settings = {"device": self.device, "max_wait": self.limits.max_wait, "decode_weights": self.decode_weights}

@@ -1,4 +1,4 @@
-"""Refusals of an experiment before its run's folder is created: settings that nothing would read, or cannot work."""
+"""Refusals of an experiment before its run's folder is created: settings without effect, or that cannot work."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,9 +12,9 @@ from softprompt.tasks import Task
 
 def check_settings_apply(experiment: Experiment, task: Task, backbone: Backbone) -> None:
     """Refuse settings that would have no effect, or could not work."""
-    if not backbone.takes_images and (unused := _changed(experiment, _image_settings)):
+    if not backbone.takes_images and (unused := _first_changed(experiment, _image_settings)):
         raise ValueError(f"{unused} is for images, but {backbone.source} reads text; leave it out")
-    if experiment.baseline != "none" and (unused := _changed(experiment, _prompt_settings)):
+    if experiment.baseline != "none" and (unused := _first_changed(experiment, _prompt_settings)):
         raise ValueError(f"{unused} is for prompts, but the baseline {experiment.baseline} has none; leave it out")
     if experiment.baseline != "none" and experiment.prompt != Experiment().prompt:
         raise ValueError(
@@ -129,7 +129,7 @@ def check_shardable(experiment: Experiment, prompted: PromptedModel) -> None:
         raise ValueError(f"shard is on, but {why}; leave it off")
 
 
-def _changed(experiment: Experiment, settings_of: Callable[[Experiment], Mapping[str, Any]]) -> str | None:
+def _first_changed(experiment: Experiment, settings_of: Callable[[Experiment], Mapping[str, Any]]) -> str | None:
     """The first of these settings that is not at its default."""
     default = settings_of(Experiment())
     return next((name for name, value in settings_of(experiment).items() if value != default[name]), None)

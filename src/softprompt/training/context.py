@@ -41,7 +41,7 @@ def read_context(experiment: Experiment, demonstrations: str = "") -> str:
 
 
 def teacher_of(run: Run, backbone: Backbone) -> Teacher | None:
-    """The teacher of a distilled run; None for another one.
+    """The teacher of a distilled run; None if the run is not a distillation.
 
     Raises:
         ValueError: as `Run.context` and `make_teacher` raise.
@@ -93,7 +93,7 @@ def check_after_context(
     examples: Sequence[Example],
     split: str,
 ) -> None:
-    """Check that rows fit the backbone after the context too, and in a chat task that they stay what they are.
+    """Check that rows fit the backbone after the context too, and in a chat task that their tokens stay the same.
 
     Args:
         prompted: the model to train.

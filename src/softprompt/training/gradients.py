@@ -37,6 +37,10 @@ def gradient_on(
     Args:
         rows: the training rows, or a function that reads them.
         teacher: of a distillation.
+
+    Returns:
+        The function takes a prompt and a number of batches, and returns the gradient with respect to the prompt's
+        vectors, both in the units of the backbone's embeddings.
     """
 
     def gradient(prompt: Float[Tensor, "length dim"], batches: int) -> Float[Tensor, "length dim"]:

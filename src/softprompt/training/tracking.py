@@ -63,7 +63,7 @@ class Tracker:
             self._accelerator.log(dict(metrics), step=step)
 
     def finish(self) -> None:
-        """Close the tracker, and not as `end_training` does, which also ends the process group."""
+        """Close the trackers without `end_training`, which would also end the process group."""
         for tracker in self._accelerator.trackers if self._accelerator is not None else ():
             tracker.finish()
 

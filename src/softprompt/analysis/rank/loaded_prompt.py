@@ -173,7 +173,7 @@ def _of_run(run: Run, backbone: Backbone, checkpoints: bool) -> LoadedPrompt:
         host = with_sample_images(run, backbone)
 
         def gradient(at: Float[Tensor, "prompt dim"], batches: int) -> Float[Tensor, "prompt dim"]:
-            """Of rows and teacher that are read only for a method that starts from it."""
+            """Reads rows and teacher only if the method initializes from the gradient."""
             teacher = teacher_of(run, backbone)
             return gradient_on(run.experiment, run.task, host, run_splits(run).train, teacher)(at, batches)
 

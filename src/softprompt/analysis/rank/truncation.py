@@ -37,8 +37,11 @@ class FunctionalRank:
     backbone: str
     """The backbone that scored it."""
     part: Part
+    """What was truncated."""
     split: str
+    """The split that scored it, or `file` for the rows of a file."""
     full: Score
+    """The score of the prompt as it was trained."""
     truncations: tuple[TruncatedScore, ...]
     """By rank, ascending."""
 

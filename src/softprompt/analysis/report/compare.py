@@ -19,7 +19,9 @@ class Difference:
     """A row's test score minus the reference row's on one task, as fractions."""
 
     row: str
+    """The row's label."""
     column: str
+    """The task's label."""
     spread: Spread
     """The difference for each seed that both rows have."""
     seeds: tuple[int, ...]
@@ -78,7 +80,7 @@ def differences(grid: Grid, reference: str) -> list[Difference]:
 
 
 def _test_rows(result: Result) -> tuple[str, float]:
-    """What tells a run's test rows: the fingerprint of the test split, and how many of its rows were scored."""
+    """What identifies a run's test rows: the fingerprint of the test split, and how many of its rows were scored."""
     return str(result.run.record["data"]["test"]), result.values["n_test"]
 
 

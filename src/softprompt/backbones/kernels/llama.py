@@ -131,6 +131,7 @@ def run(
     """The model's logits for packed tokens.
 
     Args:
+        model: one that is supported (`is_supported`) and intact (`is_intact`), else the logits are not the model's.
         positions: the tokens of each row whose logits are returned, counted from the row's first token; -1 is the last
             token of its prompt.
     """

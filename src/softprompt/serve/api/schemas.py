@@ -116,7 +116,7 @@ class _GenerationRequest(_Request):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     """Subtracted from the logit of each token that the answer holds already."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    """The same, once for each time."""
+    """Subtracted once per earlier occurrence of the token."""
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "_GenerationRequest":

@@ -26,15 +26,21 @@ class EngineStatus:
     """A snapshot of an engine."""
 
     ready: bool
+    """Whether it accepts requests."""
     prompts: int
+    """Prompts that can be named, without the base model."""
     queued: int
+    """Rows that wait."""
     queued_by_prompt: Mapping[str, int]
+    """The same, by the prompt's name."""
     generating: int
+    """Rows whose text is being generated."""
     max_batch: int
+    """Rows per batch at present, or at the same time."""
 
 
 class BaseEngine(ABC):
-    """Serves prompts over one backbone; any thread may send requests. Where they run is a subclass's.
+    """Serves prompts over one backbone; any thread may send requests. A subclass decides where they run.
 
     Args:
         backbone: for tokens and checks.

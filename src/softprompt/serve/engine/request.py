@@ -73,7 +73,7 @@ class GenerateParams:
     presence_penalty: float = 0.0
     """Subtracted from the logit of each token that was generated before."""
     frequency_penalty: float = 0.0
-    """The same, once for each time."""
+    """Subtracted once per earlier occurrence of the token."""
 
     @property
     def adjusts_logits(self) -> bool:
@@ -87,7 +87,7 @@ class ClassifyOutput:
     """The result of a classification."""
 
     scores: tuple[float, ...]
-    """Log-probability of each candidate."""
+    """Natural log-probability of each candidate: over the vocabulary, summed over its tokens; or over a head's classes."""
 
 
 @final
@@ -129,7 +129,7 @@ class EngineRequest:
         self.pixels = pixels
         self.arrived = time.monotonic()
         self.deadline = None if timeout is None else self.arrived + timeout
-        self.future: Future[Any] = Future()
+        self.future: Future[ClassifyOutput | GenerateOutput] = Future()
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         """If asked for: of each of `tokens`, then of the stop token that ended the text."""
@@ -161,7 +161,7 @@ class EngineRequest:
         """Whether it has a result or an error."""
         return self.future.done()
 
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, timeout: float | None = None) -> ClassifyOutput | GenerateOutput:
         """Wait for the `ClassifyOutput` or `GenerateOutput`.
 
         Raises:

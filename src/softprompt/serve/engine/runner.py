@@ -32,8 +32,11 @@ class BatchStats:
     """One forward pass: its kind, size and duration."""
 
     kind: Kind
+    """What its rows asked for."""
     rows: int
+    """Rows in the pass."""
     seconds: float
+    """How long it took."""
 
 
 @final

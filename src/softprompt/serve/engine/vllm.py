@@ -1,4 +1,4 @@
-"""An engine over a vLLM server that runs the backbone: it gets each row as the vectors of its prompt and text."""
+"""An engine over a vLLM server that runs the backbone; rows are sent as embeddings of prompt and text."""
 
 import asyncio
 import logging
@@ -37,9 +37,9 @@ from softprompt.serve.prompts.entry import PromptEntry, base_entry, display_name
 
 _log = logging.getLogger("softprompt.serve")
 _TICK = 0.25
-"""Seconds between two looks at deadlines."""
+"""Seconds between checks of deadlines."""
 _CHECK_SECONDS = 5.0
-"""Seconds between two looks at the server's health."""
+"""Seconds between checks of the server's health."""
 _MAX_TEMPERATURE = 2.0
 """vLLM's own limit."""
 _PREPARE_TIMEOUT = 60.0

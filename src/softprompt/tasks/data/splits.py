@@ -70,7 +70,7 @@ class Splits:
 
 
 def splits(task: Task, data: str | None = None, protocol: Protocol = "heldout") -> Splits:
-    """Read the task's three splits; those that the source lacks are split off those that it has.
+    """Read the task's three splits; missing splits are cut from existing ones.
 
     A source of `rows` is split into 70, 10 and 20 %, a `validation` split is halved into dev and test (under the
     protocol `paper` it is both), and a missing dev or test is split off train: by whole groups, or whole questions, if
