@@ -284,7 +284,7 @@ class Backbone:
         return f"shallow prompts, and deep ones of {self.max_matrices} matrices"
 
     def with_sample_images(self, images: torch.Tensor) -> "Backbone":
-        """The same model with input vectors sampled from `images`: `[count, 3, side, side]`, from its image processor."""
+        """The same model with input vectors sampled from processed `images`, `[count, 3, side, side]`."""
         return dataclasses.replace(self, images=images)
 
     def with_decode_weights(self, decode_weights: DecodeWeights) -> "Backbone":

@@ -52,10 +52,10 @@ def evaluate(
 
     Raises:
         FileNotFoundError: the rows are no longer where the run recorded them, or `data` does not exist.
-        ValueError: an unknown split, one that the task lacks, or a split given with a file; the run's rows have changed; a PEFT
-            folder without a task, or that a folded prompt cannot express; `generate` for a task that is generated
-            anyway, or a model that answers through a head; or `decode_weights` where nothing is generated, or where it
-            does not fit the backbone.
+        ValueError: an unknown split, one that the task lacks, or a split given with a file; the run's rows have
+            changed; a PEFT folder without a task, or that a folded prompt cannot express; `generate` for a task that is
+            generated anyway, or a model that answers through a head; or `decode_weights` where nothing is generated, or
+            where it does not fit the backbone.
 
     Warns:
         TruncationWarning: rows were cut to the input's limit, as in training; it has their number.

@@ -209,15 +209,15 @@ def answer(
             batch = group.texts[start : start + batch_size]
             index = torch.tensor([prefix for _, prefix in batch], device=prompted.backbone.device)
             rows = [
-                dataclasses.replace(examples[text], input_ids=texts[text][len(group.prefixes[prefix]) :])
-                for text, prefix in batch
+                dataclasses.replace(examples[row], input_ids=texts[row][len(group.prefixes[prefix]) :])
+                for row, prefix in batch
             ]
             if task.is_classification and not generate:
                 batch_answers = _classify(prompted, with_prefixes, task, rows, index)
             else:
                 batch_answers = _generate(prompted, with_prefixes, task, rows, index, max_new_tokens)
-            answers.update(zip([text for text, _ in batch], batch_answers, strict=True))
-    return [answers[text] for text in range(len(examples))]
+            answers.update(zip([row for row, _ in batch], batch_answers, strict=True))
+    return [answers[row] for row in range(len(examples))]
 
 
 def input_limit(prompted: PromptedModel, task: Task, training: TrainingConfig) -> int:

@@ -41,6 +41,8 @@ def peft_refusal(folded: Folded, backbone: Backbone) -> str:
 def export_peft(folded: Folded, backbone: Backbone, folder: str | Path) -> None:
     """Write `folded` into `folder`, so that `PeftModel.from_pretrained(model, folder)` gives the same outputs.
 
+    An adapter that is already in the folder is overwritten; other files stay.
+
     Raises:
         ValueError: PEFT's format cannot express this prompt; nothing is written.
     """

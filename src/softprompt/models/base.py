@@ -32,7 +32,7 @@ from softprompt.types import Pool, PromptAttention, PromptPosition
 class PromptedModel(nn.Module, ABC):
     """A prompt in front of a frozen backbone, as a module whose only parameters are the prompt's and its head's.
 
-    The backbone is deliberately no submodule: `state_dict`, `parameters`, `train` and `to` concern what is trained.
+    The backbone is deliberately not a submodule: `state_dict`, `parameters`, `train` and `to` concern what is trained.
 
     Every call takes `input_ids` (or pixels); `attention_mask`, 1 at tokens and 0 at padding on either side (default:
     no padding); `prompts` (default: the model's own) and, with several of them, `index`, the prompt of each row. A
@@ -122,7 +122,10 @@ class PromptedModel(nn.Module, ABC):
     def prepare(self, prompts: Sequence[SoftPrompt]) -> PreparedPrompts:
         """Everything about `prompts` that does not depend on an input; gradients flow through it unless switched off.
 
-        Pass the result as `prompts` to share one computation among many calls.
+        Pass the result, on the backbone's device, as `prompts` to share one computation among many calls.
+
+        Raises:
+            ValueError: a prompt does not fit the backbone or the model.
         """
 
     def with_shared_prefix(
@@ -152,8 +155,8 @@ class PromptedModel(nn.Module, ABC):
     ) -> Any:
         """A transformers ModelOutput with `logits` and, for `labels`, `loss`: the mean cross-entropy, float32.
 
-        Logits are `[batch, seq, vocab]` without the prompt's positions, or a head's `[batch, classes]`. With labels,
-        only the columns that predict one are computed.
+        Logits are `[batch, seq, vocab]` without the prompt's positions, or a head's `[batch, classes]`. With labels
+        (their shapes: see the class) only the columns that predict one are computed.
         """
         inputs = Inputs(input_ids, attention_mask, prompts, index)
         if labels is None:

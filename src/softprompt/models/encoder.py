@@ -132,10 +132,12 @@ class Encoder(PromptedModel):
         Raises:
             ValueError: a candidate of several tokens at a mask, or another number of candidates than the head's.
         """
-        if self.head is None and (long := [list(ids) for ids in candidates if len(ids) != 1] or not candidates):
+        if self.head is None and not candidates:
+            raise ValueError(f"no candidates are given to {self.backbone.source}; give single-token label words")
+        if self.head is None and (long := [list(ids) for ids in candidates if len(ids) != 1]):
             raise ValueError(
-                f"candidates {long or []} of {self.backbone.source} are not one token each, but a mask holds one; "
-                "choose single-token label words"
+                f"candidates {long} of {self.backbone.source} are not one token each, but a mask holds one; choose "
+                "single-token label words"
             )
         scores = self._answer_logits(inputs).float().log_softmax(-1)
         if self.head is None:

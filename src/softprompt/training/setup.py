@@ -77,8 +77,8 @@ def new_run(experiment: Experiment, backbone: Backbone | None, callback: Trainin
     check_settings_apply(experiment, task, backbone)
     if experiment.prompt_position == "after_bos" and not _begins_with_special_token(backbone.tokenizer):
         callback.on_note(
-            f"the tokenizer of {backbone.source} does not begin texts with a special token, so the prompt comes after the "
-            "text's own first token (--prompt-position after_bos)"
+            f"the tokenizer of {backbone.source} does not begin texts with a special token, so the prompt comes after "
+            "the text's own first token (--prompt-position after_bos)"
         )
     context = read_context(experiment, rows.demonstrations)
     teacher = make_teacher(context, backbone, task) if context else None

@@ -85,17 +85,17 @@ def report(
         raise ValueError(f"there is no finished run in {names}{reason}")
     grid = arrange(groups, choose=choose)
     compared = tuple(differences(grid, compare)) if compare else ()
-    all_tables = [tables.scores(grid), tables.details(grid)]
+    score_tables = [tables.scores(grid), tables.details(grid)]
     further = [
         table
         for table in (tables.distillation(grid), tables.comparison(compared, compare) if compare else None)
         if table is not None
     ]
+    all_tables = [*score_tables, *further]
     plots = _plots(arrange(groups), rates_on)
     from softprompt.analysis.report.page import page
 
-    texts = {"report.html": page(title, grid, all_tables, further, plots, skipped)}
-    all_tables += further
+    texts = {"report.html": page(title, grid, score_tables, further, plots, skipped)}
     texts |= {formats.FORMATS[form][0]: formats.render(form, all_tables, grid) for form in formats.FORMATS}
     all_plots = [plot for _, section in plots for plot in section]
     file_names = [*texts, _VALUES, *(f"{plot.name}.{kind}" for plot in all_plots for kind in ("png", "svg"))]

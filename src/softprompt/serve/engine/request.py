@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import final
 
 from jaxtyping import Float
 from torch import Tensor
@@ -87,7 +87,8 @@ class ClassifyOutput:
     """The result of a classification."""
 
     scores: tuple[float, ...]
-    """Natural log-probability of each candidate: over the vocabulary, summed over its tokens; or over a head's classes."""
+    """Natural log-probability of each candidate: over the vocabulary, summed over its tokens, or over a head's
+    classes."""
 
 
 @final
