@@ -33,7 +33,7 @@ class Truncation:
     part: Part = "prompt"
     """Truncate the trained prompt P, or only its update P - P0 and add it back to the initial prompt P0."""
     ranks: tuple[int, ...] = ()
-    """Ranks to try; None: every rank up to 8, then four per doubling, up to the numerical rank of the matrix."""
+    """Ranks to try; empty: every rank up to 8, then four per doubling, up to the numerical rank of the matrix."""
     split: Literal["train", "dev", "test"] | None = None
     """Rows to score; None: dev, which keeps the test split unseen (dev selected the checkpoint, so the full score is
     slightly optimistic). Not with a file as data, all of whose rows are scored."""
