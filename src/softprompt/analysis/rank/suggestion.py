@@ -78,8 +78,8 @@ def _suggestion(
 
 
 def _too_small(names: Sequence[str], members: Sequence[Scored]) -> str:
-    named = [functional for loaded, functional in members if loaded.name in names]
-    largest = max(truncated.rank for functional in named for truncated in functional.truncations)
+    insufficient = [functional for loaded, functional in members if loaded.name in names]
+    largest = max(truncated.rank for functional in insufficient for truncated in functional.truncations)
     return (
         f"No rank can be suggested: {', '.join(names)} still loses at rank {largest}, the largest that was tried; "
         "try larger ones."
