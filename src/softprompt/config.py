@@ -37,13 +37,13 @@ class TrainingConfig:
     batch_size: int = 16
     """Rows per step."""
     lr: float = 0.03
-    """Peak learning rate, in units of the prompt's scale; the same number fits every backbone. A baseline's weights
-    take a part of it: LoRA 0.03, full fine-tuning 0.001."""
+    """Peak learning rate, relative to the prompt's scale, so one value suits every backbone. Baselines use a fraction:
+    LoRA 0.03, full fine-tuning 0.001."""
     vocabulary_weight: float | None = None
     """Weight, from 0 to 1, of -log P(label words) in a classification loss, added to the cross-entropy among the label
-    words; none: 0.03 where the model answers in words, so that it also writes a label word when it generates freely in
-    another engine. At 0 it may not; 1 is the cross-entropy of the answer's tokens over the vocabulary (as in the
-    papers), which tasks without label words always use."""
+    words; None: 0.03 if the model answers in words, so that it also produces label words in free generation (at 0 it
+    may not). 1 is the cross-entropy of the answer's tokens over the vocabulary (as in the papers), which tasks without
+    label words always use."""
     temperature: float = 1.0
     """Temperature of a distillation (`context`, `demonstrations`); above 1, less likely tokens count for more."""
     warmup_ratio: float = 0.1
@@ -143,8 +143,8 @@ class Experiment:
     task: str = "sentiment"
     """Name of a built-in task, or path of a task's TOML file; `distil` makes its own."""
     data: str | None = None
-    """Where the task's rows are, if not at the task's own source: a file of training rows, or the official SuperGLUE or
-    GLUE folder; not with `distil`."""
+    """Replaces the task's own source of rows: a file of training rows, or the official SuperGLUE or GLUE folder; not
+    with `distil`."""
     protocol: Protocol = "heldout"
     """How an official validation split is used: half for selection and half for the report (heldout), or all of it for
     both, as in the papers (paper); the result then says so, and dev_rows does not apply."""
@@ -168,7 +168,7 @@ class Experiment:
     context: str | None = None
     """A text file to distil (`distil` needs one): the frozen model that reads it before each row (in a chat task as the
     system message) is the teacher, and the prompt is trained to give the teacher's distribution without it. The
-    rows' own answers then only say at which tokens."""
+    rows' own answers then only determine at which tokens the two are compared."""
     demonstrations: int = 0
     """Labeled training rows in front of each row, as the context to distil (after the text of `context`, if both are
     given); the prompt is not trained on these rows. Not with `distil`."""
@@ -193,7 +193,7 @@ class Experiment:
 
     @property
     def unusual_layout(self) -> str:
-        """How the prompt is placed if other software would not place it so; empty for the usual layout."""
+        """A prompt position or attention that other software does not support, in words; empty for the usual one."""
         return unusual_layout(self.prompt_position, self.prompt_attention) if self.baseline == "none" else ""
 
     @property

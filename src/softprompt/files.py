@@ -87,12 +87,12 @@ def _name_fault(name: str) -> str:
     if name.split(".")[0].rstrip().lower() in _WINDOWS_DEVICES:
         return "it is the name of a device on some systems"
     if (size := len(name.encode())) > MAX_NAME:
-        return f"it has {size} bytes in UTF-8, and at most {MAX_NAME} are allowed"
+        return f"it has {size} bytes in UTF-8, but at most {MAX_NAME} are allowed"
     return ""
 
 
 def check_output(path: Path, *inputs: Path) -> None:
-    """Check, before any work is done, that a file can be written to `path` and is none of the `inputs`.
+    """Check, before any work is done, that a file can be written to `path` and is not one of the `inputs`.
 
     Raises:
         ValueError: it is one of them.

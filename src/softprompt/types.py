@@ -1,6 +1,6 @@
 """The choices of settings, as literals, a check of numbers, and warnings.
 
-Apart from what uses them, so that commands start quickly.
+Kept apart from the code that uses them, so that commands start quickly.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ oneDNN's kernels read it; results are equal up to rounding. `int8`, `int4`: a co
 for each output channel, or 4 bits with a scale and an offset for every 32 weights (the head in 8 bits); texts may
 differ. `auto`: `prepacked` where the model allows it and the copy takes at most 1 GiB, else `original`."""
 Baseline = Literal["none", "lora", "full", "head"]
-"""`lora`: low-rank updates of the model's projections; `full`: every weight; `head`: only the encoder's head."""
+"""`lora`: low-rank updates of the model's projections; `full`: every weight; `head`: only the head, where one
+is trained (in a vision model, or an encoder without a vocabulary head)."""
 Protocol = Literal["heldout", "paper"]
 """How an official validation split is used: half for selection and half for the report, or all of it for both."""
 PromptPosition = Literal["prefix", "after_bos", "suffix"]
@@ -42,9 +43,9 @@ class TruncationWarning(UserWarning):
 
 
 def unusual_layout(prompt_position: PromptPosition, prompt_attention: PromptAttention) -> str:
-    """How the prompt is placed if other software would not place it so; empty for the usual layout."""
+    """A prompt position or attention that other software does not support, in words; empty for the usual one."""
     position = {"prefix": "", "after_bos": "after the text's first token", "suffix": "after the text"}[prompt_position]
-    return position or ("isolated from the text" if prompt_attention == "self" else "")
+    return position or ("attending to itself only" if prompt_attention == "self" else "")
 
 
 def check_finite(settings: Any) -> None:

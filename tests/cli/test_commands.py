@@ -168,8 +168,8 @@ def test_doctor_reports_versions() -> None:
         (["fetch", "nothing"], ["'nothing'"]),
         (["train", "--task", "sentimant"], ["'sentimant'", "sentiment"]),
         (["train", "--task", "missing.toml"], ["missing.toml"]),
-        (["list", "methods", "--prompt-module", "missing.py"], ["'missing.py' is no Python file"]),
-        (["list", "methods", "--prompt-module"], ["is no Python file"]),
+        (["list", "methods", "--prompt-module", "missing.py"], ["'missing.py' is not a Python file"]),
+        (["list", "methods", "--prompt-module"], ["is not a Python file"]),
     ],
 )
 def test_missing_input_is_one_sentence(arguments: list[str], words: list[str]) -> None:

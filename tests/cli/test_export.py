@@ -77,7 +77,11 @@ def test_beside_the_run_by_default(folders: dict[str, Path]) -> None:
         (["three"], ["--to", "vocab"], "dept also changes the input's own embeddings; export to npz"),
         (["one", "two"], ["--to", "peft"], "peft holds one prompt and 2 runs are given"),
         (["one"], ["--to", "vocab", "--token-names", "first"], "token_names holds 'first'; give NAME=<name>"),
-        (["one"], ["--to", "vocab", "--token-names", "x=<y>"], "token_names names 'x', which is none of the runs one"),
+        (
+            ["one"],
+            ["--to", "vocab", "--token-names", "x=<y>"],
+            "token_names names 'x', which is not one of the runs one",
+        ),
         (
             ["one"],
             ["--to", "vocab", "--token-names", "one=<x>", "one=<y>"],

@@ -187,7 +187,7 @@ def test_revision_and_missing_names_are_told_apart(run: softprompt.Run, hub: Fak
     for one, name in ((nobody, "me/nobody"), (secret, "me/secret")):
         assert f"the Hub has no prompt {name}, or shows it only with a token" in one["error"]
     assert "holds neither a PEFT prompt nor a run" in model["error"]
-    assert "hub:me/a b is no prompt on the Hub" in malformed["error"]
+    assert "hub:me/a b is not the name of a prompt on the Hub" in malformed["error"]
     assert "the hub refuses the upload to me/new (401)" in refused["error"]
     assert {one["status"] for one in (revision, nobody, secret, model, malformed, refused)} == {1}
 
@@ -203,9 +203,9 @@ def test_offline_is_refused_in_one_sentence(run: softprompt.Run, capsys: pytest.
     ("arguments", "message"),
     [
         (["me/x"], "give --base-model the Hub id of these weights"),
-        (["not a name", "--base-model", "me/llama"], "the name is 'not a name', which is no id on the Hub"),
-        (["me/x", "--base-model", "me llama"], "the base model is 'me llama', which is no id on the Hub"),
-        (["me/x", "--base-model", "me/llama", "--datasets", "my data"], "a data set is 'my data', which is no id"),
+        (["not a name", "--base-model", "me/llama"], "the name is 'not a name', which is not an id on the Hub"),
+        (["me/x", "--base-model", "me llama"], "the base model is 'me llama', which is not an id on the Hub"),
+        (["me/x", "--base-model", "me/llama", "--datasets", "my data"], "a data set is 'my data', which is not an id"),
     ],
 )
 def test_names_are_checked_before_the_hub(

@@ -76,7 +76,7 @@ def test_rank_measures_each_layer(swept: Path) -> None:
     for prompt in found["prompts"]:
         views = {name for name in prompt["ranks"] if name.startswith("update")}
         assert len(views) == prompt["num_matrices"]
-        last = prompt["functional"]["cuts"][-1]
+        last = prompt["functional"]["truncations"][-1]
         assert (last["rank"], last["drop"]["value"]) == (3, 0.0)
     assert {prompt["num_matrices"] for prompt in found["prompts"]} == {1, 3}
     assert {(one["length"], one["num_matrices"]) for one in found["suggestions"]} == {(3, 1), (3, 3)}

@@ -82,8 +82,8 @@ def test_rank_with_all_plots(run: Path, tmp_path: Path) -> None:
     assert json.loads((out / "rank.json").read_text()) == result
     [prompt] = result["prompts"]
     found = prompt["functional"]
-    assert [cut["rank"] for cut in found["cuts"]] == [1, 2]
-    assert found["cuts"][-1]["score"] == found["full"]["value"]
+    assert [cut["rank"] for cut in found["truncations"]] == [1, 2]
+    assert found["truncations"][-1]["score"] == found["full"]["value"]
     evaluated = call("evaluate", run, "--split", "train").result
     assert found["full"] == {name: evaluated[name] for name in found["full"]}
     [suggestion] = result["suggestions"]
@@ -104,7 +104,7 @@ def test_rank_of_a_folder_of_runs(folder: Path) -> None:
     prompts = called.result["prompts"]
     assert [prompt["name"] for prompt in prompts] == ["tickets-dpt-0", "tickets-dpt-1"]
     assert all(prompt["functional"]["full"]["n"] == 12 for prompt in prompts)
-    assert all([cut["rank"] for cut in prompt["functional"]["cuts"]] == [1, 2] for prompt in prompts)
+    assert all([cut["rank"] for cut in prompt["functional"]["truncations"]] == [1, 2] for prompt in prompts)
     said = " ".join(called.err.split())
     assert "whole is the baseline full and has no prompt and is left out" in said
     assert "stopped is not finished and is left out" in said
@@ -159,7 +159,7 @@ def test_burstiness_of_a_run_and_its_backbone(run: Path, llama_folder: Path, tmp
         (["--ranks", "7", "--functional"], "rank 7 cannot be tried on tickets-dpt-0; choose from 1 to 6"),
         (["--task", "boolq", "--functional"], "is a run and has its own task; leave --task out"),
         (["--rows", "5"], "do nothing without --functional or --suggest"),
-        (["--burstiness", "--suggest"], "--burstiness is of a backbone and not of a prompt"),
+        (["--burstiness", "--suggest"], "--burstiness measures a backbone, not a prompt"),
         (["--burstiness", "--samples", "1"], "samples is 1; a distribution needs at least 2"),
     ],
 )
@@ -215,16 +215,16 @@ def test_part_update_recovers_an_update_of_rank_1(rank_1_update: Path, tmp_path:
     assert prompt["ranks"]["prompt"]["numerical"] == 6
     functional = prompt["functional"]
     assert functional["part"] == "update"
-    initial, full = functional["cuts"]
+    initial, full = functional["truncations"]
     assert (initial["rank"], full["rank"]) == (0, 1)
     assert full["score"] == functional["full"]["value"]
     assert full["drop"] == {"value": 0.0, "ci_low": 0.0, "ci_high": 0.0, "p_value": 1.0}
     assert initial["score"] != functional["full"]["value"]
-    assert "the update cut to lower ranks" in " ".join(called.err.split())
+    assert "the update truncated to lower ranks" in " ".join(called.err.split())
     assert "rank k of the update P" in (tmp_path / "out/score_by_rank.svg").read_text()
     [prompt] = call("rank", rank_1_update, *scored, "--ranks", "1").result["prompts"]
     assert prompt["functional"]["part"] == "prompt"
-    assert prompt["functional"]["cuts"][0]["score"] != prompt["functional"]["full"]["value"]
+    assert prompt["functional"]["truncations"][0]["score"] != prompt["functional"]["full"]["value"]
     assert "rank k of the prompt P" in (tmp_path / "out/score_by_rank.svg").read_text()
 
 
@@ -243,5 +243,5 @@ def test_rank_after_the_init_prompt_is_deleted(
     assert "update" not in prompt["ranks"]
     assert "its initial prompt P0 cannot be rebuilt" in prompt["note"]
     sentence = call("rank", second, "--functional", "--part", "update").sentence
-    assert "the update of second cannot be cut, since its initial prompt P0 is not known (" in sentence
-    assert "cut the prompt itself with --part prompt" in sentence
+    assert "the update of second cannot be truncated, since its initial prompt P0 is not known (" in sentence
+    assert "truncate the prompt itself with --part prompt" in sentence

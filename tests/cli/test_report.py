@@ -92,7 +92,10 @@ def test_format_selects_the_printed_tables(form: str, name: str, trained: Path, 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["{runs}", "--compare", "lora"], "softprompt: compare is 'lora', which is no row; give one of 'dpt', 'plain'"),
+        (
+            ["{runs}", "--compare", "lora"],
+            "softprompt: compare is 'lora', which is not a row; give one of 'dpt', 'plain'",
+        ),
         (["{runs}/stopped"], "softprompt: there is no finished run in"),
         ([], "softprompt: no folder is given; name runs, or folders that hold runs"),
     ],

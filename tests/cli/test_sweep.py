@@ -165,7 +165,7 @@ def test_baselines_are_trained_one_by_one(file: Path, tmp_path: Path, sweep: Swe
     ("flags", "message"),
     [
         (["--concurrent", "0"], "concurrent is 0; it must be at least 1"),
-        (["--concurrent", "2", "--executor", "ray"], "concurrent is 2, and Ray runs each trial in its own process"),
+        (["--concurrent", "2", "--executor", "ray"], "concurrent is 2, but Ray runs each trial in its own process"),
     ],
 )
 def test_conflicting_flags_are_refused(

@@ -214,10 +214,10 @@ def test_update_rank_is_measured_from_the_anchor(
     assert torch.equal(loaded.start, tensors(run)["anchor"])
     assert torch.equal(loaded.history[0], loaded.start)
     functional = functional_rank(loaded, Truncation(part="update", split="train", rows=0))
-    assert [cut.rank for cut in functional.cuts] == [0, 1, 2, 3, 4]  # at most twice the rank
-    assert functional.cuts[-1].score == functional.full
+    assert [cut.rank for cut in functional.truncations] == [0, 1, 2, 3, 4]  # at most twice the rank
+    assert functional.truncations[-1].score == functional.full
     assert (
-        functional.cuts[0].score
+        functional.truncations[0].score
         == functional_rank(
             dataclasses.replace(loaded, prompt=Folded(loaded.start)),
             Truncation(ranks=(len(loaded.start),), split="train", rows=0),
@@ -309,7 +309,7 @@ def test_deep_gradient_init_is_refused_before_the_folder(tiny_backbone: MakeBack
         backbone="vit", task=str(photos), prompt=DPT(length=3, rank=1, factor_init="gradient"), training=training
     )
     backbone = tiny_backbone("vit")
-    with pytest.raises(ValueError, match="start from the gradient, and there is none"):
+    with pytest.raises(ValueError, match="gradient initialization needs a shallow prompt"):
         train(variant.replace(depth="deep"), out=tmp_path / "runs", backbone=backbone)
     assert not (tmp_path / "runs").exists()
     run = train(variant, out=tmp_path / "runs", backbone=backbone)
@@ -317,5 +317,5 @@ def test_deep_gradient_init_is_refused_before_the_folder(tiny_backbone: MakeBack
 
 
 def test_build_without_gradient_is_refused(backbone: Backbone) -> None:
-    with pytest.raises(ValueError, match="start from the gradient, and there is none"):
+    with pytest.raises(ValueError, match="gradient initialization needs a shallow prompt"):
         attach(backbone, DPT(length=6, rank=2, factor_init="gradient").build(backbone.host(), torch.Generator()))

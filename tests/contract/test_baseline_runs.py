@@ -40,7 +40,7 @@ def experiment(llama_folder: Path, ticket_task: Path) -> Experiment:
 def bare_score(run: Run, backbone: Backbone) -> float:
     """The share of test rows that the model without a prompt answers rightly."""
     rows, task = run_splits(run).test, run.task
-    examples, _ = encode(task, backbone.tokenizer, rows, 256, closing=False)
+    examples, _ = encode(task, backbone.tokenizer, rows, 256, appends_eos=False)
     model, candidates, right = attach(backbone), answer_ids(task, backbone.tokenizer), 0
     for example, row in zip(examples, rows, strict=True):
         best = int(model.score(torch.tensor([list(example.input_ids)]), None, candidates).argmax())

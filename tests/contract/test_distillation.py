@@ -149,7 +149,7 @@ def test_queries_are_answered_once_and_trained_on(experiment: Experiment, backbo
 
 def test_settings_without_effect_are_refused(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
     wrong = experiment.replace(training=TrainingConfig(steps=1, vocabulary_weight=0.5))
-    with pytest.raises(ValueError, match="and a distillation takes its loss"):
+    with pytest.raises(ValueError, match="but a distillation takes its loss"):
         train(wrong, out=tmp_path, backbone=backbone)
     lonely = experiment.replace(demonstrations=0, training=TrainingConfig(steps=1, temperature=2.0))
     with pytest.raises(ValueError, match="only a distillation has one"):

@@ -154,6 +154,6 @@ def test_rows_continuing_from_a_cache_are_refused(
         prompt_position=position,
         training=TrainingConfig(gradient_checkpointing=True),
     )
-    with pytest.raises(ValueError, match=r"gradient_checkpointing is on, and rows of .* continue from a cache"):
+    with pytest.raises(ValueError, match=r"gradient_checkpointing is on, but rows of .* continue from a cache"):
         train(experiment, out=tmp_path, backbone=tiny_backbone(kind))
     assert not list(tmp_path.iterdir())

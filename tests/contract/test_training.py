@@ -238,10 +238,10 @@ def test_prompt_attention_self_holds_in_training_and_use(
         (
             "llama",
             {"baseline": "lora", "prompt_position": "suffix"},
-            "prompt_position is for prompts, and the baseline lora has none",
+            "prompt_position is for prompts, but the baseline lora has none",
         ),
         ("llama", {"init_prompt": "/nowhere/run"}, "there is no folder /nowhere/run"),
-        ("t5", {"depth": "deep"}, "depth is deep, and .* takes prompts in front of the input only"),
+        ("t5", {"depth": "deep"}, "depth is deep, but .* takes prompts in front of the input only"),
         ("llama", {"depth": "deep", "prompt_position": "suffix"}, "come before the text; leave one of them out"),
     ],
 )

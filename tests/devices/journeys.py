@@ -191,7 +191,7 @@ class Journey:
         result = {
             "values": {name: spectrum.values for name, spectrum in ranks.spectra.items()},
             "history": len(ranks.history),
-            "cuts": [cut.score.value for cut in ranks.functional.cuts],
+            "truncations": [cut.score.value for cut in ranks.functional.truncations],
         }
         if self.model in ("llama", "bert_mlm"):
             result["gradient"] = [point.spectrum.values for point in gradient_spectra(self.run.folder, batches=1)]

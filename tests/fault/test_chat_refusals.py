@@ -59,7 +59,7 @@ def experiment(backbone: Backbone, task: Path | str, **settings: Any) -> Experim
         ([USER, {**ANSWER, "content": None}], "message 2 of row 2 of .*, from the assistant, has no text"),
         (["a", "b"], "message 1 of row 2 of .* is a str .* an object with role and content"),
         ({"role": "user"}, "row 2 of .* has a str|dict in column 'messages'; a list of messages"),
-        ("hello", "row 2 of .* text in column 'messages' that is no JSON"),
+        ("hello", "row 2 of .* text in column 'messages' that is not JSON"),
         ("5", "row 2 of .* has a int in column 'messages'; a list of messages"),
         ('[{"role": "user", "content": "\\ud83d"}]', r"message 1 of row 2 of .* has half a character"),
     ],
@@ -143,23 +143,23 @@ def test_contradictory_task_is_refused(settings: dict[str, Any], message: str, t
 
 def test_long_conversation_is_not_truncated(backbone: Backbone, tmp_path: Path) -> None:
     task = write(tmp_path, [{**USER, "content": "a b " * 40}, ANSWER])
-    with pytest.raises(ValueError, match=r"has \d+ tokens before the answer, and the limit is 60; raise"):
+    with pytest.raises(ValueError, match=r"has \d+ tokens before the answer, but the limit is 60; raise"):
         train(experiment(backbone, task, training={"max_input_tokens": 60}), out=tmp_path / "runs", backbone=backbone)
     assert not (tmp_path / "runs").exists()
 
 
 def test_other_architectures_and_demonstrations_are_refused(backbone: Backbone, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the backbone is no decoder"):
-        encode(TASK, backbone.tokenizer, [{"messages": [USER, ANSWER]}], 100, closing=True)
+    with pytest.raises(ValueError, match="the backbone is not a decoder"):
+        encode(TASK, backbone.tokenizer, [{"messages": [USER, ANSWER]}], 100, appends_eos=True)
     task = write(tmp_path, [USER, ANSWER])
-    with pytest.raises(ValueError, match="has chat messages, and demonstrations are rows of a template"):
+    with pytest.raises(ValueError, match="has chat messages, but demonstrations are rows of a template"):
         train(experiment(backbone, task, demonstrations=2), out=tmp_path / "runs", backbone=backbone)
 
 
 @pytest.mark.parametrize(
     ("cell", "context", "template", "message"),
     [
-        ([SYSTEM, USER, ANSWER], "a b", "", "row 2 of .* has a system message, and the context to distil becomes"),
+        ([SYSTEM, USER, ANSWER], "a b", "", "row 2 of .* has a system message, but the context to distil becomes"),
         ([USER, ANSWER], "", "", "has no text"),
         ([USER, ANSWER], "\ufeff \n\t", "", "has no text"),
         ([USER, ANSWER], "<s> </s>\n<pad>", "", "consists of control tokens of .*; give a text"),

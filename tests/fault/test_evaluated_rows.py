@@ -116,7 +116,7 @@ def test_functional_rank_scores_every_row_of_a_file(run: Run, tables: Path) -> N
     [prompt] = load_prompts(run.folder)
     data = str(tables / "new.csv")
     result = functional_rank(prompt, Truncation(ranks=(2,), rows=0, data=data))
-    assert (result.full, result.split) == (evaluate(run, data=data), "given")
+    assert (result.full, result.split) == (evaluate(run, data=data), "file")
     with pytest.raises(ValueError, match="is scored whole"):
         functional_rank(prompt, Truncation(ranks=(2,), data=data, split="dev"))
 
@@ -184,5 +184,5 @@ def test_head_is_not_scored_on_other_classes(run: Run, unchecked: None) -> None:
 
     other = dataclasses.replace(run.task, label_words=dict(reversed(run.task.label_words.items())))
     _check_classes(run, WithHead(), run.task)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="a head trained for billing, sales, and task 'task' has sales, billing"):
+    with pytest.raises(ValueError, match="a head trained for billing, sales, but task 'task' has sales, billing"):
         _check_classes(run, WithHead(), other)  # type: ignore[arg-type]

@@ -97,7 +97,7 @@ def test_image_lost_during_training_is_named(photos: Path) -> None:
     assert example.picture is not None
     assert example.picture.pixels().shape == (3, 16, 16)
     (photos / "cat" / "1.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"row 1 has the image '.*1.png', and there is no such file"):
+    with pytest.raises(FileNotFoundError, match=r"row 1 has the image '.*1.png', but there is no such file"):
         example.picture.pixels()
 
 
@@ -130,7 +130,7 @@ def test_table_of_paths_is_relative_to_its_folder(photos: Path, tmp_path: Path) 
     assert [len(part) for part in (rows.train, rows.dev, rows.test)] == [14, 2, 4]
     assert load_task(file).label_words == {"cat": "cat", "dog": "dog"}
     (tmp_path / "list.csv").write_text("\n".join([*lines, "photos/cat/99.png,cat"]) + "\n")
-    with pytest.raises(FileNotFoundError, match=r"row 21 of .*list.csv has the image '.*99.png', and there is no such"):
+    with pytest.raises(FileNotFoundError, match=r"row 21 of .*list.csv has the image '.*99.png', but there is no such"):
         splits(load_task(file))
     with pytest.raises(ValueError, match="has no column 'picture'"):
         splits(load_task(toml(tmp_path, train="list.csv", image="picture", label="kind")))
@@ -189,8 +189,8 @@ def test_hub_dataset_is_read_by_name(tmp_path: Path, tiny_backbone: MakeBackbone
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"template": "{x}"}, "has images and the template '{x}'"),
-        ({"label": "", "label_words": {}, "target": "t", "metrics": ("exact_match",)}, "has images and no label"),
+        ({"template": "{x}"}, "has the template '{x}'"),
+        ({"label": "", "label_words": {}, "target": "t", "metrics": ("exact_match",)}, "has no label"),
         ({"broken": "ignore"}, "it must be 'refuse' or 'skip'"),
     ],
 )
@@ -207,15 +207,17 @@ def test_image_task_with_text_backbone_is_refused(
     )
     transformers.ViTModel(small).save_pretrained(tmp_path / "vit")
     vision = Experiment(backbone=str(tmp_path / "vit"), task=str(photos), prompt=Plain(length=2), dtype="float32")
-    with pytest.raises(ValueError, match="has images and the backbone reads text"):
+    with pytest.raises(ValueError, match="has images, but the backbone reads text"):
         train(vision.replace(backbone=str(llama_folder)), out=tmp_path / "runs")
-    with pytest.raises(ValueError, match="has text and the backbone reads images"):
+    with pytest.raises(ValueError, match="has text, but the backbone reads images"):
         train(vision.replace(task=str(ticket_task)), out=tmp_path / "runs")
-    with pytest.raises(ValueError, match=r"pool is for images, and .* reads text"):
+    with pytest.raises(ValueError, match=r"pool is for images, but .* reads text"):
         train(vision.replace(backbone=str(llama_folder), task=str(ticket_task), pool="patches"), out=tmp_path / "runs")
-    with pytest.raises(ValueError, match=r"an image of 20 x 20 pixels is no whole number of patches of 8; give .* 16"):
+    with pytest.raises(
+        ValueError, match=r"an image of 20 x 20 pixels is not a whole number of patches of 8; give .* 16"
+    ):
         train(vision.replace(training=TrainingConfig(steps=1, image_size=20)), out=tmp_path / "runs")
-    with pytest.raises(ValueError, match="the initial text is 'cats', and a vision model takes no text"):
+    with pytest.raises(ValueError, match="the initial text is 'cats', but a vision model takes no text"):
         train(vision.replace(prompt=Plain(length=2, init="text", init_text="cats")), out=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
     # Loaded twice it is the same, though its checkpoint has no pooler.
@@ -248,7 +250,7 @@ def test_sixteen_bit_pixels_are_scaled(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_pixels_of_unknown_range_are_refused(dtype: Any) -> None:
-    with pytest.raises(ValueError, match="cannot be read \\(its pixels are 32-bit numbers, and nothing says which"):
+    with pytest.raises(ValueError, match="cannot be read \\(its pixels are 32-bit numbers, but nothing says which"):
         saved(Image.fromarray(np.ones((4, 4), dtype)), "tiff")
 
 

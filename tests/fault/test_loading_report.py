@@ -112,7 +112,7 @@ def test_encoder_without_pooler_has_a_stable_hash(tiny_backbone: Callable[[str],
 def test_mismatched_tensor_is_named_with_both_shapes(llama: Path):
     name = "model.layers.0.mlp.up_proj.weight"
     change_tensors(llama, lambda tensors: {**tensors, name: tensors[name][:60].clone()})
-    with pytest.raises(ValueError, match=rf"{name} of shape \(60, 32\), and its config.json makes it \(64, 32\)"):
+    with pytest.raises(ValueError, match=rf"{name} of shape \(60, 32\), but its config.json makes it \(64, 32\)"):
         load(llama)
 
 
@@ -211,7 +211,7 @@ def test_tokenizer_of_another_model_is_rejected(tmp_path: Path, tokenizer: Any):
     config = transformers.LlamaConfig(**{**GROUPED, "vocab_size": 280})
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match=r"has ids up to 299, and its embedding table has 280 rows"):
+    with pytest.raises(ValueError, match=r"has ids up to 299, but its embedding table has 280 rows"):
         load(tmp_path / "m")
 
 
@@ -225,7 +225,7 @@ def test_added_token_without_embedding_warns(llama: Path):
 
 def test_config_ids_unlike_the_tokenizers_warn(llama: Path):
     change_json(llama / "config.json", eos_token_id=7)
-    with pytest.warns(LoadingWarning, match=r"says eos_token_id 7, and its tokenizer's is 1 \('</s>'\)"):
+    with pytest.warns(LoadingWarning, match=r"says eos_token_id 7, but its tokenizer's is 1 \('</s>'\)"):
         load(llama)
 
 
@@ -288,7 +288,7 @@ def test_missing_shard_is_named(llama: Path):
     shard = sharded(llama)[-1]
     load(llama)
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{shard.name} is not there, and its index names it"):
+    with pytest.raises(FileNotFoundError, match=f"{shard.name} is not there, but its index names it"):
         load(llama)
 
 

@@ -202,7 +202,7 @@ def test_only_an_answer_in_the_input_uses_its_offsets(
     prompted = attach(backbone, config.build(backbone.host(), torch.Generator().manual_seed(0)))
     task = load_task(str(ticket_task))
     assert input_limit(prompted, task, TRAINING) == limit
-    [example] = encode(task, backbone.tokenizer, [{"text": "a " * 99}], limit, closing=True, answers=False)[0]
+    [example] = encode(task, backbone.tokenizer, [{"text": "a " * 99}], limit, appends_eos=True, answers=False)[0]
     assert len(example.input_ids) == limit
     prompted.score(torch.tensor([example.input_ids]), None, [[5], [6]])
 

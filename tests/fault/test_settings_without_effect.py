@@ -57,14 +57,14 @@ def flags(experiment: Experiment) -> list[str]:
 
 @pytest.mark.parametrize("prompt", [DPT(rank=4), Plain(length=300)])
 def test_prompt_beside_a_baseline_is_refused(prompt: Any, experiment: Experiment, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"the method (dpt|plain) is given, and the baseline lora trains no prompt"):
+    with pytest.raises(ValueError, match=r"the method (dpt|plain) is given, but the baseline lora trains no prompt"):
         train(experiment.replace(baseline="lora", prompt=prompt), out=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
 def test_unbalanced_shots_without_shots_are_refused(experiment: Experiment, tmp_path: Path) -> None:
     training = TrainingConfig(steps=2, eval_steps=2, shots_balanced=False)
-    with pytest.raises(ValueError, match="shots_balanced is off, and no shots are drawn"):
+    with pytest.raises(ValueError, match="shots_balanced is off, but no shots are drawn"):
         train(experiment.replace(training=training), out=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
@@ -77,7 +77,7 @@ def test_vocabulary_weight_without_label_words_is_refused(
     task = tmp_path / "t.toml"
     task.write_text('train = "train.csv"\ntemplate = "Ticket: {text}\\nQueue:"\ntarget = "queue"\n')
     training = TrainingConfig(steps=2, eval_steps=2, vocabulary_weight=weight)
-    with pytest.raises(ValueError, match=r"vocabulary_weight is 0\.\d, and task .t. has no label words, so"):
+    with pytest.raises(ValueError, match=r"vocabulary_weight is 0\.\d, but task .t. has no label words, so"):
         train(experiment.replace(task=str(task), training=training), out=tmp_path / "runs")
 
 
@@ -85,7 +85,7 @@ def test_memory_option_cannot_be_turned_off_by_resume(experiment: Experiment, tm
     training = TrainingConfig(steps=2, eval_steps=2, gradient_checkpointing=True)
     run = train(experiment.replace(training=training), out=tmp_path)
     said = call("train", "--resume", run.folder, "--no-gradient-checkpointing").sentence
-    assert "--no-gradient-checkpointing is given, and run" in said
+    assert "--no-gradient-checkpointing is given, but run" in said
 
 
 @pytest.mark.parametrize("as_argument", [True, False])
@@ -171,7 +171,7 @@ def test_position_after_a_first_token_that_is_no_special_one_is_told(
             notes.append(text)
 
     train(experiment.replace(prompt_position="after_bos"), out=tmp_path, backbone=backbone, callback=Notes())
-    assert any("begins no text with a special token" in note for note in notes)
+    assert any("does not begin texts with a special token" in note for note in notes)
 
 
 def test_decoder_without_its_head_is_no_encoder(llama_folder: Path, experiment: Experiment, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_ctrl_c_says_how_to_continue_the_sweep(
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(NullCallback, "on_step", step)
-    with pytest.raises(Interrupted, match=r"^stopped after step 3 of 4; the same sweep command goes on from there$"):
+    with pytest.raises(Interrupted, match=r"^stopped after step 3 of 4; the same sweep command continues from there$"):
         sweep(files / "sweep.toml", out=tmp_path)
     monkeypatch.undo()
     assert len(run_folders(tmp_path)) == 1

@@ -20,7 +20,7 @@ def test_invalid_vision_call_is_refused(tiny_backbone: MakeBackbone, unchecked: 
     head = fresh_head(backbone, 3, torch.Generator())
     with pytest.raises(ValueError, match="has no vocabulary head to answer with; give a head"):
         attach(backbone, None)
-    with pytest.raises(ValueError, match="for 4 layers and vit has 3"):
+    with pytest.raises(ValueError, match="for 4 layers, but vit has 3"):
         attach(backbone, Folded(torch.zeros(8, 32), num_matrices=4), head=head)
     prompted = attach(backbone, Folded(torch.zeros(4, 32)), head=head)
     with pytest.raises(ValueError, match="the head has 3 classes and 2 candidates"):
@@ -39,7 +39,7 @@ def test_invalid_vision_call_is_refused(tiny_backbone: MakeBackbone, unchecked: 
 def test_unsupported_vision_model_is_refused(tmp_path: Path) -> None:
     config = transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=16, patch_size=4, window_size=2)
     transformers.SwinModel(config).save_pretrained(tmp_path / "swin")
-    with pytest.raises(ValueError, match=r"swin.* is no plain vision transformer"):
+    with pytest.raises(ValueError, match=r"swin.* is not a plain vision transformer"):
         load_backbone(str(tmp_path / "swin"), dtype="float32")
     gray = transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_channels=1)
     transformers.ViTModel(gray).save_pretrained(tmp_path / "gray")
@@ -53,8 +53,8 @@ _TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "in
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (transformers.ViTMAEConfig(**_TINY, image_size=32, patch_size=8), "is no plain vision transformer"),
-        (transformers.BeitConfig(**_TINY, image_size=32, patch_size=8), "is no plain vision transformer"),
+        (transformers.ViTMAEConfig(**_TINY, image_size=32, patch_size=8), "is not a plain vision transformer"),
+        (transformers.BeitConfig(**_TINY, image_size=32, patch_size=8), "is not a plain vision transformer"),
         (
             transformers.BeitConfig(
                 **_TINY,
@@ -63,9 +63,12 @@ _TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "in
                 use_absolute_position_embeddings=True,
                 use_relative_position_bias=True,
             ),
-            "is no plain vision transformer",
+            "is not a plain vision transformer",
         ),
-        (transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]), "is no plain vision transformer"),
+        (
+            transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]),
+            "is not a plain vision transformer",
+        ),
         (
             transformers.Wav2Vec2Config(
                 **_TINY,

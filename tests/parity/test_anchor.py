@@ -316,7 +316,7 @@ def test_incompatible_settings_are_refused(settings: dict[str, Any], said: str) 
     ("settings", "facts", "said"),
     [
         ({"anchor": "text", "init_text": "far too long"}, {}, "has 12 tokens and the prompt a length of 6"),
-        ({"anchor": "label_words"}, {"label_words": ()}, "label words, and it has none"),
+        ({"anchor": "label_words"}, {"label_words": ()}, "label words, but the task has none"),
         (
             {"anchor": "label_words"},
             {"label_words": ("yes", "perhaps")},

@@ -80,9 +80,9 @@ def test_deep_prompts_are_refused(llama_folder: Path, ticket_task: Path, tmp_pat
     )
     run = train(experiment, out=tmp_path)
     part = load_embeddings(str(llama_folder), dtype="float32")
-    with pytest.raises(ValueError, match="the prompt is deep, with keys and values in every layer"):
+    with pytest.raises(ValueError, match="a deep prompt has keys and values in every layer"):
         from_folder("tickets", run.folder, part)
-    with pytest.raises(ValueError, match="the prompt is deep, with keys and values in every layer"):
+    with pytest.raises(ValueError, match="a deep prompt has keys and values in every layer"):
         read_peft_folder(run.folder).prompt(part)
 
 
@@ -93,7 +93,7 @@ def test_hash_of_renamed_tensors_is_refused(saved: Callable[..., Path]) -> None:
 
 def test_model_that_is_no_decoder_is_refused(saved: Callable[..., Path]) -> None:
     for name in ("t5", "bert"):
-        with pytest.raises(ValueError, match="is no decoder of text"):
+        with pytest.raises(ValueError, match="is not a decoder of text"):
             load_embeddings(str(saved(name)))
 
 

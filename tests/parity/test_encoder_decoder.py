@@ -196,7 +196,7 @@ def test_encoder_attending_to_padding_is_refused(tiny_backbone: MakeBackbone) ->
         with_kwargs=True,
     )
     backbone = Backbone(model, tiny_backbone("t5").tokenizer, "blocks", "blocks", "encoder_decoder")
-    with pytest.raises(ValueError, match=r"blocks \(t5\) gives other logits with padding after the row"):
+    with pytest.raises(ValueError, match=r"blocks \(t5\) gives different logits with padding after the row"):
         attach(backbone)
 
 
@@ -226,7 +226,7 @@ def test_run_trains_and_answers(
         return
     prompted = build_prompted_model(experiment, run.task, backbone, initialize=False)
     table = read_splits(experiment, run.task).train
-    examples = encode(run.task, backbone.tokenizer, table, 512, closing=True)[0]
+    examples = encode(run.task, backbone.tokenizer, table, 512, appends_eos=True)[0]
     batch = next(schedule([len(example.input_ids) for example in examples], 4, 0))[1]
     losses = []
     for example in (examples[position] for position in batch):

@@ -168,7 +168,7 @@ def test_runs_that_do_not_fit_are_refused(
         export_runs([one, Run(other.folder, other.experiment, other.task, half)], FORMATS["vocab"], tmp_path / "out")
     with pytest.raises(ValueError, match="two runs are named 'plain'"):
         export_runs([one, one], FORMATS["vocab"], tmp_path / "out", backbone=llama)
-    with pytest.raises(ValueError, match="peft holds one prompt and 2 runs are given"):
+    with pytest.raises(ValueError, match="peft holds one prompt, but 2 runs are given"):
         export_runs([one, one], FORMATS["peft"], tmp_path / "out", backbone=llama)
     with pytest.raises(ValueError, match="token_names names 'x'"):
         export_runs([one], FORMATS["vocab"], tmp_path / "out", backbone=llama, token_names={"x": "<y>"})

@@ -53,7 +53,7 @@ def reference(run: Run) -> tuple[list[bool], list[bool]]:
     backbone = run.load_backbone(None)
     prompted = run.prompted(backbone)
     prompt = prompted.prompt.prompt().detach()  # type: ignore[union-attr]
-    rows = encode(run.task, backbone.tokenizer, run_splits(run).test, 512, closing=prompted.appends_eos)[0]
+    rows = encode(run.task, backbone.tokenizer, run_splits(run).test, 512, appends_eos=prompted.appends_eos)[0]
     words = answer_ids(run.task, backbone.tokenizer)
     length = max(map(len, words))
     begins, correct = [], []

@@ -139,10 +139,10 @@ def test_wrong_metadata_are_dropped(
     ("kind", "settings", "message"),
     [
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "has scale_attn_by_inverse_layer_idx=True, .* with False"),
-        ("gpt2", {"scale_attn_weights": False}, "has scale_attn_weights=False, and llama.cpp runs gpt2 models"),
+        ("gpt2", {"scale_attn_weights": False}, "has scale_attn_weights=False, but llama.cpp runs gpt2 models"),
         ("gpt2", {"activation_function": "relu"}, "has activation_function='relu', .* with 'gelu_new' or"),
         ("gpt2", {"add_cross_attention": True}, "has add_cross_attention=True"),
-        ("llama", {"hidden_act": "gelu"}, "has hidden_act='gelu', and llama.cpp runs llama models with 'silu' or"),
+        ("llama", {"hidden_act": "gelu"}, "has hidden_act='gelu', but llama.cpp runs llama models with 'silu' or"),
         ("mistral", {"hidden_act": "relu"}, "has hidden_act='relu'"),
         ("qwen3", {"hidden_act": "gelu_new"}, "has hidden_act='gelu_new'"),
         ("qwen3", {"attention_bias": True}, "has attention_bias=True"),

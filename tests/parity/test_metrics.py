@@ -65,7 +65,7 @@ def test_what_is_no_number_is_wrong() -> None:
     for strange in (None, "four", "nan", "inf"):
         wrong = score(NUMBERS, [*golds[:4], strange], golds, majority="2")
         assert wrong.value == pytest.approx(np.corrcoef([0, 1, 2, 3, 0], [0, 1, 2, 3, 4])[0, 1])
-    with pytest.raises(ValueError, match="gold answer 'x' of task 'numbers' is no number"):
+    with pytest.raises(ValueError, match="gold answer 'x' of task 'numbers' is not a number"):
         score(NUMBERS, golds, [*golds[:4], "x"], majority="2")
 
 
@@ -174,7 +174,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
         score(LABELS, [0, 1], [0], majority=0)
     with pytest.raises(ValueError, match="no predictions to score"):
         score(LABELS, [], [], majority=0)
-    with pytest.raises(ValueError, match="class 3 is none of task 'labels'"):
+    with pytest.raises(ValueError, match="class 3 is not one of task 'labels'"):
         score(LABELS, [3], [0], majority=0)
-    with pytest.raises(ValueError, match="gold answer 'apple' of task 'labels' is no class index"):
+    with pytest.raises(ValueError, match="gold answer 'apple' of task 'labels' is not a class index"):
         score(LABELS, [0], ["apple"], majority=0)

@@ -329,7 +329,7 @@ def ignoring_positions(cached_only: bool, several_only: bool = False) -> Backbon
 
 @pytest.mark.parametrize("cached_only", [False, True])
 def test_model_ignoring_positions_is_refused(cached_only: bool) -> None:
-    with pytest.raises(ValueError, match=r"llama \(llama\) gives other (logits|scores) with a shared prefix"):
+    with pytest.raises(ValueError, match=r"llama \(llama\) gives different (logits|scores) with a shared prefix"):
         attach(ignoring_positions(cached_only))
 
 

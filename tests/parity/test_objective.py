@@ -30,7 +30,7 @@ WEIGHTS = (0.0, 0.3, 1.0)
 
 def examples_of(backbone: Backbone, task: Task, closing: bool, file: Path) -> list[Example]:
     rows = read_splits(Experiment(task=str(file)), task).train
-    return encode(task, backbone.tokenizer, rows, 64, closing=closing)[0]
+    return encode(task, backbone.tokenizer, rows, 64, appends_eos=closing)[0]
 
 
 def word_score(backbone: Backbone, prompt: Tensor, ids: tuple[int, ...], word: tuple[int, ...]) -> Tensor:

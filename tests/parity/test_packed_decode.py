@@ -222,7 +222,9 @@ def test_adapter_put_in_after_attach_takes_part(kind: Any, backbone: Backbone) -
 @KINDS
 def test_layers_with_hooks_are_not_quantized(kind: Any, backbone: Backbone) -> None:
     backbone.model.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, inputs, output: -output)
-    with pytest.raises(ValueError, match=f"decode_weights is '{kind}', and model.layers.1.mlp.down_proj is no plain"):
+    with pytest.raises(
+        ValueError, match=f"decode_weights is '{kind}', but model.layers.1.mlp.down_proj is not a plain"
+    ):
         backbone.with_decode_weights(kind)
     assert backbone.packed is None
 
@@ -261,9 +263,9 @@ def test_other_models_are_refused_by_name(
     backbone: Backbone, tiny_backbone: Callable[[str], Backbone], unchecked: None
 ) -> None:
     for name in ("gpt2", "t5", "bert"):
-        with pytest.raises(ValueError, match=r"decode_weights is 'int8', and .* is a .* in float32 on cpu"):
+        with pytest.raises(ValueError, match=r"decode_weights is 'int8', but .* is a .* in float32 on cpu"):
             tiny_backbone(name).with_decode_weights("int8")
-        with pytest.raises(ValueError, match=r"decode_weights is 'prepacked', and .* float32 or bfloat16 on a CPU"):
+        with pytest.raises(ValueError, match=r"decode_weights is 'prepacked', but .* float32 or bfloat16 on a CPU"):
             tiny_backbone(name).with_decode_weights("prepacked")
         assert tiny_backbone(name).packed is None
     with pytest.raises(ValueError, match="in float32 on cpu"):

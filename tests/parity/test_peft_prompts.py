@@ -167,7 +167,7 @@ REFUSED = {
     "several tasks": (
         "llama",
         lambda: peft.MultitaskPromptTuningConfig(num_virtual_tokens=LENGTH, num_tasks=3, **DECODER),
-        "of 3 tasks, and a prompt is for one; make one of a single task",
+        "of 3 tasks, but a prompt is for one; make one of a single task",
     ),
     "rows in the decoder": (
         "t5",
@@ -198,10 +198,10 @@ def saved(tiny_backbone: MakeBackbone, tmp_path: Path) -> Path:
     [
         ({"task_type": "SEQ_CLS"}, "has the task type 'SEQ_CLS', and .* takes prompts of 'CAUSAL_LM'"),
         ({"task_type": None}, "has the task type None"),
-        ({"num_layers": 12}, "was trained on a model of 12 layers, and .* has 2"),
+        ({"num_layers": 12}, "was trained on a model of 12 layers, but .* has 2"),
         ({"num_virtual_tokens": 4}, r"is \(5, 32\), and its adapter_config.json states \(4, 32\)"),
         ({"num_virtual_tokens": None}, "num_virtual_tokens in .* is None; it must be a number from 1 on"),
-        ({"num_transformer_submodules": 2}, "is 2, and PEFT runs no model of the task type 'CAUSAL_LM' with as many"),
+        ({"num_transformer_submodules": 2}, "is 2, but PEFT runs no model of the task type 'CAUSAL_LM' with as many"),
         ({"peft_type": "CARTRIDGE"}, r"is \(5, 32\), and its adapter_config.json states \(5, 128\)"),
         ({"peft_type": "VERA"}, "is a VERA adapter, which changes the model's own weights"),
         ({"peft_type": "PROMPT_TUNING_LORA"}, r"not stock PEFT's; read it with softprompt\.export\.read_dept"),
@@ -249,7 +249,7 @@ def test_prompt_of_another_width_names_its_base_model(tiny_backbone: MakeBackbon
 
 
 def test_encoder_takes_no_prompt_of_pefts(saved: Path, tiny_backbone: MakeBackbone) -> None:
-    with pytest.raises(ValueError, match=r"goes in front of all tokens, and .* takes its prompt after \[CLS\]"):
+    with pytest.raises(ValueError, match=r"goes in front of all tokens, but .* takes its prompt after \[CLS\]"):
         read_prompt(saved, tiny_backbone("bert_mlm"))
 
 

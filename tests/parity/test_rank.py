@@ -113,7 +113,7 @@ def test_truncated_svd_is_the_nearest_matrix(rank: int) -> None:
 
 @pytest.mark.parametrize("rank", [-1, 10])
 def test_truncated_svd_refuses_impossible_rank(rank: int) -> None:
-    with pytest.raises(ValueError, match=rf"rank is {rank}; .* can be cut to 0 to 9"):
+    with pytest.raises(ValueError, match=rf"rank is {rank}; .* can be truncated to rank 0 to 9"):
         truncated_svd(torch.zeros(9, 14), rank)
 
 
@@ -151,7 +151,7 @@ def functional(cuts_by_rank: dict[int, tuple[float, float]], low: float = 0.7, m
         for rank, (value, p_value) in cuts_by_rank.items()
     ]
     full = score(0.8, low, majority)
-    return FunctionalRank(task="t", backbone="b", part="prompt", split="dev", full=full, cuts=tuple(cuts))
+    return FunctionalRank(task="t", backbone="b", part="prompt", split="dev", full=full, truncations=tuple(cuts))
 
 
 def test_smallest_rank_by_interval_and_significance() -> None:
@@ -244,11 +244,11 @@ def test_cut_at_or_above_the_rank_changes_nothing(low_rank: Run) -> None:
     assert found is not None
     expected = evaluate(low_rank, split="train")
     assert found.full == expected
-    assert [cut.rank for cut in found.cuts] == [1, 2, 3, 5, 8]
-    for cut in found.cuts[2:]:
+    assert [cut.rank for cut in found.truncations] == [1, 2, 3, 5, 8]
+    for cut in found.truncations[2:]:
         assert cut.score == found.full
         assert cut.drop == Drop(value=0.0, ci_low=0.0, ci_high=0.0, p_value=1.0)
-    assert any(cut.score != found.full for cut in found.cuts[:2]), "a cut below the rank changed nothing"
+    assert any(cut.score != found.full for cut in found.truncations[:2]), "a cut below the rank changed nothing"
     assert found.rank_by_significance is not None
     assert found.rank_by_significance <= 3
 
@@ -256,23 +256,23 @@ def test_cut_at_or_above_the_rank_changes_nothing(low_rank: Run) -> None:
 def test_default_ranks_end_at_the_numerical_rank(low_rank: Run) -> None:
     [measured] = measure(low_rank.folder, functional=Truncation(rows=10))
     assert measured.functional is not None
-    assert [cut.rank for cut in measured.functional.cuts] == [1, 2, 3]
+    assert [cut.rank for cut in measured.functional.truncations] == [1, 2, 3]
     assert measured.functional.full.n == 10
 
 
 def test_update_cut_to_rank_0_is_the_initial_prompt(low_rank: Run, backbone: Backbone) -> None:
     [one] = load_prompts(low_rank.folder)
     found = functional_rank(one, Truncation(part="update", split="train", rows=0))
-    assert [cut.rank for cut in found.cuts] == list(range(7))  # A B - A_0 B_0 has at most twice the rank
-    assert found.cuts[-1].score == found.full
-    assert found.cuts[-1].drop.p_value == 1
-    assert found.cuts[0].score != found.full
+    assert [cut.rank for cut in found.truncations] == list(range(7))  # A B - A_0 B_0 has at most twice the rank
+    assert found.truncations[-1].score == found.full
+    assert found.truncations[-1].drop.p_value == 1
+    assert found.truncations[0].score != found.full
     assert one.start is not None
     first = build_prompted_model(low_rank.experiment, low_rank.task, backbone, initialize=False).prompt
     assert first is not None
     assert torch.equal(one.start, first.prompt())
     untrained = dataclasses.replace(one, prompt=Folded(one.start))
-    assert functional_rank(untrained, Truncation(ranks=(8,), split="train", rows=0)).full == found.cuts[0].score
+    assert functional_rank(untrained, Truncation(ranks=(8,), split="train", rows=0)).full == found.truncations[0].score
 
 
 def test_update_of_anchored_dpt_is_its_factors_product(trained: Callable[[Any], Run]) -> None:
@@ -288,7 +288,7 @@ def test_update_of_anchored_dpt_is_its_factors_product(trained: Callable[[Any], 
     expected = np.linalg.svd(update, compute_uv=False)
     # Both matrices are float32 sums, so the values below the sixth are their rounding.
     np.testing.assert_allclose(measured.spectra["update"].values, expected, atol=1e-5 * expected[0])
-    cuts = functional_rank(loaded, Truncation(part="update", ranks=(0, 1, 2), split="train", rows=0)).cuts
+    cuts = functional_rank(loaded, Truncation(part="update", ranks=(0, 1, 2), split="train", rows=0)).truncations
     left, values, right = np.linalg.svd(update, full_matrices=False)
     for cut in cuts:
         rank = cut.rank
@@ -314,9 +314,9 @@ def test_cut_keeps_the_input_shift(trained: Callable[[Any], Run]) -> None:
     [one] = load_prompts(run.folder)
     assert "only the matrix is measured" in one.note
     found = functional_rank(one, Truncation(ranks=(6,), split="train", rows=0))
-    assert found.cuts[0].score == found.full
+    assert found.truncations[0].score == found.full
     assert found.full == evaluate(run, split="train")
-    assert found.cuts[0].drop.p_value == 1
+    assert found.truncations[0].drop.p_value == 1
 
 
 def test_plain_prompt_has_full_rank_before_training(trained: Callable[[Any], Run]) -> None:

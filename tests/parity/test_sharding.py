@@ -99,7 +99,7 @@ def test_unshardable_settings_are_refused(
     kind: str, changes: Any, why: str, tiny_backbone: Callable[[str], Backbone], ticket_task: Path, tmp_path: Path
 ) -> None:
     experiment = Experiment(backbone=kind, task=str(ticket_task), training=TrainingConfig(shard=True), **changes)
-    with pytest.raises(ValueError, match=f"^shard is on, and .*{why}; leave it off$"):
+    with pytest.raises(ValueError, match=f"^shard is on, but .*{why}; leave it off$"):
         train(experiment, out=tmp_path, backbone=tiny_backbone(kind))
     assert not list(tmp_path.iterdir())
 
@@ -108,7 +108,7 @@ def test_4bit_backbone_is_refused(llama_folder: Path, ticket_task: Path, tmp_pat
     experiment = Experiment(
         backbone=str(llama_folder), task=str(ticket_task), training=TrainingConfig(shard=True), dtype="nf4"
     )
-    with pytest.raises(ValueError, match=r"^shard is on, and the weights are quantized \(nf4\); leave it off$"):
+    with pytest.raises(ValueError, match=r"^shard is on, but the weights are quantized \(nf4\); leave it off$"):
         train(experiment, out=tmp_path)
 
 

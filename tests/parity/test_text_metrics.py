@@ -138,7 +138,7 @@ def test_missing_and_empty_answers_score_zero(name: str) -> None:
     result = score(task, ["", None], ["a gold answer of some words", "another"], majority=None, resamples=20)
     assert result.value == 0
     assert result.warning is not None
-    assert result.warning.startswith("1 of 2 answers are no text")
+    assert result.warning.startswith("1 of 2 answers are not text")
 
 
 def test_row_without_accepted_answer_is_refused() -> None:

@@ -143,7 +143,7 @@ def test_eager_attention_hides_padding_of_shorter_prompts(name: str, tiny_backbo
 def test_attention_that_ignores_masks_is_refused(tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = eager_copy(tiny_backbone("vit"))
     monkeypatch.setattr("softprompt.backbones.vit.attention_mask", lambda model, visible, dtype: visible.to(dtype))
-    with pytest.raises(ValueError, match="gives other states with prompts of unequal length in one batch"):
+    with pytest.raises(ValueError, match="gives different states with prompts of unequal length in one batch"):
         attached(backbone, None)
 
 
@@ -235,7 +235,7 @@ def test_deep_prompt_has_one_prompt_per_layer(config: Any, count: int, tiny_back
 )
 def test_text_model_refuses_deep_prompt_of_a_vision_model(name: str, takes: str, tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone(name)
-    with pytest.raises(ValueError, match=f"the prompt is deep, of 2 matrices, and {name} takes {takes}"):
+    with pytest.raises(ValueError, match=f"the prompt is deep, of 2 matrices, but {name} takes {takes}"):
         attach(backbone, Folded(torch.zeros(4, 32), num_matrices=2))(torch.tensor([[5, 6]]))
     with pytest.raises(ValueError, match=f"a prompt of 3 matrices does not fit {name}, which takes {takes}"):
         backbone.hosts(3)

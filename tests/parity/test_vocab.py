@@ -46,7 +46,7 @@ def laid_out(
     usage = json.loads((folder / "prompts.json").read_text())
     texts = [
         row.input_ids
-        for row in encode(task, live.backbone.tokenizer, ROWS, 64, closing=live.appends_eos, answers=False)[0]
+        for row in encode(task, live.backbone.tokenizer, ROWS, 64, appends_eos=live.appends_eos, answers=False)[0]
     ]
     index = torch.tensor([number % len(names) for number in range(len(texts))])
     ids = [[*usage["prompts"][names[which]]["ids"], *text] for which, text in zip(index.tolist(), texts, strict=True)]
@@ -167,7 +167,7 @@ def test_text_gives_the_runs_ids(
     assert entry["text"].startswith("<ticket-0><ticket-1>")
     text = run.task.render(ROWS[2])
     made_ids = tokenizer(entry["text"] + text, add_special_tokens=special)["input_ids"]
-    live = encode(run.task, backbone.tokenizer, ROWS[2:3], 64, closing=special, answers=False)[0][0].input_ids
+    live = encode(run.task, backbone.tokenizer, ROWS[2:3], 64, appends_eos=special, answers=False)[0][0].input_ids
     assert made_ids == [*entry["ids"], *live]
     assert tokenizer.decode(made_ids, skip_special_tokens=True) == text
     answers = zip(run.task.label_words, map(list, answer_ids(run.task, tokenizer)), strict=True)

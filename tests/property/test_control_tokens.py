@@ -75,7 +75,9 @@ FORGED = st.lists(st.one_of(st.sampled_from(SPECIAL), ANY_TEXT), max_size=5).map
 
 
 def _ids(tokenizer: Any, task: Task = TASK, closing: bool = True, limit: int = 500, **row: str) -> list[int]:
-    return list(encode(task, tokenizer, [{"title": "b", **row}], limit, closing=closing, answers=False)[0][0].input_ids)
+    return list(
+        encode(task, tokenizer, [{"title": "b", **row}], limit, appends_eos=closing, answers=False)[0][0].input_ids
+    )
 
 
 def _control(tokenizer: Any, ids: list[int]) -> list[str]:

@@ -44,9 +44,12 @@ def test_constant_number_voids_the_interval(metric: str) -> None:
 def test_unreadable_answers_are_counted() -> None:
     golds = [str(i) for i in range(10)]
     result = score_of(NUMBERS, "pearson", ["alike", *golds[1:8], "", "nan"], golds)
-    assert result.warning == "3 of 10 answers are no number and count as wrong (the first is 'alike')"
+    assert (
+        result.warning
+        == "3 of 10 answers are not numbers and count as the target farthest from the row's (the first is 'alike')"
+    )
     assert score_of(LABELS, "accuracy", ["maybe", "good", 0], [0, 1, 0]).warning == (
-        "1 of 3 answers are no label's word and count as wrong (the first is 'maybe')"
+        "1 of 3 answers match no label word and count as wrong (the first is 'maybe')"
     )
 
 

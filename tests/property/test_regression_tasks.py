@@ -53,5 +53,5 @@ def test_numbers_in_a_file_make_a_task(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cell", ["n/a", "4 stars", "nan", "inf"])
 def test_gold_that_is_not_a_number_is_refused(tmp_path: Path, cell: str) -> None:
     task = loaded(tmp_path, ["1", "2", cell, *["3"] * 30])
-    with pytest.raises(ValueError, match=rf"row 3 of .*rows\.csv has '{cell}' in column 'stars', and pearson, mae"):
+    with pytest.raises(ValueError, match=rf"row 3 of .*rows\.csv has '{cell}' in column 'stars', but pearson, mae"):
         splits(task)

@@ -242,7 +242,7 @@ def test_differences_are_paired_by_seed(write: Write, tmp_path: Path) -> None:
     assert result.spread.mean == pytest.approx(0.05)
     assert result.interval is not None
     assert (result.interval.low, result.interval.high) == pytest.approx((interval.low, interval.high))
-    assert result.verdict == "no difference shown"
+    assert result.verdict == "no significant difference"
 
 
 def test_verdict_needs_an_interval_on_one_side_of_zero(write: Write, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_equal_differences_have_no_spread(difference: float, write: Write, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence"), [("residual", "which is no row"), ("dpt", "a method with 2 rows; give one of")]
+    ("name", "sentence"), [("residual", "which is not a row"), ("dpt", "a method with 2 rows; give one of")]
 )
 def test_ambiguous_reference_is_refused(name: str, sentence: str, write: Write, tmp_path: Path) -> None:
     write()

@@ -248,7 +248,7 @@ def test_paths_start_from_the_file_and_data_from_its_flag(ticket_task: Path, tmp
     (data / "superglue").mkdir(parents=True)
     (tmp_path / "tiny").mkdir()
     file.write_text('backbone = "tiny"\ntask = "cb"\ndata = "superglue"')
-    with pytest.raises(FileNotFoundError, match=r"data is 'superglue', and .*superglue does not exist; see --data"):
+    with pytest.raises(FileNotFoundError, match=r"data is 'superglue', but .*superglue does not exist; see --data"):
         read(file)
     [expanded] = read(file, data).experiments
     assert (expanded.backbone, expanded.data) == (str(tmp_path / "tiny"), str(data / "superglue"))
@@ -353,5 +353,5 @@ def test_context_starts_from_the_file(ticket_task: Path, tmp_path: Path, monkeyp
     [experiment] = read(tmp_path / "sweep.toml").experiments
     assert experiment.context == str(tmp_path / "rules.md")
     (tmp_path / "rules.md").unlink()
-    with pytest.raises(FileNotFoundError, match=r"sweep.toml: context is 'rules.md', and .* has no such file"):
+    with pytest.raises(FileNotFoundError, match=r"sweep.toml: context is 'rules.md', but .* has no such file"):
         read(tmp_path / "sweep.toml")

@@ -212,7 +212,7 @@ def test_template_beyond_the_limit_is_refused() -> None:
 def test_closing_keeps_the_appended_special_token() -> None:
     row = {"text": "a film " * 50, "title": "b"}
     for limit in (60, 1000):
-        (closed,), _ = encode(REVIEW, TOKENIZER, [row], limit, closing=True, answers=False)
+        (closed,), _ = encode(REVIEW, TOKENIZER, [row], limit, appends_eos=True, answers=False)
         assert closed.input_ids[-1] == TOKENIZER.eos_token_id
         assert len(closed.input_ids) <= limit
 

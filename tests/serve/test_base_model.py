@@ -26,7 +26,12 @@ def test_base_answers_as_the_zero_shot_model(engine_of: EngineOf, name: str) -> 
     task = Task(name="t", template="{text}", label="y", label_words=dict(zip("01", words, strict=True)))
     texts = ["a b c", "b"]
     examples = encode(
-        task, engine.backbone.tokenizer, [{"text": t} for t in texts], 99, closing=prompted.appends_eos, answers=False
+        task,
+        engine.backbone.tokenizer,
+        [{"text": t} for t in texts],
+        99,
+        appends_eos=prompted.appends_eos,
+        answers=False,
     )[0]
     # In one batch with rows of a prompt.
     others = engine.classify("p1", ["c d e f", "a"], words)

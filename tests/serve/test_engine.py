@@ -33,7 +33,7 @@ def score_alone(engine: Engine, name: str, text: str) -> list[float]:
     backbone = engine.backbone
     prompted = attach(backbone, engine.get(name).prompt)
     task = Task(name="t", template="{text}", label="y", label_words={label: label for label in LABELS})
-    ids = encode(task, backbone.tokenizer, [{"text": text}], 500, closing=prompted.appends_eos, answers=False)[0][0]
+    ids = encode(task, backbone.tokenizer, [{"text": text}], 500, appends_eos=prompted.appends_eos, answers=False)[0][0]
     with torch.no_grad():
         return prompted.score(torch.tensor([ids.input_ids]), None, answer_ids(task, backbone.tokenizer))[0].tolist()
 
@@ -54,7 +54,7 @@ def generate_alone(engine: Engine, name: str, text: str, tokens: int) -> list[in
     backbone = engine.backbone
     prompted = attach(backbone, engine.get(name).prompt)
     task = Task(name="t", template="{text}", target="y", metrics=("exact_match",))
-    ids = encode(task, backbone.tokenizer, [{"text": text}], 500, closing=prompted.appends_eos, answers=False)[0][0]
+    ids = encode(task, backbone.tokenizer, [{"text": text}], 500, appends_eos=prompted.appends_eos, answers=False)[0][0]
     stop = prompted.end_of_sequence()
     generated = []
     for token in prompted.generate(torch.tensor([ids.input_ids]), max_new_tokens=tokens):
@@ -306,7 +306,7 @@ def test_answer_beyond_the_prompts_offsets_is_refused_at_once(engine_of: EngineO
     config = DePT(length=3, rank=2, positions=16)
     engine.add("offsets", config.build(engine.backbone.host(), torch.Generator().manual_seed(0)))
     ids = list(range(5, 15))
-    with pytest.raises(ValueError, match="its answer have 17 tokens, and prompt 'offsets' has offsets for 16; shorten"):
+    with pytest.raises(ValueError, match="its answer have 17 tokens, but prompt 'offsets' has offsets for 16; shorten"):
         engine.generate("offsets", ids, max_new_tokens=8)
     assert engine.generate("offsets", ids, max_new_tokens=7).result(30.0)
 

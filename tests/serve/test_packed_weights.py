@@ -54,7 +54,7 @@ def test_service_decodes_with_packed_weights_only(
 
 def test_where_nothing_is_decoded_packed_weights_are_refused(run_folders: list[Path], unchecked: None) -> None:
     rows = [{"text": "a"}]
-    with pytest.raises(ValueError, match="decode_weights is 'int8', and task 'tickets' has labels"):
+    with pytest.raises(ValueError, match="decode_weights is 'int8', but task 'tickets' has labels"):
         predict(run_folders[0], rows, decode_weights="int8")
-    with pytest.raises(ValueError, match="decode_weights is 'int4', and task 'tickets' has labels"):
+    with pytest.raises(ValueError, match="decode_weights is 'int4', but task 'tickets' has labels"):
         evaluate(run_folders[0], decode_weights="int4")

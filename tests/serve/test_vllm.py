@@ -300,7 +300,7 @@ def test_closing_finishes_what_it_can(server: FakeVllm, llama_folder: Path) -> N
     [
         ({"logprobs": 2}, "logprobs is not supported with --engine vllm"),
         ({"logprobs": 0, "score_input": True}, "logprobs is not supported"),
-        ({"sampling": Sampling(temperature=3.0)}, "temperature is 3, and vLLM takes at most 2"),
+        ({"sampling": Sampling(temperature=3.0)}, "temperature is 3, but vLLM takes at most 2"),
         ({"max_new_tokens": 199}, "exceed the 200 of the vLLM server"),
     ],
 )

@@ -66,7 +66,7 @@ def test_backbone_that_scales_its_embeddings_is_refused(tiny_backbone: Callable[
     [
         (["--engine", "vllm"], "engine_url is None; with engine vllm it must be the URL"),
         (["--engine", "vllm", "--engine-url", "localhost:8000"], "engine_url is 'localhost:8000'"),
-        (["--engine-url", "http://127.0.0.1:9"], "it needs engine vllm"),
+        (["--engine-url", "http://127.0.0.1:9"], "leave it out, or use engine vllm"),
         (["--engine", "vllm", "--engine-url", "http://127.0.0.1:9", "--max-wait", "7"], "no effect where vLLM runs"),
         (["--engine", "vllm", "--engine-url", "http://127.0.0.1:9", "--device", "cpu"], "no effect where vLLM runs"),
         (["--engine", "vllm", "--engine-url", "http://127.0.0.1:9", "--dtype", "nf4"], "a table is not quantized"),

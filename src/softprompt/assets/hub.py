@@ -45,7 +45,7 @@ def local_folder(source: str | Path) -> Path:
     downloaded before is taken from the cache.
 
     Raises:
-        ValueError: no name can be written like this.
+        ValueError: `source` is not hub:USER/NAME[@REVISION].
         FileNotFoundError: the Hub has no such prompt or revision, does not show it without a token, or cannot be
             reached, and the cache does not hold it.
     """
@@ -69,7 +69,9 @@ def local_folder(source: str | Path) -> Path:
         except httpx.TransportError:  # a connection that breaks, for which the client itself does not try the cache
             snapshot = Path(snapshot_download(name, **arguments, local_files_only=True))
     except HFValidationError as error:
-        raise ValueError(f"{source} is no prompt on the Hub; write hub:USER/NAME or hub:USER/NAME@REVISION") from error
+        raise ValueError(
+            f"{source} is not the name of a prompt on the Hub; write hub:USER/NAME or hub:USER/NAME@REVISION"
+        ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(
             f"{name} has no revision {revision!r} on the Hub; name a branch, tag or commit"

@@ -50,7 +50,7 @@ class Backbone:
     note: str = ""
     """What a reader of results should know about these weights; usually empty."""
     images: torch.Tensor | None = field(default=None, repr=False, compare=False)
-    """Pixels from which a vision model's input vectors are sampled; None for noise."""
+    """Pixels `[count, 3, side, side]` from which a vision model's input vectors are sampled; None for noise."""
     decode_weights: DecodeWeights = "auto"
     """The weights that decoding reads; see `with_decode_weights`."""
     checkpoint: Checkpoint | None = field(default=None, repr=False, compare=False)
@@ -128,15 +128,15 @@ class Backbone:
 
     @cached_property
     def kv_layout(self) -> KVLayout | None:
-        """The keys and values that a deep prompt of a decoder has; none for other models, or where layers differ.
+        """The keys and values that a deep prompt of a decoder has; None for other models, or where layers differ.
 
         Raises:
             ValueError: only the embedding table is in memory.
         """
         if self.embeddings_only:
             raise ValueError(
-                f"the prompt is deep, with keys and values in every layer, and {self.source} runs elsewhere, where "
-                "only vectors before the text can be sent; use --engine local"
+                f"a deep prompt has keys and values in every layer, but {self.source} runs elsewhere and takes only "
+                "vectors before the text; use --engine local"
             )
         return kv_layout(self.model) if self.architecture == "causal" else None
 
@@ -210,7 +210,7 @@ class Backbone:
 
         Args:
             label_words: the task's label words, if it has any.
-            start: a trained prompt to initialize from.
+            start: a trained prompt to initialize from, `[length, dim]`.
         """
         if self.architecture == "vision":
             return self.hosts(1, label_words, start)[0]
@@ -230,7 +230,8 @@ class Backbone:
 
         Args:
             label_words: the task's label words, if it has any.
-            start: a trained prompt to initialize from; a deep prompt of a decoder needs one (`models.as_deep`).
+            start: a trained prompt to initialize from, `[num_matrices * length, prompt_dim]`; a deep prompt of a
+                decoder needs one (`models.as_deep`).
 
         Raises:
             ValueError: the model takes no prompt of that many matrices.
@@ -251,14 +252,14 @@ class Backbone:
         return vit.hosts(self.model, self.images, num_matrices, label_words, start)
 
     def check_prompt(self, matrix: torch.Tensor, num_matrices: int) -> None:
-        """Check that a prompt of that many matrices fits the model.
+        """Check that a prompt of that many matrices, `[num_matrices * length, prompt_dim]`, fits the model.
 
         Raises:
             ValueError: it was trained for another backbone, or is deep where only shallow prompts fit.
         """
         if num_matrices > 1 and not self._takes_matrices(num_matrices):
             raise ValueError(
-                f"the prompt is deep, of {num_matrices} matrices, and {self.source} takes {self._allowed_prompts}; it "
+                f"the prompt is deep, of {num_matrices} matrices, but {self.source} takes {self._allowed_prompts}; it "
                 "was trained for another backbone"
             )
         if matrix.shape[1] != self.prompt_dim(num_matrices):
@@ -283,7 +284,7 @@ class Backbone:
         return f"shallow prompts, and deep ones of {self.max_matrices} matrices"
 
     def with_sample_images(self, images: torch.Tensor) -> "Backbone":
-        """The same model with input vectors sampled from `images` (pixels from its image processor)."""
+        """The same model with input vectors sampled from processed `images`, `[count, 3, side, side]`."""
         return dataclasses.replace(self, images=images)
 
     def with_decode_weights(self, decode_weights: DecodeWeights) -> "Backbone":
@@ -302,7 +303,7 @@ class Backbone:
             exact = decode_weights == "prepacked"
             if not (self._can_prepack if exact else self._decodes_fused and self.precision == "bfloat16"):
                 raise ValueError(
-                    f"decode_weights is {decode_weights!r}, and {self.source} is a {self.model.config.model_type} in "
+                    f"decode_weights is {decode_weights!r}, but {self.source} is a {self.model.config.model_type} in "
                     f"{self.precision} on {self.device}; packed weights are for Llama, Mistral and Qwen2 in "
                     f"{'float32 or ' if exact else ''}bfloat16 on a CPU that oneDNN supports, so leave it out"
                 )
@@ -320,7 +321,9 @@ class Backbone:
 
 
 def _no_tokens(text: str) -> list[int]:
-    raise ValueError(f"the initial text is {text!r}, and keys and values have none; give it to the shallow prompt")
+    raise ValueError(
+        f"keys and values cannot be initialized from the text {text!r}; initialize the shallow prompt from it"
+    )
 
 
 def load(source: str, *, dtype: Dtype = "auto", device: str = "auto") -> Backbone:

@@ -87,7 +87,7 @@ def load_table(auto_class: Any, folder: str, source: str, config: Any, dtype: to
     table = checkpoint.tensor(name)
     if table.shape != embeddings.weight.shape:
         raise ValueError(
-            f"{source} holds {name} of shape {tuple(table.shape)}, and its config.json makes it "
+            f"{source} holds {name} of shape {tuple(table.shape)}, but its config.json makes it "
             f"{tuple(embeddings.weight.shape)}; the checkpoint and its config.json do not belong together"
         )
     embeddings.weight = nn.Parameter(table.to(dtype), requires_grad=False)

@@ -20,16 +20,16 @@ def load_embeddings(source: str, *, dtype: Dtype = "auto") -> Backbone:
 
     Raises:
         FileNotFoundError: there is no model at `source`.
-        ValueError: it is no decoder of text, its table cannot be read alone, or `dtype` quantizes.
+        ValueError: it is not a decoder of text, its table cannot be read alone, or `dtype` quantizes.
     """
     if dtype in quantization.KINDS:
-        raise ValueError(f"dtype is {dtype!r}, and a table is not quantized; use float32, bfloat16, float16 or auto")
+        raise ValueError(f"dtype is {dtype!r}, but a table is not quantized; use float32, bfloat16, float16 or auto")
     folder, base, note = locate(source)
     config = read_config(folder, source)
     architecture = architecture_of(config)
     if architecture != "causal" or loading.is_multimodal(config):
         raise ValueError(
-            f"{source} ({config.model_type}) is no decoder of text, the only kind of model that takes a prompt's "
+            f"{source} ({config.model_type}) is not a decoder of text, the only kind of model that takes a prompt's "
             "vectors where it runs elsewhere; serve it with the local engine"
         )
     stored = getattr(config, "dtype", None)

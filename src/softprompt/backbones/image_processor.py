@@ -151,7 +151,7 @@ def read(cell: Cell, where: str = "the row", *, rough: bool = False) -> Any:
     except decoding_errors as error:
         # Pillow's message would name an object in memory.
         unidentified = "cannot identify" in str(error)
-        reason = "it is no image of a known kind" if unidentified else error_text(error)
+        reason = "it is not an image of a known kind" if unidentified else error_text(error)
         raise ValueError(
             f"{where} has the image {name(cell)!r}, which cannot be read ({reason}); repair it or take it out, or "
             'write broken = "skip" into the task\'s .toml file'
@@ -170,7 +170,7 @@ def _to_rgb(image: Any, image_format: str) -> Any:
     if image.mode.startswith("I;16") or (image.mode == "I" and image_format in ("PNG", "PPM")):
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError("its pixels are 32-bit numbers, and nothing says which of them is white")
+        raise ValueError("its pixels are 32-bit numbers, but nothing says which of them is white")
     if not image.has_transparency_data:
         return image.convert("RGB")
     white = Image.new("RGBA", image.size, "white")
@@ -187,7 +187,7 @@ def _content(cell: Cell, where: str) -> bytes:
         return bytes(cell["bytes"])
     file = Path(name(cell)).expanduser()
     if not name(cell) or not file.is_file():
-        raise FileNotFoundError(f"{where} has the image {name(cell)!r}, and there is no such file; correct the path")
+        raise FileNotFoundError(f"{where} has the image {name(cell)!r}, but there is no such file; correct the path")
     return file.read_bytes()
 
 

@@ -25,7 +25,7 @@ class KVLayout:
 
 @torch.no_grad()
 def kv_layout(model: Any) -> KVLayout | None:
-    """The sizes of what one token leaves in the cache; none where layers or keys and values differ (as in MLA)."""
+    """The sizes of what one token leaves in the cache; None where layers or keys and values differ (as in MLA)."""
     cache = DynamicCache()
     token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     model(input_ids=token, past_key_values=cache, use_cache=True)

@@ -113,7 +113,7 @@ def _check_tokenizer(tokenizer: Any, source: str, config: Any, vocab_size: int) 
     ids = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()
     if (largest := max(ids, default=-1)) >= vocab_size:
         raise ValueError(
-            f"the tokenizer of {source} has ids up to {largest}, and its embedding table has {vocab_size} rows; it "
+            f"the tokenizer of {source} has ids up to {largest}, but its embedding table has {vocab_size} rows; it "
             "belongs to another model"
         )
     without_row = sorted(token for token, index in tokenizer.get_added_vocab().items() if index >= vocab_size)
@@ -127,7 +127,7 @@ def _check_tokenizer(tokenizer: Any, source: str, config: Any, vocab_size: int) 
         accepted = in_config if isinstance(in_config, list) else [in_config]
         if in_config is not None and in_tokenizer is not None and in_tokenizer not in accepted:
             _warn(
-                f"the config.json of {source} says {name}_token_id {in_config}, and its tokenizer's is {in_tokenizer} "
+                f"the config.json of {source} says {name}_token_id {in_config}, but its tokenizer's is {in_tokenizer} "
                 f"({tokenizer.convert_ids_to_tokens(in_tokenizer)!r}); check that the two belong together"
             )
 
@@ -213,7 +213,7 @@ def _check_report(model: nn.Module, report: Mapping[str, Any], source: str) -> N
         name, checkpoint_shape, model_shape = mismatched[0]
         more = f" (and {len(mismatched) - 1} more tensors)" if len(mismatched) > 1 else ""
         raise ValueError(
-            f"{source} holds {name} of shape {tuple(checkpoint_shape)}, and its config.json makes it "
+            f"{source} holds {name} of shape {tuple(checkpoint_shape)}, but its config.json makes it "
             f"{tuple(model_shape)}{more}; the checkpoint and its config.json do not belong together"
         )
     if report["error_msgs"]:
@@ -289,7 +289,7 @@ def _check_files(folder: Path) -> None:
 def _check_shards(files: Iterable[Path]) -> None:
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is not there, and its index names it; fetch the model again")
+            raise FileNotFoundError(f"{file} is not there, but its index names it; fetch the model again")
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt"):

@@ -36,7 +36,7 @@ def check_checkpoint(config: Any, dtype: str, source: str) -> None:
     if settings.get("load_in_4bit") and kind in KINDS:
         if dtype not in KINDS:
             raise ValueError(
-                f"the weights of {source} are in 4 bits already (bitsandbytes {kind}), and dtype is {dtype}; give "
+                f"the weights of {source} are in 4 bits already (bitsandbytes {kind}), but dtype is {dtype}; give "
                 f"--dtype {kind}"
             )
         return

@@ -35,7 +35,7 @@ def check_supported(model: Any, source: str) -> None:
         raise _unsupported(model, source)
     if (channels := model.config.num_channels) != 3:
         raise ValueError(
-            f"{source} takes images of {channels} channels, and images are read in three; choose another model"
+            f"{source} takes images of {channels} channels, but images are read in three; choose another model"
         )
     pixels = _noise(model)[:1].to(next(model.parameters()).device)
     try:
@@ -54,7 +54,7 @@ def check_supported(model: Any, source: str) -> None:
 
 def _unsupported(model: Any, source: str, reason: str = "") -> ValueError:
     return ValueError(
-        f"{source} ({model.config.model_type}) is no plain vision transformer with a [CLS] token, learned positions "
+        f"{source} ({model.config.model_type}) is not a plain vision transformer with a [CLS] token, learned positions "
         f"and one stack of layers that run one after another{reason}; choose a ViT, DeiT or DINOv2"
     )
 
@@ -101,7 +101,7 @@ def embed(model: Any, pixels: Pixels) -> States:
     if pixels.shape[2] % side or pixels.shape[3] % side:
         near = max(round(pixels.shape[3] / side), 1) * side
         raise ValueError(
-            f"an image of {pixels.shape[3]} x {pixels.shape[2]} pixels is no whole number of patches of {side}; "
+            f"an image of {pixels.shape[3]} x {pixels.shape[2]} pixels is not a whole number of patches of {side}; "
             f"give an image size of {near}"
         )
     embeddings = model.embeddings
@@ -191,5 +191,5 @@ def _noise(model: Any) -> Pixels:
 
 def _no_text(text: str) -> list[int]:
     raise ValueError(
-        f"the initial text is {text!r}, and a vision model takes no text; use init vocab (patches) or uniform"
+        f"the initial text is {text!r}, but a vision model takes no text; use init vocab (patches) or uniform"
     )

@@ -41,14 +41,14 @@ _command_arguments: list[str] = []
 
 
 def command_arguments() -> list[str]:
-    """The arguments after the command's name: they tell a flag given at its default from one that was not given."""
+    """The arguments after the command's name, used to distinguish a flag given at its default from one not given."""
     return list(_command_arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and print its result, if it has one, as the last line of stdout; returns the exit status.
 
-    A reader of stdout that has closed it, as `head` does, is no error.
+    A reader of stdout that has closed it, as `head` does, is not an error.
     """
     try:
         status = _main(arguments)
@@ -163,7 +163,7 @@ def _with_prompt_modules(argv: list[str]) -> list[str]:
             continue
         value = value if equals else next(arguments, "")
         if not value.endswith(".py") or not os.path.isfile(value):
-            raise FileNotFoundError(f"--prompt-module {value!r} is no Python file; give the path of one")
+            raise FileNotFoundError(f"--prompt-module {value!r} is not a Python file; give the path of one")
         spec = importlib.util.spec_from_file_location(os.path.basename(value)[:-3], value)
         if spec is None or spec.loader is None:
             raise ImportError(f"--prompt-module {value!r} cannot be loaded; give a Python file")

@@ -33,9 +33,9 @@ def evaluate_(
         run: The run's folder, or a stock PEFT prompt folder with --task.
         task: Another task than the run's own: a name, or a TOML file.
         data: A file of rows (for images also a folder), all of which are scored, or a benchmark's official folder;
-            none: the run's rows, or those of --task.
-        split: The split to score; none: test. Not with a file, all of whose rows are scored.
-        backbone: Where the run's backbone is now, as in train; none: where it was during training.
+            None: the run's rows, or those of --task.
+        split: The split to score; None: test. Not with a file, all of whose rows are scored.
+        backbone: Where the run's backbone is now, as in train; None: where it was during training.
         generate: In classification, also let the model generate freely, and report how often its text begins with a
             label word (label_word_rate) and with the right one (generated_accuracy).
         decode_weights: The weights that generation reads on a CPU: the model's own (original), a copy of them in the
@@ -77,9 +77,9 @@ def predict_(
         run: The run's folder, or a stock PEFT prompt folder with --task.
         input: CSV, TSV, JSONL, JSON or Parquet file with the template's columns; labels are not needed. For a task
             with images also an image, or a folder of images.
-        output: JSONL file to write, with a line per row, counted from 1; none: the same lines on stdout alone.
+        output: JSONL file to write, with a line per row, counted from 1; None: the same lines on stdout alone.
         task: The task of a PEFT folder: a name, or a TOML file; a run has its own.
-        backbone: Where the run's backbone is now, as in train; none: where it was during training.
+        backbone: Where the run's backbone is now, as in train; None: where it was during training.
         decode_weights: The weights that generation reads on a CPU, as in evaluate; not for a task with labels.
     """
     from softprompt import files, runs

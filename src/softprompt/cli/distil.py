@@ -32,14 +32,14 @@ def distil_(
         experiment: What to train, and how; --context names the text.
         prompt: The method.
         out: Folder that holds the runs.
-        name: Name of the run's folder in it; none: made from the table's name, method and seed.
+        name: Name of the run's folder in it; None: made from the table's name, method and seed.
     """
     from softprompt.cli.terminal import Terminal
     from softprompt.training.distil import distil
 
     for flag in ("--task", "--data"):
         if any(argument.partition("=")[0] == flag for argument in command_arguments()):
-            raise ValueError(f"{flag} is given, and distil makes its task of the queries; leave it out")
+            raise ValueError(f"{flag} is given, but distil makes its task of the queries; leave it out")
     terminal = Terminal()
     try:
         experiment = experiment.replace(prompt=prompt)

@@ -31,11 +31,11 @@ def export_(
         runs_: The runs' folders, or stock PEFT prompt folders with --task; several of one backbone where the format
             holds several prompts.
         to: The format; see docs/export.md.
-        output: The folder to write; none: RUN-FORMAT next to the first run.
+        output: The folder to write; None: RUN-FORMAT next to the first run.
         token_names: With vocab and gguf: a prompt's name in text, NAME=<name>; by default <prompt-NAME>.
         gguf_type: With gguf: how the weights are stored.
         task: The task of PEFT folders: a name, or a TOML file; runs have their own.
-        backbone: Where the runs' backbone is now, as in train; none: where it was during training.
+        backbone: Where the runs' backbone is now, as in train; None: where it was during training.
     """
     if not runs_:
         raise ValueError("no run is given; name at least one run's folder")
@@ -50,10 +50,10 @@ def export_(
     by_run = dict(pair.split("=", 1) for pair in token_names)
     if len(by_run) < len(token_names):
         raise ValueError(f"token_names names a run twice ({', '.join(token_names)}); give each run one name")
-    form = FORMATS[to]
-    if isinstance(form, Gguf):
-        form = form.with_type(gguf_type)
-    measured = export_runs(opened, form, folder, backbone=backbone, token_names=by_run)
+    export_format = FORMATS[to]
+    if isinstance(export_format, Gguf):
+        export_format = export_format.with_type(gguf_type)
+    measured = export_runs(opened, export_format, folder, backbone=backbone, token_names=by_run)
     console.print(
         f"compared with the run: largest difference {measured['largest_difference']:.2g} ({measured['unit']}), "
         f"tolerance {measured['tolerance']:.2g}"

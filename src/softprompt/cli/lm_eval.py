@@ -21,13 +21,13 @@ def lm_eval_(
     """Score a run in lm-evaluation-harness, with its tasks, wordings and metrics.
 
     Args:
-        run: A run, a PEFT prompt-tuning folder or `hub:USER/NAME`; none: the backbone alone, zero-shot.
+        run: A run, a PEFT prompt-tuning folder or `hub:USER/NAME`; None: the backbone alone, zero-shot.
         tasks: Names of the harness's tasks, such as arc_easy piqa boolq.
         include_path: A folder with YAML files of tasks of your own.
-        num_fewshot: Examples in front of each row; none: the task's default.
-        limit: Number of rows per task; none: all.
+        num_fewshot: Examples in front of each row; None: the task's default.
+        limit: Number of rows per task; None: all.
         batch_size: Rows per forward pass.
-        backbone: Where the backbone is now, as in train; none: where it was during training.
+        backbone: Where the backbone is now, as in train; None: where it was during training.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ModuleNotFoundError(

@@ -23,7 +23,7 @@ def push_(
         run: The run's folder.
         name: Its name on the Hub; created unless it exists.
         private: Create it for yourself only.
-        base_model: The Hub id of the run's backbone; none: the recorded one.
+        base_model: The Hub id of the run's backbone; None: the recorded one.
         datasets: Hub ids of the data that it was trained on, for the model card.
     """
     from softprompt import runs

@@ -54,21 +54,21 @@ def rank_(
         samples: Number of input vectors for --burstiness.
         gradient: Measure instead in how few directions the loss's gradient lies: at the prompts of a run, or for a
             task (--task) at random vocabulary rows of a backbone.
-        length: Virtual tokens for --gradient of a backbone; none: 100.
+        length: Virtual tokens for --gradient of a backbone; None: 100.
         batches: Number of training batches that --gradient averages over.
-        out: Folder for plots (PNG and SVG) and all values (rank.json); none: write neither.
+        out: Folder for plots (PNG and SVG) and all values (rank.json); None: write neither.
     """
-    has_cut_flags = dataclasses.replace(truncation, backbone=None) != Truncation()
-    if burstiness_ and (checkpoints or functional or suggest or has_cut_flags):
+    has_truncation_flags = dataclasses.replace(truncation, backbone=None) != Truncation()
+    if burstiness_ and (checkpoints or functional or suggest or has_truncation_flags):
         raise ValueError(
-            "--burstiness is of a backbone and not of a prompt; give it with --samples, --backbone and --out alone"
+            "--burstiness measures a backbone, not a prompt; combine it only with --samples, --backbone, --out"
         )
     if gradient:
         if burstiness_ or functional or suggest or truncation != Truncation(task=truncation.task, data=truncation.data):
             raise ValueError("--gradient goes with --task, --data, --length, --batches, --checkpoints and --out alone")
     elif length is not None or batches != 8:
         raise ValueError("--length and --batches do nothing without --gradient; give it too, or leave them out")
-    elif has_cut_flags and not (functional or suggest):
+    elif has_truncation_flags and not (functional or suggest):
         raise ValueError(
             "the flags of a truncation do nothing without --functional or --suggest; give one of these too"
         )
@@ -114,8 +114,8 @@ def _ranks(measured: list[PromptRanks], suggest: bool, out: Path | None) -> dict
             size = f"length {suggestion.length}"
             size += f" in each of {suggestion.num_matrices} matrices" if suggestion.num_matrices > 1 else ""
             console.print(
-                f"{suggestion.task}, {suggestion.method} of {size} on {suggestion.backbone}, cuts of the "
-                f"{suggestion.part}: {suggestion.sentence}"
+                f"{suggestion.task}, {suggestion.method} of {size} on {suggestion.backbone}, the "
+                f"{suggestion.part} truncated: {suggestion.sentence}"
             )
         result["suggestions"] = [dataclasses.asdict(suggestion) for suggestion in suggestions]
     if out is not None:
@@ -148,18 +148,18 @@ def _show_functional(ranks: PromptRanks) -> None:
     console.print(
         f"{ranks.loaded.name}: {functional.split} {full.metric} {full.value:.3f} "
         f"({full.ci_low:.3f} to {full.ci_high:.3f}, {full.n} rows, majority {full.majority:.3f}), "
-        f"the {functional.part} cut to lower ranks:"
+        f"the {functional.part} truncated to lower ranks:"
     )
     show_table(
         [
             {
-                "rank": cut.rank,
-                full.metric: f"{cut.score.value:.3f}",
-                "loss": f"{cut.drop.value:+.3f}",
-                "95% interval": f"{cut.drop.ci_low:+.3f} to {cut.drop.ci_high:+.3f}",
-                "p-value": f"{cut.drop.p_value:.3f}",
+                "rank": truncated.rank,
+                full.metric: f"{truncated.score.value:.3f}",
+                "loss": f"{truncated.drop.value:+.3f}",
+                "95% interval": f"{truncated.drop.ci_low:+.3f} to {truncated.drop.ci_high:+.3f}",
+                "p-value": f"{truncated.drop.p_value:.3f}",
             }
-            for cut in functional.cuts
+            for truncated in functional.truncations
         ]
     )
     console.print(
@@ -216,10 +216,10 @@ def _burstiness(source: str, samples: int, run_backbone: str | None, out: Path |
         backbone = with_sample_images(run, run.load_backbone(run_backbone))
     else:
         if run_backbone is not None:
-            raise ValueError(f"{source} is no run, so it is a backbone itself; leave --backbone out")
+            raise ValueError(f"{source} is not a run, so it is a backbone itself; leave --backbone out")
         backbone = load(source)
         if backbone.takes_images:
-            raise ValueError(f"{source} reads images, and none are given; give a run, for its training images")
+            raise ValueError(f"{source} reads images, but none are given; give a run, for its training images")
     measured = burstiness(backbone.host(), query_key(backbone.model), samples=samples)
     pairs = {"inputs": measured.inputs, "products": measured.products}
     pairs |= {f"products, head {number}": pair for number, pair in enumerate(measured.heads)}

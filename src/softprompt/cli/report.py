@@ -25,7 +25,7 @@ def report_(
         folders: Runs, or folders that hold runs.
         out: The folder to write: report.html, the tables in every format, the plots as PNG and SVG.
         format: The format of the tables shown here.
-        compare: A row or a method: every other row's difference to it is shown, paired by seed.
+        compare: A row or a method: every other row's difference from it is shown, paired by seed.
         choose: Of each method and task show only the settings with the best development score.
         rates_on: The split whose score is plotted by learning rate; select a rate on dev.
         title: The page's title.

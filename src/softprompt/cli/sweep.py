@@ -29,12 +29,12 @@ def sweep_(
     Args:
         file: The sweep's TOML file.
         out: Folder that holds the runs; finished ones are skipped, unfinished ones resumed.
-        data: The folder that relative `data` paths in the file refer to; none: the file's folder.
+        data: The folder that relative `data` paths in the file refer to; None: the file's folder.
         dry_run: Only list the trials and their state.
         executor: Run in this process, or on a Ray cluster with a task per trial (needs the extra `sweep`).
         concurrent: Number of runs to train concurrently in this process over one backbone; each keeps its own
             optimizer, schedule and random state.
-        ray_address: Address of the Ray cluster, as ray.init takes it; none: start one on this machine.
+        ray_address: Address of the Ray cluster, as ray.init takes it; None: start one on this machine.
         cpus: CPUs per trial, with Ray.
         gpus: GPUs per trial, with Ray; 0: trials reserve none.
     """

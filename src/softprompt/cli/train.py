@@ -42,7 +42,7 @@ def train_(
         experiment: What to train, and how.
         prompt: The method.
         out: Folder that holds the runs.
-        name: Name of the run's folder in it; none: made from task, method and seed.
+        name: Name of the run's folder in it; None: made from task, method and seed.
         resume_: Resume this unfinished run instead, with its own settings; --backbone may say where its backbone is
             now.
         show: Number of wrongly answered test rows to print.
@@ -100,14 +100,14 @@ def _check_no_settings(run: Path, flags: Sequence[str]) -> None:
         is_setting = flag.startswith("--") and flag.replace("--no-", "--", 1) not in _ALLOWED_WITH_RESUME
         if is_method or is_setting:
             raise ValueError(
-                f"{flag} is given with --resume {run}, and a resumed run keeps its own settings; leave it out, "
+                f"{flag} is given with --resume {run}, but a resumed run keeps its own settings; leave it out, "
                 f"or start a new run from its prompt: softprompt train --init-prompt {run} ..."
             )
     training = open_run(run).experiment.training
     for option in MEMORY_OPTIONS:
         flag = f"--no-{option.replace('_', '-')}"
         if flag in flags and getattr(training, option):
-            raise ValueError(f"{flag} is given, and run {run} has it on, which a resumed run keeps; leave it out")
+            raise ValueError(f"{flag} is given, but run {run} has it on, which a resumed run keeps; leave it out")
 
 
 def show_result(run: "Run") -> None:

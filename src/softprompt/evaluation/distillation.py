@@ -1,4 +1,4 @@
-"""How close a prompt comes to the teacher it was distilled from, beside cheaper ways to have the context."""
+"""How close a prompt comes to the teacher it was distilled from, compared with cheaper ways to provide the context."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _BATCH = 32
 
 
 @runtime_checkable
-class Scoring(Protocol):
+class ScoringModel(Protocol):
     """A model that says how likely answers are: `PromptedModel`, `Teacher`, or a model with the prompts of one call."""
 
     def label_logits(
@@ -34,7 +34,7 @@ class Scoring(Protocol):
 
 
 @runtime_checkable
-class Generating(Scoring, Protocol):
+class GeneratingModel(ScoringModel, Protocol):
     """A model that also answers: `PromptedModel` or `Teacher`."""
 
     def generate(self, input_ids: Ids, attention_mask: Mask, *, max_new_tokens: int) -> Iterator[Int[Tensor, " batch"]]:
@@ -93,8 +93,8 @@ def _with_rest(scores: Float[Tensor, "batch candidate"]) -> Float[Tensor, "batch
 
 
 def divergences(
-    student: Scoring,
-    teacher: Scoring,
+    student: ScoringModel,
+    teacher: ScoringModel,
     prompted: PromptedModel,
     task: Task,
     rows: Sequence[Example],
@@ -124,7 +124,7 @@ def labeled_batch(prompted: PromptedModel, rows: Sequence[Example]) -> tuple[Ten
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Imitation:
+class TeacherComparison:
     """A model's answers to some rows, and how close they are to the teacher's."""
 
     kl: float
@@ -136,14 +136,14 @@ class Imitation:
 
 
 @torch.no_grad()
-def imitations(
-    models: Mapping[str, Generating],
+def compare_with_teacher(
+    models: Mapping[str, GeneratingModel],
     teacher: Teacher,
     prompted: PromptedModel,
     task: Task,
     examples: Sequence[Example],
     max_new_tokens: int,
-) -> dict[str, Imitation]:
+) -> dict[str, TeacherComparison]:
     """Compare each of `models` with the teacher, which is compared with itself under the name `teacher`.
 
     Args:
@@ -163,7 +163,7 @@ def imitations(
     count = len(examples)
     units = count if task.is_classification else sum(len(prompted.target(row.answer_ids)) for row in examples)
     return {
-        name: Imitation(
+        name: TeacherComparison(
             kl=total[name] / units,
             agreement=sum(answers[name][row].text == answers["teacher"][row].text for row in range(count)) / count,
             answers=[answers[name][row] for row in range(count)],
@@ -173,7 +173,7 @@ def imitations(
 
 
 def answers_of(
-    model: Generating, prompted: PromptedModel, task: Task, rows: Sequence[Example], max_new_tokens: int
+    model: GeneratingModel, prompted: PromptedModel, task: Task, rows: Sequence[Example], max_new_tokens: int
 ) -> list[Answer]:
     """The greedy answers of `model` to one batch of rows, in their order."""
     backbone = prompted.backbone
@@ -193,7 +193,7 @@ def answers_of(
 
 
 def _generated(
-    model: Generating, prompted: PromptedModel, ids: Tensor, mask: Tensor | None, max_new_tokens: int
+    model: GeneratingModel, prompted: PromptedModel, ids: Tensor, mask: Tensor | None, max_new_tokens: int
 ) -> list[list[int]]:
     """Greedy answers as tokens, each without its end of sequence."""
     steps = torch.stack(list(model.generate(ids, mask, max_new_tokens=max_new_tokens)), 1).tolist()

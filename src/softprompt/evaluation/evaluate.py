@@ -52,10 +52,10 @@ def evaluate(
 
     Raises:
         FileNotFoundError: the rows are no longer where the run recorded them, or `data` does not exist.
-        ValueError: an unknown split, one that the task lacks, or one of a file; the run's rows have changed; a PEFT
-            folder without a task, or that a folded prompt cannot express; `generate` for a task that is generated
-            anyway, or a model that answers through a head; or `decode_weights` where nothing is generated, or where it
-            does not fit the backbone.
+        ValueError: an unknown split, one that the task lacks, or a split given with a file; the run's rows have
+            changed; a PEFT folder without a task, or that a folded prompt cannot express; `generate` for a task that is
+            generated anyway, or a model that answers through a head; or `decode_weights` where nothing is generated, or
+            where it does not fit the backbone.
 
     Warns:
         TruncationWarning: rows were cut to the input's limit, as in training; it has their number.
@@ -91,10 +91,10 @@ def evaluate(
 
 def _check_generate(prompted: PromptedModel, task: Task) -> None:
     if not task.is_classification:
-        raise ValueError(f"generate is on, and the answers of task {task.name!r} are generated anyway; leave it out")
+        raise ValueError(f"generate is on, but the answers of task {task.name!r} are generated anyway; leave it out")
     if not prompted.generates:
         raise ValueError(
-            f"generate is on, and {prompted.backbone.source} does not generate text; leave it out, or use a decoder or "
+            f"generate is on, but {prompted.backbone.source} does not generate text; leave it out, or use a decoder or "
             "an encoder-decoder"
         )
 
@@ -102,7 +102,7 @@ def _check_generate(prompted: PromptedModel, task: Task) -> None:
 def rows_to_score(
     task: Task, run: Run | None, data: str | None, split: str | None, default: str = "test"
 ) -> tuple[Splits, str]:
-    """The rows, and the name of the split of them that is scored: of a file all rows, as its test split.
+    """The rows to score and their split's name; all rows of a file are its test split.
 
     Args:
         task: the task that is scored.
@@ -112,7 +112,7 @@ def rows_to_score(
 
     Raises:
         FileNotFoundError: the rows are no longer where the run recorded them, or `data` does not exist.
-        ValueError: the split has no rows, or is one of a file; or the run's rows have changed.
+        ValueError: the split has no rows, or is given with a file; or the run's rows have changed.
     """
     if data is not None and (file_rows := load_test_split(task, data, split)) is not None:
         return file_rows, "test"
@@ -136,7 +136,7 @@ def _check_classes(run: Run | PeftPrompt, prompted: PromptedModel, task: Task) -
     trained, scored = list(run.task.label_words.values()), list(task.label_words.values())
     if prompted.head is not None and trained != scored:
         raise ValueError(
-            f"run {run.folder} answers through a head trained for {', '.join(trained)}, and task {task.name!r} has "
+            f"run {run.folder} answers through a head trained for {', '.join(trained)}, but task {task.name!r} has "
             f"{', '.join(scored) or 'no labels'}; score it on a task with the same label words in the same order"
         )
 
@@ -192,7 +192,7 @@ def score_examples(
 ) -> tuple[Score, list[Answer]]:
     """The prompted model's score on `examples` of a split, and its answers.
 
-    The score's warning also says if the rows are those that selected the checkpoint, under other names.
+    The score's warning also says if these rows selected the checkpoint.
     """
     answers = answer(prompted, task, examples, max_new_tokens=max_new_tokens)
     result = score_answers(task, rows, split, examples, answers, prompted.backbone.tokenizer)

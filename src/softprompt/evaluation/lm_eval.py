@@ -23,13 +23,13 @@ class SoftPromptLM(HFLM):
     """The harness's `hf` model with a run's prompt before every row; without a run it is `hf`.
 
     Args:
-        run: the folder of a run or of a PEFT prompt, or `hub:USER/NAME`; none: the backbone alone, zero-shot.
-        backbone: where the backbone is, as `load_backbone` takes it; none: where the run recorded it.
+        run: the folder of a run or of a PEFT prompt, or `hub:USER/NAME`; None: the backbone alone, zero-shot.
+        backbone: where the backbone is, as `load_backbone` takes it; None: where the run recorded it.
         dtype: of a backbone without a run.
         settings: further arguments of `HFLM`, such as `batch_size`.
 
     Raises:
-        ValueError: neither run nor backbone is given, or the backbone is no decoder.
+        ValueError: neither run nor backbone is given, or the backbone is not a decoder.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class SoftPromptLM(HFLM):
         loaded = load(str(backbone), dtype=dtype) if opened is None else opened.load_backbone(backbone)
         if not model_class(loaded).decoder_only:
             raise ValueError(
-                f"{loaded.source} is a model of the kind {loaded.architecture}, and lm-eval needs a decoder; give one"
+                f"{loaded.source} is a model of the kind {loaded.architecture}, but lm-eval needs a decoder; give one"
             )
         settings.pop("device", None)  # the model is loaded already
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **settings)
@@ -67,7 +67,7 @@ class SoftPromptLM(HFLM):
             return tokens
         if generation_kwargs.get("do_sample") or generation_kwargs.get("num_beams", 1) != 1:
             raise ValueError(
-                "lm-eval's task asks for sampling or beams, and a run generates greedily; choose a greedy task"
+                "lm-eval's task asks for sampling or beams, but a run generates greedily; choose a greedy task"
             )
         steps: list[Tensor] = []
         for token in self.prompted.generate(

@@ -63,7 +63,7 @@ def predict(
 
     Raises:
         FileNotFoundError: there is no such run, or its backbone cannot be found.
-        ValueError: `rows` is none of these, a row lacks a column or has no text, the run is not finished, `task` is
+        ValueError: `rows` is not one of these, a row lacks a column or has no text, the run is not finished, `task` is
             missing or given to a run, or `decode_weights` does not fit the backbone or a task with labels.
 
     Warns:
@@ -107,7 +107,7 @@ def encode_rows(
     tokenizer, limit = prompted.backbone.tokenizer, input_limit(prompted, task, training)
     if task.is_classification:
         prompted.check_candidates(task.answers, answer_ids(task, tokenizer))
-    examples, shortened = encode(task, tokenizer, rows, limit, closing=prompted.appends_eos, answers=answers)
+    examples, shortened = encode(task, tokenizer, rows, limit, appends_eos=prompted.appends_eos, answers=answers)
     for example in examples:  # an answer is compared as text, so its tokens need not fit
         prompted.check_row(example.input_ids, (), example.where)
     if shortened:
@@ -120,7 +120,7 @@ def check_generates(task: Task, decode_weights: DecodeWeights) -> None:
     """Refuse `decode_weights` for a task whose answers are not generated."""
     if decode_weights != "auto" and task.is_classification:
         raise ValueError(
-            f"decode_weights is {decode_weights!r}, and task {task.name!r} has labels, which are not decoded; "
+            f"decode_weights is {decode_weights!r}, but task {task.name!r} has labels, which are not decoded; "
             "leave it out"
         )
 
@@ -145,7 +145,7 @@ def _row(task: Task, row: Any, where: str) -> Mapping[str, Any]:
     if not is_image_cell and not isinstance(row, str | Path if task.image else str):
         raise ValueError(f"{where} is {_describe(row)}; {_accepted_rows(task)}")
     if len(task.inputs) != 1:
-        raise ValueError(f"{where} is one text, and task {task.name!r} reads several columns; {_accepted_rows(task)}")
+        raise ValueError(f"{where} is one text, but task {task.name!r} reads several columns; {_accepted_rows(task)}")
     if not task.image and _is_file(row):
         raise ValueError(
             f"{where}, {row!r}, is the name of a file; give its rows (softprompt.tasks.read_rows), or if it is the "
@@ -209,15 +209,15 @@ def answer(
             batch = group.texts[start : start + batch_size]
             index = torch.tensor([prefix for _, prefix in batch], device=prompted.backbone.device)
             rows = [
-                dataclasses.replace(examples[text], input_ids=texts[text][len(group.prefixes[prefix]) :])
-                for text, prefix in batch
+                dataclasses.replace(examples[row], input_ids=texts[row][len(group.prefixes[prefix]) :])
+                for row, prefix in batch
             ]
             if task.is_classification and not generate:
                 batch_answers = _classify(prompted, with_prefixes, task, rows, index)
             else:
                 batch_answers = _generate(prompted, with_prefixes, task, rows, index, max_new_tokens)
-            answers.update(zip([text for text, _ in batch], batch_answers, strict=True))
-    return [answers[text] for text in range(len(examples))]
+            answers.update(zip([row for row, _ in batch], batch_answers, strict=True))
+    return [answers[row] for row in range(len(examples))]
 
 
 def input_limit(prompted: PromptedModel, task: Task, training: TrainingConfig) -> int:

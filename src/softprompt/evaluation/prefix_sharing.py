@@ -50,8 +50,8 @@ def plan_prefix_groups(texts: Sequence[Tokens], batch: int, *, share: bool = Tru
         share: whether texts may share prefixes.
     """
     shared = _shared_prefixes(texts) if share else []
-    in_shared = {text for _, members in shared for text in members}
-    without_prefix = [text for text in range(len(texts)) if text not in in_shared]
+    in_shared = {row for _, members in shared for row in members}
+    without_prefix = [row for row in range(len(texts)) if row not in in_shared]
     groups = []
     shared.sort(key=lambda prefix: prefix[0])
     while shared:
@@ -64,15 +64,15 @@ def plan_prefix_groups(texts: Sequence[Tokens], batch: int, *, share: bool = Tru
             batched.append(shared.pop())
             rows += len(batched[-1][1])
         if sum(_saving(length, len(members)) for length, members in batched) < MIN_SAVING:
-            without_prefix += [text for _, members in batched for text in members]
+            without_prefix += [row for _, members in batched for row in members]
             continue
         prefixes = tuple(texts[members[0]][:length] for length, members in batched)
-        indices = [(text, prefix) for prefix, (_, members) in enumerate(batched) for text in members]
+        indices = [(row, prefix) for prefix, (_, members) in enumerate(batched) for row in members]
         indices.sort(key=lambda index: len(texts[index[0]]) - len(prefixes[index[1]]))
         groups.append(PrefixGroup(prefixes, tuple(indices)))
-    without_prefix.sort(key=lambda text: len(texts[text]))
+    without_prefix.sort(key=lambda row: len(texts[row]))
     groups += [
-        PrefixGroup(((),), tuple((text, 0) for text in without_prefix[start : start + batch]))
+        PrefixGroup(((),), tuple((row, 0) for row in without_prefix[start : start + batch]))
         for start in range(0, len(without_prefix), batch)
     ]
     return groups
@@ -87,10 +87,10 @@ def _shared_prefixes(texts: Sequence[Tokens]) -> list[SharedPrefix]:
     """
     order = sorted(range(len(texts)), key=texts.__getitem__)
     branches: list[_Branch] = []
-    for position, text in enumerate(order):
+    for position, row in enumerate(order):
         branch = _Branch(0, position)
         following = order[position + 1] if position + 1 < len(order) else None
-        length = 0 if following is None else len(_common_prefix(texts[text][:-1], texts[following][:-1]))
+        length = 0 if following is None else len(_common_prefix(texts[row][:-1], texts[following][:-1]))
         while branches and branches[-1].length > length:
             branches[-1].add(branch)
             branch = branches.pop()

@@ -29,7 +29,7 @@ class Drop:
     ci_high: float
     """Upper end of the interval."""
     p_value: float
-    """The probability of a drop at least as large if it does not matter which answer is whose."""
+    """Probability of a drop at least this large if the two sets are exchangeable."""
 
     @property
     def significant(self) -> bool:
@@ -59,6 +59,8 @@ def drop(metric: Callable[[Answers], float], before: Answers, after: Answers, se
         return Drop(value=0.0, ci_low=0.0, ci_high=0.0, p_value=1.0)
     units = before.units
     count = int(units.max()) + 1
+    if count == 1:  # two orders of its answers, and one resample
+        return Drop(value=value, ci_low=value, ci_high=value, p_value=0.5 if value > 0 else 1.0)
     members = np.split(np.argsort(units, kind="stable"), np.cumsum(np.bincount(units))[:-1])
     has_questions = before.questions is not None
 
@@ -82,15 +84,11 @@ def drop(metric: Callable[[Answers], float], before: Answers, after: Answers, se
 
     options = {"n_resamples": RESAMPLES, "batch": _BATCH, "vectorized": False, "rng": np.random.default_rng(seed)}
     # Under the null hypothesis, each unit's pair of answers is exchangeable: 0 is its own order, 1 the swapped one.
-    low = high = value
-    p_value = 0.5 if value > 0 else 1.0  # of a single unit, which has two orders and one resample
-    if count > 1:
-        pairs = np.zeros(count), np.ones(count)
-        test = stats.permutation_test(pairs, swapped_drop, permutation_type="samples", alternative="greater", **options)
-        p_value = float(test.pvalue)
-        interval = stats.bootstrap((np.arange(count),), resampled_drop, method="percentile", **options)
-        low, high = interval.confidence_interval
-    return Drop(value=value, ci_low=float(low), ci_high=float(high), p_value=p_value)
+    pairs = np.zeros(count), np.ones(count)
+    test = stats.permutation_test(pairs, swapped_drop, permutation_type="samples", alternative="greater", **options)
+    interval = stats.bootstrap((np.arange(count),), resampled_drop, method="percentile", **options)
+    low, high = interval.confidence_interval
+    return Drop(value=value, ci_low=float(low), ci_high=float(high), p_value=float(test.pvalue))
 
 
 def _column(values: Column) -> Shaped[np.ndarray, "row"]:

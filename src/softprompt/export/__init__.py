@@ -4,7 +4,7 @@ A format is one file with a `Format` that refuses what it cannot express, writes
 entry in `FORMATS`.
 """
 
-from softprompt.export.base import Format, Trained, export_runs
+from softprompt.export.base import ExportedPrompt, Format, export_runs
 from softprompt.export.dept import Dept, PublishedDePT, read_dept, write_dept
 from softprompt.export.gguf import Gguf
 from softprompt.export.llamacpp import LlamaCpp
@@ -16,15 +16,16 @@ from softprompt.export.vllm import Vllm
 from softprompt.export.vocab import Vocab
 
 FORMATS: dict[str, Format] = {
-    form.name: form for form in (Peft(), Dept(), Vocab(), Gguf(), Vllm(), TrtLlm(), LlamaCpp(), Npz())
+    export_format.name: export_format
+    for export_format in (Peft(), Dept(), Vocab(), Gguf(), Vllm(), TrtLlm(), LlamaCpp(), Npz())
 }
 """Every format by its value of `--to`."""
 
 __all__ = [
     "FORMATS",
+    "ExportedPrompt",
     "Format",
     "PublishedDePT",
-    "Trained",
     "export_model",
     "export_peft",
     "export_runs",

@@ -23,7 +23,7 @@ _TOKEN_NAME = re.compile(r"<[^<>\s]+>")
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class ExportedPrompt:
     """The prompt of a finished run, or of a stock PEFT folder."""
 
     name: str
@@ -41,21 +41,21 @@ class Format(ABC):
 
     name: ClassVar[str]
     """The value of `--to`."""
-    many: ClassVar[bool]
+    multi_prompt: ClassVar[bool]
     """Whether one export holds several prompts of one backbone."""
     has_token_names: ClassVar[bool] = False
     """Whether a prompt has a name in text, which the user may choose."""
 
     @abstractmethod
-    def refusal(self, trained: Trained, backbone: Backbone) -> str:
+    def refusal(self, trained: ExportedPrompt, backbone: Backbone) -> str:
         """Why this format cannot express the prompt, and which one can; empty where it can."""
 
     @abstractmethod
-    def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
+    def write(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> None:
         """Write every file of the export into the empty folder `folder`."""
 
     @abstractmethod
-    def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
+    def check(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """Read `folder` as its user would and compare it with the live prompts; returns what was measured.
 
         Raises:
@@ -65,7 +65,7 @@ class Format(ABC):
 
 def export_runs(
     runs: Sequence[Run | PeftPrompt],
-    form: Format,
+    export_format: Format,
     folder: Path,
     *,
     backbone: Backbone | str | None = None,
@@ -75,9 +75,9 @@ def export_runs(
 
     Args:
         runs: finished runs, or stock PEFT prompts, of one backbone.
-        form: a value of `FORMATS`.
+        export_format: a value of `FORMATS`.
         folder: the export, which must not exist.
-        backbone: the runs' own, loaded or as `load_backbone` takes it, and named in the export; none: where the first
+        backbone: the runs' own, loaded or as `load_backbone` takes it, and named in the export; None: where the first
             run recorded it.
         token_names: the prompts' names in text, by the run's folder name; others are called `<prompt-NAME>`.
 
@@ -88,29 +88,33 @@ def export_runs(
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists and is never overwritten; choose another --output")
-    if len(runs) > 1 and not form.many:
-        raise ValueError(f"{form.name} holds one prompt and {len(runs)} runs are given; export them one by one")
-    if token_names and not form.has_token_names:
-        raise ValueError(f"{form.name} has no token names for its prompts; leave --token-names out, or export to vocab")
+    if len(runs) > 1 and not export_format.multi_prompt:
+        raise ValueError(
+            f"{export_format.name} holds one prompt, but {len(runs)} runs are given; export them one by one"
+        )
+    if token_names and not export_format.has_token_names:
+        raise ValueError(
+            f"{export_format.name} has no token names for its prompts; leave --token-names out, or export to vocab"
+        )
     _check_one_backbone(runs, backbone)
     names = _resolve_token_names([Path(os.path.abspath(run.folder)).name for run in runs], token_names or {})
     backbone = runs[0].load_backbone(backbone)
     trained = []
     for run, (name, token_name) in zip(runs, names.items(), strict=True):
         prompt = run.prompt(backbone)
-        trained.append(Trained(name=name, token_name=token_name, run=run, prompt=prompt, folded=prompt.fold()))
+        trained.append(ExportedPrompt(name=name, token_name=token_name, run=run, prompt=prompt, folded=prompt.fold()))
     for item in trained:
         if layout := item.run.experiment.unusual_layout:
             raise ValueError(
                 f"the prompt of run {item.run.folder} is {layout}, which other software does not do; use the run with "
                 "softprompt predict, or train one with prompt_position=prefix and prompt_attention=full"
             )
-        if reason := form.refusal(item, backbone):
-            raise ValueError(f"run {item.run.folder} cannot be exported to {form.name}: {reason}")
+        if reason := export_format.refusal(item, backbone):
+            raise ValueError(f"run {item.run.folder} cannot be exported to {export_format.name}: {reason}")
     with files.atomic_write(folder) as draft:
         draft.mkdir()
-        form.write(trained, backbone, draft)
-        return form.check(trained, backbone, draft)
+        export_format.write(trained, backbone, draft)
+        return export_format.check(trained, backbone, draft)
 
 
 def check_equal(actual: Shaped[Tensor, "*shape"], expected: Shaped[Tensor, "*shape"], what: str) -> None:
@@ -165,18 +169,18 @@ def check_gap(gap: float, size: float, backbone: Backbone, what: str, unit: str)
     return {"largest_difference": gap, "unit": unit, "tolerance": tolerance}
 
 
-def vectors_refusal(trained: Trained, backbone: Backbone, engine: str) -> str:
+def vectors_refusal(trained: ExportedPrompt, backbone: Backbone, engine: str) -> str:
     """Why `engine` cannot take the prompt as vectors before a decoder's text; empty where it can."""
     if not trained.folded.plain:
         return (
-            f"{engine} takes vectors before the input only, and {trained.run.experiment.method} also changes the "
+            f"{engine} takes vectors before the input only, but {trained.run.experiment.method} also changes the "
             "input's own embeddings; export to npz, or serve it with softprompt serve"
         )
     if trained.folded.is_deep:
         return deep_refusal(engine)
     if not model_class(backbone).decoder_only:
         return (
-            f"{engine} takes a prompt before a decoder's text only, and {backbone.source} is a model of the kind "
+            f"{engine} takes a prompt before a decoder's text only, but {backbone.source} is a model of the kind "
             f"{backbone.architecture}; export to vocab or npz, or serve it with softprompt serve"
         )
     if embedding_scale(backbone) != 1.0:
@@ -190,14 +194,14 @@ def vectors_refusal(trained: Trained, backbone: Backbone, engine: str) -> str:
 def deep_refusal(engine: str) -> str:
     """Why `engine` cannot take keys and values of every layer."""
     return (
-        f"{engine} takes vectors in front of the input only, and this prompt is deep, with keys and values in every "
+        f"{engine} takes vectors in front of the input only, but this prompt is deep, with keys and values in every "
         "layer; export it to peft (prefix tuning) or npz, serve it with softprompt serve, or train with depth shallow"
     )
 
 
 @torch.no_grad()
 def embedding_scale(backbone: Backbone) -> float | None:
-    """The factor between the model's table and its embeddings (Gemma: the root of its width); none: not a factor."""
+    """The factor between the model's table and its embeddings (Gemma: the root of its width); None: not a factor."""
     module = backbone.model.get_input_embeddings()
     ids = torch.arange(min(len(module.weight), 1024), device=module.weight.device)
     table, embeddings = module.weight[ids].float(), module(ids).float()
@@ -244,7 +248,7 @@ def _resolve_token_names(names: Sequence[str], token_names: Mapping[str, str]) -
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two runs are named {twice[0]!r}; rename one of the folders")
     if unknown := sorted(set(token_names) - set(names)):
-        raise ValueError(f"token_names names {unknown[0]!r}, which is none of the runs {', '.join(names)}")
+        raise ValueError(f"token_names names {unknown[0]!r}, which is not one of the runs {', '.join(names)}")
     for name in names:
         files.check_name(name, "the run's folder")
     resolved = {name: token_names.get(name, f"<prompt-{name}>") for name in names}

@@ -140,7 +140,7 @@ class Client(ABC):
         Args:
             name: of the prompt.
             text: the rendered template.
-            max_new_tokens: most tokens that are written; none: the run's.
+            max_new_tokens: most tokens that are written; None: the run's.
             control: as of `ids`.
 
         Raises:
@@ -160,11 +160,11 @@ class Client(ABC):
             control: as of `ids`.
 
         Raises:
-            ValueError: the prompt's task is no classification, or as `write`.
+            ValueError: the prompt's task is not a classification, or as `write`.
         """
         answers: dict[str, list[int]] = self._prompt(name)["answers"]
         if not answers:
-            raise ValueError(f"the task of prompt {name!r} is no classification; use write")
+            raise ValueError(f"the task of prompt {name!r} is not a classification; use write")
         row = self._row(name, text, control)
         prefixes = label_prefixes(answers.values())
         tokens = sorted({token for ids in answers.values() for token in ids})
@@ -208,7 +208,7 @@ class Client(ABC):
         ids, limit = self.ids(text, control=control), self._prompt(name)["max_input_tokens"]
         if len(ids) > limit:
             raise ValueError(
-                f"the text has {len(ids)} tokens and the run of prompt {name!r} reads at most {limit}; shorten it"
+                f"the text has {len(ids)} tokens, but the run of prompt {name!r} reads at most {limit}; shorten it"
             )
         return ids
 

@@ -14,7 +14,7 @@ import torch
 
 from softprompt import files
 from softprompt.backbones import Backbone
-from softprompt.export.base import EXACT, Format, Trained, check_close
+from softprompt.export.base import EXACT, ExportedPrompt, Format, check_close
 from softprompt.models.peft_folder import CONFIG, PROMPT, WEIGHTS, read_peft_folder
 from softprompt.prompts.dept import DePT, OffsetPrompt
 
@@ -39,14 +39,14 @@ def read_dept(folder: Path) -> PublishedDePT:
     """The published adapter in `folder`.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or damaged, or it is no DePT adapter.
+        FileNotFoundError, ValueError: a file is missing or damaged, or it is not a DePT adapter.
     """
     adapter = read_peft_folder(folder)
     settings = adapter.settings
     if adapter.peft_type != _TYPE:
         raise ValueError(f"{folder} holds a {adapter.peft_type!r} adapter, not DePT's {_TYPE!r}")
     if missing := sorted({PROMPT, _LEFT, _RIGHT} - set(adapter.tensors)):
-        raise ValueError(f"{folder} lacks the tensor {missing[0]!r}; it is no whole DePT adapter")
+        raise ValueError(f"{folder} lacks the tensor {missing[0]!r}; it is not a complete DePT adapter")
     matrix, left, right = (adapter.tensor(name) for name in (PROMPT, _LEFT, _RIGHT))
     positions, rank = left.shape
     if right.shape != (rank, matrix.shape[1]):
@@ -54,7 +54,7 @@ def read_dept(folder: Path) -> PublishedDePT:
             f"{folder} holds A {tuple(left.shape)} and B {tuple(right.shape)}, which do not fit; it is damaged"
         )
     if wanting := sorted({"lora_alpha"} - set(settings)):
-        raise ValueError(f"{folder / CONFIG} lacks {wanting[0]!r}; it is no whole DePT adapter")
+        raise ValueError(f"{folder / CONFIG} lacks {wanting[0]!r}; it is not a complete DePT adapter")
     config = DePT(
         length=matrix.shape[0],
         rank=rank,
@@ -101,25 +101,25 @@ class Dept(Format):
     """DePT's authors' format, for their fork of PEFT."""
 
     name: ClassVar[str] = "dept"
-    many: ClassVar[bool] = False
+    multi_prompt: ClassVar[bool] = False
 
-    def refusal(self, trained: Trained, backbone: Backbone) -> str:
+    def refusal(self, trained: ExportedPrompt, backbone: Backbone) -> str:
         """Only DePT on an encoder-decoder, which is what the authors' code runs."""
         if not isinstance(trained.prompt, OffsetPrompt):
             method = trained.run.experiment.method
-            return f"it holds DePT's tensors, and the run trained {method}; export to peft, vocab or npz"
+            return f"it holds DePT's tensors, but the run trained {method}; export to peft, vocab or npz"
         if not backbone.model.config.is_encoder_decoder:
-            return f"its authors' code runs encoder-decoders only, and {backbone.source} is none; export to npz"
+            return f"its authors' code runs encoder-decoders only, but {backbone.source} is not one; export to npz"
         return ""
 
-    def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
+    def write(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> None:
         """The pair of files."""
         [item] = trained
         # Only DePT builds an OffsetPrompt, and `refusal` let no other prompt pass.
         write_dept(cast(DePT, item.run.experiment.prompt), cast(OffsetPrompt, item.prompt), backbone.base, folder)
 
     @torch.no_grad()
-    def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
+    def check(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """The adapter, read back and folded, against the run's prompt and table."""
         [item] = trained
         folded, worst = read_dept(folder).prompt.fold(), dict(EXACT)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from softprompt.backbones import Backbone
 from softprompt.evaluation.predict import input_limit
-from softprompt.export.base import Trained, deep_refusal, embedding_scale
+from softprompt.export.base import ExportedPrompt, deep_refusal, embedding_scale
 from softprompt.export.probe import TEXTS, probe, text_ids
 from softprompt.models import attach, model_class
 from softprompt.tasks.data.tokenize import answer_ids
@@ -33,7 +33,7 @@ class ExtendedCheckpoint:
     """What `prompts.json` says: ids and text of each prompt, ids to suppress, template, label tokens."""
 
 
-def vocabulary_refusal(trained: Trained, backbone: Backbone) -> str:
+def vocabulary_refusal(trained: ExportedPrompt, backbone: Backbone) -> str:
     """Why the prompt cannot be rows of the backbone's embedding table; empty where it can."""
     if trained.folded.is_deep:
         return deep_refusal("a vocabulary")
@@ -44,7 +44,7 @@ def vocabulary_refusal(trained: Trained, backbone: Backbone) -> str:
         )
     if backbone.quantized:
         return (
-            f"the backbone's weights are stored as {backbone.quantized}, and a checkpoint needs them unquantized; "
+            f"the backbone's weights are stored as {backbone.quantized}, but a checkpoint needs them unquantized; "
             "train in bfloat16, or export to npz"
         )
     if embedding_scale(backbone) is None:
@@ -55,7 +55,7 @@ def vocabulary_refusal(trained: Trained, backbone: Backbone) -> str:
     return ""
 
 
-def extend(trained: Sequence[Trained], backbone: Backbone) -> ExtendedCheckpoint:
+def extend(trained: Sequence[ExportedPrompt], backbone: Backbone) -> ExtendedCheckpoint:
     """The backbone with one new token per vector of each prompt.
 
     Raises:
@@ -88,7 +88,7 @@ def extend(trained: Sequence[Trained], backbone: Backbone) -> ExtendedCheckpoint
     return ExtendedCheckpoint(model, tokenizer, usage)
 
 
-def task_entry(trained: Trained, backbone: Backbone) -> dict[str, Any]:
+def task_entry(trained: ExportedPrompt, backbone: Backbone) -> dict[str, Any]:
     """What `prompts.json` says of a prompt's task: the template, each label's token ids, and the run's limits."""
     task, training, answers = trained.run.task, trained.run.experiment.training, {}
     if task.is_classification:
@@ -153,12 +153,12 @@ def _declare_untied(model: Any) -> None:
             config.tie_word_embeddings = False
 
 
-def _tokens(trained: Trained) -> list[str]:
+def _tokens(trained: ExportedPrompt) -> list[str]:
     """The prompt's tokens, one per vector: `<prompt-NAME-0>`, `<prompt-NAME-1>`, ..."""
     return [f"{trained.token_name[:-1]}-{row}>" for row in range(len(trained.folded.matrix))]
 
 
-def _extend_tokenizer(tokenizer: Any, trained: Sequence[Trained], first: int) -> Any:
+def _extend_tokenizer(tokenizer: Any, trained: Sequence[ExportedPrompt], first: int) -> Any:
     """A copy with the prompts' tokens from the id `first` on, after one filler for each padding row of the table.
 
     Padding rows are not used for prompts: the head has rows for them too, which count in the run's probabilities.
@@ -178,13 +178,13 @@ def _extend_tokenizer(tokenizer: Any, trained: Sequence[Trained], first: int) ->
     return new
 
 
-def _least_likely_token(trained: Sequence[Trained], backbone: Backbone) -> int:
+def _least_likely_token(trained: Sequence[ExportedPrompt], backbone: Backbone) -> int:
     """The token whose largest probability in the probe is the smallest."""
     most = torch.stack([batch.logp.amax(0) for batch in probe(trained, backbone)]).amax(0)
     return int(most.argmin())
 
 
-def _as_text(tokenizer: Any, trained: Trained, ids: Sequence[int], backbone: Backbone) -> dict[str, Any] | None:
+def _as_text(tokenizer: Any, trained: ExportedPrompt, ids: Sequence[int], backbone: Backbone) -> dict[str, Any] | None:
     """How `tokenizer(prompt text + after_prompt + text)` gives a row's ids, with or without special tokens added.
 
     None where neither does (SentencePiece tokenizers treat a text's first word differently): only ids work then.

@@ -16,7 +16,7 @@ from softprompt import files
 from softprompt.backbones import Backbone, loading
 from softprompt.evaluation.predict import pad_id
 from softprompt.export import client
-from softprompt.export.base import Format, Trained, check_close
+from softprompt.export.base import ExportedPrompt, Format, check_close
 from softprompt.export.extended_vocabulary import extend, vocabulary_refusal
 from softprompt.export.gguf_reader import check_metadata
 from softprompt.export.gguf_writer import GgufType, gguf_refusal, write_gguf
@@ -41,20 +41,20 @@ class Gguf(Format):
     """
 
     name: ClassVar[str] = "gguf"
-    many: ClassVar[bool] = True
+    multi_prompt: ClassVar[bool] = True
     has_token_names: ClassVar[bool] = True
     type: GgufType = "f16"
 
-    def refusal(self, trained: Trained, backbone: Backbone) -> str:
+    def refusal(self, trained: ExportedPrompt, backbone: Backbone) -> str:
         """A plain prompt before a decoder's text, of an architecture that `gguf_writer` knows."""
         if not model_class(backbone).decoder_only:
             return (
-                f"llama.cpp takes a prompt before a decoder's text only, and {backbone.source} is a model of the kind "
+                f"llama.cpp takes a prompt before a decoder's text only, but {backbone.source} is a model of the kind "
                 f"{backbone.architecture}; export to vocab or npz, or serve it with softprompt serve"
             )
         return vocabulary_refusal(trained, backbone) or gguf_refusal(backbone.model, backbone.tokenizer)
 
-    def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
+    def write(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> None:
         """The model, its tokenizer and texts."""
         extended = extend(trained, backbone)
         write_gguf(extended.model, extended.tokenizer, folder / "model.gguf", Path(backbone.base).stem, self.type)
@@ -67,7 +67,7 @@ class Gguf(Format):
                 files.write_text(folder / f"{name}.Modelfile", _modelfile(entry["text"]))
 
     @torch.no_grad()
-    def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
+    def check(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """The file as transformers reads GGUF, against the live runs, on fixed texts with the prompts mixed."""
         usage = files.read_json(folder / "prompts.json")
         # transformers reads neither GPT-2's number of positions nor Llama 3's rotary factors from the file, so it gets

@@ -42,7 +42,7 @@ def check_metadata(file: Path, config: Any, tokenizer: Any) -> None:
 
 
 def _equal(actual: Any, expected: Any) -> bool:
-    """Whether two values are equal; numbers that are no integers are stored as float32."""
+    """Whether two values are equal; numbers that are not integers are stored as float32."""
     return bool(actual == (float(np.float32(expected)) if isinstance(expected, float) else expected))
 
 

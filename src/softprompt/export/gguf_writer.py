@@ -58,7 +58,7 @@ def gguf_refusal(model: Any, tokenizer: Any) -> str:
     for setting, values in _ONLY_VALUES[config.model_type].items():
         if (value := getattr(config, setting)) not in values:
             return (
-                f"the model has {setting}={value!r}, and llama.cpp runs {config.model_type} models with "
+                f"the model has {setting}={value!r}, but llama.cpp runs {config.model_type} models with "
                 f"{' or '.join(map(repr, values))} only; {_RUN_ELSEWHERE}"
             )
     if rope.get("rope_type", "default") not in ("default", "llama3"):
@@ -74,7 +74,7 @@ def gguf_refusal(model: Any, tokenizer: Any) -> str:
 
 
 def pre_tokenizer_name(tokenizer: Any) -> str | None:
-    """What llama.cpp calls the pre-tokenizer of a byte-level BPE; none for any other tokenizer."""
+    """What llama.cpp calls the pre-tokenizer of a byte-level BPE; None for any other tokenizer."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     pre_tokenizer = parts["pre_tokenizer"] or {}
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]

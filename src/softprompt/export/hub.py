@@ -31,7 +31,7 @@ def push_run(
     Args:
         name: `USER/NAME` on the Hub; created unless it exists.
         private: create it for yourself only; False: as the owner's default is, public unless changed.
-        base_model: the Hub id of the run's backbone; none: the recorded one.
+        base_model: the Hub id of the run's backbone; None: the recorded one.
         datasets: Hub ids of the training data, for the card.
 
     Raises:
@@ -40,7 +40,7 @@ def push_run(
         ConnectionError: the Hub cannot be reached.
     """
     if run.results is None:
-        raise ValueError(f"run {run.folder} is not finished; go on with: softprompt train --resume {run.folder}")
+        raise ValueError(f"run {run.folder} is not finished; continue with: softprompt train --resume {run.folder}")
     if not (run.folder / _TENSORS).is_file():
         raise ValueError(
             f"run {run.folder} has no PEFT files (its README.md says why); push a run whose prompt PEFT can express"
@@ -60,7 +60,7 @@ def push_run(
         folder = Path(draft)
         _write(run, folder, base, datasets)
         api = HfApi()
-        api.create_repo(name, private=private or None, exist_ok=True)  # none: as the owner's default is
+        api.create_repo(name, private=private or None, exist_ok=True)  # None: as the owner's default is
         commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Upload {run.name}")
     return str(commit.commit_url)
 
@@ -108,7 +108,7 @@ def _check_id(value: str, what: str) -> None:
     try:
         validate_repo_id(value)
     except HFValidationError as error:
-        raise ValueError(f"{what} is {value!r}, which is no id on the Hub; write USER/NAME") from error
+        raise ValueError(f"{what} is {value!r}, which is not an id on the Hub; write USER/NAME") from error
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 
 from softprompt import files
 from softprompt.backbones import Backbone
-from softprompt.export.base import EXACT, Format, Trained, check_equal, text_notes, vectors_refusal
+from softprompt.export.base import EXACT, ExportedPrompt, Format, check_equal, text_notes, vectors_refusal
 
 HEADER = "prompts.json"
 
@@ -23,13 +23,13 @@ class LlamaCpp(Format):
     """`NAME.f32` for each prompt, raw little-endian float32, token by token; `prompts.json` has the sizes."""
 
     name: ClassVar[str] = "llamacpp"
-    many: ClassVar[bool] = True
+    multi_prompt: ClassVar[bool] = True
 
-    def refusal(self, trained: Trained, backbone: Backbone) -> str:
+    def refusal(self, trained: ExportedPrompt, backbone: Backbone) -> str:
         """Vectors before a decoder's text, in the units of its table."""
         return vectors_refusal(trained, backbone, "llama.cpp")
 
-    def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
+    def write(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> None:
         """The vectors, and the header."""
         prompts = {}
         for item in trained:
@@ -39,7 +39,7 @@ class LlamaCpp(Format):
         header = {**text_notes(backbone), "n_embd": backbone.dim, "type": "float32, little-endian, row by row"}
         files.write_text(folder / HEADER, json.dumps({**header, "prompts": prompts}, indent=1))
 
-    def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
+    def check(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """Every row by the header's sizes, equal bit for bit."""
         header = files.read_json(folder / HEADER)
         for item in trained:

@@ -19,7 +19,7 @@ def export_model(finished: PromptedModel, folder: Path) -> str:
     if finished.prompt is None:
         return "only a head was trained; it is in head.safetensors"
     if layout := unusual_layout(finished.prompt_position, finished.prompt_attention):
-        return f"the prompt is {layout}, and PEFT puts every prompt in front of it"
+        return f"the prompt is {layout}, but PEFT puts every prompt in front of it"
     folded = finished.prompt.fold()
     refusal = peft_refusal(folded, backbone)
     if not refusal:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from softprompt.backbones import Backbone
-from softprompt.export.base import EXACT, Format, Trained, check_equal
+from softprompt.export.base import EXACT, ExportedPrompt, Format, check_equal
 
 FILE = "prompts.npz"
 
@@ -23,13 +23,13 @@ class Npz(Format):
     """
 
     name: ClassVar[str] = "npz"
-    many: ClassVar[bool] = True
+    multi_prompt: ClassVar[bool] = True
 
-    def refusal(self, trained: Trained, backbone: Backbone) -> str:
+    def refusal(self, trained: ExportedPrompt, backbone: Backbone) -> str:
         """Every prompt can be expressed."""
         return ""
 
-    def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
+    def write(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> None:
         """One archive."""
         arrays: dict[str, Any] = {}
         for item in trained:
@@ -38,7 +38,7 @@ class Npz(Format):
             arrays[f"{item.name}.num_matrices"] = np.array(item.folded.num_matrices)
         np.savez(folder / FILE, **arrays)
 
-    def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
+    def check(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """Every array, read without unpickling, equal bit for bit."""
         count = 0
         with np.load(folder / FILE, allow_pickle=False) as arrays:
@@ -49,5 +49,5 @@ class Npz(Format):
         return {"prompts": {item.name: len(item.folded.matrix) for item in trained}, "arrays": count, **EXACT}
 
 
-def _tensors(trained: Trained) -> dict[str, torch.Tensor]:
+def _tensors(trained: ExportedPrompt) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in trained.folded.state_dict().items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softprompt import files
 from softprompt.backbones import Backbone
-from softprompt.export.base import EXACT, Format, Trained, check_equal
+from softprompt.export.base import EXACT, ExportedPrompt, Format, check_equal
 from softprompt.models import model_class
 from softprompt.models.peft_folder import CONFIG, PROMPT, WEIGHTS, read_peft_folder
 from softprompt.prompts import Folded
@@ -26,7 +26,7 @@ def peft_refusal(folded: Folded, backbone: Backbone) -> str:
     """Why PEFT's format cannot express this prompt; empty where it can."""
     if not folded.plain:
         return (
-            "PEFT's prompt-tuning format holds vectors in front of the input only, and this method also changes the "
+            "PEFT's prompt-tuning format holds vectors in front of the input only, but this method also changes the "
             "input's own embeddings; use softprompt itself (predict, serve), or train dpt or residual, which fold to a "
             "plain prompt"
         )
@@ -40,6 +40,8 @@ def peft_refusal(folded: Folded, backbone: Backbone) -> str:
 
 def export_peft(folded: Folded, backbone: Backbone, folder: str | Path) -> None:
     """Write `folded` into `folder`, so that `PeftModel.from_pretrained(model, folder)` gives the same outputs.
+
+    An adapter that is already in the folder is overwritten; other files stay.
 
     Raises:
         ValueError: PEFT's format cannot express this prompt; nothing is written.
@@ -90,17 +92,17 @@ class Peft(Format):
     """The folder that `PeftModel.from_pretrained` loads; a finished run whose prompt folds is one already."""
 
     name: ClassVar[str] = "peft"
-    many: ClassVar[bool] = False
+    multi_prompt: ClassVar[bool] = False
 
-    def refusal(self, trained: Trained, backbone: Backbone) -> str:
+    def refusal(self, trained: ExportedPrompt, backbone: Backbone) -> str:
         """As of `peft_refusal`."""
         return peft_refusal(trained.folded, backbone)
 
-    def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
+    def write(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> None:
         """The pair of files."""
         export_peft(trained[0].folded, backbone, folder)
 
-    def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
+    def check(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """The prompt, equal bit for bit, and a config that states its sizes."""
         [item] = trained
         expected = item.folded.prompt().detach().float()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softprompt.backbones import Backbone
 from softprompt.evaluation.predict import pad_id
-from softprompt.export.base import Trained
+from softprompt.export.base import ExportedPrompt
 from softprompt.models import attach
 from softprompt.models.padding import pad_batch
 from softprompt.tasks import Task
@@ -37,17 +37,18 @@ class Probe(NamedTuple):
     """Log-probability of the next token (the first of the answer)."""
 
 
-def text_ids(backbone: Backbone, texts: Sequence[str], closing: bool) -> list[tuple[int, ...]]:
-    """Each text's tokens as a run sees them, with closing special tokens if `closing`."""
+def text_ids(backbone: Backbone, texts: Sequence[str], appends_eos: bool) -> list[tuple[int, ...]]:
+    """Each text's tokens as a run sees them, with closing special tokens if `appends_eos`."""
     task = Task(name="text", template="{text}", target="answer", metrics=("exact_match",))
     rows = [{"text": text} for text in texts]
     return [
-        example.input_ids for example in encode(task, backbone.tokenizer, rows, 512, closing=closing, answers=False)[0]
+        example.input_ids
+        for example in encode(task, backbone.tokenizer, rows, 512, appends_eos=appends_eos, answers=False)[0]
     ]
 
 
 @torch.no_grad()
-def probe(trained: Sequence[Trained], backbone: Backbone) -> Iterator[Probe]:
+def probe(trained: Sequence[ExportedPrompt], backbone: Backbone) -> Iterator[Probe]:
     """Every text with every prompt, in batches; neighboring rows have different prompts."""
     live = attach(backbone)
     prepared = live.prepare([item.folded.to(backbone.device) for item in trained])

@@ -10,7 +10,7 @@ import torch
 
 from softprompt import files
 from softprompt.backbones import Backbone
-from softprompt.export.base import EXACT, Format, Trained, check_equal, text_notes, vectors_refusal
+from softprompt.export.base import EXACT, ExportedPrompt, Format, check_equal, text_notes, vectors_refusal
 
 TABLE, TASKS = "prompt_table.npy", "tasks.json"
 
@@ -25,13 +25,13 @@ class TrtLlm(Format):
     """
 
     name: ClassVar[str] = "trtllm"
-    many: ClassVar[bool] = True
+    multi_prompt: ClassVar[bool] = True
 
-    def refusal(self, trained: Trained, backbone: Backbone) -> str:
+    def refusal(self, trained: ExportedPrompt, backbone: Backbone) -> str:
         """Vectors before a decoder's text, in the units of its table."""
         return vectors_refusal(trained, backbone, "TensorRT-LLM")
 
-    def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
+    def write(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> None:
         """The table and its index."""
         prompts = [_vectors(item, backbone) for item in trained]
         table = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
@@ -45,7 +45,7 @@ class TrtLlm(Format):
         notes = {**text_notes(backbone), "vocab_size": first, "max_prompt_embedding_table_size": size, "tasks": tasks}
         files.write_text(folder / TASKS, json.dumps(notes, indent=1))
 
-    def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
+    def check(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """Each task's vectors, indexed as the engine does, equal bit for bit."""
         notes = files.read_json(folder / TASKS)
         table = torch.from_numpy(np.load(folder / TABLE, allow_pickle=False))
@@ -61,6 +61,6 @@ class TrtLlm(Format):
         }
 
 
-def _vectors(trained: Trained, backbone: Backbone) -> torch.Tensor:
+def _vectors(trained: ExportedPrompt, backbone: Backbone) -> torch.Tensor:
     dtype = torch.float16 if backbone.dtype is torch.float16 else torch.float32
     return trained.folded.prompt().detach().cpu().to(dtype)

@@ -13,7 +13,7 @@ import torch
 from softprompt import files
 from softprompt.backbones import Backbone
 from softprompt.export import client
-from softprompt.export.base import Format, Trained, check_equal, check_gap, text_notes, vectors_refusal
+from softprompt.export.base import ExportedPrompt, Format, check_equal, check_gap, text_notes, vectors_refusal
 from softprompt.export.extended_vocabulary import task_entry
 from softprompt.export.probe import TEXTS, text_ids
 from softprompt.models import attach
@@ -28,13 +28,13 @@ class Vllm(Format):
     """
 
     name: ClassVar[str] = "vllm"
-    many: ClassVar[bool] = True
+    multi_prompt: ClassVar[bool] = True
 
-    def refusal(self, trained: Trained, backbone: Backbone) -> str:
+    def refusal(self, trained: ExportedPrompt, backbone: Backbone) -> str:
         """Vectors before a decoder's text, in the units of its table."""
         return vectors_refusal(trained, backbone, "vLLM")
 
-    def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
+    def write(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> None:
         """Prompts in float32, the table in the backbone's own dtype."""
         prompts = {item.name: item.folded.prompt().detach().float() for item in trained}
         files.write_tensors(folder / "prompts.safetensors", prompts)
@@ -47,13 +47,13 @@ class Vllm(Format):
         shutil.copyfile(client.__file__, folder / "client.py")
 
     @torch.no_grad()
-    def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
+    def check(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """The tensor that the client would send against the live embeddings, and its logits against the live run's."""
         exported, live = client.VllmEmbeds(folder), attach(backbone)
         embedding = backbone.model.get_input_embeddings()
         gap = size = 0.0
         for item in trained:
-            for text, ids in zip(TEXTS, text_ids(backbone, TEXTS, closing=False), strict=True):
+            for text, ids in zip(TEXTS, text_ids(backbone, TEXTS, appends_eos=False), strict=True):
                 request = io.BytesIO(base64.b64decode(exported.encoded(item.name, text)))
                 embeds = torch.load(request, weights_only=True).to(backbone.device)
                 row = torch.tensor([ids], device=backbone.device)

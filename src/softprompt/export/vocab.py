@@ -12,7 +12,7 @@ from softprompt import files
 from softprompt.backbones import Backbone
 from softprompt.evaluation.predict import pad_id
 from softprompt.export import client
-from softprompt.export.base import Format, Trained, check_close, check_gap, embedding_scale
+from softprompt.export.base import ExportedPrompt, Format, check_close, check_gap, embedding_scale
 from softprompt.export.extended_vocabulary import extend, vocabulary_refusal
 from softprompt.export.probe import Probe, probe
 from softprompt.models import model_class
@@ -35,10 +35,10 @@ class Vocab(Format):
     """
 
     name: ClassVar[str] = "vocab"
-    many: ClassVar[bool] = True
+    multi_prompt: ClassVar[bool] = True
     has_token_names: ClassVar[bool] = True
 
-    def refusal(self, trained: Trained, backbone: Backbone) -> str:
+    def refusal(self, trained: ExportedPrompt, backbone: Backbone) -> str:
         """A plain prompt before a decoder's or an encoder-decoder's text."""
         if not model_class(backbone).generates:
             return (
@@ -47,7 +47,7 @@ class Vocab(Format):
             )
         return vocabulary_refusal(trained, backbone)
 
-    def write(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> None:
+    def write(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> None:
         """Checkpoint, tokenizer, `prompts.json`, and for decoders `client.py`."""
         extended = extend(trained, backbone)
         extended.model.save_pretrained(folder)
@@ -58,7 +58,7 @@ class Vocab(Format):
             shutil.copyfile(client.__file__, folder / "client.py")
 
     @torch.no_grad()
-    def check(self, trained: Sequence[Trained], backbone: Backbone, folder: Path) -> dict[str, Any]:
+    def check(self, trained: Sequence[ExportedPrompt], backbone: Backbone, folder: Path) -> dict[str, Any]:
         """The checkpoint in plain transformers against the live runs, on fixed texts with the prompts mixed."""
         usage = files.read_json(folder / USAGE)
         # By the model's own class, as the Auto classes would.

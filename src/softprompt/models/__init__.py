@@ -1,4 +1,4 @@
-"""How a prompt meets an architecture: one file each, one line in `PROMPTED_MODELS`.
+"""How prompts are combined with each architecture: one file each, one line in `PROMPTED_MODELS`.
 
 Before a model is used, `config_checks.py` refuses kinds whose config already shows that they do not fit, and
 `verify.py` and `verify_causal.py` run it with prompts, padding and rows of other lengths, and refuse it if a row's
@@ -69,7 +69,7 @@ def attach(
 
 
 def fresh_head(backbone: Backbone, classes: int, generator: torch.Generator, pool: Pool = "cls") -> nn.Module | None:
-    """The head to train with a prompt: `hidden_size -> classes`, float32; none where the backbone answers in words.
+    """The head to train with a prompt: `hidden_size -> classes`, float32; None where the backbone answers in words.
 
     Args:
         classes: the task's classes; 0 where its answers are texts.

@@ -32,7 +32,7 @@ from softprompt.types import Pool, PromptAttention, PromptPosition
 class PromptedModel(nn.Module, ABC):
     """A prompt in front of a frozen backbone, as a module whose only parameters are the prompt's and its head's.
 
-    The backbone is deliberately no submodule: `state_dict`, `parameters`, `train` and `to` concern what is trained.
+    The backbone is deliberately not a submodule: `state_dict`, `parameters`, `train` and `to` concern what is trained.
 
     Every call takes `input_ids` (or pixels); `attention_mask`, 1 at tokens and 0 at padding on either side (default:
     no padding); `prompts` (default: the model's own) and, with several of them, `index`, the prompt of each row. A
@@ -57,11 +57,11 @@ class PromptedModel(nn.Module, ABC):
     decoder_only: ClassVar[bool] = False
     """Rows continue from their prompt's keys and values, and enter or leave a running batch (see `serve`)."""
     padding_side: ClassVar[PaddingSide] = "right"
-    """Where the architecture takes padding without other outputs."""
+    """The side on which padding does not change the outputs."""
     max_label_tokens: ClassVar[int | None] = None
-    """Most tokens of a label word; none: any number."""
+    """Most tokens of a label word; None: any number."""
     peft_task_type: ClassVar[str | None] = None
-    """PEFT's name for the task; none if PEFT does not put prompts where we do."""
+    """PEFT's name for the task; None if PEFT does not put prompts where we do."""
     prompt_positions: ClassVar[tuple[PromptPosition, ...]] = ("prefix",)
     """Where a prompt may be in the input."""
     supports_self_attention: ClassVar[bool] = False
@@ -71,11 +71,11 @@ class PromptedModel(nn.Module, ABC):
     supports_gradient_checkpointing: bool = True
     """The backward pass can run layers again instead of keeping their activations."""
     supports_fsdp: bool = True
-    """Layers run by their own call, so that several processes can shard their weights."""
+    """Layers are called as modules, so FSDP can shard them."""
     supports_prefix_sharing: bool = False
-    """`with_shared_prefix` computes what texts begin with once for all of them."""
+    """`with_shared_prefix` computes a prefix that texts share once."""
     head_rate: ClassVar[float] = 0.5
-    """Learning rate of the group `head`, relative to the prompt's; of 0.02, 0.1 and 0.5 MiniLM learned best with it."""
+    """Learning rate of the group `head`, relative to the prompt's; MiniLM learned best with 0.5 (of 0.02, 0.1, 0.5)."""
 
     backbone: Backbone
     tuned: nn.Module | None
@@ -115,14 +115,17 @@ class PromptedModel(nn.Module, ABC):
 
     @classmethod
     def row_limit(cls, backbone: Backbone) -> int | None:
-        """Positions that a row may have with its prompt, and with its answer where that is in the row; none: any."""
+        """Maximum positions of a row with its prompt, and its answer if that is in the row; None: no limit."""
         return backbone.max_positions
 
     @abstractmethod
     def prepare(self, prompts: Sequence[SoftPrompt]) -> PreparedPrompts:
         """Everything about `prompts` that does not depend on an input; gradients flow through it unless switched off.
 
-        Pass the result as `prompts` to share one computation among many calls.
+        Pass the result, on the backbone's device, as `prompts` to share one computation among many calls.
+
+        Raises:
+            ValueError: a prompt does not fit the backbone or the model.
         """
 
     def with_shared_prefix(
@@ -139,8 +142,7 @@ class PromptedModel(nn.Module, ABC):
             ValueError: the model cannot do that (`supports_prefix_sharing`), or a prefix is empty.
         """
         raise ValueError(
-            f"{self.backbone.source} ({self.backbone.architecture}) cannot compute the beginning of a text apart from "
-            "its rest; give full texts"
+            f"{self.backbone.source} ({self.backbone.architecture}) does not support shared prefixes; give full texts"
         )
 
     def forward(
@@ -153,8 +155,8 @@ class PromptedModel(nn.Module, ABC):
     ) -> Any:
         """A transformers ModelOutput with `logits` and, for `labels`, `loss`: the mean cross-entropy, float32.
 
-        Logits are `[batch, seq, vocab]` without the prompt's positions, or a head's `[batch, classes]`. With labels,
-        only the columns that predict one are computed.
+        Logits are `[batch, seq, vocab]` without the prompt's positions, or a head's `[batch, classes]`. With labels
+        (their shapes: see the class) only the columns that predict one are computed.
         """
         inputs = Inputs(input_ids, attention_mask, prompts, index)
         if labels is None:
@@ -216,8 +218,8 @@ class PromptedModel(nn.Module, ABC):
         A row whose logits are not finite finishes with the first token of `stop`, or -1 where that is empty.
 
         Args:
-            sampling: none: greedy.
-            stop: the ids that finish a row; none: the backbone's end of sequence. Ends when every row has finished.
+            sampling: None: greedy.
+            stop: the ids that finish a row; None: the backbone's end of sequence. Ends when every row has finished.
 
         Raises:
             ValueError: the model does not generate.
@@ -314,7 +316,7 @@ class PromptedModel(nn.Module, ABC):
         """Each prompt's virtual tokens, float32, on the backbone's device.
 
         Raises:
-            ValueError: a prompt is as wide as another backbone's embeddings, or has more matrices than this one takes.
+            ValueError: a prompt's width is not this backbone's, or it has more matrices than this one takes.
         """
         with torch.autocast(self.backbone.device.type, enabled=False):  # prompts are float32, whoever calls
             vectors = [prompt.prompt().to(self.backbone.device) for prompt in prompts]
@@ -381,7 +383,7 @@ class PromptedModel(nn.Module, ABC):
             check_token_ids(self.backbone, ids, f"the label word {word!r}")
 
     def check_answer_length(self, longest: int) -> None:
-        """Refuse answers of more tokens than the model has positions for, where they do not share the text's."""
+        """Refuse answers with more tokens than the decoder has positions (encoder-decoders)."""
 
     def check_length(self, longest: int, limit: int | None) -> None:
         """Refuse rows of more positions than the model has."""

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from softprompt.models.causal import Causal
 
 BatchLayout = Literal["packed", "cached", "inline"]
-"""`packed`: prompts once and rows without padding, in one pass, in training and where our fused layers score, else as
-`cached`. `cached`: the prompts, then the rows from their keys and values. `inline`: each row with its prompt in it."""
+"""`packed`: prompts once and rows without padding, in one pass (in training, and in scoring through fused layers; else
+like `cached`). `cached`: rows continue from the prompts' keys and values. `inline`: each row contains its prompt."""
 
 
 def choose_layout(prompted: "Causal", *, fused: bool) -> BatchLayout:
-    """The fastest layout that gives each row of a mixed batch what it gives the row alone.
+    """The fastest layout in which a row's result does not depend on the batch's other rows.
 
     A model that takes explicit positions shares the prompts' keys and values among all rows. One that counts columns
     (MPT's ALiBi) is exact where prompt and text are adjacent, so there the prompt runs in every row. Results are

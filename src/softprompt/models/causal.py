@@ -71,7 +71,7 @@ class Causal(PromptedModel):
         runs_frozen = self.tuned is None and not self.backbone.embeddings_only
         self._has_fused_layers = runs_frozen and llama.is_supported(model)
         if self.tuned is not None and self.backbone.decode_weights not in ("auto", "original"):
-            raise ValueError("decode_weights packs the model's own weights, and this run trained others; leave it out")
+            raise ValueError("decode_weights packs the model's own weights, but this run trained others; leave it out")
         self.packed: PackedWeights | None = None
         """The backbone's packed weights, once the model has been checked with its own."""
         self.layout = choose_layout(self, fused=self._has_fused_layers)
@@ -136,13 +136,13 @@ class Causal(PromptedModel):
         prepared = self.resolve(prompts, KVPrefixBatch)
         text = align_padding(*pad_batch(prefixes, self.backbone.device))
         index = checked_index(index, len(prepared.mask), text.ids)
-        state = self._read(text, prepared, index, keep=torch.tensor([-1], device=text.ids.device))
+        state = self._prefill(text, prepared, index, keep=torch.tensor([-1], device=text.ids.device))
         passed = [prepared.prompts[number] for number in index.tolist()] if prepared.prompts else []
         return KVPrefixBatch.from_cache(passed, state.cache, state.mask, state.logits[:, -1], state.next_position[:, 0])
 
     def _logits(self, inputs: Inputs) -> Float[Tensor, "batch seq vocab"]:
         text = self.text(inputs)
-        logits = self._read(text, self._resolved(inputs.prompts), inputs.prompt_index, keep=None).logits
+        logits = self._prefill(text, self._resolved(inputs.prompts), inputs.prompt_index, keep=None).logits
         result = logits.new_zeros(*inputs.rows.shape, logits.shape[-1])
         return result.scatter(1, text.order[..., None].expand_as(logits), logits)
 
@@ -181,7 +181,7 @@ class Causal(PromptedModel):
             logits = self._predicting_logits(text, end, prompts, index)[0][:, 0]
             return logits.float().log_softmax(-1)[:, first]
         last = torch.tensor([-1], device=text.ids.device)
-        state = self._read(text, self._resolved(prompts), index, keep=last, room=longest - 1)
+        state = self._prefill(text, self._resolved(prompts), index, keep=last, room=longest - 1)
         scores = state.logits[:, 0].float().log_softmax(-1)[:, first]
         longer = [number for number, candidate in enumerate(candidates) if len(candidate) > 1]
         if not longer:
@@ -223,7 +223,7 @@ class Causal(PromptedModel):
         if self.packed is not None:
             self.packed.refresh()
         packed = self.packed if self.packed and self.packed.is_exact else None
-        return self._read(text, self._resolved(prompts), index, keep=last, room=room, packed=packed)
+        return self._prefill(text, self._resolved(prompts), index, keep=last, room=room, packed=packed)
 
     def decode(
         self, state: DecodeState, ids: Int[Tensor, "batch more"], real: Int[Tensor, "batch more"] | None = None
@@ -235,7 +235,7 @@ class Causal(PromptedModel):
         embeds = self.token_embeddings(state.prompts, state.prompt_index, ids, positions)
         if self.packed is not None and not self.packed.is_exact and not self.runs_fused_over_cache:
             raise ValueError(
-                f"decode_weights is {self.backbone.decode_weights!r}, and packed weights decode without gradients, "
+                f"decode_weights is {self.backbone.decode_weights!r}, but packed weights decode without gradients, "
                 "autocast, or hooks on the layers; leave it out"
             )
         return state.after(mask, self._run(embeds, state.cache, mask, 0, self.packed))
@@ -267,9 +267,9 @@ class Causal(PromptedModel):
             return logits, not packed
         prepared, seq = self._resolved(prompts), text.ids.shape[1]
         if isinstance(prepared, PromptEmbeddings):
-            state = self._read(text, prepared, index, keep=columns - 1 - seq, labels=labels)
+            state = self._prefill(text, prepared, index, keep=columns - 1 - seq, labels=labels)
             return state.logits, self.prompt_position == "after_bos"  # elsewhere a prompt is before the first token
-        state = self._read(text, prepared, index, keep=(columns - 1).clamp(min=0) - seq)
+        state = self._prefill(text, prepared, index, keep=(columns - 1).clamp(min=0) - seq)
         index = checked_index(index, len(prepared.mask), text.ids)
         return prepared.with_first_logits(state.logits, is_first, index), prepared.logits is None
 
@@ -285,7 +285,7 @@ class Causal(PromptedModel):
         inline = self.layout == "inline" and len(passed) > 0 and not any_deep(passed)
         return self.resolve(prompts, PromptEmbeddings) if inline else self.resolve(prompts, KVPrefixBatch)
 
-    def _read(
+    def _prefill(
         self,
         text: Rows,
         prepared: KVPrefixBatch | PromptEmbeddings,
@@ -298,7 +298,7 @@ class Causal(PromptedModel):
         """Run texts with their prompts, from the prompts' keys and values where those are computed ahead.
 
         Args:
-            keep: columns that the head runs at, counted from the end and so negative; none: all of the text's.
+            keep: columns that the head runs at, counted from the end and so negative; None: all of the text's.
             labels: labels of `text`; a prompt after the text is put before the first of them.
         """
         logits_to_keep, next_position = 0 if keep is None else keep, text.mask.sum(1, keepdim=True)

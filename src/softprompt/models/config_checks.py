@@ -7,7 +7,7 @@ from softprompt.backbones import Backbone
 
 
 def sliding_window(backbone: Backbone) -> int | None:
-    """The narrowest attention window of any layer; none where every layer attends to all tokens."""
+    """The narrowest attention window of any layer; None where every layer attends to all tokens."""
     config = backbone.model.config
     types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)

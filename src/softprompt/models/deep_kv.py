@@ -1,4 +1,4 @@
-"""A deep prompt of a decoder: trained keys and values in every layer, which no token was run for.
+"""A deep prompt of a decoder: trained keys and values in every layer, which no token produced.
 
 A matrix for the keys and one for the values of each layer, `[length, heads * head_dim]`, concatenated as
 `[K_1; V_1; K_2; V_2; ...]`. Keys are those that attention reads, after rotary positions 0 to length - 1.
@@ -39,7 +39,7 @@ def check_deep(
     if inline:
         where = "" if prompt_position == "prefix" else f" at prompt_position {prompt_position!r}"
         raise ValueError(
-            f"the prompt is deep, and {backbone.source}{where} runs prompts in every row; train a shallow prompt, or a "
+            f"the prompt is deep, but {backbone.source}{where} runs prompts in every row; train a shallow prompt, or a "
             "deep one with prompt_position 'prefix' on a model that takes explicit positions"
         )
     if not all(prompt.is_deep for prompt in prompts):

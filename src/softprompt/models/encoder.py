@@ -89,7 +89,7 @@ class Encoder(PromptedModel):
         if len(answer_ids) > 1:
             text = self.backbone.tokenizer.decode(list(answer_ids), skip_special_tokens=True)
             raise ValueError(
-                f"the answer {text[:60]!r} of {where} has {len(answer_ids)} tokens in {self.backbone.source}, and its "
+                f"the answer {text[:60]!r} of {where} has {len(answer_ids)} tokens in {self.backbone.source}, but its "
                 "mask holds one; choose a classification whose label words are single tokens, or a decoder"
             )
         mask = self.backbone.tokenizer.mask_token_id
@@ -132,10 +132,12 @@ class Encoder(PromptedModel):
         Raises:
             ValueError: a candidate of several tokens at a mask, or another number of candidates than the head's.
         """
-        if self.head is None and (long := [list(ids) for ids in candidates if len(ids) != 1] or not candidates):
+        if self.head is None and not candidates:
+            raise ValueError(f"no candidates are given to {self.backbone.source}; give single-token label words")
+        if self.head is None and (long := [list(ids) for ids in candidates if len(ids) != 1]):
             raise ValueError(
-                f"candidates {long or []} of {self.backbone.source} are not one token each, and one mask holds one; "
-                "choose single-token label words"
+                f"candidates {long} of {self.backbone.source} are not one token each, but a mask holds one; choose "
+                "single-token label words"
             )
         scores = self._answer_logits(inputs).float().log_softmax(-1)
         if self.head is None:
@@ -194,7 +196,7 @@ class Encoder(PromptedModel):
         return output.last_hidden_state[0]
 
     def _vocabulary_head(self) -> Any:
-        """The vocabulary head where it is one module, which can run at the mask alone; else none."""
+        """The vocabulary head where it is one module, which can run at the mask alone; else None."""
         # Looked up each time: an attribute would make a part of the backbone a submodule.
         heads = (getattr(self.backbone.model, name, None) for name in _HEADS)
         return next((head for head in heads if head is not None), None)

@@ -68,7 +68,7 @@ class EncoderDecoder(PromptedModel):
         self._forced: tuple[int, ...] = () if forced is None else (int(forced),)
         if self.prompt_attention == "self" and not t5.is_supported(model.get_encoder()):
             raise ValueError(
-                f"{backbone.source} ({model.config.model_type}) is no T5 or mT5, the only encoder-decoders that "
+                f"{backbone.source} ({model.config.model_type}) is not a T5 or mT5, the only encoder-decoders that "
                 "prompt_attention=self works with; use prompt_attention=full"
             )
         self.supports_fsdp = self.prompt_attention != "self"

@@ -26,7 +26,7 @@ class EncoderPrefixStates(PreparedPrompts):
     layers: Sequence[States]
     """Keys and values, in the layers' order."""
     last: Float[Tensor, "prompt longest hidden"] | None
-    """The last hidden states; none without a prompt."""
+    """The last hidden states; None without a prompt."""
 
     @classmethod
     def compute(

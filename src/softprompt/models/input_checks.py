@@ -97,7 +97,7 @@ def check_class_count(classes: int, candidates: Candidates) -> None:
 def check_attachment(
     model: "PromptedModel", backbone: Backbone, has_head: bool, position: PromptPosition, attention: PromptAttention
 ) -> None:
-    """Refuse a head, or a place or attention of the prompt, that the backbone or its architecture does not support.
+    """Refuse a head, or a position or attention of the prompt, that the backbone or its architecture does not support.
 
     Raises:
         ValueError: naming the argument and what to use.

@@ -28,13 +28,13 @@ Ids = Int[Tensor, "batch seq"]
 Pixels = Float[Tensor, "batch channel height width"]
 """A batch's images, as the backbone's processor makes them."""
 Mask = Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"] | None
-"""1 at tokens, 0 at padding; none: all are tokens."""
+"""1 at tokens, 0 at padding; None: all are tokens."""
 Labels = Int[Tensor, "batch target"]
 """The tokens or the class that each row should answer; -100 where no label is."""
 Candidates = Sequence[Sequence[int]]
 """The tokens of each possible answer."""
 Prompts = Sequence[SoftPrompt] | PreparedPrompts | None
-"""The prompts of a call; none: the model's own."""
+"""The prompts of a call; None: the model's own."""
 Index = Int[Tensor, " batch"] | None
 """The prompt of each row, where a call has several."""
 

@@ -60,7 +60,8 @@ class KVPrefixBatch(PreparedPrompts):
     """Several prefixes as one batch, padded on the right, and the logits after each."""
 
     prompts: Sequence[SoftPrompt]
-    """The prompt of each prefix; one that several beginnings follow is there several times. Empty for a bare model."""
+    """The prompt of each prefix; a prompt with several shared prefixes appears once for each. Empty for a bare
+    model."""
     layers: tuple[
         tuple[Float[Tensor, "prefix head column head_dim"], Float[Tensor, "prefix head column value_dim"]], ...
     ]
@@ -68,7 +69,7 @@ class KVPrefixBatch(PreparedPrompts):
     mask: Int[Tensor, "prefix column"]
     """1 where a prefix has keys and values; one prefix without columns for a bare model."""
     logits: Float[Tensor, "prefix vocab"] | None
-    """What the model predicts after each prefix; none for a bare model."""
+    """What the model predicts after each prefix; None for a bare model."""
     token_counts: Int[Tensor, " prefix"]
     """Tokens of a text that follow the prompt in each prefix."""
 

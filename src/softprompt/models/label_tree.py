@@ -57,7 +57,7 @@ class LabelTree:
 
     @classmethod
     def of(cls, candidates: Candidates) -> "LabelTree":
-        """The tree of all prefixes that a candidate continues; its first token is no edge, its last one no node."""
+        """The tree of all prefixes that a candidate continues; its first token is not an edge, its last not a node."""
         nodes: dict[tuple[int, ...], int] = {}
         edges: dict[tuple[int, int], int] = {}
         parents, paths = [], []
@@ -196,7 +196,7 @@ def in_passes(
     """`scores(rows, part of the candidates)` of all rows and candidates, in passes of bounded memory.
 
     Args:
-        columns: keys that are repeated for each candidate, where candidates are rows; none: they are a tree.
+        columns: keys that are repeated for each candidate, where candidates are rows; None: they are a tree.
     """
     order = sorted(range(len(candidates)), key=lambda number: tuple(candidates[number]))
     tokens = max(min(MAX_LOGITS // model.config.get_text_config().vocab_size, MAX_TOKENS), 1)

@@ -70,7 +70,7 @@ class PeftFolder:
 
     folder: Path
     config: Mapping[str, Any] | None
-    """The content of `adapter_config.json`; none for an uploaded prompt, which has no such file."""
+    """The content of `adapter_config.json`; None for an uploaded prompt, which has no such file."""
     tensors: Mapping[str, Tensor]
 
     @property
@@ -96,7 +96,7 @@ class PeftFolder:
 
     @property
     def other_tensors(self) -> list[str]:
-        """The names of tensors that are no part of an embedding prompt of this type, sorted."""
+        """The names of tensors that are not part of an embedding prompt of this type, sorted."""
         return sorted(set(self.tensors) - _TENSORS.get(self.peft_type, {PROMPT}))
 
     def tensor(self, name: str) -> Tensor:
@@ -118,7 +118,7 @@ class PeftFolder:
         return tensor.float()
 
     def matrix(self) -> Float[Tensor, "prompt dim"]:
-        """`prompt_embeddings` as stored, float32; raises as `tensor`, and for what is no matrix."""
+        """`prompt_embeddings` as stored, float32; raises as `tensor`, and for what is not a matrix."""
         matrix = self.tensor(PROMPT)
         if matrix.ndim != 2 or not len(matrix):
             raise ValueError(
@@ -169,7 +169,7 @@ class PeftFolder:
             heads, layout = self._setting("num_attention_heads"), backbone.kv_layout
             if layout is not None and heads != layout.num_kv_heads:
                 raise ValueError(
-                    f"{self.folder} holds keys of {heads} heads, and {backbone.source} has {layout.num_kv_heads}; use "
+                    f"{self.folder} holds keys of {heads} heads, but {backbone.source} has {layout.num_kv_heads}; use "
                     f"the backbone it was trained on{self._trained_on()}"
                 )
         return folded
@@ -177,7 +177,7 @@ class PeftFolder:
     def check_backbone(self, backbone: Backbone) -> None:
         """Check that the config's task type and number of layers are the backbone's.
 
-        A name is no identity, since the same weights may be anywhere: see `base_note`.
+        A name is not an identity, since the same weights may be anywhere: see `base_note`.
 
         Raises:
             ValueError: they are not.
@@ -187,18 +187,18 @@ class PeftFolder:
         task_type, stated = model_class(backbone).peft_task_type, self.config.get("task_type")
         if task_type is None:
             raise ValueError(
-                f"{self.folder} is a PEFT prompt, which goes in front of all tokens, and {backbone.source} "
+                f"{self.folder} is a PEFT prompt, which goes in front of all tokens, but {backbone.source} "
                 f"({backbone.architecture}) takes its prompt after [CLS]; use a decoder or an encoder-decoder"
             )
         if stated != task_type:
             raise ValueError(
-                f"{self.folder} has the task type {stated!r}, and {backbone.source} takes prompts of {task_type!r}; "
+                f"{self.folder} has the task type {stated!r}, but {backbone.source} takes prompts of {task_type!r}; "
                 f"use the kind of model that it was trained on{self._trained_on()}"
             )
         layers, expected = self.config.get("num_layers"), backbone.model.config.get_text_config().num_hidden_layers
         if isinstance(layers, int) and layers != expected:
             raise ValueError(
-                f"{self.folder} was trained on a model of {layers} layers, and {backbone.source} has {expected}; use "
+                f"{self.folder} was trained on a model of {layers} layers, but {backbone.source} has {expected}; use "
                 f"the backbone it was trained on{self._trained_on()}"
             )
 
@@ -219,14 +219,14 @@ class PeftFolder:
     def _check_shape(self, matrix: Float[Tensor, "stored width"], length: int, width: int) -> None:
         if tuple(matrix.shape) != (length, width):
             raise ValueError(
-                f"{PROMPT} of {self.folder} is {tuple(matrix.shape)}, and its {CONFIG} states {(length, width)}; "
+                f"{PROMPT} of {self.folder} is {tuple(matrix.shape)}, but its {CONFIG} states {(length, width)}; "
                 f"{_ADVICE}"
             )
 
     def _deep(self, matrix: Float[Tensor, "length matrix_x_width"]) -> Folded:
         if self.settings.get("task_type") == "SEQ_2_SEQ_LM":
             raise ValueError(
-                f"{self.folder} is a {self.peft_type} adapter of an encoder-decoder, and softprompt has keys and "
+                f"{self.folder} is a {self.peft_type} adapter of an encoder-decoder, but softprompt has keys and "
                 "values in the layers of decoders only; use PEFT itself, or train a prompt (softprompt train)"
             )
         count = 2 * self._setting("num_layers")
@@ -248,7 +248,7 @@ class PeftFolder:
         count = self._setting("num_transformer_submodules")
         if count > (2 if is_encoder_decoder else 1):
             raise ValueError(
-                f"num_transformer_submodules in {self.folder / CONFIG} is {count}, and PEFT runs no model of the task "
+                f"num_transformer_submodules in {self.folder / CONFIG} is {count}, but PEFT runs no model of the task "
                 f"type {config.get('task_type')!r} with as many; {_ADVICE}"
             )
         return count
@@ -262,7 +262,7 @@ class PeftFolder:
             )
         if cols.ndim == 3 and len(cols) > 1:
             raise ValueError(
-                f"{self.folder} is a {_MULTITASK} adapter of {len(cols)} tasks, and a prompt is for one; make one of "
+                f"{self.folder} is a {_MULTITASK} adapter of {len(cols)} tasks, but a prompt is for one; make one of "
                 "a single task from it in PEFT (prompt_tuning_init EXACT_SOURCE_TASK)"
             )
         if cols.shape[:2] != (1, len(matrix)) or rows.shape != (1, *cols.shape[2:], matrix.shape[1]):

@@ -42,8 +42,8 @@ class Chooser:
     """The next token of each row, greedy or drawn from a seeded generator.
 
     Args:
-        overflow: the token of a row whose logits are not finite: drawing from NaN, the largest of all, would fail, and
-            on a GPU all that comes after with it.
+        overflow: the token of a row whose largest logit is not finite (argmax returns NaN if there is one); sampling
+            from it would fail, on a GPU with everything after it.
     """
 
     def __init__(self, sampling: Sampling, device: torch.device, overflow: int = -1) -> None:

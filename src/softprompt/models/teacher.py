@@ -104,7 +104,7 @@ class Teacher:
         return self._cached_prefix
 
     def _rows(self, ids: Ids, mask: Mask) -> tuple[Int[Tensor, "batch read"], Int[Tensor, "batch read"]]:
-        """The rows without what the context replaces, and with it in front where it is not read apart from them."""
+        """The rows without the tokens that the context replaces; the context is prepended unless it is cached."""
         mask = self._without_replaced(ids, checked_mask(ids, mask))
         if self.model.supports_prefix_sharing:
             return ids, mask

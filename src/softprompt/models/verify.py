@@ -137,7 +137,6 @@ def check_close(
     if not is_close(backbone, expected, actual):
         gap = float((expected.float() - actual.float()).abs().max())
         raise OutputMismatch(
-            f"{backbone.source} ({backbone.model.config.model_type}) gives other {what} with {how} than with the "
-            f"prompt in the row (largest difference {gap:.2g}); its attention is unusual, so it is refused: choose "
-            "another backbone"
+            f"{backbone.source} ({backbone.model.config.model_type}) gives different {what} with {how} than for each "
+            f"row alone with its prompt (largest difference {gap:.2g}), so it is refused: choose another backbone"
         )

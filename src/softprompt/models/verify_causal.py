@@ -1,4 +1,4 @@
-"""Whether a decoder gives each row of a mixed batch what it gives the row alone, in every way that rows are run."""
+"""Checks that a row's result does not depend on the batch's other rows, in every way that a decoder runs rows."""
 
 from collections.abc import Sequence
 from functools import cached_property

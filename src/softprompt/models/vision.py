@@ -174,19 +174,19 @@ def _check_prompt(backbone: Backbone, prompt: SoftPrompt) -> None:
     """Refuse a prompt that shifts token embeddings, or is for more layers than the model has."""
     if not prompt.fold().plain:
         raise ValueError(
-            "this method also changes the input's own embeddings by a token's position or id, and an image has no "
+            "this method also changes the input's own embeddings by a token's position or id, but an image has no "
             "tokens; choose one that folds to a prompt alone (see: softprompt list methods)"
         )
     if prompt.num_matrices > backbone.max_matrices:
         raise ValueError(
-            f"the prompt is for {prompt.num_matrices} layers and {backbone.source} has {backbone.max_matrices}"
+            f"the prompt is for {prompt.num_matrices} layers, but {backbone.source} has {backbone.max_matrices}"
         )
 
 
 def _visible(
     is_prompt: Bool[Tensor, "batch longest"], lead: int, tokens: int
 ) -> Bool[Tensor, "batch 1 total total"] | None:
-    """What each token attends to: all but the padding of shorter prompts; none where that is everything."""
+    """What each token attends to: all but the padding of shorter prompts; None where that is everything."""
     # With a mask a CPU takes our own attention, whose backward makes a step a quarter faster.
     training = torch.is_grad_enabled() and is_prompt.device.type == "cpu"
     if bool(is_prompt.all()) and not training:

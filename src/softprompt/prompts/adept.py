@@ -87,8 +87,8 @@ class ADePT(PromptConfig):
     Reference: Tang et al. 2025, "ADePT: Adaptive Decomposed Prompt Tuning for Parameter-Efficient Fine-tuning"; `down`,
     `down_bias`, `up` and `up_bias` are their A, a, B and b, `width` their r.
     Differs: input, prompt and shift are all measured in units of the host's embedding RMS (`scale=1` is the
-    published form); the published code's dropout of 0.1 is off unless asked; the two learning rates are one rate
-    and a ratio.
+    published form); the published code's dropout of 0.1 is off unless asked; the paper's two learning rates become
+    `lr` and a ratio.
 
     >>> ADePT(length=60, width=19).count(768)
     76051
@@ -103,13 +103,13 @@ class ADePT(PromptConfig):
     dropout: float = 0.0
     """Dropout rate of the network's hidden layer in training."""
     network_rate: float = 0.01
-    """Learning rate of the network, relative to the prompt's (published: 0.0001 beside 0.3)."""
+    """Learning rate of the network, relative to the prompt's (published: 0.0001, prompt 0.3)."""
     init: Init = "vocab"
     """Source of the prompt's initial values."""
     init_text: str = ""
     """The text, with `init=text`."""
     scale: float | None = None
-    """Size of one unit of prompt, input and shift; none: the host's embedding RMS."""
+    """What 1.0 in the trained tensors means in embedding space; None: the host's embedding RMS."""
 
     def check(self) -> None:
         """Refuse sizes, scales and initial values that cannot work."""
@@ -122,7 +122,7 @@ class ADePT(PromptConfig):
 
     @classmethod
     def published(cls) -> "ADePT":
-        """(60, 19) with the code's dropout, and learning rates 0.3 and 0.0001."""
+        """Length 60 and width 19 with the code's dropout, and learning rates 0.3 and 0.0001."""
         return cls(length=60, width=19, dropout=0.1, network_rate=1e-4 / 0.3, scale=1.0)
 
     def build(self, host: Host, generator: torch.Generator) -> AdaptivePrompt:

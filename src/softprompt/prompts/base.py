@@ -43,7 +43,7 @@ class Host:
     """Computes `W_q W_k^T` of the first attention layer, over all heads; raises for a model whose layout is unknown."""
     gradient: Callable[[Float[Tensor, "length dim"], int], Float[Tensor, "length dim"]] | None = None
     """Computes the mean gradient of the task's loss at a prompt, float32 on the CPU, over a number of batches of
-    training rows; none unless a training is about to begin."""
+    training rows; None unless a training is about to begin."""
 
     @property
     def dim(self) -> int:
@@ -88,7 +88,7 @@ class SoftPrompt(nn.Module, ABC):
     num_matrices: int = 1
     """Matrices that `prompt()` concatenates: 1; in a deep prompt one per layer, in a decoder two (keys, values)."""
     max_input_length: int | None = None
-    """Most tokens of an input, its continuation included; none: any number."""
+    """Most tokens of an input, its continuation included; None: any number."""
 
     @final
     @property
@@ -327,7 +327,7 @@ def at_least(least: int, **settings: int) -> None:
 
 
 def max_input_length(table: Float[Tensor, "position dim"], beyond: Beyond) -> int | None:
-    """Most tokens of an input for a table of offsets by position; none: any number."""
+    """Most tokens of an input for a table of offsets by position; None: any number."""
     return len(table) if beyond == "refuse" else None
 
 

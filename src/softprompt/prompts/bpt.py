@@ -59,7 +59,7 @@ class BPT(PromptConfig):
     Reference: Wang, Duan and Kong 2025, "Attention to the Burstiness in Visual Prompt Tuning!"; `left` is their A or
     P0, `right` their B^T or W^T, `rank` their p. `W = (Sigma + eps I)^(-1/2)` is symmetric (ZCA), and Sigma is not
     centered, as theirs is not.
-    Differs: the published code has no eps, so that a rank-deficient sample divides by zero; it averages the images
+    Differs: the published code has no eps, so it divides by zero on a rank-deficient sample; it averages the images
     before Sigma, which leaves one vector per position; its shallow form uses the query weights in place of the key
     weights; its prompts must fill a square grid; it also divides Sigma by `dim`; of a deep prompt it trains B in the
     top four blocks only (183,600 parameters at length and rank 50), this one in all. Apart from these differences,
@@ -76,8 +76,8 @@ class BPT(PromptConfig):
     init: RightInit = "uniform"
     """Initial values of the second factor, with `mode=bilinear`."""
     through: Through = "attention"
-    """What is whitened: input vectors after the layer's query and key weights, or the input vectors themselves; this,
-    `samples` and `eps` with `mode=frozen`, `mode=tuned` or `init=whitening` only."""
+    """What is whitened: input vectors after the layer's query and key weights, or the input vectors themselves. Used,
+    like `samples` and `eps`, only with `mode=frozen`, `mode=tuned` or `init=whitening`."""
     samples: int = 4096
     """Input vectors that the whitening matrix is computed from."""
     gradient_batches: int = 8
@@ -85,7 +85,7 @@ class BPT(PromptConfig):
     eps: float = 1e-3
     """Added to the variances that are whitened, in units of their mean."""
     scale: float | None = None
-    """Size of one unit of the product; none: chosen from the host's embedding RMS."""
+    """What 1.0 in the product of the factors means in embedding space; None: chosen from the host's embedding RMS."""
 
     def check(self) -> None:
         """Refuse sizes, modes and scales that cannot work."""
@@ -127,7 +127,7 @@ class BPT(PromptConfig):
         if host.start is not None and self.mode == "bilinear":
             if self.init != "uniform":
                 raise ValueError(
-                    f"init is {self.init!r}, and the prompt is to start from another prompt; leave out one of the two "
+                    f"init is {self.init!r}, but the prompt is to start from another prompt; leave out one of the two "
                     "(init, init_prompt)"
                 )
             scale = host.rms if self.scale is None else self.scale
@@ -154,7 +154,7 @@ class BPT(PromptConfig):
         if self.mode == "bilinear" and self.init == "gradient":
             if inner > host.dim:
                 raise ValueError(
-                    f"rank is {inner}, and a gradient as wide as the backbone has {host.dim} directions; lower the rank"
+                    f"rank is {inner}, but a gradient as wide as the backbone has {host.dim} directions; lower the rank"
                 )
             at = host.sample(self.length, generator)
             directions = torch.linalg.svd(start_gradient(host, at, self.gradient_batches).double(), full_matrices=False)

@@ -86,7 +86,7 @@ class DePT(PromptConfig):
     their A and `right` their B, and `s = alpha / sqrt(rank)` is in their code only.
     Differs: a row of the offset belongs to a token's position, not to its column in a batch padded to `positions`,
     so padding changes nothing; prompt and offset are kept at unit size and a constant carries both to the host's
-    embedding RMS (`scale=1` is the published form); the two learning rates are one rate and a ratio.
+    embedding RMS (`scale=1` is the published form); the paper's two learning rates become `lr` and a ratio.
 
     >>> DePT(length=60, rank=30, positions=256).count(768)
     76800
@@ -111,7 +111,7 @@ class DePT(PromptConfig):
     init_text: str = ""
     """The text, with `init=text`."""
     scale: float | None = None
-    """Size of one unit of prompt and offset; none: the host's embedding RMS."""
+    """What 1.0 in the trained tensors means in embedding space; None: the host's embedding RMS."""
 
     def check(self) -> None:
         """Refuse sizes, scales and initial values that cannot work."""
@@ -126,7 +126,7 @@ class DePT(PromptConfig):
 
     @classmethod
     def published(cls) -> "DePT":
-        """(60, 30, 256) and the code's first text, with learning rates 0.3 and 0.0005 of the three that it tried."""
+        """Length 60, rank 30, 256 positions and the code's first text; learning rates 0.3 and 0.0005 (of three)."""
         text = "Classify this text is postive or not:"  # sic: the correct spelling has other tokens
         return cls(length=60, rank=30, positions=256, offset_rate=5e-4 / 0.3, init="text", init_text=text, scale=1.0)
 

@@ -109,8 +109,8 @@ class DPT(PromptConfig):
     as one of `plain` (`matched_scale`). What is trained are `A - A0` and `B - B0`, so weight decay pulls towards the
     anchor. Without an anchor both factors are kept at unit size and a constant carries the product to the host's
     embedding RMS, so that one learning rate fits every backbone; it starts from the best rank-`rank` part of vocabulary
-    rows, and needs more steps than an anchored prompt (docs/results/superglue). The length is 20 and not 100: it takes
-    less time, and no loss was shown.
+    rows, and needs more steps than an anchored prompt (docs/results/superglue). The default length is 20, not 100:
+    it is faster, and no significant loss was measured.
     `anchor=none`, `init=uniform` and `scale=1` are the published parameterization: both factors U(-0.5, 0.5), nothing
     else.
 
@@ -134,7 +134,7 @@ class DPT(PromptConfig):
     init_text: str = ""
     """The text, with `anchor=text` or `init=text`; repeated to the length."""
     scale: float | None = None
-    """Size of one unit of the product; none: chosen from the host's embedding RMS."""
+    """What 1.0 in the product of the factors means in embedding space; None: chosen from the host's embedding RMS."""
 
     def check(self) -> None:
         """Refuse a rank above the length, and a start that does not fit the anchor."""
@@ -166,7 +166,7 @@ class DPT(PromptConfig):
 
     @classmethod
     def published(cls) -> "DPT":
-        """Length 100 and rank 10, both factors U(-0.5, 0.5): entries of the prompt spread by sqrt(rank) / 12."""
+        """Length 100 and rank 10, both factors U(-0.5, 0.5): entries with standard deviation sqrt(rank) / 12."""
         return cls(length=100, rank=10, anchor="none", init="uniform", scale=1.0)
 
     def build(self, host: Host, generator: torch.Generator) -> DecomposedPrompt | AnchoredPrompt:

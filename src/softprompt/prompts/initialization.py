@@ -28,9 +28,11 @@ def source_vectors(
     if init == "text":
         return host.embed(text, length)
     if init != "label_words":
-        raise ValueError(f"init is {init!r}, which is no source of embeddings; use 'vocab', 'text' or 'label_words'")
+        raise ValueError(f"init is {init!r}, which is not a source of embeddings; use 'vocab', 'text' or 'label_words'")
     if not host.label_words:
-        raise ValueError("the prompt is to start from the task's label words, and it has none; use 'vocab' or 'text'")
+        raise ValueError(
+            "the prompt is to start from the task's label words, but the task has none; use 'vocab' or 'text'"
+        )
     return host.embed("".join(host.label_words), length)
 
 
@@ -72,8 +74,8 @@ def start_gradient(host: Host, prompt: Float[Tensor, "length dim"], batches: int
     """
     if host.gradient is None:
         raise ValueError(
-            "the prompt is to start from the gradient, and there is none: it exists only where a prompt of one layer "
-            "is about to be trained on a task's rows; choose another start"
+            "gradient initialization needs a shallow prompt about to be trained on a task's rows; choose another "
+            "initialization"
         )
     gradient = host.gradient(prompt, batches)
     finite = bool(gradient.isfinite().all())
@@ -143,4 +145,4 @@ def factorize(
 def check_scale(scale: float | None) -> None:
     """Refuse a scale that is not a positive number."""
     if scale is not None and not scale > 0:
-        raise ValueError(f"scale is {scale}; it must be a positive number, or none for the host's embedding RMS")
+        raise ValueError(f"scale is {scale}; it must be a positive number, or None for the host's embedding RMS")

@@ -45,7 +45,7 @@ class Plain(PromptConfig):
     init_text: str = ""
     """The text, with `init=text`."""
     scale: float | None = None
-    """Size of one unit of the matrix; none: the host's embedding RMS."""
+    """What 1.0 in the trained matrix means in embedding space; None: the host's embedding RMS."""
 
     def check(self) -> None:
         """Refuse lengths, scales and initial values that cannot work."""

@@ -85,7 +85,7 @@ class Residual(PromptConfig):
     init_text: str = ""
     """The text, with `init=text`."""
     scale: float | None = None
-    """Size of one unit of the matrix and of the branch; none: the host's embedding RMS."""
+    """What 1.0 in the matrix and the branch means in embedding space; None: the host's embedding RMS."""
 
     def check(self) -> None:
         """Refuse widths, scales and initial values that cannot work."""

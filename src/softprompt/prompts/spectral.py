@@ -91,7 +91,7 @@ class Spectral(PromptConfig):
     init_text: str = ""
     """The text, with `init=text`."""
     scale: float | None = None
-    """Size of one unit of the product; none: chosen from the host's embedding RMS."""
+    """What 1.0 in the product of the factors means in embedding space; None: chosen from the host's embedding RMS."""
 
     def check(self) -> None:
         """Refuse thresholds, scales and initial values that cannot work."""

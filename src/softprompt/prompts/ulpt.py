@@ -58,7 +58,7 @@ class ULPT(PromptConfig):
     rank: int = 64
     """Width of the trained vectors; may exceed the length."""
     scale: float | None = None
-    """Size of one unit of the prompt; none: chosen from the host's embedding RMS."""
+    """What 1.0 in the projected vectors means in embedding space; None: chosen from the host's embedding RMS."""
 
     def check(self) -> None:
         """Refuse ranks and scales that cannot work."""

@@ -22,7 +22,9 @@ class PeftPrompt:
     """A prompt that PEFT trained, and the task that it is used for."""
 
     folder: Path
+    """The folder that PEFT saved."""
     adapter: PeftFolder
+    """Its content."""
     experiment: Experiment
     """A plain prompt on the base model and the task, everything else at its default."""
     task: Task
@@ -36,7 +38,7 @@ class PeftPrompt:
         """Load the backbone.
 
         Args:
-            source: a loaded backbone, returned as it is; a source of the weights, for `load_backbone`; none: the base
+            source: a loaded backbone, returned as it is; a source of the weights, for `load_backbone`; None: the base
                 model that the folder names.
 
         Raises:
@@ -101,7 +103,7 @@ def resolve_prompt(source: Run | PeftPrompt | str | Path, task: str | None = Non
         task: the task of a PEFT folder, which names none; not used for a run.
 
     Raises:
-        TypeError: `source` is none of these.
+        TypeError: `source` is not one of these.
         FileNotFoundError, NotADirectoryError, ValueError: as `assets.hub.local_folder`, `prompt_kind`, `open_run` and
             `open_peft_prompt`.
     """

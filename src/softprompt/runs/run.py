@@ -55,7 +55,7 @@ class Run:
     experiment: Experiment
     task: Task
     record: Mapping[str, Any]
-    """The content of `softprompt.json`: experiment, task, versions, backbone and, once finished, results."""
+    """`softprompt.json`: `experiment`, `task`, `data`, `context`, `backbone`, `versions`, `created`, `results`, ..."""
 
     @property
     def name(self) -> str:
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def results(self) -> Mapping[str, Any] | None:
-        """The results, or None while the run is unfinished."""
+        """`test`, `ci_low`, `ci_high`, `dev`, `seconds` and so on (see `evaluate_final`); None until finished."""
         return self.record.get("results")
 
     def finish(self, trained: PromptedModel, results: Mapping[str, Any]) -> "Run":
@@ -128,7 +128,7 @@ class Run:
         recorded = self.record["backbone"]
         if recorded["dim"] != backbone.dim:
             raise ValueError(
-                f"run {self.folder} was trained on {self.experiment.backbone} (hidden size {recorded['dim']}), and "
+                f"run {self.folder} was trained on {self.experiment.backbone} (hidden size {recorded['dim']}), but "
                 f"{backbone.source} has hidden size {backbone.dim}; use the backbone it was trained on"
             )
         # The run's weights as they would be in the backbone's dtype, or the backbone's as they would be in the run's.
@@ -158,11 +158,11 @@ class Run:
         return [json.loads(line) for line in (self.folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines of metrics.jsonl up to the first damaged one; a killed process may leave the last incomplete."""
+        """The lines of metrics.jsonl (`step`, `loss`, `lr`; `dev` after an evaluation), up to the first damaged one."""
         for line in self._metrics_lines():
             try:
                 values = json.loads(line)
-            except json.JSONDecodeError:
+            except json.JSONDecodeError:  # the last line of a killed process
                 return
             if not isinstance(values, dict) or "step" not in values:
                 return
@@ -174,7 +174,7 @@ class Run:
 
     @property
     def context(self) -> str:
-        """The text that was distilled; empty for a run that is no distillation.
+        """The text that was distilled; empty for a run that is not a distillation.
 
         Raises:
             ValueError: the file is missing or has been changed.

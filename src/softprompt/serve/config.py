@@ -31,7 +31,7 @@ class RayConfig:
     gpus: float = 0.0
     """GPUs per replica."""
     ray_address: str | None = None
-    """Address of a running Ray cluster; none: start one on this machine."""
+    """Address of a running Ray cluster; None: start one on this machine."""
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or not self.cpus > 0 or not self.gpus >= 0:
@@ -50,7 +50,7 @@ class ServeConfig:
     """Folders of runs or PEFT prompts, each served under its folder's name or the name before `=`; `hub:USER/NAME` is
     one on the Hugging Face Hub."""
     backbone: str | None = None
-    """Hub id, folder, .gguf file or asset; none: the first run's backbone, or the first PEFT folder's base model."""
+    """Hub id, folder, .gguf file or asset; None: the first run's backbone, or the first PEFT folder's base model."""
     host: str = "127.0.0.1"
     """Address to listen on; one that other machines can reach requires a token."""
     port: int = 8000
@@ -58,9 +58,9 @@ class ServeConfig:
     prompts: Path | None = None
     """Folder that keeps uploaded prompts; the prompts in it are served too."""
     token_file: Path | None = None
-    """File with the tokens that may send requests, one per line; none: those in SOFTPROMPT_TOKEN, if set."""
+    """File with the tokens that may send requests, one per line; None: those in SOFTPROMPT_TOKEN, if set."""
     admin_token_file: Path | None = None
-    """File with the tokens that may change prompts; none: SOFTPROMPT_ADMIN_TOKEN, else whoever may send requests."""
+    """File with the tokens that may change prompts; None: SOFTPROMPT_ADMIN_TOKEN, else whoever may send requests."""
     engine: EngineKind = "local"
     """An engine in this process, replicas behind Ray Serve that share the folder of prompts, or a vLLM server that runs
     already."""
@@ -96,11 +96,11 @@ class ServeConfig:
     def _check_engine_url(self) -> None:
         if self.engine != "vllm":
             if self.engine_url is not None:
-                raise ValueError(f"engine_url is {self.engine_url!r} and engine {self.engine!r}; it needs engine vllm")
+                raise ValueError(f"engine_url is given but engine is {self.engine!r}; leave it out, or use engine vllm")
             return
         if not re.fullmatch(r"https?://[^/\s]+(/.*)?", self.engine_url or ""):
             raise ValueError(
-                f"engine_url is {self.engine_url!r}; with engine vllm it must be the URL of a server that runs, as in "
+                f"engine_url is {self.engine_url!r}; with engine vllm it must be the URL of a running server, as in "
                 "http://localhost:8000"
             )
         settings = {"device": self.device, "max_wait": self.limits.max_wait, "decode_weights": self.decode_weights}
@@ -143,7 +143,7 @@ class ServeConfig:
         """The backbone's Hub id, folder, file or asset; also checks the sources' folders.
 
         Raises:
-            FileNotFoundError, NotADirectoryError: a source is no folder of a run or of a PEFT prompt.
+            FileNotFoundError, NotADirectoryError: a source is not a folder of a run or of a PEFT prompt.
             ValueError: it is not set, and no source names one.
         """
         kinds = [(folder, prompt_kind(folder)) for _, folder in self.folders()]

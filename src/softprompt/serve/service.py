@@ -30,7 +30,7 @@ def serve(
     """Serve over HTTP until SIGTERM or Ctrl-C, then finish the running requests.
 
     Args:
-        backbone: none: `config`'s, loaded here.
+        backbone: None: `config`'s, loaded here.
         on_start: called with the address once connections are accepted.
 
     Raises:

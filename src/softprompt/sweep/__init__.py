@@ -110,26 +110,26 @@ def sweep(
                 count = f"{len(results)} of {len(experiments)}"
                 callback.on_note(f"trial {count}: {result.name} {result.problem or result.state}")
         except Interrupted as error:
-            raise Interrupted(f"{str(error).partition(';')[0]}; the same sweep command goes on from there") from None
+            raise Interrupted(f"{str(error).partition(';')[0]}; the same sweep command continues from there") from None
     return SweepResult(tuple(results[experiment.hash] for experiment in experiments), searches)
 
 
-def trial_status(plan: Plan, out: str | Path) -> list[tuple[str, Literal["finished", "begun", "new"]]]:
+def trial_status(plan: Plan, out: str | Path) -> list[tuple[str, Literal["finished", "unfinished", "new"]]]:
     """The name and the status of every trial in `out`; for experiments of a search, those of its studies.
 
     Raises:
         ValueError: a run is damaged.
     """
-    status: list[tuple[str, Literal["finished", "begun", "new"]]] = []
+    status: list[tuple[str, Literal["finished", "unfinished", "new"]]] = []
     folder = Path(out).expanduser()
     for study in dict.fromkeys(plan.search.study(cell) for cell in _cells(plan)) if plan.search else ():
-        status.append((f"search/{study}", "begun" if (folder / "search" / study).exists() else "new"))
+        status.append((f"search/{study}", "unfinished" if (folder / "search" / study).exists() else "new"))
     for experiment in plan.experiments:
         if plan.search and plan.search.cell(experiment):
             continue
         run = find_run(experiment, folder)
-        state: Literal["finished", "begun", "new"] = (
-            "new" if run is None else "begun" if run.results is None else "finished"
+        state: Literal["finished", "unfinished", "new"] = (
+            "new" if run is None else "unfinished" if run.results is None else "finished"
         )
         status.append((trial_name(experiment), state))
     return status
@@ -230,7 +230,7 @@ def _check_concurrent(concurrent: int, executor: ExecutorName) -> None:
     if concurrent < 1:
         raise ValueError(f"concurrent is {concurrent}; it must be at least 1")
     if concurrent > 1 and executor == "ray":
-        raise ValueError(f"concurrent is {concurrent}, and Ray runs each trial in its own process; leave one out")
+        raise ValueError(f"concurrent is {concurrent}, but Ray runs each trial in its own process; leave one out")
 
 
 def _check_importable(experiments: Sequence[Experiment]) -> None:

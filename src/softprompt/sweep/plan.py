@@ -258,7 +258,7 @@ def _with_absolute_paths(experiment: Experiment, folder: Path, data_folder: Path
         if value and value not in ASSETS and value.partition(":")[0] not in TASKS and (folder / value).exists():
             changes[name] = str((folder / value).resolve())
     if experiment.context is not None and "context" not in changes:
-        raise FileNotFoundError(f"{source}: context is {experiment.context!r}, and {folder} has no such file")
+        raise FileNotFoundError(f"{source}: context is {experiment.context!r}, but {folder} has no such file")
     init_prompt = changes.get("init_prompt", experiment.init_prompt)
     if init_prompt is not None and not is_hub_prompt(init_prompt):
         try:
@@ -268,7 +268,7 @@ def _with_absolute_paths(experiment: Experiment, folder: Path, data_folder: Path
     if experiment.data is not None:
         data = data_folder / Path(experiment.data).expanduser()
         if not data.exists():
-            raise FileNotFoundError(f"{source}: data is {experiment.data!r}, and {data} does not exist; see --data")
+            raise FileNotFoundError(f"{source}: data is {experiment.data!r}, but {data} does not exist; see --data")
         changes["data"] = str(data.resolve())
     return experiment.replace(**changes).with_absolute_paths()
 

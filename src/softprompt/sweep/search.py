@@ -260,14 +260,15 @@ def _search_result(
     trials, best = [], None
     for trial in study.trials[: search.trials]:
         is_finished = trial.state.name == "COMPLETE"
-        states: dict[str, State] = {"COMPLETE": "done" if trial.number in run_now else "skipped", "PRUNED": "pruned"}
+        state: State = "pruned" if trial.state.name == "PRUNED" else "failed"
+        if is_finished:
+            state = "done" if trial.number in run_now else "skipped"
         try:
             experiment = set_values(cell, trial.params)
         except ValueError:
             experiment = cell
         if is_finished and (best is None or trial.value > best.value):
             best = trial
-        state = states.get(trial.state.name, "failed")
         results = {"dev": trial.value} if is_finished else {}
         problem = trial.user_attrs.get("problem", "")
         trials.append(TrialResult(folder / trial_name(experiment), experiment, state, problem, results))

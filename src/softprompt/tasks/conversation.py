@@ -24,7 +24,7 @@ def read_messages(value: Any, column: str, where: str) -> list[Message]:
         where: the row's name, for errors.
 
     Raises:
-        ValueError: no list of messages, or none from the user; an unknown role or field; content that is no text or
+        ValueError: no list of messages, or none from the user; an unknown role or field; content that is not text or
             has none; a system message that is not the first message, or a second one.
 
     >>> read_messages('[{"role": "user", "content": "hi"}]', "messages", "row 1")
@@ -93,7 +93,7 @@ def _list(value: Any, column: str, where: str) -> list[Any]:
             value = json.loads(value)
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(
-                f"{where} has text in column {column!r} that is no JSON ({error}); a list of messages belongs there, "
+                f"{where} has text in column {column!r} that is not JSON ({error}); a list of messages belongs there, "
                 f"as {_EXAMPLE}"
             ) from None
     if not isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""A split's score: the metric, its interval, the score of the best constant answer, and a warning where it misleads."""
+"""A split's score: the metric, its interval, the score of the best constant answer, and a warning if it may mislead."""
 
 import random
 from collections import Counter
@@ -148,10 +148,12 @@ def _warning(task: Task, predictions: Sequence[Prediction], answers: Answers, is
         if value == missing or (isinstance(value, float) and not isfinite(value))
     ]
     if unreadable:
-        kind = {"labels": "label's word", "texts": "text", "numbers": "number"}[metric.answer_kind]
-        reasons.append(
-            f"{len(unreadable)} of {count} answers are no {kind} and count as wrong (the first is {unreadable[0]!r})"
-        )
+        effect = {
+            "labels": "match no label word and count as wrong",
+            "texts": "are not text and count as wrong",
+            "numbers": "are not numbers and count as the target farthest from the row's",
+        }[metric.answer_kind]
+        reasons.append(f"{len(unreadable)} of {count} answers {effect} (the first is {unreadable[0]!r})")
     elif count > 1 and len(set(answers.predictions)) == 1:
         reasons.append(f"all {count} rows got one answer, {_answer_text(task, answers.predictions[0])!r}")
     if count > 1 and len(set(answers.golds)) == 1:
@@ -183,10 +185,10 @@ def _labels(task: Task, predictions: Sequence[Prediction], golds: Sequence[Gold]
     count = len(task.label_words)
     for index in [*predictions, *golds]:
         if isinstance(index, int) and not 0 <= index < count:
-            raise ValueError(f"class {index} is none of task {task.name!r}; it has classes 0 to {count - 1}")
+            raise ValueError(f"class {index} is not one of task {task.name!r}'s; it has classes 0 to {count - 1}")
     classes = [task.classify(answer) if isinstance(answer, str) else answer for answer in predictions]
     if wrong := [gold for gold in golds if not isinstance(gold, int)]:
-        raise ValueError(f"the gold answer {wrong[0]!r} of task {task.name!r} is no class index; give an integer")
+        raise ValueError(f"the gold answer {wrong[0]!r} of task {task.name!r} is not a class index; give an integer")
     return [-1 if index is None else index for index in classes], [int(gold) for gold in golds if isinstance(gold, int)]
 
 
@@ -206,7 +208,9 @@ def _numbers(task: Task, predictions: Sequence[Prediction], golds: Sequence[Gold
     values = [_number(gold) for gold in firsts]
     for gold, value in zip(firsts, values, strict=True):
         if isnan(value):
-            raise ValueError(f"the gold answer {gold!r} of task {task.name!r} is no number; its metrics need numbers")
+            raise ValueError(
+                f"the gold answer {gold!r} of task {task.name!r} is not a number; its metrics need numbers"
+            )
     return [_number(text) for text in predictions], values
 
 

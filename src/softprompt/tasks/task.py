@@ -31,8 +31,11 @@ class Template:
     """Another wording of a task: its text, and its label words or target where they differ from the task's."""
 
     text: str
+    """The template's text, with columns as {column}."""
     label_words: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """The word of each label; empty: the task's."""
     target: str = ""
+    """The column of the answer; empty: the task's."""
 
 
 @final
@@ -114,7 +117,7 @@ class Task:
     def _check_image(self) -> None:
         if self.template or not self.label:
             have = f"the template {self.template!r}" if self.template else "no label"
-            raise ValueError(f"task {self.name!r} has images and {have}; give only a label, and words for it")
+            raise ValueError(f"an image task takes a label and label words only, but {self.name!r} has {have}")
         if self.broken not in ("refuse", "skip"):
             raise ValueError(f"broken of task {self.name!r} is {self.broken!r}; it must be 'refuse' or 'skip'")
 
@@ -143,7 +146,9 @@ class Task:
                 "answer; take it out"
             )
         if self.target and self.label_words:
-            raise ValueError(f"task {self.name!r} has words and the target {self.target!r}; words go with a label")
+            raise ValueError(
+                f"task {self.name!r} has label words and the target {self.target!r}; label words go with `label`"
+            )
         if self.label and len(self.label_words) < 2:
             raise ValueError(
                 f"task {self.name!r} has only the labels {list(self.label_words)}; a classification needs two or more"

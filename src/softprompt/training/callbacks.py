@@ -99,7 +99,7 @@ def interruptible(*, twice: bool = True) -> Iterator[threading.Event]:
     """Yield an event that the first Ctrl-C (or SIGTERM) sets; nested blocks and concurrent runs share it.
 
     Args:
-        twice: whether a second Ctrl-C stops at once. Not where a launcher passes the terminal's signal on as well.
+        twice: whether a second Ctrl-C stops at once. False if a launcher forwards the signal too.
     """
     requested = _stop_requests[0] if _stop_requests else threading.Event()
     if threading.current_thread() is not threading.main_thread():  # a concurrent run; the main thread gets the signal

@@ -90,7 +90,7 @@ def load(run: Path, step: int) -> Checkpoint:
     if not all(isinstance(value, int | float) for value in values.values()):
         raise ValueError(f"{file} holds {values}, which should be numbers; it is damaged, {_ADVICE}")
     if values["best_step"] and not parts["best"]:
-        raise ValueError(f"{folder / 'best.safetensors'} is empty, and step {values['best_step']} was best; {_ADVICE}")
+        raise ValueError(f"{folder / 'best.safetensors'} is empty, but step {values['best_step']} was best; {_ADVICE}")
     return Checkpoint(trainer_state=TrainerState(**values), **parts)
 
 

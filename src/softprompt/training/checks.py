@@ -1,4 +1,4 @@
-"""Refusals of an experiment before its run's folder is created: settings that nothing would read, or cannot work."""
+"""Refusals of an experiment before its run's folder is created: settings without effect, or that cannot work."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,13 +12,13 @@ from softprompt.tasks import Task
 
 def check_settings_apply(experiment: Experiment, task: Task, backbone: Backbone) -> None:
     """Refuse settings that would have no effect, or could not work."""
-    if not backbone.takes_images and (unused := _changed(experiment, _image_settings)):
-        raise ValueError(f"{unused} is for images, and {backbone.source} reads text; leave it out")
-    if experiment.baseline != "none" and (unused := _changed(experiment, _prompt_settings)):
-        raise ValueError(f"{unused} is for prompts, and the baseline {experiment.baseline} has none; leave it out")
+    if not backbone.takes_images and (unused := _first_changed(experiment, _image_settings)):
+        raise ValueError(f"{unused} is for images, but {backbone.source} reads text; leave it out")
+    if experiment.baseline != "none" and (unused := _first_changed(experiment, _prompt_settings)):
+        raise ValueError(f"{unused} is for prompts, but the baseline {experiment.baseline} has none; leave it out")
     if experiment.baseline != "none" and experiment.prompt != Experiment().prompt:
         raise ValueError(
-            f"the method {experiment.prompt.name} is given, and the baseline {experiment.baseline} trains no prompt; "
+            f"the method {experiment.prompt.name} is given, but the baseline {experiment.baseline} trains no prompt; "
             "leave the method and its settings out"
         )
     if experiment.depth == "deep":
@@ -29,37 +29,37 @@ def check_settings_apply(experiment: Experiment, task: Task, backbone: Backbone)
     has_head = model_class(backbone).needs_head(backbone)
     if experiment.training.zero_shot and has_head:
         raise ValueError(
-            f"zero_shot is on, and {backbone.source} answers through a trained head, so it has no zero-shot answer; "
+            f"zero_shot is on, but {backbone.source} answers through a trained head, so it has no zero-shot answer; "
             "leave it out"
         )
     if experiment.training.vocabulary_weight and has_head:
         raise ValueError(
-            f"vocabulary_weight is {experiment.training.vocabulary_weight}, and {backbone.source} answers through a "
+            f"vocabulary_weight is {experiment.training.vocabulary_weight}, but {backbone.source} answers through a "
             "trained head, which has no label words; leave it out"
         )
     if experiment.training.vocabulary_weight not in (None, 1) and not task.is_classification:
         raise ValueError(
-            f"vocabulary_weight is {experiment.training.vocabulary_weight}, and task {task.name!r} has no label words, "
+            f"vocabulary_weight is {experiment.training.vocabulary_weight}, but task {task.name!r} has no label words, "
             "so its loss is over the vocabulary; leave it out"
         )
     if not experiment.training.shots and not experiment.training.shots_balanced:
-        raise ValueError("shots_balanced is off, and no shots are drawn; give shots, or leave it out")
+        raise ValueError("shots_balanced is off, but no shots are drawn; give shots, or leave it out")
     if experiment.context is not None or experiment.demonstrations:
         if has_head:
             raise ValueError(
-                f"a context is to be distilled, and {backbone.source} answers through a trained head, so without "
+                f"a context is to be distilled, but {backbone.source} answers through a trained head, so without "
                 "training there is no teacher; use a backbone that answers in words"
             )
         if experiment.training.vocabulary_weight:
             raise ValueError(
-                f"vocabulary_weight is {experiment.training.vocabulary_weight}, and a distillation takes its loss from "
+                f"vocabulary_weight is {experiment.training.vocabulary_weight}, but a distillation takes its loss from "
                 "the teacher; leave it out"
             )
         if experiment.training.shard:
-            raise ValueError("shard is on, and the teacher of a distillation is not sharded; leave one of them out")
+            raise ValueError("shard is on, but the teacher of a distillation is not sharded; leave one of them out")
     elif experiment.training.temperature != 1:
         raise ValueError(
-            f"temperature is {experiment.training.temperature}, and only a distillation has one; give a context or "
+            f"temperature is {experiment.training.temperature}, but only a distillation has one; give a context or "
             "demonstrations, or leave it out"
         )
     if experiment.baseline == "head" and not has_head:
@@ -71,7 +71,7 @@ def check_settings_apply(experiment: Experiment, task: Task, backbone: Backbone)
 def _check_deep(experiment: Experiment, backbone: Backbone) -> None:
     if backbone.max_matrices == 1:
         raise ValueError(
-            f"depth is deep, and {backbone.source} ({backbone.architecture}) takes prompts in front of the input only; "
+            f"depth is deep, but {backbone.source} ({backbone.architecture}) takes prompts in front of the input only; "
             "use a vision model, or a decoder whose layers have keys and values of one size, or leave depth out"
         )
     if not backbone.takes_images and experiment.prompt_position != "prefix":
@@ -90,7 +90,7 @@ def check_trainable(experiment: Experiment, prompted: PromptedModel) -> None:
         and not prompted.supports_self_attention_dropout
     ):
         raise ValueError(
-            f"dropout is on, and prompts with prompt_attention=self run without the dropout of {backbone.source} "
+            f"dropout is on, but prompts with prompt_attention=self run without the dropout of {backbone.source} "
             f"({backbone.architecture}); leave dropout off, or use prompt_attention=full"
         )
     if experiment.training.shard:
@@ -99,13 +99,13 @@ def check_trainable(experiment: Experiment, prompted: PromptedModel) -> None:
         return
     if not prompted.supports_gradient_checkpointing:
         raise ValueError(
-            f"gradient_checkpointing is on, and rows of {backbone.source} continue from a cache, which cannot be "
+            f"gradient_checkpointing is on, but rows of {backbone.source} continue from a cache, which cannot be "
             "written twice; leave it off, or use depth=shallow, prompt_position=prefix and a model without attention "
             "code of its own"
         )
     if not gradient_checkpointing.layers(backbone.model):
         raise ValueError(
-            f"gradient_checkpointing is on, and {backbone.source} ({backbone.model.config.model_type}) has no layers "
+            f"gradient_checkpointing is on, but {backbone.source} ({backbone.model.config.model_type}) has no layers "
             "that can be recomputed; leave it off, or use --gradient-accumulation-steps"
         )
 
@@ -126,10 +126,10 @@ def check_shardable(experiment: Experiment, prompted: PromptedModel) -> None:
     elif not prompted.supports_fsdp:
         why = f"prompts with prompt_attention=self bypass the layers of {backbone.source} ({backbone.architecture})"
     if why:
-        raise ValueError(f"shard is on, and {why}; leave it off")
+        raise ValueError(f"shard is on, but {why}; leave it off")
 
 
-def _changed(experiment: Experiment, settings_of: Callable[[Experiment], Mapping[str, Any]]) -> str | None:
+def _first_changed(experiment: Experiment, settings_of: Callable[[Experiment], Mapping[str, Any]]) -> str | None:
     """The first of these settings that is not at its default."""
     default = settings_of(Experiment())
     return next((name for name, value in settings_of(experiment).items() if value != default[name]), None)

@@ -22,7 +22,7 @@ def read_context(experiment: Experiment, demonstrations: str = "") -> str:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no UTF-8 text, or has no text.
+        ValueError: the file is not UTF-8 text, or has no text.
     """
     texts = [demonstrations] if demonstrations else []
     if experiment.context is not None:
@@ -41,7 +41,7 @@ def read_context(experiment: Experiment, demonstrations: str = "") -> str:
 
 
 def teacher_of(run: Run, backbone: Backbone) -> Teacher | None:
-    """The teacher of a distilled run; None for another one.
+    """The teacher of a distilled run; None if the run is not a distillation.
 
     Raises:
         ValueError: as `Run.context` and `make_teacher` raise.
@@ -58,7 +58,7 @@ def make_teacher(context: str, backbone: Backbone, task: Task) -> Teacher:
     """
     if model_class(backbone).needs_head(backbone):
         raise ValueError(
-            f"{backbone.source} does not answer in words, so with a context in front it is no teacher; use a decoder, "
+            f"{backbone.source} does not answer in words, so it cannot be a teacher; use a decoder, "
             "an encoder-decoder or a masked language model"
         )
     model, tokenizer = attach(backbone), backbone.tokenizer
@@ -79,7 +79,7 @@ def make_teacher(context: str, backbone: Backbone, task: Task) -> Teacher:
         teacher = Teacher(model, ids, leading)
     if model.max_row is not None and len(ids) >= model.max_row:
         raise ValueError(
-            f"the context has {len(ids)} tokens, and {backbone.source} has {model.max_row} positions; shorten it"
+            f"the context has {len(ids)} tokens, but {backbone.source} has {model.max_row} positions; shorten it"
         )
     return teacher
 
@@ -93,7 +93,7 @@ def check_after_context(
     examples: Sequence[Example],
     split: str,
 ) -> None:
-    """Check that rows fit the backbone after the context too, and in a chat task that they stay what they are.
+    """Check that rows fit the backbone after the context too, and in a chat task that their tokens stay the same.
 
     Args:
         prompted: the model to train.
@@ -111,6 +111,6 @@ def check_after_context(
         if limit is not None and length > limit:
             raise ValueError(
                 f"{example.where} ({split} split) has {length} positions with the context of "
-                f"{len(teacher.context)} tokens, and {prompted.backbone.source} has {limit}; shorten the context, "
+                f"{len(teacher.context)} tokens, but {prompted.backbone.source} has {limit}; shorten the context, "
                 "lower max_input_tokens, or leave the row out"
             )

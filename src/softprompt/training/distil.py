@@ -84,7 +84,7 @@ def distil(
     task = _task(path, template, messages)
     if self_study and len(task.inputs) != 1:
         raise ValueError(
-            f"self_study is on, and the template {template!r} has {len(task.inputs)} columns; a written query fills one"
+            f"self_study is on, but the template {template!r} has {len(task.inputs)} columns; a written query fills one"
         )
     rows = [] if queries is None else _read_queries(path, task)
     experiment = experiment.with_absolute_paths()
@@ -174,7 +174,7 @@ def _answers(
             "max_new_tokens"
         )
     limit = min(room, max_input_tokens or 512)  # as the prompt will be trained on them
-    examples = encode(task, teacher.backbone.tokenizer, rows, limit, closing=model.appends_eos, answers=False)[0]
+    examples = encode(task, teacher.backbone.tokenizer, rows, limit, appends_eos=model.appends_eos, answers=False)[0]
     check_after_context(teacher, context, model, task, rows, examples, "queries")
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
     texts = [""] * len(examples)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from softprompt import files, runs
-from softprompt.evaluation.distillation import Generating, imitations
+from softprompt.evaluation.distillation import GeneratingModel, compare_with_teacher
 from softprompt.evaluation.evaluate import prediction_record, score_answers
 from softprompt.evaluation.predict import Answer
 from softprompt.export import export_model
@@ -61,17 +61,17 @@ def evaluate_final(
 
 
 def _distillation(run: Run, setup: TrainingSetup, folded: PromptedModel, teacher: Teacher) -> dict[str, Any]:
-    """How close the prompt is to the teacher on the test rows, beside no context and one cut to the prompt's length."""
+    """Compare the prompt with the teacher on the test rows; baselines are no context and a truncated context."""
     length, settings = folded.prompt_length, run.experiment.training
-    sides: dict[str, Generating] = {"prompt": folded, "no_context": teacher.model}
+    models: dict[str, GeneratingModel] = {"prompt": folded, "no_context": teacher.model}
     for name, from_end in (("context_start", False), ("context_end", True)):
         if (shortened := teacher.shortened(length, from_end=from_end)) is not None:
-            sides[name] = shortened
-    close = imitations(sides, teacher, folded, run.task, setup.test, settings.max_new_tokens)
+            models[name] = shortened
+    comparisons = compare_with_teacher(models, teacher, folded, run.task, setup.test, settings.max_new_tokens)
     results: dict[str, Any] = {"context_tokens": len(teacher.context), "prompt_tokens": length}
-    for name, side in close.items():
-        score = score_answers(run.task, setup.rows, "test", setup.test, side.answers, setup.backbone.tokenizer)
-        results[name] = {"kl": side.kl, "agreement": side.agreement, "score": score.value}
+    for name, comparison in comparisons.items():
+        score = score_answers(run.task, setup.rows, "test", setup.test, comparison.answers, setup.backbone.tokenizer)
+        results[name] = {"kl": comparison.kl, "agreement": comparison.agreement, "score": score.value}
     return results
 
 

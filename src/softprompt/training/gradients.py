@@ -37,6 +37,10 @@ def gradient_on(
     Args:
         rows: the training rows, or a function that reads them.
         teacher: of a distillation.
+
+    Returns:
+        The function takes a prompt and a number of batches, and returns the gradient with respect to the prompt's
+        vectors, both in the units of the backbone's embeddings.
     """
 
     def gradient(prompt: Float[Tensor, "length dim"], batches: int) -> Float[Tensor, "length dim"]:
@@ -58,7 +62,7 @@ def gradient_on(
         objective = Objective(prompted, task, settings, teacher)
         table = with_answered_turns(task, rows() if callable(rows) else rows)
         limit = input_limit(prompted, task, settings)
-        examples = encode(task, backbone.tokenizer, table, limit, closing=prompted.appends_eos)[0]
+        examples = encode(task, backbone.tokenizer, table, limit, appends_eos=prompted.appends_eos)[0]
         order = schedule([len(example.input_ids) for example in examples], settings.batch_size, experiment.seed)
         total, parts = torch.zeros_like(leaf.matrix), settings.gradient_accumulation_steps
         for _ in range(batches):

@@ -1,4 +1,4 @@
-"""Queries that the model writes itself about parts of a context, to be distilled over when there are none."""
+"""Queries that the model writes itself about a context, for a distillation without queries."""
 
 import dataclasses
 import random
@@ -25,7 +25,7 @@ INSTRUCTIONS = (
 _CHAT = Task(name="self-study", messages="messages", metrics=("exact_match",))
 _PLAIN = Task(name="self-study", template="{text}\nMessage:", target="answer", metrics=("exact_match",))
 _CHUNK, _BATCH, _TOKENS, _NO_LIMIT = 2000, 16, 48, 1_000_000_000
-"""Characters of a part of the context; queries written at once; tokens of a query."""
+"""Characters of a part of the context; queries written at once; tokens of a query; a limit that no input reaches."""
 _SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 _ROUNDS = 4
 """Attempts for each query asked for, since some are empty or repeated."""
@@ -92,13 +92,13 @@ def _rows(
 
 def _ids(model: PromptedModel, rows: Sequence[Mapping[str, Any]], *, chat: bool) -> list[tuple[int, ...]]:
     task = _CHAT if chat else _PLAIN
-    examples = encode(task, model.backbone.tokenizer, rows, _NO_LIMIT, closing=model.appends_eos, answers=False)[0]
+    examples = encode(task, model.backbone.tokenizer, rows, _NO_LIMIT, appends_eos=model.appends_eos, answers=False)[0]
     return [example.input_ids for example in examples]
 
 
 def _continue(model: PromptedModel, rows: Sequence[Mapping[str, Any]], sampling: Sampling, *, chat: bool) -> list[str]:
     task, tokenizer = _CHAT if chat else _PLAIN, model.backbone.tokenizer
-    examples = encode(task, tokenizer, rows, _NO_LIMIT, closing=model.appends_eos, answers=False)[0]
+    examples = encode(task, tokenizer, rows, _NO_LIMIT, appends_eos=model.appends_eos, answers=False)[0]
     batch = collate(examples, pad_id=pad_id(model.backbone), side="left", with_answers=False)
     steps = model.generate(*batch.inputs(model.backbone.device), max_new_tokens=_TOKENS, sampling=sampling)
     ends, texts = set(model.end_of_sequence()), []

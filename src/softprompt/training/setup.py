@@ -50,7 +50,7 @@ class TrainingSetup:
     test: Sequence[Example]
     """The test rows that are scored at the end."""
     teacher: Teacher | None = None
-    """Whose distribution the prompt is trained to give, in a distillation."""
+    """The teacher of a distillation."""
     context: str = ""
     """The text that the teacher reads before each row."""
 
@@ -77,8 +77,8 @@ def new_run(experiment: Experiment, backbone: Backbone | None, callback: Trainin
     check_settings_apply(experiment, task, backbone)
     if experiment.prompt_position == "after_bos" and not _begins_with_special_token(backbone.tokenizer):
         callback.on_note(
-            f"the tokenizer of {backbone.source} begins no text with a special token, so the prompt comes after the "
-            "text's own first token (--prompt-position after_bos)"
+            f"the tokenizer of {backbone.source} does not begin texts with a special token, so the prompt comes after "
+            "the text's own first token (--prompt-position after_bos)"
         )
     context = read_context(experiment, rows.demonstrations)
     teacher = make_teacher(context, backbone, task) if context else None
@@ -147,7 +147,7 @@ def shard_backbone(setup: TrainingSetup, processes: DistributedGroup, callback: 
             "one process holds the whole backbone (--shard); start several: torchrun --nproc-per-node 2 ..."
         )
     backbone, prompted = setup.backbone, setup.prompted
-    processes.check_equal("the layers' ways to run", prompted.supports_gradient_checkpointing)
+    processes.check_equal("the layer implementations", prompted.supports_gradient_checkpointing)
     processes.shard(backbone.model)
     prompted.to(backbone.device)
     verify.forget(backbone.model)
@@ -187,7 +187,7 @@ def _encode_rows(
         table = getattr(rows, split)
         if split == "train":
             table = with_answered_turns(task, table)
-        examples, shortened = encode(task, backbone.tokenizer, table, limit, closing=prompted.appends_eos)
+        examples, shortened = encode(task, backbone.tokenizer, table, limit, appends_eos=prompted.appends_eos)
         if shortened:
             callback.on_note(
                 f"{shortened} of {len(examples)} {split} rows were cut to {limit} tokens (--max-input-tokens)"

@@ -33,7 +33,7 @@ def check_tracker(name: str | None) -> None:
     if name not in {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}:
         package = _PACKAGES.get(name, name)
         raise ModuleNotFoundError(
-            f"log_with is {name!r}, and its package is not installed; install it with: pip install {package}"
+            f"log_with is {name!r}, but its package is not installed; install it with: pip install {package}"
         )
 
 
@@ -63,7 +63,7 @@ class Tracker:
             self._accelerator.log(dict(metrics), step=step)
 
     def finish(self) -> None:
-        """Close the tracker, and not as `end_training` does, which also ends the process group."""
+        """Close the trackers without `end_training`, which would also end the process group."""
         for tracker in self._accelerator.trackers if self._accelerator is not None else ():
             tracker.finish()
 

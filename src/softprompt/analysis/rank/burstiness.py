@@ -91,6 +91,7 @@ class Burstiness:
     query: Distribution
     """Entries of `W_q`."""
     key: Distribution
+    """Entries of `W_k`."""
 
 
 def burstiness(

@@ -55,8 +55,8 @@ def gradient_spectra(
         source: a run, for its initial prompt, its trained one and those at its checkpoints; or a backbone, for random
             rows of its vocabulary.
         task: a task's name or TOML file, for a backbone; a run has its own.
-        data: where the task's rows are, as in train; none: where they were during training.
-        length: virtual tokens, for a backbone; none: 100.
+        data: where the task's rows are, as in train; None: where they were during training.
+        length: virtual tokens, for a backbone; None: 100.
         batches: number of batches that the gradient is averaged over.
         checkpoints: also measure at each checkpoint.
         callback: receives progress.

@@ -34,9 +34,9 @@ class LoadedPrompt:
     prompt: Folded
     """The trained prompt; its matrix is analyzed, and what it does to the input's own embeddings is ignored."""
     start: Float[Tensor, "prompt dim"] | None = None
-    """The matrix before the first step, `P0`; none where it is not known."""
+    """The matrix before the first step, `P0`; None where it is not known."""
     start_missing: str = "its folder does not record it"
-    """Why `start` is not known, where it is none."""
+    """Why `start` is not known, where it is None."""
     history: Mapping[int, Float[Tensor, "prompt dim"]] = field(default_factory=dict)
     """The matrix at each checkpoint, by step; step 0 is the start."""
     complete: bool = True
@@ -46,9 +46,9 @@ class LoadedPrompt:
     run: Run | None = None
     """None for a PEFT folder."""
     adapter: PeftFolder | None = None
-    """The PEFT folder; none for a run."""
+    """The PEFT folder; None for a run."""
     backbone: Backbone | None = None
-    """The run's backbone, loaded; none for a PEFT folder."""
+    """The run's backbone, loaded; None for a PEFT folder."""
 
     @property
     def matrix(self) -> Float[Tensor, "prompt dim"]:
@@ -102,7 +102,7 @@ def load_prompts(
 
     Args:
         checkpoints: also load the prompt at each checkpoint.
-        backbone: where the runs' backbone is now, as `load_backbone` takes it; none: where it was during training.
+        backbone: where the runs' backbone is now, as `load_backbone` takes it; None: where it was during training.
         callback: receives progress, and which runs are skipped and why.
 
     Raises:
@@ -173,7 +173,7 @@ def _of_run(run: Run, backbone: Backbone, checkpoints: bool) -> LoadedPrompt:
         host = with_sample_images(run, backbone)
 
         def gradient(at: Float[Tensor, "prompt dim"], batches: int) -> Float[Tensor, "prompt dim"]:
-            """Of rows and teacher that are read only for a method that starts from it."""
+            """Reads rows and teacher only if the method initializes from the gradient."""
             teacher = teacher_of(run, backbone)
             return gradient_on(run.experiment, run.task, host, run_splits(run).train, teacher)(at, batches)
 

@@ -170,17 +170,17 @@ def _scores_figure(measured: Sequence[PromptRanks]) -> Any:
 
 
 def _score_panel(axes: Any, name: str, functional: FunctionalRank) -> None:
-    cuts, full, part = functional.cuts, functional.full, _VIEWS[functional.part]
-    ranks = [cut.rank for cut in cuts]
-    scores = [cut.score.value for cut in cuts]
+    truncations, full, part = functional.truncations, functional.full, _VIEWS[functional.part]
+    ranks = [truncated.rank for truncated in truncations]
+    scores = [truncated.score.value for truncated in truncations]
     axes.axhspan(full.ci_low, full.ci_high, color="C0", alpha=0.15, label="full score, 95 % interval")
     axes.axhline(full.value, color="C0", linewidth=1)
     axes.axhline(full.majority, color="0.5", linestyle="--", linewidth=1, label="majority answer")
     errors = [
-        [cut.score.value - cut.score.ci_low for cut in cuts],
-        [cut.score.ci_high - cut.score.value for cut in cuts],
+        [truncated.score.value - truncated.score.ci_low for truncated in truncations],
+        [truncated.score.ci_high - truncated.score.value for truncated in truncations],
     ]
-    label = f"{part} cut to rank k"
+    label = f"{part} truncated to rank k"
     axes.errorbar(ranks, scores, yerr=errors, marker="o", color="C1", linewidth=1, elinewidth=0.6, label=label)
     if (rank := functional.rank_by_significance) is not None:
         axes.axvline(rank, color="C2", linestyle=":", label=f"no significant loss from {rank}")

@@ -64,7 +64,7 @@ def measure(
         folder: one of these.
         checkpoints: also measure at each checkpoint.
         functional: also score the prompt truncated in this way.
-        backbone: where the runs' backbone is now; none: as `functional` says, else where it was during training.
+        backbone: where the runs' backbone is now; None: as `functional` says, else where it was during training.
         callback: receives progress.
 
     Raises:
@@ -74,7 +74,7 @@ def measure(
     measured = []
     for loaded in load_prompts(folder, checkpoints=checkpoints, backbone=backbone, callback=callback):
         if loaded.run is None and backbone and functional is None:
-            raise ValueError(f"{loaded.folder} is no run, and --backbone does nothing to it without --functional")
+            raise ValueError(f"{loaded.folder} is not a run, so --backbone has no effect without --functional")
         if loaded.adapter is not None and backbone and (note := loaded.adapter.base_note(backbone)):
             (callback or NullCallback()).on_note(note)
         num_matrices = loaded.prompt.num_matrices
@@ -103,9 +103,14 @@ def _functional_json(functional: FunctionalRank) -> dict[str, Any]:
         "rank_by_significance": functional.rank_by_significance,
         "above_majority": functional.above_majority,
         "full": dataclasses.asdict(functional.full),
-        "cuts": [
-            {"rank": cut.rank, "score": cut.score.value, "ci_low": cut.score.ci_low, "ci_high": cut.score.ci_high}
-            | {"drop": dataclasses.asdict(cut.drop)}
-            for cut in functional.cuts
+        "truncations": [
+            {
+                "rank": truncated.rank,
+                "score": truncated.score.value,
+                "ci_low": truncated.score.ci_low,
+                "ci_high": truncated.score.ci_high,
+            }
+            | {"drop": dataclasses.asdict(truncated.drop)}
+            for truncated in functional.truncations
         ],
     }

@@ -33,18 +33,18 @@ class Truncation:
     part: Part = "prompt"
     """Truncate the trained prompt P, or only its update P - P0 and add it back to the initial prompt P0."""
     ranks: tuple[int, ...] = ()
-    """Ranks to try; none: every rank up to 8, then four per doubling, up to the numerical rank of the matrix."""
+    """Ranks to try; empty: every rank up to 8, then four per doubling, up to the numerical rank of the matrix."""
     split: Literal["train", "dev", "test"] | None = None
-    """Rows to score; none: dev, which keeps the test split unseen (dev selected the checkpoint, so the full score is
+    """Rows to score; None: dev, which keeps the test split unseen (dev selected the checkpoint, so the full score is
     slightly optimistic). Not with a file as data, all of whose rows are scored."""
     rows: int = 500
     """How many rows to score, sampled with the run's seed; 0: all."""
     task: str | None = None
     """A task's name or TOML file, for a PEFT folder; a run has its own."""
     data: str | None = None
-    """A file of rows to score, or a benchmark's official folder; none: the rows of the run or the task."""
+    """A file of rows to score, or a benchmark's official folder; None: the rows of the run or the task."""
     backbone: str | None = None
-    """Hub id, folder, .gguf file or asset; none: the backbone that the run or the PEFT folder names."""
+    """Hub id, folder, .gguf file or asset; None: the backbone that the run or the PEFT folder names."""
 
     def __post_init__(self) -> None:
         if self.split not in (None, "train", "dev", "test"):
@@ -63,7 +63,7 @@ class RankScorer:
     splits: Splits
     split: str
     rows_name: str
-    """What reports call these rows: their split, or `given` for the rows of a file."""
+    """What reports call these rows: their split, or `file` for the rows of a file."""
     examples: Sequence[Example]
     max_new_tokens: int
 
@@ -78,7 +78,7 @@ class RankScorer:
         task = load_task(experiment.task) if loaded.run is None else loaded.run.task
         splits, split = rows_to_score(task, loaded.run, truncation.data, truncation.split, default="dev")
         # Only a file has nothing but test rows.
-        rows_name = split if truncation.data is None or len(splits.train) else "given"
+        rows_name = split if truncation.data is None or len(splits.train) else "file"
         table = getattr(splits, split)
         backbone = loaded.backbone or load(experiment.backbone, dtype=experiment.backbone_dtype)
         if loaded.adapter is not None:
@@ -120,9 +120,11 @@ def _experiment(loaded: LoadedPrompt, truncation: Truncation) -> Experiment:
         experiment = loaded.run.experiment
         return experiment if truncation.data is None else experiment.replace(data=truncation.data)
     if not loaded.complete:
-        raise ValueError(f"{loaded.folder} holds more than a prompt's matrix, so a cut of that alone cannot be scored")
+        raise ValueError(
+            f"{loaded.folder} holds more than a prompt's matrix, so a truncation of that alone cannot be scored"
+        )
     if truncation.task is None:
-        raise ValueError(f"{loaded.folder} is no run and names no task; say which one scores it with --task")
+        raise ValueError(f"{loaded.folder} is not a run and names no task; say which one scores it with --task")
     base = truncation.backbone
     if base is None:
         base = "" if loaded.adapter is None else loaded.adapter.base

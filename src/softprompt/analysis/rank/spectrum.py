@@ -73,6 +73,8 @@ def truncated_svd(matrix: Float[Tensor, "prompt dim"], rank: int) -> Float[Tenso
     Reference: Eckart and Young 1936, "The Approximation of One Matrix by Another of Lower Rank".
     """
     if not 0 <= rank <= min(matrix.shape):
-        raise ValueError(f"rank is {rank}; a matrix of {tuple(matrix.shape)} can be cut to 0 to {min(matrix.shape)}")
+        raise ValueError(
+            f"rank is {rank}; a matrix of {tuple(matrix.shape)} can be truncated to rank 0 to {min(matrix.shape)}"
+        )
     left, values, right = torch.linalg.svd(matrix.detach().double(), full_matrices=False)
     return ((left[:, :rank] * values[:rank]) @ right[:rank]).to(matrix.dtype)

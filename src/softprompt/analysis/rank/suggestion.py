@@ -28,7 +28,7 @@ class Suggestion:
     part: Part
     """What was truncated: the `update` for a DPT around an anchor, the whole `prompt` for one without."""
     evidence: Mapping[str, int | None]
-    """The functional rank of each prompt by name; none: it does not beat the majority, or no rank tried was enough."""
+    """The functional rank of each prompt by name; None: it does not beat the majority, or no rank tried was enough."""
     sentence: str
     """The suggestion and its evidence in words."""
 
@@ -78,7 +78,8 @@ def _suggestion(
 
 
 def _too_small(names: Sequence[str], members: Sequence[Scored]) -> str:
-    largest = max(cut.rank for loaded, functional in members if loaded.name in names for cut in functional.cuts)
+    insufficient = [functional for loaded, functional in members if loaded.name in names]
+    largest = max(truncated.rank for functional in insufficient for truncated in functional.truncations)
     return (
         f"No rank can be suggested: {', '.join(names)} still loses at rank {largest}, the largest that was tried; "
         "try larger ones."
@@ -93,17 +94,18 @@ def _sentence(rank: int | None, count: int, members: Sequence[Scored]) -> str:
             "train longer, or score more rows."
         )
     rows = min(functional.full.n for _, functional in members)
-    largest_tried = max(cut.rank for _, functional in members for cut in functional.cuts)
-    losses = [cut.drop.ci_high for _, functional in members for cut in functional.cuts if cut.rank == rank]
+    truncations = [truncated for _, functional in members for truncated in functional.truncations]
+    largest_tried = max(truncated.rank for truncated in truncations)
+    losses = [truncated.drop.ci_high for truncated in truncations if truncated.rank == rank]
     flags = f"--rank {rank}" if part == "update" else f"--anchor none --rank {rank}"
     sentence = (
-        f"Try {flags}: the largest, over {count} of {total} prompts, of the smallest rank from which no cut "
-        f"loses significantly (one-sided paired test at 2.5 %) on {rows} {split} rows."
+        f"Try {flags}: the largest, over {count} of {total} prompts, of each prompt's smallest rank at and above which "
+        f"no truncation loses significantly (one-sided paired test, 2.5 %; {rows} {split} rows)."
     )
     if losses:
         sentence += f" At that rank a loss of up to {max(0.0, *losses):.3f} is not ruled out."
     if rank == largest_tried:
-        sentence += " No larger rank was tried: more might help; train with the method plain, and cut that."
+        sentence += " No larger rank was tried: more might help; train with the method plain, and truncate that."
     if count < 3:
         sentence += f" {count} prompt{'s are' if count > 1 else ' is'} little evidence: train three seeds."
     return sentence

@@ -37,28 +37,33 @@ class FunctionalRank:
     backbone: str
     """The backbone that scored it."""
     part: Part
+    """What was truncated."""
     split: str
+    """The split that scored it, or `file` for the rows of a file."""
     full: Score
-    cuts: tuple[TruncatedScore, ...]
+    """The score of the prompt as it was trained."""
+    truncations: tuple[TruncatedScore, ...]
     """By rank, ascending."""
 
     @property
     def rank_by_interval(self) -> int | None:
         """The smallest rank tried whose score is within the full score's 95 % interval, or above it."""
-        return next((cut.rank for cut in self.cuts if cut.score.value >= self.full.ci_low), None)
+        return next(
+            (truncated.rank for truncated in self.truncations if truncated.score.value >= self.full.ci_low), None
+        )
 
     @property
     def rank_by_significance(self) -> int | None:
-        """The smallest rank tried such that it and every larger one lose nothing significant; none if the last does.
+        """The smallest rank tried such that it and every larger one lose nothing significant; None if the last does.
 
         Stricter than `rank_by_interval` in two ways: the test is paired by row, and a rank that scores well by luck
         while larger ranks lose is not taken.
         """
         smallest = None
-        for cut in reversed(self.cuts):
-            if cut.drop.significant:
+        for truncated in reversed(self.truncations):
+            if truncated.drop.significant:
                 break
-            smallest = cut.rank
+            smallest = truncated.rank
         return smallest
 
     @property
@@ -109,20 +114,20 @@ def functional_rank(
     scorer = RankScorer.of(loaded, truncation)
     full, full_answers = scorer.score(loaded.prompt)
     callback.on_note(f"{loaded.name}: full prompt, {full.metric} {full.value:.3f} on {full.n} {scorer.rows_name} rows")
-    cuts = []
+    truncations = []
     for rank in ranks:
         truncated = torch.cat([truncated_svd(part, rank) for part in matrix.chunk(loaded.prompt.num_matrices)])
         score, answers = scorer.score(_with_matrix(loaded.prompt, truncated if start is None else start + truncated))
         loss = drop(METRICS[full.metric], full_answers, answers)
         callback.on_note(f"{loaded.name}: rank {rank} of the {truncation.part}, {score.metric} {score.value:.3f}")
-        cuts.append(TruncatedScore(rank=rank, score=score, drop=loss))
+        truncations.append(TruncatedScore(rank=rank, score=score, drop=loss))
     return FunctionalRank(
         task=scorer.task.name,
         backbone=scorer.prompted.backbone.source,
         part=truncation.part,
         split=scorer.rows_name,
         full=full,
-        cuts=tuple(cuts),
+        truncations=tuple(truncations),
     )
 
 
@@ -131,8 +136,8 @@ def _start(loaded: LoadedPrompt, part: Part) -> Float[Tensor, "prompt dim"] | No
         return None
     if loaded.start is None:
         raise ValueError(
-            f"the update of {loaded.name} cannot be cut, since its initial prompt P0 is not known "
-            f"({loaded.start_missing}); cut the prompt itself with --part prompt"
+            f"the update of {loaded.name} cannot be truncated, since its initial prompt P0 is not known "
+            f"({loaded.start_missing}); truncate the prompt itself with --part prompt"
         )
     return loaded.start
 

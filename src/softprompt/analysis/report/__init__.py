@@ -60,7 +60,7 @@ def report(
     Args:
         folders: runs, or folders that hold runs.
         out: the folder to write; files of an earlier report in it are replaced, and its further plots removed.
-        compare: a row or a method; every other row's difference to it is shown, paired by seed.
+        compare: a row or a method; every other row's difference from it is shown, paired by seed.
         choose: of each method and task show only the settings with the best development score.
         rates_on: the split whose score is plotted by learning rate.
         title: the page's title.
@@ -75,7 +75,7 @@ def report(
         raise ValueError("no folder is given; name runs, or folders that hold runs")
     folder = Path(out).expanduser()
     if (folder / runs.RECORD).exists():
-        raise ValueError(f"{folder} is a run, and a report is not written into one; choose another --out")
+        raise ValueError(f"{folder} is a run, but a report is not written into one; choose another --out")
     results, unread = read(folders)
     groups, duplicates = group(results)
     skipped = (*unread, *duplicates)
@@ -85,17 +85,17 @@ def report(
         raise ValueError(f"there is no finished run in {names}{reason}")
     grid = arrange(groups, choose=choose)
     compared = tuple(differences(grid, compare)) if compare else ()
-    all_tables = [tables.scores(grid), tables.details(grid)]
+    score_tables = [tables.scores(grid), tables.details(grid)]
     further = [
         table
         for table in (tables.distillation(grid), tables.comparison(compared, compare) if compare else None)
         if table is not None
     ]
+    all_tables = [*score_tables, *further]
     plots = _plots(arrange(groups), rates_on)
     from softprompt.analysis.report.page import page
 
-    texts = {"report.html": page(title, grid, all_tables, further, plots, skipped)}
-    all_tables += further
+    texts = {"report.html": page(title, grid, score_tables, further, plots, skipped)}
     texts |= {formats.FORMATS[form][0]: formats.render(form, all_tables, grid) for form in formats.FORMATS}
     all_plots = [plot for _, section in plots for plot in section]
     file_names = [*texts, _VALUES, *(f"{plot.name}.{kind}" for plot in all_plots for kind in ("png", "svg"))]

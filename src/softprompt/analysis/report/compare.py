@@ -19,7 +19,9 @@ class Difference:
     """A row's test score minus the reference row's on one task, as fractions."""
 
     row: str
+    """The row's label."""
     column: str
+    """The task's label."""
     spread: Spread
     """The difference for each seed that both rows have."""
     seeds: tuple[int, ...]
@@ -28,24 +30,24 @@ class Difference:
 
     @property
     def mean(self) -> float | None:
-        """The mean difference; none where no seed was scored on the same rows."""
+        """The mean difference; None where no seed was scored on the same rows."""
         return self.spread.mean if self.seeds else None
 
     @property
     def interval(self) -> Interval | None:
-        """Student's t interval of the mean difference; none for a single seed or without a spread."""
+        """Student's t interval of the mean difference; None for a single seed or without a spread."""
         return self.spread.interval
 
     @property
     def verdict(self) -> str:
-        """`better`, `worse`, `no difference shown`, `one seed`, `no spread` or `other rows`."""
+        """`better`, `worse`, `no significant difference`, `one seed`, `no spread` or `other rows`."""
         if not self.seeds:
             return OTHER_ROWS
         if self.interval is None:
             return "one seed" if len(self.seeds) == 1 else NO_SPREAD
         if self.interval.low > 0:
             return "better"
-        return "worse" if self.interval.high < 0 else "no difference shown"
+        return "worse" if self.interval.high < 0 else "no significant difference"
 
 
 def differences(grid: Grid, reference: str) -> list[Difference]:
@@ -78,7 +80,7 @@ def differences(grid: Grid, reference: str) -> list[Difference]:
 
 
 def _test_rows(result: Result) -> tuple[str, float]:
-    """What tells a run's test rows: the fingerprint of the test split, and how many of its rows were scored."""
+    """What identifies a run's test rows: the fingerprint of the test split, and how many of its rows were scored."""
     return str(result.run.record["data"]["test"]), result.values["n_test"]
 
 
@@ -93,4 +95,4 @@ def _reference_row(grid: Grid, name: str) -> str:
         raise ValueError(
             f"compare is {name!r}, a method with {len(rows)} rows; give one of {', '.join(map(repr, rows))}"
         )
-    raise ValueError(f"compare is {name!r}, which is no row; give one of {', '.join(map(repr, labels))}")
+    raise ValueError(f"compare is {name!r}, which is not a row; give one of {', '.join(map(repr, labels))}")

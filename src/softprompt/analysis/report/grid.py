@@ -84,7 +84,7 @@ def _best(groups: Sequence[Group]) -> list[Group]:
 def _candidates_key(group: Group) -> str:
     """Equal for groups of which `choose` keeps one."""
     conditions = [group.settings[name] for name in CONDITIONS]
-    return json.dumps([group.method, group.task_settings, conditions], sort_keys=True)
+    return _key([group.method, group.task_settings, conditions])
 
 
 def _rank_key(group: Group) -> tuple[float, float]:
@@ -93,16 +93,18 @@ def _rank_key(group: Group) -> tuple[float, float]:
 
 
 def _grid(groups: Sequence[Group], settings: Callable[[Group], Settings], candidates: Sequence[Group]) -> Grid:
-    rows = _distinct((group.method, settings(group)) for group in groups)
-    columns = _distinct(("", group.task_settings) for group in groups)
+    rows_by_key = {_key((group.method, settings(group))): (group.method, settings(group)) for group in groups}
+    columns_by_key = {_key(group.task_settings): group.task_settings for group in groups}
+    rows = list(rows_by_key.values())
     differing = {method: _label_settings(rows, method) for method, _ in rows}
     row_labels = _unique([label(method, row_settings, differing[method]) for method, row_settings in rows])
-    column_labels = _column_labels([task_settings for _, task_settings in columns])
+    column_labels = _column_labels(list(columns_by_key.values()))
+    label_of_row = dict(zip(rows_by_key, row_labels, strict=True))
+    label_of_column = dict(zip(columns_by_key, column_labels, strict=True))
     order = sorted(range(len(rows)), key=lambda index: _sort_key(rows[index]))
     cells, best_settings = {}, {}
     for group in groups:
-        row_index = rows.index((group.method, settings(group)))
-        cell = row_labels[row_index], column_labels[columns.index(("", group.task_settings))]
+        cell = label_of_row[_key((group.method, settings(group)))], label_of_column[_key(group.task_settings)]
         cells[cell] = group
         if candidates:
             best_settings[cell] = _describe_best(group, candidates)
@@ -134,11 +136,16 @@ def _common(rows: Sequence[tuple[str, Settings]]) -> Settings:
 
 
 def _distinct(pairs: Iterable[tuple[str, Settings]]) -> list[tuple[str, Settings]]:
-    return list({json.dumps(pair, sort_keys=True): pair for pair in pairs}.values())
+    return list({_key(pair): pair for pair in pairs}.values())
+
+
+def _key(value: Any) -> str:
+    """Equal for equal settings, which cannot be dictionary keys themselves."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _values(rows: Sequence[tuple[str, Settings]], name: str) -> set[str]:
-    return {json.dumps(settings[name], sort_keys=True) for _, settings in rows if name in settings}
+    return {_key(settings[name]) for _, settings in rows if name in settings}
 
 
 def _differing(rows: Sequence[tuple[str, Settings]]) -> list[str]:

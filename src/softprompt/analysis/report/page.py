@@ -28,7 +28,7 @@ def page(
 
     Args:
         tables: the scores, and every score in detail.
-        further_tables: what stands between them, such as differences to a reference.
+        further_tables: what stands between them, such as differences from a reference.
         plots: by heading.
     """
     # Every text is escaped, since names of runs and error messages are not trusted.

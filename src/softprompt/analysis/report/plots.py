@@ -42,7 +42,7 @@ class Line:
 
 
 def plot_learning(grid: Grid, number: int, column: str) -> Plot | None:
-    """Training loss and development score by step, of the task with this number; none without any curve."""
+    """Training loss and development score by step, of the task with this number; None without any curve."""
     with_curve = [(row, group) for row, group in grid.of_column(column) if all(run.curve for run in group.results)]
     if not with_curve:
         return None
@@ -115,7 +115,7 @@ def plot_sizes(grid: Grid) -> Plot:
 
 
 def plot_rates(grid: Grid, split: Split) -> Plot | None:
-    """The score by learning rate, for tasks where a row was trained with several; none without such a task."""
+    """The score by learning rate, for tasks where a row was trained with several; None without such a task."""
 
     def lines(column: str) -> list[list[Group]]:
         groups = sorted((group for _, group in grid.of_column(column)), key=lambda group: float(group.settings["lr"]))

@@ -75,7 +75,7 @@ class SkippedRun:
 def find(folders: Sequence[str | Path]) -> list[Path]:
     """Every run's folder among `folders` and below them, once, by path; nothing is searched inside a run.
 
-    The folder of a search stands for its trials, unless it or its parent is among `folders`.
+    The folder of a search is returned instead of its trials, unless it or its parent is among `folders`.
 
     Raises:
         FileNotFoundError: one of `folders` does not exist.

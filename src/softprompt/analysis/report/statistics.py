@@ -29,12 +29,12 @@ class Spread:
 
     @property
     def deviation(self) -> float | None:
-        """The sample standard deviation; none for a single seed."""
+        """The sample standard deviation; None for a single seed."""
         return stdev(self.values) if len(self.values) > 1 else None
 
     @property
     def interval(self) -> Interval | None:
-        """Student's t interval of the mean, `mean ± t(0.975, k - 1) s / sqrt(k)`; none without a spread.
+        """Student's t interval of the mean, `mean ± t(0.975, k - 1) s / sqrt(k)`; None without a spread.
 
         A single seed has no spread, and neither have equal scores. With few rows or few seeds equal scores are common,
         and an interval of zero width would claim that no other seed could score anything else.

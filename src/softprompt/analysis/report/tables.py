@@ -74,7 +74,7 @@ def details(grid: Grid) -> Table:
 
 
 def comparison(differences: Sequence[Difference], reference: str) -> Table:
-    """Differences to the reference row, paired by seed."""
+    """Differences from the reference row, paired by seed."""
     rows = [
         (
             difference.column,
@@ -110,7 +110,7 @@ _DISTILLED = {
 
 
 def distillation(grid: Grid) -> Table | None:
-    """Distilled prompts beside their teacher and cheaper ways to have the context; none if no run is a distillation."""
+    """Distilled prompts beside their teacher and cheaper ways to have the context; None if no run is a distillation."""
     rows = []
     for column in grid.columns:
         for row, group in grid.of_column(column):

@@ -80,7 +80,7 @@ def is_supported(model: Any) -> bool:
 _Part = tuple[dict[str, Any], str, Any]
 """The dictionary and the name at which a part of a model was, and the part."""
 _parts: WeakKeyDictionary[Any, tuple[list[_Part], list[_Part]]] = WeakKeyDictionary()
-"""The parts of each supported model that are no linear layers, and its linear layers."""
+"""The parts of each supported model that are not linear layers, and its linear layers."""
 
 
 def is_intact(model: Any, *, linears: bool = True) -> bool:
@@ -131,6 +131,7 @@ def run(
     """The model's logits for packed tokens.
 
     Args:
+        model: one that is supported (`is_supported`) and intact (`is_intact`), else the logits are not the model's.
         positions: the tokens of each row whose logits are returned, counted from the row's first token; -1 is the last
             token of its prompt.
     """

@@ -228,14 +228,14 @@ def check_packable(model: nn.Module, kind: Kind) -> None:
     for name, linear in _linears(model):
         if not _is_product(linear, torch.bfloat16):
             raise ValueError(
-                f"decode_weights is {kind!r}, and {name} is no plain linear layer in bfloat16 (an adapter, or a hook); "
-                "merge the adapter or remove the hook, or leave decode_weights out"
+                f"decode_weights is {kind!r}, but {name} is not a plain linear layer in bfloat16 (an adapter, or a "
+                "hook); merge the adapter or remove the hook, or leave decode_weights out"
             )
         bits = _kind_of(linear, getattr(model, "lm_head", None), kind)
         outputs, inputs = linear.weight.shape
         if inputs % _INPUT_MULTIPLE[bits] or outputs % _OUTPUT_MULTIPLE[bits]:
             raise ValueError(
-                f"decode_weights is {kind!r}, and {name} has {inputs} inputs and {outputs} outputs, which must be "
+                f"decode_weights is {kind!r}, but {name} has {inputs} inputs and {outputs} outputs, which must be "
                 f"multiples of {_INPUT_MULTIPLE[bits]} and {_OUTPUT_MULTIPLE[bits]}; leave it out"
             )
 

@@ -47,9 +47,9 @@ def make_app(
     """The ASGI application over an engine, which it closes at shutdown.
 
     Args:
-        auth: who may send which requests; none: anyone may ask, and prompts cannot be changed.
+        auth: who may send which requests; None: anyone may ask, and prompts cannot be changed.
         metrics: those that the engine's `on_batch` reports to.
-        store: keeps uploaded prompts; none: they are lost with the process.
+        store: keeps uploaded prompts; None: they are lost with the process.
         log_texts: log the texts that users send.
         grace: seconds in which running requests may finish at shutdown.
     """

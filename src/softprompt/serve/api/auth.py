@@ -63,7 +63,7 @@ class AuthConfig:
         """
         if not self.requires_token and not is_loopback(host):
             raise ValueError(
-                f"{host} can be reached from other machines, and there is no token; set SOFTPROMPT_TOKEN or "
+                f"{host} can be reached from other machines, but there is no token; set SOFTPROMPT_TOKEN or "
                 "--token-file, or listen on 127.0.0.1"
             )
 

@@ -36,10 +36,13 @@ class RequestRecord:
     """What is known about an HTTP request when it ends; routes fill it in."""
 
     prompt: str = ""
+    """The name of the prompt that was asked for."""
     rows: int = 0
+    """Rows that were asked for."""
     requests: list[EngineRequest] = field(default_factory=list)
     """Cancelled when the HTTP request ends, however it ends."""
     texts: list[Any] = field(default_factory=list)
+    """The inputs as they were sent, for a log with texts."""
     answers_per_input: int = 1
     """Requests for the same input are neighbors in `requests`."""
 

@@ -74,7 +74,7 @@ class _Choice:
         return "".join([piece async for piece in self.pieces(names)])
 
     def logprobs(self, kind: Kind, names: TokenNames) -> "_Logprobs":
-        """Their formatter."""
+        """The formatter of its log-probabilities."""
         return _Logprobs(self, kind, names, len(self._echoed_text(names)))
 
     @property

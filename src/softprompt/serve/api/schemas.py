@@ -104,7 +104,7 @@ class _GenerationRequest(_Request):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     seed: Annotated[int, Field(ge=-(2**62), le=2**62)] | None = None
-    """Seed of the sampling; none: another one for each request."""
+    """Seed of the sampling; None: another one for each request."""
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     """Answers per input."""
     stop: str | Annotated[list[str], Field(max_length=4, fail_fast=True)] | None = None
@@ -116,7 +116,7 @@ class _GenerationRequest(_Request):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     """Subtracted from the logit of each token that the answer holds already."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    """The same, once for each time."""
+    """Subtracted once per earlier occurrence of the token."""
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "_GenerationRequest":
@@ -127,7 +127,7 @@ class _GenerationRequest(_Request):
     @property
     @abstractmethod
     def num_top_logprobs(self) -> int | None:
-        """Most likely tokens to report with each token's log-probability; none: report nothing."""
+        """Most likely tokens to report with each token's log-probability; None: report nothing."""
 
     def sampling(self, seed: int) -> Sampling:
         """The sampling parameters, with a seed."""
@@ -178,7 +178,7 @@ class CompletionRequest(_GenerationRequest):
 
     @property
     def num_top_logprobs(self) -> int | None:
-        """Most likely tokens to report with each token's log-probability; none: report nothing."""
+        """Most likely tokens to report with each token's log-probability; None: report nothing."""
         return self.logprobs
 
     def inputs(self) -> list[str | list[int] | dict[str, Cell]]:
@@ -262,7 +262,7 @@ class ChatRequest(_GenerationRequest):
 
     @property
     def num_top_logprobs(self) -> int | None:
-        """Most likely tokens to report with each token's log-probability; none: report nothing."""
+        """Most likely tokens to report with each token's log-probability; None: report nothing."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 

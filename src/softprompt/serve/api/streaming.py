@@ -12,7 +12,7 @@ from softprompt.serve.api.middleware import RequestRecord
 from softprompt.serve.engine.base import BaseEngine
 from softprompt.serve.engine.detokenizer import IncrementalDetokenizer
 from softprompt.serve.engine.logits import TokenLogprob
-from softprompt.serve.engine.request import Cancelled, EngineRequest
+from softprompt.serve.engine.request import Cancelled, EngineRequest, GenerateOutput
 
 Result = TypeVar("Result")
 _SLACK = 5.0
@@ -57,6 +57,7 @@ class TextStream:
                 request.cancel()
                 return
         output = request.result(0.0)
+        assert isinstance(output, GenerateOutput)
         if piece := self._detokenizer.end():
             yield piece
         request.length_at_stop = self._detokenizer.count

@@ -26,15 +26,21 @@ class EngineStatus:
     """A snapshot of an engine."""
 
     ready: bool
+    """Whether it accepts requests."""
     prompts: int
+    """Prompts that can be named, without the base model."""
     queued: int
+    """Rows that wait."""
     queued_by_prompt: Mapping[str, int]
+    """The same, by the prompt's name."""
     generating: int
+    """Rows whose text is being generated."""
     max_batch: int
+    """Rows per batch at present, or at the same time."""
 
 
 class BaseEngine(ABC):
-    """Serves prompts over one backbone; any thread may send requests. Where they run is a subclass's.
+    """Serves prompts over one backbone; any thread may send requests. A subclass decides where they run.
 
     Args:
         backbone: for tokens and checks.
@@ -176,7 +182,7 @@ class BaseEngine(ABC):
             rows: the template's columns; a text alone if the template has one column or there is no template. An image
                 is the bytes of its file, or those in base64; never a path.
             labels: for a prompt without a task.
-            timeout: seconds; none: the engine's.
+            timeout: seconds; None: the engine's.
 
         Raises:
             PromptNotFound: no prompt has that name.
@@ -214,7 +220,7 @@ class BaseEngine(ABC):
         Log-probabilities are the model's own, of natural logarithm: before temperature, bias and penalties.
 
         Args:
-            max_new_tokens: none: the prompt's, or fewer where the engine's limit is lower; 0: none, for an input
+            max_new_tokens: None: the prompt's, or fewer where the engine's limit is lower; 0: none, for an input
                 that is only scored.
             on_token: called in the engine's thread with each token; it must not block.
             logprobs: set the request's `logprobs`, each with this many of the most likely tokens.

@@ -55,7 +55,7 @@ def classification(
         raise ValueError("there are no rows; give at least one")
     if backbone.takes_images:
         raise ValueError(
-            f"{display_name(backbone)} takes images, and prompt {entry.name!r} has no image task; serve a run's folder"
+            f"{display_name(backbone)} takes images, but prompt {entry.name!r} has no image task; serve a run's folder"
         )
     if entry.task is None or labels is not None:
         return _with_labels(backbone, entry, rows, labels, max_input_tokens)
@@ -181,7 +181,7 @@ def check_generation(backbone: Backbone, params: GenerateParams) -> None:
     if asked and not model_class(backbone).decoder_only:
         raise InvalidParameter(
             asked[0],
-            f"needs a decoder-only model, and {display_name(backbone)} ({backbone.architecture}) is none; leave it out",
+            f"needs a decoder-only model, but {display_name(backbone)} ({backbone.architecture}) is not; leave it out",
         )
     size = backbone.vocab_size
     if unknown := [token for token in params.logit_bias if not 0 <= token < size]:
@@ -217,7 +217,7 @@ def check_length(backbone: Backbone, entry: PromptEntry, input_tokens: int, answ
     fed = input_tokens + (max(answer_tokens - 1, 0) if architecture.answer_in_sequence else 0)
     if (offsets := entry.prompt.max_input_length) is not None and fed > offsets:
         raise ValueError(
-            f"the input and its answer have {fed} tokens, and prompt {entry.name!r} has offsets for {offsets}; shorten "
+            f"the input and its answer have {fed} tokens, but prompt {entry.name!r} has offsets for {offsets}; shorten "
             "the input or ask for fewer tokens"
         )
 
@@ -240,10 +240,10 @@ def _with_labels(
         params = ClassifyParams(candidates=answer_ids(task, backbone.tokenizer))
     longest = max(map(len, params.candidates))
     if longest > _MAX_LABEL_TOKENS:
-        raise ValueError(f"a label has {longest} tokens, and at most {_MAX_LABEL_TOKENS} are allowed; shorten it")
+        raise ValueError(f"a label has {longest} tokens, but at most {_MAX_LABEL_TOKENS} are allowed; shorten it")
     label_limit = model_class(backbone).max_label_tokens
     if label_limit is not None and longest > label_limit:
-        raise ValueError(f"a label has {longest} tokens, and an encoder's mask holds one; choose shorter labels")
+        raise ValueError(f"a label has {longest} tokens, but an encoder's mask holds one; choose shorter labels")
     inputs = []
     for row in rows:
         if entry.task is not None and not entry.task.messages and not isinstance(row, str):
@@ -262,12 +262,12 @@ def _encode(
     backbone: Backbone, task: Task, rows: Sequence[Mapping[str, Any]], limit: int = _NO_LIMIT
 ) -> list[tuple[int, ...]]:
     """The rows' tokens through the task's template, each truncated to `limit` and with at least one token."""
-    closing = model_class(backbone).appends_eos
+    appends_eos = model_class(backbone).appends_eos
     if task is not _TEXT_TASK:
         for number, row in enumerate(rows, start=1):
             task.check_input(row, f"row {number}")
     with _tokenizer_lock:
-        encoded = encode_rows(task, backbone.tokenizer, rows, limit, closing=closing, answers=False)[0]
+        encoded = encode_rows(task, backbone.tokenizer, rows, limit, appends_eos=appends_eos, answers=False)[0]
     for example in encoded:
         _check_not_empty(example.input_ids)
     return [tuple(example.input_ids) for example in encoded]
@@ -313,4 +313,4 @@ def _check_not_empty(ids: Sequence[int]) -> None:
 
 def _check_input_length(tokens: int, limit: int) -> None:
     if tokens > limit:
-        raise ValueError(f"the input has {tokens} tokens, and at most {limit} are allowed; shorten it")
+        raise ValueError(f"the input has {tokens} tokens, but at most {limit} are allowed; shorten it")

@@ -70,7 +70,7 @@ class CachedDecoder:
     """A frozen decoder that starts and continues rows of any prompts in one pass.
 
     Raises:
-        ValueError: the model gives a row something else beside others than it gives the row alone.
+        ValueError: a row's result depends on the batch's other rows.
     """
 
     def __init__(self, prompted: PromptedModel) -> None:
@@ -118,7 +118,7 @@ class CachedDecoder:
         longest, before = max(len(row.ids) for row in rows), max(row.prefix.length for row in rows)
         width = longest + before + room  # following tokens are fed at this width, prompt and text still apart
         if window is not None and width > window:
-            raise ValueError(f"rows of {width} columns exceed the window of {window}; read fewer")
+            raise ValueError(f"rows of {width} columns exceed the window of {window}; start fewer at once")
         layers = [
             _prefix_layer([row.prefix.layers[number] for row in rows], before, longest + room)
             for number in range(len(rows[0].prefix.layers))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import final
 
 from jaxtyping import Float
 from torch import Tensor
@@ -65,7 +65,7 @@ class GenerateParams:
     stop: tuple[int, ...] = ()
     """Token ids that end the text and are not part of it."""
     logprobs: int | None = None
-    """Report each token's log-probability, and this many of the most likely tokens; none: report nothing."""
+    """Report each token's log-probability, and this many of the most likely tokens; None: report nothing."""
     score_input: bool = False
     """Report the log-probabilities of the input's tokens too."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class GenerateParams:
     presence_penalty: float = 0.0
     """Subtracted from the logit of each token that was generated before."""
     frequency_penalty: float = 0.0
-    """The same, once for each time."""
+    """Subtracted once per earlier occurrence of the token."""
 
     @property
     def adjusts_logits(self) -> bool:
@@ -87,7 +87,8 @@ class ClassifyOutput:
     """The result of a classification."""
 
     scores: tuple[float, ...]
-    """Log-probability of each candidate."""
+    """Natural log-probability of each candidate: over the vocabulary, summed over its tokens, or over a head's
+    classes."""
 
 
 @final
@@ -108,7 +109,7 @@ class EngineRequest:
         entry: the prompt as it is now; replacing or removing the prompt later does not affect this request.
         ids: the row's token ids.
         params: what to compute.
-        timeout: seconds that the request may take; none: unlimited.
+        timeout: seconds that the request may take; None: unlimited.
         on_token: called in the engine's thread with each generated token; it must not block.
         pixels: the image of a row that is an image and has no tokens.
     """
@@ -129,7 +130,7 @@ class EngineRequest:
         self.pixels = pixels
         self.arrived = time.monotonic()
         self.deadline = None if timeout is None else self.arrived + timeout
-        self.future: Future[Any] = Future()
+        self.future: Future[ClassifyOutput | GenerateOutput] = Future()
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         """If asked for: of each of `tokens`, then of the stop token that ended the text."""
@@ -161,7 +162,7 @@ class EngineRequest:
         """Whether it has a result or an error."""
         return self.future.done()
 
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, timeout: float | None = None) -> ClassifyOutput | GenerateOutput:
         """Wait for the `ClassifyOutput` or `GenerateOutput`.
 
         Raises:

@@ -19,7 +19,7 @@ from softprompt.serve.engine.scoring import CausalScorer, GeneralScorer, Scorer
 
 _log = logging.getLogger("softprompt.serve")
 _MAX_CLASSIFY_ON_CPU = 8
-"""Rows per classification batch on a CPU, where larger batches are no faster per row."""
+"""Rows per classification batch on a CPU, where larger batches are not faster per row."""
 _STEPS_UNTIL_GROWTH = 50
 """Successful batches after which a batch size that was halved for want of memory doubles again."""
 
@@ -32,8 +32,11 @@ class BatchStats:
     """One forward pass: its kind, size and duration."""
 
     kind: Kind
+    """What its rows asked for."""
     rows: int
+    """Rows in the pass."""
     seconds: float
+    """How long it took."""
 
 
 @final

@@ -220,7 +220,7 @@ class Scheduler:
         )
 
     def _seconds_until_due(self) -> float | None:
-        """Seconds until the oldest classification has waited long enough; none: until something arrives."""
+        """Seconds until the oldest classification has waited long enough; None: until something arrives."""
         oldest = self._queue.oldest_arrival(ClassifyParams)
         return None if oldest is None else max(oldest + self._limits.max_wait / 1000 - time.monotonic(), 0.0)
 

@@ -168,7 +168,7 @@ class _Heads(nn.Module):
         super().__init__()
         heads = [entry.head for entry in entries if entry.head is not None]
         if len(heads) < len(entries):
-            raise ValueError("this backbone needs each prompt's trained head, and one has none; serve its run's folder")
+            raise ValueError("this backbone needs each prompt's trained head, but one has none; serve its run's folder")
         self.heads = nn.ModuleList(heads)
         self.classes = max(len(entry.candidates) for entry in entries)
 

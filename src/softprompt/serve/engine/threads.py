@@ -11,9 +11,10 @@ Result = TypeVar("Result")
 def call_in_own_thread(function: Callable[[], Result]) -> Result:
     """The result of `function`, or its exception, from a thread that ends with it.
 
-    On a CPU, libgomp gives each thread that computes threads of its own, which last as long as it does. Once there are
-    more of them than cores, all of them sleep between two operations instead of spinning: a token that SmolLM2-135M
-    decodes in 16 ms takes 26 if another thread has computed before. So only the engine's thread may keep its own.
+    On a CPU, libgomp gives each computing thread its own worker threads, which last as long as it does. Once these
+    exceed the cores, all sleep between operations instead of spinning: a token that SmolLM2-135M decodes in 16 ms takes
+    26 ms if another thread has computed before. So the service loads the model and prompts in short-lived threads, and
+    only the engine's thread keeps its workers.
     """
     future: Future[Result] = Future()
 

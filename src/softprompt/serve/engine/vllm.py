@@ -1,4 +1,4 @@
-"""An engine over a vLLM server that runs the backbone: it gets each row as the vectors of its prompt and text."""
+"""An engine over a vLLM server that runs the backbone; rows are sent as embeddings of prompt and text."""
 
 import asyncio
 import logging
@@ -37,9 +37,9 @@ from softprompt.serve.prompts.entry import PromptEntry, base_entry, display_name
 
 _log = logging.getLogger("softprompt.serve")
 _TICK = 0.25
-"""Seconds between two looks at deadlines."""
+"""Seconds between checks of deadlines."""
 _CHECK_SECONDS = 5.0
-"""Seconds between two looks at the server's health."""
+"""Seconds between checks of the server's health."""
 _MAX_TEMPERATURE = 2.0
 """vLLM's own limit."""
 _PREPARE_TIMEOUT = 60.0
@@ -129,7 +129,7 @@ class VllmEngine(BaseEngine):
         """Also has the server run the prompt once: finite values in a file may overflow in the model, for every row."""
         if not entry.prompt.plain:
             raise ValueError(
-                f"prompt {entry.name!r} also changes the input's own embeddings by a rule of its method, and vLLM "
+                f"prompt {entry.name!r} also changes the input's own embeddings by a rule of its method, but vLLM "
                 "takes vectors alone; use --engine local"
             )
         self._check_length(entry, 1, 1)
@@ -316,5 +316,5 @@ def _check_generation(params: GenerateParams) -> None:
         )
     if params.sampling.temperature > _MAX_TEMPERATURE:
         raise InvalidParameter(
-            "temperature", f"is {params.sampling.temperature:g}, and vLLM takes at most {_MAX_TEMPERATURE:g}; lower it"
+            "temperature", f"is {params.sampling.temperature:g}, but vLLM takes at most {_MAX_TEMPERATURE:g}; lower it"
         )

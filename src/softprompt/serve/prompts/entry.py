@@ -36,13 +36,13 @@ class PromptEntry:
     name: str
     prompt: Folded
     source: str
-    """`run`, `peft` or `sent`; `base` without a prompt."""
+    """`run`, `peft` or `upload`; `base` without a prompt."""
     task: Task | None = None
     """What it was trained for, if known."""
     candidates: tuple[tuple[int, ...], ...] = ()
     """In a classification: token ids of each label's words."""
     max_input_tokens: int | None = None
-    """Longest input, as in training; none: the engine's limit."""
+    """Longest input, as in training; None: the engine's limit."""
     max_new_tokens: int = 64
     """Longest answer, unless a request sets another length."""
     head: nn.Module | None = None
@@ -131,7 +131,7 @@ def from_folder(name: str, folder: Path, backbone: Backbone) -> PromptEntry:
         raise ValueError(f"run {folder} is the baseline {run.experiment.baseline} and has no prompt to serve")
     if layout := run.experiment.unusual_layout:
         raise ValueError(
-            f"the prompt of run {folder} is {layout}, and the service needs prompts in front of the text; use "
+            f"the prompt of run {folder} is {layout}, but the service needs prompts in front of the text; use "
             "softprompt predict, or train one with prompt_position=prefix and prompt_attention=full"
         )
     prompted = run.prompted(backbone)
@@ -149,7 +149,7 @@ def from_folder(name: str, folder: Path, backbone: Backbone) -> PromptEntry:
     )
 
 
-def from_prompt(name: str, prompt: SoftPrompt, backbone: Backbone, source: str = "sent") -> PromptEntry:
+def from_prompt(name: str, prompt: SoftPrompt, backbone: Backbone, source: str = "upload") -> PromptEntry:
     """A prompt without a task: it continues texts, and classifies with labels that a request brings.
 
     Raises:

@@ -143,7 +143,7 @@ AXB = register_official(
         files={"test": ("AX-b.jsonl",)},
         preprocess=columns("label", premise="sentence1", hypothesis="sentence2"),
     ),
-    "Diagnostic of linguistic phenomena, for a run of rte: evaluate it with --task axb.",
+    "Diagnostic set of linguistic phenomena: evaluate an rte run with --task axb.",
     _ENTAILMENT_TEMPLATES,
     label="label",
     metrics=("matthews", "accuracy"),
@@ -154,7 +154,7 @@ AXB = register_official(
 AXG = register_official(
     "axg",
     _official("AX-g", "axg", ENTAILMENT, files={"test": ("AX-g.jsonl",)}, preprocess=preprocess_axg),
-    "Diagnostic of gender bias, for a run of rte: evaluate it with --task axg.",
+    "Diagnostic set of gender bias: evaluate an rte run with --task axg.",
     _ENTAILMENT_TEMPLATES,
     label="label",
     metrics=("accuracy", "gender_parity"),

@@ -113,7 +113,7 @@ def _locate(text: str, span: str, index: int) -> tuple[int, int]:
     """The start and end of the occurrence of `span` nearest to word `index` (one validation row is off by one)."""
     starts = [word.start() for word in re.finditer(r"\S+", text)]
     if not 0 <= index < len(starts):
-        raise ValueError(f"the span {span!r} is at word {index}, and its text has {len(starts)} words")
+        raise ValueError(f"the span {span!r} is at word {index}, but its text has {len(starts)} words")
     pattern = r"\s+".join(map(re.escape, span.split()))
     matches = list(re.finditer(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE))
     if not matches:

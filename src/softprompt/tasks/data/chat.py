@@ -70,7 +70,7 @@ def encode_chats(
     rows: Iterable[Mapping[str, Any]],
     max_input_tokens: int,
     *,
-    closing: bool,
+    appends_eos: bool,
     answers: bool,
 ) -> Examples:
     """Tokenize conversations in order: the input is everything before the assistant's last message.
@@ -79,15 +79,15 @@ def encode_chats(
     after that is never generated. A conversation is not truncated.
 
     Args:
-        closing: the backbone reads an input's closing tokens, so it is no decoder.
+        appends_eos: the backbone reads an input's closing tokens, so it is not a decoder.
         answers: read the answers; False: a row may end with any message, and the assistant's last one is not read.
 
     Raises:
         ValueError: no chat template, or one that lays the input out differently once it is answered; a backbone that
-            is no decoder; or a row without an answer, or longer than `max_input_tokens`.
+            is not a decoder; or a row without an answer, or longer than `max_input_tokens`.
     """
-    if closing:
-        raise ValueError(f"task {task.name!r} has chat messages and the backbone is no decoder; use a chat model")
+    if appends_eos:
+        raise ValueError(f"task {task.name!r} has chat messages, but the backbone is not a decoder; use a chat model")
     check_chat_template(tokenizer)
     special = {int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     examples = Examples(row_origin(rows))
@@ -98,7 +98,7 @@ def encode_chats(
         ids = chat_ids(tokenizer, before, where=where)
         if len(ids) > max_input_tokens:
             raise ValueError(
-                f"{where} has {len(ids)} tokens before the answer, and the limit is {max_input_tokens}; raise "
+                f"{where} has {len(ids)} tokens before the answer, but the limit is {max_input_tokens}; raise "
                 "max_input_tokens as far as the backbone allows, or shorten the conversation, which is not truncated"
             )
         answer_ids = _answer_ids(tokenizer, messages, ids, special, where) if answers else ()
@@ -193,7 +193,7 @@ def check_context_layout(
         before = without_answer(task.conversation(rows[example.row], example.where))
         if before[0]["role"] == "system":
             raise ValueError(
-                f"{example.where} has a system message, and the context to distil becomes the system message; take it "
+                f"{example.where} has a system message, but the context to distil becomes the system message; take it "
                 "out of the row, or write it into the context"
             )
         system = {"role": "system", "content": text}

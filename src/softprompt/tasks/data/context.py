@@ -24,15 +24,15 @@ def split_demonstrations(task: Task, rows: Splits, count: int, seed: int) -> Spl
         ValueError: an image or a chat task, or fewer than `count + 1` training rows, as one must be left to train on.
     """
     if task.image:
-        raise ValueError(f"task {task.name!r} has images, and demonstrations are text; leave demonstrations out")
+        raise ValueError(f"task {task.name!r} has images, but demonstrations are text; leave demonstrations out")
     if task.messages:
         raise ValueError(
-            f"task {task.name!r} has chat messages, and demonstrations are rows of a template; leave demonstrations "
+            f"task {task.name!r} has chat messages, but demonstrations are rows of a template; leave demonstrations "
             "out, or write them into a context"
         )
     if count >= len(rows.train):
         raise ValueError(
-            f"demonstrations is {count}, and task {task.name!r} has {len(rows.train)} training rows, of which at least "
+            f"demonstrations is {count}, but task {task.name!r} has {len(rows.train)} training rows, of which at least "
             "one must be left to train on; lower it"
         )
     order = list(range(len(rows.train)))
@@ -60,8 +60,10 @@ def encode_context(tokenizer: Any, text: str) -> tuple[tuple[int, ...], int]:
 
     Control tokens in the context are read as plain text.
     """
-    [example] = encode(_TEXT, tokenizer, [{"context": text + SEPARATOR}], _NO_LIMIT, closing=False, answers=False)[0]
-    [empty] = encode(_TEXT, tokenizer, [{"context": "x"}], _NO_LIMIT, closing=False, answers=False)[0]
+    [example] = encode(_TEXT, tokenizer, [{"context": text + SEPARATOR}], _NO_LIMIT, appends_eos=False, answers=False)[
+        0
+    ]
+    [empty] = encode(_TEXT, tokenizer, [{"context": "x"}], _NO_LIMIT, appends_eos=False, answers=False)[0]
     special = set(getattr(tokenizer, "all_special_ids", ()))
     leading = next((index for index, token in enumerate(empty.input_ids) if token not in special), len(empty.input_ids))
     return example.input_ids, leading

@@ -70,7 +70,7 @@ class Splits:
 
 
 def splits(task: Task, data: str | None = None, protocol: Protocol = "heldout") -> Splits:
-    """Read the task's three splits; those that the source lacks are split off those that it has.
+    """Read the task's three splits; missing splits are cut from existing ones.
 
     A source of `rows` is split into 70, 10 and 20 %, a `validation` split is halved into dev and test (under the
     protocol `paper` it is both), and a missing dev or test is split off train: by whole groups, or whole questions, if
@@ -229,7 +229,7 @@ def check_rows(task: Task, rows: Dataset, origin: str) -> None:
         task.answer(row, where)
         if numeric and not _is_number(gold := task.golds(row, where)[0]):
             raise ValueError(
-                f"{where} has {gold!r} in column {task.target or task.messages!r}, and {', '.join(numeric)} of task "
+                f"{where} has {gold!r} in column {task.target or task.messages!r}, but {', '.join(numeric)} of task "
                 f"{task.name!r} needs a number; write one or leave the row out"
             )
         for column in (task.group, task.question):

@@ -216,7 +216,9 @@ def _content(path: Path, kind: str) -> bytes:
     }
     detected = next((name for magic, name in formats.items() if content.startswith(magic)), "")
     if detected != ("Parquet" if kind == ".parquet" else ""):
-        raise ValueError(f"{path} is called {kind} but holds {detected or 'no Parquet'} data; rename it or convert it")
+        raise ValueError(
+            f"{path} is named {kind} but contains {detected or 'no Parquet'} data; rename it or convert it"
+        )
     return content
 
 

@@ -25,7 +25,7 @@ def encode(
     rows: Iterable[Mapping[str, Any]],
     max_input_tokens: int,
     *,
-    closing: bool = False,
+    appends_eos: bool = False,
     answers: bool = True,
 ) -> tuple[Sequence[Example], int]:
     """Tokenize rows in order; returns the examples and how many of them were truncated.
@@ -44,7 +44,7 @@ def encode(
         tokenizer: a fast tokenizer; for a vision model, its image processor.
         rows: have every column of the template.
         max_input_tokens: the limit of the input, special tokens included; for an image, its side in pixels.
-        closing: keep the special tokens that the tokenizer appends, as encoders expect.
+        appends_eos: keep the special tokens that the tokenizer appends, as encoders expect.
         answers: read the answers; False: rows need not have any.
 
     Raises:
@@ -56,13 +56,13 @@ def encode(
         return encode_pictures(task, tokenizer, rows, max_input_tokens, answers=answers), 0
     _check_fast(tokenizer)
     if task.messages:
-        return encode_chats(task, tokenizer, rows, max_input_tokens, closing=closing, answers=answers), 0
+        return encode_chats(task, tokenizer, rows, max_input_tokens, appends_eos=appends_eos, answers=answers), 0
     label_ids = answer_ids(task, tokenizer) if answers and task.is_classification else ()
     examples, truncated = Examples(row_origin(rows)), 0
     words_end = any(strip_end(word, tokenizer) != word for word in task.answers)
     for chunk in _chunks(task, rows):
         names = [name for *_, name in chunk]
-        inputs = _tokens(tokenizer, [parts for _, parts, _ in chunk], closing, names)
+        inputs = _tokens(tokenizer, [parts for _, parts, _ in chunk], appends_eos, names)
         labels: list[int | None] = [None] * len(chunk)
         targets: Sequence[tuple[int, ...]] = [()] * len(chunk)
         if answers and task.is_classification:
@@ -73,7 +73,7 @@ def encode(
             targets = _targets(task, tokenizer, [row for row, *_ in chunk], names, examples)
         for (row, parts, name), ids, target, label in zip(chunk, inputs, targets, labels, strict=True):
             if len(ids) > max_input_tokens:
-                ids = _truncate(task, tokenizer, parts, max_input_tokens, closing, name)
+                ids = _truncate(task, tokenizer, parts, max_input_tokens, appends_eos, name)
                 truncated += 1
             examples.append(ids, target, label, row_number(row, len(examples)))
     return examples, truncated
@@ -99,7 +99,7 @@ def template_prefix(task: Task, tokenizer: Tokenizer) -> tuple[int, ...]:
     relying on them.
     """
     literals = takewhile(lambda part: not part[0], parse(task.template))
-    return tuple(_tokens(tokenizer, [list(literals)], closing=False)[0][:-1])
+    return tuple(_tokens(tokenizer, [list(literals)], appends_eos=False)[0][:-1])
 
 
 def check_input_kind(task: Task, tokenizer: Tokenizer) -> None:
@@ -111,7 +111,7 @@ def check_input_kind(task: Task, tokenizer: Tokenizer) -> None:
     if bool(task.image) != isinstance(tokenizer, Processor):
         has, reads = ("images", "text") if task.image else ("text", "images")
         raise ValueError(
-            f"task {task.name!r} has {has} and the backbone reads {reads}; choose another task or another backbone"
+            f"task {task.name!r} has {has}, but the backbone reads {reads}; choose another task or another backbone"
         )
 
 
@@ -197,9 +197,9 @@ def _join(parts: Sequence[Part]) -> str:
 
 
 def _tokens(
-    tokenizer: Tokenizer, texts: Sequence[Sequence[Part]], closing: bool, names: Sequence[str] = ()
+    tokenizer: Tokenizer, texts: Sequence[Sequence[Part]], appends_eos: bool, names: Sequence[str] = ()
 ) -> list[list[int]]:
-    """Token ids of each text, with the leading special tokens and, if `closing`, the trailing ones."""
+    """Token ids of each text, with the leading special tokens and, if `appends_eos`, the trailing ones."""
     if not texts:
         return []
     full_texts = [_join(parts) for parts in texts]
@@ -207,18 +207,18 @@ def _tokens(
     encoding = _call(tokenizer, full_texts, names, return_special_tokens_mask=True)
     control, result, suspects = control_tokens(tokenizer), list[list[int]](), list[int]()
     for ids, special, text in zip(encoding["input_ids"], encoding["special_tokens_mask"], full_texts, strict=True):
-        start, end = special.index(0) if 0 in special else len(special), _end(special, closing=False)
+        start, end = special.index(0) if 0 in special else len(special), _end(special, appends_eos=False)
         if control.suspects(ids[start:end], text):
             suspects.append(len(result))
-        result.append(ids if closing else ids[:end])
-    checked = _tokens_with_spans(tokenizer, [texts[i] for i in suspects], closing, [names[i] for i in suspects])
+        result.append(ids if appends_eos else ids[:end])
+    checked = _tokens_with_spans(tokenizer, [texts[i] for i in suspects], appends_eos, [names[i] for i in suspects])
     for index, (ids, _, _) in zip(suspects, checked, strict=True):
         result[index] = ids
     return result
 
 
 def _tokens_with_spans(
-    tokenizer: Tokenizer, texts: Sequence[Sequence[Part]], closing: bool, names: Sequence[str]
+    tokenizer: Tokenizer, texts: Sequence[Sequence[Part]], appends_eos: bool, names: Sequence[str]
 ) -> list[tuple[list[int], list[Span], Sequence[Part]]]:
     """Token ids of each text, their spans, and the parts that the spans refer to; a row's content is read as text."""
     if not texts:
@@ -230,16 +230,16 @@ def _tokens_with_spans(
     for name, parts, (ids, special, spans) in zip(names, texts, rows, strict=True):
         if control.foreign(ids, special, spans, parts):
             ids, special, spans, parts = control.encode(parts, special=True, where=name)
-        end = _end(special, closing=closing)
+        end = _end(special, appends_eos=appends_eos)
         result.append((list(ids[:end]), list(spans[:end]), parts))
     return result
 
 
-def _end(special: Sequence[int], *, closing: bool) -> int:
-    """The number of tokens to keep: all, or without `closing` all but the trailing special tokens."""
+def _end(special: Sequence[int], *, appends_eos: bool) -> int:
+    """The number of tokens to keep: all, or without `appends_eos` all but the trailing special tokens."""
     end = len(special)
     # Stop if only special tokens are left: those of an empty text are all leading ones.
-    while not closing and end and special[end - 1] and 0 in special[:end]:
+    while not appends_eos and end and special[end - 1] and 0 in special[:end]:
         end -= 1
     return end
 
@@ -271,12 +271,12 @@ def _call(tokenizer: Tokenizer, texts: Sequence[str], names: Sequence[str], **mo
 
 
 def _truncate(
-    task: Task, tokenizer: Tokenizer, parts: Sequence[Part], max_input_tokens: int, closing: bool, name: str
+    task: Task, tokenizer: Tokenizer, parts: Sequence[Part], max_input_tokens: int, appends_eos: bool, name: str
 ) -> list[int]:
     """Token ids after cutting the end of the longest field, repeatedly until they fit."""
     parts = list(parts)
     while True:
-        [(ids, spans, encoded_parts)] = _tokens_with_spans(tokenizer, [parts], closing, [name])
+        [(ids, spans, encoded_parts)] = _tokens_with_spans(tokenizer, [parts], appends_eos, [name])
         excess = len(ids) - max_input_tokens
         if excess <= 0:
             return ids

@@ -112,8 +112,8 @@ class Joint(Metric):
     """One score of all rows together; the interval is a bootstrap over rows, or over questions if it is grouped.
 
     It has no width where every resample has the same score, as of answers that are all right: a score of all rows
-    together is no proportion of them (with a rare label, one wrong answer can halve macro F1), so Wilson's interval
-    would be no bound either.
+    together is not a proportion of them (with a rare label, one wrong answer can halve macro F1), so Wilson's interval
+    would not be a bound either.
     """
 
     score: Callable[[Answers], float]
