@@ -9,7 +9,7 @@ positions by column (MPT).
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeGuard, final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int
@@ -176,7 +176,7 @@ class Causal(PromptedModel):
         text, prompts, index = self.text(inputs), inputs.prompts, inputs.prompt_index
         longest = max(len(candidate) for candidate in candidates)
         first = torch.tensor([candidate[0] for candidate in candidates], device=text.ids.device)
-        if longest == 1 and self._can_pack(prompts):
+        if longest == 1 and self._layout_of(prompts) == "packed":
             end = torch.tensor([text.ids.shape[1]], device=text.ids.device)
             logits = self._predicting_logits(text, end, prompts, index)[0][:, 0]
             return logits.float().log_softmax(-1)[:, first]
@@ -253,37 +253,52 @@ class Causal(PromptedModel):
         A token is predicted at the position before it, and a row's first token by its prompt. A column after the text
         is predicted by its last token.
         """
-        is_first = nn.functional.pad(text.is_first_token(), (0, 1))[:, columns]
-        if self._can_pack(prompts):
-            packed = prompts if isinstance(prompts, KVPrefixBatch) else self.prompts_of(prompts)
-            if not isinstance(packed, KVPrefixBatch) and any_deep(packed):
-                packed = self.kv_prefixes(packed)
-            logits = varlen_logits(
-                self, text, columns, packed, index, lambda most: self._check_width(most, most), fused=self._is_fused
-            )
-            if isinstance(packed, KVPrefixBatch):
-                index = checked_index(index, len(packed.mask), text.ids)
-                return packed.with_first_logits(logits, is_first, index), packed.logits is None
-            return logits, not packed
+        if self._layout_of(prompts) == "packed":
+            return self._packed_logits(text, columns, prompts, index)
         prepared, seq = self._resolved(prompts), text.ids.shape[1]
         if isinstance(prepared, PromptEmbeddings):
             state = self._prefill(text, prepared, index, keep=columns - 1 - seq, labels=labels)
             return state.logits, self.prompt_position == "after_bos"  # elsewhere a prompt is before the first token
         state = self._prefill(text, prepared, index, keep=(columns - 1).clamp(min=0) - seq)
-        index = checked_index(index, len(prepared.mask), text.ids)
-        return prepared.with_first_logits(state.logits, is_first, index), prepared.logits is None
+        return self._with_first_logits(state.logits, text, columns, prepared, index)
 
-    def _can_pack(self, prompts: Prompts) -> TypeGuard[Sequence[SoftPrompt] | KVPrefixBatch | None]:
-        if self.layout != "packed":
-            return False
-        if isinstance(prompts, PreparedPrompts):
-            return self._is_fused and isinstance(prompts, KVPrefixBatch)
-        return self._is_fused or not any_deep(self.prompts_of(prompts))
+    def _packed_logits(
+        self, text: Rows, columns: Int[Tensor, " kept"], prompts: Prompts, index: Index
+    ) -> tuple[Float[Tensor, "batch kept vocab"], bool]:
+        """`_predicting_logits` in one pass without padding."""
+        live = None if isinstance(prompts, PreparedPrompts) else self.prompts_of(prompts)
+        prefixes = self.resolve(prompts, KVPrefixBatch) if live is None or any_deep(live) else live
+        logits = varlen_logits(
+            self, text, columns, prefixes, index, lambda most: self._check_width(most, most), fused=self._is_fused
+        )
+        if isinstance(prefixes, KVPrefixBatch):
+            return self._with_first_logits(logits, text, columns, prefixes, index)
+        return logits, not prefixes
+
+    def _with_first_logits(
+        self,
+        logits: Float[Tensor, "batch kept vocab"],
+        text: Rows,
+        columns: Int[Tensor, " kept"],
+        prepared: KVPrefixBatch,
+        index: Index,
+    ) -> tuple[Float[Tensor, "batch kept vocab"], bool]:
+        """`logits` with those of each row's first token from its prompt, and whether its prompt has none."""
+        is_first = nn.functional.pad(text.is_first_token(), (0, 1))[:, columns]
+        index = checked_index(index, len(prepared.mask), text.ids)
+        return prepared.with_first_logits(logits, is_first, index), prepared.logits is None
+
+    def _layout_of(self, prompts: Prompts) -> BatchLayout:
+        """How a pass with `prompts` runs: by `layout`, but keys and values are packed by the fused layers alone."""
+        passed = self.prompts_of(prompts)
+        if self.layout == "inline":
+            return "inline" if passed and not any_deep(passed) else "cached"
+        has_states = isinstance(prompts, PreparedPrompts) or any_deep(passed)
+        return "cached" if has_states and not self._is_fused else self.layout
 
     def _resolved(self, prompts: Prompts) -> KVPrefixBatch | PromptEmbeddings:
-        passed = self.prompts_of(prompts)
-        inline = self.layout == "inline" and len(passed) > 0 and not any_deep(passed)
-        return self.resolve(prompts, PromptEmbeddings) if inline else self.resolve(prompts, KVPrefixBatch)
+        is_inline = self._layout_of(prompts) == "inline"
+        return self.resolve(prompts, PromptEmbeddings) if is_inline else self.resolve(prompts, KVPrefixBatch)
 
     def _prefill(
         self,
