@@ -201,7 +201,7 @@ def test_gradient_is_computed_at_anchor() -> None:
 @pytest.mark.parametrize(
     ("gradient", "said"),
     [
-        (None, "start from the gradient, and there is none"),
+        (None, "gradient initialization needs a shallow prompt"),
         (lambda rows, batches: torch.zeros_like(rows), "is zero"),
         (lambda rows, batches: torch.full_like(rows, torch.inf), "is NaN"),
     ],

@@ -237,7 +237,7 @@ def _text(path: Path, content: bytes) -> str:
 def _csv(path: Path, content: bytes, read: Collection[str] | None, delimiter: str = ",") -> Table:
     text = _text(path, content)
     if _is_json(text):
-        raise ValueError(f"{path} is called {_kind(path)} but holds JSON; rename it to .json or .jsonl")
+        raise ValueError(f"{path} is named {_kind(path)} but contains JSON; rename it to .json or .jsonl")
     if "\0" in text:
         raise ValueError(
             f"line {text[: text.index(chr(0))].count(chr(10)) + 1} of {path} has a zero byte; it is not text"
