@@ -188,14 +188,14 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold an exclusive lock on `folder` during the block.
 
     Raises:
-        RuntimeError: another process holds it.
+        BlockingIOError: another process holds it.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"{folder} is in use by another process; wait for it, or stop it") from None
+            raise BlockingIOError(f"{folder} is in use by another process; wait for it, or stop it") from None
         yield
     finally:
         os.close(handle)

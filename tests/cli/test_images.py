@@ -59,7 +59,7 @@ def test_sweep_is_skipped_until_an_image_changes(swept: Path) -> None:
     failed = call("sweep", swept / "sweep.toml", "--out", swept / "runs", exits=1)["failed"]
     image.write_bytes(before)
     assert len(failed) == 4
-    assert all("have changed since it was trained" in one["problem"] for one in failed)
+    assert all("changed after it was started" in one["problem"] for one in failed)
 
 
 def test_report_has_a_row_per_depth(swept: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,15 @@ def test_rank_with_all_plots(run: Path, tmp_path: Path) -> None:
     assert suggestion["sentence"] in " ".join(called.err.split())
 
 
+def test_values_are_saved_before_a_plot_fails(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("this cannot be drawn")
+
+    monkeypatch.setattr("softprompt.cli.rank.draw_ranks", fail)
+    assert "this cannot be drawn" in call("rank", run, "--out", tmp_path).sentence
+    assert json.loads((tmp_path / "rank.json").read_text())["prompts"]
+
+
 def test_names_are_no_formulas_in_plots(run: Path, tmp_path: Path) -> None:
     """Nor are they left out of a legend for the underscore."""
     shutil.copytree(run, tmp_path / "_a$_$%")
@@ -161,6 +171,8 @@ def test_burstiness_of_a_run_and_its_backbone(run: Path, llama_folder: Path, tmp
         (["--rows", "5"], "do nothing without --functional or --suggest"),
         (["--burstiness", "--suggest"], "--burstiness measures a backbone, not a prompt"),
         (["--burstiness", "--samples", "1"], "samples is 1; a distribution needs at least 2"),
+        (["--samples", "5"], "--samples does nothing without --burstiness"),
+        (["--gradient", "--samples", "5"], "--samples does nothing without --burstiness"),
     ],
 )
 def test_rank_refuses_flags_that_do_not_fit(flags: list[str], sentence: str, run: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,17 @@ def test_gradient_at_start_checkpoints_and_end(runs_of: dict[str, Path], llama_f
     assert result["gradients"][-1]["values"] == pytest.approx(torch.linalg.svdvals(matrix).tolist(), rel=1e-4)
     squares = torch.linalg.svdvals(matrix).square()
     assert result["gradients"][-1]["energy"]["2"] == pytest.approx(float(squares[:2].sum() / squares.sum()), rel=1e-4)
+
+
+def test_gradient_of_a_sharded_run(runs_of: dict[str, Path], tmp_path: Path) -> None:
+    """How the frozen layers were held in memory does not matter to the gradient."""
+    shutil.copytree(runs_of["dpt"], tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "softprompt.json").read_text())
+    record["experiment"]["training"]["shard"] = True
+    (tmp_path / "run" / "softprompt.json").write_text(json.dumps(record))
+    code, result, err = call("rank", tmp_path / "run", "--gradient", "--batches", "1")
+    assert code == 0, err
+    assert [point["at"] for point in result["gradients"]] == ["start", "finished"]
 
 
 def test_gradient_of_a_backbone_at_vocabulary_rows(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_changed_rows_or_task_fail_the_trial(
     assert (code, changed["done"], changed["skipped"]) == (1, [], [])
     for failed_trial in changed["failed"]:
         assert failed_trial["problem"] == (
-            f"the task or the rows of {tmp_path / 'out' / failed_trial['trial']} have changed since it was trained; "
+            f"the task or the rows of {tmp_path / 'out' / failed_trial['trial']} changed after it was started; "
             "move it away, or choose another --out"
         )
     (tmp_path / "task" / name).write_text(before)
@@ -166,6 +166,9 @@ def test_baselines_are_trained_one_by_one(file: Path, tmp_path: Path, sweep: Swe
     [
         (["--concurrent", "0"], "concurrent is 0; it must be at least 1"),
         (["--concurrent", "2", "--executor", "ray"], "concurrent is 2, but Ray runs each trial in its own process"),
+        (["--ray-address", "10.0.0.1:6379"], "ray_address is '10.0.0.1:6379', cpus 1 and gpus 0, which only a Ray"),
+        (["--gpus", "4"], "gpus 4, which only a Ray cluster reads; give --executor ray too, or leave them out"),
+        (["--cpus", "2"], "cpus 2 and gpus 0, which only a Ray cluster reads"),
     ],
 )
 def test_conflicting_flags_are_refused(

@@ -23,7 +23,9 @@ from softprompt import (
 from softprompt.evaluation.evaluate import run_splits
 from softprompt.models.baselines import tune
 from softprompt.models.teacher import Teacher
+from softprompt.runs import build_prompted_model
 from softprompt.tasks.data.tokenize import answer_ids, encode
+from softprompt.tasks.user import load_task
 from softprompt.training.callbacks import NullCallback
 from softprompt.types import Baseline
 
@@ -82,9 +84,22 @@ def test_interrupted_baseline_resumes_to_the_same_bits(
         assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes()
 
 
+def test_lora_starts_from_the_experiments_seed(experiment: Experiment, tiny_backbone: MakeBackbone) -> None:
+    task = load_task(experiment.task)
+
+    def start(seed: int) -> torch.Tensor:
+        asked = experiment.replace(baseline="lora", seed=seed)
+        tuned = build_prompted_model(asked, task, tiny_backbone("llama"), initialize=True).tuned
+        assert tuned is not None
+        return torch.cat([values.flatten() for name, values in tuned.named_parameters() if "lora_A" in name])
+
+    assert torch.equal(start(1), start(1))
+    assert not torch.isclose(start(0), start(1)).any()
+
+
 def test_copy_for_lora_shares_the_frozen_weights(tiny_backbone: MakeBackbone) -> None:
     own = tiny_backbone("llama")
-    copied, tuned = tune(own, "lora")
+    copied, tuned = tune(own, "lora", 0)
     assert tuned is not None
     shared = {parameter.data_ptr() for parameter in own.model.parameters()}
     trained = {parameter.data_ptr() for parameter in tuned.parameters()}

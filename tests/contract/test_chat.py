@@ -231,6 +231,22 @@ def test_written_queries_are_about_parts_of_the_context(
         assert len(self_study._ids(attach(backbone), rows, chat=chat)[0]) <= 256 - 48
 
 
+def test_written_queries_are_about_all_of_a_long_line(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = " ".join(f"rule {number}." for number in range(1000)) + "\n\nthe end\n"
+    parts: list[str] = []
+
+    def answer(model: Any, rows: Any, sampling: Any, *, chat: bool) -> list[str]:
+        parts.extend(row["text"].rsplit("\n\n", 1)[0] for row in rows)
+        return [f"query {len(parts) + index}" for index in range(len(rows))]
+
+    monkeypatch.setattr(self_study, "_continue", answer)
+    self_study.write_queries(attach(backbone), context, 1000, 0, chat=False)
+    read = {number for number in range(1000) if any(f"rule {number}." in part for part in parts)}
+    assert len(read) > 800  # some are cut in two, where a part ends
+    assert max(read) > 990
+    assert any(part.startswith("the end") for part in parts)
+
+
 def test_silent_model_writes_no_queries(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_study, "_continue", lambda model, rows, sampling, *, chat: [" \n"] * len(rows))
     with pytest.raises(ValueError, match="wrote no question about the context; give queries"):

@@ -16,6 +16,7 @@ from softprompt import (
     Interrupted,
     Plain,
     Progress,
+    Run,
     TrainingConfig,
     load_backbone,
     resume,
@@ -24,7 +25,7 @@ from softprompt import (
 from softprompt.analysis.rank import gradient_spectra, load_prompts
 from softprompt.analysis.rank.spectrum import Spectrum
 from softprompt.evaluation.evaluate import read_splits, run_splits
-from softprompt.runs import build_prompt
+from softprompt.runs import build_prompt, text_hash
 from softprompt.sweep.trial import BackboneCache, run_trial
 from softprompt.tasks.user import load_task
 from softprompt.training.callbacks import NullCallback
@@ -60,6 +61,7 @@ def test_divergence_from_the_teacher_falls(experiment: Experiment, backbone: Bac
     assert close["prompt_tokens"] == 6 < close["context_tokens"]
     assert {"context_start", "context_end"} <= set(close)
     assert run.context.count("Ticket:") == 4
+    assert run.record["context_file"] is None
 
 
 def test_teachers_rows_are_not_trained_on(experiment: Experiment) -> None:
@@ -99,6 +101,7 @@ def test_context_of_a_file_comes_before_demonstrations(
     short = experiment.replace(context=str(tmp_path / "context.md"), prompt=DPT(length=6, rank=2))
     run = train(short.replace(training=TrainingConfig(steps=1)), out=tmp_path, backbone=backbone)
     assert run.context.startswith("a b c\n\nTicket:")
+    assert run.record["context_file"] == text_hash("a b c") != run.record["context"]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +109,7 @@ def test_context_of_a_file_comes_before_demonstrations(
     [
         ("", "has no text"),
         ("  \n", "has no text"),
-        ("word " * 400, "positions; shorten it"),
+        ("word " * 400, "leaves a row none of the 256 positions"),
     ],
 )
 def test_unusable_context_is_refused_before_a_folder(
@@ -126,7 +129,7 @@ def test_missing_context_is_refused(experiment: Experiment, backbone: Backbone, 
 @pytest.mark.parametrize("name", ["bert", "vit"])
 def test_model_without_words_is_no_teacher(name: str, tiny_backbone: Callable[[str], Backbone]) -> None:
     with pytest.raises(ValueError, match="does not answer in words"):
-        make_teacher("a b c", tiny_backbone(name), load_task("sentiment"))
+        make_teacher("a b c", tiny_backbone(name), load_task("sentiment"), 16)
 
 
 def test_queries_are_answered_once_and_trained_on(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
@@ -145,6 +148,48 @@ def test_queries_are_answered_once_and_trained_on(experiment: Experiment, backbo
         assert close["teacher"]["score"] == close["teacher"]["agreement"] == 1.0  # float32: it repeats its own answers
     with pytest.raises(ValueError, match="distil takes its context from a file"):
         distil(experiment, tmp_path / "requests.csv", "Ticket: {text}", out=tmp_path, backbone=backbone)
+
+
+@pytest.mark.parametrize("target", ["target", "label"])
+def test_row_that_fits_only_without_the_longest_answer_is_refused(
+    target: str, experiment: Experiment, backbone: Backbone, tmp_path: Path
+) -> None:
+    """At the end the teacher writes up to `max_new_tokens`, and scores the longest label word, after every row."""
+    answers = ["no", "quite certainly yes indeed"] if target == "label" else ["a", "b"]
+    lines = [f"{'x y z ' * (1 + 7 * (n == 0))}{n},{answers[n % 2]}\n" for n in range(40)]
+    (tmp_path / "rows.csv").write_text("q,answer\n" + "".join(lines))
+    text = f'train = "rows.csv"\ntemplate = "Q: {{q}} A:"\n{target} = "answer"\n'
+    (tmp_path / "task.toml").write_text(text + ('metrics = ["exact_match"]\n' if target == "target" else ""))
+    longest = len(backbone.tokenizer(" quite certainly yes indeed").input_ids) - 1 if target == "label" else 16
+    context = tmp_path / "context.md"
+
+    def distilled(tokens: int, name: str) -> Run:
+        context.write_text("a" + " a" * (tokens - 4))  # one token each, between the first one and the empty line
+        settings = TrainingConfig(steps=1, batch_size=4, eval_steps=1, max_new_tokens=16)
+        asked = experiment.replace(
+            task=str(tmp_path / "task.toml"), context=str(context), demonstrations=0, training=settings
+        )
+        return train(asked, out=tmp_path / "runs", name=name, backbone=backbone)
+
+    width = len(backbone.tokenizer(f"Q: {'x y z ' * 8}0 A:").input_ids)
+    room = 256 - longest - width
+    run = distilled(room, "fits")
+    assert run.results is not None
+    assert run.results["distillation"]["context_tokens"] == room
+    message = rf"row 1 of .*rows.csv \(\w+ split\) has {width} tokens, .* leave it {width - 1}"
+    with pytest.raises(ValueError, match=message):
+        distilled(room + 1, "too-long")
+    assert not (tmp_path / "runs" / "too-long").exists()
+
+
+def test_teacher_answers_whole_queries_or_none(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:
+    (tmp_path / "context.md").write_text("a b c d e f " * 14)
+    (tmp_path / "requests.csv").write_text("q\n" + "".join(f"{'x y z ' * (1 + n)}\n" for n in range(24)))
+    settings = TrainingConfig(steps=1, batch_size=4, eval_steps=1, max_new_tokens=64)
+    asked = experiment.replace(context=str(tmp_path / "context.md"), demonstrations=0, training=settings)
+    with pytest.raises(ValueError, match=r"row 10 \(queries\) has 67 tokens"):
+        distil(asked, tmp_path / "requests.csv", "Q: {q} A:", out=tmp_path / "runs", backbone=backbone)
+    assert not list((tmp_path / "runs").glob("*"))
 
 
 def test_settings_without_effect_are_refused(experiment: Experiment, backbone: Backbone, tmp_path: Path) -> None:

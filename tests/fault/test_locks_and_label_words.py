@@ -12,7 +12,7 @@ from softprompt.tasks.data.tokenize import answer_ids
 
 
 def test_folder_lock_is_exclusive(tmp_path: Path) -> None:
-    with files.locked(tmp_path), pytest.raises(RuntimeError, match="another process"), files.locked(tmp_path):
+    with files.locked(tmp_path), pytest.raises(BlockingIOError, match="another process"), files.locked(tmp_path):
         pass
     with files.locked(tmp_path):
         pass

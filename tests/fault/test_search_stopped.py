@@ -88,16 +88,19 @@ def test_stopped_search_gives_the_same_result(
     assert outcome(sweep(file, out=tmp_path)) == outcome(uninterrupted)
 
 
-def test_network_error_fails_no_search_trial(
-    file: Path, uninterrupted: SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", [ConnectionError, ModuleNotFoundError, BlockingIOError])
+def test_error_of_the_environment_fails_no_search_trial(
+    kind: type[Exception], file: Path, uninterrupted: SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail_to_connect(*_: Any) -> None:
-        raise ConnectionError("the hub cannot be reached")
+    """The network, a package that is not installed, a run that another process holds."""
+
+    def fail(*_: Any) -> None:
+        raise kind("no values would do")
 
     with monkeypatch.context() as patch:
-        patch.setattr(search, "start_run", fail_to_connect)
+        patch.setattr(search, "start_run", fail)
         [failed] = sweep(file, out=tmp_path).failed
-    assert failed.problem == "the hub cannot be reached"
+    assert failed.problem == "no values would do"
     assert outcome(sweep(file, out=tmp_path)) == outcome(uninterrupted)
 
 
@@ -113,8 +116,35 @@ def test_search_refuses_changed_rows(file: Path, uninterrupted: SweepResult, tmp
     [study_result] = sweep(own_file, out=out).searches
     [failed] = study_result.trials
     assert (failed.state, study_result.values) == ("failed", None)
-    changed = f"the task or the rows of {out / 'search' / study_result.study} have changed since it was started;"
+    changed = f"the task or the rows of {out / 'search' / study_result.study} changed after it was started;"
     assert failed.problem.startswith(changed)
+
+
+@pytest.mark.parametrize("name", ["context", "init_prompt"])
+def test_search_refuses_another_context_or_initial_prompt(
+    name: str, file: Path, uninterrupted: SweepResult, tmp_path: Path
+) -> None:
+    def write(version: int) -> None:
+        if name == "context":
+            (tmp_path / name).write_text(f"version {version}")
+        else:
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+            shutil.copytree(uninterrupted.searches[0].trials[version].folder, tmp_path / name)
+
+    own_file = tmp_path / "search.toml"
+
+    def trials(count: int) -> SweepResult:
+        lines = file.read_text().replace("trials = 6", f"trials = {count}")
+        own_file.write_text(f'{name} = "{tmp_path / name}"\n' + lines)
+        return sweep(own_file, out=tmp_path / "out")
+
+    write(0)
+    assert not trials(1).failed
+    write(1)
+    [failed] = trials(2).searches[0].trials
+    assert failed.state == "failed"
+    assert failed.problem.startswith(f"the {name} of {tmp_path / 'out' / 'search'}")
+    assert "changed after it was started" in failed.problem
 
 
 def test_lost_ray_worker_has_a_problem() -> None:

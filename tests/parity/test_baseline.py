@@ -39,7 +39,7 @@ def outputs(backbone: Backbone, model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bert", "bert_mlm", "vit", "dinov2"])
 def test_peft_loads_every_lora_weight(kind: str, tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
     own = tiny_backbone(kind)
-    copied, tuned = tune(own, "lora")
+    copied, tuned = tune(own, "lora", 0)
     assert tuned is not None
     for parameter in tuned.parameters():  # B begins as zeros, which change nothing
         parameter += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter)))
@@ -71,7 +71,7 @@ def test_readme_names_files_of_trained_weights(
     own = tiny_backbone(kind)
     experiment = Experiment(backbone=own.source, baseline=baseline)
     run = runs.create(experiment, TASK, own, tmp_path, "it", dict.fromkeys(("splits", "full", "test"), ""))
-    copied, tuned = tune(own, baseline)
+    copied, tuned = tune(own, baseline, 0)
     prompt = experiment.prompt.build(own.host(), torch.Generator()) if baseline == "none" else None
     trained = attach(copied, prompt, head=fresh_head(own, 2, torch.Generator()), tuned=tuned)
     results = {"metric": "accuracy", "best_step": 1, "n_test": 2, "n_dev": 2, "trainable": 3}

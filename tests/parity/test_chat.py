@@ -127,8 +127,8 @@ def test_teacher_reads_the_context_as_system_message(chat_folder: Path, template
     context = "answer <s> with a b and c"
     rows = [{"messages": conversation} for conversation in (SHORT, [*SHORT, says("user", "b"), says("assistant", "c")])]
     examples = encode(TASK, backbone.tokenizer, rows, 500)[0]
-    teacher, student = make_teacher(context, backbone, TASK), attach(backbone)
-    check_after_context(teacher, context, student, TASK, rows, examples, "train")
+    teacher, student = make_teacher(context, backbone, TASK, 16), attach(backbone)
+    check_after_context(teacher, context, TASK, rows, examples, "train split", 16)
     logits, targets = teacher.label_logits(*labeled_batch(student, examples))
     for row, example, found, target in zip(rows, examples, logits, targets, strict=True):
         expected = _answer_logits(backbone, [says("system", context), *row["messages"]], len(example.answer_ids))
@@ -145,7 +145,7 @@ def _answer_logits(backbone: Backbone, messages: Sequence[dict[str, Any]], count
 
 
 def test_cut_contexts_keep_the_system_messages_frame(backbone: Backbone) -> None:
-    teacher = make_teacher("a b c d e f", backbone, TASK)
+    teacher = make_teacher("a b c d e f", backbone, TASK, 16)
     header, text = (
         backbone.tokenizer(part, add_special_tokens=False)["input_ids"] for part in ("<s>system\n", "a b c d e f")
     )

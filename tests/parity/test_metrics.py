@@ -152,6 +152,18 @@ def test_a_bootstrap_is_seeded_and_agrees_with_wilson() -> None:
     assert whole.ci_low < whole.value < whole.ci_high
 
 
+@pytest.mark.parametrize("rare", [2, 8, 20])
+def test_interval_of_macro_f1_contains_it_with_rare_labels(rare: int) -> None:
+    """A resample that happens to lack a label would be scored without the one that is always wrong."""
+    golds = [*range(rare), *[rare] * 20 * rare]
+    constant = Answers(predictions=[rare] * len(golds), golds=golds)
+    metric = METRICS["macro_f1"]
+    low, high = metric.interval(constant, 300, 0)
+    assert low <= metric(constant) <= high < metric(constant) + 0.01
+    right = Answers(predictions=golds, golds=golds)
+    assert metric.interval(right, 300, 0)[1] == metric(right) == 1
+
+
 def test_the_majority_is_scored_by_the_same_metric() -> None:
     golds = [0, 0, 0, 1, 2, 2]
     for majority, best, source in ((2, 0, "scored rows"), (0, 0, "train"), (None, 0, "scored rows")):

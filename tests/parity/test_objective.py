@@ -147,7 +147,7 @@ def test_start_gradient_through_head_is_finite_nonzero(
         task=str(tmp_path if name == "dinov2" else ticket_task), training=TrainingConfig(batch_size=4)
     )
     start = torch.randn(3, backbone.dim, generator=torch.Generator().manual_seed(2))
-    actual = gradient_on(experiment, task, backbone, lambda: read_splits(experiment, task).train)(start, 2)
+    actual = gradient_on(experiment, task, backbone, read_splits(experiment, task).train)(start, 2)
     assert actual.shape == start.shape
     assert bool(actual.isfinite().all())
     assert bool(actual.any())

@@ -42,6 +42,7 @@ from softprompt.analysis.rank import (
 )
 from softprompt.prompts.dept import DePT
 from softprompt.runs import build_prompted_model
+from softprompt.tasks.user import load_task
 
 MakeBackbone = Callable[[str], Backbone]
 
@@ -212,6 +213,34 @@ def test_suggestion_none_if_one_prompt_needs_more() -> None:
     )
 
 
+def test_suggestion_leaves_out_prompts_that_are_ignored() -> None:
+    good = functional({1: (0.8, 1.0), 2: (0.8, 1.0)})
+    lossy = Drop(value=0.0, ci_low=-0.1, ci_high=0.45, p_value=1.0)
+    weak = functional({1: (0.8, 1.0), 2: (0.8, 1.0), 3: (0.8, 1.0)}, low=0.3)
+    weak = dataclasses.replace(weak, full=dataclasses.replace(weak.full, n=7))
+    weak = dataclasses.replace(
+        weak, truncations=tuple(dataclasses.replace(cut, drop=lossy) for cut in weak.truncations)
+    )
+    [one], [both] = suggest_rank([(loaded("a"), good)]), suggest_rank([(loaded("a"), good), (loaded("b"), weak)])
+    assert both.sentence == one.sentence.replace("1 of 1", "1 of 2")
+
+
+def test_suggestion_is_at_most_the_rank_that_a_dpt_was_trained_with() -> None:
+    """Its update has up to twice that rank, and the rank itself suffices for it."""
+    run = Run(Path("a"), Experiment(prompt=DPT(rank=2)), load_task("sentiment"), {})
+    cuts = {rank: (0.8, 1.0 if rank >= 4 else 0.0) for rank in range(5)}
+    update = dataclasses.replace(functional(cuts), part="update")
+    [found] = suggest_rank([(dataclasses.replace(loaded("a"), run=run), update)])
+    assert (found.rank, found.evidence) == (2, {"a": 4})
+    assert found.sentence.startswith("Try --rank 2: ")
+    assert "Cuts of the update needed more, but the rank that a DPT was trained with suffices" in found.sentence
+    [of_prompt] = suggest_rank([(dataclasses.replace(loaded("a"), run=run), functional(cuts))])
+    assert of_prompt.rank == 4  # of the whole prompt, for a DPT without an anchor
+    [of_plain] = suggest_rank([(loaded("a"), update)])
+    assert of_plain.rank == 4
+    assert "trained with" not in of_plain.sentence
+
+
 @pytest.fixture(scope="module")
 def backbone(llama_folder: Path) -> Backbone:
     return load_backbone(str(llama_folder), dtype="float32")
@@ -296,6 +325,21 @@ def test_update_of_anchored_dpt_is_its_factors_product(trained: Callable[[Any], 
         prompt = dataclasses.replace(loaded, prompt=Folded(tensors["anchor"] + truncated))
         assert cut.score == functional_rank(prompt, Truncation(ranks=(8,), split="train", rows=0)).full
     assert len({cut.score.value for cut in cuts}) > 1, "every cut scores the same"
+
+
+def test_start_is_rebuilt_in_the_runs_dtype(
+    llama_folder: Path, ticket_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the update would have the rounding of every embedding in it, and so full rank."""
+    training = TrainingConfig(steps=3, batch_size=4, eval_steps=3)
+    prompt = DPT(length=8, rank=1)
+    asked = Experiment(backbone=str(llama_folder), task=str(ticket_task), prompt=prompt, training=training)
+    monkeypatch.setattr("softprompt.backbones.precision.measured_dtype", lambda device: torch.float32)
+    run = train(asked, out=tmp_path)
+    assert run.record["backbone"]["dtype"] == "float32"
+    monkeypatch.setattr("softprompt.backbones.precision.measured_dtype", lambda device: torch.bfloat16)
+    [measured] = measure(run.folder)
+    assert 1 <= measured.spectra["update"].numerical <= 2
 
 
 def test_history_goes_from_start_to_finished(low_rank: Run, backbone: Backbone) -> None:

@@ -18,7 +18,7 @@ from scipy import stats
 from softprompt import DPT, Plain, TrainingConfig
 from softprompt.analysis.report import Report, formats, report, tables
 from softprompt.analysis.report.compare import differences
-from softprompt.analysis.report.grid import Grid, arrange
+from softprompt.analysis.report.grid import Grid, arrange, best_by
 from softprompt.analysis.report.groups import group
 from softprompt.analysis.report.read import read
 from softprompt.analysis.report.statistics import Spread
@@ -286,6 +286,22 @@ def test_choose_uses_only_development_scores(write: Write, tmp_path: Path) -> No
     cells = {cell["row"]: (cell["test"], cell["best_settings"]) for cell in formats.cells(grid)}
     # Shots are a condition, so both are kept.
     assert cells == {"dpt shots=0": (0.55, "lr=0.01, 1 of 2"), "dpt shots=8": (0.3, "lr=0.1")}
+
+
+def test_choose_passes_over_a_setting_that_lacks_seeds(write: Write, tmp_path: Path) -> None:
+    """Of the higher rate two seeds diverged, and the third was lucky."""
+    for seed, dev in enumerate((0.8, 0.78, 0.82)):
+        write(training=TrainingConfig(steps=6, lr=0.03), dev=dev, seed=seed)
+    write(training=TrainingConfig(steps=6, lr=0.3), dev=0.83)
+    [cell] = formats.cells(make_grid(tmp_path, choose=True))
+    assert cell["best_settings"] == "lr=0.03, 1 of 2 (1 with fewer seeds)"
+
+
+def test_best_of_equals_is_the_smaller_prompt(write: Write, tmp_path: Path) -> None:
+    for rank in (3, 1, 2):
+        write(prompt=DPT(length=6, rank=rank))
+    groups = [group for _, group in make_grid(tmp_path).of_column("rte")]
+    assert [group.settings["rank"] for group in best_by(groups, lambda group: group.method)] == [1]
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=6))

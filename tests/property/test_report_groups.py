@@ -217,11 +217,26 @@ def test_duplicate_run_counts_once(write: Write, tmp_path: Path) -> None:
     assert "early" in skipped.reason
 
 
-@pytest.mark.parametrize("name", ["context", "init_prompt"])
-def test_files_with_other_contents_at_one_path_make_other_rows(name: str, write: Write, tmp_path: Path) -> None:
+def add_to_record(folder: Path, **values: str) -> None:
+    record = json.loads((folder / "softprompt.json").read_text())
+    (folder / "softprompt.json").write_text(json.dumps(record | values))
+
+
+@pytest.mark.parametrize("choose", [False, True])
+@pytest.mark.parametrize(("name", "key"), [("context", "context_file"), ("init_prompt", "init_prompt")])
+def test_files_with_other_contents_at_one_path_make_other_rows(
+    name: str, key: str, choose: bool, write: Write, tmp_path: Path
+) -> None:
     for seed, contents in enumerate(("ab" * 32, "cd" * 32)):
-        folder = write(test=0.5, seed=seed)
-        record = json.loads((folder / "softprompt.json").read_text())
-        record[name] = contents
-        (folder / "softprompt.json").write_text(json.dumps(record))
-    assert sorted(labels(tmp_path)) == [f"dpt {name}_hash=abababab", f"dpt {name}_hash=cdcdcdcd"]
+        add_to_record(write(test=0.5, seed=seed, fields={name: "file"}), **{key: contents})
+    found = sorted(row.label for row in make_grid(tmp_path, choose=choose).rows)
+    assert found == [f"dpt {name}_hash=abababab", f"dpt {name}_hash=cdcdcdcd"]
+
+
+def test_seeds_with_their_own_demonstrations_are_averaged(write: Write, tmp_path: Path) -> None:
+    """The seed draws them, so what is distilled differs as the seeds do."""
+    for seed in range(3):
+        folder = write(test=0.5 + 0.1 * seed, seed=seed, fields={"demonstrations": 2})
+        add_to_record(folder, context=f"{seed}" * 64, context_file="ab" * 32)
+    [cell] = formats.cells(make_grid(tmp_path))
+    assert (cell["seeds"], cell["test"]) == ([0, 1, 2], pytest.approx(0.6))

@@ -66,6 +66,16 @@ def test_plots_of_a_sweep(write: Write, tmp_path: Path) -> None:
     assert ">test accuracy (%)<" in on_test.svg
 
 
+def test_loss_of_distilled_runs_is_named(write: Write, tmp_path: Path) -> None:
+    model = {"kl": 0.1, "agreement": 0.8, "score": 0.85}
+    write(distillation={"context_tokens": 600, "prompt_tokens": 20, "prompt": model})
+    make_report(tmp_path)
+    assert ">divergence from the teacher (nats)<" in (tmp_path / "out" / "learning-1.svg").read_text()
+    write(training=TrainingConfig(steps=6, lr=0.1))
+    make_report(tmp_path)
+    assert ">cross-entropy or divergence from the teacher (nats)<" in (tmp_path / "out" / "learning-1.svg").read_text()
+
+
 def test_no_plot_without_curves_or_with_one_rate(write: Write, tmp_path: Path) -> None:
     (write() / "metrics.jsonl").unlink()
     result = make_report(tmp_path)

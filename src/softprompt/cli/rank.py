@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +27,8 @@ from softprompt.cli.terminal import Terminal, console, show_table
 
 _ENERGY_RANKS = (1, 2, 5, 10, 20, 50)
 """Ranks whose share of a gradient's energy is shown."""
+_Draw = Callable[[Path], list[Path]]
+"""Draws what was measured into a folder, and returns the files."""
 
 
 def rank_(
@@ -63,6 +67,8 @@ def rank_(
         raise ValueError(
             "--burstiness measures a backbone, not a prompt; combine it only with --samples, --backbone, --out"
         )
+    if samples != 1000 and not burstiness_:
+        raise ValueError("--samples does nothing without --burstiness; give it too, or leave it out")
     if gradient:
         if burstiness_ or functional or suggest or truncation != Truncation(task=truncation.task, data=truncation.data):
             raise ValueError("--gradient goes with --task, --data, --length, --batches, --checkpoints and --out alone")
@@ -75,9 +81,9 @@ def rank_(
     if out is not None:
         check_matplotlib()
     if burstiness_:
-        result = _burstiness(source, samples, truncation.backbone, out)
+        result, draw = _burstiness(source, samples, truncation.backbone)
     elif gradient:
-        result = _gradients(source, truncation, length, batches, checkpoints, out)
+        result, draw = _gradients(source, truncation, length, batches, checkpoints)
     else:
         measured = measure(
             source,
@@ -86,9 +92,12 @@ def rank_(
             backbone=truncation.backbone,
             callback=Terminal(),
         )
-        result = _ranks(measured, suggest, out)
+        result, draw = _ranks(measured, suggest), partial(draw_ranks, measured)
     result = {"command": "rank", "source": source, **result}
     if out is not None:
+        # Before the plots too: what was measured at length survives a plot that cannot be drawn.
+        files.write_text(out / "rank.json", json.dumps(result, indent=1))
+        result["pictures"] = [str(path) for path in draw(out)]
         files.write_text(out / "rank.json", json.dumps(result, indent=1))
     return _without(result, "density")  # thousands of bins, only for the file
 
@@ -99,7 +108,7 @@ def _without(values: Any, key: str) -> Any:
     return [_without(value, key) for value in values] if isinstance(values, (list, tuple)) else values
 
 
-def _ranks(measured: list[PromptRanks], suggest: bool, out: Path | None) -> dict[str, Any]:
+def _ranks(measured: list[PromptRanks], suggest: bool) -> dict[str, Any]:
     result: dict[str, Any] = {"prompts": [ranks.to_json() for ranks in measured]}
     show_table([row for ranks in measured for row in _rank_rows(ranks)])
     for ranks in measured:
@@ -118,8 +127,6 @@ def _ranks(measured: list[PromptRanks], suggest: bool, out: Path | None) -> dict
                 f"{suggestion.part} truncated: {suggestion.sentence}"
             )
         result["suggestions"] = [dataclasses.asdict(suggestion) for suggestion in suggestions]
-    if out is not None:
-        result["pictures"] = [str(path) for path in draw_ranks(measured, out)]
     return result
 
 
@@ -171,8 +178,8 @@ def _show_functional(ranks: PromptRanks) -> None:
 
 
 def _gradients(
-    source: str, truncation: Truncation, length: int | None, batches: int, checkpoints: bool, out: Path | None
-) -> dict[str, Any]:
+    source: str, truncation: Truncation, length: int | None, batches: int, checkpoints: bool
+) -> tuple[dict[str, Any], _Draw]:
     points = gradient_spectra(
         source,
         task=truncation.task,
@@ -191,7 +198,7 @@ def _gradients(
         ]
     )
     console.print("share of the gradient's squared norm in its first k directions; with equal directions it is k / of")
-    result: dict[str, Any] = {
+    result = {
         "batches": batches,
         "gradients": [
             {
@@ -204,12 +211,10 @@ def _gradients(
             for point in points
         ],
     }
-    if out is not None:
-        result["pictures"] = [str(path) for path in draw_gradients(points, source, out)]
-    return result
+    return result, partial(draw_gradients, points, source)
 
 
-def _burstiness(source: str, samples: int, run_backbone: str | None, out: Path | None) -> dict[str, Any]:
+def _burstiness(source: str, samples: int, run_backbone: str | None) -> tuple[dict[str, Any], _Draw]:
     path = local_folder(source)
     if (path / runs.RECORD).is_file():
         run = runs.open_run(path)
@@ -231,11 +236,9 @@ def _burstiness(source: str, samples: int, run_backbone: str | None, out: Path |
         ]
     )
     console.print("a Gaussian has kurtosis 3 and 0.27% beyond 3 standard deviations; a Laplacian 6 and 1.44%")
-    result: dict[str, Any] = {
+    result = {
         "backbone": backbone.source,
         "samples": samples,
         "burstiness": dataclasses.asdict(measured),
     }
-    if out is not None:
-        result["pictures"] = [str(path) for path in draw_burstiness(measured, backbone.source, out)]
-    return result
+    return result, partial(draw_burstiness, measured, backbone.source)

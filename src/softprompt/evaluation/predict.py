@@ -232,8 +232,7 @@ def input_limit(prompted: PromptedModel, task: Task, training: TrainingConfig) -
     if task.image:
         return training.image_size or int(prompted.backbone.tokenizer.size)
     limit = training.max_input_tokens or task.max_input_tokens or 512
-    candidates = answer_ids(task, prompted.backbone.tokenizer) if task.is_classification else ()
-    longest_answer = max(map(len, candidates), default=training.max_new_tokens)
+    longest_answer = answer_limit(task, prompted.backbone.tokenizer, training.max_new_tokens)
     if prompted.prompt is not None and (max_input_length := prompted.prompt.max_input_length) is not None:
         input_length = max_input_length - longest_answer if prompted.answer_in_sequence else max_input_length
         if input_length < 1:
@@ -253,6 +252,12 @@ def input_limit(prompted: PromptedModel, task: Task, training: TrainingConfig) -
             f"positions of {prompted.backbone.source}; lower the length or max_new_tokens"
         )
     return min(limit, max_row - prompt_length - answer_length)
+
+
+def answer_limit(task: Task, tokenizer: Any, max_new_tokens: int) -> int:
+    """The most tokens that an answer may have: those of the longest label word, else `max_new_tokens`."""
+    candidates = answer_ids(task, tokenizer) if task.is_classification else ()
+    return max(map(len, candidates), default=max_new_tokens)
 
 
 def over_long_answers(examples: Sequence[Example], max_new_tokens: int) -> int:

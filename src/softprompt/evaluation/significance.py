@@ -64,10 +64,14 @@ def drop(metric: Callable[[Answers], float], before: Answers, after: Answers, se
     members = np.split(np.argsort(units, kind="stable"), np.cumsum(np.bincount(units))[:-1])
     has_questions = before.questions is not None
 
-    def score(predictions: Shaped[np.ndarray, "row"], rows: Int[np.ndarray, "row"], questions: Column) -> float:
-        return metric(
-            Answers(predictions=predictions, golds=golds[rows], questions=questions if has_questions else None)
-        )
+    def score(
+        predictions: Shaped[np.ndarray, "row"],
+        rows: Int[np.ndarray, "row"],
+        questions: Column,
+        sample: Answers | None = None,
+    ) -> float:
+        units_of_rows = questions if has_questions else None
+        return metric(Answers(predictions=predictions, golds=golds[rows], questions=units_of_rows, sample=sample))
 
     def swapped_drop(swap: Float[np.ndarray, "unit"], _: Float[np.ndarray, "unit"]) -> float:
         swapped, rows = swap[units] == 1, np.arange(len(units))
@@ -80,7 +84,7 @@ def drop(metric: Callable[[Answers], float], before: Answers, after: Answers, se
         rows = np.concatenate(parts)
         # A question that is drawn twice counts as two.
         questions = np.repeat(np.arange(count), [len(part) for part in parts])
-        return score(first[rows], rows, questions) - score(second[rows], rows, questions)
+        return score(first[rows], rows, questions, before) - score(second[rows], rows, questions, after)
 
     options = {"n_resamples": RESAMPLES, "batch": _BATCH, "vectorized": False, "rng": np.random.default_rng(seed)}
     # Under the null hypothesis, each unit's pair of answers is exchangeable: 0 is its own order, 1 the swapped one.

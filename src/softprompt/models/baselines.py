@@ -34,10 +34,13 @@ class Tuned(nn.Module):
             self.register_parameter(name.replace(".", "/"), parameter)
 
 
-def tune(backbone: Backbone, baseline: Baseline) -> tuple[Backbone, Tuned | None]:
+def tune(backbone: Backbone, baseline: Baseline, seed: int) -> tuple[Backbone, Tuned | None]:
     """A copy of `backbone` with trainable weights, and those weights; for other baselines `backbone` itself and None.
 
     A copy for LoRA shares the frozen weights with `backbone`, which does not change.
+
+    Args:
+        seed: of LoRA's initial weights.
 
     Raises:
         ModuleNotFoundError: LoRA without the extra `peft`.
@@ -48,7 +51,7 @@ def tune(backbone: Backbone, baseline: Baseline) -> tuple[Backbone, Tuned | None
     frozen = [*backbone.model.parameters(), *backbone.model.buffers()] if baseline == "lora" else []
     model = copy.deepcopy(backbone.model, {id(tensor): tensor for tensor in frozen})
     if baseline == "lora":
-        parameters = _with_lora(model, _VISION_TARGETS if backbone.takes_images else None)
+        parameters = _with_lora(model, _VISION_TARGETS if backbone.takes_images else None, seed)
     else:
         if backbone.dtype is not torch.float32:
             raise ValueError(
@@ -58,13 +61,13 @@ def tune(backbone: Backbone, baseline: Baseline) -> tuple[Backbone, Tuned | None
     return dataclasses.replace(backbone, model=model), Tuned(parameters)
 
 
-def _with_lora(model: Any, targets: list[str] | None) -> dict[str, nn.Parameter]:
+def _with_lora(model: Any, targets: list[str] | None, seed: int) -> dict[str, nn.Parameter]:
     _check_peft()
     from peft import LoraConfig, inject_adapter_in_model
 
-    # PEFT draws A from the global generator; a fixed seed in a fork keeps runs repeatable and that generator's state.
+    # PEFT draws A from the global generator, whose state the fork restores.
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=targets), model)
     parameters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
     for parameter in parameters.values():

@@ -280,6 +280,11 @@ class PromptConfig(ABC):
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.endswith("_rate")}
         return {"prompt": 1.0} | {name.removesuffix("_rate"): rate for name, rate in settings.items()}
 
+    @property
+    def update_rank(self) -> int | None:
+        """The setting that bounds the rank of what training adds to a frozen start; none where no setting does."""
+        return None
+
     @classmethod
     @abstractmethod
     def published(cls) -> "PromptConfig":

@@ -187,6 +187,11 @@ class DPT(PromptConfig):
         left, right = factorize(vectors, self.rank, generator)
         return decomposed(left, right, host.rms, self.scale)
 
+    @property
+    def update_rank(self) -> int | None:
+        """The rank, around an anchor: the update `A B - A0 B0` has up to twice as many directions."""
+        return None if self.anchor == "none" else self.rank
+
     def count(self, dim: int) -> int:
         """`rank * (length + dim)`, with an anchor or without."""
         return self.rank * (self.length + dim)

@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from softprompt.prompts.base import Host, PromptConfig, PromptOnly
-from softprompt.prompts.dpt import DecomposedPrompt, decomposed
 from softprompt.prompts.initialization import Init, check_init, check_scale, initial_matrix
 
 
@@ -42,24 +41,6 @@ class SpectralPrompt(PromptOnly):
         """The number of values above the threshold: a bound on the rank of the prompt."""
         return int((self._positive() > 0).sum())
 
-    def to_dpt(self) -> DecomposedPrompt:
-        """The same prompt as the two factors of a DPT of the rank found, ready to be trained on.
-
-        To keep it in a run, build a prompt of the settings `DPT(anchor="none", length=..., rank=...)` and load this
-        one's state.
-
-        Raises:
-            ValueError: no value is left.
-        """
-        positive = self._positive().detach()
-        alive = positive > 0
-        if not alive.any():
-            raise ValueError("every singular value is off, so there is no rank to keep; train at a lower learning rate")
-        root = positive[alive].sqrt()
-        return decomposed(
-            self.left.detach()[:, alive] * root, root[:, None] * self.right.detach()[alive], float(self.scale)
-        )
-
     def _positive(self) -> Float[Tensor, " rank"]:
         return torch.relu(self.values - self.threshold)
 
@@ -70,11 +51,10 @@ class Spectral(PromptConfig):
     """`P = U diag(ReLU(s)) V`, `k * (length + dim + 1)` parameters with `k = min(length, dim)`.
 
     A pilot for DPT: train it, read its rank (`softprompt rank RUN`), and continue with a DPT of that rank and the same
-    length (`train --init-prompt RUN ... dpt --anchor none --rank R`; in Python `to_dpt()`). ReLU can only switch
-    values off: one that a step carries to zero has no gradient and never recovers. The rank therefore never grows, and
-    part of its fall is the optimizer's noise and not the task; compare the spectrum of `plain` after the same
-    training. For more pressure, set a `threshold`: values start that far above it, and weight decay pulls those that
-    the task does not need below.
+    length (`train --init-prompt RUN ... dpt --anchor none --rank R`). ReLU can only switch values off: one that a step
+    carries to zero has no gradient and never recovers. The rank therefore never grows, and part of its fall is the
+    optimizer's noise and not the task; compare the spectrum of `plain` after the same training. For more pressure, set
+    a `threshold`: values start that far above it, and weight decay pulls those that the task does not need below.
     Reference: the pilot study of Xiao et al. 2023, "Decomposed Prompt Tuning via Low-Rank Reparameterization".
     Differs: the study's code was never published, so the start (the SVD of initial vectors, at full rank) is ours; the
     three factors are kept at unit size and a constant carries the product to the host's embedding RMS (`scale=1`

@@ -29,6 +29,7 @@ def create(
     name: str | None,
     data: Mapping[str, str],
     context: str = "",
+    demonstrations: str = "",
 ) -> Run:
     """Create the folder `out/name` with the experiment's record.
 
@@ -36,6 +37,7 @@ def create(
         name: None: made from task, method and seed, with a number if that is taken.
         data: the fingerprints of the rows, `Splits.fingerprints`.
         context: the text that is distilled; empty: none is.
+        demonstrations: the end of it that was sampled from the training rows.
 
     Raises:
         FileExistsError: `name` is taken.
@@ -44,6 +46,7 @@ def create(
     stem = f"{task.name}-{experiment.method}-{experiment.seed}"
     files.check_name(stem, "run name")
     check_new_run(out, name)
+    from_file = context.removesuffix(demonstrations).rstrip()
     record = {
         "format": FORMAT,
         "hash": experiment.hash,
@@ -51,6 +54,7 @@ def create(
         "task": task.to_json(),
         "data": dict(data),
         "context": text_hash(context) if context else None,
+        "context_file": text_hash(from_file) if from_file else None,
         "init_prompt": init_prompt_hash(experiment),
         "backbone": {
             "base": backbone.base,

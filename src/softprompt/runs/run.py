@@ -211,7 +211,7 @@ def build_prompted_model(
     Raises:
         ValueError: the prompt, its position or the baseline does not fit the backbone.
     """
-    copied, tuned = tune(backbone, experiment.baseline)
+    copied, tuned = tune(backbone, experiment.baseline, experiment.seed)
     generator = torch.Generator().manual_seed(experiment.seed)
     head = fresh_head(backbone, len(task.label_words), generator, experiment.pool)
     if experiment.baseline != "none":

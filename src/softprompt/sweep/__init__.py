@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from softprompt import files
 from softprompt.config import Experiment
 from softprompt.files import one_line
 from softprompt.runs import RECORD
-from softprompt.sweep.executor import Executor, ExecutorName, Job, open_executor
+from softprompt.sweep.executor import Executor, ExecutorName, Job, open_executor, sharing_key
 from softprompt.sweep.plan import Plan, expand, read
 from softprompt.sweep.search import SearchResult, check_optuna, run_search
 from softprompt.sweep.settings import set_values
@@ -90,6 +90,7 @@ def sweep(
     """
     _check_single_process()
     _check_concurrent(concurrent, executor)
+    _check_resources(executor, ray_address, cpus, gpus)
     plan, callback, folder = read(file, data), callback or NullCallback(), Path(out).expanduser().resolve()
     if plan.search:
         check_optuna()
@@ -105,7 +106,7 @@ def sweep(
                 _adopt_runs(search, experiments, folder)
             results: dict[str, TrialResult] = {}
             on_lost = partial(_lost_trial, folder)
-            for result in execute(partial(_trial_job, folder), _by_backbone(experiments), on_lost):
+            for result in execute(partial(_trial_job, folder), sorted(experiments, key=sharing_key), on_lost):
                 results[result.experiment.hash] = result
                 count = f"{len(results)} of {len(experiments)}"
                 callback.on_note(f"trial {count}: {result.name} {result.problem or result.state}")
@@ -147,7 +148,7 @@ def _run_searches(plan: Plan, out: Path, execute: Executor, callback: TrainingCa
     cells = {cell.hash: cell for cell in _cells(plan)}
     job: Job[SearchResult] = partial(_search_job, plan.search, out)
     results: dict[str, SearchResult] = {}
-    for result in execute(job, _by_backbone(cells.values()), partial(_lost_search, plan.search, out)):
+    for result in execute(job, sorted(cells.values(), key=sharing_key), partial(_lost_search, plan.search, out)):
         callback.on_note(f"search {result.study}: {result.values or 'nothing'} with development score {result.dev}")
         results[result.cell.hash] = result
     return tuple(results[name] for name in cells)
@@ -214,11 +215,6 @@ def _adopt_runs(search: SearchResult, experiments: Sequence[Experiment], out: Pa
                 shutil.copytree(trial.folder, draft)
 
 
-def _by_backbone(experiments: Iterable[Experiment]) -> list[Experiment]:
-    """The experiments grouped by backbone, so that each is loaded once, and otherwise in their order."""
-    return sorted(experiments, key=lambda experiment: (experiment.backbone, experiment.backbone_dtype))
-
-
 def _check_single_process() -> None:
     if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise ValueError(
@@ -231,6 +227,13 @@ def _check_concurrent(concurrent: int, executor: ExecutorName) -> None:
         raise ValueError(f"concurrent is {concurrent}; it must be at least 1")
     if concurrent > 1 and executor == "ray":
         raise ValueError(f"concurrent is {concurrent}, but Ray runs each trial in its own process; leave one out")
+
+
+def _check_resources(executor: ExecutorName, ray_address: str | None, cpus: int | float, gpus: int | float) -> None:
+    """Refuse settings of Ray without Ray."""
+    if executor == "local" and (ray_address is not None or (cpus, gpus) != (1, 0)):
+        values = f"ray_address is {ray_address!r}, cpus {cpus:g} and gpus {gpus:g}"
+        raise ValueError(f"{values}, which only a Ray cluster reads; give --executor ray too, or leave them out")
 
 
 def _check_importable(experiments: Sequence[Experiment]) -> None:

@@ -22,7 +22,7 @@ R = TypeVar("R")
 Job = Callable[[Experiment, BackboneCache, TrainingCallback, Differentiate], R]
 """What is done with one experiment; Ray workers import it by name."""
 Executor = Callable[[Job[Any], Sequence[Experiment], Callable[[Experiment, str], Any]], Iterator[Any]]
-"""Runs the job on every experiment and yields the results as they come.
+"""Runs the job on every experiment, sorted by `sharing_key`, and yields the results as they come.
 
 The last argument makes the result of an experiment whose worker died, given the reason.
 """
@@ -69,8 +69,7 @@ def _local_executor(callback: TrainingCallback, concurrent: int) -> Executor:
     cache = BackboneCache()
 
     def execute(job: Job[R], experiments: Sequence[Experiment], on_lost: Callable[[Experiment, str], R]) -> Iterator[R]:
-        ordered = sorted(experiments, key=_sharing_key) if concurrent > 1 else experiments
-        for (*_, is_baseline), group in itertools.groupby(ordered, key=_sharing_key):
+        for (*_, is_baseline), group in itertools.groupby(experiments, key=sharing_key):
             # A baseline has its own copy of the backbone, so baselines are trained one by one.
             count = 1 if is_baseline else concurrent
             jobs = (
@@ -82,8 +81,8 @@ def _local_executor(callback: TrainingCallback, concurrent: int) -> Executor:
     return execute
 
 
-def _sharing_key(experiment: Experiment) -> tuple[str, str, bool]:
-    """Experiments with equal keys may run concurrently."""
+def sharing_key(experiment: Experiment) -> tuple[str, str, bool]:
+    """Experiments with equal keys share a loaded backbone, and may run concurrently."""
     return experiment.backbone, experiment.backbone_dtype, experiment.baseline != "none"
 
 

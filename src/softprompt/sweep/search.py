@@ -13,7 +13,17 @@ from softprompt.files import one_line
 from softprompt.runs import Run
 from softprompt.sweep.settings import set_values
 from softprompt.sweep.space import Range, Search, Space
-from softprompt.sweep.trial import BackboneCache, State, TrialResult, find_run, resume_run, start_run, trial_name
+from softprompt.sweep.trial import (
+    BackboneCache,
+    State,
+    TrialResult,
+    check_contents,
+    contents,
+    find_run,
+    resume_run,
+    start_run,
+    trial_name,
+)
 from softprompt.training.callbacks import Interrupted, Progress, TrainingCallback
 from softprompt.training.step import Differentiate
 
@@ -111,9 +121,9 @@ def run_search(
 
     Raises:
         Interrupted: Ctrl-C; what is done is saved.
-        OSError: files, disk or network failed, independently of the values; the trial is run again next time.
-        RuntimeError: another process is working on this study.
-        ValueError: the study was started on other rows.
+        OSError, ImportError: files, disk, network or an installed package failed, or another process is working on the
+            study or a run, independently of the values; the trial is run again next time.
+        ValueError: the study was started on other rows, another context or another initial prompt.
     """
     check_optuna()
     name = search.study(cell)
@@ -121,9 +131,10 @@ def run_search(
     folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder):
         study = _open_study(folder / JOURNAL, name, search)
-        fingerprint = cache.readable_fingerprint(cell, f"search {name}", callback)
-        if fingerprint is not None:
-            _check_rows(study, folder, fingerprint)
+        now = contents(cell, cache, f"search {name}", callback)
+        check_contents(study.user_attrs, now, folder)
+        for what in sorted(now.keys() - study.user_attrs.keys()):
+            study.set_user_attr(what, now[what])
         run_now: set[int] = set()
         for number in range(search.trials):
             if number < len(study.trials) and study.trials[number].state.is_finished():
@@ -157,15 +168,6 @@ def _open_study(journal: Path, name: str, search: Search) -> Any:
     return optuna.create_study(
         storage=storage, study_name=name, direction="maximize", pruner=pruner, load_if_exists=True
     )
-
-
-def _check_rows(study: Any, folder: Path, fingerprint: str) -> None:
-    if study.user_attrs.get("rows", fingerprint) != fingerprint:
-        raise ValueError(
-            f"the task or the rows of {folder} have changed since it was started; move it away, or choose another --out"
-        )
-    if "rows" not in study.user_attrs:
-        study.set_user_attr("rows", fingerprint)
 
 
 def _repair_journal(journal: Path) -> None:
@@ -209,7 +211,7 @@ def _run_study_trial(
     try:
         experiment = set_values(cell, values)
         run = _finished_run(experiment, folder, cache, pruning_callback, differentiate)
-    except (Interrupted, OSError):
+    except (Interrupted, OSError, ImportError):  # these say nothing about the values
         raise
     except Pruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)

@@ -43,9 +43,11 @@ class Search:
     seed: int = 0
     """Seed of the sampler and of the trials; the chosen values are then trained with the file's own seeds."""
     prune: bool = True
-    """Stop a trial whose development score is below the median of earlier trials at the same step."""
+    """Stop a trial whose best development score so far is below the median score, at the same step, of the trials that
+    were trained to their end."""
     warmup: int = 5
-    """Number of first trials that are never pruned and whose values are sampled at random."""
+    """Number of first trials whose values are sampled at random; none is pruned before as many were trained to their
+    end."""
     space: Space = field(default_factory=dict, hash=False)
     """What is searched."""
 

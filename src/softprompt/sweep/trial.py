@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
@@ -150,42 +151,44 @@ def run_trial(
 
 
 def _check_unchanged(run: Run, cache: BackboneCache, callback: TrainingCallback) -> None:
-    """Check that task, rows, context and initial prompt are still the run's: its hash covers only their paths.
+    """Check that task, rows, context and initial prompt are still the run's: its hash covers only their paths."""
+    recorded = {
+        "rows": _fingerprint(run.task, run.record["data"]["splits"]),
+        "context": run.record.get("context_file"),
+        "init_prompt": run.record.get("init_prompt"),
+    }
+    check_contents(recorded, contents(run.experiment, cache, run.name, callback), run.folder)
+
+
+def contents(experiment: Experiment, cache: BackboneCache, name: str, callback: TrainingCallback) -> dict[str, str]:
+    """The hashes of what an experiment names by paths, as it is now, without what is gone: finished runs stay valid.
+
+    Args:
+        name: of the run or search, for a note about rows that cannot be read.
 
     Raises:
-        ValueError: they have changed.
+        ValueError: the rows do not fit the task, or the context is no text.
     """
-    fingerprint = cache.readable_fingerprint(run.experiment, run.name, callback)
-    if fingerprint is not None and fingerprint != _fingerprint(run.task, run.record["data"]["splits"]):
-        raise ValueError(
-            f"the task or the rows of {run.folder} have changed since it was trained; move it away, or choose another "
-            "--out"
-        )
-    for name, now in (("context", _context_hash(run)), ("init_prompt", _init_prompt_hash(run))):
-        if now is not None and now != run.record.get(name, now):
+    hashes = {"rows": cache.readable_fingerprint(experiment, name, callback)}
+    with suppress(OSError):
+        hashes["context"] = None if experiment.context is None else text_hash(read_context(experiment))
+    with suppress(OSError):
+        hashes["init_prompt"] = init_prompt_hash(experiment)
+    return {what: value for what, value in hashes.items() if value is not None}
+
+
+def check_contents(recorded: Mapping[str, str | None], now: Mapping[str, str], folder: Path) -> None:
+    """Check that the contents are still those that were recorded for `folder`, as far as they were.
+
+    Raises:
+        ValueError: one has changed.
+    """
+    for what, value in now.items():
+        if (recorded.get(what) or value) != value:
+            subject = "task or the rows" if what == "rows" else what
             raise ValueError(
-                f"the {name} of {run.folder} has changed since it was trained; move it away, or choose another --out"
+                f"the {subject} of {folder} changed after it was started; move it away, or choose another --out"
             )
-
-
-def _context_hash(run: Run) -> str | None:
-    """The hash of the run's context as its file and rows are now; None without one, or where it is gone."""
-    if run.experiment.context is None:
-        return None
-    try:
-        count = run.experiment.demonstrations
-        demonstrations = read_splits(run.experiment, run.task).demonstrations if count else ""
-        return text_hash(read_context(run.experiment, demonstrations))
-    except FileNotFoundError:  # finished runs stay valid
-        return None
-
-
-def _init_prompt_hash(run: Run) -> str | None:
-    """The hash of the prompt that the run started from, as it is now; None without one, or where it is gone."""
-    try:
-        return init_prompt_hash(run.experiment)
-    except OSError:
-        return None
 
 
 def start_run(

@@ -8,7 +8,8 @@ from datasets import Dataset
 
 from softprompt.backbones import Backbone
 from softprompt.config import Experiment
-from softprompt.models import PromptedModel, attach, model_class
+from softprompt.evaluation.predict import answer_limit
+from softprompt.models import attach, model_class
 from softprompt.models.teacher import Teacher
 from softprompt.runs import Run
 from softprompt.tasks import Task
@@ -46,15 +47,17 @@ def teacher_of(run: Run, backbone: Backbone) -> Teacher | None:
     Raises:
         ValueError: as `Run.context` and `make_teacher` raise.
     """
-    return make_teacher(run.context, backbone, run.task) if run.context else None
+    if not (context := run.context):
+        return None
+    return make_teacher(context, backbone, run.task, run.experiment.training.max_new_tokens)
 
 
-def make_teacher(context: str, backbone: Backbone, task: Task) -> Teacher:
+def make_teacher(context: str, backbone: Backbone, task: Task, max_new_tokens: int) -> Teacher:
     """The frozen model with `context` in front of each row; in a chat task, as the system message.
 
     Raises:
-        ValueError: a backbone that does not answer in words; a context of control tokens only, or as long as the
-            backbone's positions; in a chat task, a backbone without a chat template that writes system messages.
+        ValueError: a backbone that does not answer in words; a context of control tokens only, or one that leaves no
+            position for a row; in a chat task, a backbone without a chat template that writes system messages.
     """
     if model_class(backbone).needs_head(backbone):
         raise ValueError(
@@ -77,26 +80,37 @@ def make_teacher(context: str, backbone: Backbone, task: Task) -> Teacher:
     else:
         ids, leading = encode_context(tokenizer, context)
         teacher = Teacher(model, ids, leading)
-    if model.max_row is not None and len(ids) >= model.max_row:
+    longest = answer_limit(task, tokenizer, max_new_tokens)
+    if (room := _room_after(teacher, longest)) is not None and room < 1:
         raise ValueError(
-            f"the context has {len(ids)} tokens, but {backbone.source} has {model.max_row} positions; shorten it"
+            f"the context has {len(ids)} tokens and an answer up to {longest}, which leaves a row none of the "
+            f"{model.max_row} positions of {backbone.source}; shorten the context, or lower max_new_tokens"
         )
     return teacher
+
+
+def _room_after(teacher: Teacher, answer_length: int) -> int | None:
+    """The tokens that a row may have after the teacher's context, so that its answer fits too; None: any number."""
+    model = teacher.model
+    if model.max_row is None:
+        return None
+    return model.max_row - len(teacher.context) - (answer_length if model.answer_in_sequence else 0)
 
 
 def check_after_context(
     teacher: Teacher,
     context: str,
-    prompted: PromptedModel,
     task: Task,
     rows: Dataset | Sequence[Mapping[str, Any]],
     examples: Sequence[Example],
     split: str,
+    max_new_tokens: int,
 ) -> None:
-    """Check that rows fit the backbone after the context too, and in a chat task that their tokens stay the same.
+    """Check that rows and their answers fit after the context too, and in a chat that their tokens stay the same.
+
+    The answers are a row's own, and the longest that the teacher writes or scores at the end of the training.
 
     Args:
-        prompted: the model to train.
         rows: what `examples` are made of.
         split: their name in errors.
 
@@ -104,13 +118,14 @@ def check_after_context(
         ValueError: a row that does not fit, or as `check_context_layout` raises.
     """
     if task.messages:
-        check_context_layout(task, prompted.backbone.tokenizer, rows, examples, context)
-    limit, in_row = teacher.model.max_row, prompted.answer_in_sequence
+        check_context_layout(task, teacher.backbone.tokenizer, rows, examples, context)
+    longest = answer_limit(task, teacher.backbone.tokenizer, max_new_tokens)
     for example in examples:
-        length = len(teacher.context) + len(example.input_ids) + (len(example.answer_ids) if in_row else 0)
-        if limit is not None and length > limit:
+        room = _room_after(teacher, max(longest, len(example.answer_ids)))
+        if room is not None and len(example.input_ids) > room:
             raise ValueError(
-                f"{example.where} ({split} split) has {length} positions with the context of "
-                f"{len(teacher.context)} tokens, but {prompted.backbone.source} has {limit}; shorten the context, "
-                "lower max_input_tokens, or leave the row out"
+                f"{example.where} ({split}) has {len(example.input_ids)} tokens, and the context of "
+                f"{len(teacher.context)} tokens and its longest answer leave it {max(room, 0)} of the "
+                f"{teacher.model.max_row} positions of {teacher.backbone.source}; shorten the context, lower "
+                "max_input_tokens or max_new_tokens, or leave the row out"
             )

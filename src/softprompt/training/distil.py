@@ -8,7 +8,7 @@ from typing import Any
 
 from softprompt import files, runs
 from softprompt.backbones import Backbone, load
-from softprompt.config import Experiment
+from softprompt.config import Experiment, TrainingConfig
 from softprompt.evaluation.distillation import answers_of
 from softprompt.models.teacher import Teacher
 from softprompt.runs import Run
@@ -99,14 +99,14 @@ def distil(
     key += ["self-study", self_study, experiment.seed] if self_study else []
     folder = out / f"teacher-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
     if not (folder / "task.toml").is_file():
-        teacher = make_teacher(context, backbone, task)
+        teacher = make_teacher(context, backbone, task, settings.max_new_tokens)
         asked = list(rows)
         if self_study:
             callback.on_stage(f"writing {self_study} queries about the context")
             texts = write_queries(teacher.model, context, self_study, experiment.seed, chat=bool(messages))
             asked += [{task.inputs[0]: [{"role": "user", "content": text}] if messages else text} for text in texts]
         callback.on_stage(f"answering {len(asked)} queries with the context")
-        answers = _answers(teacher, context, task, asked, settings.max_input_tokens, settings.max_new_tokens)
+        answers = _answers(teacher, context, task, asked, settings)
         answered = [_answered(task, row, text) for row, text in zip(asked, answers, strict=True) if text]
         if not answered:
             remedy = (
@@ -161,21 +161,17 @@ def _answers(
     context: str,
     task: Task,
     rows: Sequence[Mapping[str, Any]],
-    max_input_tokens: int,
-    max_new_tokens: int,
+    settings: TrainingConfig,
 ) -> list[str]:
-    """The teacher's greedy answer to each row, in their order."""
-    model = teacher.model
-    room = 512 if model.max_row is None else model.max_row - len(teacher.context) - max_new_tokens
-    if room < 1:
-        raise ValueError(
-            f"the context has {len(teacher.context)} tokens and an answer up to {max_new_tokens}, which leaves no room "
-            f"in the {model.max_row} positions of {teacher.backbone.source}; shorten the context, or lower "
-            "max_new_tokens"
-        )
-    limit = min(room, max_input_tokens or 512)  # as the prompt will be trained on them
+    """The teacher's greedy answer to each row, in their order.
+
+    Raises:
+        ValueError: a row that does not fit after the context: it is never shortened more than for the training.
+    """
+    model, max_new_tokens = teacher.model, settings.max_new_tokens
+    limit = settings.max_input_tokens or 512  # as the prompt will be trained on them
     examples = encode(task, teacher.backbone.tokenizer, rows, limit, appends_eos=model.appends_eos, answers=False)[0]
-    check_after_context(teacher, context, model, task, rows, examples, "queries")
+    check_after_context(teacher, context, task, rows, examples, "queries", max_new_tokens)
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
     texts = [""] * len(examples)
     for start in range(0, len(order), _BATCH):

@@ -1,7 +1,5 @@
 """The mean gradient of the loss at a prompt: where a method may initialize, and what rank analysis examines."""
 
-from collections.abc import Callable
-
 import torch
 from datasets import Dataset
 from jaxtyping import Float
@@ -26,7 +24,7 @@ def gradient_on(
     experiment: Experiment,
     task: Task,
     backbone: Backbone,
-    rows: Callable[[], Dataset] | Dataset,
+    rows: Dataset,
     teacher: Teacher | None = None,
 ) -> Gradient:
     """Return a function that computes the mean gradient of the experiment's loss at a prompt, over its first batches.
@@ -35,7 +33,7 @@ def gradient_on(
     its initialization. Each call tokenizes the rows and costs one forward and backward pass per batch.
 
     Args:
-        rows: the training rows, or a function that reads them.
+        rows: the training rows.
         teacher: of a distillation.
 
     Returns:
@@ -45,11 +43,6 @@ def gradient_on(
 
     def gradient(prompt: Float[Tensor, "length dim"], batches: int) -> Float[Tensor, "length dim"]:
         settings, generator = experiment.training, torch.Generator().manual_seed(experiment.seed)
-        if settings.shard:
-            raise ValueError(
-                "the prompt is to start from the gradient and shard is on, but layers are sharded only after the "
-                "prompt is made; choose another initialization, or leave shard off"
-            )
         leaf = PlainPrompt(prompt.detach().clone(), 1.0).to(backbone.device)
         head = fresh_head(backbone, len(task.label_words), generator, experiment.pool)
         prompted = attach(
@@ -60,7 +53,7 @@ def gradient_on(
             prompt_attention=experiment.prompt_attention,
         )
         objective = Objective(prompted, task, settings, teacher)
-        table = with_answered_turns(task, rows() if callable(rows) else rows)
+        table = with_answered_turns(task, rows)
         limit = input_limit(prompted, task, settings)
         examples = encode(task, backbone.tokenizer, table, limit, appends_eos=prompted.appends_eos)[0]
         order = schedule([len(example.input_ids) for example in examples], settings.batch_size, experiment.seed)

@@ -32,7 +32,9 @@ _ROUNDS = 4
 
 
 def write_queries(model: PromptedModel, context: str, count: int, seed: int, *, chat: bool) -> list[str]:
-    """Up to `count` different queries of one line, each about a part of the context that begins at one of its lines.
+    """Up to `count` different queries of one line, each about a part of the context.
+
+    A part begins at one of its lines; in a line that is longer than a part, also where the part before it ends.
 
     The model reads the part and one of five instructions, and writes what a user might send (sampled, with the seed).
     Instructions come in turn, so that each kind has its share. There are fewer queries if the model repeats itself.
@@ -70,10 +72,10 @@ def _rows(
     model: PromptedModel, context: str, kinds: Sequence[str], draw: random.Random, *, chat: bool
 ) -> list[Mapping[str, Any]]:
     """An instruction after a part of the context, for each kind; the parts are short enough for the model."""
-    starts = [0, *(index + 1 for index, char in enumerate(context) if char == "\n" and context[index + 1 :].strip())]
-    offsets = [draw.choice(starts) for _ in kinds]
-    size = _CHUNK
+    drawn, size = [draw.random() for _ in kinds], _CHUNK
     while size:
+        starts = _starts(context, size)
+        offsets = [starts[int(share * len(starts))] for share in drawn]
         texts = [
             context[start : start + size].strip() + SEPARATOR + kind for start, kind in zip(offsets, kinds, strict=True)
         ]
@@ -88,6 +90,15 @@ def _rows(
         f"{model.backbone.source} has {limit} positions, which leave no room for a question about the context; give "
         "queries"
     )
+
+
+def _starts(context: str, size: int) -> list[int]:
+    """Where a part of `size` characters may begin: at every line, and in a longer line every `size` characters."""
+    starts, line_start = list[int](), 0
+    for line in context.rstrip().split("\n"):
+        starts += range(line_start, line_start + max(len(line), 1), size)
+        line_start += len(line) + 1
+    return starts
 
 
 def _ids(model: PromptedModel, rows: Sequence[Mapping[str, Any]], *, chat: bool) -> list[tuple[int, ...]]:

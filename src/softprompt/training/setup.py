@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NoReturn, final
+
+from datasets import Dataset
 
 from softprompt import runs
 from softprompt.assets.hub import local_folder
@@ -14,7 +16,7 @@ from softprompt.evaluation.predict import input_limit, over_long_note
 from softprompt.models import PromptedModel, attach, verify
 from softprompt.models.peft_folder import read_peft_folder
 from softprompt.models.teacher import Teacher
-from softprompt.runs import Run
+from softprompt.runs import Gradient, Run
 from softprompt.tasks import Task, read_answers
 from softprompt.tasks.data.chat import with_answered_turns
 from softprompt.tasks.data.examples import Example, Examples
@@ -81,8 +83,8 @@ def new_run(experiment: Experiment, backbone: Backbone | None, callback: Trainin
             "the text's own first token (--prompt-position after_bos)"
         )
     context = read_context(experiment, rows.demonstrations)
-    teacher = make_teacher(context, backbone, task) if context else None
-    gradient = gradient_on(experiment, task, backbone, rows.train, teacher)
+    teacher = make_teacher(context, backbone, task, experiment.training.max_new_tokens) if context else None
+    gradient = _start_gradient(experiment, task, backbone, rows.train, teacher)
     prompted = runs.build_prompted_model(experiment, task, backbone, initialize=True, gradient=gradient)
     check_trainable(experiment, prompted)
     if experiment.init_prompt is not None and prompted.prompt is not None:
@@ -133,11 +135,25 @@ def resume_run(run: Run, backbone: Backbone | str | Path | None, callback: Train
     backbone = with_sample_images(backbone, experiment, run.task, rows)
     context = run.context
     teacher = teacher_of(run, backbone)
-    gradient = gradient_on(experiment, run.task, backbone, rows.train, teacher)
+    gradient = _start_gradient(experiment, run.task, backbone, rows.train, teacher)
     prompted = runs.build_prompted_model(experiment, run.task, backbone, initialize=is_new, gradient=gradient)
     if experiment.training.shard:
         check_shardable(experiment, prompted)
     return _encode_rows(experiment, run.task, rows, backbone, prompted, callback, teacher, context)
+
+
+def _start_gradient(
+    experiment: Experiment, task: Task, backbone: Backbone, rows: Dataset, teacher: Teacher | None
+) -> Gradient:
+    """The gradient for a prompt that starts from it; it raises where the layers will be sharded."""
+
+    def refuse(*_: Any) -> NoReturn:
+        raise ValueError(
+            "the prompt is to start from the gradient and shard is on, but layers are sharded only after the prompt is "
+            "made; choose another initialization, or leave shard off"
+        )
+
+    return refuse if experiment.training.shard else gradient_on(experiment, task, backbone, rows, teacher)
 
 
 def shard_backbone(setup: TrainingSetup, processes: DistributedGroup, callback: TrainingCallback) -> TrainingSetup:
@@ -207,7 +223,7 @@ def _encode_rows(
         if task.messages:
             _check_ends(prompted, sampled)
         if teacher is not None:
-            check_after_context(teacher, context, prompted, task, table, sampled, split)
+            check_after_context(teacher, context, task, table, sampled, f"{split} split", settings.max_new_tokens)
         if split != "train":
             _check_scorable(task, table, sampled, backbone.tokenizer)
         return sampled

@@ -67,8 +67,11 @@ def train(
     setup = processes.main_process_first(lambda: new_run(experiment, backbone, main_callback))
     processes.check_equal("the rows", setup.rows.fingerprint)
     processes.check_equal("the weights", setup.backbone.hash)
+    rows, context = setup.rows, setup.context
     run = processes.from_main(
-        lambda: runs.create(experiment, setup.task, setup.backbone, out, name, setup.rows.fingerprints, setup.context)
+        lambda: runs.create(
+            experiment, setup.task, setup.backbone, out, name, rows.fingerprints, context, rows.demonstrations
+        )
     )
     return _train_to_end(run, setup, processes, main_callback, log_with, differentiate, is_new=True)
 

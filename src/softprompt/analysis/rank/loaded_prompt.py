@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import final
 
@@ -117,7 +117,7 @@ def load_prompts(
         if reason := _why_no_prompt(run):
             raise ValueError(f"run {path} {reason}; give a finished run of a prompt method")
         callback.on_stage(f"loading {run.experiment.backbone}")
-        yield _of_run(run, run.load_backbone(backbone), checkpoints)
+        yield _of_run(run, _load_backbone(run, backbone), checkpoints)
     elif is_peft_folder(path):
         if checkpoints:
             raise ValueError(f"{path} is a PEFT folder and has no checkpoints; leave --checkpoints out, or give a run")
@@ -129,7 +129,7 @@ def load_prompts(
 def _of_folder(
     path: Path, checkpoints: bool, backbone: str | None, callback: TrainingCallback
 ) -> Iterator[LoadedPrompt]:
-    cache: dict[tuple[str, str, str], Backbone] = {}
+    cache: dict[tuple[str, str], Backbone] = {}
     count = 0
     for folder in runs.run_folders(path):
         try:
@@ -140,11 +140,11 @@ def _of_folder(
         if reason := _why_no_prompt(run):
             callback.on_note(f"{run.name} {reason} and is left out")
             continue
-        key = (run.experiment.backbone, run.experiment.backbone_dtype, run.record["backbone"]["dtype"])
+        key = (run.experiment.backbone, run.record["backbone"]["dtype"])
         if key not in cache:
             cache.clear()  # one backbone in memory at a time: the runs may have many
             callback.on_stage(f"loading {run.experiment.backbone}")
-            cache[key] = run.load_backbone(backbone)
+            cache[key] = _load_backbone(run, backbone)
         count += 1
         yield _of_run(run, cache[key], checkpoints)
     if not count:
@@ -152,6 +152,12 @@ def _of_folder(
             f"{path} is neither a run ({runs.RECORD}), a PEFT folder ({WEIGHTS}) nor a folder with finished runs of a "
             "prompt method; see softprompt list runs"
         )
+
+
+def _load_backbone(run: Run, source: str | None) -> Backbone:
+    """The run's backbone in the run's dtype, whatever `auto` means here: P0 may consist of its embeddings."""
+    dtype = run.record["backbone"]["dtype"]
+    return replace(run, experiment=run.experiment.replace(dtype=dtype)).load_backbone(source)
 
 
 def _why_no_prompt(run: Run) -> str:

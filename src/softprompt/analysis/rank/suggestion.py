@@ -37,8 +37,9 @@ def suggest_rank(scored: Sequence[Scored]) -> list[Suggestion]:
     """For each task, backbone, method, size and part: the largest `FunctionalRank.rank_by_significance` of its prompts.
 
     The largest over seeds, since the rank must suffice for the seed that needs most; at least 1, and never more than
-    the prompt's shape allows. A prompt that does not beat the majority answer is ignored. Where one does beat it and
-    loses at every rank that was tried, no rank is suggested.
+    the prompt's shape allows. The update of a DPT has up to twice its rank, and yet that rank suffices for it, so no
+    more is suggested. A prompt that does not beat the majority answer is ignored. Where one does beat it and loses at
+    every rank that was tried, no rank is suggested.
     """
     groups: dict[tuple[str, str, str, int, int, Part], list[Scored]] = {}
     for loaded, functional in scored:
@@ -56,14 +57,15 @@ def _suggestion(
         loaded.name: functional.rank_by_significance if functional.above_majority else None
         for loaded, functional in members
     }
-    needed = [max(rank, 1) for rank in evidence.values() if rank is not None]
-    insufficient = [
-        loaded.name
-        for loaded, functional in members
-        if functional.above_majority and functional.rank_by_significance is None
+    counted = [(loaded, functional) for loaded, functional in members if functional.above_majority]
+    needed = [
+        min(max(functional.rank_by_significance, 1), _most(loaded, part))
+        for loaded, functional in counted
+        if functional.rank_by_significance is not None
     ]
+    insufficient = [loaded.name for loaded, functional in counted if functional.rank_by_significance is None]
     # A prompt that loses at every rank tried needs a larger one than all the others.
-    rank = min(max(needed), *(loaded.max_rank for loaded, _ in members)) if needed and not insufficient else None
+    rank = max(needed) if needed and not insufficient else None
     return Suggestion(
         rank=rank,
         task=task,
@@ -73,8 +75,14 @@ def _suggestion(
         num_matrices=num_matrices,
         part=part,
         evidence=evidence,
-        sentence=_too_small(insufficient, members) if insufficient else _sentence(rank, len(needed), members),
+        sentence=_too_small(insufficient, counted) if insufficient else _sentence(rank, members, counted),
     )
+
+
+def _most(loaded: LoadedPrompt, part: Part) -> int:
+    """The rank that a DPT with an anchor was trained with, for its update; else the largest of the prompt's shape."""
+    update_rank = loaded.run.experiment.prompt.update_rank if loaded.run and part == "update" else None
+    return loaded.max_rank if update_rank is None else update_rank
 
 
 def _too_small(names: Sequence[str], members: Sequence[Scored]) -> str:
@@ -86,15 +94,15 @@ def _too_small(names: Sequence[str], members: Sequence[Scored]) -> str:
     )
 
 
-def _sentence(rank: int | None, count: int, members: Sequence[Scored]) -> str:
-    split, part, total = members[0][1].split, members[0][1].part, len(members)
+def _sentence(rank: int | None, members: Sequence[Scored], counted: Sequence[Scored]) -> str:
+    split, part, total, count = members[0][1].split, members[0][1].part, len(members), len(counted)
     if rank is None:
         return (
             f"No rank can be suggested: none of {total} prompts beats the majority answer on its {split} rows; "
             "train longer, or score more rows."
         )
-    rows = min(functional.full.n for _, functional in members)
-    truncations = [truncated for _, functional in members for truncated in functional.truncations]
+    rows = min(functional.full.n for _, functional in counted)
+    truncations = [truncated for _, functional in counted for truncated in functional.truncations]
     largest_tried = max(truncated.rank for truncated in truncations)
     losses = [truncated.drop.ci_high for truncated in truncations if truncated.rank == rank]
     flags = f"--rank {rank}" if part == "update" else f"--anchor none --rank {rank}"
@@ -104,6 +112,8 @@ def _sentence(rank: int | None, count: int, members: Sequence[Scored]) -> str:
     )
     if losses:
         sentence += f" At that rank a loss of up to {max(0.0, *losses):.3f} is not ruled out."
+    if any((functional.rank_by_significance or 0) > _most(loaded, part) for loaded, functional in counted):
+        sentence += f" Truncations of the {part} needed more, but the rank that a DPT was trained with suffices for it."
     if rank == largest_tried:
         sentence += " No larger rank was tried: more might help; train with the method plain, and truncate that."
     if count < 3:

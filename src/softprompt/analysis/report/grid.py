@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, final
 
-from softprompt.analysis.report.groups import SETTING_FIELDS, Group, Settings
+from softprompt.analysis.report.groups import CONTENTS, SETTING_FIELDS, Group, Settings
 from softprompt.analysis.report.read import printable
 from softprompt.prompts import PromptConfig
 
@@ -60,36 +60,42 @@ def arrange(groups: Sequence[Group], *, choose: bool = False) -> Grid:
     """Arrange groups in rows and columns, with labels that name what differs.
 
     Args:
-        choose: of groups that differ only in settings of the training or the method, keep for each task the one with
-            the best mean development score. Groups that differ in CONDITIONS, such as backbone or shots, are all kept.
+        choose: of groups that differ only in settings of the training or the method, keep for each task the one that
+            `best_by` names. Groups that differ in CONDITIONS, such as backbone or shots, are all kept.
     """
     if choose:
-        return _grid(_best(groups), lambda group: {name: group.settings[name] for name in CONDITIONS}, groups)
+        return _grid(
+            best_by(groups, _candidates_key), lambda group: {name: group.settings[name] for name in CONDITIONS}, groups
+        )
     return _grid(groups, lambda group: group.settings, ())
 
 
-CONDITIONS = ("backbone", "weights", "dtype", "shots", "shots_balanced", *SETTING_FIELDS)
+CONDITIONS = ("backbone", "weights", "dtype", "shots", "shots_balanced", *SETTING_FIELDS, *CONTENTS)
 """Settings under which methods are compared, so `choose` never selects among them."""
 
 
-def _best(groups: Sequence[Group]) -> list[Group]:
-    best: dict[str, Group] = {}
+_HASHED = {"weights": "backbone", "context_hash": "context", "init_prompt_hash": "init_prompt"}
+"""Settings that are hashes of what another one names."""
+
+
+def best_by(groups: Sequence[Group], key: Callable[[Group], Any]) -> list[Group]:
+    """Of the groups with an equal key the one with the best mean development score; among equals the smaller prompt.
+
+    Only those with the most seeds can be it: a setting whose other seeds diverged has no mean to compare.
+    """
+
+    def rank(group: Group) -> tuple[int, float, float]:
+        return len(group.seeds), group.spread("dev").mean, -group.spread("trainable").mean
+
+    by_key: dict[str, list[Group]] = {}
     for group in groups:
-        key = _candidates_key(group)
-        if key not in best or _rank_key(group) > _rank_key(best[key]):
-            best[key] = group
-    return list(best.values())
+        by_key.setdefault(json.dumps(key(group), sort_keys=True), []).append(group)
+    return [max(candidates, key=rank) for candidates in by_key.values()]
 
 
-def _candidates_key(group: Group) -> str:
+def _candidates_key(group: Group) -> list[Any]:
     """Equal for groups of which `choose` keeps one."""
-    conditions = [group.settings[name] for name in CONDITIONS]
-    return _key([group.method, group.task_settings, conditions])
-
-
-def _rank_key(group: Group) -> tuple[float, float]:
-    """The development score; among equals the smaller prompt."""
-    return group.spread("dev").mean, -group.spread("trainable").mean
+    return [group.method, group.task_settings, [group.settings[name] for name in CONDITIONS]]
 
 
 def _grid(groups: Sequence[Group], settings: Callable[[Group], Settings], candidates: Sequence[Group]) -> Grid:
@@ -119,11 +125,13 @@ def _grid(groups: Sequence[Group], settings: Callable[[Group], Settings], candid
 
 
 def _describe_best(best: Group, candidates: Sequence[Group]) -> str:
-    """The settings that differ anywhere in its method, and the number of candidates."""
+    """The settings that differ anywhere in its method, the number of candidates, and those with fewer seeds."""
     tried = _distinct((other.method, other.settings) for other in candidates if other.method == best.method)
     names = [name for name in _differing(tried) if name not in CONDITIONS]
-    count = sum(_candidates_key(other) == _candidates_key(best) for other in candidates)
-    return f"{_in_words(best.settings, names)}{f', 1 of {count}' if count > 1 else ''}"
+    rivals = [other for other in candidates if _candidates_key(other) == _candidates_key(best)]
+    fewer = sum(len(other.seeds) < len(best.seeds) for other in rivals)
+    count = f", 1 of {len(rivals)}" if len(rivals) > 1 else ""
+    return f"{_in_words(best.settings, names)}{count}{f' ({fewer} with fewer seeds)' if fewer else ''}"
 
 
 def _common(rows: Sequence[tuple[str, Settings]]) -> Settings:
@@ -150,9 +158,9 @@ def _values(rows: Sequence[tuple[str, Settings]], name: str) -> set[str]:
 
 def _differing(rows: Sequence[tuple[str, Settings]]) -> list[str]:
     names = dict.fromkeys(name for _, settings in rows for name in settings)
-    # The hash of the weights adds something only where one backbone name has several weights.
-    one_hash_per_name = len(_values(rows, "backbone")) == len(_values(rows, "weights"))
-    return [name for name in names if len(_values(rows, name)) > 1 and not (one_hash_per_name and name == "weights")]
+    counts = {name: len(_values(rows, name)) for name in names}
+    # A hash adds something only where one name has several contents.
+    return [name for name in names if counts[name] > 1 and counts[name] != counts.get(_HASHED.get(name, ""))]
 
 
 def _label_settings(rows: Sequence[tuple[str, Settings]], method: str) -> list[str]:

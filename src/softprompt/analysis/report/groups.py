@@ -132,10 +132,14 @@ def _settings(result: Result) -> dict[str, Any]:
     }
 
 
-def _contents(run: Run) -> dict[str, str]:
-    """What the files were that settings name by their path: runs from other contents are never averaged."""
-    names = {"context": "context_hash", "init_prompt": "init_prompt_hash"}
-    return {setting: str(run.record[name])[:8] for name, setting in names.items() if run.record.get(name)}
+CONTENTS = {"context_hash": "context_file", "init_prompt_hash": "init_prompt"}
+"""Settings that say what a file was that another one names by its path, each with its key in a run's record."""
+
+
+def _contents(run: Run) -> dict[str, str | None]:
+    """Runs from other contents of a file are never averaged; demonstrations follow from the rows and the seed."""
+    hashes = {setting: run.record.get(name) for setting, name in CONTENTS.items()}
+    return {setting: None if value is None else str(value)[:8] for setting, value in hashes.items()}
 
 
 _WORDING_FIELDS = ("template", "messages", "assistant_turns", "image", "label", "label_words", "target", "metrics")

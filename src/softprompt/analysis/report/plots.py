@@ -8,7 +8,7 @@ from typing import Any, Literal, final
 
 from matplotlib.figure import Figure
 
-from softprompt.analysis.report.grid import CONDITIONS, Grid, Row, label
+from softprompt.analysis.report.grid import CONDITIONS, Grid, Row, best_by, label
 from softprompt.analysis.report.groups import Group, method_settings
 from softprompt.analysis.report.learning_curves import Curve, development_curve, loss_curve, smoothing_window
 from softprompt.analysis.report.plot_style import (
@@ -46,7 +46,10 @@ def plot_learning(grid: Grid, number: int, column: str) -> Plot | None:
     with_curve = [(row, group) for row, group in grid.of_column(column) if all(run.curve for run in group.results)]
     if not with_curve:
         return None
-    plotted = with_curve if len(with_curve) <= _MAX_LINES else _best_by(with_curve, lambda group: group.method)
+    plotted = with_curve
+    if len(with_curve) > _MAX_LINES:
+        best = best_by([group for _, group in with_curve], lambda group: group.method)
+        plotted = [(row, group) for row, group in with_curve if any(group is other for other in best)]
     window = smoothing_window([group for _, group in plotted])
     by_method, dashes = styles(row.method for row, _ in with_curve), _row_numbers([row for row, _ in plotted])
 
@@ -59,7 +62,7 @@ def plot_learning(grid: Grid, number: int, column: str) -> Plot | None:
             _band(losses, loss_curve(group, window), 1.0, {**line, "markevery": (index % 5, 5)})
             _band(scores, development_curve(group), 100.0, line)
         smoothed = f" (means of {window} steps)" if window > 1 else ""
-        losses.set(xlabel="optimizer step", ylabel="cross-entropy (nats)", title=f"Training loss{smoothed}")
+        losses.set(xlabel="optimizer step", ylabel=_loss_name(plotted), title=f"Training loss{smoothed}")
         scores.set(xlabel="optimizer step", ylabel=f"{plotted[0][1].metric} (%)", title="Development score")
         legend(figure, scores)
 
@@ -72,6 +75,13 @@ def plot_learning(grid: Grid, number: int, column: str) -> Plot | None:
         draw,
         (8.4, 3.5 + legend_height(len(plotted))),
     )
+
+
+def _loss_name(plotted: Sequence[tuple[Row, Group]]) -> str:
+    """What the rows' training minimized: distilled prompts have another loss than those trained on labels."""
+    distilled = {bool(result.distillation) for _, group in plotted for result in group.results}
+    names = {True: "divergence from the teacher", False: "cross-entropy"}
+    return " or ".join(names[kind] for kind in sorted(distilled)) + " (nats)"
 
 
 def _band(axes: Any, curve: Curve, unit: float, line: Mapping[str, Any]) -> None:
@@ -88,8 +98,9 @@ def plot_sizes(grid: Grid) -> Plot:
     label_names = [name for name in CONDITIONS if name not in grid.common]
 
     def draw(axes: Any, column: str) -> list[Line]:
-        best = _best_by(grid.of_column(column), lambda group: [group.method, _conditions(group), _settings(group)])
-        groups = sorted((group for _, group in best), key=lambda group: group.spread("trainable").mean)
+        cells = [group for _, group in grid.of_column(column)]
+        groups = best_by(cells, lambda group: [group.method, _conditions(group), _settings(group)])
+        groups = sorted(groups, key=lambda group: group.spread("trainable").mean)
         majority = 100 * statistics.fmean(group.spread("majority").mean for group in groups)
         axes.axhline(majority, color=INK, linestyle=(0, (2, 2)), linewidth=1)
         position = {"xycoords": ("axes fraction", "data"), "xytext": (0, 2), "textcoords": "offset points"}
@@ -157,16 +168,6 @@ def _settings(group: Group, except_type: type | None = None) -> dict[str, Any]:
     """The method's own settings without those of a type; integers are its size."""
     settings = method_settings(group.results[0].run.experiment)
     return {name: value for name, value in settings.items() if type(value) is not except_type}
-
-
-def _best_by(cells: Sequence[tuple[Row, Group]], key: Callable[[Group], Any]) -> list[tuple[Row, Group]]:
-    """Of those with an equal key the one with the best development score."""
-    best: dict[str, tuple[Row, Group]] = {}
-    for row, group in cells:
-        text = json.dumps(key(group), sort_keys=True)
-        if text not in best or best[text][1].spread("dev").mean < group.spread("dev").mean:
-            best[text] = (row, group)
-    return list(best.values())
 
 
 def _lines(groups: Sequence[Group], key: Callable[[Group], Any]) -> list[list[Group]]:

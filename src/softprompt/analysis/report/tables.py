@@ -246,7 +246,7 @@ def _notes(grid: Grid) -> Iterable[str]:
     if grid.best_settings:
         yield (
             "Of each method only the settings with the best mean development score are shown, selected for each task; "
-            '"1 of 9" is the number of candidates.'
+            '"1 of 9" is the number of candidates. One with fewer seeds than another is never chosen.'
         )
     yield from _versions(groups)
 

@@ -32,6 +32,8 @@ class Answers:
     golds: Column
     questions: Column | None = None
     """The question that each row belongs to; None: every row is its own."""
+    sample: "Answers | None" = None
+    """The answers that these rows were resampled from; None: these are all there are."""
 
     def __post_init__(self) -> None:
         sizes = {len(column) for column in (self.predictions, self.golds, self.questions) if column is not None}
@@ -52,7 +54,7 @@ class Answers:
 
     def take(self, rows: Int[np.ndarray, "drawn"]) -> "Answers":
         """Select rows of labels or numbers, in this order; each becomes its own question."""
-        return Answers(predictions=np.asarray(self.predictions)[rows], golds=np.asarray(self.golds)[rows])
+        return Answers(predictions=np.asarray(self.predictions)[rows], golds=np.asarray(self.golds)[rows], sample=self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,8 @@ class RowMean(Metric):
         if self.zero_or_one or all_equal:
             return wilson(round(float(scores.sum())), len(scores))
         random = np.random.default_rng(seed)
-        return _percentiles([scores[random.integers(len(scores), size=len(scores))].mean() for _ in range(resamples)])
+        resampled = [scores[random.integers(len(scores), size=len(scores))].mean() for _ in range(resamples)]
+        return _percentiles(resampled, float(scores.mean()))
 
 
 @final
@@ -128,9 +131,8 @@ class Joint(Metric):
         members = np.split(np.argsort(units, kind="stable"), np.cumsum(np.bincount(units))[:-1])
         random = np.random.default_rng(seed)
         draws = (random.integers(len(members), size=len(members)) for _ in range(resamples))
-        return _percentiles(
-            [self.score(answers.take(np.concatenate([members[unit] for unit in draw]))) for draw in draws]
-        )
+        scores = [self.score(answers.take(np.concatenate([members[unit] for unit in draw]))) for draw in draws]
+        return _percentiles(scores, self.score(answers))
 
 
 @final
@@ -149,9 +151,8 @@ class Pooled(Metric):
         """The percentiles of the score over resampled rows."""
         rows = self.statistics(answers)
         random = np.random.default_rng(seed)
-        return _percentiles(
-            [self.score(rows[random.integers(len(rows), size=len(rows))].sum(0)) for _ in range(resamples)]
-        )
+        scores = [self.score(rows[random.integers(len(rows), size=len(rows))].sum(0)) for _ in range(resamples)]
+        return _percentiles(scores, self.score(rows.sum(0)))
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -182,6 +183,7 @@ def check_installed(metrics: Iterable[tuple[str, Metric]]) -> None:
             )
 
 
-def _percentiles(values: Sequence[float]) -> tuple[float, float]:
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+def _percentiles(resampled: Sequence[float], value: float) -> tuple[float, float]:
+    """The interval of the resampled scores, widened to contain the score itself where resampling moves them away."""
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return min(float(low), value), max(float(high), value)

@@ -29,8 +29,10 @@ def _question_consistent(answers: Answers) -> Float[np.ndarray, "unit"]:
 def _macro_f1(answers: Answers) -> float:
     from sklearn.metrics import f1_score
 
+    # A resample has the classes of its sample: without those it happens to lack, it would be scored on easier ones.
+    sample = answers.sample or answers
     # Without -1, a prediction that is not a label: it lowers the recall of the gold class and is not a class itself.
-    classes = np.setdiff1d(np.union1d(answers.golds, answers.predictions), [-1])
+    classes = np.setdiff1d(np.union1d(sample.golds, sample.predictions), [-1])
     return float(f1_score(answers.golds, answers.predictions, labels=classes, average="macro", zero_division=0))
 
 
