@@ -18,6 +18,8 @@ from softprompt.prompts import SoftPrompt
 from softprompt.prompts.dept import DePT
 from softprompt.serve import Cancelled, Engine, Limits, QueueFull
 from softprompt.serve.engine import encode as serve_encode
+from softprompt.serve.engine.queue import RequestQueue
+from softprompt.serve.engine.request import ClassifyParams, EngineRequest, GenerateParams
 from softprompt.tasks.data.tokenize import answer_ids, encode
 from softprompt.tasks.task import Task
 
@@ -220,6 +222,25 @@ def test_full_queue_refuses_at_once_and_recovers(engine_of: EngineOf) -> None:
     for request in requests:
         request.result(30.0)
     assert engine.classify("p0", ["a"], LABELS)[0].result(30.0)
+
+
+def test_more_rows_than_the_queue_holds_are_refused_for_good(engine_of: EngineOf) -> None:
+    engine = engine_of(prompts=1, max_queued=2)
+    with pytest.raises(ValueError, match="3 rows were sent, and the queue holds 2; send fewer at once"):
+        engine.classify("p0", ["a"] * 3, LABELS)
+
+
+def test_retry_after_counts_queued_texts_with_their_own_time(engine_of: EngineOf) -> None:
+    engine = engine_of(prompts=1)
+    generate = [EngineRequest(engine.get("p0"), (5,), GenerateParams(max_new_tokens=9)) for _ in range(3)]
+    classify = [EngineRequest(engine.get("p0"), (5,), ClassifyParams(candidates=((5,), (6,)))) for _ in range(2)]
+    queue, seconds = RequestQueue(5), {ClassifyParams: 1.0, GenerateParams: 9.0}
+    queue.put([*generate, *classify], seconds)
+    with pytest.raises(QueueFull) as refused:
+        queue.put(classify, seconds)
+    assert refused.value.retry_after == 3 * 9 + 2 * 1
+    assert engine.generate("p0", "a", max_new_tokens=3).result(30.0)
+    assert engine._runner.seconds_per_row[GenerateParams] != engine._runner.seconds_per_row[ClassifyParams]
 
 
 def test_cancelled_generation_leaves_the_batch(engine_of: EngineOf) -> None:

@@ -263,6 +263,10 @@ def test_timeout_and_cancellation_reach_the_server(engine: VllmEngine, server: F
     wait_until(lambda: len(server.requests) == 2)
     given_up.cancel()
     wait_until(lambda: server.disconnected == 2)
+    waited_for = engine.classify("base", ["a"], ["x", "y"])[0]
+    wait_until(lambda: len(server.requests) == 3)
+    assert waited_for.future.cancel()  # as asyncio does where a wait for it is cancelled
+    wait_until(lambda: server.disconnected == 3)
     assert not engine._running
 
 

@@ -81,6 +81,9 @@ class GenerateParams:
         return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty)
 
 
+RequestKind = type[ClassifyParams] | type[GenerateParams]
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class ClassifyOutput:
@@ -109,6 +112,7 @@ class EngineRequest:
         ids: the row's token ids.
         params: what to compute.
         timeout: seconds that the request may take; none: unlimited.
+        arrived: when it came, from which its time counts, as `time.monotonic`; none: now.
         on_token: called in the engine's thread with each generated token; it must not block.
         pixels: the image of a row that is an image and has no tokens.
     """
@@ -120,6 +124,7 @@ class EngineRequest:
         params: ClassifyParams | GenerateParams,
         *,
         timeout: float | None = None,
+        arrived: float | None = None,
         on_token: Callable[[int], None] | None = None,
         pixels: Float[Tensor, "channel height width"] | None = None,
     ) -> None:
@@ -127,7 +132,7 @@ class EngineRequest:
         self.ids = tuple(ids)
         self.params = params
         self.pixels = pixels
-        self.arrived = time.monotonic()
+        self.arrived = time.monotonic() if arrived is None else arrived
         self.deadline = None if timeout is None else self.arrived + timeout
         self.future: Future[Any] = Future()
         self.tokens: list[int] = []
