@@ -106,4 +106,4 @@ def test_image_is_sent_content_and_never_a_local_path(tiny_backbone: MakeBackbon
             engine.add("bare", prompt)
         engine._entries["p"] = entry
         request = engine.classify("p", [text])[0]
-        assert sum(torch.tensor(request.result(30.0).scores).exp().tolist()) == pytest.approx(1)
+        assert sum(torch.tensor(request.result(30.0).logprobs).exp().tolist()) == pytest.approx(1)

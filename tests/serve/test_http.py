@@ -89,10 +89,10 @@ def test_classify_returns_label_and_scores(service: Any, error_of: Callable[...,
         answer = client.post("/v1/classify", json=body).json()
         for index, text in enumerate(["a", "b b b"]):
             result = answer["results"][index]
-            scores = service.engine.classify("p0", [text], ["yes", "no"])[0].result(30.0).scores
+            scores = service.engine.classify("p0", [text], ["yes", "no"])[0].result(30.0).logprobs
             probs = torch.tensor(scores).softmax(0).tolist()
-            assert list(result["scores"].values()) == pytest.approx(probs, abs=1e-6)
-            assert result["label"] == max(result["scores"], key=result["scores"].get)
+            assert list(result["probabilities"].values()) == pytest.approx(probs, abs=1e-6)
+            assert result["label"] == max(result["probabilities"], key=result["probabilities"].get)
         assert "no labels" in error_of(client.post("/v1/classify", json={"model": "p0", "input": "a"}))["message"]
 
 
@@ -220,7 +220,7 @@ def test_labels_are_of_the_prompt_that_answered(run_folders: list[Path], monkeyp
         monkeypatch.setattr(engine, "classify", classify)
         with TestClient(make_app(engine), base_url="http://localhost") as client:
             answer = client.post("/v1/classify", json={"model": "p", "input": "a a"}).json()["results"][0]
-    assert set(answer["scores"]) == set(words)
+    assert set(answer["probabilities"]) == set(words)
 
 
 def test_metrics_of_a_removed_prompt_stay_removed(engine_of: Callable[..., Engine]) -> None:

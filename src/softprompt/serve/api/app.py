@@ -142,12 +142,12 @@ def _classify_routes(engine: BaseEngine) -> APIRouter:
 
 
 def _classification(labels: list[str], index: int, request: EngineRequest, output: ClassifyOutput) -> dict[str, Any]:
-    probs = torch.tensor(output.scores, dtype=torch.float32).softmax(0).tolist()
+    probs = torch.tensor(output.logprobs, dtype=torch.float32).softmax(0).tolist()
     best = max(range(len(probs)), key=probs.__getitem__)
     return {
         "index": index,
         "label": labels[best],
-        "scores": dict(zip(labels, probs, strict=True)),
+        "probabilities": dict(zip(labels, probs, strict=True)),
         "tokens": len(request.ids),
     }
 

@@ -89,7 +89,7 @@ RequestKind = type[ClassifyParams] | type[GenerateParams]
 class ClassifyOutput:
     """The result of a classification."""
 
-    scores: tuple[float, ...]
+    logprobs: tuple[float, ...]
     """Log-probability of each candidate."""
 
 

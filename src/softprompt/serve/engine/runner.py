@@ -99,7 +99,7 @@ class ModelRunner:
                 _log.error("prompt %s: the logits overflow", request.entry.name)
                 request.fail(overflow_error(request))
             else:
-                request.finish(ClassifyOutput(scores=row))
+                request.finish(ClassifyOutput(logprobs=row))
 
     def prefill(self, requests: Sequence[EngineRequest]) -> None:
         """Start generations, with their first token."""

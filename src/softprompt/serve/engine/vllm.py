@@ -299,7 +299,7 @@ class VllmEngine(BaseEngine):
         scores = label_scores(request.candidates, log_probs)
         if any(map(math.isnan, scores)):
             raise overflow_error(request)
-        request.finish(ClassifyOutput(scores=tuple(scores)))
+        request.finish(ClassifyOutput(logprobs=tuple(scores)))
 
     async def _generate(self, request: EngineRequest) -> None:
         if not request.generation.max_new_tokens:  # an input to echo
