@@ -207,8 +207,8 @@ def ask(client: http.client.HTTPConnection, pair: Pair) -> dict[str, float]:
     text = response.read()
     if response.status != 200:
         raise RuntimeError(f"the service answered {response.status}: {text[:300]!r}")
-    scores: dict[str, float] = json.loads(text)["results"][0]["scores"]
-    return scores
+    probabilities: dict[str, float] = json.loads(text)["results"][0]["probabilities"]
+    return probabilities
 
 
 def load(address: str, pool: list[Pair], clients: int, seconds: float, seed: int) -> dict[str, Any]:

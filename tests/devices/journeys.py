@@ -164,7 +164,7 @@ class Journey:
                 rows = [Path(row["image"]).read_bytes() for row in self._images()]
             labels = ("yes", "no", "maybe") if self.model == "t5" else None
             requests = engine.classify("run", rows, labels)
-            result["scores"] = [request.result(60.0).scores for request in requests]
+            result["scores"] = [request.result(60.0).logprobs for request in requests]
             if self.model in ("llama", "t5"):
                 lengths = (2, 5, 3, 6)
                 texts = [

@@ -36,7 +36,7 @@ def test_serve_over_vllm_equals_live_runs(served: Served, vllm: Start, tmp_path:
                 text = backbone.tokenizer.decode(tokens, skip_special_tokens=True).strip()
                 return job, text == live.text, 0.0
             [request] = engine.classify(name, [values])
-            probs = torch.tensor(request.result().scores).softmax(0).tolist()
+            probs = torch.tensor(request.result().logprobs).softmax(0).tolist()
             gap = max(abs(prob - share) for prob, share in zip(probs, live.probabilities.values(), strict=True))
             return job, list(live.probabilities)[probs.index(max(probs))] == live.label, gap
 

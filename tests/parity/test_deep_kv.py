@@ -293,7 +293,7 @@ def test_service_mixes_deep_and_shallow_prompts(experiment: Experiment, tmp_path
         for name, run in (("deep", deep), ("shallow", shallow)):
             requests = [request for text in texts for request in engine.classify(name, [text])]
             for request, expected in zip(requests, predict(run, texts, backbone=backbone), strict=True):
-                probabilities = torch.tensor(request.result(30.0).scores).softmax(0)
+                probabilities = torch.tensor(request.result(30.0).logprobs).softmax(0)
                 assert probabilities.tolist() == pytest.approx(list(expected.probabilities.values()), abs=1e-5)
 
 

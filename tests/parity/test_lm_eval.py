@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from local_lm_eval import write_local_task
 
 from softprompt import Experiment, Plain, Run, attach, load_backbone, load_task, predict, runs
 from softprompt.cli import main
+from softprompt.types import PromptPosition
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[eval]'")
 
@@ -48,10 +51,21 @@ def test_zero_shot_equals_lm_evals_hf_model(llama_folder: Path, task_folder: Pat
 
 
 @pytest.fixture
-def run(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> Run:
+def run_at(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> Callable[[PromptPosition], Run]:
+    return partial(_run, llama_folder, ticket_task, tmp_path)
+
+
+@pytest.fixture
+def run(run_at: Callable[[PromptPosition], Run]) -> Run:
+    return run_at("prefix")
+
+
+def _run(llama_folder: Path, ticket_task: Path, tmp_path: Path, position: PromptPosition) -> Run:
     backbone = load_backbone(str(llama_folder), dtype="float32")
     config = Plain(length=5)
-    experiment = Experiment(backbone=str(llama_folder), task=str(ticket_task), prompt=config, dtype="float32")
+    experiment = Experiment(
+        backbone=str(llama_folder), task=str(ticket_task), prompt=config, dtype="float32", prompt_position=position
+    )
     created = runs.create(
         experiment,
         load_task(str(ticket_task)),
@@ -61,7 +75,7 @@ def run(llama_folder: Path, ticket_task: Path, tmp_path: Path) -> Run:
         dict.fromkeys(("splits", "full", "test"), ""),
     )
     prompt = config.build(backbone.host(), torch.Generator().manual_seed(0))
-    return created.finish(attach(backbone, prompt), {"test": 0.5})
+    return created.finish(attach(backbone, prompt, prompt_position=position), {"test": 0.5})
 
 
 def test_run_scores_equal_predict(run: Run, task_folder: Path, llama_folder: Path) -> None:
@@ -75,6 +89,22 @@ def test_run_scores_equal_predict(run: Run, task_folder: Path, llama_folder: Pat
         probabilities = torch.tensor(list(answer.probabilities.values()))
         torch.testing.assert_close(torch.tensor(row).softmax(-1), probabilities, rtol=1e-4, atol=1e-5)
     assert evaluate(SoftPromptLM(backbone=str(llama_folder), dtype="float32"), task_folder)[1] != scores
+
+
+@pytest.mark.parametrize("position", ["after_bos", "suffix"])
+def test_prompt_after_the_text_is_refused(
+    run_at: Callable[[PromptPosition], Run], task_folder: Path, llama_folder: Path, position: PromptPosition
+) -> None:
+    """The harness sends a text and its continuation as one row, so a prompt behind both changes no score."""
+    from softprompt.evaluation.lm_eval import SoftPromptLM
+
+    run = run_at(position)
+    if position == "suffix":
+        with pytest.raises(ValueError, match="is after the text, and lm-eval scores texts that end with the answer"):
+            SoftPromptLM(run=str(run.folder))
+        return
+    _, scores = evaluate(SoftPromptLM(run=str(run.folder)), task_folder)
+    assert scores != evaluate(SoftPromptLM(backbone=str(llama_folder), dtype="float32"), task_folder)[1]
 
 
 def test_generation_equals_the_run(run: Run, llama_folder: Path) -> None:
@@ -92,6 +122,22 @@ def test_generation_equals_the_run(run: Run, llama_folder: Path) -> None:
         ids = torch.tensor([backbone.tokenizer(text)["input_ids"]])
         tokens = torch.stack(list(live.generate(ids, max_new_tokens=6)), 1)[0]
         assert answer == backbone.tokenizer.decode(tokens, skip_special_tokens=True).split("</s>")[0]
+
+
+def test_generated_text_ends_before_an_ordinary_end_token(run: Run) -> None:
+    """A generation config may name one, and a row that is done repeats it until its batch is."""
+    from softprompt.evaluation.lm_eval import SoftPromptLM
+
+    model = SoftPromptLM(run=str(run.folder))
+    assert model.prompted is not None
+    ids = torch.tensor([[0, 70, 71], [0, 80, 81]])
+    rows = torch.stack(list(model.prompted.generate(ids, max_new_tokens=8, stop=[])), 1).tolist()
+    model.prompted.backbone.model.generation_config.eos_token_id = [1, end := rows[0][2]]
+    tokens = model._model_generate(ids, 11, stop=["</s>"])[:, 3:].tolist()
+    pad = model.tokenizer.pad_token_id
+    for row, expected in zip(tokens, rows, strict=True):
+        until = expected[: expected.index(end)] if end in expected else expected
+        assert row == [*until, *[pad] * (len(row) - len(until))]
 
 
 def test_command_prints_the_scores(run: Run, task_folder: Path) -> None:

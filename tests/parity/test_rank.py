@@ -233,7 +233,7 @@ def test_suggestion_is_at_most_the_rank_that_a_dpt_was_trained_with() -> None:
     [found] = suggest_rank([(dataclasses.replace(loaded("a"), run=run), update)])
     assert (found.rank, found.evidence) == (2, {"a": 4})
     assert found.sentence.startswith("Try --rank 2: ")
-    assert "Cuts of the update needed more, but the rank that a DPT was trained with suffices" in found.sentence
+    assert "Truncations of the update needed more, but the rank that a DPT was trained with suffices" in found.sentence
     [of_prompt] = suggest_rank([(dataclasses.replace(loaded("a"), run=run), functional(cuts))])
     assert of_prompt.rank == 4  # of the whole prompt, for a DPT without an anchor
     [of_plain] = suggest_rank([(loaded("a"), update)])

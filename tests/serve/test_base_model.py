@@ -39,8 +39,8 @@ def test_base_answers_as_the_zero_shot_model(engine_of: EngineOf, name: str) -> 
     for example, request in zip(examples, requests, strict=True):
         ids = torch.tensor([example.input_ids])
         expected = prompted.score(ids, torch.ones_like(ids), answer_ids(task, engine.backbone.tokenizer))[0]
-        torch.testing.assert_close(torch.tensor(request.result(30.0).scores), expected, atol=1e-4, rtol=1e-4)
-    assert all(len(other.result(30.0).scores) == 2 for other in others)
+        torch.testing.assert_close(torch.tensor(request.result(30.0).logprobs), expected, atol=1e-4, rtol=1e-4)
+    assert all(len(other.result(30.0).logprobs) == 2 for other in others)
     if name == "bert_mlm":
         return
     ids = torch.tensor([examples[0].input_ids])

@@ -18,6 +18,8 @@ from softprompt.prompts import SoftPrompt
 from softprompt.prompts.dept import DePT
 from softprompt.serve import Cancelled, Engine, Limits, QueueFull
 from softprompt.serve.engine import encode as serve_encode
+from softprompt.serve.engine.queue import RequestQueue
+from softprompt.serve.engine.request import ClassifyParams, EngineRequest, GenerateParams
 from softprompt.tasks.data.tokenize import answer_ids, encode
 from softprompt.tasks.task import Task
 
@@ -44,7 +46,7 @@ def test_classifications_equal_rows_alone(engine_of: EngineOf, name: str) -> Non
     asked = [(f"p{index % 5}", text) for index, text in enumerate(TEXTS * 2)]
     requests = [engine.classify(prompt, [text], LABELS)[0] for prompt, text in asked]
     for (prompt, text), request in zip(asked, requests, strict=True):
-        ours, expected = request.result(30.0).scores, score_alone(engine, prompt, text)
+        ours, expected = request.result(30.0).logprobs, score_alone(engine, prompt, text)
         # The same sums in another order: a few units in the last place of a float32.
         assert ours == pytest.approx(expected, abs=1e-5, rel=1e-5)
         assert max(range(3), key=ours.__getitem__) == max(range(3), key=expected.__getitem__)
@@ -93,9 +95,9 @@ def test_masked_lm_classifies_with_words(engine_of: EngineOf, name: str) -> None
     words = ["a", "b", "c"]
     asked = [(f"p{index % 5}", text) for index, text in enumerate(TEXTS)]
     requests = [engine.classify(prompt, [text], words)[0] for prompt, text in asked]
-    single = [engine.classify(prompt, [text], words)[0].result(30.0).scores for prompt, text in asked]
+    single = [engine.classify(prompt, [text], words)[0].result(30.0).logprobs for prompt, text in asked]
     for request, expected in zip(requests, single, strict=True):
-        assert request.result(30.0).scores == pytest.approx(expected, abs=1e-5)
+        assert request.result(30.0).logprobs == pytest.approx(expected, abs=1e-5)
     with pytest.raises(ValueError, match="writes no text"):
         engine.generate("p0", "a")
 
@@ -115,10 +117,10 @@ def test_runs_answer_as_predict_does(run_folders: list[Path], min_prefix: int, m
         requests = [(run, engine.classify(run.name, rows)) for run in runs]
         for run, asked in requests:
             for request, answer in zip(asked, predict(run, rows, backbone=backbone), strict=True):
-                probs = torch.tensor(request.result(30.0).scores).softmax(0).tolist()
+                probs = torch.tensor(request.result(30.0).logprobs).softmax(0).tolist()
                 assert probs == pytest.approx(list(answer.probabilities.values()), abs=1e-5)
                 assert max(range(len(probs)), key=probs.__getitem__) == answer.index
-        other = engine.classify(runs[0].name, ["no words of the template"], LABELS)[0].result(30.0).scores
+        other = engine.classify(runs[0].name, ["no words of the template"], LABELS)[0].result(30.0).logprobs
         assert other == pytest.approx(score_alone(engine, runs[0].name, "no words of the template"), abs=1e-5)
 
 
@@ -143,8 +145,8 @@ def test_peft_folder_answers_as_its_run(run_folders: list[Path], tmp_path: Path)
         engine.add("peft", tmp_path)
         text = "Ticket: a a a\nQueue:"
         labels = list(run.task.label_words.values())
-        ours = engine.classify("run", [{"text": "a a a"}])[0].result(30.0).scores
-        theirs = engine.classify("peft", [text], labels)[0].result(30.0).scores
+        ours = engine.classify("run", [{"text": "a a a"}])[0].result(30.0).logprobs
+        theirs = engine.classify("peft", [text], labels)[0].result(30.0).logprobs
         assert theirs == pytest.approx(ours, abs=1e-5)
 
 
@@ -164,12 +166,12 @@ def test_another_prompt_costs_only_its_keys_and_values(engine_of: EngineOf, prom
 
 def test_prompts_change_while_others_answer(engine_of: EngineOf, prompt_of: PromptOf) -> None:
     engine = engine_of(prompts=2, max_queued=4000)
-    expected = {name: engine.classify(name, ["a b"], LABELS)[0].result(30.0).scores for name in ("p0", "p1")}
+    expected = {name: engine.classify(name, ["a b"], LABELS)[0].result(30.0).logprobs for name in ("p0", "p1")}
     stop, wrong = threading.Event(), []
 
     def ask(name: str) -> None:
         while not stop.is_set():
-            scores = engine.classify(name, ["a b"], LABELS)[0].result(30.0).scores
+            scores = engine.classify(name, ["a b"], LABELS)[0].result(30.0).logprobs
             if scores != pytest.approx(expected[name], abs=1e-5):
                 wrong.append(scores)
 
@@ -194,8 +196,8 @@ def test_queued_row_keeps_its_prompt_when_replaced(engine_of: EngineOf, prompt_o
     expected = score_alone(engine, "p", "a b")
     request = engine.classify("p", ["a b"], LABELS)[0]
     engine.add("p", prompt_of(engine.backbone, 2), replace=True)
-    assert request.result(30.0).scores == pytest.approx(expected, abs=1e-5)
-    assert engine.classify("p", ["a b"], LABELS)[0].result(30.0).scores != pytest.approx(expected, abs=1e-3)
+    assert request.result(30.0).logprobs == pytest.approx(expected, abs=1e-5)
+    assert engine.classify("p", ["a b"], LABELS)[0].result(30.0).logprobs != pytest.approx(expected, abs=1e-3)
 
 
 def test_prompts_take_turns(engine_of: EngineOf) -> None:
@@ -220,6 +222,25 @@ def test_full_queue_refuses_at_once_and_recovers(engine_of: EngineOf) -> None:
     for request in requests:
         request.result(30.0)
     assert engine.classify("p0", ["a"], LABELS)[0].result(30.0)
+
+
+def test_more_rows_than_the_queue_holds_are_refused_for_good(engine_of: EngineOf) -> None:
+    engine = engine_of(prompts=1, max_queued=2)
+    with pytest.raises(ValueError, match="3 rows were sent, and the queue holds 2; send fewer at once"):
+        engine.classify("p0", ["a"] * 3, LABELS)
+
+
+def test_retry_after_counts_queued_texts_with_their_own_time(engine_of: EngineOf) -> None:
+    engine = engine_of(prompts=1)
+    generate = [EngineRequest(engine.get("p0"), (5,), GenerateParams(max_new_tokens=9)) for _ in range(3)]
+    classify = [EngineRequest(engine.get("p0"), (5,), ClassifyParams(candidates=((5,), (6,)))) for _ in range(2)]
+    queue, seconds = RequestQueue(5), {ClassifyParams: 1.0, GenerateParams: 9.0}
+    queue.put([*generate, *classify], seconds)
+    with pytest.raises(QueueFull) as refused:
+        queue.put(classify, seconds)
+    assert refused.value.retry_after == 3 * 9 + 2 * 1
+    assert engine.generate("p0", "a", max_new_tokens=3).result(30.0)
+    assert engine._runner.seconds_per_row[GenerateParams] != engine._runner.seconds_per_row[ClassifyParams]
 
 
 def test_cancelled_generation_leaves_the_batch(engine_of: EngineOf) -> None:

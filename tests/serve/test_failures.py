@@ -55,7 +55,7 @@ def test_out_of_memory_halves_the_batch(engine_of: EngineOf, monkeypatch: pytest
         assert [output.tokens for output in results] == [output.tokens for output in expected]
     else:
         for ours, theirs in zip(results, expected, strict=True):
-            assert ours.scores == pytest.approx(theirs.scores, abs=1e-5)
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["classify", "generate"])
@@ -179,7 +179,7 @@ def test_encoder_decoder_row_that_overflows_fails_alone(
 
 def test_classification_that_overflows_fails_alone(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(prompts=2, shifting=False, max_wait=200.0)
-    expected = engine.classify("p0", ["a"], LABELS)[0].result(30.0).scores
+    expected = engine.classify("p0", ["a"], LABELS)[0].result(30.0).logprobs
     real, bad = CachedDecoder.prefill, engine.get("p1").prompt
 
     def read(self: CachedDecoder, rows: Any, room: int = 0) -> Any:
@@ -189,7 +189,7 @@ def test_classification_that_overflows_fails_alone(engine_of: EngineOf, monkeypa
 
     monkeypatch.setattr(CachedDecoder, "prefill", read)
     good, broken = engine.classify("p0", ["a"], LABELS)[0], engine.classify("p1", ["a"], LABELS)[0]
-    assert good.result(30.0).scores == pytest.approx(expected, abs=1e-5)
+    assert good.result(30.0).logprobs == pytest.approx(expected, abs=1e-5)
     with pytest.raises(FloatingPointError, match="p1"):
         broken.result(30.0)
     with TestClient(make_app(engine), base_url="http://localhost") as client:

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,16 @@ def test_images_with_prompts_for_different_numbers_of_layers(name: str, tiny_bac
         assert ours == pytest.approx(alone[0].tolist(), abs=1e-5)
 
 
+def _png(width: int, height: int) -> bytes:
+    """The start of a file of any size."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
 def test_image_is_sent_content_and_never_a_local_path(tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
     backbone = tiny_backbone("vit")
     file = tmp_path / "photo.png"
@@ -83,6 +95,8 @@ def test_image_is_sent_content_and_never_a_local_path(tiny_backbone: MakeBackbon
         assert torch.equal(encode.images(backbone, entry, [row])[0], expected)
     huge = io.BytesIO()
     Image.new("1", (9000, 9000)).save(huge, "PNG")
+    with pytest.raises(ValueError, match=r"row 1 has an image that is too large .*; send at most 40000000 pixels"):
+        encode.images(backbone, entry, [{"image": _png(20_000, 20_000)}])
     bad = [str(file), {"image": str(file)}, {"other": text}, "", text[:40], base64.b64encode(huge.getvalue()).decode()]
     for row in bad:
         with pytest.raises(ValueError, match="row 1"):
@@ -92,4 +106,4 @@ def test_image_is_sent_content_and_never_a_local_path(tiny_backbone: MakeBackbon
             engine.add("bare", prompt)
         engine._entries["p"] = entry
         request = engine.classify("p", [text])[0]
-        assert sum(torch.tensor(request.result(30.0).scores).exp().tolist()) == pytest.approx(1)
+        assert sum(torch.tensor(request.result(30.0).logprobs).exp().tolist()) == pytest.approx(1)

@@ -89,10 +89,10 @@ def test_classify_returns_label_and_scores(service: Any, error_of: Callable[...,
         answer = client.post("/v1/classify", json=body).json()
         for index, text in enumerate(["a", "b b b"]):
             result = answer["results"][index]
-            scores = service.engine.classify("p0", [text], ["yes", "no"])[0].result(30.0).scores
+            scores = service.engine.classify("p0", [text], ["yes", "no"])[0].result(30.0).logprobs
             probs = torch.tensor(scores).softmax(0).tolist()
-            assert list(result["scores"].values()) == pytest.approx(probs, abs=1e-6)
-            assert result["label"] == max(result["scores"], key=result["scores"].get)
+            assert list(result["probabilities"].values()) == pytest.approx(probs, abs=1e-6)
+            assert result["label"] == max(result["probabilities"], key=result["probabilities"].get)
         assert "no labels" in error_of(client.post("/v1/classify", json={"model": "p0", "input": "a"}))["message"]
 
 
@@ -144,6 +144,7 @@ def test_metrics_count_requests_rows_and_tokens(service: Any) -> None:
     with service.client() as client:
         client.post("/v1/classify", json={"model": "p0", "input": ["a", "b"], "labels": ["x", "y"]})
         client.post("/v1/completions", json={"model": "p1", "prompt": "a", "max_tokens": 3})
+        client.post("/v1/completions", json={"model": "base", "prompt": "a", "max_tokens": 3})
         client.post("/v1/completions", json={"model": "nobody", "prompt": "a"})
         text = client.get("/metrics").text
     for line in (
@@ -155,7 +156,8 @@ def test_metrics_count_requests_rows_and_tokens(service: Any) -> None:
         "softprompt_prompts 3.0",
     ):
         assert line in text
-    assert 'softprompt_tokens_total{kind="output",prompt="p1"}' in text
+    for name in ("p1", "base"):
+        assert f'softprompt_tokens_total{{kind="output",prompt="{name}"}}' in text
     assert "nobody" not in text
 
 
@@ -211,14 +213,14 @@ def test_labels_are_of_the_prompt_that_answered(run_folders: list[Path], monkeyp
         words = {label.upper(): word for label, word in entry.task.label_words.items()}
         real = engine.classify
 
-        def classify(*arguments: Any) -> Any:
+        def classify(*arguments: Any, **more: Any) -> Any:
             engine._entries["p"] = replace(entry, task=replace(entry.task, label_words=words))
-            return real(*arguments)
+            return real(*arguments, **more)
 
         monkeypatch.setattr(engine, "classify", classify)
         with TestClient(make_app(engine), base_url="http://localhost") as client:
             answer = client.post("/v1/classify", json={"model": "p", "input": "a a"}).json()["results"][0]
-    assert set(answer["scores"]) == set(words)
+    assert set(answer["probabilities"]) == set(words)
 
 
 def test_metrics_of_a_removed_prompt_stay_removed(engine_of: Callable[..., Engine]) -> None:

@@ -213,6 +213,12 @@ def test_answers_of_a_seed_are_repeatable_and_differ(service: Any) -> None:
     assert len(set(texts[:3])) == len(set(texts[3:])) == 3
 
 
+def test_equal_inputs_without_a_seed_have_their_own_draws(service: Any) -> None:
+    asked: dict[str, Any] = {"model": "p1", "prompt": ["a b"] * 3, "max_tokens": 12, "n": 2, "temperature": 9.0}
+    texts = [choice.text for choice in service.openai().completions.create(**asked).choices]
+    assert len(set(texts)) == 6
+
+
 def test_logit_bias_bans_and_forces_tokens(service: Any) -> None:
     client, engine = service.openai(), service.engine
     asked: dict[str, Any] = {"model": "p1", "prompt": "a b", "max_tokens": 8}

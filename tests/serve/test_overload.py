@@ -1,15 +1,21 @@
 """A service under load: clients that disconnect, a full queue, timeouts and shutdown."""
 
 import json
+import queue
 import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import httpx
 import pytest
 
 from softprompt.serve import Limits
+from softprompt.serve import service as service_module
+from softprompt.serve.config import ServeConfig
+from softprompt.serve.engine.generation import CausalGenerationBatch
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -102,6 +108,42 @@ def test_shutdown_finishes_running_requests(service_of: Callable[..., Any], monk
     closing.join(30)
     assert responses[0].status_code == 200
     assert responses[0].json()["usage"]["completion_tokens"] > 0
+
+
+def test_requests_left_at_shutdown_are_told_so(
+    tiny_backbone: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server waits for the engine, whose error says what happened: 503, or an event in a stream."""
+    servers: list[Any] = []
+    addresses: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(service_module, "_stop_on_signal", lambda server: nullcontext(servers.append(server)))
+    monkeypatch.setattr(service_module, "configure_logging", lambda: None)
+    step = CausalGenerationBatch.step
+    monkeypatch.setattr(CausalGenerationBatch, "step", lambda batch: (time.sleep(0.1), step(batch))[1])
+    config = ServeConfig(backbone="llama", port=0, grace=0.5)
+    running = threading.Thread(
+        target=service_module.serve, args=[config, tiny_backbone("llama")], kwargs={"on_start": addresses.put}
+    )
+    running.start()
+    address = addresses.get(timeout=60)
+    body = {"model": "base", "prompt": "a", "max_tokens": 200, "logit_bias": {"1": -100}}
+    answers: dict[bool, httpx.Response] = {}
+
+    def ask(stream: bool) -> None:
+        answers[stream] = httpx.post(f"{address}/v1/completions", json={**body, "stream": stream}, timeout=60)
+
+    threads = [threading.Thread(target=ask, args=[stream]) for stream in (False, True)]
+    for thread in threads:
+        thread.start()
+    while httpx.get(f"{address}/v1/status").json()["generating"] < 2:
+        time.sleep(0.05)
+    servers[0].should_exit = True
+    for thread in (*threads, running):
+        thread.join(60)
+    assert answers[False].status_code == 503
+    assert answers[False].json()["error"]["code"] == "shutting_down"
+    last = [line for line in answers[True].text.splitlines() if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
 
 
 def test_client_gone_before_its_stream_starts_frees_its_slot(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:

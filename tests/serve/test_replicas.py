@@ -50,7 +50,7 @@ def test_every_engine_serves_the_shared_folder(
         return [[entry.name for entry in engine.prompts] for engine in engines]
 
     def scores() -> list[Any]:
-        return [engine.classify("new", ["a"], LABELS)[0].result(30.0).scores for engine in engines]
+        return [engine.classify("new", ["a"], LABELS)[0].result(30.0).logprobs for engine in engines]
 
     dim = engines[0].backbone.dim
     with store.saving("new", content(dim, 0)):

@@ -86,7 +86,7 @@ def test_answers_equal_the_local_engines(
         if hasattr(live, "tokens"):
             assert answer == live
         else:
-            assert answer.scores == pytest.approx(live.scores, abs=1e-4)
+            assert answer.logprobs == pytest.approx(live.logprobs, abs=1e-4)
     lengths = {len(ids) for request in engine.classify("plain", ["a"], labels) for ids in request.candidates}
     assert len(lengths) > 1
 
@@ -122,7 +122,7 @@ def test_many_labels_take_several_requests(engine: VllmEngine, local_engine: Eng
     server.requests.clear()
     [answer] = [request.result(60.0) for request in engine.classify("base", ["a a"], labels)]
     [expected] = [request.result(60.0) for request in local_engine.classify("base", ["a a"], labels)]
-    assert answer.scores == pytest.approx(expected.scores, abs=1e-4)
+    assert answer.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
     sizes = {(len(body["prompt_embeds"]), len(body["logprob_token_ids"])) for body in server.requests}
     assert len(sizes) > 2
     assert max(rows for rows, _ in sizes) == 64
@@ -153,9 +153,11 @@ def test_api_serves_and_changes_prompts(
     with service.client() as asking:
         body = {"model": "tickets", "input": ["a a", "b"]}
         results = asking.post("/v1/classify", json=body).json()["results"]
-        scores = [request.result(60.0).scores for request in local_engine.classify("tickets", ["a a", "b"])]
+        scores = [request.result(60.0).logprobs for request in local_engine.classify("tickets", ["a a", "b"])]
         for result, row in zip(results, scores, strict=True):
-            assert list(result["scores"].values()) == pytest.approx(torch.tensor(row).softmax(0).tolist(), abs=1e-4)
+            assert list(result["probabilities"].values()) == pytest.approx(
+                torch.tensor(row).softmax(0).tolist(), abs=1e-4
+            )
         assert (
             'softprompt_request_seconds_count{prompt="tickets",route="/v1/classify"} 1.0' in asking.get("/metrics").text
         )
@@ -263,6 +265,10 @@ def test_timeout_and_cancellation_reach_the_server(engine: VllmEngine, server: F
     wait_until(lambda: len(server.requests) == 2)
     given_up.cancel()
     wait_until(lambda: server.disconnected == 2)
+    waited_for = engine.classify("base", ["a"], ["x", "y"])[0]
+    wait_until(lambda: len(server.requests) == 3)
+    assert waited_for.future.cancel()  # as asyncio does where a wait for it is cancelled
+    wait_until(lambda: server.disconnected == 3)
     assert not engine._running
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from softprompt.evaluation.predict import Answer, pad_id
 from softprompt.models import PromptedModel
 from softprompt.models.inputs import Candidates, Ids, Labels, Mask
+from softprompt.models.sampling import before_end
 from softprompt.models.teacher import Teacher
 from softprompt.tasks import Task
 from softprompt.tasks.data.collate import answer_labels, collate
@@ -197,5 +198,5 @@ def _generated(
 ) -> list[list[int]]:
     """Greedy answers as tokens, each without its end of sequence."""
     steps = torch.stack(list(model.generate(ids, mask, max_new_tokens=max_new_tokens)), 1).tolist()
-    ends = set(prompted.end_of_sequence())
-    return [row[: next((at for at, token in enumerate(row) if token in ends), len(row))] for row in steps]
+    ends = prompted.end_of_sequence()
+    return [before_end(row, ends) for row in steps]

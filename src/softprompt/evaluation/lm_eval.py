@@ -13,7 +13,9 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from softprompt.backbones import load
+from softprompt.evaluation.predict import pad_id
 from softprompt.models import model_class
+from softprompt.models.sampling import before_end
 from softprompt.runs import resolve_prompt
 
 
@@ -29,7 +31,7 @@ class SoftPromptLM(HFLM):
         settings: further arguments of `HFLM`, such as `batch_size`.
 
     Raises:
-        ValueError: neither run nor backbone is given, or the backbone is not a decoder.
+        ValueError: neither run nor backbone is given, the backbone is not a decoder, or the prompt is after the text.
     """
 
     def __init__(
@@ -39,6 +41,12 @@ class SoftPromptLM(HFLM):
             raise ValueError("give lm-eval's model a run=FOLDER, or a backbone=NAME for zero-shot scores")
         # The harness brings the tasks; a PEFT folder needs one to be opened, and any does.
         opened = None if run is None else resolve_prompt(run, task="sentiment")
+        if opened is not None and opened.experiment.prompt_position == "suffix":
+            # The harness sends a text and its continuation as one row; a prompt behind both changes no score.
+            raise ValueError(
+                f"the prompt of {opened.folder} is after the text, and lm-eval scores texts that end with the answer; "
+                "use softprompt evaluate, or train one with prompt_position=prefix"
+            )
         loaded = load(str(backbone), dtype=dtype) if opened is None else opened.load_backbone(backbone)
         if not model_class(loaded).decoder_only:
             raise ValueError(
@@ -80,7 +88,10 @@ class SoftPromptLM(HFLM):
             texts = self.tokenizer.batch_decode(torch.stack(steps, 1))
             if all(any(end in text for end in stop) for text in texts):
                 break
-        return torch.cat([context, torch.stack(steps, 1)], 1)
+        ends, pad = self.prompted.end_of_sequence(), pad_id(self.prompted.backbone)
+        answers = [before_end(row, ends) for row in torch.stack(steps, 1).tolist()]
+        padded = [[*row, *[pad] * (len(steps) - len(row))] for row in answers]
+        return torch.cat([context, torch.tensor(padded, device=context.device)], 1)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from softprompt.backbones import Backbone
 from softprompt.config import TrainingConfig
 from softprompt.evaluation import prefix_sharing
 from softprompt.models import PreparedPrompts, PromptedModel
+from softprompt.models.sampling import before_end
 from softprompt.runs import PeftPrompt, Run, check_has_own_task, resolve_prompt
 from softprompt.tasks import Task
 from softprompt.tasks.data.collate import collate
@@ -314,12 +315,13 @@ def _generate(
     ids, mask = inputs.input_ids.to(device), inputs.attention_mask.to(device)
     candidates = answer_ids(task, tokenizer) if task.is_classification else ()
     length = max(map(len, candidates), default=max_new_tokens)
-    stop = (_OVERFLOW, *prompted.end_of_sequence())
+    ends = prompted.end_of_sequence()
+    stop = (_OVERFLOW, *ends)
     steps = prompted.generate(ids, mask, max_new_tokens=length, stop=stop, prompts=prepared, index=index)
     tokens = torch.stack(list(steps), 1).tolist()
     if overflown := [example for example, row in zip(batch, tokens, strict=True) if _OVERFLOW in row]:
         raise _overflow_error(prompted, overflown[0])
-    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    texts = tokenizer.batch_decode([before_end(row, ends) for row in tokens], skip_special_tokens=True)
     labels = list(task.label_words)
     answers = []
     for example, row, text in zip(batch, tokens, texts, strict=True):

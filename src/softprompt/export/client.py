@@ -32,6 +32,10 @@ _BIAS = 200.0
 """Added to the label tokens' logits in llama.cpp so that they come first in its list; their ratios stay the same."""
 
 
+_MAX_LOGPROBS = 128
+"""Tokens whose log-probabilities a request to vLLM can ask for."""
+
+
 class Answer(NamedTuple):
     """A label and every label's probability among the labels."""
 
@@ -66,32 +70,41 @@ def label_scores(
     ]
 
 
-def vllm_logprobs_request(tokens: Sequence[int]) -> dict[str, Any]:
+def vllm_logprobs_requests(tokens: Sequence[int]) -> list[dict[str, Any]]:
     """Fields of vLLM's `/v1/completions` (0.32) that ask for the next token's log-probability among `tokens`.
 
+    Several requests where there are more tokens than one may ask for.
+
     Args:
-        tokens: at most 128 different ids.
+        tokens: different ids.
     """
-    return {
-        **GREEDY,
-        "max_tokens": 1,
-        "logprobs": len(tokens),
-        "logprob_token_ids": list(tokens),
-        "return_tokens_as_token_ids": True,
-    }
+    parts = [list(tokens[start : start + _MAX_LOGPROBS]) for start in range(0, len(tokens), _MAX_LOGPROBS)]
+    return [
+        {
+            **GREEDY,
+            "max_tokens": 1,
+            "logprobs": len(part),
+            "logprob_token_ids": part,
+            "return_tokens_as_token_ids": True,
+        }
+        for part in parts
+    ]
 
 
 def vllm_logprobs(response: Mapping[str, Any]) -> list[dict[int, float]]:
-    """The log-probabilities in vLLM's answer to `vllm_logprobs_request`, one dictionary for each input.
-
-    JSON has no NaN, so vLLM writes null where the model overflows.
-    """
+    """The log-probabilities in vLLM's answer to one of `vllm_logprobs_requests`, one dictionary for each input."""
     choices = sorted(response["choices"], key=lambda choice: choice["index"])
     top = [choice["logprobs"]["top_logprobs"][0] for choice in choices]
-    return [
-        {int(key.removeprefix("token_id:")): math.nan if value is None else float(value) for key, value in row.items()}
-        for row in top
-    ]
+    return [{int(key.removeprefix("token_id:")): _number(value) for key, value in row.items()} for row in top]
+
+
+def _number(value: float | None) -> float:
+    """A number of a server's answer: JSON has no NaN, so servers write null where the model overflows."""
+    return math.nan if value is None else float(value)
+
+
+def _log(probability: float | None) -> float:
+    return -math.inf if probability == 0 else math.log(_number(probability))
 
 
 def encode_embeds(embeds: Any) -> str:
@@ -151,8 +164,8 @@ class Client(ABC):
     def classify(self, name: str, text: str, *, control: bool = False) -> Answer:
         """The label of `text` and the probabilities of all labels, as `softprompt predict` gives them.
 
-        A label of several tokens has the product of their probabilities. One request, or two in llama.cpp where a label
-        has several tokens.
+        A label of several tokens has the product of their probabilities. One request: in vLLM for each 128 label
+        tokens, in llama.cpp two where a label has several tokens.
 
         Args:
             name: of the prompt.
@@ -160,7 +173,7 @@ class Client(ABC):
             control: as of `ids`.
 
         Raises:
-            ValueError: the prompt's task is not a classification, or as `write`.
+            ValueError: the prompt's task is not a classification, the model overflows, or as `write`.
         """
         answers: dict[str, list[int]] = self._prompt(name)["answers"]
         if not answers:
@@ -171,7 +184,13 @@ class Client(ABC):
         log_probs = self._log_probs(name, [[*row, *prefix] for prefix in prefixes], tokens, absolute=len(prefixes) > 1)
         sums = label_scores(list(answers.values()), dict(zip(prefixes, log_probs, strict=True)))
         scores = dict(zip(answers, sums, strict=True))
-        most = max(scores.values())
+        most = max(sums)
+        if any(map(math.isnan, sums)) or not math.isfinite(most):
+            raise ValueError(
+                f"the server at {self.url} has no probability for the labels of prompt {name!r} on this text, because "
+                "the model overflows or their tokens are left out; serve the model in another dtype, or train the "
+                "prompt again"
+            )
         weights = {label: math.exp(score - most) for label, score in scores.items()}
         total = sum(weights.values())
         return Answer(max(scores, key=scores.__getitem__), {label: weight / total for label, weight in weights.items()})
@@ -249,13 +268,12 @@ class _Vllm(Client):
     ) -> list[dict[int, float]]:
         stand_in = self.settings.get("stand_in_id")
         tokens = sorted({*ids, *([] if stand_in is None else [stand_in])})
-        response = self._post(
-            "/v1/completions",
-            model=self.model,
-            **self._inputs(name, rows),
-            **vllm_logprobs_request(tokens),
-        )
-        return [self._without_prompt_tokens(row) for row in vllm_logprobs(response)]
+        inputs, log_probs = self._inputs(name, rows), [dict[int, float]() for _ in rows]
+        for request in vllm_logprobs_requests(tokens):
+            response = self._post("/v1/completions", model=self.model, **inputs, **request)
+            for row, part in zip(log_probs, vllm_logprobs(response), strict=True):
+                row.update(part)
+        return [self._without_prompt_tokens(row) for row in log_probs]
 
     def _write(self, name: str, row: Sequence[int], max_new_tokens: int) -> str:
         inputs = self._inputs(name, [row])
@@ -313,16 +331,15 @@ class LlamaCpp(Client):
         # After the bias, the probabilities of `tokens` alone are left, in their right ratios.
         biased = self._first_tokens(prompts, tokens, n_probs=len(tokens), post_sampling_probs=True)
         ratios = [
-            {entry["id"]: math.log(entry["prob"]) for entry in row["top_probs"] if entry["id"] in tokens}
-            for row in biased
+            {entry["id"]: _log(entry["prob"]) for entry in row["top_probs"] if entry["id"] in tokens} for row in biased
         ]
         if not absolute:
             return ratios
         # The unbiased log-probability of the token that is drawn: a bias on one token alone decides which.
         likely = max(tokens, key=lambda token: min(row.get(token, -math.inf) for row in ratios))
-        forced = self._first_tokens(prompts, [likely], n_probs=1)
+        forced = [_number(first["logprob"]) for first in self._first_tokens(prompts, [likely], n_probs=1)]
         return [
-            self._without_prompt_tokens({token: value - row[likely] + drawn["logprob"] for token, value in row.items()})
+            self._without_prompt_tokens({token: value - row[likely] + drawn for token, value in row.items()})
             for row, drawn in zip(ratios, forced, strict=True)
         ]
 

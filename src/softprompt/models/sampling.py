@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, final
 
 import torch
@@ -77,7 +78,7 @@ def end_of_sequence(backbone: Backbone) -> list[int]:
     """
     model, tokenizer = backbone.model, backbone.tokenizer
     generation = getattr(model, "generation_config", None)
-    special = {*getattr(tokenizer, "all_special_ids", ()), *_added_special(tokenizer)}
+    special = special_ids(tokenizer)
     of_config = _as_list(getattr(model.config, "eos_token_id", None))
     ids = [
         *_as_list(getattr(tokenizer, "eos_token_id", None)),
@@ -87,11 +88,20 @@ def end_of_sequence(backbone: Backbone) -> list[int]:
     return list(dict.fromkeys(ids))
 
 
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids that are not part of a text: the tokenizer's own, and added tokens marked special, as chat models' ends.
+
+    These are the ids that decoding with `skip_special_tokens` leaves out.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    marked = (int(number) for number, token in added.items() if getattr(token, "special", False))
+    return frozenset((*getattr(tokenizer, "all_special_ids", ()), *marked))
+
+
+def before_end(tokens: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """A generated row's tokens before the first of `ends`, which it repeats until its whole batch has finished."""
+    return list(takewhile(lambda token: token not in ends, tokens))
+
+
 def _as_list(ids: int | Sequence[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-
-
-def _added_special(tokenizer: Any) -> list[int]:
-    """Ids of added tokens that are marked special, as chat models' turn ends are."""
-    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
-    return [int(number) for number, token in added.items() if getattr(token, "special", False)]

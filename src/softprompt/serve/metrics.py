@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from softprompt.serve.engine.base import BaseEngine, EngineStatus
 from softprompt.serve.engine.runner import BatchStats
+from softprompt.serve.prompts.entry import BASE
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -46,7 +47,7 @@ class Metrics:
         }
 
     def bind(self, engine: BaseEngine) -> None:
-        """Read the gauges from `engine` when they are scraped, and count tokens of its prompts only."""
+        """Read the gauges from `engine` when they are scraped, and count tokens of its prompts and of `base` only."""
         self._engine = engine
         for gauge, value in self._gauges.items():
             gauge.set_function(partial(_read, value, engine))
@@ -61,7 +62,7 @@ class Metrics:
     ) -> None:
         """Record a finished request; nothing by prompt if it named none, or one that was removed meanwhile."""
         self._requests.labels(route, str(status)).inc()
-        if self._engine is not None and prompt in self._engine:
+        if self._engine is not None and (prompt == BASE or prompt in self._engine):
             self._request_seconds.labels(prompt, route).observe(seconds)
             self._tokens.labels(prompt, "input").inc(input_tokens)
             self._tokens.labels(prompt, "output").inc(output_tokens)

@@ -1,11 +1,13 @@
 """The service as one process: engine and HTTP server, from start to graceful shutdown."""
 
+import math
 import os
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from typing import final
 
 import uvicorn
 
@@ -22,6 +24,8 @@ from softprompt.serve.prompts.store import PromptStore
 
 _BACKLOG = 2048
 """Connections that may wait to be accepted, as in uvicorn."""
+_SLACK = 10.0
+"""Seconds after `grace` in which the engine fails the requests that are left and their answers are sent."""
 
 
 def serve(
@@ -46,16 +50,18 @@ def serve(
         store, metrics = None if config.prompts is None else PromptStore(config.prompts), Metrics()
         engine = start_engine(config, backbone, store=store, metrics=metrics)
         configure_logging()
-        app = make_app(engine, auth, metrics=metrics, store=store, log_texts=config.log_texts, grace=config.grace)
-        server = uvicorn.Server(
+        app = make_app(engine, auth, metrics=metrics, store=store, log_texts=config.log_texts, grace=0.0)
+        server = _Server(
             uvicorn.Config(
                 app,
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=15,
-                timeout_graceful_shutdown=max(1, round(config.grace)),
-            )
+                timeout_graceful_shutdown=math.ceil(config.grace + _SLACK),
+            ),
+            engine,
+            config.grace,
         )
         try:
             with _stop_on_signal(server):
@@ -64,6 +70,20 @@ def serve(
                 server.run(sockets=[sock])
         finally:
             engine.close(0.0)
+
+
+@final
+class _Server(uvicorn.Server):
+    """Closes the engine while it waits for running requests, so that those left after `grace` seconds get its error."""
+
+    def __init__(self, config: uvicorn.Config, engine: BaseEngine, grace: float) -> None:
+        super().__init__(config)
+        self._engine, self._grace = engine, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish the running requests, and end."""
+        threading.Thread(target=self._engine.close, args=[self._grace], daemon=True).start()
+        await super().shutdown(sockets)
 
 
 def load_backbone(config: ServeConfig) -> Backbone:

@@ -9,6 +9,7 @@ import torch
 
 from softprompt.evaluation.predict import pad_id
 from softprompt.models import PromptedModel, Sampling
+from softprompt.models.sampling import before_end
 from softprompt.tasks import Task
 from softprompt.tasks.data.collate import collate
 from softprompt.tasks.data.context import SEPARATOR
@@ -112,8 +113,5 @@ def _continue(model: PromptedModel, rows: Sequence[Mapping[str, Any]], sampling:
     examples = encode(task, tokenizer, rows, _NO_LIMIT, appends_eos=model.appends_eos, answers=False)[0]
     batch = collate(examples, pad_id=pad_id(model.backbone), side="left", with_answers=False)
     steps = model.generate(*batch.inputs(model.backbone.device), max_new_tokens=_TOKENS, sampling=sampling)
-    ends, texts = set(model.end_of_sequence()), []
-    for row in torch.stack(list(steps), 1).tolist():
-        end = next((index for index, token in enumerate(row) if token in ends), len(row))
-        texts.append(tokenizer.decode(row[:end], skip_special_tokens=True))
-    return texts
+    rows, ends = torch.stack(list(steps), 1).tolist(), model.end_of_sequence()
+    return [tokenizer.decode(before_end(row, ends), skip_special_tokens=True) for row in rows]

@@ -122,7 +122,9 @@ def _classify_routes(engine: BaseEngine) -> APIRouter:
         record, rows = record_of(request), body.rows()
         name = engine.get(body.model).name
         record.prompt, record.rows, record.texts = name, len(rows), list(rows)
-        record.requests = requests = await asyncio.to_thread(engine.classify, name, rows, body.labels)
+        record.requests = requests = await asyncio.to_thread(
+            engine.classify, name, rows, body.labels, arrived=record.arrived
+        )
         outputs = await wait_or_cancel(request, engine, gather_results(requests))
         task = requests[0].entry.task  # the prompt may have been replaced since it was looked up
         labels = body.labels or (list(task.label_words) if task is not None else [])
@@ -140,12 +142,12 @@ def _classify_routes(engine: BaseEngine) -> APIRouter:
 
 
 def _classification(labels: list[str], index: int, request: EngineRequest, output: ClassifyOutput) -> dict[str, Any]:
-    probs = torch.tensor(output.scores, dtype=torch.float32).softmax(0).tolist()
+    probs = torch.tensor(output.logprobs, dtype=torch.float32).softmax(0).tolist()
     best = max(range(len(probs)), key=probs.__getitem__)
     return {
         "index": index,
         "label": labels[best],
-        "scores": dict(zip(labels, probs, strict=True)),
+        "probabilities": dict(zip(labels, probs, strict=True)),
         "tokens": len(request.ids),
     }
 

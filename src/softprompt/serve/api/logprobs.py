@@ -10,6 +10,7 @@ from typing import Any, final
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from softprompt.models.sampling import special_ids
 from softprompt.serve.engine.logits import TokenLogprob
 
 _LEAST = -9999.0
@@ -67,8 +68,7 @@ class TokenNames:
 
     @cached_property
     def _special(self) -> frozenset[int]:
-        added = getattr(self._tokenizer, "added_tokens_decoder", None) or {}
-        return frozenset(self._tokenizer.all_special_ids) | {id_ for id_, token in added.items() if token.special}
+        return special_ids(self._tokenizer)
 
     @cached_property
     def _byte_of_character(self) -> dict[str, int]:
@@ -89,12 +89,13 @@ class CompletionLogprobs:
 
     Args:
         offset: characters before the text.
+        continues_text: the text is decoded after another one, so its first space is not stripped.
     """
 
-    def __init__(self, names: TokenNames, offset: int = 0) -> None:
+    def __init__(self, names: TokenNames, offset: int = 0, *, continues_text: bool = False) -> None:
         self._names, self._offset = names, offset
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._is_first = True
+        self._is_first = not continues_text
 
     def first_token(self, token: int) -> dict[str, list[Any]]:
         """An input's first token, which nothing in the input predicts."""

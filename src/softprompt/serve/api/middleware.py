@@ -39,6 +39,8 @@ class RequestRecord:
     """The name of the prompt that was asked for."""
     rows: int = 0
     """Rows that were asked for."""
+    arrived: float = field(default_factory=time.monotonic)
+    """When its body was complete; from then on its time counts."""
     requests: list[EngineRequest] = field(default_factory=list)
     """Cancelled when the HTTP request ends, however it ends."""
     texts: list[Any] = field(default_factory=list)
@@ -86,6 +88,7 @@ class RequestMiddleware:
             if refusal is not None:
                 await refusal(scope, receive, send_with_headers)
                 return
+            record.arrived = time.monotonic()
             await self._app(scope, _replay(body, receive), send_with_headers)
         except Exception:
             status = 500 if status == _STATUS_CLIENT_GONE else status  # answered outside of this middleware

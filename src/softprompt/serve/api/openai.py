@@ -11,6 +11,7 @@ from typing import Any, Literal, final
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from softprompt.models import model_class
 from softprompt.serve.api import errors
 from softprompt.serve.api.logprobs import CompletionLogprobs, TokenNames, chat_logprobs, concatenate
 from softprompt.serve.api.middleware import RequestRecord
@@ -41,7 +42,7 @@ def openai_routes(engine: BaseEngine) -> APIRouter:
     async def chat(body: ChatRequest, request: Request) -> Response:
         entry = engine.get(body.model)
         messages = [message.to_template() for message in body.messages]
-        ids = await asyncio.to_thread(encode.chat, engine.backbone, messages)
+        ids = await asyncio.to_thread(encode.chat, engine.backbone, messages, engine.limits.max_input_tokens)
         max_tokens = body.max_completion_tokens or body.max_tokens
         note = "" if entry.task is None or entry.task.messages else _OTHER_TEMPLATE.format(entry.name)
         return await _complete(engine, names, request, "chat.completion", body, [ids], max_tokens, note)
@@ -101,7 +102,7 @@ class _Logprobs:
     def __init__(self, choice: _Choice, kind: Kind, names: TokenNames, echoed: int) -> None:
         self._choice, self._kind, self._names = choice, kind, names
         self._input = CompletionLogprobs(names) if choice.echoes else None
-        self._answer = CompletionLogprobs(names, echoed)
+        self._answer = CompletionLogprobs(names, echoed, continues_text=choice.stream.continues_text)
 
     def take(self) -> dict[str, Any]:
         """Those of the text since the last call, the input's first."""
@@ -200,11 +201,15 @@ async def _complete(
     record.prompt = engine.get(body.model).name
     if len(inputs) * n > MAX_ROWS:
         raise InvalidParameter("n", f"is {n} for {len(inputs)} inputs; ask for at most {MAX_ROWS} answers in all")
-    streams = [TextStream(engine.backbone.tokenizer, body.stops()) for _ in range(len(inputs) * n)]
-    record.rows, record.texts, record.answers_per_input = len(streams), list(inputs), n
-    seed, num_top = secrets.randbits(31) if body.seed is None else body.seed, body.num_top_logprobs
-    choices: list[_Choice] = []
     echo = isinstance(body, CompletionRequest) and bool(body.echo)
+    continues = echo or (kind == "text_completion" and model_class(engine.backbone).decoder_only)
+    streams = [
+        TextStream(engine.backbone.tokenizer, body.stops(), continues_input=continues) for _ in range(len(inputs) * n)
+    ]
+    record.rows, record.texts, record.answers_per_input = len(streams), list(inputs), n
+    num_top = body.num_top_logprobs
+    seeds = [secrets.randbits(31) if body.seed is None else body.seed for _ in inputs]
+    choices: list[_Choice] = []
     for index, stream in enumerate(streams):
         first = choices[index - index % n] if index % n else None
         choices.append(_Choice(index, stream, first, inputs[index // n] if echo else None))
@@ -215,7 +220,8 @@ async def _complete(
                 body.model,
                 inputs[index // n],
                 max_new_tokens=max_tokens,
-                sampling=body.sampling(seed + index % n),
+                sampling=body.sampling(seeds[index // n] + index % n),
+                arrived=record.arrived,
                 on_token=stream.put,
                 logprobs=num_top,
                 score_input=echo and num_top is not None and not index % n,

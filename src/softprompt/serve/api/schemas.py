@@ -53,6 +53,7 @@ _MAX_KEYS = 1024
 
 _FailFast = Field(fail_fast=True)
 """Validation of a list ends at its first wrong item."""
+_Inputs = Field(max_length=MAX_ROWS, fail_fast=True)
 Cell = str | int | float | bool
 Name = Annotated[str, Field(min_length=1, max_length=128, description="The prompt's name.")]
 
@@ -145,9 +146,9 @@ class CompletionRequest(_GenerationRequest):
 
     prompt: (
         str
-        | Annotated[list[str], _FailFast]
+        | Annotated[list[str], _Inputs]
         | Annotated[list[int], _FailFast]
-        | Annotated[list[Annotated[list[int], _FailFast]], _FailFast]
+        | Annotated[list[Annotated[list[int], _FailFast]], _Inputs]
         | None
     ) = None
     row: dict[str, Cell] | None = None
@@ -269,7 +270,7 @@ class ChatRequest(_GenerationRequest):
 class ClassifyRequest(_Request):
     """Rows to classify."""
 
-    input: str | dict[str, Cell] | Annotated[list[str | dict[str, Cell]], _FailFast]
+    input: str | dict[str, Cell] | Annotated[list[str | dict[str, Cell]], _Inputs]
     """A text or the template's columns, or a list of either."""
     labels: Annotated[list[str], Field(min_length=2, max_length=64, fail_fast=True)] | None = None
     """The labels to choose among, for a prompt without labels of its own."""

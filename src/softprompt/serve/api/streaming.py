@@ -24,10 +24,15 @@ class TextStream:
     """The text of one generation as it grows.
 
     Pass `put` to `Engine.generate` as `on_token`, then call `attach` with the request.
+
+    Args:
+        stops: texts that end the answer.
+        continues_input: the text is what comes after the input's, with the space between the two.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str], *, continues_input: bool = False) -> None:
         self._detokenizer = IncrementalDetokenizer(tokenizer, stops)
+        self._continues_input = continues_input
         self._loop = asyncio.get_running_loop()
         self._tokens: asyncio.Queue[int | None] = asyncio.Queue()
         self._num_taken = 0
@@ -43,6 +48,8 @@ class TextStream:
     def attach(self, request: EngineRequest) -> None:
         """Set the request whose tokens this is; from any thread."""
         self.request = request
+        if self._continues_input:
+            self._detokenizer.continue_after(request.ids)
         request.future.add_done_callback(lambda _: self.put(None))
 
     async def pieces(self) -> AsyncIterator[str]:
@@ -63,9 +70,10 @@ class TextStream:
         request.length_at_stop = self._detokenizer.count
         self.finish_reason = "stop" if self._detokenizer.stopped else output.finish_reason
 
-    async def text(self) -> str:
-        """The full text."""
-        return "".join([piece async for piece in self.pieces()])
+    @property
+    def continues_text(self) -> bool:
+        """Whether the answer is decoded as the continuation of its input's text."""
+        return self._detokenizer.continues_text
 
     def take_logprobs(self) -> list[TokenLogprob]:
         """Of the tokens whose text `pieces` has dealt with since the last call.
@@ -100,8 +108,9 @@ async def wait_or_cancel(request: Request, engine: BaseEngine, work: Awaitable[R
     answer = asyncio.ensure_future(work)
     disconnected = asyncio.ensure_future(_wait_for_disconnect(request))
     timeout = engine.limits.timeout
+    left = record_of(request).arrived + timeout + _SLACK - time.monotonic()
     try:
-        await asyncio.wait((answer, disconnected), timeout=timeout + _SLACK, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((answer, disconnected), timeout=max(left, 0.0), return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
             return answer.result()
         if disconnected.done():

@@ -2,11 +2,12 @@
 
 import difflib
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, final
+from typing import Any, TypeVar, final
 
 from softprompt.backbones import Backbone
 from softprompt.models import Sampling
@@ -175,6 +176,7 @@ class BaseEngine(ABC):
         labels: Sequence[str] | None = None,
         *,
         timeout: float | None = None,
+        arrived: float | None = None,
     ) -> list[EngineRequest]:
         """Score the prompt's labels, or the given ones, for each row.
 
@@ -183,20 +185,22 @@ class BaseEngine(ABC):
                 is the bytes of its file, or those in base64; never a path.
             labels: for a prompt without a task.
             timeout: seconds; None: the engine's.
+            arrived: when the request came, from which its time counts, as `time.monotonic`; None: now.
 
         Raises:
             PromptNotFound: no prompt has that name.
             ValueError: rows or labels that cannot be answered.
             QueueFull, EngineClosed: the engine accepts no requests now, or ever again.
         """
-        entry, seconds = self.get(name), self._timeout(timeout)
+        entry = self.get(name)
+        limits: dict[str, Any] = {"timeout": self._timeout(timeout), "arrived": arrived or time.monotonic()}
         if entry.task is not None and entry.task.image:
             head_params = encode.head_params(entry, labels)
             images = encode.images(self.backbone, entry, rows)
-            requests = [EngineRequest(entry, (), head_params, timeout=seconds, pixels=pixels) for pixels in images]
+            requests = [EngineRequest(entry, (), head_params, pixels=pixels, **limits) for pixels in images]
         else:
             inputs = encode.classification(self.backbone, entry, rows, labels, self.limits.max_input_tokens)
-            requests = [EngineRequest(entry, ids, params, timeout=seconds) for ids, params in inputs]
+            requests = [EngineRequest(entry, ids, params, **limits) for ids, params in inputs]
         self.submit(requests)
         return requests
 
@@ -208,6 +212,7 @@ class BaseEngine(ABC):
         max_new_tokens: int | None = None,
         sampling: Sampling | None = None,
         timeout: float | None = None,
+        arrived: float | None = None,
         on_token: Callable[[int], None] | None = None,
         logprobs: int | None = None,
         score_input: bool = False,
@@ -222,6 +227,7 @@ class BaseEngine(ABC):
         Args:
             max_new_tokens: None: the prompt's, or fewer where the engine's limit is lower; 0: none, for an input
                 that is only scored.
+            timeout, arrived: as of `classify`.
             on_token: called in the engine's thread with each token; it must not block.
             logprobs: set the request's `logprobs`, each with this many of the most likely tokens.
             score_input: set its `input_logprobs` too; needs `logprobs`.
@@ -233,7 +239,7 @@ class BaseEngine(ABC):
             ValueError: an input that cannot be continued, or that leaves no room for the answer.
             QueueFull, EngineClosed: the engine accepts no requests now, or ever again.
         """
-        entry = self.get(name)
+        entry, arrived = self.get(name), arrived or time.monotonic()
         most = self.limits.max_new_tokens
         length = min(entry.max_new_tokens, most) if max_new_tokens is None else max_new_tokens
         if not 0 <= length <= most:
@@ -250,7 +256,7 @@ class BaseEngine(ABC):
             frequency_penalty=frequency_penalty,
         )
         encode.check_generation(self.backbone, params)
-        request = EngineRequest(entry, ids, params, timeout=self._timeout(timeout), on_token=on_token)
+        request = EngineRequest(entry, ids, params, timeout=self._timeout(timeout), arrived=arrived, on_token=on_token)
         self.submit([request])
         return request
 

@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, final
 
+from softprompt.models.sampling import special_ids
+
 _INCOMPLETE = "\ufffd"
 """What a tokenizer decodes to for a character whose tokens are not all there."""
+_MAX_CONTEXT = 64
+"""Tokens of an input that its answer is decoded with."""
 
 
 @final
@@ -22,10 +26,10 @@ class IncrementalDetokenizer:
         self._stops = tuple(stops)
         self._special: dict[int, str] = {}
         if stops:
-            ids = list(tokenizer.all_special_ids)
+            ids = sorted(special_ids(tokenizer))
             self._special = dict(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True))
         self._tokens: list[int] = []
-        self._prefix_offset, self._read_offset = 0, 0
+        self._num_context = self._prefix_offset = self._read_offset = 0
         self._pending: list[tuple[str, bool]] = []
         """Characters not given out yet, and whether each belongs to a special token and never will be."""
         self.stopped = False
@@ -33,11 +37,23 @@ class IncrementalDetokenizer:
         self.count = 0
         """Tokens so far, or up to the one that completed the stop."""
 
+    @property
+    def continues_text(self) -> bool:
+        """Whether the answer has a text before it."""
+        return not special_ids(self._tokenizer).issuperset(self._tokens[: self._num_context])
+
+    def continue_after(self, tokens: Sequence[int]) -> None:
+        """Decode the answer as the continuation of `tokens`: some tokenizers strip the first space of a text."""
+        context = list(tokens[-_MAX_CONTEXT:])
+        if not self._decode(context).endswith(_INCOMPLETE):
+            self._tokens, self._num_context = context, len(context)
+            self._read_offset = self._num_context
+
     def add(self, token: int) -> str:
         """The text that this token adds; empty while a character or a stop may be incomplete."""
         self._tokens.append(token)
         if not self.stopped:
-            self.count = len(self._tokens)
+            self.count = len(self._tokens) - self._num_context
         if (name := self._special.get(token)) is not None:
             return self._release(self._new_text(self._text()), name, last=False)
         text = self._text()
@@ -58,15 +74,17 @@ class IncrementalDetokenizer:
 
     def _new_text(self, text: str) -> str:
         """What `text` adds to its prefix; moves both offsets on."""
-        # Some tokenizers change a text's first space, so each piece is decoded together with the one before it.
+        # Some tokenizers change a text's first space, so each piece is decoded together with the one before it, and
+        # with special tokens between the two, which have no text.
         length, start, read = len(self._prefix()), self._prefix_offset, self._read_offset
-        self._prefix_offset, self._read_offset = self._read_offset, len(self._tokens)
         new = text[length:]
+        self._prefix_offset, self._read_offset = read if new else start, len(self._tokens)
         if self._stops and (stop := self._stop_in(new)) is not None and not self.stopped:
             # While an incomplete character was waited for, an earlier token may have completed the stop.
             ends = range(read + 1, len(self._tokens) + 1)
             texts = (self._decode(self._tokens[start:end])[length:] for end in ends)
-            self.count = next(end for end, part in zip(ends, texts, strict=True) if self._stop_in(part) == stop)
+            last = next(end for end, part in zip(ends, texts, strict=True) if self._stop_in(part) == stop)
+            self.count = last - self._num_context
         return new
 
     def _stop_in(self, new: str) -> int | None:

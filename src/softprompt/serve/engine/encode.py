@@ -4,11 +4,12 @@ import base64
 import io
 import re
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from jaxtyping import Float
+from tokenizers.decoders import ByteLevel
 from torch import Tensor
 
 from softprompt.backbones import Backbone
@@ -34,6 +35,11 @@ _MIN_TEMPLATE_PREFIX = 16
 """Tokens at the start of a template from which on caching their keys and values is worth the memory."""
 _MAX_LABEL_TOKENS = 32
 """Tokens of a label that a request brings: each costs a row of logits over the vocabulary, for every row and label."""
+
+_longest_pieces: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
+_SHRINKING = 4
+"""How many times shorter a tokenizer may make a text before it looks for tokens: NFC composes up to 4 characters to
+one, and others join spaces. Words come nowhere near it, since few tokens are as long as the longest."""
 
 Cells = str | Mapping[str, Any]
 """A row: its template's columns, or a text alone."""
@@ -63,7 +69,8 @@ def classification(
         raise ValueError(f"prompt {entry.name!r} generates text; ask for a completion, or send labels")
     cells = [_template_cells(entry, row) for row in rows]
     params = ClassifyParams(candidates=entry.candidates)
-    return [(ids, params) for ids in _encode(backbone, entry.task, cells, _input_limit(entry, max_input_tokens))]
+    limit = _input_limit(entry, max_input_tokens)
+    return [(ids, params) for ids in _encode(backbone, entry.task, cells, limit, truncate=True)]
 
 
 def completion(
@@ -82,13 +89,13 @@ def completion(
     if not model_class(backbone).generates:
         raise ValueError(f"{display_name(backbone)} ({backbone.architecture}) writes no text; classify instead")
     if isinstance(text, str):
-        [ids] = _encode(backbone, _TEXT_TASK, [{"text": text}])
+        [ids] = _encode(backbone, _TEXT_TASK, [{"text": text}], max_input_tokens)
     elif isinstance(text, Mapping):
         if entry.task is None:
             raise ValueError(f"prompt {entry.name!r} has no template for a row; give the text itself")
         if entry.task.messages:
             raise ValueError(f"prompt {entry.name!r} was trained on conversations; send messages to a chat completion")
-        [ids] = _encode(backbone, entry.task, [dict(text)], _input_limit(entry, max_input_tokens))
+        [ids] = _encode(backbone, entry.task, [dict(text)], _input_limit(entry, max_input_tokens), truncate=True)
     else:
         ids, size = tuple(text), backbone.vocab_size
         if unknown := [token for token in ids if not 0 <= token < size]:
@@ -99,17 +106,20 @@ def completion(
     return ids
 
 
-def chat(backbone: Backbone, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+def chat(backbone: Backbone, messages: Sequence[Mapping[str, str]], max_input_tokens: int) -> tuple[int, ...]:
     """The tokens of a conversation, laid out by the tokenizer's chat template as for training.
 
     Only the template writes control tokens; their names in a message are plain text.
 
     Raises:
-        ValueError: there is no chat template, or it rejects the conversation.
+        ValueError: there is no chat template, it rejects the conversation, or that is far too long.
     """
     tokenizer = backbone.tokenizer
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"{display_name(backbone)} has no chat template; ask for a completion")
+    _check_characters(
+        backbone, "the conversation", sum(len(message["content"]) for message in messages), max_input_tokens
+    )
     with _tokenizer_lock:
         return chat_ids(tokenizer, messages, source=display_name(backbone))
 
@@ -235,6 +245,7 @@ def _with_labels(
         head_params(entry, labels)
     if len(set(labels)) < len(labels):
         raise ValueError(f"the labels {', '.join(labels)[:200]} name one twice; name each once")
+    _check_characters(backbone, "a label", max(map(len, labels)), _MAX_LABEL_TOKENS)
     task = Task(name="labels", template="{text}", label="label", label_words={label: label for label in labels})
     with _tokenizer_lock:
         params = ClassifyParams(candidates=answer_ids(task, backbone.tokenizer))
@@ -247,9 +258,9 @@ def _with_labels(
     inputs = []
     for row in rows:
         if entry.task is not None and not entry.task.messages and not isinstance(row, str):
-            [ids] = _encode(backbone, entry.task, [row])
+            [ids] = _encode(backbone, entry.task, [row], max_input_tokens)
         elif isinstance(text := row if isinstance(row, str) else row.get("text"), str):
-            [ids] = _encode(backbone, _TEXT_TASK, [{"text": text}])
+            [ids] = _encode(backbone, _TEXT_TASK, [{"text": text}], max_input_tokens)
         else:
             raise ValueError(f"prompt {entry.name!r} has no template; send each row as a text")
         _check_input_length(len(ids), max_input_tokens)
@@ -259,13 +270,27 @@ def _with_labels(
 
 
 def _encode(
-    backbone: Backbone, task: Task, rows: Sequence[Mapping[str, Any]], limit: int = _NO_LIMIT
+    backbone: Backbone, task: Task, rows: Sequence[Mapping[str, Any]], max_input_tokens: int, *, truncate: bool = False
 ) -> list[tuple[int, ...]]:
-    """The rows' tokens through the task's template, each truncated to `limit` and with at least one token."""
+    """The rows' tokens through the task's template, at least one for each.
+
+    Args:
+        max_input_tokens: longer rows are truncated; or if they are far longer rejected, and the others left to the
+            caller, who knows their length.
+    """
     appends_eos = model_class(backbone).appends_eos
     if task is not _TEXT_TASK:
         for number, row in enumerate(rows, start=1):
             task.check_input(row, f"row {number}")
+    if truncate:
+        most = _max_characters(backbone.tokenizer, max_input_tokens)
+        rows = [{name: cell[:most] if isinstance(cell, str) else cell for name, cell in row.items()} for row in rows]
+    else:
+        for row in rows:
+            cells = (row.get(column) for column in task.inputs)
+            length = sum(len(cell) for cell in cells if isinstance(cell, str))
+            _check_characters(backbone, "the input", length, max_input_tokens)
+    limit = max_input_tokens if truncate else _NO_LIMIT
     with _tokenizer_lock:
         encoded = encode_rows(task, backbone.tokenizer, rows, limit, appends_eos=appends_eos, answers=False)[0]
     for example in encoded:
@@ -294,16 +319,41 @@ def _image_bytes(cell: Any, label: str, column: str) -> bytes:
         raise ValueError(f"{label} has no image in {column!r}; send its file's bytes in base64")
     from PIL import Image
 
-    with suppress(OSError), Image.open(io.BytesIO(cell)) as image:  # what is not an image is rejected later
-        if image.width * image.height > _MAX_PIXELS:
-            raise ValueError(
-                f"{label} has an image of {image.width} x {image.height}; send at most {_MAX_PIXELS} pixels"
-            )
+    try:
+        with Image.open(io.BytesIO(cell)) as image:
+            width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{label} has an image that is too large ({error}); send at most {_MAX_PIXELS} pixels"
+        ) from None
+    except OSError:  # no image; rejected where it is read
+        return cell
+    if width * height > _MAX_PIXELS:
+        raise ValueError(f"{label} has an image of {width} x {height}; send at most {_MAX_PIXELS} pixels")
     return cell
 
 
 def _input_limit(entry: PromptEntry, max_input_tokens: int) -> int:
     return min(entry.max_input_tokens or max_input_tokens, max_input_tokens)
+
+
+def _check_characters(backbone: Backbone, what: str, characters: int, max_tokens: int) -> None:
+    """Reject what cannot be short enough before it is tokenized, for which all other requests would wait."""
+    if characters > _max_characters(backbone.tokenizer, max_tokens):
+        raise ValueError(
+            f"{what} has {characters} characters, more than the {max_tokens} tokens allowed can have; shorten it"
+        )
+
+
+def _max_characters(tokenizer: Any, max_tokens: int) -> int:
+    """Characters that `max_tokens` tokens cannot exceed."""
+    longest = _longest_pieces.get(tokenizer)
+    if longest is None:
+        backend = tokenizer.backend_tokenizer
+        lossless = backend.normalizer is None and isinstance(backend.decoder, ByteLevel)
+        longest = max(map(len, tokenizer.get_vocab())) * (1 if lossless else _SHRINKING)
+        _longest_pieces[tokenizer] = longest
+    return max_tokens * longest
 
 
 def _check_not_empty(ids: Sequence[int]) -> None:

@@ -83,6 +83,9 @@ class Engine(BaseEngine):
         self._scheduler.close(grace)
 
     def _complete(self, entry: PromptEntry) -> PromptEntry:
+        # It may have to wait for the tokenizer, and the engine's thread must not.
+        ids = () if self._runner.decoder is None else encode.template_prefix(self.backbone, entry)
+
         def compute() -> PromptEntry:
             decoder = self._runner.decoder
             if decoder is None:
@@ -90,7 +93,7 @@ class Engine(BaseEngine):
             encode.check_length(self.backbone, entry, 1, 0)
             kv_prefix = decoder.kv_prefix(entry.prompt)
             completed = dataclasses.replace(entry, kv_prefix=kv_prefix)
-            if ids := encode.template_prefix(self.backbone, entry):
+            if ids:
                 template_prefix = decoder.template_prefix(entry.prompt, kv_prefix, ids)
                 completed = dataclasses.replace(completed, template_prefix=template_prefix)
             # Finite values in a file may still overflow in the backbone, for every row of the prompt.

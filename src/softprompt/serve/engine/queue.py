@@ -1,20 +1,19 @@
 """The queue of requests: bounded, and fair between prompts. Not thread-safe; the scheduler's lock guards it."""
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice, zip_longest
 from typing import final
 
-from softprompt.serve.engine.request import ClassifyParams, EngineRequest, GenerateParams, QueueFull
+from softprompt.serve.engine.request import ClassifyParams, EngineRequest, GenerateParams, QueueFull, RequestKind
 
-Kind = type[ClassifyParams] | type[GenerateParams]
 _LOOKAHEAD = 4
 """Rows looked at for each row taken, when rows of similar length are preferred."""
 
 
 @final
 class RequestQueue:
-    """A FIFO per prompt and kind of request, served round-robin: a busy prompt delays only its own requests.
+    """A FIFO per prompt and kind of request, taken round-robin: what a busy prompt has in the queue delays only itself.
 
     Args:
         max_size: rows in the queue; more are refused.
@@ -22,7 +21,7 @@ class RequestQueue:
 
     def __init__(self, max_size: int) -> None:
         self._max_size = max_size
-        self._queues: dict[Kind, OrderedDict[str, deque[EngineRequest]]] = {
+        self._queues: dict[RequestKind, OrderedDict[str, deque[EngineRequest]]] = {
             ClassifyParams: OrderedDict(),
             GenerateParams: OrderedDict(),
         }
@@ -34,7 +33,7 @@ class RequestQueue:
         for queues in self._queues.values():
             yield from chain.from_iterable(queues.values())
 
-    def count(self, kind: Kind) -> int:
+    def count(self, kind: RequestKind) -> int:
         """Rows of one kind."""
         return sum(map(len, self._queues[kind].values()))
 
@@ -42,26 +41,32 @@ class RequestQueue:
         """Rows of each prompt that has any."""
         return dict(Counter(request.entry.name for request in self))
 
-    def oldest_arrival(self, kind: Kind) -> float | None:
+    def oldest_arrival(self, kind: RequestKind) -> float | None:
         """Arrival time (monotonic) of the request of this kind that has been queued longest."""
         return min((queue[0].arrived for queue in self._queues[kind].values()), default=None)
 
-    def put(self, requests: Sequence[EngineRequest], seconds_per_row: float) -> None:
+    def put(self, requests: Sequence[EngineRequest], seconds_per_row: Mapping[RequestKind, float]) -> None:
         """Queue all of the requests, or none.
 
         Args:
-            seconds_per_row: recent time per row, from which the error's `retry_after` is estimated.
+            seconds_per_row: recent time per row of each kind, from which the error's `retry_after` is estimated.
 
         Raises:
-            QueueFull: there is no room for all of them.
+            QueueFull: there is no room for all of them now.
+            ValueError: there never is.
         """
+        if len(requests) > self._max_size:
+            raise ValueError(
+                f"{len(requests)} rows were sent, and the queue holds {self._max_size}; send fewer at once"
+            )
         queued = len(self)
         if queued + len(requests) > self._max_size:
-            raise QueueFull(queued, min(max(1.0, queued * seconds_per_row), 60.0))
+            seconds = sum(self.count(kind) * seconds_per_row[kind] for kind in self._queues)
+            raise QueueFull(queued, min(max(1.0, seconds), 60.0))
         for request in requests:
             self._queues[type(request.params)].setdefault(request.entry.name, deque()).append(request)
 
-    def take(self, kind: Kind, limit: int, *, similar_length: bool = False) -> list[EngineRequest]:
+    def take(self, kind: RequestKind, limit: int, *, similar_length: bool = False) -> list[EngineRequest]:
         """Remove and return up to `limit` rows, round-robin over prompts.
 
         Args:

@@ -81,12 +81,15 @@ class GenerateParams:
         return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty)
 
 
+RequestKind = type[ClassifyParams] | type[GenerateParams]
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class ClassifyOutput:
     """The result of a classification."""
 
-    scores: tuple[float, ...]
+    logprobs: tuple[float, ...]
     """Natural log-probability of each candidate: over the vocabulary, summed over its tokens, or over a head's
     classes."""
 
@@ -110,6 +113,7 @@ class EngineRequest:
         ids: the row's token ids.
         params: what to compute.
         timeout: seconds that the request may take; None: unlimited.
+        arrived: when it came, from which its time counts, as `time.monotonic`; None: now.
         on_token: called in the engine's thread with each generated token; it must not block.
         pixels: the image of a row that is an image and has no tokens.
     """
@@ -121,6 +125,7 @@ class EngineRequest:
         params: ClassifyParams | GenerateParams,
         *,
         timeout: float | None = None,
+        arrived: float | None = None,
         on_token: Callable[[int], None] | None = None,
         pixels: Float[Tensor, "channel height width"] | None = None,
     ) -> None:
@@ -128,7 +133,7 @@ class EngineRequest:
         self.ids = tuple(ids)
         self.params = params
         self.pixels = pixels
-        self.arrived = time.monotonic()
+        self.arrived = time.monotonic() if arrived is None else arrived
         self.deadline = None if timeout is None else self.arrived + timeout
         self.future: Future[ClassifyOutput | GenerateOutput] = Future()
         self.tokens: list[int] = []

@@ -14,7 +14,14 @@ from softprompt.backbones import Backbone
 from softprompt.models import attach, model_class
 from softprompt.serve.engine.generation import CausalGenerationBatch, GenerationBatch, Seq2SeqGenerationBatch
 from softprompt.serve.engine.kv_cache import CachedDecoder
-from softprompt.serve.engine.request import ClassifyOutput, EngineRequest, overflow_error
+from softprompt.serve.engine.request import (
+    ClassifyOutput,
+    ClassifyParams,
+    EngineRequest,
+    GenerateParams,
+    RequestKind,
+    overflow_error,
+)
 from softprompt.serve.engine.scoring import CausalScorer, GeneralScorer, Scorer
 
 _log = logging.getLogger("softprompt.serve")
@@ -61,8 +68,11 @@ class ModelRunner:
             self._scorer = GeneralScorer(backbone)
         self.batches: list[GenerationBatch] = []
         """The running generations."""
-        self.seconds_per_row = 0.05
-        """Moving average over classifications."""
+        self.seconds_per_row: dict[RequestKind, float] = {
+            ClassifyParams: 0.05,
+            GenerateParams: 0.05,
+        }
+        """Moving averages over classifications and over texts, each row's share of its batch's time."""
 
     @property
     def max_classify_batch(self) -> int:
@@ -92,7 +102,7 @@ class ModelRunner:
                 _log.error("prompt %s: the logits overflow", request.entry.name)
                 request.fail(overflow_error(request))
             else:
-                request.finish(ClassifyOutput(scores=row))
+                request.finish(ClassifyOutput(logprobs=row))
 
     def prefill(self, requests: Sequence[EngineRequest]) -> None:
         """Start generations, with their first token."""
@@ -169,7 +179,8 @@ class ModelRunner:
         """Generate one token per row. Nothing after `step` may raise: a step that fails is run again."""
         start, requests = time.monotonic(), list(batch.requests)
         tokens = batch.step()
-        self._record_success("generate", len(requests), time.monotonic() - start)
+        seconds = time.monotonic() - start
+        self._record_success("generate", len(requests), seconds)
         for request, token, logprob in zip(requests, tokens, batch.logprobs, strict=True):
             if request.done:
                 continue
@@ -177,6 +188,8 @@ class ModelRunner:
                 request.append_token(token, logprob)
             except Exception as error:  # raised by the caller's on_token
                 request.fail(error)
+            if request.done:
+                self._average(GenerateParams, len(request.tokens) * seconds / len(requests))
 
     def _merge_batches(self) -> None:
         """Merge the batches of a decoder into one, up to `max_batch` rows."""
@@ -215,7 +228,7 @@ class ModelRunner:
 
     def _record_success(self, kind: Kind, rows: int, seconds: float) -> None:
         if kind == "classify":
-            self.seconds_per_row += 0.2 * (seconds / rows - self.seconds_per_row)
+            self._average(ClassifyParams, seconds / rows)
         self._successes += 1
         if self.max_batch < self._configured_max_batch and self._successes >= _STEPS_UNTIL_GROWTH:
             self.max_batch, self._successes = min(self._configured_max_batch, 2 * self.max_batch), 0
@@ -223,6 +236,9 @@ class ModelRunner:
             self._on_batch(BatchStats(kind=kind, rows=rows, seconds=seconds))
         except Exception:  # a failing callback must not fail a row
             _log.exception("on_batch failed")
+
+    def _average(self, kind: RequestKind, seconds: float) -> None:
+        self.seconds_per_row[kind] += 0.2 * (seconds - self.seconds_per_row[kind])
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -30,6 +30,7 @@ from softprompt.serve.engine.request import (
     GenerateOutput,
     GenerateParams,
     InvalidParameter,
+    RequestKind,
     overflow_error,
 )
 from softprompt.serve.engine.vllm_server import ConnectionLost, Row, VllmServer
@@ -82,7 +83,7 @@ class VllmEngine(BaseEngine):
         self._server = VllmServer(url, key)
         self._lock, self._queue = threading.Lock(), RequestQueue(limits.max_queued)
         self._running: dict[EngineRequest, asyncio.Task[None]] = {}
-        self._seconds_per_row = 0.05
+        self._seconds_per_row: dict[RequestKind, float] = {ClassifyParams: 0.05, GenerateParams: 0.05}
         self._available, self._closed, self._ended = True, False, False
         self._loop, self._wake = asyncio.new_event_loop(), asyncio.Event()
         started: Future[None] = Future()
@@ -267,7 +268,7 @@ class VllmEngine(BaseEngine):
     def _abandon(self, request: EngineRequest, future: Future[Any]) -> None:
         """Stop exchanging a request that was given up; called from any thread."""
         task = self._running.get(request)
-        if task is not None and future.exception() is not None:
+        if task is not None and (future.cancelled() or future.exception() is not None):
             with suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(task.cancel)
 
@@ -278,7 +279,8 @@ class VllmEngine(BaseEngine):
                 await self._classify(request)
             else:
                 await self._generate(request)
-            self._seconds_per_row += 0.2 * ((time.monotonic() - start) / len(self._running) - self._seconds_per_row)
+            kind, seconds = type(request.params), (time.monotonic() - start) / len(self._running)
+            self._seconds_per_row[kind] += 0.2 * (seconds - self._seconds_per_row[kind])
         except ConnectionLost as error:
             self._lose(error)
         except Exception as error:
@@ -297,7 +299,7 @@ class VllmEngine(BaseEngine):
         scores = label_scores(request.candidates, log_probs)
         if any(map(math.isnan, scores)):
             raise overflow_error(request)
-        request.finish(ClassifyOutput(scores=tuple(scores)))
+        request.finish(ClassifyOutput(logprobs=tuple(scores)))
 
     async def _generate(self, request: EngineRequest) -> None:
         if not request.generation.max_new_tokens:  # an input to echo

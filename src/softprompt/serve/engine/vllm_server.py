@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softprompt.backbones import Backbone
-from softprompt.export.client import GREEDY, encode_embeds, vllm_logprobs, vllm_logprobs_request
+from softprompt.export.client import GREEDY, encode_embeds, vllm_logprobs, vllm_logprobs_requests
 from softprompt.serve.engine.request import EngineUnavailable, GenerateParams
 
 _CONNECT_TIMEOUT = 5.0
@@ -21,8 +21,6 @@ _CHECK_TIMEOUT = 120.0
 """Seconds for the first answers, in which vLLM may still compile."""
 _KEEP_ALIVE = 2.0
 """Seconds that an idle connection is kept: fewer than the 5 after which vLLM closes it."""
-_MAX_TOKENS = 128
-"""Most tokens whose log-probabilities a request can ask for."""
 _MAX_ROWS = 64
 """Rows per request."""
 _PROBE = "A prompt that is sent as vectors must be read just like its tokens."
@@ -89,7 +87,8 @@ class VllmServer:
         try:
             async with asyncio.timeout(_CHECK_TIMEOUT):
                 [by_rows] = await self.logprobs([rows], tokens)
-                response = await self._post({"prompt": [ids], **vllm_logprobs_request(tokens)})
+                [request] = vllm_logprobs_requests(tokens)
+                response = await self._post({"prompt": [ids], **request})
         except TimeoutError as error:
             raise EngineUnavailable(
                 f"the vLLM server at {self.url} does not answer within {_CHECK_TIMEOUT:g} seconds; see its log"
@@ -129,10 +128,9 @@ class VllmServer:
         embeds = await asyncio.to_thread(lambda: [encode_embeds(row) for row in rows])
         for first in range(0, len(rows), _MAX_ROWS):
             part = slice(first, first + _MAX_ROWS)
-            for start in range(0, len(tokens), _MAX_TOKENS):
-                asked = tokens[start : start + _MAX_TOKENS]
-                body = {"prompt": None, "prompt_embeds": embeds[part], **vllm_logprobs_request(asked)}
-                answers = self._read_logprobs(await self._post(body), asked, len(embeds[part]))
+            for request in vllm_logprobs_requests(tokens):
+                response = await self._post({"prompt": None, "prompt_embeds": embeds[part], **request})
+                answers = self._read_logprobs(response, request["logprob_token_ids"], len(embeds[part]))
                 for result, answer in zip(results[part], answers, strict=True):
                     result.update(answer)
         return results
