@@ -121,7 +121,9 @@ def test_uploads_are_served_after_a_restart(
     expected = service.engine.classify("kept", ["a"], ["x", "y"])[0].result(30.0).logprobs
     backbone, store = tiny_backbone("llama"), PromptStore(service.store)
     with start_engine(ServeConfig(), backbone, store=store, metrics=Metrics()) as restarted:
-        assert restarted.classify("kept", ["a"], ["x", "y"])[0].result(30.0).logprobs == pytest.approx(expected, abs=1e-6)
+        assert restarted.classify("kept", ["a"], ["x", "y"])[0].result(30.0).logprobs == pytest.approx(
+            expected, abs=1e-6
+        )
 
 
 def test_drafts_of_a_killed_process_are_ignored(service: Any, prompt_file: Callable[..., bytes]) -> None:

@@ -155,7 +155,9 @@ def test_api_serves_and_changes_prompts(
         results = asking.post("/v1/classify", json=body).json()["results"]
         scores = [request.result(60.0).logprobs for request in local_engine.classify("tickets", ["a a", "b"])]
         for result, row in zip(results, scores, strict=True):
-            assert list(result["probabilities"].values()) == pytest.approx(torch.tensor(row).softmax(0).tolist(), abs=1e-4)
+            assert list(result["probabilities"].values()) == pytest.approx(
+                torch.tensor(row).softmax(0).tolist(), abs=1e-4
+            )
         assert (
             'softprompt_request_seconds_count{prompt="tickets",route="/v1/classify"} 1.0' in asking.get("/metrics").text
         )
