@@ -9,7 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 import uvicorn
+from safetensors.torch import save
 
 import softprompt
 from softprompt.backbones import load
@@ -94,4 +96,21 @@ def test_two_selected_prompts_both_answer(address: str, browser: Any, tmp_path: 
     page.screenshot(path=tmp_path / f"texts-{scheme}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert not problems
+    page.close()
+
+
+def test_list_follows_a_prompt_that_takes_anothers_place(address: str, browser: Any) -> None:
+    """The number of prompts stays the same."""
+    page = browser.new_page()
+    page.goto(address)
+    page.get_by_label("Access token").fill("sesame")
+    page.keyboard.press("Tab")
+    page.get_by_role("checkbox", name="generator-2").wait_for()
+    content = save({"prompt_embeddings": torch.randn(9, 32, generator=torch.Generator().manual_seed(0))})
+    with httpx.Client(base_url=address, headers={"Authorization": "Bearer sesame"}) as client:
+        client.delete("/v1/prompts/generator-2").raise_for_status()
+        client.post("/v1/prompts", params={"name": "newcomer"}, content=content).raise_for_status()
+        page.get_by_role("checkbox", name="newcomer").wait_for()
+        client.put("/v1/prompts/generator-1", content=content).raise_for_status()
+        page.get_by_role("checkbox", name="generator-1 9 vectors").wait_for()
     page.close()

@@ -31,7 +31,7 @@ def test_stuck_thread_is_reported(engine_of: EngineOf, monkeypatch: pytest.Monke
 
 def test_stuck_thread_can_be_shut_down(engine_of: EngineOf, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, go, stuck = engine_of(prompts=1), threading.Event(), threading.Event()
-    monkeypatch.setattr(scheduler, "_JOIN_TIMEOUT", 0.2)
+    monkeypatch.setattr(scheduler, "JOIN_TIMEOUT", 0.2)
     monkeypatch.setattr(engine._runner, "classify", lambda _: (stuck.set(), go.wait(30)))
     errors: list[BaseException] = []
 

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import sys
+import unicodedata
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
@@ -105,6 +106,16 @@ def _number(value: float | None) -> float:
 
 def _log(probability: float | None) -> float:
     return -math.inf if probability == 0 else math.log(_number(probability))
+
+
+def is_control(token: Any) -> bool:
+    """Whether an added token is a control token: special, or in brackets; never a single character."""
+    name = token.content.strip()
+    if len(name) < 2:
+        return False
+    opens = name[0] == "<" or unicodedata.category(name[0]) in ("Ps", "Pi")
+    closes = name[-1] == ">" or unicodedata.category(name[-1]) in ("Pe", "Pf")
+    return bool(token.special or (opens and closes))
 
 
 def encode_embeds(embeds: Any) -> str:
@@ -208,11 +219,8 @@ class Client(ABC):
         """
         encoded = self.tokenizer(text, return_special_tokens_mask=True)
         ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
-        known = {
-            index: token.content
-            for index, token in self.tokenizer.added_tokens_decoder.items()
-            if (token.special and len(token.content) > 1) or (token.content[:1] in "<[" and token.content[-1:] in ">]")
-        }
+        added = self.tokenizer.added_tokens_decoder.items()
+        known = {index: token.content for index, token in added if is_control(token)}
         for token, is_special in zip(ids, special, strict=True):
             if not control and not is_special and token in known and known[token] in text:
                 raise ValueError(

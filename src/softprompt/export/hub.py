@@ -13,10 +13,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id  # type: ignore[attr-defined]  # httpx or httpx2
 
 from softprompt import files
+from softprompt.models.peft_folder import CONFIG, WEIGHTS
 from softprompt.runs import HEAD, Run
 
-CONFIG = "adapter_config.json"
-_TENSORS = "adapter_model.safetensors"
 _OPTIONAL = (HEAD, "curve.png")
 _PIPELINES = {"causal": "text-generation", "encoder_decoder": "text2text-generation"}
 
@@ -41,7 +40,7 @@ def push_run(
     """
     if run.results is None:
         raise ValueError(f"run {run.folder} is not finished; continue with: softprompt train --resume {run.folder}")
-    if not (run.folder / _TENSORS).is_file():
+    if not (run.folder / WEIGHTS).is_file():
         raise ValueError(
             f"run {run.folder} has no PEFT files (its README.md says why); push a run whose prompt PEFT can express"
         )
@@ -99,7 +98,7 @@ def _write(run: Run, folder: Path, base_model: str, datasets: Sequence[str]) -> 
     files.write_text(folder / "README.md", str(model_card(run, base_model, datasets)))
     config: dict[str, Any] = {**files.read_json(run.folder / CONFIG), "base_model_name_or_path": base_model}
     files.write_text(folder / CONFIG, json.dumps(config, indent=1))
-    for file in (_TENSORS, *_OPTIONAL):
+    for file in (WEIGHTS, *_OPTIONAL):
         if (run.folder / file).is_file():
             shutil.copyfile(run.folder / file, folder / file)
 

@@ -12,8 +12,7 @@ from softprompt.evaluation.predict import pad_id
 from softprompt.export.base import ExportedPrompt
 from softprompt.models import attach
 from softprompt.models.padding import pad_batch
-from softprompt.tasks import Task
-from softprompt.tasks.data.tokenize import encode
+from softprompt.tasks.data.tokenize import TEXT_TASK, encode
 
 TEXTS = (
     "Yes.",
@@ -39,11 +38,10 @@ class Probe(NamedTuple):
 
 def text_ids(backbone: Backbone, texts: Sequence[str], appends_eos: bool) -> list[tuple[int, ...]]:
     """Each text's tokens as a run sees them, with closing special tokens if `appends_eos`."""
-    task = Task(name="text", template="{text}", target="answer", metrics=("exact_match",))
     rows = [{"text": text} for text in texts]
     return [
         example.input_ids
-        for example in encode(task, backbone.tokenizer, rows, 512, appends_eos=appends_eos, answers=False)[0]
+        for example in encode(TEXT_TASK, backbone.tokenizer, rows, 512, appends_eos=appends_eos, answers=False)[0]
     ]
 
 

@@ -276,6 +276,13 @@ class BaseEngine(ABC):
             return from_prompt(name, source, self.backbone)
         return from_folder(name, Path(source).expanduser(), self.backbone)
 
+    def _overflow(self, entry: PromptEntry) -> ValueError:
+        """The error of a prompt whose finite values overflow in the backbone, for every row."""
+        return ValueError(
+            f"prompt {entry.name!r} overflows in {display_name(self.backbone)}: its values are too large; train it "
+            "again"
+        )
+
     def _check_free(self, name: str, replace: bool) -> None:
         self.check_not_base(name)
         if name in self._entries and not replace:

@@ -21,13 +21,12 @@ from softprompt.serve.engine.request import ClassifyParams, EngineRequest, Gener
 from softprompt.serve.prompts.entry import PromptEntry, display_name, needs_head
 from softprompt.tasks import Task
 from softprompt.tasks.data.chat import chat_ids
-from softprompt.tasks.data.tokenize import answer_ids
+from softprompt.tasks.data.tokenize import TEXT_TASK, answer_ids
 from softprompt.tasks.data.tokenize import encode as encode_rows
 from softprompt.tasks.data.tokenize import template_prefix as task_template_prefix
 
 _tokenizer_lock = threading.Lock()
 """A fast tokenizer keeps settings between calls and is not thread-safe."""
-_TEXT_TASK = Task(name="text", template="{text}", target="answer", metrics=("exact_match",))
 _NO_LIMIT = 1_000_000_000
 _MAX_PIXELS = 40_000_000
 """Pixels of an image: a small file may decompress to any size."""
@@ -89,7 +88,7 @@ def completion(
     if not model_class(backbone).generates:
         raise ValueError(f"{display_name(backbone)} ({backbone.architecture}) writes no text; classify instead")
     if isinstance(text, str):
-        [ids] = _encode(backbone, _TEXT_TASK, [{"text": text}], max_input_tokens)
+        [ids] = _encode(backbone, TEXT_TASK, [{"text": text}], max_input_tokens)
     elif isinstance(text, Mapping):
         if entry.task is None:
             raise ValueError(f"prompt {entry.name!r} has no template for a row; give the text itself")
@@ -260,7 +259,7 @@ def _with_labels(
         if entry.task is not None and not entry.task.messages and not isinstance(row, str):
             [ids] = _encode(backbone, entry.task, [row], max_input_tokens)
         elif isinstance(text := row if isinstance(row, str) else row.get("text"), str):
-            [ids] = _encode(backbone, _TEXT_TASK, [{"text": text}], max_input_tokens)
+            [ids] = _encode(backbone, TEXT_TASK, [{"text": text}], max_input_tokens)
         else:
             raise ValueError(f"prompt {entry.name!r} has no template; send each row as a text")
         _check_input_length(len(ids), max_input_tokens)
@@ -279,7 +278,7 @@ def _encode(
             caller, who knows their length.
     """
     appends_eos = model_class(backbone).appends_eos
-    if task is not _TEXT_TASK:
+    if task is not TEXT_TASK:
         for number, row in enumerate(rows, start=1):
             task.check_input(row, f"row {number}")
     if truncate:

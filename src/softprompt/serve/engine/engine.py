@@ -15,7 +15,7 @@ from softprompt.serve.engine.request import EngineRequest
 from softprompt.serve.engine.runner import BatchStats, ModelRunner
 from softprompt.serve.engine.scheduler import Scheduler
 from softprompt.serve.engine.threads import call_in_own_thread
-from softprompt.serve.prompts.entry import PromptEntry, base_entry, display_name, needs_head
+from softprompt.serve.prompts.entry import PromptEntry, base_entry, needs_head
 
 
 @final
@@ -98,10 +98,7 @@ class Engine(BaseEngine):
                 completed = dataclasses.replace(completed, template_prefix=template_prefix)
             # Finite values in a file may still overflow in the backbone, for every row of the prompt.
             if not all(prefix.is_finite for prefix in completed.kv_prefixes):
-                raise ValueError(
-                    f"prompt {entry.name!r} overflows in {display_name(self.backbone)}: its values are too large; "
-                    "train it again"
-                )
+                raise self._overflow(entry)
             return completed
 
         completed: PromptEntry = self._scheduler.run_job(compute)

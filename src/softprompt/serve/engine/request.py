@@ -14,6 +14,9 @@ from softprompt.models import Sampling
 from softprompt.serve.engine.logits import TokenLogprob
 from softprompt.serve.prompts.entry import PromptEntry
 
+SHUTTING_DOWN = "the service is shutting down; send the request to another replica, or again later"
+SHUT_DOWN = "the service shut down before the request was done; send it to another replica, or again later"
+
 
 class PromptNotFound(LookupError):
     """No prompt has that name."""

@@ -14,17 +14,22 @@ import torch
 
 from softprompt.serve.engine.limits import Limits
 from softprompt.serve.engine.queue import RequestQueue
-from softprompt.serve.engine.request import ClassifyParams, EngineClosed, EngineRequest, GenerateParams
+from softprompt.serve.engine.request import (
+    SHUT_DOWN,
+    SHUTTING_DOWN,
+    ClassifyParams,
+    EngineClosed,
+    EngineRequest,
+    GenerateParams,
+)
 from softprompt.serve.engine.runner import ModelRunner
+from softprompt.serve.engine.threads import JOIN_TIMEOUT
 
 _log = logging.getLogger("softprompt.serve")
 _MAX_PREFILLS = 8
 """New generations per step, so that running ones are not kept waiting."""
 _MIN_STEP_TIMEOUT = 60.0
 """Seconds that any step may last before the thread counts as stuck."""
-_JOIN_TIMEOUT = 5.0
-"""Seconds for the current step to end after shutdown; a stuck thread is abandoned."""
-_SHUTDOWN = "the service shut down before the request was done; send it to another replica, or again later"
 
 
 @final
@@ -139,10 +144,10 @@ class Scheduler:
         with self._wake:
             self._abort = True
             self._wake.notify()
-        self._thread.join(_JOIN_TIMEOUT)
+        self._thread.join(JOIN_TIMEOUT)
         if self._thread.is_alive():
             _log.error("the engine's thread is stuck and was abandoned")
-            self._fail_all(EngineClosed(_SHUTDOWN))
+            self._fail_all(EngineClosed(SHUT_DOWN))
 
     @property
     def _step_timeout(self) -> float:
@@ -150,10 +155,10 @@ class Scheduler:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise EngineClosed("the service is shutting down; send the request to another replica, or again later")
+            raise EngineClosed(SHUTTING_DOWN)
 
     def _run(self) -> None:
-        reason = _SHUTDOWN
+        reason = SHUT_DOWN
         try:
             with torch.no_grad():
                 while self._schedule():

@@ -1,4 +1,4 @@
-"""Work on tensors outside of the engine's thread, in threads that end."""
+"""Threads that end: the engine's at shutdown, and those for work on tensors outside of it."""
 
 import threading
 from collections.abc import Callable
@@ -6,6 +6,8 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 Result = TypeVar("Result")
+JOIN_TIMEOUT = 5.0
+"""Seconds for an engine's thread to end after shutdown; a stuck one is abandoned."""
 
 
 def call_in_own_thread(function: Callable[[], Result]) -> Result:

@@ -22,6 +22,8 @@ from softprompt.serve.engine.base import BaseEngine, EngineStatus
 from softprompt.serve.engine.limits import Limits
 from softprompt.serve.engine.queue import RequestQueue
 from softprompt.serve.engine.request import (
+    SHUT_DOWN,
+    SHUTTING_DOWN,
     ClassifyOutput,
     ClassifyParams,
     EngineClosed,
@@ -33,6 +35,7 @@ from softprompt.serve.engine.request import (
     RequestKind,
     overflow_error,
 )
+from softprompt.serve.engine.threads import JOIN_TIMEOUT
 from softprompt.serve.engine.vllm_server import ConnectionLost, Row, VllmServer
 from softprompt.serve.prompts.entry import PromptEntry, base_entry, display_name
 
@@ -45,9 +48,6 @@ _MAX_TEMPERATURE = 2.0
 """vLLM's own limit."""
 _PREPARE_TIMEOUT = 60.0
 """Seconds in which the server must run a new prompt."""
-_JOIN_TIMEOUT = 5.0
-"""Seconds for the thread to end after shutdown."""
-_SHUTDOWN = "the service shut down before the request was done; send it to another replica, or again later"
 _UNAVAILABLE = "the vLLM server behind this service does not answer; try again later"
 
 
@@ -124,7 +124,7 @@ class VllmEngine(BaseEngine):
             time.sleep(_TICK / 5)
         self._ended = True
         self._notify()
-        self._thread.join(_JOIN_TIMEOUT)
+        self._thread.join(JOIN_TIMEOUT)
 
     def _complete(self, entry: PromptEntry) -> PromptEntry:
         """Also has the server run the prompt once: finite values in a file may overflow in the model, for every row."""
@@ -141,10 +141,7 @@ class VllmEngine(BaseEngine):
         except TimeoutError:
             raise TimeoutError("the vLLM server was busy for too long, and nothing has changed; try later") from None
         if not all(map(math.isfinite, values.values())):
-            raise ValueError(
-                f"prompt {entry.name!r} overflows in {display_name(self.backbone)}: its values are too large; train it "
-                "again"
-            )
+            raise self._overflow(entry)
         return entry
 
     def _submit(self, requests: Sequence[EngineRequest]) -> None:
@@ -162,7 +159,7 @@ class VllmEngine(BaseEngine):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise EngineClosed("the service is shutting down; send the request to another replica, or again later")
+            raise EngineClosed(SHUTTING_DOWN)
         if not self._available:
             raise EngineUnavailable(_UNAVAILABLE)
 
@@ -200,7 +197,7 @@ class VllmEngine(BaseEngine):
         finally:
             with self._lock:
                 self._closed = True
-            self._fail(self._unfinished(), EngineClosed(_SHUTDOWN))
+            self._fail(self._unfinished(), EngineClosed(SHUT_DOWN))
             self._loop.run_until_complete(self._server.close())
             self._loop.close()
 
@@ -220,7 +217,7 @@ class VllmEngine(BaseEngine):
                 await asyncio.wait_for(self._wake.wait(), _TICK)
             self._wake.clear()
         tasks = [watching, *self._running.values()]
-        self._fail(self._unfinished(), EngineClosed(_SHUTDOWN))
+        self._fail(self._unfinished(), EngineClosed(SHUT_DOWN))
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -15,6 +15,8 @@ from softprompt.tasks.template import parse
 _ROWS, _CHARACTERS = 1000, 1 << 18
 """Limits of rows and characters tokenized at once, so that memory is bounded by the ids that are stored."""
 
+TEXT_TASK = Task(name="text", template="{text}", target="answer", metrics=("exact_match",))
+"""A text as it is."""
 _TEXT = "the text"
 """The name in errors of a text that is not from a row."""
 
