@@ -152,7 +152,7 @@ def test_run_without_checkpoint_recomputes_its_gradient(experiment: Experiment, 
     assert_same(resume(bare), reference)
 
 
-@pytest.mark.parametrize("prompt", [PROMPTS["vocab"], PROMPTS["gradient"], DPT(length=6, rank=1, anchor="label_words")])
+@pytest.mark.parametrize("prompt", [PROMPTS["vocab"], PROMPTS["gradient"], DPT(length=6, rank=1)])
 def test_init_prompt_is_represented_exactly(
     prompt: DPT, experiment: Experiment, backbone: Backbone, tmp_path: Path
 ) -> None:
