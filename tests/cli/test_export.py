@@ -75,7 +75,7 @@ def test_beside_the_run_by_default(folders: dict[str, Path]) -> None:
     ("names", "flags", "message"),
     [
         (["three"], ["--to", "vocab"], "dept also changes the input's own embeddings; export to npz"),
-        (["one", "two"], ["--to", "peft"], "peft holds one prompt and 2 runs are given"),
+        (["one", "two"], ["--to", "peft"], "peft holds one prompt, but 2 runs are given"),
         (["one"], ["--to", "vocab", "--token-names", "first"], "token_names holds 'first'; give NAME=<name>"),
         (
             ["one"],

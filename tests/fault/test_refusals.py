@@ -98,7 +98,7 @@ def test_inexact_prefix_is_refused(tiny_backbone: MakeBackbone, tokenizer: objec
     )
     model.lm_head.forward = lambda hidden: head(hidden) + seen["cached"]
     backbone = Backbone(model, tokenizer, "odd-cache", "odd-cache", "causal")
-    refused(lambda: attach(backbone), "odd-cache", "other logits with a shared prefix", "refused")
+    refused(lambda: attach(backbone), "odd-cache", "different logits with a shared prefix", "refused")
 
 
 def test_prompt_of_another_width_is_refused(tiny_backbone: MakeBackbone) -> None:

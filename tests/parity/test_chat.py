@@ -59,7 +59,7 @@ def test_training_input_equals_the_services(backbone: Backbone, messages: list[d
     asked = [Message.model_validate(message).to_template() for message in messages[:-1]]
     for cell in (messages, json.dumps(messages)):
         [example] = encode(TASK, backbone.tokenizer, [{"messages": cell}], 500)[0]
-        assert example.input_ids == service.chat(backbone, asked)
+        assert example.input_ids == service.chat(backbone, asked, 500)
     [unanswered] = encode(TASK, backbone.tokenizer, [{"messages": messages[:-1]}], 500, answers=False)[0]
     [answered] = encode(TASK, backbone.tokenizer, [{"messages": messages}], 500, answers=False)[0]
     assert unanswered.input_ids == answered.input_ids == example.input_ids
@@ -137,7 +137,7 @@ def test_teacher_reads_the_context_as_system_message(chat_folder: Path, template
 
 def _answer_logits(backbone: Backbone, messages: Sequence[dict[str, Any]], count: int) -> torch.Tensor:
     """Log-probabilities at the last `count` tokens of a conversation that the service would be sent."""
-    asked = service.chat(backbone, messages[:-1])
+    asked = service.chat(backbone, messages[:-1], 500)
     [example] = encode(TASK, backbone.tokenizer, [{"messages": messages}], 500)[0]
     ids = torch.tensor([[*asked, *example.answer_ids]])
     with torch.no_grad():

@@ -137,7 +137,7 @@ def test_dept_reads_back(made: MakeRun, tiny_backbone: Callable[[str], Backbone]
         ("mistral", "plain", "gguf", r"without a sliding window, which the model has"),
         ("t5", "plain", "gguf", r"llama.cpp takes a prompt before a decoder's text only"),
         ("t5", "plain", "dept", r"the run trained plain"),
-        ("llama", "dept", "dept", r"llama is none; export to npz"),
+        ("llama", "dept", "dept", r"llama is not one; export to npz"),
         ("llama", "adept", "peft", r"PEFT's prompt-tuning format holds vectors in front"),
     ],
 )

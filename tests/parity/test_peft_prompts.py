@@ -196,13 +196,13 @@ def saved(tiny_backbone: MakeBackbone, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"task_type": "SEQ_CLS"}, "has the task type 'SEQ_CLS', and .* takes prompts of 'CAUSAL_LM'"),
+        ({"task_type": "SEQ_CLS"}, "has the task type 'SEQ_CLS', but .* takes prompts of 'CAUSAL_LM'"),
         ({"task_type": None}, "has the task type None"),
         ({"num_layers": 12}, "was trained on a model of 12 layers, but .* has 2"),
-        ({"num_virtual_tokens": 4}, r"is \(5, 32\), and its adapter_config.json states \(4, 32\)"),
+        ({"num_virtual_tokens": 4}, r"is \(5, 32\), but its adapter_config.json states \(4, 32\)"),
         ({"num_virtual_tokens": None}, "num_virtual_tokens in .* is None; it must be a number from 1 on"),
         ({"num_transformer_submodules": 2}, "is 2, but PEFT runs no model of the task type 'CAUSAL_LM' with as many"),
-        ({"peft_type": "CARTRIDGE"}, r"is \(5, 32\), and its adapter_config.json states \(5, 128\)"),
+        ({"peft_type": "CARTRIDGE"}, r"is \(5, 32\), but its adapter_config.json states \(5, 128\)"),
         ({"peft_type": "VERA"}, "is a VERA adapter, which changes the model's own weights"),
         ({"peft_type": "PROMPT_TUNING_LORA"}, r"not stock PEFT's; read it with softprompt\.export\.read_dept"),
         ({"peft_type": "MULTITASK_PROMPT_TUNING"}, "and no prefix_task_cols"),
@@ -224,7 +224,7 @@ def test_config_that_does_not_fit_is_refused(
         ({"prompt_embeddings": torch.zeros(LENGTH, 32, dtype=torch.float64)}, "in float64; a prompt is a matrix"),
         ({"prompt_embeddings": torch.zeros(LENGTH, 32, dtype=torch.int32)}, "in int32; a prompt is a matrix"),
         ({"prompt_embeddings": torch.zeros(LENGTH)}, r"is \(5,\); a prompt is a matrix"),
-        ({"prompt_embeddings": torch.zeros(LENGTH, 16)}, r"is \(5, 16\), and its adapter_config.json states"),
+        ({"prompt_embeddings": torch.zeros(LENGTH, 16)}, r"is \(5, 16\), but its adapter_config.json states"),
         ({"embedding": torch.zeros(LENGTH, 32)}, "holds embedding and no prompt_embeddings"),
         (
             {"prompt_embeddings": torch.zeros(LENGTH, 32), "base_model.lm_head.weight": torch.zeros(3)},

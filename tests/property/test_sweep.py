@@ -177,7 +177,7 @@ REFUSED = [
     ("seed = [1, 2, 1]", "FILE: seed has 1 twice; give each value once"),
     ('protocol = "both"', "FILE: protocol is 'both'; it must be one of heldout, paper"),
     ('task = "cbb"', "FILE: task is 'cbb': unknown task 'cbb'; did you mean 'cb'?"),
-    ('task = "cb"\ndata = "nowhere"', "FILE: data is 'nowhere', and "),
+    ('task = "cb"\ndata = "nowhere"', "FILE: data is 'nowhere', but "),
     ("training = 3", "FILE: [training] is 3; it must be a table"),
     ("[training]\nsteps = 1.5", "FILE: [training] steps is 1.5; it must be a whole number"),
     ("[training]\nsteps = 0", "FILE: steps is 0; it must be at least 1"),
