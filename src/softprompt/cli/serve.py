@@ -17,7 +17,7 @@ def serve_(
     if config.engine == "ray":
         extras, modules = [*extras, "sweep"], [*modules, "ray"]
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        raise ImportError(
+        raise ModuleNotFoundError(
             f"serving needs {', '.join(missing)}; install it in softprompt's clone with: "
             f"pip install '.[{','.join(extras)}]'"
         )

@@ -92,10 +92,7 @@ class Causal(PromptedModel):
 
     def prepare(self, prompts: Sequence[SoftPrompt]) -> KVPrefixBatch | PromptEmbeddings:
         """The prompts' keys and values; their vectors where prompts run in every row."""
-        if any_deep(prompts):
-            return self.kv_prefixes(prompts)
-        inline = self.layout == "inline" and len(prompts) > 0
-        return PromptEmbeddings.compute(self, prompts) if inline else self.kv_prefixes(prompts)
+        return PromptEmbeddings.compute(self, prompts) if self._runs_inline(prompts) else self.kv_prefixes(prompts)
 
     def kv_prefixes(self, prompts: Sequence[SoftPrompt]) -> KVPrefixBatch:
         """The prompts' keys and values: computed from their vectors, or a deep prompt's own.
@@ -291,13 +288,16 @@ class Causal(PromptedModel):
     def _layout_of(self, prompts: Prompts) -> BatchLayout:
         """How a pass with `prompts` runs: by `layout`, but keys and values are packed by the fused layers alone."""
         passed = self.prompts_of(prompts)
-        if self.layout == "inline":
-            return "inline" if passed and not any_deep(passed) else "cached"
+        if self.layout != "packed":
+            return "inline" if self._runs_inline(passed) else "cached"
         has_states = isinstance(prompts, PreparedPrompts) or any_deep(passed)
-        return "cached" if has_states and not self._is_fused else self.layout
+        return "cached" if has_states and not self._is_fused else "packed"
+
+    def _runs_inline(self, prompts: Sequence[SoftPrompt]) -> bool:
+        return self.layout == "inline" and len(prompts) > 0 and not any_deep(prompts)
 
     def _resolved(self, prompts: Prompts) -> KVPrefixBatch | PromptEmbeddings:
-        is_inline = self._layout_of(prompts) == "inline"
+        is_inline = self._runs_inline(self.prompts_of(prompts))
         return self.resolve(prompts, PromptEmbeddings) if is_inline else self.resolve(prompts, KVPrefixBatch)
 
     def _prefill(

@@ -25,17 +25,19 @@ def check_matplotlib() -> None:
     """Fail before the work starts, not after it.
 
     Raises:
-        RuntimeError: matplotlib is not installed.
+        ModuleNotFoundError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise RuntimeError("pictures need matplotlib; install it in softprompt's clone with: pip install '.[report]'")
+        raise ModuleNotFoundError(
+            "plots need matplotlib; install it in softprompt's clone with: pip install '.[report]'"
+        )
 
 
 def draw_ranks(measured: Sequence[PromptRanks], folder: Path) -> list[Path]:
     """Singular values; ranks over training where they were measured; score by rank where truncations were scored.
 
     Raises:
-        RuntimeError: matplotlib is not installed.
+        ModuleNotFoundError: matplotlib is not installed.
     """
     check_matplotlib()
     paths = _save(_spectra_figure(measured), folder, "singular_values")
@@ -50,7 +52,7 @@ def draw_burstiness(measured: Burstiness, title: str, folder: Path) -> list[Path
     """Densities of inputs and products before and after whitening, and the kurtosis of each head.
 
     Raises:
-        RuntimeError: matplotlib is not installed.
+        ModuleNotFoundError: matplotlib is not installed.
     """
     check_matplotlib()
     figure = _figure(3, 1)
@@ -72,7 +74,7 @@ def draw_gradients(points: Sequence[GradientPoint], title: str, folder: Path) ->
     """The share of the gradient's energy in its first k directions, one line per prompt.
 
     Raises:
-        RuntimeError: matplotlib is not installed.
+        ModuleNotFoundError: matplotlib is not installed.
     """
     check_matplotlib()
     figure = _figure(1, 1)

@@ -36,6 +36,7 @@ _MAX_LABEL_TOKENS = 32
 """Tokens of a label that a request brings: each costs a row of logits over the vocabulary, for every row and label."""
 
 _longest_pieces: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
+"""For each tokenizer the most characters that one of its tokens may stand for."""
 _SHRINKING = 4
 """How many times shorter a tokenizer may make a text before it looks for tokens: NFC composes up to 4 characters to
 one, and others join spaces. Words come nowhere near it, since few tokens are as long as the longest."""
